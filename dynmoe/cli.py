@@ -1,0 +1,29 @@
+"""One way for every tool of the project to fail."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from dynmoe.errors import UserError
+
+EXIT_USER_ERROR = 2
+_TIME_TO_SPEAK_S = 3.0
+
+
+def run_tool(main: Callable[[], None]) -> None:
+    """Runs ``main``; a :class:`UserError` becomes one line on stderr and exit status 2.
+
+    Under a launcher the first rank of each host speaks. Launchers end every rank as soon as one exits, so the others
+    wait until it has spoken.
+    """
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(_TIME_TO_SPEAK_S)
+            raise SystemExit(EXIT_USER_ERROR) from None
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_USER_ERROR) from None

@@ -1,0 +1,55 @@
+"""A field with its meaning and bounds, and the check of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import field, is_dataclass
+from typing import Any
+
+from dynmoe.errors import ConfigError
+
+Choices = tuple[str, ...]
+
+
+def option(
+    default: Any,
+    meaning: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    choices: Choices | None = None,
+) -> Any:
+    """A dataclass field with its meaning and the bounds that :func:`check_bounds` enforces."""
+    metadata = {"meaning": meaning, "at_least": at_least, "above": above, "at_most": at_most, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def check_bounds(section: Any, path: str) -> None:
+    for spec in dataclasses.fields(section):
+        value = getattr(section, spec.name)
+        if is_dataclass(value) or value is None:
+            continue
+        name = f"{path}.{spec.name}" if path else spec.name
+        for item in value if isinstance(value, list) else [value]:
+            _check_value(name, item, spec.metadata)
+
+
+def _check_value(name: str, value: Any, bounds: Any) -> None:
+    choices: Choices | None = bounds.get("choices")
+    if choices is not None and value not in choices:
+        raise ConfigError(name, value, "is not a known choice", f"use one of {', '.join(choices)}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    if not math.isfinite(value):
+        raise ConfigError(name, value, "is not a finite number", "give a finite number")
+    at_least, above, at_most = bounds.get("at_least"), bounds.get("above"), bounds.get("at_most")
+    if at_least is not None and value < at_least:
+        raise ConfigError(name, value, "is too small", f"use a value of at least {at_least}")
+    if above is not None and value <= above:
+        raise ConfigError(name, value, "is too small", f"use a value above {above}")
+    if at_most is not None and value > at_most:
+        raise ConfigError(name, value, "is too large", f"use a value of at most {at_most}")

@@ -1,0 +1,114 @@
+"""Batches in a fixed order: a function of the seed, the data and the sample's number, and of nothing else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynmoe.data.corpus import Corpus
+from dynmoe.data.megatron import BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig
+from dynmoe.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one forward pass: int64 [B, S]; the label of a token is the one that follows it."""
+
+    tokens_BS: Tensor
+    labels_BS: Tensor
+
+
+class PretrainingData:
+    """Training and validation samples of a blend.
+
+    The order is made of passes: each goes once over the data (a weighted blend ends where the first corpus would
+    repeat itself) in an order drawn from seed + pass. Sample numbers count through all passes, so that a run that is
+    made longer, or resumed on other ranks, goes on exactly where it was. All ranks must ask for the same samples'
+    passes together: Megatron's builder writes its index on rank 0 and makes the others wait.
+
+    Args:
+        corpora: checked corpora with one tokenizer.
+        weights: shares of the blend; empty for shares in proportion to size.
+        sequence_length: tokens of a sample.
+        seed: of the order.
+        cache: directory for index files; shared by all ranks.
+    """
+
+    def __init__(
+        self, corpora: list[Corpus], weights: list[float], sequence_length: int, seed: int, cache: Path
+    ) -> None:
+        self.corpora, self.sequence_length, self.seed, self.cache = corpora, sequence_length, seed, cache
+        self.tokenizer = corpora[0].tokenizer
+        self.weights = [weight / sum(weights) for weight in weights] if len(corpora) > 1 and weights else None
+        self._passes: dict[int, Any] = {}
+        self._validation: Any = None
+
+    def _build(self, split: str, seed: int, size: int | None) -> Any:
+        prefixes = [str(corpus.path / split) for corpus in self.corpora]
+        blend = (prefixes, self.weights if split == "train" else None)
+        config = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=self.sequence_length,
+            blend_per_split=[blend if split == name else None for name in ("train", "validation", "test")],
+            path_to_cache=str(self.cache),
+            tokenizer=self.tokenizer,  # type: ignore[arg-type]
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        sizes = [size if split == name else 0 for name in ("train", "validation", "test")]
+        built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+        return built[0 if split == "train" else 1]
+
+    @property
+    def _size_of_weighted_pass(self) -> int | None:
+        if self.weights is None:
+            return None
+        samples = [(corpus.splits["train"].num_tokens - 1) // self.sequence_length for corpus in self.corpora]
+        size = math.floor(min(count / weight for count, weight in zip(samples, self.weights, strict=True)))
+        if size < 1:
+            raise UserError("data.weights: a pass over this blend holds no sequence; give small corpora less weight")
+        return size
+
+    def _pass(self, number: int) -> Any:
+        if number not in self._passes:
+            # Two passes may meet in one batch; older ones are not needed again.
+            self._passes = {n: built for n, built in self._passes.items() if n == number - 1}
+            self._passes[number] = self._build("train", self.seed + number, self._size_of_weighted_pass)
+        return self._passes[number]
+
+    def prepare(self, first: int, count: int) -> None:
+        """Builds the passes that samples ``first`` to ``first + count`` lie in. Collective: call it on every rank."""
+        for number in range(first // self.samples_per_pass, (first + count - 1) // self.samples_per_pass + 1):
+            self._pass(number)
+
+    @property
+    def samples_per_pass(self) -> int:
+        newest = max(self._passes, default=0)
+        return len(self._pass(newest))
+
+    @property
+    def validation_samples(self) -> int:
+        if self._validation is None:
+            self._validation = self._build("validation", self.seed, None)
+        return len(self._validation)
+
+    def train_batch(self, samples: range) -> Batch:
+        """The training samples of these numbers (passes must be prepared)."""
+        size = self.samples_per_pass
+        return _stack([self._passes[number // size][number % size] for number in samples])
+
+    def validation_batch(self, samples: range) -> Batch:
+        """The validation samples of these numbers, each below :attr:`validation_samples`."""
+        return _stack([self._validation[number] for number in samples])
+
+
+def _stack(samples: list[dict[str, Tensor]]) -> Batch:
+    tokens = torch.stack([sample["tokens"] for sample in samples])
+    return Batch(tokens, torch.stack([sample["labels"] for sample in samples]))

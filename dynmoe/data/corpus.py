@@ -1,0 +1,94 @@
+"""A prepared corpus: a directory with a manifest, a tokenizer, and .bin/.idx pairs for training and validation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dynmoe.data.indexed import IndexedTokens, check_indexed
+from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.errors import UserError
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+SPLITS = ("train", "validation")
+FORMAT = 1
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus whose structure was checked (see :func:`check_indexed`).
+
+    Attributes:
+        path: its directory.
+        manifest: the parsed manifest.
+        tokenizer: the one that made it.
+        splits: tokens of ``train`` and ``validation``.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    tokenizer: Tokenizer
+    splits: dict[str, IndexedTokens]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Corpus:
+        """Reads a corpus and checks its structure against its manifest; hashes are left to :meth:`verify`.
+
+        Raises:
+            UserError: a file that is missing or damaged, by name.
+        """
+        path = Path(path)
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+        except FileNotFoundError:
+            cure = f"prepare one with python -m data_prep --out {path}"
+            raise UserError(f"data.dirs: {path} holds no prepared corpus ({MANIFEST} is missing); {cure}") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path / MANIFEST} cannot be read: {error}; prepare the corpus again") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise UserError(f"{path / MANIFEST} is not of format {FORMAT}; prepare the corpus again")
+        tokenizer = Tokenizer(path / TOKENIZER)
+        splits = {split: check_indexed(path / split) for split in SPLITS}
+        return cls(path, manifest, tokenizer, splits)
+
+    def verify(self) -> None:
+        """Checks every hash and every token id.
+
+        Raises:
+            UserError: the file that differs.
+        """
+        for name, facts in sorted(self.manifest["files"].items()):
+            if sha256_of(self.path / name) != facts["sha256"]:
+                raise UserError(f"{self.path / name}: its SHA-256 is not the manifest's; prepare the corpus again")
+        for tokens in self.splits.values():
+            tokens.counts(self.tokenizer.vocab_size)
+
+
+def open_corpora(dirs: Sequence[str], sequence_length: int) -> list[Corpus]:
+    """Opens the corpora of a blend and checks that they fit each other and the sequence length.
+
+    Raises:
+        UserError: a damaged corpus, one with another tokenizer, or one shorter than a sequence.
+    """
+    corpora = [Corpus.open(path) for path in dirs]
+    for corpus in corpora:
+        if corpus.tokenizer.sha256 != corpora[0].tokenizer.sha256:
+            cure = f"prepare it with --tokenizer {corpora[0].path / TOKENIZER}"
+            raise UserError(f"data.dirs: {corpus.path} has another tokenizer than {corpora[0].path}; {cure}")
+        for split, tokens in corpus.splits.items():
+            if tokens.num_tokens <= sequence_length:
+                raise UserError(
+                    f"data.sequence_length={sequence_length}: {corpus.path} has {tokens.num_tokens} {split} tokens, "
+                    "not enough for one sequence; use a shorter sequence or more text"
+                )
+    return corpora

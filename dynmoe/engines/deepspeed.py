@@ -1,0 +1,229 @@
+"""DeepSpeed: data and expert parallelism with ZeRO 0, 1 and 2, around our model and our MoE layer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import, which chooses
+import deepspeed
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import (
+    is_moe_param,
+    split_params_into_different_moe_groups_for_optimizer,
+)
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
+
+from dynmoe.config import Config, ModelConfig
+from dynmoe.data.batches import Batch
+from dynmoe.engines import deepspeed_state
+from dynmoe.model import Decoder
+from dynmoe.moe import MoEContext, MoELayer
+from dynmoe.moe.statistics import vector_size
+from dynmoe.train.engine import StepReport
+from dynmoe.train.optimizer import parameter_groups
+
+_BUCKET_ELEMENTS = 500_000_000
+
+
+class DeepSpeedMoELayer(MoELayer, MoE):
+    """Our layer under the type that DeepSpeed's engine looks for; nothing of its parent's is used.
+
+    The engine finds MoE layers by ``isinstance`` to reduce expert gradients over the right group.
+    """
+
+    def __init__(self, model: ModelConfig, layer: int, seed: int, context: MoEContext) -> None:
+        MoELayer.__init__(self, model, layer, seed, context)
+        self.num_experts = model.moe.experts
+        self.ep_size = context.expert_parallel
+        self.num_local_experts = self.num_experts // self.ep_size
+        self.expert_group_name = _group_name(self.ep_size)
+        for parameter in self.experts.parameters():
+            parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return MoELayer.forward(self, x)
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """The groups exist before the layer does."""
+
+
+def _group_name(expert_parallel: int) -> str:
+    return f"ep_size_{expert_parallel}"
+
+
+class DeepSpeedEngine:
+    """Fulfils :class:`dynmoe.train.engine.Engine`.
+
+    Starts the process group where none exists (from torchrun's variables, or alone), builds model and optimizer and
+    hands them to DeepSpeed. Gradient norms and clipping are ours: DeepSpeed averages expert norms over ranks, which
+    makes the norm, and with it the training, depend on the layout.
+    """
+
+    def __init__(self, config: Config, vocab_size: int) -> None:
+        self.config = config
+        self.device = _start_processes()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.data_rank, self.data_size = self.rank, self.world_size
+        self.context = _make_context(config.parallel.expert)
+        self.module = Decoder(
+            config.model, vocab_size, config.train.seed, self.context, config.train.recompute, DeepSpeedMoELayer
+        )
+        param_groups = list(parameter_groups(self.module, config))
+        param_groups = split_params_into_different_moe_groups_for_optimizer(param_groups)
+        settings = config.optimizer
+        self._adam = torch.optim.AdamW(
+            [group for group in param_groups if group["params"]],
+            lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True,
+        )  # fmt: skip
+        self._engine, self._optimizer, *_ = deepspeed.initialize(
+            model=self.module, optimizer=self._adam, config=self._deepspeed_config()
+        )
+        self._state = deepspeed_state.OptimizerState(self._optimizer, self._adam)
+        self._lm_loss = torch.zeros((), device=self.device)
+        self._grad_norm = torch.zeros((), device=self.device)
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        train, stage = self.config.train, self.config.deepspeed.zero_stage
+        bf16 = train.precision == "bf16"
+        num_parameters = sum(parameter.numel() for parameter in self.module.parameters())
+        return {
+            "train_micro_batch_size_per_gpu": train.micro_batch,
+            "gradient_accumulation_steps": self.config.accumulation(self.world_size),
+            "gradient_clipping": 0.0,  # see _clip
+            "zero_optimization": {
+                "stage": stage,
+                "overlap_comm": False,
+                # DeepSpeed allocates a whole bucket in every step, of 2 GB by default.
+                "reduce_bucket_size": min(_BUCKET_ELEMENTS, num_parameters),
+                "allgather_bucket_size": min(_BUCKET_ELEMENTS, num_parameters),
+            },
+            "bf16": {"enabled": bf16},
+            # Stage 0 in bf16 has no fp32 accumulation in DeepSpeed.
+            "data_types": {"grad_accum_dtype": "fp32" if not bf16 or stage else "bf16"},
+            "steps_per_print": sys.maxsize,
+        }
+
+    def train_step(self, batches: Sequence[Batch], lr: float, record: bool) -> None:
+        self.module.train()
+        self.context.recording, self.context.loss_scale = record, 1.0 / len(batches)
+        losses = []
+        for batch in batches:
+            loss = self._engine(batch.tokens_BS.to(self.device), batch.labels_BS.to(self.device))
+            self._engine.backward(loss)
+            losses.append(loss.detach())
+            if batch is not batches[-1]:
+                self._engine.step()  # not a boundary: counts the micro-batch
+        self._lm_loss = torch.stack(losses).mean()
+        self._grad_norm = self._clip(self.config.optimizer.clip_grad)
+        for group in self._adam.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        self._engine.step()
+        self.context.recording = False
+
+    def _clip(self, ceiling: float) -> Tensor:
+        """Scales the gradient to a global norm of at most ``ceiling`` (0: leaves it) and returns the norm before."""
+        gradients = list(self._gradients())
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        for gradient, copies in gradients:
+            squares += gradient.float().square().sum(dtype=torch.float64) / copies
+        dist.all_reduce(squares)
+        norm = squares.sqrt()
+        if ceiling > 0:
+            factor = (ceiling / (norm + 1e-6)).clamp(max=1.0)
+            for gradient, _ in gradients:
+                gradient.mul_(factor.to(gradient.dtype))
+        return norm
+
+    def _gradients(self) -> Iterator[tuple[Tensor, int]]:
+        """Reduced gradients that this rank holds, each with the number of ranks that hold the same one."""
+        if isinstance(self._optimizer, DeepSpeedZeroOptimizer):
+            for partition in self._optimizer.averaged_gradients.values():
+                yield from ((gradient, 1) for gradient in partition or ())
+        elif isinstance(self._optimizer, BF16_Optimizer):
+            yield from ((gradient, 1) for gradient in self._optimizer.fp32_groups_gradient_flat_partition)
+        else:
+            for parameter in self.module.parameters():
+                copies = self.world_size // self.context.expert_parallel if is_moe_param(parameter) else self.world_size
+                if parameter.grad is not None:
+                    yield parameter.grad, copies
+
+    def report(self) -> StepReport:
+        layers = self.module.moe_layers
+        recorded = bool(layers) and layers[0].has_statistics
+        size = vector_size(self.config.model) if recorded else 0
+        packed = torch.zeros(1 + len(layers) * (1 + size), dtype=torch.float64, device=self.device)
+        packed[0] = self._lm_loss / self.world_size
+        rows, vectors = packed[1 : 1 + len(layers)], packed[1 + len(layers) :].view(len(layers), size)
+        for index, layer in enumerate(layers):
+            rows[index] = layer.take_routed_rows()
+            if recorded:
+                vectors[index] = layer.take_statistics()
+        dist.all_reduce(packed)
+        packed = packed.cpu()
+        rows, vectors = packed[1 : 1 + len(layers)], packed[1 + len(layers) :].view(len(layers), size)
+        return StepReport(
+            lm_loss=packed[0].item(),
+            grad_norm=self._grad_norm.item(),
+            routed_rows={layer.layer: int(count) for layer, count in zip(layers, rows.tolist(), strict=True)},
+            statistics={layer.layer: vectors[i] for i, layer in enumerate(layers)} if recorded else {},
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        self.module.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in batches:
+            total += self.module(batch.tokens_BS.to(self.device), batch.labels_BS.to(self.device)) / len(batches)
+        dist.all_reduce(total)
+        return total.item() / self.world_size
+
+    @torch.no_grad()
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        self.module.eval()
+        return self.module(tokens_BS.to(self.device))
+
+    def save(self, directory: Path) -> list[Path]:
+        return deepspeed_state.save(directory, self.module, self._state, self.context)
+
+    def load(self, directory: Path) -> None:
+        deepspeed_state.load(directory, self.module, self._state)
+
+
+def _start_processes() -> torch.device:
+    """Joins the process group of the launcher, or makes one of a single rank; returns this rank's device."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ.update(alone)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    # Its shared-memory collectives would be compiled on the spot: gloo needs no compiler, and leaves nothing behind
+    # in shared memory when a rank is killed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized() or deepspeed.comm.comm.cdb is None:
+        deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    return device
+
+
+def _make_context(expert_parallel: int) -> MoEContext:
+    name = _group_name(expert_parallel)
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(expert_parallel)
+    expert_group = groups._get_expert_parallel_group(name) if expert_parallel > 1 else None
+    return MoEContext(expert_group, dist.group.WORLD if dist.get_world_size() > 1 else None)

@@ -1,0 +1,45 @@
+"""Causal self-attention with rotary positions and grouped queries."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynmoe.config import ModelConfig
+from dynmoe.moe.experts import down_std
+from dynmoe.moe.initialization import named_normal
+
+
+def rotary_tables(num_positions: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of RoPE (arXiv 2104.09864), fp32 [positions, head_dim]; the halves of a head rotate together."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angle = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=device), frequency)
+    angle = torch.cat([angle, angle], dim=1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
+    """Applies RoPE; the angles are fp32, the result has the dtype of ``x``."""
+    first, second = x_BHSd.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x_BHSd * cos_Sd + turned * sin_Sd).to(x_BHSd.dtype)
+
+
+class Attention(nn.Module):
+    """Query, key and value in one projection (rows in that order), softmax attention by SDPA."""
+
+    def __init__(self, model: ModelConfig, seed: int, name: str) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = model.heads, model.kv_heads, model.head_dim
+        rows = (model.heads + 2 * model.kv_heads) * model.head_dim
+        self.w_qkv = nn.Parameter(named_normal((rows, model.hidden), model.init_std, seed, f"{name}.w_qkv"))
+        self.w_out = nn.Parameter(named_normal((model.hidden, model.hidden), down_std(model), seed, f"{name}.w_out"))
+
+    def forward(self, x_BSD: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
+        batch, positions, hidden = x_BSD.shape
+        qkv = F.linear(x_BSD, self.w_qkv).view(batch, positions, -1, self.head_dim).transpose(1, 2)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        q, k = rotate(q, cos_Sd, sin_Sd), rotate(k, cos_Sd, sin_Sd)
+        out_BHSd = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        return F.linear(out_BHSd.transpose(1, 2).reshape(batch, positions, hidden), self.w_out)

@@ -1,0 +1,54 @@
+"""Cross-entropy of the output projection without the [T, V] logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Logits that exist at a time. On a CPU they should fit a cache, on a GPU fill the machine.
+_CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Takes the gradients chunk by chunk on the way forward, so that nothing is computed twice."""
+
+    @staticmethod
+    def forward(ctx: Any, h_TD: Tensor, w_VD: Tensor, labels_T: Tensor) -> Tensor:
+        num_tokens = h_TD.shape[0]
+        chunk = max(1, _CHUNK_LOGITS[h_TD.device.type] // w_VD.shape[0])
+        differentiate = any(ctx.needs_input_grad)
+        grad_h_TD = torch.empty_like(h_TD) if differentiate else None
+        grad_w_VD = torch.zeros_like(w_VD, dtype=torch.float32) if differentiate else None
+        loss = h_TD.new_zeros((), dtype=torch.float32)
+        for start in range(0, num_tokens, chunk):
+            h, labels = h_TD[start : start + chunk], labels_T[start : start + chunk].unsqueeze(1)
+            logits = F.linear(h, w_VD).float()
+            log_total = logits.logsumexp(dim=1, keepdim=True)
+            loss += (log_total - logits.gather(1, labels)).sum()
+            if grad_h_TD is None or grad_w_VD is None:
+                continue
+            grad = logits.sub_(log_total).exp_()  # softmax
+            grad.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=grad.dtype))
+            grad = grad.mul_(1.0 / num_tokens).to(h.dtype)
+            torch.mm(grad, w_VD, out=grad_h_TD[start : start + chunk])
+            if h.dtype == torch.float32:
+                grad_w_VD.addmm_(grad.t(), h)
+            else:
+                grad_w_VD += grad.t() @ h
+        if differentiate:
+            ctx.save_for_backward(grad_h_TD, grad_w_VD)
+            ctx.weight_dtype = w_VD.dtype
+        return loss / num_tokens
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        grad_h_TD, grad_w_VD = ctx.saved_tensors
+        return grad_h_TD * grad, (grad_w_VD * grad).to(ctx.weight_dtype), None
+
+
+def linear_cross_entropy(h_TD: Tensor, w_VD: Tensor, labels_T: Tensor) -> Tensor:
+    """Mean over tokens of the cross-entropy of logits ``h @ w.T``, in nats, fp32 scalar."""
+    return _LinearCrossEntropy.apply(h_TD, w_VD, labels_T)

@@ -1,0 +1,109 @@
+"""A Llama-style decoder with dynamic mixtures of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dynmoe.config import ModelConfig
+from dynmoe.model.attention import Attention, rotary_tables
+from dynmoe.model.cross_entropy import linear_cross_entropy
+from dynmoe.moe import MoEContext, MoELayer
+from dynmoe.moe.experts import SwiGLU
+from dynmoe.moe.initialization import named_normal
+
+MakeMoE = Callable[[ModelConfig, int, int, MoEContext], MoELayer]
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each after an RMSNorm and added to the residual stream."""
+
+    def __init__(self, model: ModelConfig, layer: int, seed: int, context: MoEContext, make_moe: MakeMoE) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(model.hidden, model.norm_eps)
+        self.attention = Attention(model, seed, f"layers.{layer}.attention")
+        self.ffn_norm = nn.RMSNorm(model.hidden, model.norm_eps)
+        self.moe: MoELayer | None = None
+        self.ffn: SwiGLU | None = None
+        if model.is_moe_layer(layer):
+            self.moe = make_moe(model, layer, seed, context)
+        else:
+            self.ffn = SwiGLU(model, model.ffn_hidden, seed, f"layers.{layer}.ffn")
+
+    def forward(self, x_BSD: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_Sd, sin_Sd)
+        feed_forward = self.moe if self.moe is not None else self.ffn
+        assert feed_forward is not None
+        return x_BSD + feed_forward(self.ffn_norm(x_BSD))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm, output projection.
+
+    Args:
+        model: the architecture.
+        vocab_size: rows of the embedding.
+        seed: of the initial weights; nothing else decides them.
+        context: process groups and step state for the MoE layers; a fresh one serves a single process.
+        recompute: keep only each layer's input and repeat the layer in the backward pass.
+        make_moe: the class of MoE layers; engines put their own subclass here.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        vocab_size: int,
+        seed: int,
+        context: MoEContext | None = None,
+        recompute: bool = False,
+        make_moe: MakeMoE = MoELayer,
+    ) -> None:
+        super().__init__()
+        self.settings, self.recompute = model, recompute
+        self.context = MoEContext() if context is None else context
+        self.w_embed_VD = nn.Parameter(named_normal((vocab_size, model.hidden), model.init_std, seed, "w_embed"))
+        layers = [DecoderLayer(model, layer, seed, self.context, make_moe) for layer in range(model.layers)]
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.RMSNorm(model.hidden, model.norm_eps)
+        if not model.tie_embeddings:
+            self.w_out_VD = nn.Parameter(named_normal((vocab_size, model.hidden), model.init_std, seed, "w_out"))
+
+    @property
+    def output_weight_VD(self) -> Tensor:
+        return self.w_embed_VD if self.settings.tie_embeddings else self.w_out_VD
+
+    @property
+    def moe_layers(self) -> list[MoELayer]:
+        return [module for module in self.modules() if isinstance(module, MoELayer)]
+
+    def hidden(self, tokens_BS: Tensor) -> Tensor:
+        """Output of the last layer after the final norm, [B, S, D]."""
+        settings = self.settings
+        cos_Sd, sin_Sd = rotary_tables(
+            tokens_BS.shape[1], settings.head_dim, settings.rope_theta, self.w_embed_VD.device
+        )
+        x_BSD = F.embedding(tokens_BS, self.w_embed_VD)
+        for layer in self.layers:
+            if self.recompute and torch.is_grad_enabled():
+                x_BSD = checkpoint(
+                    layer, x_BSD, cos_Sd, sin_Sd,
+                    use_reentrant=False, preserve_rng_state=False, context_fn=self._checkpoint_contexts,
+                )  # fmt: skip
+            else:
+                x_BSD = layer(x_BSD, cos_Sd, sin_Sd)
+        return self.norm(x_BSD)
+
+    def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), self.context.recompute()
+
+    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        """Logits [B, S, V]; with labels (the next tokens) the mean cross-entropy in nats, without the logits."""
+        hidden_BSD = self.hidden(tokens_BS)
+        if labels_BS is None:
+            return F.linear(hidden_BSD, self.output_weight_VD)
+        return linear_cross_entropy(hidden_BSD.flatten(0, 1), self.output_weight_VD, labels_BS.flatten())

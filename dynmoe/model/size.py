@@ -1,0 +1,78 @@
+"""Parameters and floating-point operations, from numbers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dynmoe.config import ModelConfig
+from dynmoe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Counts for a model of ``vocab_size`` rows trained on sequences of ``sequence_length`` tokens."""
+
+    model: ModelConfig
+    vocab_size: int
+    sequence_length: int
+
+    @property
+    def _expert(self) -> int:
+        return 3 * self.model.hidden * self.model.moe.expert_hidden
+
+    @property
+    def _router(self) -> int:
+        thresholds = self.model.moe.experts if self.model.router.kind == "top_any" else 0
+        return self.model.hidden * self.model.moe.experts + thresholds
+
+    def _layer_without_routed(self, layer: int) -> int:
+        model = self.model
+        attention = model.hidden * (2 * model.heads + 2 * model.kv_heads) * model.head_dim
+        if not model.is_moe_layer(layer):
+            return attention + 3 * model.hidden * model.ffn_hidden
+        return attention + self._router + 3 * model.hidden * model.moe.shared_hidden
+
+    @property
+    def _embedding(self) -> int:
+        return self.vocab_size * self.model.hidden
+
+    @property
+    def _outside_experts(self) -> int:
+        norms = (2 * self.model.layers + 1) * self.model.hidden
+        embeddings = self._embedding * (1 if self.model.tie_embeddings else 2)
+        return embeddings + norms + sum(self._layer_without_routed(layer) for layer in range(self.model.layers))
+
+    @property
+    def total_parameters(self) -> int:
+        return self._outside_experts + len(self.model.moe_layers) * self.model.moe.experts * self._expert
+
+    def active_parameters(self, experts_per_token: float) -> float:
+        """Parameters that one token meets when it uses ``experts_per_token`` experts in the mean of MoE layers."""
+        return self._outside_experts + len(self.model.moe_layers) * experts_per_token * self._expert
+
+    def flops(self, tokens: int, routed_rows: int) -> int:
+        """Matrix-product FLOPs of training on ``tokens`` tokens whose MoE layers computed ``routed_rows`` rows in all.
+
+        Forward and backward (three times the forward), two per multiply-add; causal attention counted at half;
+        the embedding lookup, norms and the optimizer not counted; recomputation neither.
+        """
+        model = self.model
+        per_token = self._embedding + sum(self._layer_without_routed(layer) for layer in range(model.layers))
+        attention = model.layers * self.sequence_length * model.heads * model.head_dim
+        return 6 * (tokens * (per_token + attention) + routed_rows * self._expert)
+
+    def static_flops(self, tokens: int, experts_per_token: float) -> float:
+        """The same with an assumed number of experts per token in place of the measured rows."""
+        return self.flops(tokens, 0) + 6 * tokens * len(self.model.moe_layers) * experts_per_token * self._expert
+
+
+def embedding_rows(tokenizer_size: int, given: int | None) -> int:
+    """Rows of the embedding: as configured, else the tokenizer's ids rounded up to a multiple of 64.
+
+    Raises:
+        ConfigError: fewer rows than the tokenizer has ids.
+    """
+    if given is not None and given < tokenizer_size:
+        cure = f"use at least {tokenizer_size} or null"
+        raise ConfigError("model.vocab_size", given, "is less than the tokenizer has ids", cure)
+    return given or -(-tokenizer_size // 64) * 64

@@ -1,0 +1,58 @@
+"""The experts that one rank holds."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynmoe.config import ModelConfig
+from dynmoe.moe.initialization import named_normal
+from dynmoe.ops import swiglu_experts
+
+
+def down_std(model: ModelConfig) -> float:
+    """Standard deviation of projections back into the residual stream (GPT-2: scaled by 1 / sqrt(2 layers))."""
+    return model.init_std / math.sqrt(2 * model.layers)
+
+
+class GroupedExperts(nn.Module):
+    """SwiGLU experts as two stacked parameters, for a consecutive block of expert indices.
+
+    Args:
+        model: widths and initial scale.
+        experts: global indices of the experts held here.
+        seed: of the initial weights.
+        name: prefix of this module's parameter names in the whole model.
+    """
+
+    def __init__(self, model: ModelConfig, experts: range, seed: int, name: str) -> None:
+        super().__init__()
+        hidden, width = model.hidden, model.moe.expert_hidden
+        up = [named_normal((2 * width, hidden), model.init_std, seed, f"{name}.w_up.{e}") for e in experts]
+        down = [named_normal((hidden, width), down_std(model), seed, f"{name}.w_down.{e}") for e in experts]
+        self.experts = experts
+        self.w_up_EHD = nn.Parameter(torch.stack(up))  # H = 2F: gate and up projection
+        self.w_down_EDF = nn.Parameter(torch.stack(down))
+        for parameter in self.parameters():
+            # Both engines read this mark: not to be averaged over all data-parallel ranks.
+            parameter.allreduce = False  # type: ignore[attr-defined]
+
+    def forward(self, rows_ND: Tensor, gates_N: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+        """Gated outputs of rows sorted by local expert, [N, D]."""
+        return swiglu_experts(rows_ND, gates_N, self.w_up_EHD, self.w_down_EDF, tokens_per_expert_E)
+
+
+class SwiGLU(nn.Module):
+    """A dense SwiGLU layer: the feed-forward of dense layers, and the shared expert of MoE layers."""
+
+    def __init__(self, model: ModelConfig, width: int, seed: int, name: str) -> None:
+        super().__init__()
+        self.w_up_HD = nn.Parameter(named_normal((2 * width, model.hidden), model.init_std, seed, f"{name}.w_up"))
+        self.w_down_DF = nn.Parameter(named_normal((model.hidden, width), down_std(model), seed, f"{name}.w_down"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, self.w_up_HD).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.w_down_DF)

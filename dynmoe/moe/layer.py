@@ -1,0 +1,97 @@
+"""The MoE layer: route, dispatch, experts, combine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dynmoe.config import ModelConfig
+from dynmoe.moe.context import MoEContext
+from dynmoe.moe.dispatcher import TokenDispatcher
+from dynmoe.moe.experts import GroupedExperts, SwiGLU
+from dynmoe.moe.router import Router
+from dynmoe.moe.statistics import record
+from dynmoe.ops import attach_loss
+from dynmoe.routing import RoutingPlan, apply_capacity, expert_capacity
+
+
+class MoELayer(nn.Module):
+    """A feed-forward layer in which each token takes the experts it needs.
+
+    Auxiliary losses travel with the output (see :func:`attach_loss`); statistics stay in the layer until
+    :meth:`take_statistics` is called.
+
+    Args:
+        model: the model's configuration.
+        layer: index of the decoder layer.
+        seed: of the initial weights.
+        context: process groups and step state, shared by all layers of the model.
+    """
+
+    def __init__(self, model: ModelConfig, layer: int, seed: int, context: MoEContext) -> None:
+        # Not super(): an engine's subclass may have a second parent, whose constructor builds a layer of its own.
+        nn.Module.__init__(self)
+        name = f"layers.{layer}.moe"
+        self.layer, self.settings, self.context = layer, model.moe, context
+        per_rank = model.moe.experts // context.expert_parallel
+        local = range(context.expert_rank * per_rank, (context.expert_rank + 1) * per_rank)
+        self.router = Router(model, seed, f"{name}.router", context)
+        self.dispatcher = TokenDispatcher(context.expert_group)
+        self.experts = GroupedExperts(model, local, seed, f"{name}.experts")
+        self.shared: SwiGLU | None = None
+        if model.moe.shared_hidden:
+            self.shared = SwiGLU(model, model.moe.shared_hidden, seed, f"{name}.shared")
+        self._routed_rows = 0
+        self._statistics: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., D]: route, dispatch, experts, combine."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        plan = self._drop_beyond_capacity(self.router(x_TD))
+        dispatched = self.dispatcher.dispatch(x_TD, plan)
+        outputs_ND = self.experts(dispatched.rows_ND, dispatched.gates_N, dispatched.tokens_per_expert_E)
+        y_TD = self.dispatcher.combine(outputs_ND, dispatched)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        losses = self.router.losses(plan) if self.training else {}
+        if losses and torch.is_grad_enabled():
+            coefficients = self.router.settings.loss_coefficients
+            total = torch.stack([coefficients[name] * loss for name, loss in losses.items()]).sum()
+            y_TD = attach_loss(y_TD, total, self.context.loss_scale)
+        self._count(plan, losses, dispatched.permutation.token_N.shape[0])
+        return y_TD.view_as(x)
+
+    def _drop_beyond_capacity(self, plan: RoutingPlan) -> RoutingPlan:
+        factor = self.settings.capacity_factor
+        if factor is None:
+            return plan
+        num_routes, num_active = int(plan.routing_map_TE.sum()), int(self.router.active_E.sum())
+        return apply_capacity(plan, expert_capacity(num_routes, num_active, factor), self.settings.drop_policy)
+
+    def _count(self, plan: RoutingPlan, losses: dict[str, Tensor], num_rows: int) -> None:
+        if self.context.recomputing or not self.training:
+            return
+        self._routed_rows += num_rows
+        if self.context.recording:
+            self._statistics.append(record(plan, losses, self.router.control, self.router.active_E))
+
+    def take_routed_rows(self) -> int:
+        """Rows that the tokens of this rank were computed in, since the last call; counted in training always."""
+        rows, self._routed_rows = self._routed_rows, 0
+        return rows
+
+    @property
+    def has_statistics(self) -> bool:
+        return bool(self._statistics)
+
+    def take_statistics(self) -> Tensor:
+        """The vector of :func:`record`, summed over the forward passes since the last call.
+
+        Raises:
+            RuntimeError: nothing was recorded.
+        """
+        if not self._statistics:
+            raise RuntimeError(f"layer {self.layer} recorded no statistics: set context.recording before the step")
+        total = torch.stack(self._statistics).sum(dim=0)
+        self._statistics.clear()
+        return total

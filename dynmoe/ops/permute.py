@@ -1,0 +1,112 @@
+"""Rows by expert and back: the CSR form of a routing map, and the two moves over it.
+
+No padding and no T x E x C tensor: only the N routed rows exist. Both moves are each other's gradient, read
+memory row by row and sum in a fixed order, so that they are deterministic on every device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """Compressed sparse rows of a routing map, in both orders.
+
+    Attributes:
+        token_N: token of each routed row; rows are sorted by expert, within it by token.
+        route_N: flat index t * E + e of each routed row into a [T, E] tensor.
+        row_N: routed rows sorted by token, within it by expert: where the rows of a token lie.
+        token_offsets_T1: start of each token in ``row_N``, and N at the end.
+        tokens_per_expert_E: routed rows of each expert, int64.
+    """
+
+    token_N: Tensor
+    route_N: Tensor
+    row_N: Tensor
+    token_offsets_T1: Tensor
+    tokens_per_expert_E: Tensor
+
+    @classmethod
+    def of(cls, routing_map_TE: Tensor) -> Permutation:
+        """Builds the index tensors of a bool [T, E] map (True: routed)."""
+        _num_tokens, num_experts = routing_map_TE.shape
+        expert_N, token_N = routing_map_TE.t().nonzero(as_tuple=True)
+        tokens_per_expert_E = routing_map_TE.sum(dim=0)
+        experts_per_token_T = routing_map_TE.sum(dim=1)
+        # Row of (t, e): the rows of the experts before e, and the tokens of e before t.
+        expert_start_E = tokens_per_expert_E.cumsum(0) - tokens_per_expert_E
+        row_TE = routing_map_TE.cumsum(dim=0) - 1 + expert_start_E
+        token_offsets_T1 = F.pad(experts_per_token_T.cumsum(0), (1, 0))
+        return cls(
+            token_N=token_N,
+            route_N=token_N * num_experts + expert_N,
+            row_N=row_TE[routing_map_TE],
+            token_offsets_T1=token_offsets_T1,
+            tokens_per_expert_E=tokens_per_expert_E,
+        )
+
+
+def _gather(x_TD: Tensor, permutation: Permutation) -> Tensor:
+    return x_TD.index_select(0, permutation.token_N)
+
+
+def _sum(rows_ND: Tensor, permutation: Permutation) -> Tensor:
+    if rows_ND.shape[0] == 0:  # embedding_bag wants at least one row
+        return rows_ND.new_zeros(permutation.token_offsets_T1.shape[0] - 1, rows_ND.shape[1])
+    return F.embedding_bag(
+        permutation.row_N, rows_ND, permutation.token_offsets_T1, mode="sum", include_last_offset=True
+    )
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, permutation: Permutation) -> Tensor:
+        ctx.permutation = permutation
+        return _gather(x_TD, permutation)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _sum(grad_ND.contiguous(), ctx.permutation), None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, permutation: Permutation) -> Tensor:
+        ctx.permutation = permutation
+        return _sum(rows_ND, permutation)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _gather(grad_TD, ctx.permutation), None
+
+
+class _PermuteRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
+        ctx.inverse_N = inverse_N
+        return rows_ND.index_select(0, order_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad_ND.index_select(0, ctx.inverse_N), None, None
+
+
+def gather_rows(x_TD: Tensor, permutation: Permutation) -> Tensor:
+    """Copies each token to the rows of its experts, [N, D], sorted by expert. Saves indices only."""
+    return _GatherRows.apply(x_TD, permutation)
+
+
+def sum_rows(rows_ND: Tensor, permutation: Permutation) -> Tensor:
+    """Adds up the rows of each token, [T, D]; 0 for a token without rows. Saves indices only."""
+    return _SumRows.apply(rows_ND, permutation)
+
+
+def permute_rows(rows_ND: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
+    """``rows[order]`` for a permutation whose inverse is known: the gradient is a gather too."""
+    return _PermuteRows.apply(rows_ND, order_N, inverse_N)

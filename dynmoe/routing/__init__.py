@@ -1,0 +1,25 @@
+"""Ground floor: which experts a token takes, as pure functions of tensors and numbers.
+
+Shape letters, here and in every file above: T tokens, D model dimension, E experts, K experts of one token,
+N routed rows (the sum of K over tokens), F expert width.
+"""
+
+from dynmoe.routing import losses
+from dynmoe.routing.capacity import apply_capacity, expert_capacity
+from dynmoe.routing.losses import released_top_any_loss
+from dynmoe.routing.plan import RoutingCounts, RoutingPlan
+from dynmoe.routing.top_any import top_any
+from dynmoe.routing.top_k import top_k
+from dynmoe.routing.top_p import top_p
+
+__all__ = [
+    "RoutingCounts",
+    "RoutingPlan",
+    "apply_capacity",
+    "expert_capacity",
+    "losses",
+    "released_top_any_loss",
+    "top_any",
+    "top_k",
+    "top_p",
+]

@@ -1,0 +1,85 @@
+"""The one record that every router makes and every consumer reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """Which experts compute which tokens, and with what weight.
+
+    Attributes:
+        gates_TE: fp32 weights of the expert outputs; 0 where ``routing_map_TE`` is False. Carries gradients.
+        routing_map_TE: bool; True where the expert computes the token.
+        selected_map_TE: bool; what the router chose before capacity dropped routes (routed + dropped = selected).
+        scores_TE: fp32; softmax probabilities (top_k, top_p) or sigmoid scores (top_any). Carries gradients.
+        logits_TE: what went into the softmax; None for routers without one.
+    """
+
+    gates_TE: Tensor
+    routing_map_TE: Tensor
+    selected_map_TE: Tensor
+    scores_TE: Tensor
+    logits_TE: Tensor | None = None
+
+    @property
+    def experts_per_token_T(self) -> Tensor:
+        """Number of experts that compute each token, int64 [T]."""
+        return self.routing_map_TE.sum(dim=1)
+
+    @property
+    def tokens_per_expert_E(self) -> Tensor:
+        """Number of tokens that each expert computes, int64 [E]."""
+        return self.routing_map_TE.sum(dim=0)
+
+    def keep(self, kept_map_TE: Tensor) -> RoutingPlan:
+        """The same plan with the routes outside ``kept_map_TE`` (bool) dropped; the selection stays on record."""
+        return dataclasses.replace(
+            self,
+            gates_TE=self.gates_TE.masked_fill(~kept_map_TE, 0.0),
+            routing_map_TE=self.routing_map_TE & kept_map_TE,
+        )
+
+
+@dataclass(frozen=True)
+class RoutingCounts:
+    """Counts over the tokens of every rank that shares an auxiliary loss. Constants to autograd.
+
+    A loss that multiplies these global counts with means over local tokens has the value and the gradient of the
+    same loss over all tokens at once, after the average over ranks that data parallelism takes anyway.
+
+    Attributes:
+        selected_E: tokens that selected each expert, fp32.
+        num_tokens: tokens, fp32 scalar.
+        num_routed_tokens: tokens that selected at least one expert, fp32 scalar.
+        num_ranks: ranks that the counts were summed over.
+    """
+
+    selected_E: Tensor
+    num_tokens: Tensor
+    num_routed_tokens: Tensor
+    num_ranks: int = 1
+
+    @classmethod
+    def of(cls, plan: RoutingPlan) -> RoutingCounts:
+        """Counts of the tokens of this rank alone."""
+        selected_TE = plan.selected_map_TE
+        num_tokens = torch.tensor(float(selected_TE.shape[0]), device=selected_TE.device)
+        return cls(selected_TE.sum(dim=0).float(), num_tokens, selected_TE.any(dim=1).sum().float())
+
+    @property
+    def mean_experts_per_token(self) -> Tensor:
+        return self.selected_E.sum() / self.num_tokens
+
+    @property
+    def tokens_per_rank(self) -> Tensor:
+        return self.num_tokens / self.num_ranks
+
+    @property
+    def routed_tokens_per_rank(self) -> Tensor:
+        return self.num_routed_tokens.clamp(min=1) / self.num_ranks

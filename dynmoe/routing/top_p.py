@@ -1,0 +1,54 @@
+"""Top-p routing: "Harder Tasks Need More Experts" (arXiv 2403.07652)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynmoe.routing.plan import RoutingPlan
+from dynmoe.routing.selection import softmax_plan
+
+
+def top_p(
+    logits_TE: Tensor,
+    p: float,
+    *,
+    form: str = "paper",
+    renormalize: bool = False,
+    min_experts: int = 1,
+    max_experts: int | None = None,
+) -> RoutingPlan:
+    """Selects the fewest experts, best first, whose probabilities add up to ``p`` (section 3.2, eq. 4).
+
+    Args:
+        logits_TE: router logits, any float dtype; the softmax is taken in fp32.
+        p: mass to reach, in (0, 1]; 1 selects every expert.
+        form: ``paper`` stops at a sum of at least p, ``released`` at a sum above p; they differ on exact hits.
+        renormalize: make the gates of a token sum to 1; both forms of the paper use raw probabilities.
+        min_experts: floor of experts per token, at least 1.
+        max_experts: ceiling of experts per token.
+
+    Raises:
+        ValueError: a number or form outside its range.
+    """
+    num_experts = logits_TE.shape[1]
+    if not 0.0 < p <= 1.0:
+        raise ValueError(f"p={p} must lie in (0, 1]")
+    if form not in ("paper", "released"):
+        raise ValueError(f"form={form!r} must be 'paper' or 'released'")
+    if not 1 <= min_experts <= (num_experts if max_experts is None else min(max_experts, num_experts)):
+        raise ValueError(f"min_experts={min_experts} must lie between 1 and max_experts ({max_experts}) and E")
+    logits_TE = logits_TE.float()
+    probs_TE = torch.softmax(logits_TE, dim=1)
+    if p >= 1.0:
+        keep_TE = torch.ones_like(probs_TE, dtype=torch.bool)
+    sorted_TE, order_TE = probs_TE.detach().sort(dim=1, descending=True, stable=True)
+    if p < 1.0:
+        # An expert is kept while the mass of the better ones has not ended the prefix.
+        better_TE = torch.cat([torch.zeros_like(sorted_TE[:, :1]), sorted_TE[:, :-1].cumsum(dim=1)], dim=1)
+        keep_TE = better_TE < p if form == "paper" else better_TE <= p
+    keep_TE[:, :min_experts] = True
+    if max_experts is not None:
+        keep_TE[:, max_experts:] = False
+    map_TE = torch.zeros_like(keep_TE).scatter_(1, order_TE, keep_TE)
+    return softmax_plan(logits_TE, probs_TE, map_TE, renormalize)

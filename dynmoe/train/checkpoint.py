@@ -1,0 +1,174 @@
+"""Checkpoints that are complete or do not count: write beside, hash, manifest last, rename.
+
+A step's directory is written as ``step_N.tmp-<id>``, its manifest (sizes and SHA-256 of every file) comes last, and
+the rename makes it a checkpoint. Loading goes from the newest to the oldest, verifies every hash before anything is
+read, and puts a damaged one aside. Directories are never reused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from dynmoe.data.corpus import sha256_of
+from dynmoe.errors import UserError
+
+_MANIFEST = "manifest.json"
+_TRAINER = "trainer.json"
+_COMPLETE = re.compile(r"step_(\d{8})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint."""
+
+    path: Path
+    step: int
+
+    @property
+    def trainer_state(self) -> dict[str, Any]:
+        """What the trainer gave to :meth:`CheckpointStore.save`."""
+        return json.loads((self.path / _TRAINER).read_text())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces ``path`` so that a reader, also after a crash, sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with temporary.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.rename(path)
+    _sync(path.parent)
+
+
+def _verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint directory; None where every file is as its manifest says."""
+    try:
+        files = json.loads((path / _MANIFEST).read_text())["files"]
+        for name, facts in files.items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != facts["bytes"] or sha256_of(file) != facts["sha256"]:
+                return f"{name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{_MANIFEST} is missing or damaged"
+    return None
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in ``root``. Methods are collective.
+
+    Args:
+        root: directory, shared by all ranks.
+        keep: newest checkpoints that stay.
+    """
+
+    def __init__(self, root: Path, keep: int) -> None:
+        self.root, self.keep = root, keep
+        self._is_first = dist.get_rank() == 0
+
+    def _directories(self) -> list[Path]:
+        """Complete checkpoints, newest first."""
+        if not self.root.is_dir():
+            return []
+        found = [path for path in self.root.iterdir() if path.is_dir() and _COMPLETE.fullmatch(path.name)]
+        return sorted(found, key=lambda path: path.name, reverse=True)
+
+    def save(self, step: int, write: Callable[[Path], list[Path]], trainer_state: dict[str, Any]) -> None:
+        """Saves step ``step``: ``write`` puts this rank's files into the directory it is given and returns them."""
+        name = [secrets.token_hex(4)]
+        dist.broadcast_object_list(name, src=0)
+        final = self.root / f"step_{step:08d}"
+        building = final.with_name(f"{final.name}.tmp-{name[0]}")
+        if self._is_first:
+            building.mkdir(parents=True)
+        dist.barrier()
+        files = write(building)
+        if self._is_first:
+            state = building / _TRAINER
+            state.write_text(json.dumps(trainer_state))
+            files = [*files, state]
+        facts = {}
+        for file in files:
+            _sync(file)
+            facts[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        gathered: list[dict[str, Any] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, facts)
+        if self._is_first:
+            everything = {name: fact for part in gathered if part for name, fact in part.items()}
+            manifest = {"step": step, "ranks": dist.get_world_size(), "files": everything}
+            write_atomically(building / _MANIFEST, json.dumps(manifest, indent=1))
+            if final.exists():  # the same step again, after an older one was resumed
+                final.rename(final.with_name(f"{final.name}.replaced-{name[0]}"))
+            building.rename(final)
+            _sync(self.root)
+            self._prune()
+        dist.barrier()
+
+    def _prune(self) -> None:
+        for old in self._directories()[self.keep :]:
+            # Out of the way first: half a removal must not look like a checkpoint.
+            doomed = old.rename(old.with_name(f"{old.name}.removed"))
+            shutil.rmtree(doomed)
+        for leftover in self.root.glob("step_*.replaced-*"):
+            shutil.rmtree(leftover)
+
+    def remove_leftovers(self) -> None:
+        """Removes what interrupted saves and removals left behind."""
+        if self._is_first and self.root.is_dir():
+            for pattern in ("step_*.tmp-*", "step_*.removed", "step_*.replaced-*"):
+                for leftover in self.root.glob(pattern):
+                    shutil.rmtree(leftover)
+        dist.barrier()
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint whose every hash is right; None in a run that has none yet.
+
+        Damaged ones are renamed to ``step_N.damaged-<id>`` and reported.
+
+        Raises:
+            UserError: there are checkpoints, and all of them are damaged.
+        """
+        chosen: list[Any] = [None]
+        if self._is_first:
+            chosen = [self._choose()]
+        dist.broadcast_object_list(chosen, src=0)
+        result = chosen[0]
+        if isinstance(result, str):
+            raise UserError(result)
+        return None if result is None else Checkpoint(self.root / f"step_{result:08d}", result)
+
+    def _choose(self) -> int | str | None:
+        problems = []
+        for path in self._directories():
+            problem = _verify(path)
+            if problem is None:
+                match = _COMPLETE.fullmatch(path.name)
+                assert match is not None
+                return int(match.group(1))
+            problems.append(f"{path.name}: {problem}")
+            path.rename(path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}"))
+            print(f"checkpoint {path}: {problem}; put aside, trying the one before", flush=True)
+        if problems or any(self.root.glob("step_*.damaged-*")):
+            why = "; ".join(problems) or "all were found damaged before"
+            return f"{self.root}: no checkpoint is undamaged ({why}); restore one, or start anew with another run.name"
+        return None

@@ -1,0 +1,47 @@
+"""What the person at the keyboard sees while a run goes on."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from dynmoe.train.metrics import Row
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class ProgressLine:
+    """One line that is kept up to date on a terminal; a line per row where the output is none."""
+
+    def __init__(self, steps: int, first_step: int) -> None:
+        self._steps, self._first = steps, first_step
+        self._console = Console(soft_wrap=True, highlight=False)
+        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        self._seconds = 0.0
+        if self._live is not None:
+            self._live.start()
+
+    def show(self, row: Row, seconds: float, step: int) -> None:
+        """``seconds``: time that steps took since the last row."""
+        self._seconds += seconds
+        per_step = self._seconds / max(1, step - self._first)
+        parts = [f"step {step}/{self._steps}", f"loss {row['train/lm_loss']:.3f}"]
+        parts += [f"validation {row['eval/loss']:.3f}"] if "eval/loss" in row else []
+        parts += [f"{row['train/tokens_per_s']:.0f} tokens/s"]
+        if "moe/experts_per_token_mean" in row:
+            parts += [f"{row['moe/experts_per_token_mean']:.2f} experts/token"]
+        parts += [f"{_duration(per_step * (self._steps - step))} left"]
+        text = Text("  ".join(parts))
+        if self._live is None:
+            self._console.print(text)
+        else:
+            self._live.update(text, refresh=True)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()

@@ -1,0 +1,124 @@
+"""metrics.jsonl, the truth, and the views of it."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Protocol, TextIO
+
+import torch
+
+from dynmoe.config import Config
+from dynmoe.model.size import ModelSize
+from dynmoe.moe.statistics import layer_figures
+from dynmoe.train.checkpoint import write_atomically
+from dynmoe.train.engine import StepReport
+
+# Dense bf16 peaks of one device in TFLOP/s, by a part of its name, from the makers' data sheets.
+_PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.4, "H200": 989.4, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
+
+Row = dict[str, float]
+
+
+class View(Protocol):
+    """Something that shows rows elsewhere (W&B)."""
+
+    def log(self, row: Row) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def no_views(run_id: str | None) -> tuple[list[View], str | None]:
+    """Shows the metrics nowhere else; keeps the W&B id of an earlier start."""
+    return [], run_id
+
+
+class MetricsLog:
+    """Appends rows to ``path``, one JSON object per line, and passes them to the views.
+
+    Args:
+        path: the file.
+        step: the step that the run resumes from; later rows are cut off, as they will come again.
+        views: shown the same rows.
+    """
+
+    def __init__(self, path: Path, step: int, views: list[View]) -> None:
+        rows = [line for line in _complete_lines(path) if json.loads(line)["train/step"] <= step]
+        write_atomically(path, "".join(f"{line}\n" for line in rows))
+        self._stream: TextIO = path.open("a")
+        self._views = views
+
+    def log(self, row: Row) -> None:
+        self._stream.write(json.dumps(row) + "\n")
+        self._stream.flush()
+        for view in self._views:
+            view.log(row)
+
+    def close(self) -> None:
+        self._stream.close()
+        for view in self._views:
+            view.close()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """Lines of ``path`` that hold a whole object: a kill may leave half of the last one."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            if "train/step" in json.loads(line):
+                lines.append(line)
+        except ValueError:
+            continue
+    return lines
+
+
+def peak_tflops(given: float | None) -> float | None:
+    """Peak of one device, given or by the GPU's name; None where it is unknown."""
+    if given is not None or not torch.cuda.is_available():
+        return given
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)
+
+
+def peak_memory_gib() -> float:
+    """High-water mark of this process: device memory on a GPU, resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+
+
+def moe_row(report: StepReport, config: Config) -> Row:
+    """Figures of every MoE layer, and their mean over layers without the layer in the name."""
+    figures = {
+        layer: layer_figures(vector, config.model, config.parallel.expert)
+        for layer, vector in report.statistics.items()
+    }
+    row = {f"moe/layer_{layer:02d}/{name}": value for layer, own in figures.items() for name, value in own.items()}
+    names = next(iter(figures.values()), {})
+    return {f"moe/{name}": sum(own[name] for own in figures.values()) / len(figures) for name in names} | row
+
+
+def auxiliary_loss(row: Row, config: Config) -> float:
+    """Sum over layers of the weighted auxiliary losses in a row of :func:`moe_row`."""
+    layers = len(config.model.moe_layers)
+    return sum(
+        coefficient * row[f"moe/{name}_loss"] * layers
+        for name, coefficient in config.model.router.loss_coefficients.items()
+        if layers
+    )
+
+
+def throughput_row(
+    size: ModelSize, tokens: int, routed_rows: int, seconds: float, world_size: int, peak: float | None, static_k: float
+) -> Row:
+    """Speed over an interval of ``tokens`` tokens; FLOPs from the rows that were computed, beside the static figure."""
+    per_rank = size.flops(tokens, routed_rows) / seconds / world_size / 1e12
+    row = {
+        "train/tokens_per_s": tokens / seconds,
+        "train/tflops_per_rank": per_rank,
+        "train/tflops_per_rank_static": size.static_flops(tokens, static_k) / seconds / world_size / 1e12,
+    }
+    return row if peak is None else row | {"train/mfu": per_rank / peak}

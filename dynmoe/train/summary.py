@@ -1,0 +1,69 @@
+"""The end of a run in plain words."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from dynmoe.config import Config
+from dynmoe.data.corpus import Corpus
+from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.model.sampling import sample
+from dynmoe.model.size import ModelSize
+from dynmoe.train.engine import Engine
+from dynmoe.train.trainer import Result
+
+
+def validation_unigram_entropy(corpora: list[Corpus]) -> float:
+    """Unigram entropy of the validation text in nats per token; of several corpora the mean by tokens."""
+    splits = [corpus.manifest["splits"]["validation"] for corpus in corpora]
+    tokens = sum(split["tokens"] for split in splits)
+    return sum(split["unigram_entropy_nats"] * split["tokens"] for split in splits) / tokens
+
+
+def write_sample(engine: Engine, tokenizer: Tokenizer, sequence_length: int, num_tokens: int = 96) -> str:
+    """A text that the model writes from the beginning of a document. Collective."""
+    prompt = [tokenizer.eod, *tokenizer.encode("def ")]
+    tokens = sample(engine.logits, prompt, num_tokens, vocab_size=tokenizer.vocab_size, sequence_length=sequence_length)
+    if tokenizer.eod in tokens:
+        tokens = tokens[: tokens.index(tokenizer.eod)]
+    return tokenizer.decode(prompt[1:] + tokens)
+
+
+def describe(config: Config, size: ModelSize, result: Result, corpora: list[Corpus], text: str) -> str:
+    """What was trained, how good it is, how many experts a token used, and where it lies."""
+    row, progress = result.last_row, result.progress
+    router = config.model.router
+    lines = [
+        f"Trained a {config.model.layers}-layer decoder with {size.total_parameters / 1e6:.1f} M parameters on "
+        f"{progress.tokens / 1e6:.2f} M tokens in {progress.step} steps ({config.engine}, "
+        f"expert-parallel over {config.parallel.expert})."
+    ]
+    if config.model.moe_layers:
+        per_layer = {
+            layer: progress.routed_rows.get(str(layer), 0) / progress.tokens for layer in config.model.moe_layers
+        }
+        mean = sum(per_layer.values()) / len(per_layer)
+        lines.append(
+            f"A token met {size.active_parameters(mean) / 1e6:.1f} M of them: the {router.kind} router gave it "
+            f"{mean:.2f} of {config.model.moe.experts} experts per MoE layer in the mean over the whole training."
+        )
+        if f"moe/layer_{config.model.moe_layers[0]:02d}/experts_per_token_mean" in row:
+            at_end = (f"layer {i}: {row[f'moe/layer_{i:02d}/experts_per_token_mean']:.2f}" for i in per_layer)
+            lines.append(f"Experts per token at the end: {', '.join(at_end)}.")
+    if "eval/loss" in row:
+        entropy = validation_unigram_entropy(corpora)
+        lines.append(
+            f"Validation loss {row['eval/loss']:.3f} nats per token (perplexity {math.exp(row['eval/loss']):.1f}); "
+            f"token frequencies alone would give {entropy:.3f}: {entropy - row['eval/loss']:.3f} nats better."
+        )
+    if text:
+        lines += ["A sample of what it writes:", *(f"    {line}" for line in text.splitlines())]
+    lines.append(f"Run directory: {config.run.path}")
+    return "\n".join(lines)
+
+
+def facts(result: Result) -> dict[str, Any]:
+    """Figures for outcome.json."""
+    names = ("eval/loss", "eval/perplexity", "train/lm_loss", "moe/experts_per_token_mean", "train/cumulative_flops")
+    return {name: result.last_row[name] for name in names if name in result.last_row}

@@ -1,0 +1,43 @@
+"""Weights & Biases as a view of the metrics: never in the way of the training."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from dynmoe.train.metrics import Row
+
+_INIT_TIMEOUT_S = 10.0
+
+
+class WandbView:
+    """A W&B run, offline or online; online and unreachable within 10 s, it goes on offline and says so.
+
+    Args:
+        mode: ``offline`` or ``online``.
+        run_id: of an earlier start of the same run, to continue it; None for a new one.
+    """
+
+    def __init__(self, mode: str, project: str, name: str, directory: Path, config: dict[str, Any], run_id: str | None):
+        arguments = {
+            "project": project, "name": name, "group": name, "dir": str(directory), "config": config,
+            "id": run_id or secrets.token_hex(4), "resume": "allow",
+        }  # fmt: skip
+        settings = wandb.Settings(init_timeout=_INIT_TIMEOUT_S, silent=True, console="off")
+        try:
+            self._run = wandb.init(mode=mode, settings=settings, **arguments)  # type: ignore[arg-type]
+        except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+            print(f"W&B cannot be reached ({str(error).splitlines()[0]}); logging offline into {directory}", flush=True)
+            self._run = wandb.init(mode="offline", settings=settings, **arguments)  # type: ignore[arg-type]
+        self.run_id: str = self._run.id
+        self._run.define_metric("train/step")
+        self._run.define_metric("*", step_metric="train/step")
+
+    def log(self, row: Row) -> None:
+        self._run.log(row)
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from tests.workers import WorkerPool
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+torch.set_num_threads(1)
+settings.register_profile(
+    "project", max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("project")
+
+
+def _pool(world_size: int) -> Iterator[WorkerPool]:
+    pool = WorkerPool(world_size)
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[WorkerPool]:
+    yield from _pool(1)
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[WorkerPool]:
+    yield from _pool(2)
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small corpus of made-up text, prepared by data_prep."""
+    from data_prep.build import Recipe, build
+    from tests.texts import write_texts
+
+    root = tmp_path_factory.mktemp("corpus")
+    write_texts(root / "text", documents=60)
+    build(Recipe([str(root / "text")], vocab_size=400, validation_fraction=0.2), root / "prepared", workers=1)
+    return root / "prepared"

@@ -1,0 +1,77 @@
+"""What runs on the ranks of a pool for the tests of engines: a short training on made-up tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dynmoe.config import Config, load_config
+from dynmoe.data.batches import Batch
+from dynmoe.engines.deepspeed import DeepSpeedEngine
+from dynmoe.moe.router import Router
+
+VOCAB, LENGTH, GLOBAL_BATCH = 64, 24, 8
+
+
+def config_for(*overrides: str) -> Config:
+    base = [
+        "model.hidden=32", "model.heads=2", "model.kv_heads=1", "model.layers=2", "model.moe.experts=4",
+        "model.moe.expert_hidden=32", "model.init_std=0.1", f"data.sequence_length={LENGTH}",
+        f"train.global_batch={GLOBAL_BATCH}", "optimizer.lr=3e-3",
+    ]  # fmt: skip
+    return load_config(None, [*base, *overrides])
+
+
+def batch_of_step(step: int) -> torch.Tensor:
+    """The global batch [B, S + 1] of a step: short cycles with noise, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(step)
+    start = torch.randint(VOCAB, (GLOBAL_BATCH, 1), generator=generator)
+    tokens = (start + 3 * torch.arange(LENGTH + 1)) % VOCAB
+    noise = torch.randint(VOCAB, tokens.shape, generator=generator)
+    return torch.where(torch.rand(tokens.shape, generator=generator) < 0.2, noise, tokens)
+
+
+def micro_batches(engine: DeepSpeedEngine, step: int) -> list[Batch]:
+    tokens, size = batch_of_step(step), engine.config.train.micro_batch
+    starts = range(engine.data_rank * size, GLOBAL_BATCH, engine.data_size * size)
+    return [Batch(tokens[s : s + size, :-1], tokens[s : s + size, 1:]) for s in starts]
+
+
+def train(overrides: list[str], first: int, last: int, load: str = "", save: str = "") -> dict[str, Any]:
+    """Steps ``first`` to ``last`` - 1: losses, gradient norms, and the routing maps of every step as bytes."""
+    config = config_for(*overrides)
+    config.check_world(dist.get_world_size())
+    engine = DeepSpeedEngine(config, VOCAB)
+    if load:
+        engine.load(Path(load))
+    maps: list[torch.Tensor] = []
+    for module in engine.module.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(lambda module, inputs, plan: maps.append(plan.routing_map_TE.clone()))
+    losses, norms, rows, statistics = [], [], [], []
+    for step in range(first, last):
+        engine.train_step(micro_batches(engine, step), config.optimizer.lr, record=True)
+        report = engine.report()
+        losses.append(report.lm_loss)
+        norms.append(report.grad_norm)
+        rows.append(report.routed_rows)
+        statistics.append({layer: vector.tolist() for layer, vector in report.statistics.items()})
+    if save:
+        Path(save).mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        engine.save(Path(save))
+        dist.barrier()
+    state = _whole_state(engine)
+    return {"losses": losses, "norms": norms, "maps": maps, "rows": rows, "statistics": statistics, "state": state}
+
+
+def _whole_state(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """fp32 masters and moments of the parameters that this rank holds."""
+    return {
+        f"{name}|{part}": value.clone()
+        for name, parameter in engine.module.named_parameters()
+        for part, value in engine._state.get(parameter).items()
+    }

@@ -1,0 +1,128 @@
+"""The same training whatever the layout: data parallelism, expert parallelism, ZeRO, accumulation, recomputation."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from tests.engines.cases import train
+from tests.moe.cases import ROUTERS
+
+STEPS = 20
+ONE = ["train.micro_batch=8"]
+HALF = ["train.micro_batch=4"]
+NO_LOSSES = {
+    "top_k": ["model.router.balance_loss=0"],
+    "top_p": ["model.router.balance_loss=0", "model.router.entropy_loss=0"],
+    "top_any": ["model.router.diversity_loss=0", "model.router.simplicity_loss=0"],
+}
+# All losses of a router at once, counts over all ranks among them.
+ALL_LOSSES = {
+    "top_k": ["model.router.z_loss=1e-3", "model.router.entropy_loss=1e-3"],
+    "top_p": ["model.router.z_loss=1e-3"],
+    "top_any": ["model.router.balance_loss=1e-2", "model.router.efficiency_loss=1e-2"],
+}
+
+
+def maps_of_all_ranks(results, micro_batches: int) -> list[torch.Tensor]:
+    """Routing maps in the order of one process: per layer pass, the tokens of rank 0, then of rank 1."""
+    return [torch.cat(parts) for parts in zip(*(result["maps"] for result in results), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def alone(one_rank):
+    @functools.cache
+    def run(kind: str):
+        (result,) = one_rank.run(train, [*ROUTERS[kind], *ALL_LOSSES[kind], *ONE], 0, STEPS)
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize("kind", sorted(ROUTERS))
+@pytest.mark.parametrize("expert_parallel", [1, 2])
+def test_two_ranks_train_like_one_with_auxiliary_losses(alone, two_ranks, kind, expert_parallel):
+    overrides = [*ROUTERS[kind], *ALL_LOSSES[kind], *HALF, f"parallel.expert={expert_parallel}"]
+    results = two_ranks.run(train, overrides, 0, STEPS)
+    expected = alone(kind)
+    assert results[0]["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert results[0]["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+    assert results[0]["losses"] == results[1]["losses"]
+    assert expected["losses"][-1] < expected["losses"][0] - 0.3, "nothing was learnt: the comparison says little"
+    for ours, one_process in zip(maps_of_all_ranks(results, 1), expected["maps"], strict=True):
+        assert torch.equal(ours, one_process)
+    assert results[0]["rows"] == expected["rows"]
+    for ours, one_process in zip(results[0]["statistics"], expected["statistics"], strict=True):
+        for layer, vector in ours.items():
+            reference = one_process[layer]
+            # Two ranks make two passes of half the tokens: counts are the same, values per pass count twice.
+            assert vector[0] == 2 * reference[0]
+            counts = -(4 + 1 + 4)  # histogram of K and load per expert
+            assert vector[counts:] == reference[counts:]
+
+
+@pytest.mark.parametrize("kind", sorted(ROUTERS))
+def test_accumulation_changes_nothing_without_auxiliary_losses(one_rank, two_ranks, kind):
+    overrides = [*ROUTERS[kind], *NO_LOSSES[kind]]
+    (whole,) = one_rank.run(train, [*overrides, *ONE], 0, STEPS)
+    (halves,) = one_rank.run(train, [*overrides, *HALF], 0, STEPS)
+    spread = two_ranks.run(train, [*overrides, "train.micro_batch=2", "parallel.expert=2"], 0, STEPS)[0]
+    assert halves["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    assert spread["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    assert halves["rows"] == whole["rows"] == spread["rows"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_zero_stages_agree_and_resume_bitwise(two_ranks, tmp_path, stage, precision):
+    overrides = [*HALF, "parallel.expert=2", f"deepspeed.zero_stage={stage}", f"train.precision={precision}"]
+    straight = two_ranks.run(train, overrides, 0, 6)
+    two_ranks.run(train, overrides, 0, 3, "", str(tmp_path / "saved"))
+    resumed = two_ranks.run(train, overrides, 3, 6, str(tmp_path / "saved"))
+    for whole, half in zip(straight, resumed, strict=True):
+        assert half["losses"] == whole["losses"][3:]
+        assert half["norms"] == whole["norms"][3:]
+        assert all(torch.equal(value, half["state"][name]) for name, value in whole["state"].items())
+    reference = two_ranks.run(train, [*HALF, "parallel.expert=2", "deepspeed.zero_stage=1"], 0, 6)[0]
+    tolerance = 1e-6 if precision == "fp32" else 5e-3
+    assert straight[0]["losses"] == pytest.approx(reference["losses"], rel=tolerance)
+
+
+def test_a_checkpoint_fits_other_layouts(one_rank, two_ranks, tmp_path):
+    saved = str(tmp_path / "saved")
+    two_ranks.run(train, [*HALF, "parallel.expert=2", "deepspeed.zero_stage=2"], 0, 5, "", saved)
+    (alone,) = one_rank.run(train, [*ONE, "deepspeed.zero_stage=0"], 5, 10, saved)
+    for stage, expert_parallel in ((1, 1), (1, 2)):
+        overrides = [*HALF, f"parallel.expert={expert_parallel}", f"deepspeed.zero_stage={stage}"]
+        result = two_ranks.run(train, overrides, 5, 10, saved)[0]
+        assert result["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+
+
+def test_recomputation_changes_nothing(two_ranks):
+    overrides = [*HALF, "parallel.expert=2"]
+    plain = two_ranks.run(train, overrides, 0, 4)[0]
+    again = two_ranks.run(train, [*overrides, "train.recompute=true"], 0, 4)[0]
+    assert again["losses"] == plain["losses"]
+    assert again["rows"] == plain["rows"]
+    assert again["statistics"] == plain["statistics"]
+
+
+def test_clipping_uses_the_norm_of_the_whole_model(one_rank, two_ranks):
+    (alone,) = one_rank.run(train, [*ONE, "optimizer.clip_grad=0.1"], 0, 5)
+    for expert_parallel in (1, 2):
+        overrides = [*HALF, "optimizer.clip_grad=0.1", f"parallel.expert={expert_parallel}"]
+        spread = two_ranks.run(train, overrides, 0, 5)[0]
+        assert min(spread["norms"]) > 0.1, "the ceiling never bit"
+        assert spread["norms"] == pytest.approx(alone["norms"], rel=1e-5)
+        assert spread["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(one_rank, tmp_path):
+    saved = str(tmp_path / "saved")
+    one_rank.run(train, ONE, 0, 1, "", saved)
+    with pytest.raises(AssertionError, match=r"tensor .* has shape .* this model wants"):
+        one_rank.run(train, [*ONE, "model.moe.expert_hidden=64"], 1, 2, saved)
+    with pytest.raises(AssertionError, match="has tensors that this model lacks"):
+        one_rank.run(train, [*ONE, "model.layers=1"], 1, 2, saved)

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dynmoe.config import load_config
+from dynmoe.errors import ConfigError
+from dynmoe.model import Decoder, ModelSize, sample
+from dynmoe.model import cross_entropy as cross_entropy_module
+from dynmoe.model.cross_entropy import linear_cross_entropy
+from dynmoe.model.size import embedding_rows
+from tests.moe.cases import ROUTERS, tiny_model
+
+VOCAB = 48
+
+
+def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_future_does_not_reach_the_past():
+    model = Decoder(tiny_model(), VOCAB, seed=0)
+    first = tokens()
+    second = first.clone()
+    second[:, 7] = (second[:, 7] + 1) % VOCAB
+    before, after = model(first), model(second)
+    torch.testing.assert_close(before[:, :7], after[:, :7])
+    assert not torch.allclose(before[:, 7:], after[:, 7:])
+
+
+def test_positions_are_relative():
+    """RoPE: scores depend on distances, so a text moved by some places attends in the same way."""
+    from dynmoe.model.attention import rotary_tables, rotate
+
+    cos, sin = rotary_tables(10, 8, 10000.0, torch.device("cpu"))
+    q, k = torch.randn(1, 1, 1, 8).expand(1, 1, 10, 8), torch.randn(1, 1, 1, 8).expand(1, 1, 10, 8)
+    scores = (rotate(q, cos, sin) @ rotate(k, cos, sin).transpose(-1, -2))[0, 0]
+    torch.testing.assert_close(scores[:-1, :-1], scores[1:, 1:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(ROUTERS))
+def test_recomputation_changes_no_gradient_and_counts_once(kind):
+    results = []
+    for recompute in (False, True):
+        model = Decoder(tiny_model(*ROUTERS[kind]), VOCAB, seed=0, recompute=recompute)
+        model.context.recording = True
+        loss = model(tokens(), tokens(seed=1))
+        loss.backward()
+        statistics = torch.stack([layer.take_statistics() for layer in model.moe_layers])
+        rows = [layer.take_routed_rows() for layer in model.moe_layers]
+        results.append((loss.item(), [p.grad for p in model.parameters()], statistics, rows))
+    (loss, gradients, statistics, rows), (again, regained, restated, recounted) = results
+    assert loss == again
+    assert all(torch.equal(a, b) for a, b in zip(gradients, regained, strict=True))
+    assert torch.equal(statistics, restated)
+    assert rows == recounted
+    assert statistics[0, 0] == 1  # one forward pass
+
+
+@pytest.mark.parametrize("chunk_logits", [1, 100, 1 << 20])
+def test_chunked_cross_entropy_equals_the_plain_one(monkeypatch, chunk_logits):
+    monkeypatch.setitem(cross_entropy_module._CHUNK_LOGITS, "cpu", chunk_logits)
+    hidden, weight = torch.randn(7, 8), torch.randn(VOCAB, 8)
+    labels = tokens(1, 7).flatten()
+    results = []
+    for compute in (linear_cross_entropy, lambda h, w, y: F.cross_entropy(h @ w.t(), y)):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = compute(h, w, labels)
+        (3.0 * loss).backward()
+        results.append((loss.detach(), h.grad, w.grad))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_loss_equals_the_cross_entropy_of_the_logits_when_embeddings_are_tied():
+    model = Decoder(tiny_model("model.tie_embeddings=true"), VOCAB, seed=0)
+    expected = F.cross_entropy(model(tokens()).flatten(0, 1), tokens(seed=1).flatten())
+    torch.testing.assert_close(model(tokens(), tokens(seed=1)), expected)
+    model(tokens(), tokens(seed=1)).backward()
+    assert model.w_embed_VD.grad.abs().sum() > 0
+    assert "w_out_VD" not in dict(model.named_parameters())
+
+
+def test_moe_in_every_second_layer():
+    model = Decoder(tiny_model("model.layers=4", "model.moe.every=2"), VOCAB, seed=0)
+    assert [layer.moe is not None for layer in model.layers] == [True, False, True, False]
+    assert [layer.layer for layer in model.moe_layers] == [0, 2]
+
+
+def test_a_dense_model_has_no_moe_layer():
+    model = Decoder(tiny_model("model.moe.experts=0"), VOCAB, seed=0)
+    assert model.moe_layers == []
+    model(tokens(), tokens(seed=1)).backward()
+
+
+def test_initial_weights_depend_on_seed_and_name_alone():
+    first, again = (Decoder(tiny_model(), VOCAB, seed=5) for _ in range(2))
+    other = Decoder(tiny_model(), VOCAB, seed=6)
+    deeper = Decoder(tiny_model("model.moe.every=2"), VOCAB, seed=5)
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, dict(again.named_parameters())[name])
+        if parameter.dim() > 1:
+            assert not torch.equal(parameter, dict(other.named_parameters())[name])
+    assert torch.equal(first.layers[1].attention.w_qkv, deeper.layers[1].attention.w_qkv)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [], ["model.router.kind=top_any"], ["model.tie_embeddings=true", "model.moe.every=2"],
+        ["model.moe.shared_hidden=8"], ["model.moe.experts=0"],
+    ],
+)  # fmt: skip
+def test_parameters_are_counted_right(overrides):
+    settings = tiny_model(*overrides)
+    size = ModelSize(settings, VOCAB, 12)
+    model = Decoder(settings, VOCAB, seed=0)
+    assert size.total_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert size.active_parameters(settings.moe.experts) == size.total_parameters
+
+
+def test_flops_equal_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    settings = tiny_model("model.moe.experts=0", "model.ffn_hidden=24")
+    model, batch, length = Decoder(settings, VOCAB, seed=0), 2, 12
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(tokens(batch, length))
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(value for op, value in counts.items() if "attention" not in str(op) and "bmm" not in str(op))
+    size = ModelSize(settings, VOCAB, length)
+    attention = 6 * batch * length * settings.layers * length * settings.hidden
+    # Forward products are a third of training; attention scores are counted apart (torch counts them in full).
+    assert products == (size.flops(batch * length, 0) - attention) // 3
+    assert ModelSize(tiny_model(), VOCAB, 12).flops(0, 10) == 10 * 6 * 3 * 16 * 24
+    assert ModelSize(tiny_model(), VOCAB, 12).static_flops(5, 2.0) == ModelSize(tiny_model(), VOCAB, 12).flops(5, 20)
+
+
+def test_embedding_rows_are_padded_or_as_given():
+    assert embedding_rows(4096, None) == 4096
+    assert embedding_rows(4097, None) == 4160
+    assert embedding_rows(100, 128) == 128
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=64"):
+        embedding_rows(100, 64)
+
+
+def test_sampling_is_repeatable_and_stays_in_the_vocabulary():
+    model = Decoder(tiny_model(), VOCAB, seed=0).eval()
+    drawn = [sample(model, [1, 2], 20, vocab_size=40, sequence_length=8, seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(drawn[0]) == 20
+    assert max(drawn[0]) < 40
+
+
+def test_loss_at_the_start_is_that_of_a_guess():
+    config = load_config(None, ["model.hidden=64", "model.moe.experts=4"])
+    model = Decoder(config.model, 512, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randint(512, (2, 65), generator=generator)
+    assert model(batch[:, :-1], batch[:, 1:]).item() == pytest.approx(math.log(512), rel=0.02)

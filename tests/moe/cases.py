@@ -1,0 +1,84 @@
+"""What runs on the ranks of a pool for the tests of the MoE layer."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from dynmoe.config import load_config
+from dynmoe.config.sections import ModelConfig
+from dynmoe.moe import MoEContext, MoELayer
+
+HIDDEN, EXPERTS = 16, 4
+ROUTERS = {
+    "top_k": ["model.router.kind=top_k", "model.router.k=2"],
+    "top_p": ["model.router.kind=top_p", "model.router.p=0.5"],
+    "top_any": ["model.router.kind=top_any", "model.router.min_experts=0"],
+}
+
+
+def tiny_model(*overrides: str) -> ModelConfig:
+    base = [
+        f"model.hidden={HIDDEN}", "model.heads=2", "model.kv_heads=1", "model.layers=2", "model.ffn_hidden=32",
+        f"model.moe.experts={EXPERTS}", "model.moe.expert_hidden=24", "model.init_std=0.3",
+    ]  # fmt: skip
+    return load_config(None, [*base, *overrides]).model
+
+
+def spread_router(layer: MoELayer, seed: int = 0) -> None:
+    """Gives the router weights that tell tokens apart, so that K varies."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.router.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.1 if parameter.dim() == 1 else 1.0))
+
+
+def run_layer(layer: MoELayer, x: torch.Tensor, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output and every gradient of one pass."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    y.backward(upstream)
+    missing = [name for name, parameter in layer.named_parameters() if parameter.grad is None]
+    assert not missing, missing
+    gradients = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+    return {"y": y.detach(), "x": x.grad.clone(), **gradients}
+
+
+def expert_parallel_equals_local(overrides: list[str], tokens_per_rank: list[int], steer_to: int | None) -> dict:
+    """One layer spread over all ranks against the same layer held whole, on the tokens of all ranks.
+
+    Returns, by name, the largest difference relative to the largest value. ``steer_to`` sends every token to one
+    expert.
+    """
+    rank, model = dist.get_rank(), tiny_model(*overrides)
+    group = dist.new_group(list(range(dist.get_world_size())))
+    spread = MoELayer(model, 0, 0, MoEContext(expert_group=group, token_group=group, recording=True))
+    whole = MoELayer(model, 0, 0, MoEContext(recording=True))
+    for layer in (spread, whole):
+        spread_router(layer)
+        if steer_to is not None:
+            with torch.no_grad():
+                layer.router.weight_ED.zero_()
+                layer.router.weight_ED[steer_to] = 8.0
+    generator = torch.Generator().manual_seed(7)
+    total = sum(tokens_per_rank)
+    x, upstream = torch.randn(total, HIDDEN, generator=generator), torch.randn(total, HIDDEN, generator=generator)
+    if steer_to is not None:
+        x = x.abs() + 0.5
+    start = sum(tokens_per_rank[:rank])
+    mine = slice(start, start + tokens_per_rank[rank])
+
+    local, reference = run_layer(spread, x[mine], upstream[mine]), run_layer(whole, x, upstream)
+    experts = slice(spread.experts.experts.start, spread.experts.experts.stop)
+    reference = {
+        name: value[mine] if name in ("y", "x") else value[experts] if name.startswith("experts.") else value
+        for name, value in reference.items()
+    }
+    for name, value in local.items():
+        if name not in ("y", "x") and not name.startswith("experts."):
+            dist.all_reduce(value)  # replicated weights: each rank has its tokens' share
+    return {
+        name: ((local[name] - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
+        if expected.numel() else 0.0
+        for name, expected in reference.items()
+    }  # fmt: skip

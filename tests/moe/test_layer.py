@@ -1,0 +1,130 @@
+"""The layer against a loop over tokens and experts, in one process and spread over ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynmoe.moe import MoEContext, MoELayer
+from tests import oracles
+from tests.moe.cases import EXPERTS, HIDDEN, ROUTERS, expert_parallel_equals_local, run_layer, spread_router, tiny_model
+
+
+def no_losses(kind: str) -> list[str]:
+    names = ("balance", "diversity", "simplicity") if kind == "top_any" else ("balance", "entropy")
+    return [f"model.router.{name}_loss=0" for name in names]
+
+
+def make_layer(*overrides: str, seed: int = 0) -> MoELayer:
+    layer = MoELayer(tiny_model(*overrides), 0, seed, MoEContext(recording=True))
+    spread_router(layer, seed)
+    return layer
+
+
+def loop_over_tokens(layer: MoELayer, x, upstream):
+    """The same pass with the routing of the layer's router and the oracle's experts."""
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    plan = layer.router(x)
+    factor = layer.settings.capacity_factor
+    if factor is not None:
+        capacity = max(1, -int(-factor * int(plan.routing_map_TE.sum()) // EXPERTS))
+        plan = plan.keep(
+            oracles.kept_under_capacity(plan.scores_TE, plan.routing_map_TE, capacity, layer.settings.drop_policy)
+        )
+    y = oracles.moe_output(x, plan.gates_TE, plan.routing_map_TE, layer.experts.w_up_EHD, layer.experts.w_down_EDF)
+    if layer.shared is not None:
+        y = y + layer.shared(x)
+    y.backward(upstream)
+    zero = {name: torch.zeros_like(p) for name, p in layer.named_parameters()}
+    gradients = {name: zero[name] if p.grad is None else p.grad.clone() for name, p in layer.named_parameters()}
+    return {"y": y.detach(), "x": x.grad.clone(), **gradients}
+
+
+@given(
+    st.integers(0, 10**6), st.sampled_from(sorted(ROUTERS)), st.integers(1, 9),
+    st.sampled_from([[], ["model.moe.shared_hidden=8"], ["model.moe.capacity_factor=0.8"],
+                     ["model.moe.capacity_factor=0.6", "model.moe.drop_policy=position"]]),
+)  # fmt: skip
+def test_output_and_gradients_equal_a_loop_over_tokens(seed, kind, tokens, extra):
+    layer = make_layer(*ROUTERS[kind], *no_losses(kind), *extra, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    x, upstream = (torch.randn(tokens, HIDDEN, generator=generator) for _ in range(2))
+    ours, oracle = run_layer(layer, x, upstream), loop_over_tokens(layer, x, upstream)
+    for name, expected in oracle.items():
+        torch.testing.assert_close(ours[name], expected, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", sorted(ROUTERS))
+def test_no_token_at_all(kind):
+    layer = make_layer(*ROUTERS[kind])
+    result = run_layer(layer, torch.zeros(0, HIDDEN), torch.zeros(0, HIDDEN))
+    assert result["y"].shape == (0, HIDDEN)
+    assert all((result[name] == 0).all() for name in result if name.startswith("experts."))
+
+
+def test_a_token_with_no_expert_gets_zero_and_finite_gradients():
+    layer = make_layer("model.router.kind=top_any", "model.router.min_experts=0")
+    with torch.no_grad():
+        layer.router.thresholds_E.fill_(5.0)  # nobody passes
+    result = run_layer(layer, torch.randn(5, HIDDEN), torch.randn(5, HIDDEN))
+    assert (result["y"] == 0).all()
+    assert all(value.isfinite().all() for value in result.values())
+    assert all((result[name] == 0).all() for name in result if name.startswith("experts."))
+
+
+def test_auxiliary_losses_reach_the_router_with_the_scale_of_the_main_loss():
+    layer = make_layer(*ROUTERS["top_p"])
+    x = torch.randn(12, HIDDEN)
+    gradients = {}
+    for scale in (1.0, 0.25):
+        layer.zero_grad()
+        layer.context.loss_scale = scale
+        layer(x).backward(torch.zeros(12, HIDDEN))
+        gradients[scale] = layer.router.weight_ED.grad.clone()
+    assert gradients[1.0].abs().max() > 0
+    torch.testing.assert_close(gradients[0.25], gradients[1.0] * 0.25)
+    losses = layer.router.losses(layer.router(x))
+    expected = 1e-2 * losses["balance"] + 1e-4 * losses["entropy"]
+    (direct,) = torch.autograd.grad(expected, layer.router.weight_ED)
+    torch.testing.assert_close(gradients[1.0], direct)
+
+
+def test_evaluation_routes_like_training_and_counts_nothing():
+    layer = make_layer(*ROUTERS["top_any"])
+    x = torch.randn(9, HIDDEN)
+    trained = layer(x)
+    layer.take_statistics()
+    layer.eval()
+    assert torch.equal(layer(x), trained)
+    with pytest.raises(RuntimeError, match="recorded no statistics"):
+        layer.take_statistics()
+
+
+def test_initial_experts_do_not_depend_on_who_holds_them():
+    from dynmoe.moe.experts import GroupedExperts
+
+    model = tiny_model()
+    whole = GroupedExperts(model, range(EXPERTS), 3, "layers.0.moe.experts")
+    part = GroupedExperts(model, range(2, 4), 3, "layers.0.moe.experts")
+    assert torch.equal(whole.w_up_EHD[2:4], part.w_up_EHD)
+    assert torch.equal(whole.w_down_EDF[2:4], part.w_down_EDF)
+    assert all(parameter.allreduce is False for parameter in part.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "steer_to"),
+    [
+        *((kind, [6, 5], None) for kind in sorted(ROUTERS)),
+        ("top_p", [7, 0], None),  # a rank without tokens
+        ("top_k", [6, 6], 0),  # every token's best expert on the first rank
+        ("top_p", [6, 3], 3),  # every token on one expert of the second rank; the first computes nothing
+    ],
+)
+def test_expert_parallel_equals_one_process(two_ranks, kind, tokens, steer_to):
+    # Auxiliary losses are means over ranks: the engines' tests compare them, with the average that engines take.
+    overrides = [*ROUTERS[kind], *no_losses(kind), "model.moe.shared_hidden=8"]
+    for differences in two_ranks.run(expert_parallel_equals_local, overrides, tokens, steer_to):
+        assert max(differences.values()) < 1e-4, differences

@@ -1,0 +1,143 @@
+"""The three routers against their definitions, token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dynmoe.routing import RoutingPlan, top_any, top_k, top_p
+from tests import oracles
+
+seeds = st.integers(0, 2**31)
+sizes = st.tuples(st.integers(0, 9), st.integers(1, 12))
+
+
+def random_logits(seed: int, shape: tuple[int, int], spread: float = 2.0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def chosen_sets(plan: RoutingPlan) -> list[set[int]]:
+    return [set(row.nonzero().flatten().tolist()) for row in plan.routing_map_TE]
+
+
+def check_softmax_gates(plan: RoutingPlan, renormalize: bool) -> None:
+    expected = plan.scores_TE * plan.routing_map_TE
+    if renormalize:
+        expected = expected / expected.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(plan.gates_TE, expected)
+    assert plan.gates_TE.dtype == torch.float32
+    assert (plan.gates_TE[~plan.routing_map_TE] == 0).all()
+
+
+@given(seeds, sizes, st.data(), st.booleans())
+def test_top_k_is_the_k_best(seed, shape, data, renormalize):
+    k = data.draw(st.integers(1, shape[1]))
+    plan = top_k(random_logits(seed, shape), k, renormalize=renormalize)
+    assert chosen_sets(plan) == [oracles.top_k_choice(row, k) for row in plan.scores_TE.tolist()]
+    check_softmax_gates(plan, renormalize)
+
+
+@given(seeds, sizes, st.floats(0.01, 1.0), st.sampled_from(["paper", "released"]), st.booleans(), st.data())
+def test_top_p_is_the_shortest_prefix(seed, shape, p, form, renormalize, data):
+    low = data.draw(st.integers(1, shape[1]))
+    high = data.draw(st.one_of(st.none(), st.integers(low, shape[1])))
+    plan = top_p(random_logits(seed, shape), p, form=form, renormalize=renormalize, min_experts=low, max_experts=high)
+    assert chosen_sets(plan) == [oracles.top_p_choice(row, p, form, low, high) for row in plan.scores_TE.tolist()]
+    check_softmax_gates(plan, renormalize)
+
+
+def test_top_p_forms_differ_on_exact_hits_only():
+    logits = torch.zeros(1, 4)  # four times 1/4: two of them reach 1/2 exactly
+    assert chosen_sets(top_p(logits, 0.5, form="paper")) == [{0, 1}]
+    assert chosen_sets(top_p(logits, 0.5, form="released")) == [{0, 1, 2}]
+    assert chosen_sets(top_p(logits, 0.4, form="paper")) == chosen_sets(top_p(logits, 0.4, form="released"))
+
+
+def test_ties_go_to_the_lower_expert_index():
+    assert chosen_sets(top_k(torch.zeros(2, 6), 2)) == [{0, 1}] * 2
+    assert chosen_sets(top_p(torch.zeros(1, 8), 0.25)) == [{0, 1}]
+
+
+def test_p_of_one_selects_every_expert():
+    logits = torch.tensor([[50.0, 0.0, -50.0, -90.0]])
+    assert chosen_sets(top_p(logits, 1.0)) == [{0, 1, 2, 3}]
+
+
+def test_an_expert_of_minus_infinity_has_no_weight_and_a_finite_gradient():
+    logits = torch.tensor([[1.0, float("-inf"), 0.5]], requires_grad=True)
+    plan = top_p(logits, 0.95)
+    assert chosen_sets(plan) == [{0, 2}]
+    plan.gates_TE.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+def top_any_inputs(seed: int, tokens: int, experts: int, width: int = 8):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, width, generator=generator)
+    prototypes = torch.randn(width, experts, generator=generator)
+    thresholds = torch.randn(experts, generator=generator) * 0.3
+    active = torch.rand(experts, generator=generator) < 0.7
+    active[int(torch.randint(experts, (1,), generator=generator))] = True
+    return hidden, prototypes, thresholds, active
+
+
+@given(seeds, sizes, st.integers(0, 3), st.one_of(st.none(), st.integers(1, 4)), st.floats(0.5, 8.0))
+def test_top_any_passes_thresholds_between_floor_and_ceiling(seed, shape, low, high, scale):
+    if high is not None and high < low:
+        low, high = high, low
+    hidden, prototypes, thresholds, active = top_any_inputs(seed, *shape)
+    plan = top_any(hidden, prototypes, thresholds, active, form="paper", scale=scale, min_experts=low, max_experts=high)
+    cutoffs = torch.sigmoid(scale * thresholds).tolist()
+    expected = [oracles.top_any_choice(row, cutoffs, active.tolist(), low, high) for row in plan.scores_TE.tolist()]
+    assert chosen_sets(plan) == expected
+    for token, experts in enumerate(expected):
+        for expert in range(shape[1]):
+            gate = 1 / len(experts) if expert in experts else 0.0
+            assert plan.gates_TE[token, expert].item() == pytest.approx(gate)
+
+
+def test_released_top_any_lets_a_token_select_nobody_only_in_training():
+    hidden, prototypes = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, -0.5], [0.0, 0.1]])
+    active = torch.ones(2, dtype=torch.bool)
+    arguments = (hidden, prototypes, torch.ones(2), active)
+    assert chosen_sets(top_any(*arguments, form="released", training=True)) == [set()]
+    plan = top_any(*arguments, form="released", training=False)
+    assert chosen_sets(plan) == [{1}]
+    assert plan.gates_TE.tolist() == [[0.0, 1.0]]
+
+
+def test_straight_through_gradients_of_both_forms():
+    # One token, two experts: the first passes its threshold, the second does not.
+    hidden = torch.tensor([[1.0, 0.0]])
+    prototypes = torch.tensor([[1.0, -1.0], [0.0, 1.0]])
+    for form, reaches_the_second in (("paper", True), ("released", False)):
+        thresholds = torch.zeros(2, requires_grad=True)
+        plan = top_any(hidden, prototypes, thresholds, torch.ones(2, dtype=torch.bool), form=form)
+        assert chosen_sets(plan) == [{0}]
+        (plan.gates_TE * torch.tensor([2.0, 3.0])).sum().backward()
+        # d gate / d threshold = -(1/K) * sigmoid'(0) = -1/4, times what comes from above.
+        expected = [-0.5, -0.75 if reaches_the_second else 0.0]
+        assert thresholds.grad is not None
+        assert thresholds.grad.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: top_k(torch.zeros(1, 4), 5), "k=5"),
+        (lambda: top_k(torch.zeros(1, 4), 0), "k=0"),
+        (lambda: top_p(torch.zeros(1, 4), 0.0), "p=0.0"),
+        (lambda: top_p(torch.zeros(1, 4), 1.5), "p=1.5"),
+        (lambda: top_p(torch.zeros(1, 4), float("nan")), "p=nan"),
+        (lambda: top_p(torch.zeros(1, 4), 0.5, form="other"), "form='other'"),
+        (lambda: top_p(torch.zeros(1, 4), 0.5, min_experts=3, max_experts=2), "min_experts=3"),
+        (lambda: top_any(*top_any_inputs(0, 1, 4), min_experts=3, max_experts=2), "min_experts=3"),
+    ],
+)
+def test_numbers_out_of_range_are_named(call, named):
+    with pytest.raises(ValueError, match=named.replace("(", r"\(")):
+        call()

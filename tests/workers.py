@@ -1,0 +1,100 @@
+"""A pool of gloo ranks that lives for the whole test session: imports are paid for once per world size."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+_START_TIMEOUT_S = 120.0
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
+    )  # fmt: skip
+    import torch
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    from dynmoe.engines import deepspeed
+
+    deepspeed._start_processes()
+    connection.send("ready")
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        function, arguments = task
+        try:
+            connection.send((True, function(*arguments)))
+        except Exception:
+            connection.send((False, traceback.format_exc()))
+
+
+class WorkerPool:
+    """``world_size`` processes in one gloo group; started at the first call, and anew after a failure."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._processes: list[Any] = []
+        self._connections: list[Connection] = []
+
+    def _start(self) -> None:
+        context, port = multiprocessing.get_context("spawn"), _free_port()
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+        for connection in self._connections:
+            if not connection.poll(_START_TIMEOUT_S) or connection.recv() != "ready":
+                self.stop()
+                raise TimeoutError(f"{self.world_size} ranks did not start within {_START_TIMEOUT_S} s")
+
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0) -> list[Any]:
+        """Calls ``function(*arguments)`` on every rank and returns what each returned.
+
+        Raises:
+            AssertionError: with the traceback of the first rank that failed; TimeoutError where none answered.
+        """
+        if not self._processes:
+            self._start()
+        for connection in self._connections:
+            connection.send((function, arguments))
+        results, failure = [], None
+        for rank, connection in enumerate(self._connections):
+            # After a failure the other ranks may wait in a collective forever.
+            if not connection.poll(timeout_s if failure is None else 1.0):
+                failure = failure or f"rank {rank} did not answer within {timeout_s} s"
+                continue
+            sound, result = connection.recv()
+            results.append(result)
+            if not sound:
+                failure = f"rank {rank}:\n{result}"
+        if failure is not None:
+            self.stop()
+            raise AssertionError(failure)
+        return results
+
+    def stop(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._connections = [], []

@@ -1,0 +1,112 @@
+"""Pretrains a model: torchrun --nproc-per-node 2 train.py configs/quickstart.yaml train.steps=1000"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from functools import partial
+
+import torch.distributed as dist
+
+from dynmoe.cli import run_tool
+from dynmoe.config import Config, describe_fields, load_config
+from dynmoe.data.batches import PretrainingData
+from dynmoe.data.corpus import open_corpora
+from dynmoe.model.size import embedding_rows
+from dynmoe.ops.host_memory import keep_freed_memory
+from dynmoe.train.engine import Engine
+from dynmoe.train.metrics import View, no_views
+from dynmoe.train.run_directory import RunDirectory
+from dynmoe.train.summary import describe, facts, write_sample
+from dynmoe.train.trainer import Trainer
+
+
+def parse_arguments() -> tuple[Config, bool]:
+    """The merged configuration, and whether only to print it."""
+    fields = "\n".join(
+        f"  {name:30} {meaning} ({kind}; default {default})" for name, kind, default, meaning in describe_fields()
+    )
+    parser = argparse.ArgumentParser(
+        "train.py", description=__doc__, epilog=f"fields:\n{fields}",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("config", nargs="?", help="YAML file; whatever it leaves out keeps its default")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields, such as model.router.p=0.5")
+    parser.add_argument("--print-config", action="store_true", help="print the merged configuration and stop")
+    given = parser.parse_args()
+    path, overrides = given.config, given.overrides
+    if path is not None and "=" in path:
+        path, overrides = None, [path, *overrides]
+    return load_config(path, overrides), given.print_config
+
+
+def make_engine(config: Config, vocab_size: int) -> Engine:
+    from dynmoe.engines.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(config, vocab_size)
+
+
+def train(config: Config) -> None:
+    """Everything after the configuration is known to be sound."""
+    corpora = open_corpora(config.data.dirs, config.data.sequence_length)
+    tokenizer = corpora[0].tokenizer
+    directory, first = RunDirectory(config.run.path), os.environ.get("RANK", "0") == "0"
+    ended = directory.read_outcome()
+    if ended is not None and ended["status"] == "finished" and ended["step"] >= config.train.steps:
+        if first:
+            print(f"{ended['summary']}\nThis run had finished before; nothing was left to do.")
+        return
+    if first:
+        directory.create(config.to_yaml())
+    vocab_size = embedding_rows(tokenizer.vocab_size, config.model.vocab_size)
+    keep_freed_memory()
+    engine = make_engine(config, vocab_size)
+    if first:
+        directory.clear_outcome()
+    data = PretrainingData(
+        corpora, config.data.weights, config.data.sequence_length, config.train.seed, directory.data_index
+    )
+    views = partial(make_views, config) if config.logging.wandb != "disabled" else no_views
+    trainer = Trainer(config, engine, data, directory, vocab_size, views)
+    try:
+        result = trainer.run()
+        if result.status == "preempted":
+            if first:
+                directory.write_outcome("preempted", result.progress.step)
+                print(f"Told to end: checkpoint saved at step {result.progress.step}; the same command goes on.")
+            return
+        text = write_sample(engine, tokenizer, config.data.sequence_length)
+        if first:
+            summary = describe(config, trainer.size, result, corpora, text)
+            directory.write_outcome("finished", result.progress.step, summary=summary, **facts(result))
+            print(summary)
+    except Exception as error:
+        directory.write_outcome("failed", trainer.progress.step, error=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def make_views(config: Config, run_id: str | None) -> tuple[list[View], str | None]:
+    """The views of the metrics besides the file; imports W&B only where it is asked for."""
+    from dynmoe.train.wandb_view import WandbView
+
+    settings = dataclasses.asdict(config)
+    view = WandbView(
+        config.logging.wandb, config.logging.wandb_project, config.run.name, config.run.path, settings, run_id
+    )
+    return [view], view.run_id
+
+
+def main() -> None:
+    config, print_only = parse_arguments()
+    config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
+    if print_only:
+        print(config.to_yaml(), end="")
+    else:
+        train(config)
+
+
+if __name__ == "__main__":
+    run_tool(main)
