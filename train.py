@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from functools import partial
 
-import torch.distributed as dist
-
 from dynmoe.cli import run_tool
 from dynmoe.config import Config, describe_fields, load_config
-from dynmoe.data.batches import PretrainingData
-from dynmoe.data.corpus import open_corpora
-from dynmoe.model.size import embedding_rows
-from dynmoe.ops.host_memory import keep_freed_memory
-from dynmoe.train.engine import Engine
-from dynmoe.train.metrics import View, no_views
-from dynmoe.train.run_directory import RunDirectory
-from dynmoe.train.summary import describe, facts, write_sample
-from dynmoe.train.trainer import Trainer
 
 
 def parse_arguments() -> tuple[Config, bool]:
@@ -41,16 +29,24 @@ def parse_arguments() -> tuple[Config, bool]:
     return load_config(path, overrides), given.print_config
 
 
-def make_engine(config: Config, vocab_size: int) -> Engine:
-    from dynmoe.engines.deepspeed import DeepSpeedEngine
-
-    return DeepSpeedEngine(config, vocab_size)
-
-
 def train(config: Config) -> None:
     """Everything after the configuration is known to be sound."""
+    # Heavy imports: not before a mistake in the configuration had its chance to be reported.
+    import torch.distributed as dist
+
+    from dynmoe.data.batches import PretrainingData
+    from dynmoe.data.corpus import open_corpora
+    from dynmoe.engines.deepspeed import DeepSpeedEngine
+    from dynmoe.model.size import embedding_rows
+    from dynmoe.ops.host_memory import keep_freed_memory
+    from dynmoe.train.run_directory import RunDirectory
+    from dynmoe.train.summary import describe, facts, write_sample
+    from dynmoe.train.trainer import Trainer
+    from dynmoe.train.views import make_views
+
     corpora = open_corpora(config.data.dirs, config.data.sequence_length)
     tokenizer = corpora[0].tokenizer
+    vocab_size = embedding_rows(tokenizer.vocab_size, config.model.vocab_size)
     directory, first = RunDirectory(config.run.path), os.environ.get("RANK", "0") == "0"
     ended = directory.read_outcome()
     if ended is not None and ended["status"] == "finished" and ended["step"] >= config.train.steps:
@@ -59,16 +55,12 @@ def train(config: Config) -> None:
         return
     if first:
         directory.create(config.to_yaml())
-    vocab_size = embedding_rows(tokenizer.vocab_size, config.model.vocab_size)
     keep_freed_memory()
-    engine = make_engine(config, vocab_size)
-    if first:
-        directory.clear_outcome()
+    engine = DeepSpeedEngine(config, vocab_size)
     data = PretrainingData(
         corpora, config.data.weights, config.data.sequence_length, config.train.seed, directory.data_index
     )
-    views = partial(make_views, config) if config.logging.wandb != "disabled" else no_views
-    trainer = Trainer(config, engine, data, directory, vocab_size, views)
+    trainer = Trainer(config, engine, data, directory, vocab_size, partial(make_views, config))
     try:
         result = trainer.run()
         if result.status == "preempted":
@@ -86,17 +78,6 @@ def train(config: Config) -> None:
         raise
     finally:
         dist.destroy_process_group()
-
-
-def make_views(config: Config, run_id: str | None) -> tuple[list[View], str | None]:
-    """The views of the metrics besides the file; imports W&B only where it is asked for."""
-    from dynmoe.train.wandb_view import WandbView
-
-    settings = dataclasses.asdict(config)
-    view = WandbView(
-        config.logging.wandb, config.logging.wandb_project, config.run.name, config.run.path, settings, run_id
-    )
-    return [view], view.run_id
 
 
 def main() -> None:

@@ -16,6 +16,12 @@ from dynmoe.config.fields import check_bounds, option
 from dynmoe.errors import ConfigError
 
 
+def _check_multiple_of_8(name: str, value: int) -> None:
+    if value % 8:
+        cure = "use a multiple of 8"
+        raise ConfigError(name, value, "gives rows that grouped matrix products cannot read (16-byte strides)", cure)
+
+
 @dataclass
 class RunConfig:
     name: str = option("default", "name of the run; its directory is run.dir/run.name")
@@ -121,6 +127,8 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, "model.moe")
+        for name in ("expert_hidden", "shared_hidden"):
+            _check_multiple_of_8(f"model.moe.{name}", getattr(self, name))
 
 
 @dataclass
@@ -140,6 +148,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, "model")
+        for name in ("hidden", "ffn_hidden"):
+            _check_multiple_of_8(f"model.{name}", getattr(self, name))
         if self.hidden % self.heads or self.head_dim % 2:
             raise ConfigError(
                 "model.heads", self.heads, f"must divide model.hidden ({self.hidden}) into even head dimensions",
@@ -251,9 +261,6 @@ class Config:
             check_bounds(self if spec.name == "engine" else getattr(self, spec.name), _path_of(spec.name))
         self._check_engine()
         self._check_experts()
-        if self.schedule.warmup_steps > self.train.steps:
-            cure = f"use at most train.steps ({self.train.steps})"
-            raise ConfigError("schedule.warmup_steps", self.schedule.warmup_steps, "outlasts the run", cure)
 
     def _check_engine(self) -> None:
         if self.engine == "megatron":

@@ -77,6 +77,7 @@ class DeepSpeedEngine:
         self.device = _start_processes()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.data_rank, self.data_size = self.rank, self.world_size
+        torch.manual_seed(config.train.seed * self.world_size + self.rank)
         self.context = _make_context(config.parallel.expert)
         self.module = Decoder(
             config.model, vocab_size, config.train.seed, self.context, config.train.recompute, DeepSpeedMoELayer

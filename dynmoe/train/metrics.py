@@ -29,11 +29,6 @@ class View(Protocol):
     def close(self) -> None: ...
 
 
-def no_views(run_id: str | None) -> tuple[list[View], str | None]:
-    """Shows the metrics nowhere else; keeps the W&B id of an earlier start."""
-    return [], run_id
-
-
 class MetricsLog:
     """Appends rows to ``path``, one JSON object per line, and passes them to the views.
 

@@ -47,6 +47,7 @@ class RunDirectory:
         return outcome if isinstance(outcome, dict) else None
 
     def clear_outcome(self) -> None:
+        """Forgets how an earlier start ended: from here on only this start's end counts."""
         self._outcome.unlink(missing_ok=True)
 
     def write_outcome(self, status: str, step: int, **facts: Any) -> None:

@@ -26,7 +26,6 @@ from dynmoe.train.metrics import (
     View,
     auxiliary_loss,
     moe_row,
-    no_views,
     peak_memory_gib,
     peak_tflops,
     throughput_row,
@@ -77,7 +76,7 @@ class Trainer:
         data: PretrainingData,
         directory: RunDirectory,
         vocab_size: int,
-        make_views: Callable[[str | None], tuple[list[View], str | None]] = no_views,
+        make_views: Callable[[str | None], tuple[list[View], str | None]],
     ) -> None:
         self.config, self.engine, self.data, self.directory = config, engine, data, directory
         self.size = ModelSize(config.model, vocab_size, config.data.sequence_length)
@@ -217,6 +216,7 @@ class Trainer:
         """Metrics and progress of the first rank; the W&B id goes to all, as all keep it in their progress."""
         log, line = None, None
         if self.engine.rank == 0:
+            self.directory.clear_outcome()
             views, self.progress.wandb_id = self._make_views(self.progress.wandb_id)
             log = MetricsLog(self.directory.metrics, self.progress.step, views)
             line = ProgressLine(self.config.train.steps, self.progress.step)

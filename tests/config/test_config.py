@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from dynmoe.config import Config, describe_fields, load_config
+from dynmoe.errors import UserError
+
+# What a user types, and what the one line of the answer must name: field, value, cure.
+BAD = [
+    ("model.router.q=1", ["model.router.q", "no such field", "model.router.p"]),
+    ("modell.layers=1", ["modell", "no such field"]),
+    ("train.steps=abc", ["train.steps", "'abc'", "Integer"]),
+    ("train.steps=1.5", ["train.steps", "'1.5'"]),
+    ("train.steps=null", ["train.steps", "None"]),
+    ("train.steps=0", ["train.steps=0", "at least 1"]),
+    ("train.steps=-5", ["train.steps=-5", "at least 1"]),
+    ("model.router.p=0", ["model.router.p=0", "above 0"]),
+    ("model.router.p=1.5", ["model.router.p=1.5", "at most 1"]),
+    ("model.router.p=nan", ["model.router.p=nan", "finite"]),
+    ("optimizer.lr=inf", ["optimizer.lr=inf", "finite"]),
+    ("optimizer.lr=-1", ["optimizer.lr=-1", "above 0"]),
+    ("model.router.kind=soft", ["model.router.kind='soft'", "top_k, top_p, top_any"]),
+    ("model.router.kind=top_k model.router.k=17", ["model.router.k=17", "model.moe.experts (16)"]),
+    ("model.router.min_experts=3 model.router.max_experts=2", ["model.router.max_experts=2", "at least"]),
+    ("model.router.max_experts=17", ["model.router.max_experts=17", "model.moe.experts (16)"]),
+    ("model.router.min_experts=0", ["model.router.min_experts=0", "use 1 or more"]),
+    ("model.router.diversity_loss=0.1", ["model.router.diversity_loss=0.1", "top_p", "remove it"]),
+    ("model.moe.capacity_factor=0", ["model.moe.capacity_factor=0", "above 0"]),
+    ("model.moe.expert_hidden=100", ["model.moe.expert_hidden=100", "multiple of 8"]),
+    ("model.hidden=100 model.heads=2", ["model.hidden=100", "multiple of 8"]),
+    ("model.heads=3", ["model.heads=3", "model.hidden (256)"]),
+    ("model.kv_heads=3", ["model.kv_heads=3", "model.heads (4)"]),
+    ("parallel.expert=3", ["parallel.expert=3", "model.moe.experts (16)"]),
+    ("parallel.expert=2 model.moe.experts=0", ["parallel.expert=2", "dense"]),
+    ("parallel.tensor=2", ["parallel.tensor=2", "parallel.tensor=1"]),
+    ("deepspeed.zero_stage=3", ["deepspeed.zero_stage=3", "use 0, 1 or 2"]),
+    ("engine=megatron", ["engine='megatron'", "deepspeed"]),
+    ("data.dirs=[]", ["data.dirs=[]", "names no corpus"]),
+    ("data.weights=[1,2]", ["data.weights=[1.0, 2.0]", "data.dirs"]),
+    ("data.weights=[0]", ["data.weights=0.0", "above 0"]),
+    ("data.weights=[nan]", ["data.weights=nan", "finite"]),
+    ("run.name=../escape", ["run.name='../escape'", "letters, digits"]),
+    ("run.name=a\nb", ["run.name", "letters, digits"]),
+    ("run.name=${oc.env:HOME}", ["run.name", "interpolation"]),
+    ("model=3", ["model"]),
+    ("train.steps", ["'train.steps'", "key=value"]),
+    ("logging.wandb=off", ["logging.wandb", "disabled, offline, online"]),
+]
+
+
+@pytest.mark.parametrize(("typed", "named"), BAD, ids=[typed for typed, _ in BAD])
+def test_bad_input_gets_one_line_that_names_it(typed, named):
+    overrides = [typed] if "\n" in typed else typed.split(" ")
+    with pytest.raises(UserError) as caught:
+        load_config(None, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in named:
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "named"),
+    [
+        (["parallel.expert=2"], 3, ["parallel.expert=2", "ranks (3)"]),
+        (["train.global_batch=12", "train.micro_batch=8"], 1, ["train.global_batch=12", "(8)"]),
+        (["train.global_batch=16", "train.micro_batch=8"], 4, ["train.global_batch=16", "(32)"]),
+    ],
+)
+def test_what_does_not_fit_the_ranks_is_refused(overrides, world_size, named):
+    with pytest.raises(UserError) as caught:
+        load_config(None, overrides).check_world(world_size)
+    for part in named:
+        assert part in str(caught.value)
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("train:\n  steps: 7\n  seed: 3\nmodel:\n  router: {kind: top_k, k: 4}\n")
+    config = load_config(path, ["train.steps=9"])
+    assert (config.train.steps, config.train.seed, config.train.micro_batch) == (9, 3, Config().train.micro_batch)
+    assert (config.model.router.kind, config.model.router.k) == ("top_k", 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("- a\n- b\n", "must be a mapping"),
+        ("train: {steps: 3\n", "is not YAML"),
+        ("train: {stepps: 3}\n", "train.stepps"),
+        ("train: !!python/object/apply:os.system ['true']\n", "is not YAML"),
+        ("run: {name: '${oc.env:HOME}'}\n", "interpolation"),
+    ],
+)
+def test_a_bad_file_gets_one_line(tmp_path, content, named):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=named) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(UserError, match=r"nowhere\.yaml cannot be read"):
+        load_config("nowhere.yaml")
+
+
+def test_the_printed_configuration_gives_itself_again(tmp_path):
+    config = load_config(None, ["model.router.kind=top_any", "data.weights=[2.5]", "model.moe.capacity_factor=1.25"])
+    path = tmp_path / "run.yaml"
+    path.write_text(config.to_yaml())
+    assert load_config(path) == config
+
+
+def test_auxiliary_coefficients_are_the_papers_unless_given():
+    def coefficients(*overrides: str) -> dict[str, float]:
+        return load_config(None, overrides).model.router.loss_coefficients
+
+    assert coefficients() == {"balance": 1e-2, "entropy": 1e-4}
+    assert coefficients("model.router.balance_loss=0") == {"entropy": 1e-4}
+    assert coefficients("model.router.kind=top_k", "model.router.z_loss=1e-3") == {"balance": 1e-2, "z": 1e-3}
+    assert set(coefficients("model.router.kind=top_any", "model.router.form=released")) == {
+        "balance", "diversity", "simplicity", "efficiency",
+    }  # fmt: skip
+
+
+def test_every_field_has_a_meaning():
+    described = list(describe_fields())
+    assert len(described) > 50
+    assert all(meaning and kind for _, kind, _, meaning in described)
+
+
+def test_reading_a_configuration_loads_nothing_heavy():
+    code = "import dynmoe.config, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.build import Recipe, build
+from dynmoe.data.batches import PretrainingData
+from dynmoe.data.corpus import open_corpora
+from dynmoe.errors import UserError
+from tests.texts import write_texts
+
+LENGTH = 32
+
+
+def open_data(directories, cache, weights=(), seed=0) -> PretrainingData:
+    corpora = open_corpora([str(directory) for directory in directories], LENGTH)
+    return PretrainingData(corpora, list(weights), LENGTH, seed, cache)
+
+
+@pytest.fixture(scope="module")
+def second_corpus(tmp_path_factory, corpus_dir):
+    root = tmp_path_factory.mktemp("second")
+    (root / "text").mkdir()
+    (root / "text" / "a.txt").write_text("zzzz yyyy xxxx\n" * 400)
+    (root / "text" / "b.txt").write_text("zzzz yyyy wwww\n" * 400)
+    (root / "text" / "c.txt").write_text("zzzz yyyy vvvv\n" * 400)
+    recipe = Recipe([str(root / "text")], tokenizer=str(corpus_dir / "tokenizer.model"), validation_fraction=0.5)
+    build(recipe, root / "prepared", workers=1)
+    return root / "prepared"
+
+
+def test_labels_are_the_next_tokens(corpus_dir, tmp_path):
+    data = open_data([corpus_dir], tmp_path)
+    data.prepare(0, 4)
+    batch = data.train_batch(range(4))
+    assert batch.tokens_BS.shape == (4, LENGTH)
+    assert torch.equal(batch.tokens_BS[:, 1:], batch.labels_BS[:, :-1])
+
+
+def test_a_pass_shows_every_sample_once_and_the_next_in_another_order(corpus_dir, tmp_path):
+    data = open_data([corpus_dir], tmp_path)
+    data.prepare(0, 1)
+    size = data.samples_per_pass
+    data.prepare(0, 2 * size)
+    tokens = [tuple(data.train_batch(range(n, n + 1)).tokens_BS[0].tolist()) for n in range(2 * size)]
+    first, second = tokens[:size], tokens[size:]
+    # Both passes hold all the text; sequences are cut at other places, since documents come in another order.
+    assert len(set(first)) == size
+    assert first != second
+
+
+def test_the_order_is_the_same_after_a_restart_and_across_the_end_of_a_pass(corpus_dir, tmp_path):
+    data = open_data([corpus_dir], tmp_path / "a")
+    data.prepare(0, 1)
+    size = data.samples_per_pass
+    first = size - 3
+    data.prepare(first, 6)
+    straight = data.train_batch(range(first, first + 6))
+    resumed = open_data([corpus_dir], tmp_path / "b")
+    resumed.prepare(first, 6)
+    assert torch.equal(resumed.train_batch(range(first, first + 6)).tokens_BS, straight.tokens_BS)
+    later = open_data([corpus_dir], tmp_path / "a")
+    later.prepare(first + 3, 3)
+    assert torch.equal(later.train_batch(range(first + 3, first + 6)).tokens_BS, straight.tokens_BS[3:])
+
+
+def test_seeds_give_other_orders(corpus_dir, tmp_path):
+    batches = []
+    for seed in (0, 0, 1):
+        data = open_data([corpus_dir], tmp_path / f"{seed}", seed=seed)
+        data.prepare(0, 8)
+        batches.append(data.train_batch(range(8)).tokens_BS)
+    assert torch.equal(batches[0], batches[1])
+    assert not torch.equal(batches[0], batches[2])
+
+
+def read_blend(directories: list[str], cache: str) -> tuple[list[list[int]], list[int]]:
+    """One pass over a blend of 3 : 1, and the tokens that only the second corpus has. Needs a process group."""
+    data = open_data(directories, Path(cache), weights=[3, 1])
+    data.prepare(0, 1)
+    marker = set(data.tokenizer.encode("zzzz")) - set(data.tokenizer.encode("The router takes 1 of the gates."))
+    return data.train_batch(range(data.samples_per_pass)).tokens_BS.tolist(), sorted(marker)
+
+
+def test_a_blend_keeps_its_weights(corpus_dir, second_corpus, tmp_path, one_rank):
+    ((rows, marker),) = one_rank.run(read_blend, [str(corpus_dir), str(second_corpus)], str(tmp_path))
+    assert len(rows) > 40
+    from_second = sum(bool(set(marker) & set(row)) for row in rows)
+    assert from_second / len(rows) == pytest.approx(0.25, abs=0.03)
+
+
+def test_corpora_that_do_not_fit_are_refused(corpus_dir, tmp_path):
+    with pytest.raises(UserError, match="holds no prepared corpus"):
+        open_corpora([str(tmp_path)], LENGTH)
+    with pytest.raises(UserError, match=r"data\.sequence_length=10000000"):
+        open_corpora([str(corpus_dir)], 10_000_000)
+    write_texts(tmp_path / "text", documents=30)
+    build(Recipe([str(tmp_path / "text")], vocab_size=350, validation_fraction=0.2), tmp_path / "other", workers=1)
+    with pytest.raises(UserError, match="another tokenizer"):
+        open_corpora([str(corpus_dir), str(tmp_path / "other")], LENGTH)

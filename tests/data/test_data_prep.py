@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from data_prep.build import Recipe, build, is_current
+from data_prep.sources import STDLIB, RawDocument, RefusedError, read_documents, text_of
+from dynmoe.data.corpus import Corpus
+from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.errors import UserError
+from tests.texts import make_text, write_texts
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def recipe(source: Path, **options) -> Recipe:
+    return Recipe([str(source)], **{"vocab_size": 400, "validation_fraction": 0.2, **options})
+
+
+def test_the_same_text_gives_the_same_bytes_wherever_it_lies_and_with_any_workers(tmp_path):
+    for place in ("here", "there"):
+        write_texts(tmp_path / place / "text", documents=40)
+    build(recipe(tmp_path / "here" / "text"), tmp_path / "one", workers=1)
+    build(recipe(tmp_path / "there" / "text"), tmp_path / "two", workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_every_document_is_there_and_decodes_to_itself(corpus_dir):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    from dynmoe.data.megatron import IndexedDatasetBuilder  # noqa: F401  (hushes Megatron's import)
+
+    corpus = Corpus.open(corpus_dir)
+    tokenizer, texts = corpus.tokenizer, set()
+    for split in ("train", "validation"):
+        dataset = IndexedDataset(str(corpus_dir / split))
+        for tokens in (dataset[i].tolist() for i in range(len(dataset))):
+            assert tokens[-1] == tokenizer.eod
+            texts.add(tokenizer.decode(tokens[:-1]))
+    assert texts == {make_text(number) for number in range(60)}
+    splits = corpus.manifest["splits"]
+    assert splits["train"]["documents"] + splits["validation"]["documents"] == 60
+    assert splits["train"]["tokens"] == corpus.splits["train"].num_tokens
+
+
+@pytest.mark.parametrize(
+    "text", ["  indented\n\n\n    more\t\n", "naïve — ünïcode 漢字 🙂", "a\r\nb", "x = 1234567890", " "]
+)
+def test_the_tokenizer_gives_any_text_back(corpus_dir, text):
+    tokenizer = Tokenizer(corpus_dir / "tokenizer.model")
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_jsonl_in_every_packing_and_broken_lines_by_name(tmp_path):
+    good = [json.dumps({"text": make_text(n)}) for n in range(12)]
+    bad = ["{not json", json.dumps({"body": "no key"}), json.dumps({"text": 7}), json.dumps({"text": " \n"}), "[1]"]
+    lines = ("\n".join([*good[:6], *bad, *good[6:]]) + "\n").encode()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(lines))
+    results = []
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"):
+        manifest = build(recipe(tmp_path / name), tmp_path / f"out-{name}", workers=1)
+        assert manifest["refused"]["counts"] == {"bad_json": 1, "missing_key": 3, "empty": 1}
+        assert manifest["refused"]["first_names"]["bad_json"] == [f"{name}:7"]
+        results.append((tmp_path / f"out-{name}" / "train.bin").read_bytes())
+    assert results[0] == results[1] == results[2]
+
+
+def test_text_that_is_not_utf8_is_counted(tmp_path):
+    write_texts(tmp_path / "text", documents=20)
+    (tmp_path / "text" / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "text" / "nothing.txt").write_bytes(b"")
+    manifest = build(recipe(tmp_path / "text"), tmp_path / "out", workers=1)
+    assert manifest["refused"]["counts"] == {"not_utf8": 1, "empty": 1}
+    assert manifest["refused"]["first_names"] == {"not_utf8": ["latin.txt"], "empty": ["nothing.txt"]}
+
+
+def test_a_document_without_text_says_why():
+    assert text_of(RawDocument("x", b'{"text": "hi"}', "text")) == "hi"
+    with pytest.raises(RefusedError) as caught:
+        text_of(RawDocument("x", b"\xff"))
+    assert caught.value.reason == "not_utf8"
+
+
+def test_the_standard_library_is_real_text_without_tests():
+    names = [document.name for document in read_documents([STDLIB], "text")]
+    assert {"os.py", "json/decoder.py"} <= set(names)
+    assert not [name for name in names if "/test/" in f"/{name}" or "site-packages" in name]
+
+
+def test_an_existing_tokenizer_is_taken_as_it_is(tmp_path, corpus_dir):
+    write_texts(tmp_path / "text", documents=20)
+    model = corpus_dir / "tokenizer.model"
+    build(recipe(tmp_path / "text", tokenizer=str(model)), tmp_path / "out", workers=1)
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == model.read_bytes()
+
+
+def test_a_second_start_sees_what_is_there(tmp_path):
+    write_texts(tmp_path / "text", documents=20)
+    first = recipe(tmp_path / "text")
+    build(first, tmp_path / "out", workers=1)
+    assert is_current(first, tmp_path / "out")
+    assert not is_current(recipe(tmp_path / "text", vocab_size=410), tmp_path / "out")
+    (tmp_path / "text" / "new.txt").write_text(make_text(99))
+    assert not is_current(first, tmp_path / "out")
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x40
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "a flipped token": ("train.bin", lambda path: flip(path, 100), "SHA-256"),
+    "a cut .bin": ("train.bin", lambda path: path.write_bytes(path.read_bytes()[:-2]), "its index asks for"),
+    "a missing .bin": ("train.bin", Path.unlink, "No such file"),
+    "wrong magic": ("train.idx", lambda path: flip(path, 0), "not a Megatron index"),
+    "an unknown type": ("train.idx", lambda path: flip(path, 17), "type code"),
+    "a cut .idx": ("train.idx", lambda path: path.write_bytes(path.read_bytes()[:-8]), "its counts ask for"),
+    "an empty .idx": ("train.idx", lambda path: path.write_bytes(b""), "less than its header"),
+    "a wrong length": ("train.idx", lambda path: flip(path, 34), "pointers|index asks"),
+    "a wrong document": ("train.idx", lambda path: flip(path, -3), "document boundaries"),
+    "a broken manifest": ("manifest.json", lambda path: path.write_text("{"), "cannot be read"),
+    "another tokenizer": ("tokenizer.model", lambda path: path.write_bytes(b"x"), "not a sentencepiece model"),
+}
+
+
+@pytest.mark.parametrize("damage", sorted(DAMAGE))
+def test_damage_is_found_and_named(tmp_path, damage):
+    write_texts(tmp_path / "text", documents=20)
+    build(recipe(tmp_path / "text"), tmp_path / "out", workers=1)
+    name, harm, problem = DAMAGE[damage]
+    harm(tmp_path / "out" / name)
+    with pytest.raises(UserError, match=problem) as caught:
+        Corpus.open(tmp_path / "out").verify()
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_token_outside_the_vocabulary_is_found_without_hashes(corpus_dir):
+    with pytest.raises(UserError, match="outside the vocabulary of 300"):
+        Corpus.open(corpus_dir).splits["train"].counts(300)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "data_prep", *arguments], capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_the_command_builds_verifies_and_fails_in_one_line(tmp_path):
+    write_texts(tmp_path / "text", documents=20)
+    out = str(tmp_path / "out")
+    built = run(str(tmp_path / "text"), "--out", out, "--vocab-size", "400", "--validation-fraction", "0.2")
+    assert built.returncode == 0, built.stderr
+    assert "unigram entropy" in built.stdout
+    assert "sound" in run("verify", out).stdout
+    flip(tmp_path / "out" / "train.bin", 100)
+    for failed in (run("verify", out), run(str(tmp_path / "nowhere"), "--out", str(tmp_path / "other"))):
+        assert failed.returncode == 2
+        assert failed.stderr.startswith("error: ")
+        assert failed.stderr.count("\n") == 1, failed.stderr
+    assert not (tmp_path / "other").exists()
+    assert [path.name for path in tmp_path.iterdir() if "building" in path.name] == []

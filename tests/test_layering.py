@@ -1,0 +1,73 @@
+"""Imports run one way: a module may use what stands below it, never what stands above."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# From the ground up; packages on one line do not know each other.
+LAYERS = [
+    {"errors"},
+    {"config", "routing"},
+    {"ops"},
+    {"moe"},
+    {"model", "data"},
+    {"train"},
+    {"engines"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# Each engine's package has one place; datasets are the exception that the design names.
+OWNERS = {
+    "deepspeed": "dynmoe/engines/deepspeed",
+    "megatron": "dynmoe/data/megatron.py",
+    "wandb": "dynmoe/train/wandb_",
+}
+MODULES = sorted(path for folder in ("dynmoe", "data_prep") for path in (ROOT / folder).rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports anywhere: at the top, in a function, under TYPE_CHECKING."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def package(module: str) -> str:
+    """``errors`` of ``dynmoe.errors.ConfigError``; '' for dynmoe itself."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "dynmoe" and len(parts) > 1 else ""
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_point_down(path):
+    relative = path.relative_to(ROOT)
+    own = relative.parts[1].removesuffix(".py") if relative.parts[0] == "dynmoe" else ""
+    for module in imports(path):
+        top = module.split(".")[0]
+        if top == "dynmoe" and own not in ("", "__init__") and package(module) != own:
+            assert LEVEL[package(module)] < LEVEL[own], f"{relative} imports {module}"
+        if top in OWNERS:
+            assert relative.as_posix().startswith(OWNERS[top]), f"{relative} imports {module}"
+        assert top not in ("data_prep", "bench", "tests", "train") or relative.parts[0] == top, f"{relative}: {module}"
+
+
+def test_every_package_has_its_level():
+    assert {
+        path.name.removesuffix(".py") for path in (ROOT / "dynmoe").iterdir() if not path.name.startswith("_")
+    } == set(LEVEL)
+
+
+def test_the_ground_floor_knows_torch_and_itself_only():
+    for path in (ROOT / "dynmoe" / "routing").glob("*.py"):
+        assert {module.split(".")[0] for module in imports(path)} <= {"__future__", "torch", "dataclasses", "math",
+                                                                     "typing", "dynmoe"}  # fmt: skip
+        assert all(package(module) in ("routing", "") for module in imports(path))

@@ -1,0 +1,97 @@
+"""Runs of train.py in processes of their own, and what runs on a pool for the tests of the trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+TIMED = ("train/step_time_s", "train/tokens_per_s", "train/tflops_per_rank", "memory/peak_gib")
+
+
+class TrainingProcess:
+    """``torchrun`` with two ranks on a tiny model; ended with everything it started."""
+
+    def __init__(self, corpus: Path, runs: Path, *overrides: str, ranks: int = 2) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
+        arguments = [
+            f"data.dirs=[{corpus}]", f"run.dir={runs}", "run.name=tiny", "data.sequence_length=32", "model.hidden=32",
+            "model.heads=2", "model.kv_heads=1", "model.layers=2", "model.moe.experts=4", "model.moe.expert_hidden=32",
+            "train.global_batch=4", "train.micro_batch=2", "train.steps=40", "parallel.expert=2",
+            "schedule.warmup_steps=4", "logging.interval=1", "checkpoint.interval=10", "eval.interval=20",
+            "eval.batches=2", *overrides,
+        ]  # fmt: skip
+        self._output = (runs.parent / f"output-{time.monotonic_ns()}.txt").open("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",
+             "--rdzv-endpoint", "127.0.0.1:0", "train.py", *arguments],
+            cwd=ROOT, env=environment, stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def wait(self, timeout_s: float = 120.0) -> int:
+        try:
+            return self._process.wait(timeout_s)
+        finally:
+            self.kill_tree()
+
+    def wait_for_row(self, metrics: Path, step: int, timeout_s: float = 120.0) -> None:
+        """Returns when the row of ``step`` is written."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if any(row["train/step"] >= step for row in read_rows(metrics)):
+                return
+            assert self._process.poll() is None, self.output()
+            time.sleep(0.02)
+        raise TimeoutError(f"step {step} was not reached: {self.output()}")
+
+    def ranks(self) -> list[int]:
+        """Process ids of the training ranks."""
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def kill_tree(self) -> None:
+        """SIGKILL to the launcher and all its ranks: they form a session of their own."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        self._process.wait()
+
+    def output(self) -> str:
+        self._output.seek(0)
+        return self._output.read()
+
+
+def read_rows(metrics: Path) -> list[dict[str, Any]]:
+    if not metrics.exists():
+        return []
+    rows = []
+    for line in metrics.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # the last line may be half written
+            break
+    return rows
+
+
+def curve(metrics: Path) -> list[dict[str, Any]]:
+    """Rows without the figures that depend on time, floats as hexadecimal: equal means bitwise equal."""
+    return [
+        {name: float(value).hex() for name, value in row.items() if not name.startswith(TIMED)}
+        for row in read_rows(metrics)
+    ]
+
+
+def parameter_hashes(run: Path, step: int) -> dict[str, str]:
+    """SHA-256 of the state in the checkpoint of ``step``, by file."""
+    manifest = json.loads((run / "checkpoints" / f"step_{step:08d}" / "manifest.json").read_text())
+    return {name: facts["sha256"] for name, facts in manifest["files"].items() if name.endswith(".safetensors")}

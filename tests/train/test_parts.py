@@ -1,0 +1,142 @@
+"""Schedules, parameter groups, metrics files and checkpoint stores, each for itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dynmoe.config import OptimizerConfig, ScheduleConfig, load_config
+from dynmoe.errors import UserError
+from dynmoe.model import Decoder
+from dynmoe.train.checkpoint import CheckpointStore
+from dynmoe.train.metrics import MetricsLog
+from dynmoe.train.optimizer import parameter_groups
+from dynmoe.train.schedule import learning_rate
+
+
+def rates(kind: str, steps: int = 20, **options) -> list[float]:
+    schedule = ScheduleConfig(kind=kind, warmup_steps=4, min_lr_ratio=0.1, **options)
+    return [learning_rate(step, steps, OptimizerConfig(lr=1.0), schedule) for step in range(1, steps + 1)]
+
+
+def test_warm_up_is_linear_and_ends_at_the_peak():
+    for kind in ("cosine", "wsd", "constant"):
+        assert rates(kind)[:4] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_cosine_falls_to_the_floor():
+    values = rates("cosine")
+    assert values[3:] == sorted(values[3:], reverse=True)
+    assert values[11] == pytest.approx(0.55)  # half way between step 4 and step 20
+    assert values[-1] == pytest.approx(0.1)
+
+
+def test_wsd_stays_and_then_falls_in_a_line():
+    values = rates("wsd", decay_fraction=0.25)
+    assert values[3:15] == [1.0] * 12
+    assert values[15:] == pytest.approx([0.82, 0.64, 0.46, 0.28, 0.1])
+
+
+def test_constant_stays():
+    assert rates("constant")[4:] == [1.0] * 16
+
+
+@pytest.mark.parametrize("kind", ["top_p", "top_any"])
+def test_every_parameter_is_in_one_group_of_its_kind(kind):
+    config = load_config(None, [f"model.router.kind={kind}", "model.router.lr_factor=0.5", "model.moe.every=2"])
+    model = Decoder(config.model, 64, seed=0)
+    groups = {group["name"]: group for group in parameter_groups(model, config)}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    grouped = [names[id(p)] for group in groups.values() for p in group["params"]]
+    assert sorted(grouped) == sorted(names.values())
+    assert {names[id(p)].split(".")[-2] for p in groups["no_decay"]["params"]} == {"attention_norm", "ffn_norm", "norm"}
+    assert all("router" in names[id(p)] for p in groups["router"]["params"])
+    assert (groups["router"]["lr_factor"], groups["router"]["weight_decay"]) == (0.5, 0.1)
+    assert (groups["no_decay"]["weight_decay"], groups["decay"]["lr_factor"]) == (0.0, 1.0)
+    if kind == "top_any":
+        assert [names[id(p)].split(".")[-1] for p in groups["router_no_decay"]["params"]] == ["thresholds_E"] * 2
+        assert groups["router_no_decay"]["weight_decay"] == 0.0
+
+
+def test_metrics_are_cut_to_the_resumed_step_and_half_a_line_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"train/step": step}) + "\n" for step in (1, 2, 3)) + '{"train/st')
+    seen: list[dict] = []
+
+    class Spy:
+        def log(self, row):
+            seen.append(row)
+
+        def close(self):
+            seen.append({})
+
+    log = MetricsLog(path, 2, [Spy()])
+    log.log({"train/step": 3, "train/loss": 1.5})
+    log.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"train/step": 1}, {"train/step": 2}, {"train/step": 3, "train/loss": 1.5},
+    ]  # fmt: skip
+    assert seen == [{"train/step": 3, "train/loss": 1.5}, {}]
+
+
+def write_shard(directory: Path, text: str) -> list[Path]:
+    import torch.distributed as dist
+
+    path = directory / f"shard_{dist.get_rank()}"
+    path.write_text(text)
+    return [path]
+
+
+def store_scenario(root: str) -> dict[str, object]:
+    """Saves, damages and loads checkpoints on the ranks of a pool; every rank sees the same."""
+    import torch.distributed as dist
+
+    store = CheckpointStore(Path(root), keep=2)
+    found: dict[str, object] = {"empty": store.newest()}
+    for step in (1, 2, 3):
+        store.save(step, lambda directory, step=step: write_shard(directory, f"state {step}"), {"step": step})
+    found["kept"] = sorted(path.name for path in Path(root).iterdir())
+    newest = store.newest()
+    assert newest is not None
+    found["newest"] = (newest.step, newest.trainer_state)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (Path(root) / "step_00000003" / "shard_1").write_text("state ?")
+        (Path(root) / "step_00000009.tmp-abc").mkdir()
+    dist.barrier()
+    store.remove_leftovers()
+    fallback = store.newest()
+    assert fallback is not None
+    found["fallback"] = fallback.step
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (Path(root) / "step_00000002" / "manifest.json").unlink()
+    dist.barrier()
+    try:
+        store.newest()
+    except UserError as error:
+        found["error"] = str(error)
+    found["left"] = sorted(path.name.split("-")[0] for path in Path(root).iterdir())
+    return found
+
+
+def test_checkpoints_are_kept_verified_put_aside_and_never_silently_lost(two_ranks, tmp_path):
+    for found in two_ranks.run(store_scenario, str(tmp_path / "checkpoints")):
+        assert found["empty"] is None
+        assert found["kept"] == ["step_00000002", "step_00000003"]
+        assert found["newest"] == (3, {"step": 3})
+        assert found["fallback"] == 2
+        assert "no checkpoint is undamaged (step_00000002: manifest.json is missing" in str(found["error"])
+        assert found["left"] == ["step_00000002.damaged", "step_00000003.damaged"]
+
+
+def test_a_dense_model_reports_no_moe_figures():
+    from dynmoe.train.engine import StepReport
+    from dynmoe.train.metrics import auxiliary_loss, moe_row
+
+    config = load_config(None, ["model.moe.experts=0"])
+    row = moe_row(StepReport(1.0, 1.0, {}, {}), config)
+    assert row == {}
+    assert auxiliary_loss(row, config) == 0

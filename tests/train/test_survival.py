@@ -1,0 +1,121 @@
+"""Killed, told to end, damaged: the same command again gives the curve of an undisturbed run, bit by bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+
+import pytest
+
+from tests.train.cases import TrainingProcess, curve, parameter_hashes, read_rows
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus_dir, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("undisturbed") / "runs"
+    process = TrainingProcess(corpus_dir, runs)
+    assert process.wait() == 0, process.output()
+    return runs / "tiny", process.output()
+
+
+def test_a_run_leaves_what_it_promises(undisturbed):
+    run, output = undisturbed
+    rows = read_rows(run / "metrics.jsonl")
+    assert [row["train/step"] for row in rows] == list(range(1, 41))
+    assert rows[-1]["train/lm_loss"] < rows[0]["train/lm_loss"] - 0.1
+    assert [row["train/step"] for row in rows if "eval/loss" in row] == [20, 40]
+    assert rows[-1]["train/tokens"] == 40 * 4 * 32
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000030", "step_00000040"]
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert (outcome["status"], outcome["step"]) == ("finished", 40)
+    for part in ("Validation loss", "token frequencies alone would give", "Experts per token", str(run)):
+        assert part in output
+    assert "model:" in (run / "config.yaml").read_text()
+
+
+def test_a_finished_run_says_so_when_started_again(undisturbed, corpus_dir):
+    run, _ = undisturbed
+    before = (run / "metrics.jsonl").read_bytes()
+    process = TrainingProcess(corpus_dir, run.parent)
+    assert process.wait() == 0, process.output()
+    assert "nothing was left to do" in process.output()
+    assert "Validation loss" in process.output()
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("victim", ["rank", "tree"])
+def test_sigkill_at_a_random_step_leaves_the_curve_bitwise(undisturbed, corpus_dir, tmp_path, victim):
+    reference, _ = undisturbed
+    step = random.SystemRandom().randint(3, 37)
+    process = TrainingProcess(corpus_dir, tmp_path / "runs")
+    metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
+    process.wait_for_row(metrics, step)
+    if victim == "rank":
+        os.kill(random.SystemRandom().choice(process.ranks()), signal.SIGKILL)
+        assert process.wait() != 0
+    else:
+        process.kill_tree()
+    again = TrainingProcess(corpus_dir, tmp_path / "runs")
+    assert again.wait() == 0, f"killed after step {step}: {again.output()}"
+    assert curve(metrics) == curve(reference / "metrics.jsonl"), f"killed after step {step}"
+    assert parameter_hashes(metrics.parent, 40) == parameter_hashes(reference, 40)
+
+
+def test_sigterm_saves_at_the_end_of_the_step(undisturbed, corpus_dir, tmp_path):
+    reference, _ = undisturbed
+    process = TrainingProcess(corpus_dir, tmp_path / "runs")
+    run = tmp_path / "runs" / "tiny"
+    process.wait_for_row(run / "metrics.jsonl", 13)
+    process.signal(signal.SIGTERM)
+    process.wait()
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert outcome["status"] == "preempted"
+    step = outcome["step"]
+    assert 13 <= step < 40
+    assert (run / "checkpoints" / f"step_{step:08d}").is_dir()
+    again = TrainingProcess(corpus_dir, tmp_path / "runs")
+    assert again.wait() == 0, again.output()
+    assert curve(run / "metrics.jsonl") == curve(reference / "metrics.jsonl")
+
+
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_loads(corpus_dir, tmp_path):
+    process = TrainingProcess(corpus_dir, tmp_path / "runs", "train.steps=20", "schedule.kind=constant")
+    assert process.wait() == 0, process.output()
+    run = tmp_path / "runs" / "tiny"
+    shard = run / "checkpoints" / "step_00000020" / "experts_00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    again = TrainingProcess(corpus_dir, tmp_path / "runs", "train.steps=22", "schedule.kind=constant")
+    assert again.wait() == 0, again.output()
+    assert "experts_00001.safetensors is damaged; put aside" in again.output()
+    assert [row["train/step"] for row in read_rows(run / "metrics.jsonl")] == list(range(1, 23))
+
+
+def test_another_model_on_resume_is_refused_with_the_difference(undisturbed, corpus_dir):
+    run, _ = undisturbed
+    process = TrainingProcess(corpus_dir, run.parent, "train.steps=50", "model.moe.experts=8")
+    assert process.wait() != 0
+    lines = [line for line in process.output().splitlines() if line.startswith("error: ")]
+    assert lines == [
+        "error: model.moe.experts=8: the run's checkpoint has 4; keep it, or start anew with another run.name"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["model.router.p=2"], "model.router.p=2"),
+        (["data.dirs=[nowhere]"], "nowhere holds no prepared corpus"),
+        (["parallel.expert=4", "model.moe.experts=4"], "parallel.expert=4"),
+        (["run.dir=/proc/none"], "/proc/none"),
+    ],
+)
+def test_train_refuses_bad_input_in_one_line(corpus_dir, tmp_path, overrides, named):
+    process = TrainingProcess(corpus_dir, tmp_path / "runs", *overrides)
+    assert process.wait() != 0
+    lines = [line for line in process.output().splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, process.output()
+    assert named in lines[0]
