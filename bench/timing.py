@@ -1,0 +1,99 @@
+"""Interleaved timing in one process, and what a computation keeps in memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+Step = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Seconds of one forward and one backward pass."""
+
+    forward: float
+    backward: float
+
+    def of(self, direction: str) -> float:
+        return {"forward": self.forward, "backward": self.backward, "both": self.forward + self.backward}[direction]
+
+
+DIRECTIONS = ("forward", "backward", "both")
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def time_passes(forward: Callable[[], Tensor], backward: Callable[[Tensor], object]) -> Passes:
+    """Times one forward pass and the backward pass from its output."""
+    _synchronize()
+    start = time.perf_counter()
+    output = forward()
+    _synchronize()
+    middle = time.perf_counter()
+    backward(output)
+    _synchronize()
+    return Passes(middle - start, time.perf_counter() - middle)
+
+
+def interleave(methods: Mapping[str, Callable[[], Passes]], repeats: int) -> dict[str, list[Passes]]:
+    """Runs every method once to warm up, then in turn ``repeats`` times: what disturbs one disturbs its neighbours."""
+    for run in methods.values():
+        run()
+    times: dict[str, list[Passes]] = {name: [] for name in methods}
+    for _ in range(repeats):
+        for name, run in methods.items():
+            times[name].append(run())
+    return times
+
+
+def median_ratio(times: Iterable[Passes], floor: Iterable[Passes], direction: str) -> float:
+    """Median over turns of the ratio to the floor of the same turn."""
+    return statistics.median(a.of(direction) / b.of(direction) for a, b in zip(times, floor, strict=True))
+
+
+def saved_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
+    """Bytes that autograd keeps for the backward pass, parameters not counted, shared storage counted once."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # or its address would be used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    del output
+    return sum(kept.values())
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Most bytes that ``run`` holds at a time beyond what was there before, on the device in use."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        run()
+    held = peak = 0
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
