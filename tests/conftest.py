@@ -35,6 +35,11 @@ def two_ranks() -> Iterator[WorkerPool]:
 
 
 @pytest.fixture(scope="session")
+def four_ranks() -> Iterator[WorkerPool]:
+    yield from _pool(4)
+
+
+@pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small corpus of made-up text, prepared by data_prep."""
     from data_prep.build import Recipe, build

@@ -126,3 +126,18 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(one_rank, tmp_path):
         one_rank.run(train, [*ONE, "model.moe.expert_hidden=64"], 1, 2, saved)
     with pytest.raises(AssertionError, match="has tensors that this model lacks"):
         one_rank.run(train, [*ONE, "model.layers=1"], 1, 2, saved)
+
+
+def test_expert_times_data_parallelism_trains_like_one_process(one_rank, four_ranks, tmp_path):
+    overrides = [*ROUTERS["top_p"], *ALL_LOSSES["top_p"]]
+    saved = str(tmp_path / "saved")
+    (alone,) = one_rank.run(train, [*overrides, *ONE], 0, 8)
+    quarter = [*overrides, "train.micro_batch=2", "parallel.expert=2"]
+    spread = four_ranks.run(train, quarter, 0, 4, "", saved)
+    assert spread[0]["losses"] == pytest.approx(alone["losses"][:4], rel=1e-5)
+    assert spread[0]["norms"] == pytest.approx(alone["norms"][:4], rel=1e-4)
+    # The replicas of an expert, two ranks apart, stay bitwise equal.
+    for first, second in ((0, 2), (1, 3)):
+        assert all(torch.equal(v, spread[second]["state"][n]) for n, v in spread[first]["state"].items())
+    resumed = four_ranks.run(train, [*quarter, "parallel.expert=4"], 4, 8, saved)[0]
+    assert resumed["losses"] == pytest.approx(alone["losses"][4:], rel=1e-5)
