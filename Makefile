@@ -4,11 +4,11 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 RANKS ?= 2
 
-.PHONY: quickstart test lint test-slow test-gpu clean
+.PHONY: quickstart test lint test-gpu clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m data_prep stdlib --out data/stdlib --validation-fraction 0.05
-	$(BIN)/torchrun --nproc-per-node $(RANKS) train.py configs/quickstart.yaml
+	$(BIN)/torchrun --nproc-per-node $(RANKS) train.py configs/quickstart.yaml run.name=quickstart
 
 test: lint
 	$(BIN)/python -m pytest
@@ -17,9 +17,6 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu

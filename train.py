@@ -39,43 +39,37 @@ def train(config: Config) -> None:
     from dynmoe.engines.deepspeed import DeepSpeedEngine
     from dynmoe.model.size import embedding_rows
     from dynmoe.ops.host_memory import keep_freed_memory
+    from dynmoe.train.launched import end_with_launcher
     from dynmoe.train.run_directory import RunDirectory
     from dynmoe.train.summary import describe, facts, write_sample
     from dynmoe.train.trainer import Trainer
     from dynmoe.train.views import make_views
 
+    end_with_launcher()
+    keep_freed_memory()
     corpora = open_corpora(config.data.dirs, config.data.sequence_length)
     tokenizer = corpora[0].tokenizer
     vocab_size = embedding_rows(tokenizer.vocab_size, config.model.vocab_size)
     directory, first = RunDirectory(config.run.path), os.environ.get("RANK", "0") == "0"
-    ended = directory.read_outcome()
-    if ended is not None and ended["status"] == "finished" and ended["step"] >= config.train.steps:
-        if first:
-            print(f"{ended['summary']}\nThis run had finished before; nothing was left to do.")
-        return
     if first:
-        directory.create(config.to_yaml())
-    keep_freed_memory()
+        directory.claim()
+        for corpus in corpora if config.data.verify else ():
+            corpus.verify()
     engine = DeepSpeedEngine(config, vocab_size)
-    data = PretrainingData(
-        corpora, config.data.weights, config.data.sequence_length, config.train.seed, directory.data_index
-    )
-    trainer = Trainer(config, engine, data, directory, vocab_size, partial(make_views, config))
     try:
+        data = PretrainingData(
+            corpora, config.data.weights, config.data.sequence_length, config.train.seed, directory.data_index
+        )
+        trainer = Trainer(config, engine, data, directory, vocab_size, partial(make_views, config))
         result = trainer.run()
         if result.status == "preempted":
             if first:
-                directory.write_outcome("preempted", result.progress.step)
                 print(f"Told to end: checkpoint saved at step {result.progress.step}; the same command goes on.")
             return
         text = write_sample(engine, tokenizer, config.data.sequence_length)
         if first:
-            summary = describe(config, trainer.size, result, corpora, text)
-            directory.write_outcome("finished", result.progress.step, summary=summary, **facts(result))
-            print(summary)
-    except Exception as error:
-        directory.write_outcome("failed", trainer.progress.step, error=f"{type(error).__name__}: {error}")
-        raise
+            directory.write_outcome("finished", result.progress.step, **facts(result))
+            print(describe(config, trainer.size, result, corpora, text))
     finally:
         dist.destroy_process_group()
 

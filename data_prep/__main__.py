@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,15 +59,13 @@ def _build(arguments: list[str]) -> None:
     if given.workers < 1:
         raise UserError(f"--workers {given.workers}: use at least 1")
     out: Path = given.out
+    if out.exists() and not (out / MANIFEST).exists():
+        raise UserError(f"--out {out}: exists and is no corpus; name another directory")
     if out.exists() and not given.overwrite:
-        if not (out / MANIFEST).exists():
-            raise UserError(f"--out {out}: exists and is no corpus; name another directory or pass --overwrite")
         if is_current(recipe, out):
             print(f"{out} is up to date")
             return
         raise UserError(f"--out {out}: holds a corpus made from other text or options; pass --overwrite to replace it")
-    if out.exists():
-        shutil.rmtree(out)
     _report(out, build(recipe, out, given.workers))
 
 

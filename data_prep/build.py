@@ -169,9 +169,9 @@ def unigram_entropy(counts: np.ndarray) -> float:
 
 
 def build(recipe: Recipe, out: Path, workers: int) -> dict[str, Any]:
-    """Writes the corpus into ``out`` (which must not exist yet) and returns its manifest.
+    """Writes the corpus into ``out`` and returns its manifest.
 
-    Everything is written beside it and renamed when complete: an interrupted build leaves no corpus.
+    Everything is written beside it and renamed when complete: an interrupted build leaves what was there before.
 
     Raises:
         UserError: unusable text or options.
@@ -188,6 +188,8 @@ def build(recipe: Recipe, out: Path, workers: int) -> dict[str, Any]:
         manifest = _manifest(recipe, building, counts, refusals, fingerprint)
         (building / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         Corpus.open(building)
+        if out.exists():
+            shutil.rmtree(out)
         building.rename(out)
     finally:
         shutil.rmtree(building, ignore_errors=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import zstandard
 
@@ -50,12 +50,16 @@ def text_of(document: RawDocument) -> str:
     if document.json_key is not None:
         try:
             record = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RefusedError("bad_json") from None
         value = record.get(document.json_key) if isinstance(record, dict) else None
         if not isinstance(value, str):
             raise RefusedError("missing_key")
         text = value
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+            raise RefusedError("not_utf8") from None
     if not text.strip():
         raise RefusedError("empty")
     return text
@@ -102,11 +106,38 @@ def _documents(path: Path, name: str, json_key: str) -> Iterator[RawDocument]:
     if not path.name.endswith(_JSONL):
         yield RawDocument(name, path.read_bytes())
         return
-    with path.open("rb") as compressed:
-        stream: io.BufferedIOBase = compressed
+    with path.open("rb") as stored:
+        lines: Iterable[bytes] = stored
         if path.suffix == ".gz":
-            stream = gzip.GzipFile(fileobj=compressed)
+            lines = gzip.GzipFile(fileobj=stored)
         elif path.suffix == ".zst":
-            stream = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(compressed))
-        for number, line in enumerate(stream, start=1):
+            lines = _lines(_decompressed(stored))
+        for number, line in enumerate(lines, start=1):
             yield RawDocument(f"{name}:{number}", line, json_key)
+
+
+def _decompressed(stored: BinaryIO) -> Iterator[bytes]:
+    """Contents of all zstandard frames.
+
+    Raises:
+        EOFError: the last frame is cut off (the library's own readers end there without a word).
+    """
+    frame = None
+    while block := stored.read(1 << 20):
+        while block:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(block)
+            block = frame.unused_data if frame.eof else b""
+            if frame.eof:
+                frame = None
+    if frame is not None:
+        raise EOFError("the compressed text is cut off")
+
+
+def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for block in blocks:
+        *whole, rest = (rest + block).split(b"\n")
+        yield from whole
+    if rest:
+        yield rest

@@ -16,14 +16,13 @@ _TIME_TO_SPEAK_S = 3.0
 def run_tool(main: Callable[[], None]) -> None:
     """Runs ``main``; a :class:`UserError` becomes one line on stderr and exit status 2.
 
-    Under a launcher the first rank of each host speaks. Launchers end every rank as soon as one exits, so the others
-    wait until it has spoken.
+    Under a launcher the first rank of each host speaks first. Launchers end every rank as soon as one exits: the others
+    wait for that, and speak only where it does not come, as the error is then theirs alone.
     """
     try:
         main()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(_TIME_TO_SPEAK_S)
-            raise SystemExit(EXIT_USER_ERROR) from None
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_USER_ERROR) from None

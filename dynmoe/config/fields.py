@@ -19,10 +19,12 @@ def option(
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
+    below: float | None = None,
     choices: Choices | None = None,
 ) -> Any:
     """A dataclass field with its meaning and the bounds that :func:`check_bounds` enforces."""
-    metadata = {"meaning": meaning, "at_least": at_least, "above": above, "at_most": at_most, "choices": choices}
+    metadata: dict[str, Any] = {"meaning": meaning, "choices": choices}
+    metadata |= {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -51,5 +53,8 @@ def _check_value(name: str, value: Any, bounds: Any) -> None:
         raise ConfigError(name, value, "is too small", f"use a value of at least {at_least}")
     if above is not None and value <= above:
         raise ConfigError(name, value, "is too small", f"use a value above {above}")
+    below = bounds.get("below")
+    if below is not None and value >= below:
+        raise ConfigError(name, value, "is too large", f"use a value below {below}")
     if at_most is not None and value > at_most:
         raise ConfigError(name, value, "is too large", f"use a value of at most {at_most}")

@@ -59,7 +59,7 @@ def _merge(base: DictConfig, given: DictConfig, source: str) -> DictConfig:
     try:
         merged = OmegaConf.merge(base, given)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or next(iter(_leaves(OmegaConf.to_container(given))))[0]
+        key = getattr(error, "full_key", None) or next(_leaves(OmegaConf.to_container(given)), (source, None))[0]
         known = [name for name, *_ in describe_fields()]
         if "not in" in str(error) or "Unknown key" in str(error):
             hint = _closest(str(key), known)
@@ -70,10 +70,10 @@ def _merge(base: DictConfig, given: DictConfig, source: str) -> DictConfig:
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
+    if isinstance(tree, dict) and tree:
         for key, value in tree.items():
             yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(tree, list):
+    elif isinstance(tree, list) and tree:
         for value in tree:
             yield from _leaves(value, prefix)
     else:

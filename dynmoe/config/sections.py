@@ -45,6 +45,7 @@ class DataConfig:
         [], "share of each corpus in the blend; empty: in proportion to their tokens", above=0
     )
     sequence_length: int = option(512, "tokens of one training sequence", at_least=1)
+    verify: bool = option(True, "check every hash and token id of the corpora before the first step")
 
     def __post_init__(self) -> None:
         check_bounds(self, "data")
@@ -119,10 +120,10 @@ class MoEConfig:
     shared_hidden: int = option(0, "width of a shared expert that every token uses (0: none)", at_least=0)
     every: int = option(1, "an MoE layer in every n-th layer, the first included; dense SwiGLU elsewhere", at_least=1)
     capacity_factor: Optional[float] = option(
-        None, "limit of routes per expert and rank, relative to perfect balance; null: none", above=0
+        None, "limit of routes per expert and rank in training, relative to perfect balance; null: none", above=0
     )
     drop_policy: str = option(
-        "probs", "which routes to drop beyond capacity: lowest gate, or last position", choices=("probs", "position")
+        "probs", "which routes to drop beyond capacity: lowest score, or last position", choices=("probs", "position")
     )
 
     def __post_init__(self) -> None:
@@ -184,7 +185,7 @@ class ModelConfig:
 @dataclass
 class TrainConfig:
     steps: int = option(1000, "optimizer steps of the whole run", at_least=1)
-    seed: int = option(0, "seed of initial weights and data order", at_least=0)
+    seed: int = option(0, "seed of initial weights and data order", at_least=0, below=2**32)
     global_batch: int = option(16, "sequences of one optimizer step, over all ranks", at_least=1)
     micro_batch: int = option(8, "sequences of one forward pass on one rank", at_least=1)
     precision: str = option("fp32", "precision of weights and activations", choices=("fp32", "bf16"))
@@ -194,8 +195,8 @@ class TrainConfig:
 @dataclass
 class OptimizerConfig:
     lr: float = option(3e-4, "peak learning rate (AdamW)", above=0)
-    beta1: float = option(0.9, "AdamW's first moment decay", at_least=0, at_most=1)
-    beta2: float = option(0.95, "AdamW's second moment decay", at_least=0, at_most=1)
+    beta1: float = option(0.9, "AdamW's first moment decay", at_least=0, below=1)
+    beta2: float = option(0.95, "AdamW's second moment decay", at_least=0, below=1)
     eps: float = option(1e-8, "AdamW's epsilon", above=0)
     weight_decay: float = option(0.1, "decay of matrices; norms and router thresholds have none", at_least=0)
     clip_grad: float = option(1.0, "ceiling of the global gradient norm (0: no clipping)", at_least=0)

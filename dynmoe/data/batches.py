@@ -14,6 +14,8 @@ from dynmoe.data.corpus import Corpus
 from dynmoe.data.megatron import BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig
 from dynmoe.errors import UserError
 
+_SEEDS = 2**32  # what numpy takes
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -76,22 +78,21 @@ class PretrainingData:
             raise UserError("data.weights: a pass over this blend holds no sequence; give small corpora less weight")
         return size
 
-    def _pass(self, number: int) -> Any:
-        if number not in self._passes:
-            # Two passes may meet in one batch; older ones are not needed again.
-            self._passes = {n: built for n, built in self._passes.items() if n == number - 1}
-            self._passes[number] = self._build("train", self.seed + number, self._size_of_weighted_pass)
-        return self._passes[number]
+    def _build_pass(self, number: int) -> Any:
+        return self._build("train", (self.seed + number) % _SEEDS, self._size_of_weighted_pass)
 
     def prepare(self, first: int, count: int) -> None:
         """Builds the passes that samples ``first`` to ``first + count`` lie in. Collective: call it on every rank."""
-        for number in range(first // self.samples_per_pass, (first + count - 1) // self.samples_per_pass + 1):
-            self._pass(number)
+        size = self.samples_per_pass
+        needed = range(first // size, (first + count - 1) // size + 1)
+        self._passes = {number: self._passes.get(number) or self._build_pass(number) for number in needed}
 
     @property
     def samples_per_pass(self) -> int:
-        newest = max(self._passes, default=0)
-        return len(self._pass(newest))
+        """Samples of one pass, the same for all. Collective where no pass was prepared yet."""
+        if not self._passes:
+            self._passes[0] = self._build_pass(0)
+        return len(next(iter(self._passes.values())))
 
     @property
     def validation_samples(self) -> int:

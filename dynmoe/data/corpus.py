@@ -17,6 +17,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 SPLITS = ("train", "validation")
 FORMAT = 1
+_KEYS = {"files", "input", "recipe", "refused", "sources", "splits", "tokenizer"}
 
 
 def sha256_of(path: Path) -> str:
@@ -42,7 +43,7 @@ class Corpus:
 
     @classmethod
     def open(cls, path: str | Path) -> Corpus:
-        """Reads a corpus and checks its structure against its manifest; hashes are left to :meth:`verify`.
+        """Reads a corpus and checks its structure, sizes and tokenizer; hashes and ids are left to :meth:`verify`.
 
         Raises:
             UserError: a file that is missing or damaged, by name.
@@ -55,11 +56,21 @@ class Corpus:
             raise UserError(f"data.dirs: {path} holds no prepared corpus ({MANIFEST} is missing); {cure}") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path / MANIFEST} cannot be read: {error}; prepare the corpus again") from None
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or _KEYS - manifest.keys():
             raise UserError(f"{path / MANIFEST} is not of format {FORMAT}; prepare the corpus again")
         tokenizer = Tokenizer(path / TOKENIZER)
+        if tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
+            raise UserError(f"{path / TOKENIZER} is not the tokenizer of the manifest; prepare the corpus again")
         splits = {split: check_indexed(path / split) for split in SPLITS}
+        for name, facts in manifest["files"].items():
+            if (path / name).stat().st_size != facts["bytes"]:
+                raise UserError(f"{path / name}: its size is not the manifest's; prepare the corpus again")
         return cls(path, manifest, tokenizer, splits)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 that stands for every file of the corpus."""
+        return hashlib.sha256(json.dumps(self.manifest["files"], sort_keys=True).encode()).hexdigest()
 
     def verify(self) -> None:
         """Checks every hash and every token id.

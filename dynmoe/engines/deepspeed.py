@@ -29,6 +29,7 @@ from deepspeed.utils import groups
 from dynmoe.config import Config, ModelConfig
 from dynmoe.data.batches import Batch
 from dynmoe.engines import deepspeed_state
+from dynmoe.errors import UserError
 from dynmoe.model import Decoder
 from dynmoe.moe import MoEContext, MoELayer
 from dynmoe.moe.statistics import vector_size
@@ -129,6 +130,9 @@ class DeepSpeedEngine:
                 self._engine.step()  # not a boundary: counts the micro-batch
         self._lm_loss = torch.stack(losses).mean()
         self._grad_norm = self._clip(self.config.optimizer.clip_grad)
+        if not torch.isfinite(self._grad_norm):  # the same on every rank; parameters and moments are untouched
+            norm = self._grad_norm.item()
+            raise UserError(f"the gradient norm is {norm}; go on from a checkpoint with a lower optimizer.lr")
         for group in self._adam.param_groups:
             group["lr"] = lr * group["lr_factor"]
         self._engine.step()
@@ -210,9 +214,13 @@ def _start_processes() -> torch.device:
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ.update(alone)
-    cuda = torch.cuda.is_available()
+    cuda = os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
+        ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if ranks > gpus:
+            cure = f"start {gpus} with --nproc-per-node, or set DS_ACCELERATOR=cpu"
+            raise UserError(f"{ranks} ranks on this host, but {gpus} GPU(s); {cure}")
         torch.cuda.set_device(device)
     # Its shared-memory collectives would be compiled on the spot: gloo needs no compiler, and leaves nothing behind
     # in shared memory when a rank is killed.

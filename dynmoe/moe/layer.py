@@ -47,13 +47,14 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]: route, dispatch, experts, combine."""
         x_TD = x.reshape(-1, x.shape[-1])
-        plan = self._drop_beyond_capacity(self.router(x_TD))
+        selection = self.router(x_TD)
+        plan = self._drop_beyond_capacity(selection)
         dispatched = self.dispatcher.dispatch(x_TD, plan)
         outputs_ND = self.experts(dispatched.rows_ND, dispatched.gates_N, dispatched.tokens_per_expert_E)
         y_TD = self.dispatcher.combine(outputs_ND, dispatched)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        losses = self.router.losses(plan) if self.training else {}
+        losses = self.router.losses(selection) if self.training else {}
         if losses and torch.is_grad_enabled():
             coefficients = self.router.settings.loss_coefficients
             total = torch.stack([coefficients[name] * loss for name, loss in losses.items()]).sum()
@@ -63,7 +64,8 @@ class MoELayer(nn.Module):
 
     def _drop_beyond_capacity(self, plan: RoutingPlan) -> RoutingPlan:
         factor = self.settings.capacity_factor
-        if factor is None:
+        # Not in evaluation: which routes are dropped depends on the whole batch, the tokens to come included.
+        if factor is None or not self.training:
             return plan
         num_routes, num_active = int(plan.routing_map_TE.sum()), int(self.router.active_E.sum())
         return apply_capacity(plan, expert_capacity(num_routes, num_active, factor), self.settings.drop_policy)

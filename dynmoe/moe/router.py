@@ -14,7 +14,7 @@ from dynmoe.routing import RoutingCounts, RoutingPlan, losses, top_any, top_k, t
 
 
 class Router(nn.Module):
-    """Maps hidden states to a :class:`RoutingPlan`, in fp32 whatever the model's precision.
+    """Maps hidden states to a :class:`RoutingPlan`, in fp32 arithmetic whatever the precision of the weights.
 
     Args:
         model: router kind and its settings.

@@ -62,7 +62,10 @@ def write_atomically(path: Path, text: str) -> None:
 def _verify(path: Path) -> str | None:
     """What is wrong with a checkpoint directory; None where every file is as its manifest says."""
     try:
-        files = json.loads((path / _MANIFEST).read_text())["files"]
+        manifest = json.loads((path / _MANIFEST).read_text())
+        files = manifest["files"]
+        if f"step_{manifest['step']:08d}" != path.name or _TRAINER not in files:
+            return f"{_MANIFEST} is not this checkpoint's"
         for name, facts in files.items():
             file = path / name
             if not file.is_file():
@@ -93,8 +96,13 @@ class CheckpointStore:
         found = [path for path in self.root.iterdir() if path.is_dir() and _COMPLETE.fullmatch(path.name)]
         return sorted(found, key=lambda path: path.name, reverse=True)
 
-    def save(self, step: int, write: Callable[[Path], list[Path]], trainer_state: dict[str, Any]) -> None:
-        """Saves step ``step``: ``write`` puts this rank's files into the directory it is given and returns them."""
+    def save(
+        self, step: int, write: Callable[[Path], list[Path]], trainer_state: dict[str, Any], facts: dict[str, Any]
+    ) -> None:
+        """Saves step ``step``: ``write`` puts this rank's files into the directory it is given and returns them.
+
+        ``facts`` go into the manifest, for whoever looks at it: parallel sizes, hashes of configuration and data.
+        """
         name = [secrets.token_hex(4)]
         dist.broadcast_object_list(name, src=0)
         final = self.root / f"step_{step:08d}"
@@ -107,20 +115,20 @@ class CheckpointStore:
             state = building / _TRAINER
             state.write_text(json.dumps(trainer_state))
             files = [*files, state]
-        facts = {}
+        hashed = {}
         for file in files:
             _sync(file)
-            facts[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+            hashed[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
         gathered: list[dict[str, Any] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, facts)
+        dist.all_gather_object(gathered, hashed)
         if self._is_first:
             everything = {name: fact for part in gathered if part for name, fact in part.items()}
-            manifest = {"step": step, "ranks": dist.get_world_size(), "files": everything}
+            manifest = {"step": step, **facts, "files": everything}
             write_atomically(building / _MANIFEST, json.dumps(manifest, indent=1))
-            if final.exists():  # the same step again, after an older one was resumed
-                final.rename(final.with_name(f"{final.name}.replaced-{name[0]}"))
             building.rename(final)
             _sync(self.root)
+            if problem := _verify(final):
+                raise OSError(f"{final}: {problem} right after it was written; older checkpoints are kept")
             self._prune()
         dist.barrier()
 
@@ -129,13 +137,11 @@ class CheckpointStore:
             # Out of the way first: half a removal must not look like a checkpoint.
             doomed = old.rename(old.with_name(f"{old.name}.removed"))
             shutil.rmtree(doomed)
-        for leftover in self.root.glob("step_*.replaced-*"):
-            shutil.rmtree(leftover)
 
     def remove_leftovers(self) -> None:
         """Removes what interrupted saves and removals left behind."""
         if self._is_first and self.root.is_dir():
-            for pattern in ("step_*.tmp-*", "step_*.removed", "step_*.replaced-*"):
+            for pattern in ("step_*.tmp-*", "step_*.removed"):
                 for leftover in self.root.glob(pattern):
                     shutil.rmtree(leftover)
         dist.barrier()

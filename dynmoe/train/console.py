@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -22,14 +24,12 @@ class ProgressLine:
         self._steps, self._first = steps, first_step
         self._console = Console(soft_wrap=True, highlight=False)
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
-        self._seconds = 0.0
+        self._start = time.perf_counter()
         if self._live is not None:
             self._live.start()
 
-    def show(self, row: Row, seconds: float, step: int) -> None:
-        """``seconds``: time that steps took since the last row."""
-        self._seconds += seconds
-        per_step = self._seconds / max(1, step - self._first)
+    def show(self, row: Row, step: int) -> None:
+        per_step = (time.perf_counter() - self._start) / max(1, step - self._first)
         parts = [f"step {step}/{self._steps}", f"loss {row['train/lm_loss']:.3f}"]
         parts += [f"validation {row['eval/loss']:.3f}"] if "eval/loss" in row else []
         parts += [f"{row['train/tokens_per_s']:.0f} tokens/s"]

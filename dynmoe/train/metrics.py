@@ -30,7 +30,7 @@ class View(Protocol):
 
 
 class MetricsLog:
-    """Appends rows to ``path``, one JSON object per line, and passes them to the views.
+    """Appends rows to ``path``, one JSON object per line, and passes them to the views; ``last`` is the newest row.
 
     Args:
         path: the file.
@@ -41,10 +41,12 @@ class MetricsLog:
     def __init__(self, path: Path, step: int, views: list[View]) -> None:
         rows = [line for line in _complete_lines(path) if json.loads(line)["train/step"] <= step]
         write_atomically(path, "".join(f"{line}\n" for line in rows))
+        self.last: Row = json.loads(rows[-1]) if rows else {}
         self._stream: TextIO = path.open("a")
         self._views = views
 
     def log(self, row: Row) -> None:
+        self.last = row
         self._stream.write(json.dumps(row) + "\n")
         self._stream.flush()
         for view in self._views:

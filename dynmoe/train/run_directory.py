@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dynmoe.errors import UserError
 from dynmoe.train.checkpoint import write_atomically
@@ -14,7 +16,7 @@ class RunDirectory:
     """Paths and small files of a run. Only the first rank writes.
 
     Args:
-        path: the directory; made by :meth:`create`.
+        path: the directory; made by :meth:`claim`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -23,33 +25,35 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.data_index = path / "data_index"
         self._outcome = path / "outcome.json"
+        self._lock: TextIO | None = None
 
-    def create(self, config_yaml: str) -> None:
-        """Makes the directory and keeps the merged configuration in it.
+    def claim(self) -> None:
+        """Makes the directory and holds it for this process until it ends.
+
+        Megatron's index files are removed: one that a kill cut short would be trusted, and they are soon made again.
 
         Raises:
-            UserError: the directory cannot be made or written to.
+            UserError: the directory cannot be made or written to, or another job trains in it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / "config.yaml", config_yaml)
+            self._lock = (self.path / ".lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run.name: another job trains in {self.path}; wait for it or use another name") from None
         except OSError as error:
             raise UserError(
                 f"run.dir: {error.filename or self.path} cannot be written ({error.strerror}); use another directory"
             ) from None
+        shutil.rmtree(self.data_index, ignore_errors=True)
 
-    def read_outcome(self) -> dict[str, Any] | None:
-        """What the last start of this run ended with; None where it did not end or never started."""
-        try:
-            outcome = json.loads(self._outcome.read_text())
-        except (FileNotFoundError, ValueError):
-            return None
-        return outcome if isinstance(outcome, dict) else None
-
-    def clear_outcome(self) -> None:
-        """Forgets how an earlier start ended: from here on only this start's end counts."""
+    def begin(self, config_yaml: str) -> None:
+        """Keeps the configuration, and forgets how an earlier start ended: from here on only this one counts."""
+        write_atomically(self.path / "config.yaml", config_yaml)
         self._outcome.unlink(missing_ok=True)
 
     def write_outcome(self, status: str, step: int, **facts: Any) -> None:
-        """``status``: finished, preempted or failed."""
+        """``status``: finished or preempted, by the first rank; failed, by the first rank that fails."""
+        if status == "failed" and self._outcome.exists():
+            return  # the others fail because one did
         write_atomically(self._outcome, json.dumps({"status": status, "step": step, **facts}, indent=1) + "\n")

@@ -93,23 +93,25 @@ class Trainer:
         """Resumes where a checkpoint is, trains to the last step or until SIGTERM, and leaves a checkpoint."""
         train = self.config.train
         self._resume()
-        log, line = self._open_log()
+        self._check_validation()
+        log, line = self._begin()
+        row: Row = {} if log is None else log.last
         previous = signal.signal(signal.SIGTERM, self._note_termination)
-        row: Row = {}
-        saved = self.progress.step
         self._interval_start = time.perf_counter()
         try:
             while self.progress.step < train.steps:
                 row = self._step(log, line) or row
-                self._stop_on_damage(row)
                 ends = self._agree_to_end()
                 if ends or self._due(self.config.checkpoint.interval) or self.progress.step == train.steps:
                     self._save()
-                    saved = self.progress.step
                 if ends and self.progress.step < train.steps:
+                    if log is not None:
+                        self.directory.write_outcome("preempted", self.progress.step)
                     return Result("preempted", self.progress, row)
-            assert saved == self.progress.step
             return Result("finished", self.progress, row)
+        except Exception as error:
+            self.directory.write_outcome("failed", self.progress.step, error=f"{type(error).__name__}: {error}")
+            raise
         finally:
             signal.signal(signal.SIGTERM, previous)
             if log is not None and line is not None:
@@ -138,7 +140,7 @@ class Trainer:
             row |= {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
         if log is not None and line is not None:
             log.log(row)
-            line.show(row, seconds, step)
+            line.show(row, step)
         self._interval_start, self._interval_tokens, self._interval_rows = time.perf_counter(), 0, {}
         return row
 
@@ -176,30 +178,47 @@ class Trainer:
         """The micro-batches of this rank: consecutive samples go round the ranks, then to the next micro-batch."""
         train, engine, first = self.config.train, self.engine, self.progress.samples
         self.data.prepare(first, train.global_batch)
-        per_pass = train.micro_batch * engine.data_size
-        starts = range(first + engine.data_rank * train.micro_batch, first + train.global_batch, per_pass)
+        starts = range(first + engine.data_rank * train.micro_batch, first + train.global_batch, self._per_pass)
         return [self.data.train_batch(range(start, start + train.micro_batch)) for start in starts]
 
     def evaluate(self) -> float:
-        """Mean loss over the first validation samples: as many as ``eval.batches`` asks for, or as there are."""
+        """Mean loss over the first validation samples: as many as ``eval.batches`` asks for, or as there are.
+
+        A remainder that does not fill a forward pass on every rank is left out.
+        """
         train, engine = self.config.train, self.engine
-        per_pass = train.micro_batch * engine.data_size
-        count = min(self.config.eval.batches * train.global_batch, self.data.validation_samples) // per_pass * per_pass
-        if count == 0:
-            raise UserError(
-                f"train.micro_batch={train.micro_batch}: the validation data has {self.data.validation_samples} "
-                f"sequences, fewer than one pass over all ranks ({per_pass}); use a smaller one or more text"
-            )
-        starts = range(engine.data_rank * train.micro_batch, count, per_pass)
+        wanted = min(self.config.eval.batches * train.global_batch, self.data.validation_samples)
+        starts = range(engine.data_rank * train.micro_batch, wanted // self._per_pass * self._per_pass, self._per_pass)
         return engine.evaluate([self.data.validation_batch(range(s, s + train.micro_batch)) for s in starts])
+
+    @property
+    def _per_pass(self) -> int:
+        """Sequences of one forward pass over all ranks."""
+        return self.config.train.micro_batch * self.engine.data_size
+
+    def _check_validation(self) -> None:
+        """Refuses validation data that does not fill one forward pass: now, not at the first evaluation."""
+        if self.data.validation_samples < self._per_pass:
+            raise UserError(
+                f"train.micro_batch={self.config.train.micro_batch}: the validation data has "
+                f"{self.data.validation_samples} sequences, fewer than one pass over all ranks ({self._per_pass}); "
+                "use a smaller one or more text"
+            )
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.progress.step % interval == 0
 
     def _save(self) -> None:
         self._account()
-        state = {"progress": dataclasses.asdict(self.progress), "config": dataclasses.asdict(self.config)}
-        self.checkpoints.save(self.progress.step, self.engine.save, state)
+        data, config = [corpus.fingerprint for corpus in self.data.corpora], dataclasses.asdict(self.config)
+        state = {"progress": dataclasses.asdict(self.progress), "config": config, "data": data}
+        facts = {
+            "ranks": self.engine.world_size,
+            "parallel": config["parallel"],
+            "config": self.config.digest(),
+            "data": data,
+        }
+        self.checkpoints.save(self.progress.step, self.engine.save, state, facts)
         self._interval_start, self._interval_tokens, self._interval_rows = time.perf_counter(), 0, {}
 
     def _resume(self) -> None:
@@ -209,14 +228,16 @@ class Trainer:
             return
         state = checkpoint.trainer_state
         _refuse_changes(state["config"], dataclasses.asdict(self.config))
+        if state["data"] != [corpus.fingerprint for corpus in self.data.corpora]:
+            raise UserError("data.dirs: not the text that this run was trained on; restore it or use another run.name")
         self.engine.load(checkpoint.path)
         self.progress = Progress(**state["progress"])
 
-    def _open_log(self) -> tuple[MetricsLog | None, ProgressLine | None]:
-        """Metrics and progress of the first rank; the W&B id goes to all, as all keep it in their progress."""
+    def _begin(self) -> tuple[MetricsLog | None, ProgressLine | None]:
+        """Opens metrics and progress on the first rank, which alone keeps the W&B id: it writes the trainer's state."""
         log, line = None, None
         if self.engine.rank == 0:
-            self.directory.clear_outcome()
+            self.directory.begin(self.config.to_yaml())
             views, self.progress.wandb_id = self._make_views(self.progress.wandb_id)
             log = MetricsLog(self.directory.metrics, self.progress.step, views)
             line = ProgressLine(self.config.train.steps, self.progress.step)
@@ -232,13 +253,6 @@ class Trainer:
             flag = flag.cuda()
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
-
-    def _stop_on_damage(self, row: Row) -> None:
-        """Ends the run where loss or gradient norm of a logged step is not finite; every rank sees the same row."""
-        for name in ("train/lm_loss", "train/grad_norm"):
-            if not math.isfinite(row.get(name, 0.0)):
-                step = int(row["train/step"])
-                raise UserError(f"{name} is {row[name]} at step {step}; resume with a lower optimizer.lr")
 
 
 def _refuse_changes(saved: dict[str, Any], current: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,36 @@ class WandbView:
             "id": run_id or secrets.token_hex(4), "resume": "allow",
         }  # fmt: skip
         settings = wandb.Settings(init_timeout=_INIT_TIMEOUT_S, silent=True, console="off")
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
+            # init would ask for a key at the terminal, while the other ranks wait.
+            print(f"W&B: no API key (wandb login makes one); logging offline into {directory}", flush=True)
+            mode = "offline"
         try:
             self._run = wandb.init(mode=mode, settings=settings, **arguments)  # type: ignore[arg-type]
-        except (wandb.errors.CommError, wandb.errors.UsageError) as error:
-            print(f"W&B cannot be reached ({str(error).splitlines()[0]}); logging offline into {directory}", flush=True)
+        except Exception as error:  # whatever it is: the training does not depend on it
+            print(f"W&B cannot be reached ({_first_line(error)}); logging offline into {directory}", flush=True)
             self._run = wandb.init(mode="offline", settings=settings, **arguments)  # type: ignore[arg-type]
+        self._alive = True
         self.run_id: str = self._run.id
         self._run.define_metric("train/step")
         self._run.define_metric("*", step_metric="train/step")
 
     def log(self, row: Row) -> None:
-        self._run.log(row)
+        self._guarded(lambda: self._run.log(row))
 
     def close(self) -> None:
-        self._run.finish()
+        self._guarded(self._run.finish)
+
+    def _guarded(self, action: Callable[[], object]) -> None:
+        """Does it, unless W&B failed before; a failure is said once and ends the view, not the training."""
+        if not self._alive:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._alive = False
+            print(f"W&B failed ({_first_line(error)}); training goes on, metrics.jsonl is complete", flush=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

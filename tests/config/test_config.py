@@ -46,6 +46,9 @@ BAD = [
     ("run.name=a\nb", ["run.name", "letters, digits"]),
     ("run.name=${oc.env:HOME}", ["run.name", "interpolation"]),
     ("model=3", ["model"]),
+    ("model.router=[]", ["model.router"]),
+    ("optimizer.beta2=1", ["optimizer.beta2=1", "below 1"]),
+    ("train.seed=4294967296", ["train.seed=4294967296", "below 4294967296"]),
     ("train.steps", ["'train.steps'", "key=value"]),
     ("logging.wandb=off", ["logging.wandb", "disabled, offline, online"]),
 ]

@@ -66,6 +66,17 @@ def test_the_order_is_the_same_after_a_restart_and_across_the_end_of_a_pass(corp
     assert torch.equal(later.train_batch(range(first + 3, first + 6)).tokens_BS, straight.tokens_BS[3:])
 
 
+def test_a_batch_may_span_several_passes(corpus_dir, tmp_path):
+    data = open_data([corpus_dir], tmp_path / "a")
+    data.prepare(0, 1)
+    count = 2 * data.samples_per_pass + 2
+    data.prepare(0, count)
+    whole = data.train_batch(range(count)).tokens_BS
+    other = open_data([corpus_dir], tmp_path / "b")
+    other.prepare(count - 1, 1)
+    assert torch.equal(other.train_batch(range(count - 1, count)).tokens_BS[0], whole[-1])
+
+
 def test_seeds_give_other_orders(corpus_dir, tmp_path):
     batches = []
     for seed in (0, 0, 1):

@@ -61,7 +61,15 @@ def test_the_tokenizer_gives_any_text_back(corpus_dir, text):
 
 def test_jsonl_in_every_packing_and_broken_lines_by_name(tmp_path):
     good = [json.dumps({"text": make_text(n)}) for n in range(12)]
-    bad = ["{not json", json.dumps({"body": "no key"}), json.dumps({"text": 7}), json.dumps({"text": " \n"}), "[1]"]
+    bad = [
+        "{not json",
+        '{"text": "half a pair \\ud800"}',
+        "[" * 100_000,
+        json.dumps({"body": "no key"}),
+        json.dumps({"text": 7}),
+        json.dumps({"text": " \n"}),
+        "[1]",
+    ]
     lines = ("\n".join([*good[:6], *bad, *good[6:]]) + "\n").encode()
     (tmp_path / "a.jsonl").write_bytes(lines)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
@@ -69,10 +77,35 @@ def test_jsonl_in_every_packing_and_broken_lines_by_name(tmp_path):
     results = []
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"):
         manifest = build(recipe(tmp_path / name), tmp_path / f"out-{name}", workers=1)
-        assert manifest["refused"]["counts"] == {"bad_json": 1, "missing_key": 3, "empty": 1}
-        assert manifest["refused"]["first_names"]["bad_json"] == [f"{name}:7"]
+        assert manifest["refused"]["counts"] == {"bad_json": 2, "not_utf8": 1, "missing_key": 3, "empty": 1}
+        assert manifest["refused"]["first_names"]["bad_json"] == [f"{name}:7", f"{name}:9"]
         results.append((tmp_path / f"out-{name}" / "train.bin").read_bytes())
     assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+def test_a_file_that_is_cut_off_is_named(tmp_path, suffix, compress):
+    lines = "".join(json.dumps({"text": make_text(n)}) + "\n" for n in range(50)).encode()
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(compress(lines)[:-200])
+    with pytest.raises(UserError, match=rf"a\.jsonl\{suffix}: cannot be read"):
+        list(read_documents([str(path)], "text"))
+
+
+def test_several_zstandard_frames_are_one_text(tmp_path):
+    frames = [zstandard.compress((json.dumps({"text": f"frame {n}"}) + "\n").encode()) for n in range(3)]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
+    assert [text_of(document) for document in read_documents([str(tmp_path / "a.jsonl.zst")], "text")] == [
+        "frame 0", "frame 1", "frame 2",
+    ]  # fmt: skip
+
+
+def test_a_directory_that_is_no_corpus_is_never_overwritten(tmp_path):
+    write_texts(tmp_path / "text", documents=3)
+    failed = run(str(tmp_path / "text"), "--out", str(tmp_path / "text"), "--overwrite")
+    assert failed.returncode == 2
+    assert "exists and is no corpus" in failed.stderr
+    assert len(list((tmp_path / "text").iterdir())) == 3
 
 
 def test_text_that_is_not_utf8_is_counted(tmp_path):

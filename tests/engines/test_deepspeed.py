@@ -18,6 +18,12 @@ NO_LOSSES = {
     "top_p": ["model.router.balance_loss=0", "model.router.entropy_loss=0"],
     "top_any": ["model.router.diversity_loss=0", "model.router.simplicity_loss=0"],
 }
+# Losses that are means over tokens, or know parameters only: they do not depend on micro-batches. A balance does.
+WITHOUT_BALANCE = {
+    "top_k": ["model.router.balance_loss=0", "model.router.z_loss=1e-2"],
+    "top_p": ["model.router.balance_loss=0", "model.router.entropy_loss=1e-2", "model.router.z_loss=1e-2"],
+    "top_any": ["model.router.efficiency_loss=1e-2"],
+}
 # All losses of a router at once, counts over all ranks among them.
 ALL_LOSSES = {
     "top_k": ["model.router.z_loss=1e-3", "model.router.entropy_loss=1e-3"],
@@ -72,6 +78,16 @@ def test_accumulation_changes_nothing_without_auxiliary_losses(one_rank, two_ran
     assert halves["losses"] == pytest.approx(whole["losses"], rel=1e-5)
     assert spread["losses"] == pytest.approx(whole["losses"], rel=1e-5)
     assert halves["rows"] == whole["rows"] == spread["rows"]
+
+
+@pytest.mark.parametrize("kind", sorted(ROUTERS))
+def test_losses_that_are_means_over_tokens_do_not_depend_on_micro_batches(one_rank, kind):
+    """Their scale follows the accumulation; few steps, as a route that flips by rounding says nothing about it."""
+    overrides = [*ROUTERS[kind], *WITHOUT_BALANCE[kind], "optimizer.clip_grad=0"]
+    (whole,) = one_rank.run(train, [*overrides, *ONE], 0, 5)
+    (quarters,) = one_rank.run(train, [*overrides, "train.micro_batch=2"], 0, 5)
+    assert quarters["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    assert quarters["norms"] == pytest.approx(whole["norms"], rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -92,6 +92,18 @@ def test_auxiliary_losses_reach_the_router_with_the_scale_of_the_main_loss():
     torch.testing.assert_close(gradients[1.0], direct)
 
 
+def test_capacity_holds_in_training_only_and_losses_see_the_selection():
+    layer = make_layer(*ROUTERS["top_p"], "model.moe.capacity_factor=0.5")
+    x = torch.randn(12, HIDDEN)
+    limited = layer(x)
+    vector = layer.take_statistics()
+    free = make_layer(*ROUTERS["top_p"])
+    assert torch.equal(layer.eval()(x), free(x))
+    assert not torch.equal(limited, free(x))
+    # Both count the same losses: dropping routes is not the router's choice.
+    assert torch.equal(vector[1:3], free.take_statistics()[1:3] / 2)
+
+
 def test_evaluation_routes_like_training_and_counts_nothing():
     layer = make_layer(*ROUTERS["top_any"])
     x = torch.randn(9, HIDDEN)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -37,8 +36,9 @@ class TrainingProcess:
     def wait(self, timeout_s: float = 120.0) -> int:
         try:
             return self._process.wait(timeout_s)
-        finally:
-            self.kill_tree()
+        except subprocess.TimeoutExpired:
+            self.kill_launcher()
+            raise AssertionError(f"did not end within {timeout_s} s: {self.output()}") from None
 
     def wait_for_row(self, metrics: Path, step: int, timeout_s: float = 120.0) -> None:
         """Returns when the row of ``step`` is written."""
@@ -58,13 +58,12 @@ class TrainingProcess:
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
 
-    def kill_tree(self) -> None:
-        """SIGKILL to the launcher and all its ranks: they form a session of their own."""
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
+    def kill_launcher(self) -> list[int]:
+        """SIGKILL to the launcher alone; returns its ranks, which the kernel should end."""
+        ranks = self.ranks()
+        self._process.kill()
         self._process.wait()
+        return ranks
 
     def output(self) -> str:
         self._output.seek(0)

@@ -96,7 +96,9 @@ def store_scenario(root: str) -> dict[str, object]:
     store = CheckpointStore(Path(root), keep=2)
     found: dict[str, object] = {"empty": store.newest()}
     for step in (1, 2, 3):
-        store.save(step, lambda directory, step=step: write_shard(directory, f"state {step}"), {"step": step})
+        store.save(
+            step, lambda directory, step=step: write_shard(directory, f"state {step}"), {"step": step}, {"ranks": 2}
+        )
     found["kept"] = sorted(path.name for path in Path(root).iterdir())
     newest = store.newest()
     assert newest is not None

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
+import time
+from pathlib import Path
 
 import pytest
 
@@ -40,12 +43,13 @@ def test_a_finished_run_says_so_when_started_again(undisturbed, corpus_dir):
     before = (run / "metrics.jsonl").read_bytes()
     process = TrainingProcess(corpus_dir, run.parent)
     assert process.wait() == 0, process.output()
-    assert "nothing was left to do" in process.output()
-    assert "Validation loss" in process.output()
+    for part in ("Validation loss", "Experts per token at the end", "token frequencies alone"):
+        assert part in process.output()
+    assert json.loads((run / "outcome.json").read_text())["eval/loss"] > 0
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("victim", ["rank", "tree"])
+@pytest.mark.parametrize("victim", ["rank", "launcher"])
 def test_sigkill_at_a_random_step_leaves_the_curve_bitwise(undisturbed, corpus_dir, tmp_path, victim):
     reference, _ = undisturbed
     step = random.SystemRandom().randint(3, 37)
@@ -56,7 +60,11 @@ def test_sigkill_at_a_random_step_leaves_the_curve_bitwise(undisturbed, corpus_d
         os.kill(random.SystemRandom().choice(process.ranks()), signal.SIGKILL)
         assert process.wait() != 0
     else:
-        process.kill_tree()
+        deadline = time.monotonic() + 5
+        ranks = process.kill_launcher()
+        while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+            assert time.monotonic() < deadline, "ranks outlived their launcher"
+            time.sleep(0.05)
     again = TrainingProcess(corpus_dir, tmp_path / "runs")
     assert again.wait() == 0, f"killed after step {step}: {again.output()}"
     assert curve(metrics) == curve(reference / "metrics.jsonl"), f"killed after step {step}"
@@ -99,6 +107,8 @@ def test_another_model_on_resume_is_refused_with_the_difference(undisturbed, cor
     process = TrainingProcess(corpus_dir, run.parent, "train.steps=50", "model.moe.experts=8")
     assert process.wait() != 0
     lines = [line for line in process.output().splitlines() if line.startswith("error: ")]
+    assert json.loads((run / "outcome.json").read_text())["status"] == "finished"
+    assert "experts: 4" in (run / "config.yaml").read_text()
     assert lines == [
         "error: model.moe.experts=8: the run's checkpoint has 4; keep it, or start anew with another run.name"
     ]
@@ -111,6 +121,7 @@ def test_another_model_on_resume_is_refused_with_the_difference(undisturbed, cor
         (["data.dirs=[nowhere]"], "nowhere holds no prepared corpus"),
         (["parallel.expert=4", "model.moe.experts=4"], "parallel.expert=4"),
         (["run.dir=/proc/none"], "/proc/none"),
+        (["train.micro_batch=512", "train.global_batch=1024"], "fewer than one pass over all ranks (1024)"),
     ],
 )
 def test_train_refuses_bad_input_in_one_line(corpus_dir, tmp_path, overrides, named):
@@ -119,3 +130,24 @@ def test_train_refuses_bad_input_in_one_line(corpus_dir, tmp_path, overrides, na
     lines = [line for line in process.output().splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, process.output()
     assert named in lines[0]
+
+
+def test_a_second_job_in_the_same_directory_is_refused(corpus_dir, tmp_path):
+    first = TrainingProcess(corpus_dir, tmp_path / "runs", "train.steps=100000")
+    first.wait_for_row(tmp_path / "runs" / "tiny" / "metrics.jsonl", 1)
+    second = TrainingProcess(corpus_dir, tmp_path / "runs", "train.steps=100000")
+    assert second.wait() != 0
+    assert "error: run.name: another job trains in" in second.output()
+    first.kill_launcher()
+
+
+def test_a_corpus_with_flipped_tokens_is_refused_before_the_first_step(corpus_dir, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(corpus_dir, damaged)
+    content = bytearray((damaged / "train.bin").read_bytes())
+    content[200] ^= 1
+    (damaged / "train.bin").write_bytes(content)
+    process = TrainingProcess(damaged, tmp_path / "runs")
+    assert process.wait() != 0
+    assert "train.bin: its SHA-256 is not the manifest's" in process.output()
+    assert not read_rows(tmp_path / "runs" / "tiny" / "metrics.jsonl")
