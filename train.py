@@ -22,7 +22,7 @@ def parse_arguments() -> tuple[Config, bool]:
     parser.add_argument("config", nargs="?", help="YAML file; whatever it leaves out keeps its default")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields, such as model.router.p=0.5")
     parser.add_argument("--print-config", action="store_true", help="print the merged configuration and stop")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     path, overrides = given.config, given.overrides
     if path is not None and "=" in path:
         path, overrides = None, [path, *overrides]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dynmoe.data.batches import Batch
@@ -33,6 +34,7 @@ class StepReport:
 class Engine(Protocol):
     """A model, its optimizer and its process groups. Every method is collective unless it says otherwise."""
 
+    device: torch.device
     rank: int
     world_size: int
     data_rank: int

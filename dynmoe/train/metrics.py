@@ -74,7 +74,7 @@ def _complete_lines(path: Path) -> list[str]:
 
 def peak_tflops(given: float | None) -> float | None:
     """Peak of one device, given or by the GPU's name; None where it is unknown."""
-    if given is not None or not torch.cuda.is_available():
+    if given is not None or not torch.cuda.is_initialized():
         return given
     name = torch.cuda.get_device_name()
     return next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)
@@ -82,7 +82,7 @@ def peak_tflops(given: float | None) -> float | None:
 
 def peak_memory_gib() -> float:
     """High-water mark of this process: device memory on a GPU, resident memory on a CPU."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
 
@@ -111,7 +111,11 @@ def auxiliary_loss(row: Row, config: Config) -> float:
 def throughput_row(
     size: ModelSize, tokens: int, routed_rows: int, seconds: float, world_size: int, peak: float | None, static_k: float
 ) -> Row:
-    """Speed over an interval of ``tokens`` tokens; FLOPs from the rows that were computed, beside the static figure."""
+    """Speed over an interval of ``tokens`` tokens.
+
+    FLOPs come from the rows that were computed; beside them the figure that a report for a fixed number of
+    ``static_k`` experts per token would give. ``train/mfu`` is absent where the peak is unknown.
+    """
     per_rank = size.flops(tokens, routed_rows) / seconds / world_size / 1e12
     row = {
         "train/tokens_per_s": tokens / seconds,

@@ -64,7 +64,7 @@ class Trainer:
         config: of the run.
         engine: model and optimizer.
         data: training and validation samples.
-        directory: of the run; already created.
+        directory: of the run; claimed by the first rank.
         vocab_size: rows of the model's embedding.
         make_views: makes the views of the metrics on the first rank, given the W&B id of an earlier start.
     """
@@ -85,9 +85,7 @@ class Trainer:
         self._make_views = make_views
         self._peak = peak_tflops(config.logging.peak_tflops)
         self._terminated = False
-        self._interval_start = time.perf_counter()
-        self._interval_tokens = 0
-        self._interval_rows: dict[int, int] = {}
+        self._start_interval()
 
     def run(self) -> Result:
         """Resumes where a checkpoint is, trains to the last step or until SIGTERM, and leaves a checkpoint."""
@@ -97,7 +95,7 @@ class Trainer:
         log, line = self._begin()
         row: Row = {} if log is None else log.last
         previous = signal.signal(signal.SIGTERM, self._note_termination)
-        self._interval_start = time.perf_counter()
+        self._start_interval()
         try:
             while self.progress.step < train.steps:
                 row = self._step(log, line) or row
@@ -141,8 +139,14 @@ class Trainer:
         if log is not None and line is not None:
             log.log(row)
             line.show(row, step)
-        self._interval_start, self._interval_tokens, self._interval_rows = time.perf_counter(), 0, {}
+        self._start_interval()
         return row
+
+    def _start_interval(self) -> None:
+        """Throughput is taken from here on; evaluations and saves are not part of it."""
+        self._interval_start = time.perf_counter()
+        self._interval_tokens = 0
+        self._interval_rows: dict[int, int] = {}
 
     def _account(self) -> StepReport:
         """Adds the rows computed since the last report to the run's total."""
@@ -219,7 +223,7 @@ class Trainer:
             "data": data,
         }
         self.checkpoints.save(self.progress.step, self.engine.save, state, facts)
-        self._interval_start, self._interval_tokens, self._interval_rows = time.perf_counter(), 0, {}
+        self._start_interval()
 
     def _resume(self) -> None:
         self.checkpoints.remove_leftovers()
@@ -248,9 +252,7 @@ class Trainer:
 
     def _agree_to_end(self) -> bool:
         """Whether any rank was told to end: signals reach ranks in different steps."""
-        flag = torch.tensor([float(self._terminated)])
-        if torch.cuda.is_available():
-            flag = flag.cuda()
+        flag = torch.tensor([float(self._terminated)], device=self.engine.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from dynmoe.config import Config, describe_fields, load_config
 from dynmoe.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 # What a user types, and what the one line of the answer must name: field, value, cure.
 BAD = [
@@ -134,6 +137,28 @@ def test_every_field_has_a_meaning():
     described = list(describe_fields())
     assert len(described) > 50
     assert all(meaning and kind for _, kind, _, meaning in described)
+
+
+def run_train(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "train.py", *arguments], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+
+
+def test_help_lists_every_field_and_print_config_prints_what_load_config_gives():
+    text = run_train("--help").stdout
+    assert all(f"  {name} " in text and f"default {default})" in text for name, _, default, _ in describe_fields())
+    printed = run_train("configs/quickstart.yaml", "train.steps=3", "--print-config", "parallel.expert=1")
+    assert (
+        printed.stdout
+        == load_config(ROOT / "configs/quickstart.yaml", ["train.steps=3", "parallel.expert=1"]).to_yaml()
+    )
+
+
+def test_a_mistake_on_the_command_line_costs_one_line_and_no_traceback():
+    failed = run_train("model.router.p=2")
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr == "error: model.router.p=2.0: is too large; use a value of at most 1\n"
 
 
 def test_reading_a_configuration_loads_nothing_heavy():

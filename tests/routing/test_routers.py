@@ -49,6 +49,53 @@ def test_top_p_is_the_shortest_prefix(seed, shape, p, form, renormalize, data):
     check_softmax_gates(plan, renormalize)
 
 
+@given(seeds, sizes, st.sampled_from(["top_k", "top_p"]), st.booleans())
+def test_gates_have_the_gradient_of_their_definition(seed, shape, kind, renormalize):
+    """One token at a time: softmax, the oracle's choice, and the renormalisation, all by autograd on scalars."""
+    logits = random_logits(seed, shape).requires_grad_()
+    upstream = random_logits(seed + 1, shape)
+    if kind == "top_k":
+        plan = top_k(logits, 1 + shape[1] // 2, renormalize=renormalize)
+    else:
+        plan = top_p(logits, 0.6, renormalize=renormalize)
+    (plan.gates_TE * upstream).sum().backward()
+    for token in range(shape[0]):
+        own = logits.detach()[token].double().requires_grad_()
+        probs = own.exp() / own.exp().sum()
+        choice = probs.float().tolist()
+        experts = oracles.top_k_choice(choice, 1 + shape[1] // 2)
+        if kind == "top_p":
+            experts = oracles.top_p_choice(choice, 0.6, "paper")
+        total = sum(probs[e] for e in experts) if renormalize else 1.0
+        sum(upstream[token, e].double() * probs[e] / total for e in experts).backward()
+        torch.testing.assert_close(logits.grad[token].double(), own.grad, rtol=1e-4, atol=1e-5)
+
+
+@given(seeds, st.integers(1, 6), st.integers(1, 5), st.sampled_from(["paper", "released"]))
+def test_top_any_has_the_gradient_of_its_definition(seed, tokens, experts, form):
+    """Gate = step / K with K a constant, and the step passes the gradient: to all (paper), to s > g (released)."""
+    inputs = top_any_inputs(seed, tokens, experts)
+    hidden, prototypes, thresholds = (tensor.clone().requires_grad_() for tensor in inputs[:3])
+    active, upstream = inputs[3], random_logits(seed + 1, (tokens, experts))
+    plan = top_any(hidden, prototypes, thresholds, active, form=form, min_experts=0)
+    (plan.gates_TE * upstream).sum().backward()
+    own = [tensor.double().clone().requires_grad_() for tensor in inputs[:3]]
+    total = torch.zeros((), dtype=torch.float64)
+    for token in range(tokens):
+        chosen = plan.routing_map_TE[token]
+        for expert in range(experts):
+            x, w = own[0][token], own[1][:, expert]
+            score = torch.sigmoid((x @ w) / (x.norm() * w.norm())) * active[expert]
+            margin = score - torch.sigmoid(own[2][expert])
+            if form == "paper" or chosen[expert]:
+                total = total + upstream[token, expert] * margin / max(1, int(chosen.sum()))
+    if total.requires_grad:
+        total.backward()
+    for ours, definition in zip((hidden, prototypes, thresholds), own, strict=True):
+        expected = torch.zeros_like(definition) if definition.grad is None else definition.grad
+        torch.testing.assert_close(ours.grad.double(), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_top_p_forms_differ_on_exact_hits_only():
     logits = torch.zeros(1, 4)  # four times 1/4: two of them reach 1/2 exactly
     assert chosen_sets(top_p(logits, 0.5, form="paper")) == [{0, 1}]
