@@ -27,14 +27,15 @@ class DispatchedRows:
     """Rows for the experts of this rank, and what takes them back.
 
     Attributes:
-        rows_ND: inputs, sorted by local expert.
+        x: inputs of the rows, sorted by local expert; where no row leaves its rank the tokens themselves, which the
+            experts copy to their rows.
         gates_N: fp32 weight of each row.
         tokens_per_expert_E: rows of each local expert, int64.
         permutation: between tokens and rows on the rank that they come from.
         exchange: None where no row leaves its rank.
     """
 
-    rows_ND: Tensor
+    x: Tensor
     gates_N: Tensor
     tokens_per_expert_E: Tensor
     permutation: Permutation
@@ -53,13 +54,12 @@ class TokenDispatcher:
 
     def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> DispatchedRows:
         permutation = Permutation.of(plan.routing_map_TE)
-        rows_ND = gather_rows(x_TD, permutation)
         # Gates go with the rows: an expert that applies them needs no second pass for their gradient.
         gates_N = plan.gates_TE.flatten().index_select(0, permutation.route_N)
         if self.group is None:
-            return DispatchedRows(rows_ND, gates_N, permutation.tokens_per_expert_E, permutation, None)
+            return DispatchedRows(x_TD, gates_N, permutation.tokens_per_expert_E, permutation, None)
         exchange, tokens_per_expert_E = self._plan_exchange(permutation.tokens_per_expert_E, self.group)
-        rows_ND = all_to_all_rows(rows_ND, exchange.send, exchange.receive, self.group)
+        rows_ND = all_to_all_rows(gather_rows(x_TD, permutation), exchange.send, exchange.receive, self.group)
         gates_N = all_to_all_rows(gates_N, exchange.send, exchange.receive, self.group)
         rows_ND = permute_rows(rows_ND, exchange.order_N, exchange.inverse_N)
         gates_N = permute_rows(gates_N, exchange.order_N, exchange.inverse_N)

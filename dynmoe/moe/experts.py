@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.config import ModelConfig
+from dynmoe.moe.dispatcher import DispatchedRows
 from dynmoe.moe.initialization import named_normal
 from dynmoe.ops import swiglu_experts
 
@@ -40,9 +41,12 @@ class GroupedExperts(nn.Module):
             # Both engines read this mark: not to be averaged over all data-parallel ranks.
             parameter.allreduce = False  # type: ignore[attr-defined]
 
-    def forward(self, rows_ND: Tensor, gates_N: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+    def forward(self, dispatched: DispatchedRows) -> Tensor:
         """Gated outputs of rows sorted by local expert, [N, D]."""
-        return swiglu_experts(rows_ND, gates_N, self.w_up_EHD, self.w_down_EDF, tokens_per_expert_E)
+        return swiglu_experts(
+            dispatched.x, dispatched.gates_N, self.w_up_EHD, self.w_down_EDF, dispatched.tokens_per_expert_E,
+            dispatched.permutation if dispatched.exchange is None else None,
+        )  # fmt: skip
 
 
 class SwiGLU(nn.Module):

@@ -50,7 +50,7 @@ class MoELayer(nn.Module):
         selection = self.router(x_TD)
         plan = self._drop_beyond_capacity(selection)
         dispatched = self.dispatcher.dispatch(x_TD, plan)
-        outputs_ND = self.experts(dispatched.rows_ND, dispatched.gates_N, dispatched.tokens_per_expert_E)
+        outputs_ND = self.experts(dispatched)
         y_TD = self.dispatcher.combine(outputs_ND, dispatched)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.config import ModelConfig
 from dynmoe.moe.context import MoEContext
 from dynmoe.moe.initialization import named_normal
+from dynmoe.ops import linear_fp32
 from dynmoe.routing import RoutingCounts, RoutingPlan, losses, top_any, top_k, top_p
 
 
@@ -56,7 +56,7 @@ class Router(nn.Module):
                 x_TD, self.prototypes_DE, self.thresholds_E, self.active_E,
                 form=settings.form, training=self.training, scale=settings.scale, **limits,  # type: ignore[arg-type]
             )  # fmt: skip
-        logits_TE = F.linear(x_TD.float(), self.weight_ED.float())
+        logits_TE = linear_fp32(x_TD, self.weight_ED)
         if settings.kind == "top_k":
             return top_k(logits_TE, settings.k, renormalize=settings.renormalize)
         return top_p(

@@ -3,6 +3,7 @@
 from dynmoe.ops.all_to_all import all_to_all_rows, exchange_counts
 from dynmoe.ops.attach_loss import attach_loss
 from dynmoe.ops.grouped import grouped_mm, swiglu_experts
+from dynmoe.ops.linear_fp32 import linear_fp32
 from dynmoe.ops.permute import Permutation, gather_rows, permute_rows, sum_rows
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "exchange_counts",
     "gather_rows",
     "grouped_mm",
+    "linear_fp32",
     "permute_rows",
     "sum_rows",
     "swiglu_experts",

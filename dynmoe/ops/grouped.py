@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynmoe.ops.permute import Permutation, gather, scatter_sum
+
 # fp32 elements of one row block between elementwise passes on a CPU: about half of a core's second-level cache.
 _CHUNK_ELEMENTS_CPU = 1 << 18
 
@@ -67,41 +69,60 @@ def _gated_activation_backward(h_N2F: Tensor, gates_N: Tensor, grad_NF: Tensor) 
 
 
 class _SwiGLUExperts(torch.autograd.Function):
-    """Saves the rows and the up projection only; everything else is made again in the backward pass."""
+    """Saves the inputs and the up projection only; everything else is made again in the backward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows_ND: Tensor, gates_N: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, offsets_E: Tensor
+        ctx: Any,
+        x: Tensor,
+        gates_N: Tensor,
+        w_up_EHD: Tensor,
+        w_down_EDF: Tensor,
+        offsets_E: Tensor,
+        permutation: Permutation | None,
     ) -> Tensor:
+        rows_ND = x if permutation is None else gather(x, permutation)
         h_N2F = grouped_mm(rows_ND, w_up_EHD.transpose(1, 2), offsets_E)
-        ctx.save_for_backward(rows_ND, gates_N, w_up_EHD, w_down_EDF, offsets_E, h_N2F)
+        ctx.save_for_backward(x, gates_N, w_up_EHD, w_down_EDF, offsets_E, h_N2F)
+        ctx.permutation = permutation
         return grouped_mm(_gated_activation(h_N2F, gates_N), w_down_EDF.transpose(1, 2), offsets_E)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        rows_ND, gates_N, w_up_EHD, w_down_EDF, offsets_E, h_N2F = ctx.saved_tensors
+        x, gates_N, w_up_EHD, w_down_EDF, offsets_E, h_N2F = ctx.saved_tensors
+        permutation: Permutation | None = ctx.permutation
         grad_ND = grad_ND.contiguous()
         grad_NF = grouped_mm(grad_ND, w_down_EDF, offsets_E)
         grad_h_N2F, grad_gates_N, activation_NF = _gated_activation_backward(h_N2F, gates_N, grad_NF)
         grad_down_EDF = grouped_mm(grad_ND.t(), activation_NF, offsets_E)
+        rows_ND = x if permutation is None else gather(x, permutation)
         grad_up_EHD = grouped_mm(grad_h_N2F.t(), rows_ND, offsets_E)
-        grad_rows_ND = grouped_mm(grad_h_N2F, w_up_EHD, offsets_E)
-        return grad_rows_ND, grad_gates_N, grad_up_EHD, grad_down_EDF, None
+        grad_x = grouped_mm(grad_h_N2F, w_up_EHD, offsets_E)
+        if permutation is not None:
+            grad_x = scatter_sum(grad_x, permutation)
+        return grad_x, grad_gates_N, grad_up_EHD, grad_down_EDF, None, None
 
 
 def swiglu_experts(
-    rows_ND: Tensor, gates_N: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, tokens_per_expert_E: Tensor
+    x: Tensor,
+    gates_N: Tensor,
+    w_up_EHD: Tensor,
+    w_down_EDF: Tensor,
+    tokens_per_expert_E: Tensor,
+    permutation: Permutation | None = None,
 ) -> Tensor:
     """gate * W_down(silu(x W_gate) * (x W_up)) for rows sorted by expert, [N, D].
 
     The gate scales the activation, so that its gradient needs neither the output nor a second pass over it.
 
     Args:
-        rows_ND: inputs, sorted by expert.
+        x: inputs of the rows, [N, D], sorted by expert; with a permutation the tokens themselves, [T, D], which are
+            then copied to their rows here, and again in the backward pass, instead of being kept as rows.
         gates_N: fp32 weight of each row.
         w_up_EHD: gate and up projections stacked along H = 2F; contraction dimension last, as in ``nn.Linear``.
         w_down_EDF: down projections.
         tokens_per_expert_E: rows of each expert; they add up to N.
+        permutation: from tokens to rows.
     """
     offsets_E = tokens_per_expert_E.cumsum(0).to(torch.int32)
-    return _SwiGLUExperts.apply(rows_ND, gates_N, w_up_EHD, w_down_EDF, offsets_E)
+    return _SwiGLUExperts.apply(x, gates_N, w_up_EHD, w_down_EDF, offsets_E, permutation)

@@ -52,11 +52,13 @@ class Permutation:
         )
 
 
-def _gather(x_TD: Tensor, permutation: Permutation) -> Tensor:
+def gather(x_TD: Tensor, permutation: Permutation) -> Tensor:
+    """:func:`gather_rows` for use inside autograd functions."""
     return x_TD.index_select(0, permutation.token_N)
 
 
-def _sum(rows_ND: Tensor, permutation: Permutation) -> Tensor:
+def scatter_sum(rows_ND: Tensor, permutation: Permutation) -> Tensor:
+    """:func:`sum_rows` for use inside autograd functions."""
     if rows_ND.shape[0] == 0:  # embedding_bag wants at least one row
         return rows_ND.new_zeros(permutation.token_offsets_T1.shape[0] - 1, rows_ND.shape[1])
     return F.embedding_bag(
@@ -68,22 +70,22 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, permutation: Permutation) -> Tensor:
         ctx.permutation = permutation
-        return _gather(x_TD, permutation)
+        return gather(x_TD, permutation)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _sum(grad_ND.contiguous(), ctx.permutation), None
+        return scatter_sum(grad_ND.contiguous(), ctx.permutation), None
 
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, permutation: Permutation) -> Tensor:
         ctx.permutation = permutation
-        return _sum(rows_ND, permutation)
+        return scatter_sum(rows_ND, permutation)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _gather(grad_TD, ctx.permutation), None
+        return gather(grad_TD, ctx.permutation), None
 
 
 class _PermuteRows(torch.autograd.Function):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynmoe.ops import grouped, grouped_mm, swiglu_experts
+from dynmoe.ops import Permutation, gather_rows, grouped, grouped_mm, linear_fp32, swiglu_experts
 
 counts = st.lists(st.integers(0, 5), min_size=1, max_size=5)
 WIDTH, HIDDEN = 8, 16
@@ -58,6 +58,39 @@ def test_experts_and_all_gradients_equal_a_loop(tokens_per_expert, chunk):
             results.append([output.detach(), *(leaf.grad for leaf in inputs)])
     for ours, oracle in zip(*results, strict=True):
         torch.testing.assert_close(ours, oracle, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
+def test_tokens_copied_inside_equal_rows_copied_before(density):
+    generator = torch.Generator().manual_seed(0)
+    permutation = Permutation.of(torch.rand(9, 3, generator=generator) < density)
+    num_rows = len(permutation.token_N)
+    upstream, gates = torch.randn(num_rows, HIDDEN), torch.rand(num_rows)
+    results = []
+    for inside in (True, False):
+        torch.manual_seed(1)
+        leaves = [torch.randn(9, HIDDEN), torch.randn(3, 2 * WIDTH, HIDDEN), torch.randn(3, HIDDEN, WIDTH)]
+        x, w_up, w_down = (leaf.requires_grad_() for leaf in leaves)
+        source = x if inside else gather_rows(x, permutation)
+        y = swiglu_experts(
+            source, gates, w_up, w_down, permutation.tokens_per_expert_E, permutation if inside else None
+        )
+        y.backward(upstream)
+        results.append([y.detach(), x.grad, w_up.grad, w_down.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_logits_in_fp32_of_bf16_operands():
+    x, weight = torch.randn(5, HIDDEN).bfloat16(), torch.randn(3, HIDDEN).bfloat16()
+    upstream, results = torch.randn(5, 3), []
+    for compute in (linear_fp32, lambda x, w: F.linear(x.float(), w.float())):
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        y = compute(*leaves)
+        y.backward(upstream)
+        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for ours, plain in zip(*results, strict=True):
+        assert ours.dtype == plain.dtype
+        torch.testing.assert_close(ours, plain)
 
 
 def test_only_rows_and_up_projection_are_saved():
