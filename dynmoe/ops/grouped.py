@@ -95,6 +95,7 @@ class _SwiGLUExperts(torch.autograd.Function):
         grad_NF = grouped_mm(grad_ND, w_down_EDF, offsets_E)
         grad_h_N2F, grad_gates_N, activation_NF = _gated_activation_backward(h_N2F, gates_N, grad_NF)
         grad_down_EDF = grouped_mm(grad_ND.t(), activation_NF, offsets_E)
+        del grad_NF, activation_NF  # one buffer; the weight gradients to come are large
         rows_ND = x if permutation is None else gather(x, permutation)
         grad_up_EHD = grouped_mm(grad_h_N2F.t(), rows_ND, offsets_E)
         grad_x = grouped_mm(grad_h_N2F, w_up_EHD, offsets_E)

@@ -53,9 +53,10 @@ def describe(config: Config, size: ModelSize, result: Result, corpora: list[Corp
             lines.append(f"Experts per token at the end: {', '.join(at_end)}.")
     if "eval/loss" in row:
         entropy = validation_unigram_entropy(corpora)
+        gain = entropy - row["eval/loss"]
         lines.append(
             f"Validation loss {row['eval/loss']:.3f} nats per token (perplexity {math.exp(row['eval/loss']):.1f}); "
-            f"token frequencies alone would give {entropy:.3f}: {entropy - row['eval/loss']:.3f} nats better."
+            f"token frequencies alone would give {entropy:.3f}: {abs(gain):.3f} nats {'better' if gain > 0 else 'worse'}."
         )
     if text:
         lines += ["A sample of what it writes:", *(f"    {line}" for line in text.splitlines())]
