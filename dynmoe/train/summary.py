@@ -54,9 +54,10 @@ def describe(config: Config, size: ModelSize, result: Result, corpora: list[Corp
     if "eval/loss" in row:
         entropy = validation_unigram_entropy(corpora)
         gain = entropy - row["eval/loss"]
+        verdict = "better" if gain > 0 else "worse"
         lines.append(
             f"Validation loss {row['eval/loss']:.3f} nats per token (perplexity {math.exp(row['eval/loss']):.1f}); "
-            f"token frequencies alone would give {entropy:.3f}: {abs(gain):.3f} nats {'better' if gain > 0 else 'worse'}."
+            f"token frequencies alone would give {entropy:.3f}: {abs(gain):.3f} nats {verdict}."
         )
     if text:
         lines += ["A sample of what it writes:", *(f"    {line}" for line in text.splitlines())]
