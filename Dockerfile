@@ -7,7 +7,7 @@ ARG PIP_ARGS=""
 
 # A compiler for packages that build themselves on installation.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends build-essential make \
+    && apt-get install --yes --no-install-recommends build-essential \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/dynmoe
@@ -16,7 +16,7 @@ COPY dynmoe ./dynmoe
 COPY data_prep ./data_prep
 COPY bench ./bench
 COPY configs ./configs
-COPY train.py Makefile ./
+COPY train.py ./
 
 # An image with torch of its own keeps it; elsewhere torch comes first, so that nothing draws in another build.
 RUN python3 -c "import torch" 2>/dev/null || python3 -m pip install --no-cache-dir ${PIP_ARGS} torch==2.13.0

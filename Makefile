@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-RANKS ?= 2
 
 .PHONY: quickstart test lint test-gpu clean
 
+# Two ranks on the CPU, whatever else the machine has: the same figures everywhere.
 quickstart: $(INSTALLED)
 	$(BIN)/python -m data_prep stdlib --out data/stdlib --validation-fraction 0.05
-	$(BIN)/torchrun --nproc-per-node $(RANKS) train.py configs/quickstart.yaml run.name=quickstart
+	DS_ACCELERATOR=cpu $(BIN)/torchrun --nproc-per-node 2 train.py configs/quickstart.yaml run.name=quickstart
 
 test: lint
 	$(BIN)/python -m pytest
@@ -23,10 +23,13 @@ test-gpu: $(INSTALLED)
 
 # Without a GPU the CPU build of torch comes first, so that nothing draws in CUDA packages.
 $(INSTALLED): pyproject.toml
-	test -d .venv || $(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+		|| { echo "error: PYTHON=$(PYTHON) is not Python 3.11 or 3.12; name one: make PYTHON=python3.12" >&2; exit 2; }
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+# Runs and corpora stay: they are yours.
 clean:
-	rm -rf .venv runs data
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -8,6 +8,7 @@ from functools import partial
 
 from dynmoe.cli import run_tool
 from dynmoe.config import Config, describe_fields, load_config
+from dynmoe.launched import end_with_launcher
 
 
 def parse_arguments() -> tuple[Config, bool]:
@@ -39,13 +40,11 @@ def train(config: Config) -> None:
     from dynmoe.engines.deepspeed import DeepSpeedEngine
     from dynmoe.model.size import embedding_rows
     from dynmoe.ops.host_memory import keep_freed_memory
-    from dynmoe.train.launched import end_with_launcher
     from dynmoe.train.run_directory import RunDirectory
     from dynmoe.train.summary import describe, facts, write_sample
     from dynmoe.train.trainer import Trainer
     from dynmoe.train.views import make_views
 
-    end_with_launcher()
     keep_freed_memory()
     corpora = open_corpora(config.data.dirs, config.data.sequence_length)
     tokenizer = corpora[0].tokenizer
@@ -75,11 +74,12 @@ def train(config: Config) -> None:
 
 
 def main() -> None:
+    end_with_launcher()
     config, print_only = parse_arguments()
-    config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
     if print_only:
         print(config.to_yaml(), end="")
     else:
+        config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
         train(config)
 
 

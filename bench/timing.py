@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-Step = Callable[[], float]
-
 
 @dataclass(frozen=True)
 class Passes:

@@ -61,6 +61,9 @@ def _build(arguments: list[str]) -> None:
     if given.workers < 1:
         raise UserError(f"--workers {given.workers}: use at least 1")
     out: Path = given.out
+    for source in given.sources:
+        if source != STDLIB and out.resolve().is_relative_to(Path(source).resolve()):
+            raise UserError(f"--out {out}: lies inside the source {source}, which would read it; name a place outside")
     if out.exists() and not (out / MANIFEST).exists():
         raise UserError(f"--out {out}: exists and is no corpus; name another directory")
     if out.exists() and not given.overwrite:

@@ -72,7 +72,9 @@ class Refusals:
 
 
 def train_tokenizer(recipe: Recipe) -> bytes:
-    """A BPE model with byte fallback that gives every text back unchanged; the bytes of a .model file.
+    """A BPE model with byte fallback; the bytes of a .model file.
+
+    It gives every text back unchanged, but for U+2581, the character that stands for a space in its pieces.
 
     Raises:
         UserError: too little text for the vocabulary.

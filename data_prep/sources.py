@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def read_documents(sources: list[str], json_key: str) -> Iterator[RawDocument]:
             name = path.name if path == root else path.relative_to(root).as_posix()
             try:
                 yield from _documents(path, name, json_key)
-            except (OSError, EOFError, zstandard.ZstdError) as error:
+            except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
                 raise UserError(f"source {path}: cannot be read ({error}); mend or remove it") from None
 
 
@@ -112,8 +113,11 @@ def _documents(path: Path, name: str, json_key: str) -> Iterator[RawDocument]:
             lines = gzip.GzipFile(fileobj=stored)
         elif path.suffix == ".zst":
             lines = _lines(_decompressed(stored))
+        number = 0
         for number, line in enumerate(lines, start=1):
             yield RawDocument(f"{name}:{number}", line, json_key)
+        if number == 0:
+            yield RawDocument(name, b"")  # to be counted as empty
 
 
 def _decompressed(stored: BinaryIO) -> Iterator[bytes]:

@@ -54,11 +54,11 @@ def _read_yaml(path: Path) -> DictConfig:
 
 def _merge(base: DictConfig, given: DictConfig, source: str) -> DictConfig:
     for key, value in _leaves(OmegaConf.to_container(given, resolve=False)):
-        if isinstance(value, str) and "${" in value:
-            raise UserError(f"{key} in {source}: interpolation is not supported; write the value itself")
+        if isinstance(value, str) and ("${" in value or value == "???"):
+            raise UserError(f"{key} in {source}: {value!r} is interpolation, which is not supported; write the value")
     try:
         merged = OmegaConf.merge(base, given)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
         key = getattr(error, "full_key", None) or next(_leaves(OmegaConf.to_container(given)), (source, None))[0]
         known = [name for name, *_ in describe_fields()]
         if "not in" in str(error) or "Unknown key" in str(error):

@@ -1,4 +1,4 @@
-"""The sections of the configuration, each a dataclass that checks itself."""
+"""The sections of the configuration; those with rules of their own check them, `Config` checks all bounds."""
 
 from __future__ import annotations
 

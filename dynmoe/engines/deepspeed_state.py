@@ -189,7 +189,7 @@ class _Reader:
 
 
 def _random_state() -> dict[str, Tensor]:
-    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
     return {"cpu": torch.get_rng_state(), **cuda}
 
 
@@ -200,5 +200,5 @@ def _restore_random_state(directory: Path) -> None:
         return
     with safe_open(path, framework="pt") as file:
         torch.set_rng_state(file.get_tensor("cpu"))
-        if torch.cuda.is_available() and "cuda" in file.keys():  # noqa: SIM118
+        if torch.cuda.is_initialized() and "cuda" in file.keys():  # noqa: SIM118
             torch.cuda.set_rng_state(file.get_tensor("cuda"))

@@ -73,10 +73,6 @@ class RoutingCounts:
         return cls(selected_TE.sum(dim=0).float(), num_tokens, selected_TE.any(dim=1).sum().float())
 
     @property
-    def mean_experts_per_token(self) -> Tensor:
-        return self.selected_E.sum() / self.num_tokens
-
-    @property
     def tokens_per_rank(self) -> Tensor:
         return self.num_tokens / self.num_ranks
 

@@ -34,7 +34,7 @@ from dynmoe.train.run_directory import RunDirectory
 from dynmoe.train.schedule import learning_rate
 
 # A resumed run may differ from its checkpoint in everything but these.
-_FIXED = ("model", "data", "train.seed")
+_FIXED = ("model", "data.weights", "data.sequence_length", "train.seed")
 
 
 @dataclass

@@ -12,6 +12,7 @@ import wandb
 from dynmoe.train.metrics import Row
 
 _INIT_TIMEOUT_S = 10.0
+_FINISH_TIMEOUT_S = 60.0
 
 
 class WandbView:
@@ -23,22 +24,24 @@ class WandbView:
     """
 
     def __init__(self, mode: str, project: str, name: str, directory: Path, config: dict[str, Any], run_id: str | None):
+        self.run_id = run_id or secrets.token_hex(4)
         arguments = {
             "project": project, "name": name, "group": name, "dir": str(directory), "config": config,
-            "id": run_id or secrets.token_hex(4), "resume": "allow",
+            "id": self.run_id, "resume": "allow",
         }  # fmt: skip
-        settings = wandb.Settings(init_timeout=_INIT_TIMEOUT_S, silent=True, console="off")
-        if mode == "online" and not wandb.login(prompt=False, verify=False):
-            # init would ask for a key at the terminal, while the other ranks wait.
-            print(f"W&B: no API key (wandb login makes one); logging offline into {directory}", flush=True)
-            mode = "offline"
+        settings = wandb.Settings(
+            init_timeout=_INIT_TIMEOUT_S, finish_timeout=_FINISH_TIMEOUT_S, silent=True, console="off"
+        )
         try:
+            if mode == "online" and not wandb.login(prompt=False, verify=False):
+                # init would ask for a key at the terminal, while the other ranks wait.
+                raise wandb.errors.UsageError("no API key; wandb login keeps one")
             self._run = wandb.init(mode=mode, settings=settings, **arguments)  # type: ignore[arg-type]
         except Exception as error:  # whatever it is: the training does not depend on it
             print(f"W&B cannot be reached ({_first_line(error)}); logging offline into {directory}", flush=True)
+            wandb.teardown()  # or the id counts as in use
             self._run = wandb.init(mode="offline", settings=settings, **arguments)  # type: ignore[arg-type]
         self._alive = True
-        self.run_id: str = self._run.id
         self._run.define_metric("train/step")
         self._run.define_metric("*", step_metric="train/step")
 

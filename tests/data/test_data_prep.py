@@ -102,10 +102,12 @@ def test_several_zstandard_frames_are_one_text(tmp_path):
 
 def test_a_directory_that_is_no_corpus_is_never_overwritten(tmp_path):
     write_texts(tmp_path / "text", documents=3)
-    failed = run(str(tmp_path / "text"), "--out", str(tmp_path / "text"), "--overwrite")
-    assert failed.returncode == 2
-    assert "exists and is no corpus" in failed.stderr
-    assert len(list((tmp_path / "text").iterdir())) == 3
+    write_texts(tmp_path / "other", documents=3)
+    for out, problem in (("other", "exists and is no corpus"), ("text/out", "lies inside the source")):
+        failed = run(str(tmp_path / "text"), "--out", str(tmp_path / out), "--overwrite")
+        assert failed.returncode == 2
+        assert problem in failed.stderr
+    assert len(list((tmp_path / "text").iterdir())) == len(list((tmp_path / "other").iterdir())) == 3
 
 
 def test_text_that_is_not_utf8_is_counted(tmp_path):

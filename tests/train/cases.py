@@ -15,7 +15,7 @@ TIMED = ("train/step_time_s", "train/tokens_per_s", "train/tflops_per_rank", "me
 
 
 class TrainingProcess:
-    """``torchrun`` with two ranks on a tiny model; ended with everything it started."""
+    """``torchrun`` with two ranks on a tiny model; its ranks end with it."""
 
     def __init__(self, corpus: Path, runs: Path, *overrides: str, ranks: int = 2) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
@@ -68,6 +68,14 @@ class TrainingProcess:
     def output(self) -> str:
         self._output.seek(0)
         return self._output.read()
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process exists and is no zombie, which nobody may be there to reap."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def read_rows(metrics: Path) -> list[dict[str, Any]]:

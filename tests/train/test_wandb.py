@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 _FILE_HEADER, _RECORD_HEADER, _BLOCK = 7, struct.Struct("<IHB"), 32768
 
 
@@ -57,3 +59,32 @@ def test_an_offline_run_holds_every_row_and_a_resumed_one_keeps_its_id(tmp_path)
     assert ids == {first.run_id} == {second.run_id}
     assert [row["train/step"] for row in rows] == ["1", "2", "3"]
     assert rows[0]["moe/layer_00/experts_per_token_mean"] == "2.5"
+
+
+def test_an_unreachable_server_costs_seconds_and_no_row(tmp_path, monkeypatch, capsys):
+    from dynmoe.train.wandb_view import WandbView
+
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    start = time.monotonic()
+    view = WandbView("online", "project", "run", tmp_path, {}, None)
+    assert time.monotonic() - start < 30  # it may take 10 s to give up, and some to start anew
+    assert "logging offline" in capsys.readouterr().out
+    view.log({"train/step": 1})
+    view.close()
+    ids, rows = read_offline(tmp_path)
+    assert view.run_id in ids
+    assert [row["train/step"] for row in rows] == ["1"]
+
+
+@pytest.mark.parametrize("key", ["", "short"])
+def test_a_missing_or_malformed_key_means_offline(tmp_path, monkeypatch, capsys, key):
+    from dynmoe.train.wandb_view import WandbView
+
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    view = WandbView("online", "project", "run", tmp_path, {}, None)
+    view.log({"train/step": 1})
+    view.close()
+    assert "logging offline" in capsys.readouterr().out
+    assert len(read_offline(tmp_path)[1]) == 1

@@ -15,7 +15,7 @@ def end_with_launcher() -> None:
 
     torchrun gives each rank a session of its own: without this a SIGKILL to the launcher leaves ranks behind that go on
     writing into the run directory beside their successors. Linux only; a process that was started by hand is not
-    touched.
+    touched. Call it before anything slow: what dies earlier goes unnoticed.
     """
     if "LOCAL_RANK" not in os.environ or not sys.platform.startswith("linux"):
         return
