@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from data_prep.encode import encode, start_worker, tasks
+from data_prep.encode import encode_in_order, tasks
 from data_prep.sources import RawDocument, RefusedError, read_documents, text_of
 from dynmoe.data.corpus import FORMAT, MANIFEST, SPLITS, TOKENIZER, Corpus, sha256_of
 from dynmoe.data.indexed import check_indexed
@@ -122,13 +121,9 @@ def _encode_all(recipe: Recipe, directory: Path, workers: int) -> tuple[dict[str
     counts, refusals = {split: SplitCounts() for split in SPLITS}, Refusals()
     fingerprint = _Fingerprint()
     documents = fingerprint.watch(read_documents(recipe.sources, recipe.json_key))
-    context = multiprocessing.get_context("spawn")
-    with (
-        Progress(console=Console(stderr=True), transient=True) as progress,
-        context.Pool(workers, start_worker, (str(directory / TOKENIZER),)) as pool,
-    ):
+    with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("documents", total=None)
-        for group in pool.imap(encode, tasks(documents, recipe.validation_fraction)):
+        for group in encode_in_order(tasks(documents, recipe.validation_fraction), directory / TOKENIZER, workers):
             for document in group:
                 if document.refused is not None or document.tokens is None:
                     refusals.add(str(document.refused), document.name)

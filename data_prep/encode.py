@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
 from data_prep.sources import RawDocument, RefusedError, text_of
 from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.errors import UserError
+
+# Documents, and the share of them that goes to validation.
+Task = tuple[tuple[RawDocument, ...], float]
 
 _DOCUMENTS_PER_TASK = 64
 
@@ -34,7 +43,7 @@ def start_worker(tokenizer_path: str) -> None:
     _worker_tokenizer = Tokenizer(tokenizer_path)
 
 
-def encode(task: tuple[tuple[RawDocument, ...], float]) -> list[Encoded]:
+def encode(task: Task) -> list[Encoded]:
     documents, validation_fraction = task
     return [_encode_one(document, validation_fraction) for document in documents]
 
@@ -52,7 +61,29 @@ def _encode_one(document: RawDocument, validation_fraction: float) -> Encoded:
     return Encoded(document.name, split, tokens, len(content))
 
 
-def tasks(documents: Iterable[RawDocument], fraction: float) -> Iterator[tuple[tuple[RawDocument, ...], float]]:
+def tasks(documents: Iterable[RawDocument], fraction: float) -> Iterator[Task]:
     iterator = iter(documents)
     while group := tuple(islice(iterator, _DOCUMENTS_PER_TASK)):
         yield group, fraction
+
+
+def encode_in_order(work: Iterable[Task], tokenizer: Path, workers: int) -> Iterator[list[Encoded]]:
+    """Encodes tasks in ``workers`` processes and yields the results in the order of the tasks.
+
+    A bounded number of tasks is under way, so that memory does not grow with the corpus.
+
+    Raises:
+        UserError: a worker was killed.
+    """
+    pending: deque[Future[list[Encoded]]] = deque()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, start_worker, (str(tokenizer),)) as pool:
+        try:
+            for task in work:
+                pending.append(pool.submit(encode, task))
+                if len(pending) > 4 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise UserError("a worker was killed, perhaps for want of memory; use fewer --workers") from None

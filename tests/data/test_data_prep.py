@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -208,3 +210,16 @@ def test_the_command_builds_verifies_and_fails_in_one_line(tmp_path):
         assert "Traceback" not in failed.stderr
     assert not (tmp_path / "other").exists()
     assert [path.name for path in tmp_path.iterdir() if "building" in path.name] == []
+
+
+def kill_itself(task: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_ends_the_build_with_one_line(tmp_path, corpus_dir, monkeypatch):
+    from data_prep import encode
+
+    monkeypatch.setattr(encode, "encode", kill_itself)
+    work = [((RawDocument("x", b"text"),), 0.5)]
+    with pytest.raises(UserError, match="a worker was killed"):
+        list(encode.encode_in_order(work, corpus_dir / "tokenizer.model", workers=1))
