@@ -1,7 +1,7 @@
 """The configuration: typed dataclasses and one merge (defaults < YAML file < command line).
 
-Every field carries its meaning and its bounds, so that ``--help``, the validation and the code cannot drift apart. The
-configuration checks itself when it is made and never changes what it was given; what derives is a property. Imports no
+Every field carries its meaning and its bounds, so that ``--help``, the validation and the code cannot drift apart. A
+section checks itself when it is made and never changes what it was given; what derives is a property. Imports no
 torch: a mistake is reported before anything heavy is loaded or any process group exists.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import field, is_dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from dynmoe.errors import ConfigError
 
@@ -22,7 +22,7 @@ def option(
     below: float | None = None,
     choices: Choices | None = None,
 ) -> Any:
-    """A dataclass field with its meaning and the bounds that :func:`check_bounds` enforces."""
+    """A dataclass field with its meaning and the bounds that :class:`Section` enforces."""
     metadata: dict[str, Any] = {"meaning": meaning, "choices": choices}
     metadata |= {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     if isinstance(default, list):
@@ -30,14 +30,19 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def check_bounds(section: Any, path: str) -> None:
-    for spec in dataclasses.fields(section):
-        value = getattr(section, spec.name)
-        if is_dataclass(value) or value is None:
-            continue
-        name = f"{path}.{spec.name}" if path else spec.name
-        for item in value if isinstance(value, list) else [value]:
-            _check_value(name, item, spec.metadata)
+class Section:
+    """Base of the configuration's dataclasses: checks the bounds of its own fields when it is made."""
+
+    _section: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, spec.name)
+            if is_dataclass(value) or value is None:
+                continue
+            name = f"{self._section}.{spec.name}" if self._section else spec.name
+            for item in value if isinstance(value, list) else [value]:
+                _check_value(name, item, spec.metadata)
 
 
 def _check_value(name: str, value: Any, bounds: Any) -> None:

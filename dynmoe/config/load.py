@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dynmoe.config.sections import Config
-from dynmoe.errors import UserError
+from dynmoe.errors import UserError, first_line
 
 
 def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -33,7 +33,7 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
         try:
             given = OmegaConf.from_dotlist([override])
         except Exception as error:
-            raise UserError(f"{override!r} cannot be read: {_first_line(error)}; check quotes and brackets") from None
+            raise UserError(f"{override!r} cannot be read: {first_line(error)}; check quotes and brackets") from None
         merged = _merge(merged, given, "the command line")
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
@@ -46,7 +46,7 @@ def _read_yaml(path: Path) -> DictConfig:
     except OSError as error:
         raise UserError(f"configuration {path} cannot be read: {error.strerror}; check the path") from None
     except Exception as error:
-        raise UserError(f"configuration {path} is not YAML: {_first_line(error)}; mend the file") from None
+        raise UserError(f"configuration {path} is not YAML: {first_line(error)}; mend the file") from None
     if not isinstance(loaded, DictConfig):
         raise UserError(f"configuration {path} must be a mapping of sections; see train.py --help")
     return loaded
@@ -64,7 +64,7 @@ def _merge(base: DictConfig, given: DictConfig, source: str) -> DictConfig:
         if "not in" in str(error) or "Unknown key" in str(error):
             hint = _closest(str(key), known)
             raise UserError(f"{key} in {source}: no such field{hint}; train.py --help lists them all") from None
-        raise UserError(f"{key} in {source}: {_first_line(error)}; train.py --help gives its type") from None
+        raise UserError(f"{key} in {source}: {first_line(error)}; train.py --help gives its type") from None
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -78,10 +78,6 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, prefix)
     else:
         yield prefix, tree
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _closest(key: str, known: list[str]) -> str:

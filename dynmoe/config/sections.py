@@ -1,4 +1,4 @@
-"""The sections of the configuration; those with rules of their own check them, `Config` checks all bounds."""
+"""The sections of the configuration, each a dataclass that checks itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import ClassVar, Optional
 
 from omegaconf import OmegaConf
 
-from dynmoe.config.fields import check_bounds, option
+from dynmoe.config.fields import Section, option
 from dynmoe.errors import ConfigError
 
 
@@ -23,12 +23,14 @@ def _check_multiple_of_8(name: str, value: int) -> None:
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Section):
+    _section: ClassVar[str] = "run"
+
     name: str = option("default", "name of the run; its directory is run.dir/run.name")
     dir: str = option("runs", "directory that holds the run directories")
 
     def __post_init__(self) -> None:
-        check_bounds(self, "run")
+        super().__post_init__()
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             cure = "use letters, digits, '.', '_' and '-', starting with a letter or digit"
             raise ConfigError("run.name", self.name, "cannot name a directory", cure)
@@ -39,7 +41,9 @@ class RunConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Section):
+    _section: ClassVar[str] = "data"
+
     dirs: list[str] = option(["data/stdlib"], "prepared corpora (directories written by data_prep), one or several")
     weights: list[float] = option(
         [], "share of each corpus in the blend; empty: in proportion to their tokens", above=0
@@ -48,7 +52,7 @@ class DataConfig:
     verify: bool = option(True, "check every hash and token id of the corpora before the first step")
 
     def __post_init__(self) -> None:
-        check_bounds(self, "data")
+        super().__post_init__()
         if not self.dirs:
             raise ConfigError("data.dirs", self.dirs, "names no corpus", "name a directory written by data_prep")
         if self.weights and len(self.weights) != len(self.dirs):
@@ -57,7 +61,9 @@ class DataConfig:
 
 
 @dataclass
-class RouterConfig:
+class RouterConfig(Section):
+    _section: ClassVar[str] = "model.router"
+
     kind: str = option("top_p", "how experts are chosen for a token", choices=("top_k", "top_p", "top_any"))
     k: int = option(2, "top_k: experts per token", at_least=1)
     p: float = option(0.4, "top_p: probability mass that the chosen experts reach", above=0, at_most=1)
@@ -88,8 +94,8 @@ class RouterConfig:
     }
 
     def __post_init__(self) -> None:
-        path = "model.router"
-        check_bounds(self, path)
+        super().__post_init__()
+        path = self._section
         if self.max_experts is not None and self.max_experts < self.min_experts:
             cure = f"use at least model.router.min_experts ({self.min_experts})"
             raise ConfigError(f"{path}.max_experts", self.max_experts, "is below the floor", cure)
@@ -114,7 +120,9 @@ class RouterConfig:
 
 
 @dataclass
-class MoEConfig:
+class MoEConfig(Section):
+    _section: ClassVar[str] = "model.moe"
+
     experts: int = option(16, "experts of one MoE layer (0: a dense model)", at_least=0)
     expert_hidden: int = option(512, "width of one SwiGLU expert", at_least=1)
     shared_hidden: int = option(0, "width of a shared expert that every token uses (0: none)", at_least=0)
@@ -127,13 +135,15 @@ class MoEConfig:
     )
 
     def __post_init__(self) -> None:
-        check_bounds(self, "model.moe")
+        super().__post_init__()
         for name in ("expert_hidden", "shared_hidden"):
             _check_multiple_of_8(f"model.moe.{name}", getattr(self, name))
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Section):
+    _section: ClassVar[str] = "model"
+
     layers: int = option(4, "decoder layers", at_least=1)
     hidden: int = option(256, "model dimension", at_least=1)
     heads: int = option(4, "attention heads", at_least=1)
@@ -148,7 +158,7 @@ class ModelConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
 
     def __post_init__(self) -> None:
-        check_bounds(self, "model")
+        super().__post_init__()
         for name in ("hidden", "ffn_hidden"):
             _check_multiple_of_8(f"model.{name}", getattr(self, name))
         if self.hidden % self.heads or self.head_dim % 2:
@@ -183,7 +193,9 @@ class ModelConfig:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Section):
+    _section: ClassVar[str] = "train"
+
     steps: int = option(1000, "optimizer steps of the whole run", at_least=1)
     seed: int = option(0, "seed of initial weights and data order", at_least=0, below=2**32)
     global_batch: int = option(16, "sequences of one optimizer step, over all ranks", at_least=1)
@@ -193,7 +205,9 @@ class TrainConfig:
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Section):
+    _section: ClassVar[str] = "optimizer"
+
     lr: float = option(3e-4, "peak learning rate (AdamW)", above=0)
     beta1: float = option(0.9, "AdamW's first moment decay", at_least=0, below=1)
     beta2: float = option(0.95, "AdamW's second moment decay", at_least=0, below=1)
@@ -203,7 +217,9 @@ class OptimizerConfig:
 
 
 @dataclass
-class ScheduleConfig:
+class ScheduleConfig(Section):
+    _section: ClassVar[str] = "schedule"
+
     kind: str = option("cosine", "learning rate after warm-up", choices=("cosine", "wsd", "constant"))
     warmup_steps: int = option(100, "steps of linear warm-up", at_least=0)
     decay_fraction: float = option(0.2, "wsd: share of all steps spent in the final linear decay", above=0, at_most=1)
@@ -211,31 +227,41 @@ class ScheduleConfig:
 
 
 @dataclass
-class ParallelConfig:
+class ParallelConfig(Section):
+    _section: ClassVar[str] = "parallel"
+
     expert: int = option(1, "expert-parallel size: ranks over which the experts of a layer are spread", at_least=1)
     tensor: int = option(1, "tensor-parallel size (engine=megatron)", at_least=1)
     pipeline: int = option(1, "pipeline-parallel size (engine=megatron)", at_least=1)
 
 
 @dataclass
-class DeepSpeedConfig:
+class DeepSpeedConfig(Section):
+    _section: ClassVar[str] = "deepspeed"
+
     zero_stage: int = option(1, "ZeRO stage: 0, 1 (optimizer state) or 2 (and gradients) spread over ranks", at_least=0)
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(Section):
+    _section: ClassVar[str] = "eval"
+
     interval: int = option(100, "steps between evaluations (0: only at the end)", at_least=0)
     batches: int = option(10, "global batches of one evaluation", at_least=1)
 
 
 @dataclass
-class CheckpointConfig:
+class CheckpointConfig(Section):
+    _section: ClassVar[str] = "checkpoint"
+
     interval: int = option(200, "steps between checkpoints (0: only at the end and on SIGTERM)", at_least=0)
     keep: int = option(2, "newest checkpoints that are kept", at_least=2)
 
 
 @dataclass
-class LoggingConfig:
+class LoggingConfig(Section):
+    _section: ClassVar[str] = "logging"
+
     interval: int = option(10, "steps between rows of metrics.jsonl", at_least=1)
     wandb: str = option("disabled", "Weights & Biases", choices=("disabled", "offline", "online"))
     wandb_project: str = option("dynmoe", "W&B project")
@@ -243,7 +269,7 @@ class LoggingConfig:
 
 
 @dataclass
-class Config:
+class Config(Section):
     engine: str = option("deepspeed", "what runs the training", choices=("deepspeed", "megatron"))
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -258,8 +284,7 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
-        for spec in dataclasses.fields(self):
-            check_bounds(self if spec.name == "engine" else getattr(self, spec.name), _path_of(spec.name))
+        super().__post_init__()
         self._check_engine()
         self._check_experts()
 
@@ -312,7 +337,3 @@ class Config:
     def digest(self) -> str:
         """SHA-256 of the merged configuration, for manifests."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
-
-
-def _path_of(section: str) -> str:
-    return "" if section == "engine" else section

@@ -83,8 +83,7 @@ class DeepSpeedEngine:
         self.module = Decoder(
             config.model, vocab_size, config.train.seed, self.context, config.train.recompute, DeepSpeedMoELayer
         )
-        param_groups = list(parameter_groups(self.module, config))
-        param_groups = split_params_into_different_moe_groups_for_optimizer(param_groups)
+        param_groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(self.module, config))
         settings = config.optimizer
         self._adam = torch.optim.AdamW(
             [group for group in param_groups if group["params"]],

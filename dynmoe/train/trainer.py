@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from dynmoe.config import Config
 from dynmoe.data.batches import Batch, PretrainingData
-from dynmoe.errors import UserError
+from dynmoe.errors import ConfigError, UserError
 from dynmoe.model.size import ModelSize
 from dynmoe.train.checkpoint import CheckpointStore
 from dynmoe.train.console import ProgressLine
@@ -203,11 +203,12 @@ class Trainer:
     def _check_validation(self) -> None:
         """Refuses validation data that does not fill one forward pass: now, not at the first evaluation."""
         if self.data.validation_samples < self._per_pass:
-            raise UserError(
-                f"train.micro_batch={self.config.train.micro_batch}: the validation data has "
-                f"{self.data.validation_samples} sequences, fewer than one pass over all ranks ({self._per_pass}); "
-                "use a smaller one or more text"
+            problem = (
+                f"the validation data has {self.data.validation_samples} sequences, "
+                f"fewer than one pass over all ranks ({self._per_pass})"
             )
+            cure = "use a smaller one or more text"
+            raise ConfigError("train.micro_batch", self.config.train.micro_batch, problem, cure)
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.progress.step % interval == 0
@@ -258,13 +259,13 @@ class Trainer:
 
 
 def _refuse_changes(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises a UserError that shows what differs in a field that a resumed run must keep."""
+    """Raises a ConfigError that shows what differs in a field that a resumed run must keep."""
     old, new = dict(_flatten(saved)), dict(_flatten(current))
     for name in sorted(old.keys() | new.keys()):
         fixed = any(name == section or name.startswith(f"{section}.") for section in _FIXED)
         if fixed and old.get(name) != new.get(name):
             cure = "keep it, or start anew with another run.name"
-            raise UserError(f"{name}={new.get(name)!r}: the run's checkpoint has {old.get(name)!r}; {cure}")
+            raise ConfigError(name, new.get(name), f"the run's checkpoint has {old.get(name)!r}", cure)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import wandb
 
+from dynmoe.errors import first_line
 from dynmoe.train.metrics import Row
 
 _INIT_TIMEOUT_S = 10.0
@@ -38,7 +39,7 @@ class WandbView:
                 raise wandb.errors.UsageError("no API key; wandb login keeps one")
             self._run = wandb.init(mode=mode, settings=settings, **arguments)  # type: ignore[arg-type]
         except Exception as error:  # whatever it is: the training does not depend on it
-            print(f"W&B cannot be reached ({_first_line(error)}); logging offline into {directory}", flush=True)
+            print(f"W&B cannot be reached ({first_line(error)}); logging offline into {directory}", flush=True)
             wandb.teardown()  # or the id counts as in use
             self._run = wandb.init(mode="offline", settings=settings, **arguments)  # type: ignore[arg-type]
         self._alive = True
@@ -59,8 +60,4 @@ class WandbView:
             action()
         except Exception as error:
             self._alive = False
-            print(f"W&B failed ({_first_line(error)}); training goes on, metrics.jsonl is complete", flush=True)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+            print(f"W&B failed ({first_line(error)}); training goes on, metrics.jsonl is complete", flush=True)
