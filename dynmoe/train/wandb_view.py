@@ -50,7 +50,13 @@ class WandbView:
         self._guarded(lambda: self._run.log(row))
 
     def close(self) -> None:
-        self._guarded(self._run.finish)
+        """Ends the run; when it returns, every row is uploaded or in the offline file."""
+        self._guarded(self._finish)
+
+    def _finish(self) -> None:
+        self._run.finish()
+        # finish only asks W&B's service to close the run's file; the end of the service is waited for.
+        wandb.teardown()
 
     def _guarded(self, action: Callable[[], object]) -> None:
         """Does it, unless W&B failed before; a failure is said once and ends the view, not the training."""
@@ -58,6 +64,6 @@ class WandbView:
             return
         try:
             action()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # teardown leaves by sys.exit when the service failed
             self._alive = False
             print(f"W&B failed ({first_line(error)}); training goes on, metrics.jsonl is complete", flush=True)
