@@ -73,7 +73,7 @@ def _calibrated_layer(shape: Shape, mean_k: float, x_TD: Tensor) -> MoELayer:
         middle = (low + high) / 2
         mean = top_p(logits_TE, middle).experts_per_token_T.float().mean().item()
         low, high = (middle, high) if mean < mean_k else (low, middle)
-    model.router.p = high
+    layer.router.p.fill_(high)
     return layer
 
 

@@ -30,6 +30,12 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+def check_multiple_of_8(name: str, value: int) -> None:
+    if value % 8:
+        cure = "use a multiple of 8"
+        raise ConfigError(name, value, "gives rows that grouped matrix products cannot read (16-byte strides)", cure)
+
+
 class Section:
     """Base of the configuration's dataclasses: checks the bounds of its own fields when it is made."""
 

@@ -12,14 +12,9 @@ from typing import ClassVar, Optional
 
 from omegaconf import OmegaConf
 
-from dynmoe.config.fields import Section, option
+from dynmoe.config.fields import Section, check_multiple_of_8, option
+from dynmoe.config.routing import AdaptationConfig, BudgetConfig, MoEConfig, RouterConfig
 from dynmoe.errors import ConfigError
-
-
-def _check_multiple_of_8(name: str, value: int) -> None:
-    if value % 8:
-        cure = "use a multiple of 8"
-        raise ConfigError(name, value, "gives rows that grouped matrix products cannot read (16-byte strides)", cure)
 
 
 @dataclass
@@ -61,86 +56,6 @@ class DataConfig(Section):
 
 
 @dataclass
-class RouterConfig(Section):
-    _section: ClassVar[str] = "model.router"
-
-    kind: str = option("top_p", "how experts are chosen for a token", choices=("top_k", "top_p", "top_any"))
-    k: int = option(2, "top_k: experts per token", at_least=1)
-    p: float = option(0.4, "top_p: probability mass that the chosen experts reach", above=0, at_most=1)
-    form: str = option(
-        "paper", "top_p, top_any: the paper's definition, or what its released code does", choices=("paper", "released")
-    )
-    renormalize: bool = option(False, "top_k, top_p: make the gates of a token sum to 1")
-    min_experts: int = option(1, "top_p, top_any: floor of experts per token (0 lets a token use none)", at_least=0)
-    max_experts: Optional[int] = option(None, "top_p, top_any: ceiling of experts per token", at_least=1)
-    scale: float = option(1.0, "top_any: factor on cosine scores and thresholds inside the sigmoid", above=0)
-    balance_loss: Optional[float] = option(None, "coefficient of the load-balancing loss", at_least=0)
-    entropy_loss: Optional[float] = option(None, "top_k, top_p: coefficient of the router entropy", at_least=0)
-    z_loss: Optional[float] = option(None, "top_k, top_p: coefficient of the router z-loss", at_least=0)
-    diversity_loss: Optional[float] = option(None, "top_any: coefficient of prototype diversity", at_least=0)
-    simplicity_loss: Optional[float] = option(None, "top_any: coefficient of prototype norms", at_least=0)
-    efficiency_loss: Optional[float] = option(None, "top_any: coefficient of the mean gate", at_least=0)
-    lr_factor: float = option(1.0, "learning rate of router weights relative to optimizer.lr", above=0)
-
-    _DEFAULT_COEFFICIENTS: ClassVar[dict[tuple[str, str], dict[str, float]]] = {
-        # arXiv 2403.07652, section 3.3 (alpha, beta); the switch loss for top_k; arXiv 2405.14297 for top_any,
-        # whose released code since January 2025 adds the last two.
-        ("top_k", "paper"): {"balance": 1e-2},
-        ("top_p", "paper"): {"balance": 1e-2, "entropy": 1e-4},
-        ("top_any", "paper"): {"diversity": 1e-2, "simplicity": 1e-2},
-        ("top_k", "released"): {"balance": 1e-2},
-        ("top_p", "released"): {"balance": 1e-2, "entropy": 1e-4},
-        ("top_any", "released"): {"diversity": 1e-2, "simplicity": 1e-2, "balance": 1e-2, "efficiency": 1e-2},
-    }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        path = self._section
-        if self.max_experts is not None and self.max_experts < self.min_experts:
-            cure = f"use at least model.router.min_experts ({self.min_experts})"
-            raise ConfigError(f"{path}.max_experts", self.max_experts, "is below the floor", cure)
-        if self.kind == "top_p" and self.min_experts < 1:
-            raise ConfigError(f"{path}.min_experts", self.min_experts, "top_p always selects one", "use 1 or more")
-        foreign = ("entropy_loss", "z_loss") if self.kind == "top_any" else (
-            "diversity_loss", "simplicity_loss", "efficiency_loss")  # fmt: skip
-        for name in foreign:
-            if getattr(self, name):
-                raise ConfigError(
-                    f"{path}.{name}", getattr(self, name), f"has no meaning for the {self.kind} router", "remove it"
-                )
-
-    @property
-    def loss_coefficients(self) -> dict[str, float]:
-        """Coefficient of every auxiliary loss in force: the given one, else the one of the router's paper."""
-        names = ("balance", "entropy", "z", "diversity", "simplicity", "efficiency")
-        defaults = self._DEFAULT_COEFFICIENTS[self.kind, self.form]
-        given = {name: getattr(self, f"{name}_loss") for name in names}
-        merged = {name: defaults.get(name, 0.0) if value is None else value for name, value in given.items()}
-        return {name: value for name, value in merged.items() if value > 0}
-
-
-@dataclass
-class MoEConfig(Section):
-    _section: ClassVar[str] = "model.moe"
-
-    experts: int = option(16, "experts of one MoE layer (0: a dense model)", at_least=0)
-    expert_hidden: int = option(512, "width of one SwiGLU expert", at_least=1)
-    shared_hidden: int = option(0, "width of a shared expert that every token uses (0: none)", at_least=0)
-    every: int = option(1, "an MoE layer in every n-th layer, the first included; dense SwiGLU elsewhere", at_least=1)
-    capacity_factor: Optional[float] = option(
-        None, "limit of routes per expert and rank in training, relative to perfect balance; null: none", above=0
-    )
-    drop_policy: str = option(
-        "probs", "which routes to drop beyond capacity: lowest score, or last position", choices=("probs", "position")
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("expert_hidden", "shared_hidden"):
-            _check_multiple_of_8(f"model.moe.{name}", getattr(self, name))
-
-
-@dataclass
 class ModelConfig(Section):
     _section: ClassVar[str] = "model"
 
@@ -160,7 +75,7 @@ class ModelConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("hidden", "ffn_hidden"):
-            _check_multiple_of_8(f"model.{name}", getattr(self, name))
+            check_multiple_of_8(f"model.{name}", getattr(self, name))
         if self.hidden % self.heads or self.head_dim % 2:
             raise ConfigError(
                 "model.heads", self.heads, f"must divide model.hidden ({self.hidden}) into even head dimensions",
@@ -169,14 +84,28 @@ class ModelConfig(Section):
         if self.heads % self.kv_heads:
             cure = "use a divisor of it"
             raise ConfigError("model.kv_heads", self.kv_heads, f"must divide model.heads ({self.heads})", cure)
-        experts, router = self.moe.experts, self.router
-        if experts and router.kind == "top_k" and router.k > experts:
-            cure = f"use at most model.moe.experts ({experts})"
-            raise ConfigError("model.router.k", router.k, "is more than there are experts", cure)
-        for name in ("min_experts", "max_experts"):
-            value = getattr(router, name)
-            if experts and value is not None and value > experts:
-                cure = f"use at most model.moe.experts ({experts})"
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        moe, router, layers = self.moe, self.router, len(self.moe_layers)
+        if moe.experts_by_layer and len(moe.experts_by_layer) != layers:
+            cure = f"give {layers} numbers, one for each MoE layer, or none"
+            raise ConfigError("model.moe.experts_by_layer", moe.experts_by_layer, "does not match the layers", cure)
+        if moe.active_at_start is not None and router.kind != "top_any":
+            problem = f"the {router.kind} router uses all of its experts"
+            raise ConfigError("model.moe.active_at_start", moe.active_at_start, problem, "remove it")
+        if layers == 0:
+            return
+        smallest, name_of_limit = self.smallest_layer, "model.moe.experts"
+        limits: dict[str, float | None] = {name: getattr(router, name) for name in ("min_experts", "max_experts")}
+        limits["initial_experts"] = router.options.initial_experts
+        if router.kind in ("top_k", "null_experts"):
+            limits["k"] = router.k
+        if router.kind == "null_experts":
+            smallest, name_of_limit = smallest + router.num_null, "the real and null experts"
+        for name, value in limits.items():
+            if value is not None and value > smallest:
+                cure = f"use at most {name_of_limit} ({smallest})"
                 raise ConfigError(f"model.router.{name}", value, "is more than there are experts", cure)
 
     @property
@@ -185,6 +114,16 @@ class ModelConfig(Section):
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.moe.experts > 0 and layer % self.moe.every == 0
+
+    def experts_of(self, layer: int) -> int:
+        """Expert slots of MoE layer ``layer`` (its index in the decoder)."""
+        by_layer = self.moe.experts_by_layer
+        return by_layer[layer // self.moe.every] if by_layer else self.moe.experts
+
+    @property
+    def smallest_layer(self) -> int:
+        """Experts of the MoE layer that has the fewest."""
+        return min(self.moe.experts_by_layer or [self.moe.experts])
 
     @property
     def moe_layers(self) -> list[int]:
@@ -279,6 +218,8 @@ class Config(Section):
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -287,6 +228,9 @@ class Config(Section):
         super().__post_init__()
         self._check_engine()
         self._check_experts()
+        if self.model.moe_layers:
+            self.budget.check_router(self.model.router, self.model.smallest_layer)
+            self.adaptation.check_run(self.model.router, self.train.steps)
 
     def _check_engine(self) -> None:
         if self.engine == "megatron":
@@ -304,9 +248,10 @@ class Config(Section):
             raise ConfigError("deepspeed.zero_stage", stage, "is not offered", "use 0, 1 or 2")
 
     def _check_experts(self) -> None:
-        experts, size = self.model.moe.experts, self.parallel.expert
-        if size > 1 and (experts == 0 or experts % size):
-            cure = f"use a divisor of model.moe.experts ({experts})" if experts else "set it to 1: the model is dense"
+        size, counts = self.parallel.expert, [self.model.experts_of(layer) for layer in self.model.moe_layers]
+        if size > 1 and (not counts or any(count % size for count in counts)):
+            shown = ", ".join(str(count) for count in sorted(set(counts)))
+            cure = f"use a divisor of model.moe.experts ({shown})" if counts else "set it to 1: the model is dense"
             raise ConfigError("parallel.expert", size, "cannot spread the experts evenly", cure)
 
     def check_world(self, world_size: int) -> None:

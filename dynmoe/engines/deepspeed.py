@@ -32,6 +32,8 @@ from dynmoe.engines import deepspeed_state
 from dynmoe.errors import UserError
 from dynmoe.model import Decoder
 from dynmoe.moe import MoEContext, MoELayer
+from dynmoe.moe.adaptation import AdaptationEvent
+from dynmoe.moe.control import RoutingControl
 from dynmoe.moe.statistics import vector_size
 from dynmoe.train.engine import StepReport
 from dynmoe.train.optimizer import parameter_groups
@@ -47,7 +49,6 @@ class DeepSpeedMoELayer(MoELayer, MoE):
 
     def __init__(self, model: ModelConfig, layer: int, seed: int, context: MoEContext) -> None:
         MoELayer.__init__(self, model, layer, seed, context)
-        self.num_experts = model.moe.experts
         self.ep_size = context.expert_parallel
         self.num_local_experts = self.num_experts // self.ep_size
         self.expert_group_name = _group_name(self.ep_size)
@@ -93,6 +94,7 @@ class DeepSpeedEngine:
             model=self.module, optimizer=self._adam, config=self._deepspeed_config()
         )
         self._state = deepspeed_state.OptimizerState(self._optimizer, self._adam)
+        self._control = RoutingControl(config, self.module.moe_layers, self.context, self._state)
         self._lm_loss = torch.zeros((), device=self.device)
         self._grad_norm = torch.zeros((), device=self.device)
 
@@ -117,11 +119,16 @@ class DeepSpeedEngine:
             "steps_per_print": sys.maxsize,
         }
 
-    def train_step(self, batches: Sequence[Batch], lr: float, record: bool) -> None:
+    def train_step(self, batches: Sequence[Batch], lr: float, record: bool) -> list[AdaptationEvent]:
+        step = self._state.step + 1
         self.module.train()
+        if self._control.needs_calibration:
+            self._calibrate(batches[0])
+        self._control.begin_step(step)
         self.context.recording, self.context.loss_scale = record, 1.0 / len(batches)
         losses = []
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            self.context.micro_batch = number
             loss = self._engine(batch.tokens_BS.to(self.device), batch.labels_BS.to(self.device))
             self._engine.backward(loss)
             losses.append(loss.detach())
@@ -130,12 +137,33 @@ class DeepSpeedEngine:
         self._lm_loss = torch.stack(losses).mean()
         self._grad_norm = self._clip(self.config.optimizer.clip_grad)
         if not torch.isfinite(self._grad_norm):  # the same on every rank; parameters and moments are untouched
-            norm = self._grad_norm.item()
-            raise UserError(f"the gradient norm is {norm}; go on from a checkpoint with a lower optimizer.lr")
+            raise UserError(self._describe_nonfinite(step))
         for group in self._adam.param_groups:
             group["lr"] = lr * group["lr_factor"]
         self._engine.step()
         self.context.recording = False
+        return self._control.end_step(step)
+
+    @torch.no_grad()
+    def _calibrate(self, batch: Batch) -> None:
+        """A pass in which threshold routers set their thresholds, each from what the layers before it give."""
+        self.context.calibrating = True
+        self.module(batch.tokens_BS.to(self.device))
+        self.context.calibrating = False
+
+    def _describe_nonfinite(self, step: int) -> str:
+        """Where a gradient that is not finite came from, as far as the routers saw it; collective."""
+        cure = "go on from a checkpoint with a lower optimizer.lr"
+        layers = self.module.moe_layers
+        finite = torch.stack([layer.router.take_finite() for layer in layers] or [torch.tensor(True)]).to(self.device)
+        everywhere = [torch.ones_like(finite) for _ in range(self.world_size)]
+        dist.all_gather(everywhere, finite)
+        for index, layer in enumerate(layers):
+            ranks = [rank for rank, seen in enumerate(everywhere) if not bool(seen[index])]
+            if ranks:
+                where = f"layer {layer.layer} on rank {', '.join(map(str, ranks))}"
+                return f"step {step}: router scores are not finite in {where}; {cure}"
+        return f"step {step}: the gradient norm is {self._grad_norm.item()}; {cure}"
 
     def _clip(self, ceiling: float) -> Tensor:
         """Scales the gradient to a global norm of at most ``ceiling`` (0: leaves it) and returns the norm before."""
@@ -167,17 +195,13 @@ class DeepSpeedEngine:
     def report(self) -> StepReport:
         layers = self.module.moe_layers
         recorded = bool(layers) and layers[0].has_statistics
-        size = vector_size(self.config.model) if recorded else 0
-        packed = torch.zeros(1 + len(layers) * (1 + size), dtype=torch.float64, device=self.device)
-        packed[0] = self._lm_loss / self.world_size
-        rows, vectors = packed[1 : 1 + len(layers)], packed[1 + len(layers) :].view(len(layers), size)
-        for index, layer in enumerate(layers):
-            rows[index] = layer.take_routed_rows()
-            if recorded:
-                vectors[index] = layer.take_statistics()
+        sizes = [vector_size(self.config.model, layer.layer) if recorded else 0 for layer in layers]
+        scalars = [self._lm_loss.item() / self.world_size, *(layer.take_routed_rows() for layer in layers)]
+        vectors = [layer.take_statistics() for layer in layers if recorded]
+        packed = torch.cat([torch.tensor(scalars, dtype=torch.float64, device=self.device), *vectors])
         dist.all_reduce(packed)
         packed = packed.cpu()
-        rows, vectors = packed[1 : 1 + len(layers)], packed[1 + len(layers) :].view(len(layers), size)
+        rows, vectors = packed[1 : 1 + len(layers)], packed[1 + len(layers) :].split(sizes)
         return StepReport(
             lm_loss=packed[0].item(),
             grad_norm=self._grad_norm.item(),

@@ -26,11 +26,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dynmoe.engines.state_names import MASTER, MOMENTS, OPTIMIZER_STEP, buffer_key, parameter_key
 from dynmoe.errors import UserError
 from dynmoe.model import Decoder
 from dynmoe.moe import MoEContext
-
-MASTER, MOMENTS = "param", ("exp_avg", "exp_avg_sq")
 
 
 class OptimizerState:
@@ -82,6 +81,14 @@ class OptimizerState:
         return {MASTER: master.detach(), **{name: self._adam.state[master][name] for name in MOMENTS}}
 
     @torch.no_grad()
+    def renew(self, parameter: nn.Parameter, index: tuple[int | slice, ...], fresh: Tensor) -> None:
+        """See :class:`dynmoe.moe.adaptation.ParameterRenewal`."""
+        values = {part: value.clone() for part, value in self.get(parameter).items()}
+        for part, value in values.items():
+            value[index] = fresh if part == MASTER else 0.0
+        self.set(parameter, values)
+
+    @torch.no_grad()
     def set(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
         """Puts whole values in place: master, moments, and the parameter itself."""
         parameter.copy_(values[MASTER])
@@ -96,14 +103,14 @@ class OptimizerState:
             self._adam.state[master][name].copy_(values[name])
 
 
-def _expert_ranges(module: Decoder) -> dict[str, range]:
-    """Global indices of the experts in each stacked parameter of this rank, by the parameter's name."""
-    held = {id(p): layer.experts.experts for layer in module.moe_layers for p in layer.experts.parameters()}
+def _expert_ranges(module: Decoder) -> dict[str, tuple[range, int]]:
+    """Of each stacked parameter of this rank: global indices of its experts, and experts of its layer in all."""
+    held = {
+        id(p): (layer.experts.experts, layer.num_experts)
+        for layer in module.moe_layers
+        for p in layer.experts.parameters()
+    }
     return {name: held[id(p)] for name, p in module.named_parameters() if id(p) in held}
-
-
-def _key(name: str, part: str, expert: int | None = None) -> str:
-    return f"{name}|{part}" if expert is None else f"{name}.{expert}|{part}"
 
 
 def save(directory: Path, module: Decoder, state: OptimizerState, context: MoEContext) -> list[Path]:
@@ -117,14 +124,14 @@ def save(directory: Path, module: Decoder, state: OptimizerState, context: MoECo
         for part, value in state.get(parameter).items():
             if not is_moe_param(parameter):
                 if writes_dense:
-                    dense[_key(name, part)] = value.cpu().contiguous()
+                    dense[parameter_key(name, part)] = value.cpu().contiguous()
             elif writes_experts:
                 cpu = value.cpu()
-                experts |= {_key(name, part, e): cpu[i].contiguous() for i, e in enumerate(ranges[name])}
+                experts |= {parameter_key(name, part, e): cpu[i].contiguous() for i, e in enumerate(ranges[name][0])}
     files = []
     if writes_dense:
-        dense["optimizer_step"] = torch.tensor(state.step)
-        dense |= {f"buffer|{name}": buffer.cpu() for name, buffer in module.named_buffers()}
+        dense[OPTIMIZER_STEP] = torch.tensor(state.step)
+        dense |= {buffer_key(name): buffer.cpu() for name, buffer in module.named_buffers()}
         files.append(_write(directory / "dense.safetensors", dense))
     if experts:
         files.append(_write(directory / f"experts_{rank:05d}.safetensors", experts))
@@ -145,26 +152,26 @@ def load(directory: Path, module: Decoder, state: OptimizerState) -> None:
     """
     reader = _Reader([directory / "dense.safetensors", *sorted(directory.glob("experts_*.safetensors"))])
     ranges = _expert_ranges(module)
-    num_experts = module.settings.moe.experts
-    expected: set[str] = {"optimizer_step"}
+    expected: set[str] = {OPTIMIZER_STEP}
     for name, parameter in module.named_parameters():
         shape = tuple(parameter.shape)
         values = {}
         for part in (MASTER, *MOMENTS):
             if name not in ranges:
-                values[part] = reader.read(_key(name, part), shape)
-                expected.add(_key(name, part))
+                values[part] = reader.read(parameter_key(name, part), shape)
+                expected.add(parameter_key(name, part))
             else:
-                values[part] = torch.stack([reader.read(_key(name, part, e), shape[1:]) for e in ranges[name]])
-                expected |= {_key(name, part, e) for e in range(num_experts)}
+                local, num_experts = ranges[name]
+                values[part] = torch.stack([reader.read(parameter_key(name, part, e), shape[1:]) for e in local])
+                expected |= {parameter_key(name, part, e) for e in range(num_experts)}
         state.set(parameter, values)
     for name, buffer in module.named_buffers():
-        buffer.copy_(reader.read(f"buffer|{name}", tuple(buffer.shape)))
-        expected.add(f"buffer|{name}")
+        buffer.copy_(reader.read(buffer_key(name), tuple(buffer.shape)))
+        expected.add(buffer_key(name))
     surplus = sorted(reader.names - expected)
     if surplus:
         raise UserError(f"checkpoint {directory}: has tensors that this model lacks, such as {surplus[0]}")
-    state.step = int(reader.read("optimizer_step", ()))
+    state.step = int(reader.read(OPTIMIZER_STEP, ()))
     _restore_random_state(directory)
 
 

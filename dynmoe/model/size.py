@@ -20,17 +20,18 @@ class ModelSize:
     def _expert(self) -> int:
         return 3 * self.model.hidden * self.model.moe.expert_hidden
 
-    @property
-    def _router(self) -> int:
-        thresholds = self.model.moe.experts if self.model.router.kind == "top_any" else 0
-        return self.model.hidden * self.model.moe.experts + thresholds
+    def _router(self, layer: int) -> int:
+        router, experts = self.model.router, self.model.experts_of(layer)
+        rows = experts + (router.num_null if router.kind == "null_experts" else 0)
+        scalars = (experts if router.kind == "top_any" else 0) + (1 if router.options.temperature == "learned" else 0)
+        return self.model.hidden * rows + scalars
 
     def _layer_without_routed(self, layer: int) -> int:
         model = self.model
         attention = model.hidden * (2 * model.heads + 2 * model.kv_heads) * model.head_dim
         if not model.is_moe_layer(layer):
             return attention + 3 * model.hidden * model.ffn_hidden
-        return attention + self._router + 3 * model.hidden * model.moe.shared_hidden
+        return attention + self._router(layer) + 3 * model.hidden * model.moe.shared_hidden
 
     @property
     def _embedding(self) -> int:
@@ -44,7 +45,8 @@ class ModelSize:
 
     @property
     def total_parameters(self) -> int:
-        return self._outside_experts + len(self.model.moe_layers) * self.model.moe.experts * self._expert
+        experts = sum(self.model.experts_of(layer) for layer in self.model.moe_layers)
+        return self._outside_experts + experts * self._expert
 
     def active_parameters(self, experts_per_token: float) -> float:
         """Parameters that one token meets when it uses ``experts_per_token`` experts in the mean of MoE layers."""

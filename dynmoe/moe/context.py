@@ -17,14 +17,24 @@ class MoEContext:
         expert_group: ranks over which the experts are spread; None where each rank holds all of them.
         token_group: ranks whose tokens share auxiliary losses and statistics; None for this rank alone.
         loss_scale: what the engine multiplies the main loss with (1 / accumulation steps).
+        micro_batch: number of the forward pass within the optimizer step.
         recording: statistics are collected in this step.
+        observing: loads are collected in this step, for budget control and adaptation.
+        observing_unclaimed: so are the tokens that no expert's threshold let in.
+        calibrating: threshold routers set their thresholds from the scores of this pass.
+        target_experts: experts per token wanted at present; the relu router's penalty is relative to it.
         recomputing: the pass in progress repeats an earlier one (activation checkpointing); nothing is counted.
     """
 
     expert_group: dist.ProcessGroup | None = None
     token_group: dist.ProcessGroup | None = None
     loss_scale: float = 1.0
+    micro_batch: int = 0
     recording: bool = False
+    observing: bool = False
+    observing_unclaimed: bool = False
+    calibrating: bool = False
+    target_experts: float = 1.0
     recomputing: bool = False
 
     @property

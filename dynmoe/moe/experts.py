@@ -32,14 +32,28 @@ class GroupedExperts(nn.Module):
     def __init__(self, model: ModelConfig, experts: range, seed: int, name: str) -> None:
         super().__init__()
         hidden, width = model.hidden, model.moe.expert_hidden
-        up = [named_normal((2 * width, hidden), model.init_std, seed, f"{name}.w_up.{e}") for e in experts]
-        down = [named_normal((hidden, width), down_std(model), seed, f"{name}.w_down.{e}") for e in experts]
         self.experts = experts
+        self._draw = (
+            lambda e: named_normal((2 * width, hidden), model.init_std, seed, f"{name}.w_up.{e}"),
+            lambda e: named_normal((hidden, width), down_std(model), seed, f"{name}.w_down.{e}"),
+        )
+        up, down = ([draw(str(e)) for e in experts] for draw in self._draw)
         self.w_up_EHD = nn.Parameter(torch.stack(up))  # H = 2F: gate and up projection
         self.w_down_EDF = nn.Parameter(torch.stack(down))
         for parameter in self.parameters():
             # Both engines read this mark: not to be averaged over all data-parallel ranks.
             parameter.allreduce = False  # type: ignore[attr-defined]
+
+    def fresh_weights(self, expert: int, label: str) -> list[tuple[nn.Parameter, Tensor]]:
+        """Initial weights of expert ``expert`` (global index) beside the parameters that hold it.
+
+        The label makes them other ones than those of an earlier start of the same expert.
+        """
+        names = f"{expert}.{label}"
+        return [
+            (parameter, draw(names).to(parameter.device))
+            for parameter, draw in zip((self.w_up_EHD, self.w_down_EDF), self._draw, strict=True)
+        ]
 
     def forward(self, dispatched: DispatchedRows) -> Tensor:
         """Gated outputs of rows sorted by local expert, [N, D]."""

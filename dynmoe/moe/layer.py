@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from dynmoe.config import ModelConfig
 from dynmoe.moe.context import MoEContext
 from dynmoe.moe.dispatcher import TokenDispatcher
 from dynmoe.moe.experts import GroupedExperts, SwiGLU
+from dynmoe.moe.observation import observe
 from dynmoe.moe.router import Router
 from dynmoe.moe.statistics import record
 from dynmoe.ops import attach_loss
@@ -33,9 +36,10 @@ class MoELayer(nn.Module):
         nn.Module.__init__(self)
         name = f"layers.{layer}.moe"
         self.layer, self.settings, self.context = layer, model.moe, context
-        per_rank = model.moe.experts // context.expert_parallel
+        self.num_experts = model.experts_of(layer)
+        per_rank = self.num_experts // context.expert_parallel
         local = range(context.expert_rank * per_rank, (context.expert_rank + 1) * per_rank)
-        self.router = Router(model, seed, f"{name}.router", context)
+        self.router = Router(model, self.num_experts, seed, f"{name}.router", context)
         self.dispatcher = TokenDispatcher(context.expert_group)
         self.experts = GroupedExperts(model, local, seed, f"{name}.experts")
         self.shared: SwiGLU | None = None
@@ -43,6 +47,7 @@ class MoELayer(nn.Module):
             self.shared = SwiGLU(model, model.moe.shared_hidden, seed, f"{name}.shared")
         self._routed_rows = 0
         self._statistics: list[Tensor] = []
+        self._observed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]: route, dispatch, experts, combine."""
@@ -54,33 +59,61 @@ class MoELayer(nn.Module):
         y_TD = self.dispatcher.combine(outputs_ND, dispatched)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        losses = self.router.losses(selection) if self.training else {}
-        if losses and torch.is_grad_enabled():
-            coefficients = self.router.settings.loss_coefficients
-            total = torch.stack([coefficients[name] * loss for name, loss in losses.items()]).sum()
+        losses, total = self._auxiliary(selection, math.prod(x.shape[:-2]))
+        if total is not None and torch.is_grad_enabled():
             y_TD = attach_loss(y_TD, total, self.context.loss_scale)
-        self._count(plan, losses, dispatched.permutation.token_N.shape[0])
+        self._count(plan, x_TD, losses, total, dispatched.permutation.token_N.shape[0])
         return y_TD.view_as(x)
+
+    def _auxiliary(self, selection: RoutingPlan, num_sequences: int) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Auxiliary losses of a training pass, and their sum with coefficients; None where there are none."""
+        if not self.training or self.context.calibrating:
+            return {}, None
+        losses, coefficients = self.router.losses(selection, num_sequences), self.router.loss_coefficients
+        if not losses:
+            return {}, None
+        return losses, torch.stack([coefficients[name] * loss for name, loss in losses.items()]).sum()
 
     def _drop_beyond_capacity(self, plan: RoutingPlan) -> RoutingPlan:
         factor = self.settings.capacity_factor
         # Not in evaluation: which routes are dropped depends on the whole batch, the tokens to come included.
         if factor is None or not self.training:
             return plan
-        num_routes, num_active = int(plan.routing_map_TE.sum()), int(self.router.active_E.sum())
-        return apply_capacity(plan, expert_capacity(num_routes, num_active, factor), self.settings.drop_policy)
+        average, num_tokens = self.router.experts_per_token, plan.routing_map_TE.shape[0]
+        # In the first step nothing was observed yet but these tokens themselves.
+        routes = torch.where(average > 0, average * num_tokens, plan.routing_map_TE.sum())
+        capacity = expert_capacity(routes, self.router.active_E.sum(), factor)
+        return apply_capacity(plan, capacity, self.settings.drop_policy)
 
-    def _count(self, plan: RoutingPlan, losses: dict[str, Tensor], num_rows: int) -> None:
-        if self.context.recomputing or not self.training:
+    def _count(
+        self, plan: RoutingPlan, x_TD: Tensor, losses: dict[str, Tensor], total: Tensor | None, num_rows: int
+    ) -> None:
+        context = self.context
+        if context.recomputing or context.calibrating or not self.training:
             return
         self._routed_rows += num_rows
-        if self.context.recording:
-            self._statistics.append(record(plan, losses, self.router.control, self.router.active_E))
+        if context.recording:
+            self._statistics.append(record(plan, losses, total, self.router.control, self.router.active_E))
+        if context.observing:
+            histogram = self.router.settings.kind == "expert_threshold"
+            seen = observe(plan, x_TD, unclaimed=context.observing_unclaimed, histogram=histogram)
+            self._observed = seen if self._observed is None else self._observed + seen
 
     def take_routed_rows(self) -> int:
         """Rows that the tokens of this rank were computed in, since the last call; counted in training always."""
         rows, self._routed_rows = self._routed_rows, 0
         return rows
+
+    def take_observed(self) -> Tensor:
+        """The vector of :func:`observe`, summed over the forward passes since the last call.
+
+        Raises:
+            RuntimeError: nothing was observed.
+        """
+        if self._observed is None:
+            raise RuntimeError(f"layer {self.layer} observed nothing: set context.observing before the step")
+        seen, self._observed = self._observed, None
+        return seen
 
     @property
     def has_statistics(self) -> bool:

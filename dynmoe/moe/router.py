@@ -1,91 +1,272 @@
-"""The router: parameters, and the call of the pure function that the configuration names."""
+"""The router: parameters, the state that is moved between steps, and the call of the function of its kind."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.config import ModelConfig
+from dynmoe.moe.calibration import thresholds_for_share
 from dynmoe.moe.context import MoEContext
 from dynmoe.moe.initialization import named_normal
 from dynmoe.ops import linear_fp32
-from dynmoe.routing import RoutingCounts, RoutingPlan, losses, top_any, top_k, top_p
+from dynmoe.routing import (
+    RoutingCounts,
+    RoutingPlan,
+    expert_threshold,
+    losses,
+    null_experts,
+    relu,
+    sigmoid_cutoff,
+    top_any,
+    top_k,
+    top_p,
+)
+from dynmoe.routing.null_experts import null_balance
+
+
+def active_at_start(num_experts: int, wanted: int | None, spread: bool) -> Tensor:
+    """Mask of the slots in use at the start: the first ones, or spread evenly so that every rank has its share."""
+    active_E = torch.zeros(num_experts, dtype=torch.bool)
+    count = num_experts if wanted is None else wanted
+    active_E[[place * num_experts // count if spread else place for place in range(count)]] = True
+    return active_E
 
 
 class Router(nn.Module):
     """Maps hidden states to a :class:`RoutingPlan`, in fp32 arithmetic whatever the precision of the weights.
 
+    Buffers hold what is moved outside autograd, in fp32 whatever the precision of the model:
+    ``active_E`` the slots in use; ``offset_E`` what is added to each threshold (top_k: taken from each score;
+    expert_threshold: the cut-offs themselves); ``p`` (top_p) and ``l1`` (relu) the scalars in force; ``error`` the
+    budget controller's last error; ``experts_per_token`` a moving average, 0 before the first step; ``calibrated``
+    whether thresholds were set from first scores; ``window_*`` what adaptation recorded so far (top_any).
+
     Args:
         model: router kind and its settings.
+        num_experts: expert slots of this layer.
         seed: of the initial weights.
         name: prefix of this module's parameter names in the whole model.
         context: names the ranks whose tokens the auxiliary losses count.
     """
 
     active_E: Tensor
+    offset_E: Tensor
+    p: Tensor
+    l1: Tensor
+    error: Tensor
+    experts_per_token: Tensor
+    calibrated: Tensor
+    window_selected_E: Tensor
+    window_unclaimed: Tensor
+    window_unclaimed_D: Tensor
+    window_tokens: Tensor
 
-    def __init__(self, model: ModelConfig, seed: int, name: str, context: MoEContext) -> None:
+    def __init__(self, model: ModelConfig, num_experts: int, seed: int, name: str, context: MoEContext) -> None:
         super().__init__()
-        self.settings, self.context = model.router, context
-        num_experts = model.moe.experts
-        if self.settings.kind == "top_any":
+        settings = model.router
+        self.settings, self.options, self.context = settings, settings.options, context
+        self._running: Tensor | None = None
+        self._finite: Tensor | None = None
+        if settings.kind == "top_any":
             prototypes = named_normal((model.hidden, num_experts), model.init_std, seed, f"{name}.prototypes")
             self.prototypes_DE = nn.Parameter(prototypes)
             self.thresholds_E = nn.Parameter(torch.zeros(num_experts))
+            self.base_scale = settings.scale * (math.sqrt(model.hidden) if self.options.temperature != "fixed" else 1.0)
+            if self.options.temperature == "learned":
+                self.log_scale = nn.Parameter(torch.tensor([math.log(self.base_scale)]))
         else:
-            self.weight_ED = nn.Parameter(
-                named_normal((num_experts, model.hidden), model.init_std, seed, f"{name}.weight")
-            )
-        self.register_buffer("active_E", torch.ones(num_experts, dtype=torch.bool))
+            rows = num_experts + (settings.num_null if settings.kind == "null_experts" else 0)
+            self.weight_ED = nn.Parameter(named_normal((rows, model.hidden), model.init_std, seed, f"{name}.weight"))
+        # Deviation of a score around its threshold at the start: the unit in which controllers move thresholds.
+        logit_std = model.init_std * math.sqrt(model.hidden)
+        self.threshold_unit = 1.0 / math.sqrt(model.hidden) if settings.kind == "top_any" else logit_std
+        spread = settings.form != "released"
+        self.register_buffer("active_E", active_at_start(num_experts, model.moe.active_at_start, spread))
+        cutoff = settings.cutoff if settings.kind == "expert_threshold" else 0.0
+        self.register_buffer("offset_E", torch.full((num_experts,), cutoff))
+        self.register_buffer("error", torch.tensor(0.0))
+        self.register_buffer("experts_per_token", torch.tensor(0.0))
+        self.register_buffer("calibrated", torch.tensor(self.options.initial_experts is None))
+        if settings.kind == "top_p":
+            self.register_buffer("p", torch.tensor(settings.p))
+        if settings.kind == "relu":
+            self.register_buffer("l1", torch.tensor(settings.l1_start))
+        if settings.kind == "top_any":
+            self.register_buffer("window_selected_E", torch.zeros(num_experts, dtype=torch.float64))
+            self.register_buffer("window_unclaimed_D", torch.zeros(model.hidden, dtype=torch.float64))
+            self.register_buffer("window_unclaimed", torch.zeros((), dtype=torch.float64))
+            self.register_buffer("window_tokens", torch.zeros((), dtype=torch.float64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Moves with the module, but keeps the precision of its state: engines cast whole modules to bf16."""
+        state = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in state.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
     @property
+    def scale(self) -> Tensor | float:
+        """top_any: the factor on cosines and thresholds."""
+        return self.log_scale.float().exp() if self.options.temperature == "learned" else self.base_scale
+
+    @property
+    @torch.no_grad()
     def control(self) -> Tensor:
-        """The k, p or mean threshold in force, a scalar without gradient."""
-        settings = self.settings
-        if settings.kind != "top_any":
-            return self.active_E.new_tensor(settings.k if settings.kind == "top_k" else settings.p, dtype=torch.float32)
-        thresholds_E = torch.sigmoid(settings.scale * self.thresholds_E.detach().float())
-        return thresholds_E[self.active_E].mean()
+        """What decides how many experts a token gets, a scalar without gradient: k, p, L1 or the mean threshold."""
+        kind = self.settings.kind
+        if kind in ("top_k", "null_experts"):
+            return self.offset_E.new_tensor(self.settings.k)
+        if kind in ("top_p", "relu"):
+            return self.p if kind == "top_p" else self.l1
+        return self._score_thresholds_E()[self.active_E].mean()
+
+    def _score_thresholds_E(self) -> Tensor:
+        """The thresholds in force as scores, between 0 and 1."""
+        if self.settings.kind == "top_any":
+            return torch.sigmoid(self.scale * (self.thresholds_E.float() + self.offset_E))
+        if self.settings.kind == "sigmoid":
+            return torch.sigmoid(torch.logit(self.offset_E.new_tensor(self.settings.cutoff)) + self.offset_E)
+        return self.offset_E
 
     def forward(self, x_TD: Tensor) -> RoutingPlan:
-        settings = self.settings
-        limits = {"min_experts": settings.min_experts, "max_experts": settings.max_experts}
-        if settings.kind == "top_any":
-            return top_any(
-                x_TD, self.prototypes_DE, self.thresholds_E, self.active_E,
-                form=settings.form, training=self.training, scale=settings.scale, **limits,  # type: ignore[arg-type]
-            )  # fmt: skip
+        plan = self._route[self.settings.kind](self, x_TD)
+        if self.training and not self.context.recomputing:
+            finite = torch.isfinite(plan.scores_TE.detach()).all()
+            self._finite = finite if self._finite is None else self._finite & finite
+        return plan
+
+    def take_finite(self) -> Tensor:
+        """Whether all scores since the last call were finite numbers; a bool scalar."""
+        finite, self._finite = self._finite, None
+        return torch.ones_like(self.active_E[0]) if finite is None else finite
+
+    def _limits(self) -> dict[str, Any]:
+        return {"min_experts": self.options.min_experts, "max_experts": self.settings.max_experts}
+
+    def _top_k(self, x_TD: Tensor) -> RoutingPlan:
         logits_TE = linear_fp32(x_TD, self.weight_ED)
-        if settings.kind == "top_k":
-            return top_k(logits_TE, settings.k, renormalize=settings.renormalize)
+        return top_k(logits_TE, self.settings.k, renormalize=self.options.renormalize, bias_E=-self.offset_E)
+
+    def _top_p(self, x_TD: Tensor) -> RoutingPlan:
+        form = "released" if self.settings.form == "released" else "paper"
         return top_p(
-            logits_TE, settings.p,
-            form=settings.form, renormalize=settings.renormalize, **limits,  # type: ignore[arg-type]
+            linear_fp32(x_TD, self.weight_ED), self.p,
+            form=form, renormalize=self.options.renormalize, **self._limits(),
         )  # fmt: skip
 
-    def losses(self, plan: RoutingPlan) -> dict[str, Tensor]:
-        """Every auxiliary loss in force, without its coefficient; the counts in them are over all ranks."""
-        coefficients = self.settings.loss_coefficients
-        counts = self._global_counts(plan) if "balance" in coefficients else None
-        return {name: self._loss(name, plan, counts) for name in coefficients}
+    def _top_any(self, x_TD: Tensor) -> RoutingPlan:
+        if self.context.calibrating:
+            cosine_TE = F.normalize(x_TD.float(), dim=1) @ F.normalize(self.prototypes_DE.float(), dim=0)
+            self._calibrate(cosine_TE - self.thresholds_E.float())
+        released, options = self.settings.form == "released", self.options
+        return top_any(
+            x_TD, self.prototypes_DE, self.thresholds_E.float() + self.offset_E, self.active_E,
+            form="released" if released else "paper", training=self.training, scale=self.scale,
+            straight_through=options.straight_through, weights=options.weights, renormalize=options.renormalize,
+            **self._limits(),
+        )  # fmt: skip
 
-    def _loss(self, name: str, plan: RoutingPlan, counts: RoutingCounts | None) -> Tensor:
-        kind = self.settings.kind
+    def _sigmoid(self, x_TD: Tensor) -> RoutingPlan:
+        logits_TE = linear_fp32(x_TD, self.weight_ED)
+        if self.context.calibrating:
+            self._calibrate(logits_TE - math.log(self.settings.cutoff / (1.0 - self.settings.cutoff)))
+        return sigmoid_cutoff(
+            logits_TE, self._score_thresholds_E(), renormalize=self.options.renormalize, **self._limits()
+        )
+
+    def _expert_threshold(self, x_TD: Tensor) -> RoutingPlan:
+        logits_TE = linear_fp32(x_TD, self.weight_ED)
+        if self.context.calibrating:
+            self._calibrate(torch.sigmoid(logits_TE))
+        return expert_threshold(logits_TE, self.offset_E, renormalize=self.options.renormalize, **self._limits())
+
+    def _relu(self, x_TD: Tensor) -> RoutingPlan:
+        return relu(linear_fp32(x_TD, self.weight_ED), max_experts=self.settings.max_experts)
+
+    def _null_experts(self, x_TD: Tensor) -> RoutingPlan:
+        return null_experts(
+            linear_fp32(x_TD, self.weight_ED), self.settings.k, self.settings.num_null,
+            renormalize=self.options.renormalize,
+        )  # fmt: skip
+
+    _route: ClassVar[dict[str, Callable[[Router, Tensor], RoutingPlan]]] = {
+        "top_k": _top_k,
+        "top_p": _top_p,
+        "top_any": _top_any,
+        "sigmoid": _sigmoid,
+        "expert_threshold": _expert_threshold,
+        "relu": _relu,
+        "null_experts": _null_experts,
+    }
+
+    @torch.no_grad()
+    def _calibrate(self, values_TE: Tensor) -> None:
+        """Sets the offsets so that each active expert passes its share of the tokens of all ranks."""
+        wanted = self.options.initial_experts
+        if wanted is None or bool(self.calibrated):
+            return
+        share = wanted / int(self.active_E.sum())
+        self.offset_E.copy_(thresholds_for_share(values_TE.detach(), share, self.context.token_group))
+        self.calibrated.fill_(True)
+
+    @property
+    def loss_coefficients(self) -> dict[str, float | Tensor]:
+        """Coefficient of every auxiliary loss in force."""
+        adaptive = {"l1": self.l1} if self.settings.kind == "relu" else {}
+        return {**self.settings.loss_coefficients, **adaptive}
+
+    def losses(self, plan: RoutingPlan, num_sequences: int = 1) -> dict[str, Tensor]:
+        """Every auxiliary loss in force, without its coefficient; its counts are those of the configured scope.
+
+        Args:
+            plan: of this rank's tokens, before capacity drops routes.
+            num_sequences: sequences that the tokens belong to, one after the other.
+        """
+        names = self.settings.loss_names
+        counts = self._counts(plan) if "balance" in names or "l1" in names else None
+        return {name: self._loss(name, plan, counts, num_sequences) for name in names}
+
+    def _loss(self, name: str, plan: RoutingPlan, counts: RoutingCounts | None, num_sequences: int) -> Tensor:
         if name == "balance":
-            if kind == "top_any":
-                return losses.gate_balance(plan, counts)
-            return losses.load_balance(plan, counts, per_route=kind == "top_k")
+            return self._balance_loss(plan, counts, num_sequences)
         if name == "diversity":
             return losses.diversity(self.prototypes_DE, self.active_E)
         if name == "simplicity":
             return losses.simplicity(self.prototypes_DE)
+        if name == "l1":
+            return losses.l1(plan, self.context.target_experts, counts)
         return {"entropy": losses.entropy, "z": losses.z_loss, "efficiency": losses.efficiency}[name](plan)
 
-    def _global_counts(self, plan: RoutingPlan) -> RoutingCounts:
+    def _balance_loss(self, plan: RoutingPlan, counts: RoutingCounts | None, num_sequences: int) -> Tensor:
+        settings, per_route = self.settings, self.options.balance_per_route
+        if settings.kind == "top_any":
+            return losses.gate_balance(plan, counts, per_route=per_route)
+        if settings.kind == "null_experts":
+            return null_balance(plan, settings.k, settings.num_null, counts)
+        if settings.balance_scope == "sequence":
+            return losses.sequence_balance(plan, num_sequences, per_route=per_route)
+        return losses.load_balance(plan, counts, per_route=per_route)
+
+    def _counts(self, plan: RoutingPlan) -> RoutingCounts:
+        """Counts of the configured scope; those of the step so far grow with each of its micro-batches."""
         local, group = RoutingCounts.of(plan), self.context.token_group
-        if group is None:
+        if self.settings.balance_scope != "global_batch":
             return local
-        packed = torch.cat([local.selected_E, local.num_tokens.view(1), local.num_routed_tokens.view(1)])
-        dist.all_reduce(packed, group=group)
-        return RoutingCounts(packed[:-2], packed[-2], packed[-1], dist.get_world_size(group))
+        passes = self.context.micro_batch + 1
+        if not self.context.recomputing or self._running is None:  # a repeated pass finds its counts as they were
+            packed = torch.cat([local.selected_E, local.num_tokens.view(1), local.num_routed_tokens.view(1)])
+            if group is not None:
+                dist.all_reduce(packed, group=group)
+            self._running = packed if passes == 1 or self._running is None else self._running + packed
+        ranks = 1 if group is None else dist.get_world_size(group)
+        return RoutingCounts(self._running[:-2], self._running[-2], self._running[-1], ranks * passes)

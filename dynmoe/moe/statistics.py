@@ -9,35 +9,46 @@ from dynmoe.config import ModelConfig
 from dynmoe.routing import RoutingPlan
 from dynmoe.routing.statistics import LayerCounts, pack, packed_size, summarize
 
+_CONTROL_NAMES = {"top_k": "router_k", "null_experts": "router_k", "top_p": "router_p", "relu": "router_l1"}
+
 
 def _per_pass_names(model: ModelConfig) -> list[str]:
     """Entries whose mean over forward passes and ranks is meant; the others are sums."""
-    control = {"top_k": "router_k", "top_p": "router_p", "top_any": "router_threshold_mean"}[model.router.kind]
-    return [*(f"{name}_loss" for name in model.router.loss_coefficients), control, "active_experts"]
+    control = _CONTROL_NAMES.get(model.router.kind, "router_threshold_mean")
+    return [*(f"{name}_loss" for name in model.router.loss_names), "auxiliary_loss", control, "active_experts"]
 
 
-def vector_size(model: ModelConfig) -> int:
-    """Entries of one layer's vector."""
-    return 1 + len(_per_pass_names(model)) + packed_size(model.moe.experts)
+def vector_size(model: ModelConfig, layer: int) -> int:
+    """Entries of the vector of MoE layer ``layer``."""
+    return 1 + len(_per_pass_names(model)) + packed_size(model.experts_of(layer))
 
 
-def record(plan: RoutingPlan, losses: dict[str, Tensor], control: Tensor, active_E: Tensor) -> Tensor:
+@torch.no_grad()
+def record(
+    plan: RoutingPlan, losses: dict[str, Tensor], total: Tensor | None, control: Tensor, active_E: Tensor
+) -> Tensor:
     """What one forward pass adds to the vector of its layer, fp64: 1, the values of this pass, the counts of its plan.
 
     Args:
         plan: of this rank's tokens.
-        losses: every auxiliary loss in force, in the order of ``RouterConfig.loss_coefficients``.
-        control: the k, p or mean threshold in force, a scalar.
+        losses: every auxiliary loss in force, in the order of ``RouterConfig.loss_names``.
+        total: their sum with coefficients; None where there are none.
+        control: the k, p, L1 coefficient or mean threshold in force, a scalar.
         active_E: mask of the experts in use.
     """
-    values = [torch.ones_like(control), *(loss.detach() for loss in losses.values()), control, active_E.sum()]
+    auxiliary = torch.zeros_like(control) if total is None else total.detach()
+    values = [torch.ones_like(control), *(loss.detach() for loss in losses.values()), auxiliary, control]
+    values.append(active_E.sum())
     return torch.cat([torch.stack([value.double() for value in values]), pack(plan)])
 
 
-def layer_figures(vector: Tensor, model: ModelConfig, expert_parallel: int) -> dict[str, float]:
-    """Figures of one layer, under the names of the metrics file, from its vector summed over passes and ranks."""
+def layer_figures(vector: Tensor, model: ModelConfig, layer: int, expert_parallel: int) -> dict[str, float]:
+    """Figures of MoE layer ``layer``, under the names of the metrics file, from its vector over passes and ranks."""
     names = _per_pass_names(model)
     means = dict(zip(names, (vector[1 : 1 + len(names)] / vector[0]).tolist(), strict=True))
-    counts = LayerCounts(vector[1 + len(names) :], model.moe.experts)
-    ceiling = model.router.k if model.router.kind == "top_k" else model.router.max_experts or model.moe.experts
+    num_experts, router = model.experts_of(layer), model.router
+    counts = LayerCounts(vector[1 + len(names) :], num_experts)
+    ceiling = min(
+        router.k if router.kind in ("top_k", "null_experts") else router.max_experts or num_experts, num_experts
+    )
     return means | summarize(counts, round(means["active_experts"]), ceiling, expert_parallel)

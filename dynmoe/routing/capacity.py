@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from dynmoe.routing.plan import RoutingPlan
 
 
-def expert_capacity(num_routes: float, num_active_experts: int, factor: float) -> int:
-    """ceil(factor * routes / active experts), at least 1.
+def expert_capacity(num_routes: float | Tensor, num_active_experts: int | Tensor, factor: float) -> Tensor:
+    """ceil(factor * routes / active experts), at least 1; an int64 scalar, on the device of what is given.
 
     ``num_routes`` is T * K as observed, so that the limit follows a dynamic K (in place of T * k / E).
 
     Raises:
-        ValueError: a factor that is not positive, or no active expert.
+        ValueError: a factor that is not positive.
     """
-    if factor <= 0 or num_active_experts < 1:
-        raise ValueError(f"factor={factor} must be positive and num_active_experts={num_active_experts} at least 1")
-    return max(1, math.ceil(factor * num_routes / num_active_experts))
+    if factor <= 0:
+        raise ValueError(f"factor={factor} must be positive")
+    routes, active = torch.as_tensor(num_routes).double(), torch.as_tensor(num_active_experts)
+    return torch.ceil(factor * routes / active.to(routes.device)).clamp(min=1).long()
 
 
 def apply_capacity(plan: RoutingPlan, capacity: int | Tensor, policy: str = "probs") -> RoutingPlan:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynmoe.routing.plan import RoutingCounts, RoutingPlan
+from dynmoe.routing.selection import sum_to_one
 
 
 def load_balance(plan: RoutingPlan, counts: RoutingCounts | None = None, *, per_route: bool = False) -> Tensor:
@@ -25,18 +26,41 @@ def load_balance(plan: RoutingPlan, counts: RoutingCounts | None = None, *, per_
     return plan.scores_TE.shape[1] * (fraction_E * mean_score_E).sum()
 
 
-def gate_balance(plan: RoutingPlan, counts: RoutingCounts | None = None) -> Tensor:
+def sequence_balance(plan: RoutingPlan, num_sequences: int, *, per_route: bool = False) -> Tensor:
+    """Mean over sequences of :func:`load_balance` within each; tokens of a sequence stand together.
+
+    Raises:
+        ValueError: the tokens are not a multiple of ``num_sequences``.
+    """
+    num_tokens, num_experts = plan.scores_TE.shape
+    if num_sequences < 1 or num_tokens % num_sequences:
+        raise ValueError(f"num_sequences={num_sequences} must divide the number of tokens ({num_tokens})")
+    selected_BE = plan.selected_map_TE.view(num_sequences, -1, num_experts).float().sum(dim=1)
+    total_B1 = selected_BE.sum(dim=1, keepdim=True).clamp(min=1) if per_route else num_tokens // num_sequences
+    mean_score_BE = plan.scores_TE.view(num_sequences, -1, num_experts).mean(dim=1)
+    return num_experts * (selected_BE / total_B1 * mean_score_BE).sum() / num_sequences
+
+
+def gate_balance(plan: RoutingPlan, counts: RoutingCounts | None = None, *, per_route: bool = False) -> Tensor:
     """E^2 * mean_e(me_e * ce_e), DynMoE's released balance term (January 2025).
 
     Over the tokens that selected somebody: me is the mean of their gates normalised to sum 1, ce the fraction that
-    selects each expert.
+    selects each expert. At perfect balance it is K, as :func:`load_balance` is; ``per_route`` divides by that.
     """
     counts = RoutingCounts.of(plan) if counts is None else counts
-    sums_T1 = plan.gates_TE.sum(dim=1, keepdim=True)
-    normalized_TE = plan.gates_TE / torch.where(sums_T1 > 0, sums_T1, torch.ones_like(sums_T1))
-    mean_gate_E = normalized_TE.sum(dim=0) / counts.routed_tokens_per_rank
-    fraction_E = counts.selected_E / counts.num_routed_tokens.clamp(min=1)
-    return plan.gates_TE.shape[1] ** 2 * (mean_gate_E * fraction_E).mean()
+    mean_gate_E = sum_to_one(plan.gates_TE).sum(dim=0) / counts.routed_tokens_per_rank
+    total = counts.selected_E.sum() if per_route else counts.num_routed_tokens
+    return plan.gates_TE.shape[1] ** 2 * (mean_gate_E * (counts.selected_E / total.clamp(min=1))).mean()
+
+
+def l1(plan: RoutingPlan, target: float, counts: RoutingCounts | None = None) -> Tensor:
+    """Sum over experts of f_e * (mean score), f_e = E / target * (fraction that selects e): ReMoE's penalty (eq. 13).
+
+    f is what balances the load; it is a constant, 1 for an expert with its share of ``target`` experts per token.
+    """
+    counts = RoutingCounts.of(plan) if counts is None else counts
+    weight_E = counts.selected_E / counts.num_tokens * (plan.scores_TE.shape[1] / target)
+    return (weight_E * plan.scores_TE.sum(dim=0)).sum() / counts.tokens_per_rank
 
 
 def entropy(plan: RoutingPlan, counts: RoutingCounts | None = None) -> Tensor:
@@ -74,10 +98,15 @@ def simplicity(prototypes_DE: Tensor) -> Tensor:
 
 
 def efficiency(plan: RoutingPlan, counts: RoutingCounts | None = None) -> Tensor:
-    """Mean over tokens and slots of the 0/1 choice, with its straight-through gradient (released DynMoE code)."""
-    tokens = plan.gates_TE.shape[0] if counts is None else counts.tokens_per_rank
-    choice_TE = plan.gates_TE * plan.experts_per_token_T.clamp(min=1).unsqueeze(1)
-    return choice_TE.sum() / (tokens * plan.gates_TE.shape[1])
+    """Mean over tokens and slots of the 0/1 choice, with its straight-through gradient (released DynMoE code).
+
+    Raises:
+        ValueError: the plan's router passes no gradient through its choice.
+    """
+    if plan.choice_TE is None:
+        raise ValueError("efficiency needs a router that passes a gradient through its choice (top_any)")
+    tokens = plan.choice_TE.shape[0] if counts is None else counts.tokens_per_rank
+    return plan.choice_TE.sum() / (tokens * plan.choice_TE.shape[1])
 
 
 def released_top_any_loss(plan: RoutingPlan, prototypes_DE: Tensor, active_E: Tensor) -> Tensor:

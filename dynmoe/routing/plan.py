@@ -17,8 +17,11 @@ class RoutingPlan:
         gates_TE: fp32 weights of the expert outputs; 0 where ``routing_map_TE`` is False. Carries gradients.
         routing_map_TE: bool; True where the expert computes the token.
         selected_map_TE: bool; what the router chose before capacity dropped routes (routed + dropped = selected).
-        scores_TE: fp32; softmax probabilities (top_k, top_p) or sigmoid scores (top_any). Carries gradients.
+        scores_TE: fp32, not negative: softmax probabilities, sigmoid scores or ReLU activations. Carries gradients.
         logits_TE: what went into the softmax; None for routers without one.
+        unclaimed_T: bool; tokens that no expert's threshold let in, whether or not a floor gave them one. None for
+            routers in which that cannot happen.
+        choice_TE: the selection as 0 and 1 in fp32, with the straight-through gradient of top_any; else None.
     """
 
     gates_TE: Tensor
@@ -26,6 +29,8 @@ class RoutingPlan:
     selected_map_TE: Tensor
     scores_TE: Tensor
     logits_TE: Tensor | None = None
+    unclaimed_T: Tensor | None = None
+    choice_TE: Tensor | None = None
 
     @property
     def experts_per_token_T(self) -> Tensor:
@@ -57,13 +62,13 @@ class RoutingCounts:
         selected_E: tokens that selected each expert, fp32.
         num_tokens: tokens, fp32 scalar.
         num_routed_tokens: tokens that selected at least one expert, fp32 scalar.
-        num_ranks: ranks that the counts were summed over.
+        num_parts: what the counts were summed over: ranks, times the forward passes of each.
     """
 
     selected_E: Tensor
     num_tokens: Tensor
     num_routed_tokens: Tensor
-    num_ranks: int = 1
+    num_parts: int = 1
 
     @classmethod
     def of(cls, plan: RoutingPlan) -> RoutingCounts:
@@ -74,8 +79,9 @@ class RoutingCounts:
 
     @property
     def tokens_per_rank(self) -> Tensor:
-        return self.num_tokens / self.num_ranks
+        """Tokens of one rank in one pass."""
+        return self.num_tokens / self.num_parts
 
     @property
     def routed_tokens_per_rank(self) -> Tensor:
-        return self.num_routed_tokens.clamp(min=1) / self.num_ranks
+        return self.num_routed_tokens.clamp(min=1) / self.num_parts

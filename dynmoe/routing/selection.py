@@ -1,4 +1,4 @@
-"""What the routers share: ranks of scores, limits of K, and the plan of a softmax router."""
+"""What the routers share: ranks of scores, limits of K, and the plans of routers with the same kind of gates."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ def rank_descending(scores_TE: Tensor) -> Tensor:
     return torch.empty_like(order_TE).scatter_(1, order_TE, ranks_TE)
 
 
+def check_limits(num_experts: int, min_experts: int, max_experts: int | None) -> None:
+    """Raises a ValueError unless 0 <= min <= max, 1 <= max, and the floor is not above the number of experts."""
+    if max_experts is not None and max_experts < max(min_experts, 1):
+        raise ValueError(f"min_experts={min_experts} and max_experts={max_experts} must satisfy 0 <= min <= max")
+    if not 0 <= min_experts <= num_experts:
+        raise ValueError(f"min_experts={min_experts} must lie between 0 and the number of experts ({num_experts})")
+
+
 def limit_experts(map_TE: Tensor, rank_TE: Tensor, min_experts: int, max_experts: int | None) -> Tensor:
     """Adds the best-ranked experts up to ``min_experts`` and keeps the best-ranked ``max_experts`` of a token."""
     if min_experts > 0:
@@ -24,9 +32,28 @@ def limit_experts(map_TE: Tensor, rank_TE: Tensor, min_experts: int, max_experts
     return map_TE
 
 
+def sum_to_one(gates_TE: Tensor, summed_TE: Tensor | None = None) -> Tensor:
+    """Gates of each token divided by their sum, or by that of ``summed_TE``.
+
+    A token whose sum is 0 keeps its gates as they are, with a finite gradient.
+    """
+    sums_T1 = (gates_TE if summed_TE is None else summed_TE).sum(dim=1, keepdim=True)
+    return gates_TE / torch.where(sums_T1 > 0, sums_T1, torch.ones_like(sums_T1))
+
+
 def softmax_plan(logits_TE: Tensor, probs_TE: Tensor, map_TE: Tensor, renormalize: bool) -> RoutingPlan:
     """A plan whose gates are the probabilities of the chosen experts, raw or made to sum to 1."""
     gates_TE = probs_TE.masked_fill(~map_TE, 0.0)
-    if renormalize:
-        gates_TE = gates_TE / gates_TE.sum(dim=1, keepdim=True)
-    return RoutingPlan(gates_TE, map_TE, map_TE, probs_TE, logits_TE)
+    return RoutingPlan(sum_to_one(gates_TE) if renormalize else gates_TE, map_TE, map_TE, probs_TE, logits_TE)
+
+
+def threshold_plan(
+    scores_TE: Tensor, passed_TE: Tensor, renormalize: bool, min_experts: int, max_experts: int | None
+) -> RoutingPlan:
+    """A plan whose gates are the scores of the experts that passed a threshold, within floor and ceiling."""
+    map_TE = limit_experts(passed_TE, rank_descending(scores_TE.detach()), min_experts, max_experts)
+    gates_TE = scores_TE.masked_fill(~map_TE, 0.0)
+    return RoutingPlan(
+        sum_to_one(gates_TE) if renormalize else gates_TE, map_TE, map_TE, scores_TE,
+        unclaimed_T=~passed_TE.any(dim=1),
+    )  # fmt: skip

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynmoe.routing.plan import RoutingPlan
-from dynmoe.routing.selection import limit_experts, rank_descending
+from dynmoe.routing.selection import check_limits, limit_experts, rank_descending, sum_to_one
 
 
 class _StraightThroughStep(torch.autograd.Function):
@@ -32,11 +32,14 @@ def top_any(
     *,
     form: str = "paper",
     training: bool = True,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
+    straight_through: str | None = None,
+    weights: str = "uniform",
+    renormalize: bool = False,
     min_experts: int = 1,
     max_experts: int | None = None,
 ) -> RoutingPlan:
-    """Selects every active expert whose score exceeds its threshold, with uniform gates 1/K (eq. 3 to 6).
+    """Selects every active expert whose score exceeds its threshold (eq. 3 to 6).
 
     The score is sigmoid(scale * cos(x, w_e)), the threshold sigmoid(scale * G_e), both in fp32.
 
@@ -45,43 +48,53 @@ def top_any(
         prototypes_DE: one column for each expert slot.
         thresholds_E: G, before the sigmoid.
         active_E: bool; False masks an expert slot off.
-        form: ``paper`` lets the gradient through the step for every expert; ``released`` only where s > g (it
-            applies a ReLU first), ignores ``min_experts``, lets a token select nobody in training, and gives it the
-            single best score in evaluation.
+        form: ``paper`` or ``released``. The released code ignores ``min_experts``, lets a token select nobody in
+            training, and gives it the single best score in evaluation.
         training: matters in the released form only.
-        scale: the papers' temperature, 1 in the released code.
+        scale: the papers' temperature, 1 in the released code; a tensor of one element may carry a gradient.
+        straight_through: ``all`` lets the gradient of the step through for every expert (the paper's form),
+            ``selected`` only where the expert is selected (the released form: its ReLU ends the others' gradient).
+            None: by the form.
+        weights: ``uniform`` gates 1/K with K a constant (both forms), or ``score``: s_e times the step.
+        renormalize: with ``score``, make the gates of a token sum to 1; uniform ones always do.
         min_experts: floor of experts per token; 0 lets a token select nobody (its output is then 0).
         max_experts: ceiling of experts per token, by score.
 
     Raises:
-        ValueError: a number or form outside its range.
+        ValueError: a number, form or choice outside its range.
     """
     if form not in ("paper", "released"):
         raise ValueError(f"form={form!r} must be 'paper' or 'released'")
-    if min_experts < 0 or (max_experts is not None and max_experts < max(min_experts, 1)):
-        raise ValueError(f"min_experts={min_experts} and max_experts={max_experts} must satisfy 0 <= min <= max")
+    if weights not in ("uniform", "score"):
+        raise ValueError(f"weights={weights!r} must be 'uniform' or 'score'")
+    if straight_through not in (None, "all", "selected"):
+        raise ValueError(f"straight_through={straight_through!r} must be 'all' or 'selected'")
+    check_limits(prototypes_DE.shape[1], min_experts, max_experts)
     active_E = active_E.to(torch.bool)
     cosine_TE = F.normalize(hidden_TD.float(), dim=1) @ F.normalize(prototypes_DE.float(), dim=0)
     scores_TE = torch.sigmoid(scale * cosine_TE) * active_E
     margin_TE = scores_TE - torch.sigmoid(scale * thresholds_E.float())
-    if form == "released":
-        margin_TE, min_experts = torch.relu(margin_TE), 0
+    if (straight_through or ("all" if form == "paper" else "selected")) == "selected":
+        margin_TE = torch.relu(margin_TE)
     step_TE = _StraightThroughStep.apply(margin_TE)
 
-    detached_TE = scores_TE.detach()
-    map_TE = (step_TE.detach() > 0) & active_E
-    rank_TE = rank_descending(detached_TE)
-    if form == "released" and not training:
-        map_TE = map_TE | ((rank_TE < 1) & ~map_TE.any(dim=1, keepdim=True))
+    passed_TE = (step_TE.detach() > 0) & active_E
+    rank_TE = rank_descending(scores_TE.detach())
+    unclaimed_T = ~passed_TE.any(dim=1)
+    map_TE = passed_TE
+    if form == "released":
+        min_experts = 0
+        if not training:
+            map_TE = map_TE | ((rank_TE < 1) & unclaimed_T.unsqueeze(1))
     map_TE = limit_experts(map_TE, rank_TE, min_experts, max_experts) & active_E
 
-    # The step already is 1 on the map, except where a floor added an expert: it gets the same gradient.
-    chosen_TE = torch.where(map_TE & (step_TE.detach() == 0), step_TE + 1.0, step_TE)
-    num_chosen_T1 = map_TE.sum(dim=1, keepdim=True).clamp(min=1)
-    gates_TE = chosen_TE / num_chosen_T1
-    if form == "paper":
-        # Experts that were not chosen have gate 0 and still pass the gradient to their margin.
-        gates_TE = torch.where(map_TE, gates_TE, gates_TE - gates_TE.detach())
+    # The choice as a number: 1 on the map and 0 elsewhere, with the gradient of the step wherever that passes.
+    choice_TE = map_TE.float() + step_TE - step_TE.detach()
+    if weights == "score":
+        # In the sum the choice is a constant, as K is below: its gradient would lower the threshold of every expert
+        # that is not selected, whatever that expert has to say.
+        chosen_TE = scores_TE.masked_fill(~map_TE, 0.0)
+        gates_TE = choice_TE * (sum_to_one(scores_TE, chosen_TE) if renormalize else scores_TE)
     else:
-        gates_TE = gates_TE.masked_fill(~map_TE, 0.0)
-    return RoutingPlan(gates_TE, map_TE, map_TE, scores_TE)
+        gates_TE = choice_TE / map_TE.sum(dim=1, keepdim=True).clamp(min=1)
+    return RoutingPlan(gates_TE, map_TE, map_TE, scores_TE, unclaimed_T=unclaimed_T, choice_TE=choice_TE)

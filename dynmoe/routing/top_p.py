@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from dynmoe.routing.plan import RoutingPlan
-from dynmoe.routing.selection import softmax_plan
+from dynmoe.routing.selection import check_limits, softmax_plan
 
 
 def top_p(
     logits_TE: Tensor,
-    p: float,
+    p: float | Tensor,
     *,
     form: str = "paper",
     renormalize: bool = False,
@@ -22,7 +22,8 @@ def top_p(
 
     Args:
         logits_TE: router logits, any float dtype; the softmax is taken in fp32.
-        p: mass to reach, in (0, 1]; 1 selects every expert.
+        p: mass to reach, in (0, 1]; 1 selects every expert. A tensor of one element is not checked, as that would
+            wait for the device: a controller keeps it in range.
         form: ``paper`` stops at a sum of at least p, ``released`` at a sum above p; they differ on exact hits.
         renormalize: make the gates of a token sum to 1; both forms of the paper use raw probabilities.
         min_experts: floor of experts per token, at least 1.
@@ -31,22 +32,21 @@ def top_p(
     Raises:
         ValueError: a number or form outside its range.
     """
-    num_experts = logits_TE.shape[1]
-    if not 0.0 < p <= 1.0:
+    if not isinstance(p, Tensor) and not 0.0 < p <= 1.0:
         raise ValueError(f"p={p} must lie in (0, 1]")
     if form not in ("paper", "released"):
         raise ValueError(f"form={form!r} must be 'paper' or 'released'")
-    if not 1 <= min_experts <= (num_experts if max_experts is None else min(max_experts, num_experts)):
-        raise ValueError(f"min_experts={min_experts} must lie between 1 and max_experts ({max_experts}) and E")
+    if min_experts < 1:
+        raise ValueError(f"min_experts={min_experts} must be at least 1: top_p always selects an expert")
+    check_limits(logits_TE.shape[1], min_experts, max_experts)
     logits_TE = logits_TE.float()
     probs_TE = torch.softmax(logits_TE, dim=1)
-    if p >= 1.0:
-        keep_TE = torch.ones_like(probs_TE, dtype=torch.bool)
     sorted_TE, order_TE = probs_TE.detach().sort(dim=1, descending=True, stable=True)
-    if p < 1.0:
-        # An expert is kept while the mass of the better ones has not ended the prefix.
-        better_TE = torch.cat([torch.zeros_like(sorted_TE[:, :1]), sorted_TE[:, :-1].cumsum(dim=1)], dim=1)
-        keep_TE = better_TE < p if form == "paper" else better_TE <= p
+    # An expert is kept while the mass of the better ones has not ended the prefix. At p = 1 that takes every expert,
+    # those of no mass included.
+    better_TE = torch.cat([torch.zeros_like(sorted_TE[:, :1]), sorted_TE[:, :-1].cumsum(dim=1)], dim=1)
+    p = torch.as_tensor(p, dtype=torch.float32, device=logits_TE.device)
+    keep_TE = (better_TE < p if form == "paper" else better_TE <= p) | (p >= 1.0)
     keep_TE[:, :min_experts] = True
     if max_experts is not None:
         keep_TE[:, max_experts:] = False

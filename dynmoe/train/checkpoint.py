@@ -77,6 +77,71 @@ def _verify(path: Path) -> str | None:
     return None
 
 
+def _complete(root: Path) -> list[Path]:
+    """Directories of complete checkpoints in ``root``, newest first."""
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if path.is_dir() and _COMPLETE.fullmatch(path.name)]
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def _hashes(files: list[Path]) -> dict[str, dict[str, Any]]:
+    """Sizes and hashes for a manifest, of files that have reached the disk."""
+    hashed = {}
+    for file in files:
+        _sync(file)
+        hashed[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+    return hashed
+
+
+def _commit(building: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Makes a directory of files a checkpoint: manifest, rename, and a look at what is there then."""
+    write_atomically(building / _MANIFEST, json.dumps(manifest, indent=1))
+    building.rename(final)
+    _sync(final.parent)
+    if problem := _verify(final):
+        raise OSError(f"{final}: {problem} right after it was written; older checkpoints are kept")
+
+
+def newest_sound(root: Path) -> Checkpoint:
+    """The newest undamaged checkpoint in ``root``, which is left as it is; for tools, outside a process group.
+
+    Raises:
+        UserError: there is none.
+    """
+    for path in _complete(root):
+        problem = _verify(path)
+        if problem is None:
+            return Checkpoint(path, int(path.name.removeprefix("step_")))
+        print(f"checkpoint {path}: {problem}; trying the one before", flush=True)
+    raise UserError(f"{root}: no undamaged checkpoint; name the directory of a run that has one")
+
+
+def rewrite(
+    source: Checkpoint,
+    root: Path,
+    write: Callable[[Path, Path], None],
+    trainer_state: dict[str, Any],
+    facts: dict[str, Any],
+) -> Checkpoint:
+    """A checkpoint of the same step in ``root``, of one process, from the tensors of another.
+
+    Args:
+        source: where the tensors come from.
+        root: an empty or new directory of checkpoints.
+        write: turns a file of ``source``, its first argument, into the file named second.
+        trainer_state, facts: as in :meth:`CheckpointStore.save`.
+    """
+    final = root / source.path.name
+    building = final.with_name(f"{final.name}.tmp-{secrets.token_hex(4)}")
+    building.mkdir(parents=True)
+    for file in sorted(source.path.glob("*.safetensors")):
+        write(file, building / file.name)
+    (building / _TRAINER).write_text(json.dumps(trainer_state))
+    _commit(building, final, {"step": source.step, **facts, "files": _hashes(sorted(building.iterdir()))})
+    return Checkpoint(final, source.step)
+
+
 class CheckpointStore:
     """The checkpoints of one run, in ``root``. Methods are collective.
 
@@ -88,13 +153,6 @@ class CheckpointStore:
     def __init__(self, root: Path, keep: int) -> None:
         self.root, self.keep = root, keep
         self._is_first = dist.get_rank() == 0
-
-    def _directories(self) -> list[Path]:
-        """Complete checkpoints, newest first."""
-        if not self.root.is_dir():
-            return []
-        found = [path for path in self.root.iterdir() if path.is_dir() and _COMPLETE.fullmatch(path.name)]
-        return sorted(found, key=lambda path: path.name, reverse=True)
 
     def save(
         self, step: int, write: Callable[[Path], list[Path]], trainer_state: dict[str, Any], facts: dict[str, Any]
@@ -115,25 +173,17 @@ class CheckpointStore:
             state = building / _TRAINER
             state.write_text(json.dumps(trainer_state))
             files = [*files, state]
-        hashed = {}
-        for file in files:
-            _sync(file)
-            hashed[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        hashed = _hashes(files)
         gathered: list[dict[str, Any] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, hashed)
         if self._is_first:
             everything = {name: fact for part in gathered if part for name, fact in part.items()}
-            manifest = {"step": step, **facts, "files": everything}
-            write_atomically(building / _MANIFEST, json.dumps(manifest, indent=1))
-            building.rename(final)
-            _sync(self.root)
-            if problem := _verify(final):
-                raise OSError(f"{final}: {problem} right after it was written; older checkpoints are kept")
+            _commit(building, final, {"step": step, **facts, "files": everything})
             self._prune()
         dist.barrier()
 
     def _prune(self) -> None:
-        for old in self._directories()[self.keep :]:
+        for old in _complete(self.root)[self.keep :]:
             # Out of the way first: half a removal must not look like a checkpoint.
             doomed = old.rename(old.with_name(f"{old.name}.removed"))
             shutil.rmtree(doomed)
@@ -165,7 +215,7 @@ class CheckpointStore:
 
     def _choose(self) -> int | str | None:
         problems = []
-        for path in self._directories():
+        for path in _complete(self.root):
             problem = _verify(path)
             if problem is None:
                 match = _COMPLETE.fullmatch(path.name)

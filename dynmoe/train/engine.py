@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dynmoe.data.batches import Batch
+from dynmoe.moe.adaptation import AdaptationEvent
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,11 @@ class Engine(Protocol):
     data_rank: int
     data_size: int
 
-    def train_step(self, batches: Sequence[Batch], lr: float, record: bool) -> None:
-        """One optimizer step over the micro-batches of this rank; with ``record`` MoE statistics are collected."""
+    def train_step(self, batches: Sequence[Batch], lr: float, record: bool) -> list[AdaptationEvent]:
+        """One optimizer step over the micro-batches of this rank; with ``record`` MoE statistics are collected.
+
+        Returns the experts that came and went after it, the same list on every rank.
+        """
 
     def report(self) -> StepReport:
         """Reduces the figures of the latest step over all ranks, in one collective."""

@@ -1,18 +1,15 @@
-"""metrics.jsonl, the truth, and the views of it."""
+"""The rows of metrics.jsonl, which is the truth, and what a view of them is."""
 
 from __future__ import annotations
 
-import json
 import resource
-from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Protocol
 
 import torch
 
 from dynmoe.config import Config
 from dynmoe.model.size import ModelSize
 from dynmoe.moe.statistics import layer_figures
-from dynmoe.train.checkpoint import write_atomically
 from dynmoe.train.engine import StepReport
 
 # Dense bf16 peaks of one device in TFLOP/s, by a part of its name, from the makers' data sheets.
@@ -27,49 +24,6 @@ class View(Protocol):
     def log(self, row: Row) -> None: ...
 
     def close(self) -> None: ...
-
-
-class MetricsLog:
-    """Appends rows to ``path``, one JSON object per line, and passes them to the views; ``last`` is the newest row.
-
-    Args:
-        path: the file.
-        step: the step that the run resumes from; later rows are cut off, as they will come again.
-        views: shown the same rows.
-    """
-
-    def __init__(self, path: Path, step: int, views: list[View]) -> None:
-        rows = [line for line in _complete_lines(path) if json.loads(line)["train/step"] <= step]
-        write_atomically(path, "".join(f"{line}\n" for line in rows))
-        self.last: Row = json.loads(rows[-1]) if rows else {}
-        self._stream: TextIO = path.open("a")
-        self._views = views
-
-    def log(self, row: Row) -> None:
-        self.last = row
-        self._stream.write(json.dumps(row) + "\n")
-        self._stream.flush()
-        for view in self._views:
-            view.log(row)
-
-    def close(self) -> None:
-        self._stream.close()
-        for view in self._views:
-            view.close()
-
-
-def _complete_lines(path: Path) -> list[str]:
-    """Lines of ``path`` that hold a whole object: a kill may leave half of the last one."""
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            if "train/step" in json.loads(line):
-                lines.append(line)
-        except ValueError:
-            continue
-    return lines
 
 
 def peak_tflops(given: float | None) -> float | None:
@@ -90,22 +44,12 @@ def peak_memory_gib() -> float:
 def moe_row(report: StepReport, config: Config) -> Row:
     """Figures of every MoE layer, and their mean over layers without the layer in the name."""
     figures = {
-        layer: layer_figures(vector, config.model, config.parallel.expert)
+        layer: layer_figures(vector, config.model, layer, config.parallel.expert)
         for layer, vector in report.statistics.items()
     }
     row = {f"moe/layer_{layer:02d}/{name}": value for layer, own in figures.items() for name, value in own.items()}
     names = next(iter(figures.values()), {})
     return {f"moe/{name}": sum(own[name] for own in figures.values()) / len(figures) for name in names} | row
-
-
-def auxiliary_loss(row: Row, config: Config) -> float:
-    """Sum over layers of the weighted auxiliary losses in a row of :func:`moe_row`."""
-    layers = len(config.model.moe_layers)
-    return sum(
-        coefficient * row[f"moe/{name}_loss"] * layers
-        for name, coefficient in config.model.router.loss_coefficients.items()
-        if layers
-    )
 
 
 def throughput_row(

@@ -22,6 +22,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics = path / "metrics.jsonl"
+        self.events = path / "events.jsonl"
         self.checkpoints = path / "checkpoints"
         self.data_index = path / "data_index"
         self._outcome = path / "outcome.json"

@@ -18,18 +18,16 @@ from dynmoe.data.batches import Batch, PretrainingData
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.model.size import ModelSize
 from dynmoe.train.checkpoint import CheckpointStore
-from dynmoe.train.console import ProgressLine
 from dynmoe.train.engine import Engine, StepReport
 from dynmoe.train.metrics import (
-    MetricsLog,
     Row,
     View,
-    auxiliary_loss,
     moe_row,
     peak_memory_gib,
     peak_tflops,
     throughput_row,
 )
+from dynmoe.train.record import RunRecord
 from dynmoe.train.run_directory import RunDirectory
 from dynmoe.train.schedule import learning_rate
 
@@ -92,18 +90,18 @@ class Trainer:
         train = self.config.train
         self._resume()
         self._check_validation()
-        log, line = self._begin()
-        row: Row = {} if log is None else log.last
+        record = self._begin()
+        row: Row = {} if record is None else record.last_row
         previous = signal.signal(signal.SIGTERM, self._note_termination)
         self._start_interval()
         try:
             while self.progress.step < train.steps:
-                row = self._step(log, line) or row
+                row = self._step(record) or row
                 ends = self._agree_to_end()
                 if ends or self._due(self.config.checkpoint.interval) or self.progress.step == train.steps:
                     self._save()
                 if ends and self.progress.step < train.steps:
-                    if log is not None:
+                    if record is not None:
                         self.directory.write_outcome("preempted", self.progress.step)
                     return Result("preempted", self.progress, row)
             return Result("finished", self.progress, row)
@@ -112,18 +110,19 @@ class Trainer:
             raise
         finally:
             signal.signal(signal.SIGTERM, previous)
-            if log is not None and line is not None:
-                line.close()
-                log.close()
+            if record is not None:
+                record.close()
 
-    def _step(self, log: MetricsLog | None, line: ProgressLine | None) -> Row | None:
+    def _step(self, record: RunRecord | None) -> Row | None:
         """One optimizer step, and its row of metrics where one is due."""
         config, progress = self.config, self.progress
         step = progress.step + 1
         evaluates = step == config.train.steps or (config.eval.interval and step % config.eval.interval == 0)
         logs = bool(evaluates) or step % config.logging.interval == 0
         lr = learning_rate(step, config.train.steps, config.optimizer, config.schedule)
-        self.engine.train_step(self._next_batches(), lr, record=logs)
+        events = self.engine.train_step(self._next_batches(), lr, record=logs)
+        if record is not None:
+            record.add_events(events)
         progress.step = step
         progress.samples += config.train.global_batch
         progress.tokens += config.tokens_per_step
@@ -136,9 +135,8 @@ class Trainer:
         if evaluates:
             loss = self.evaluate()
             row |= {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
-        if log is not None and line is not None:
-            log.log(row)
-            line.show(row, step)
+        if record is not None:
+            record.add_row(row)
         self._start_interval()
         return row
 
@@ -164,7 +162,7 @@ class Trainer:
         rows, total_rows = sum(self._interval_rows.values()), sum(progress.routed_rows.values())
         return {
             "train/step": progress.step,
-            "train/loss": report.lm_loss + auxiliary_loss(moe, self.config),
+            "train/loss": report.lm_loss + moe.get("moe/auxiliary_loss", 0.0) * len(self.config.model.moe_layers),
             "train/lm_loss": report.lm_loss,
             "train/grad_norm": report.grad_norm,
             "train/learning_rate": lr,
@@ -238,15 +236,13 @@ class Trainer:
         self.engine.load(checkpoint.path)
         self.progress = Progress(**state["progress"])
 
-    def _begin(self) -> tuple[MetricsLog | None, ProgressLine | None]:
-        """Opens metrics and progress on the first rank, which alone keeps the W&B id: it writes the trainer's state."""
-        log, line = None, None
-        if self.engine.rank == 0:
-            self.directory.begin(self.config.to_yaml())
-            views, self.progress.wandb_id = self._make_views(self.progress.wandb_id)
-            log = MetricsLog(self.directory.metrics, self.progress.step, views)
-            line = ProgressLine(self.config.train.steps, self.progress.step)
-        return log, line
+    def _begin(self) -> RunRecord | None:
+        """Opens the record on the first rank, which alone keeps the W&B id: it writes the trainer's state."""
+        if self.engine.rank != 0:
+            return None
+        self.directory.begin(self.config.to_yaml())
+        views, self.progress.wandb_id = self._make_views(self.progress.wandb_id)
+        return RunRecord(self.directory, self.progress.step, self.config.train.steps, views)
 
     def _note_termination(self, number: int, frame: Any) -> None:
         self._terminated = True

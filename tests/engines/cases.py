@@ -51,9 +51,9 @@ def train(overrides: list[str], first: int, last: int, load: str = "", save: str
     for module in engine.module.modules():
         if isinstance(module, Router):
             module.register_forward_hook(lambda module, inputs, plan: maps.append(plan.routing_map_TE.clone()))
-    losses, norms, rows, statistics = [], [], [], []
+    losses, norms, rows, statistics, events = [], [], [], [], []
     for step in range(first, last):
-        engine.train_step(micro_batches(engine, step), config.optimizer.lr, record=True)
+        events += engine.train_step(micro_batches(engine, step), config.optimizer.lr, record=True)
         report = engine.report()
         losses.append(report.lm_loss)
         norms.append(report.grad_norm)
@@ -65,13 +65,16 @@ def train(overrides: list[str], first: int, last: int, load: str = "", save: str
         engine.save(Path(save))
         dist.barrier()
     state = _whole_state(engine)
-    return {"losses": losses, "norms": norms, "maps": maps, "rows": rows, "statistics": statistics, "state": state}
+    return {
+        "losses": losses, "norms": norms, "maps": maps, "rows": rows, "statistics": statistics, "events": events,
+        "state": state,
+    }  # fmt: skip
 
 
 def _whole_state(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """fp32 masters and moments of the parameters that this rank holds."""
-    return {
-        f"{name}|{part}": value.clone()
-        for name, parameter in engine.module.named_parameters()
-        for part, value in engine._state.get(parameter).items()
-    }
+    """fp32 masters and moments of the parameters that this rank holds, the parameters themselves, and all buffers."""
+    state = {f"buffer {name}": buffer.clone() for name, buffer in engine.module.named_buffers()}
+    for name, parameter in engine.module.named_parameters():
+        state[name] = parameter.detach().clone()
+        state |= {f"{name}|{part}": value.clone() for part, value in engine._state.get(parameter).items()}
+    return state

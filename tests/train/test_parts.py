@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 from dynmoe.config import OptimizerConfig, ScheduleConfig, load_config
 from dynmoe.errors import UserError
 from dynmoe.model import Decoder
+from dynmoe.moe.adaptation import AdaptationEvent
 from dynmoe.train.checkpoint import CheckpointStore
-from dynmoe.train.metrics import MetricsLog
 from dynmoe.train.optimizer import parameter_groups
+from dynmoe.train.record import RunRecord
+from dynmoe.train.run_directory import RunDirectory
 from dynmoe.train.schedule import learning_rate
 
 
@@ -60,9 +63,10 @@ def test_every_parameter_is_in_one_group_of_its_kind(kind):
         assert groups["router_no_decay"]["weight_decay"] == 0.0
 
 
-def test_metrics_are_cut_to_the_resumed_step_and_half_a_line_is_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"train/step": step}) + "\n" for step in (1, 2, 3)) + '{"train/st')
+def test_metrics_and_events_are_cut_to_the_resumed_step_and_half_a_line_is_dropped(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.metrics.write_text("".join(json.dumps({"train/step": step}) + "\n" for step in (1, 2, 3)) + '{"train/st')
+    directory.events.write_text("".join(json.dumps({"step": step, "layer": 0}) + "\n" for step in (1, 2, 2, 3)))
     seen: list[dict] = []
 
     class Spy:
@@ -72,13 +76,18 @@ def test_metrics_are_cut_to_the_resumed_step_and_half_a_line_is_dropped(tmp_path
         def close(self):
             seen.append({})
 
-    log = MetricsLog(path, 2, [Spy()])
-    log.log({"train/step": 3, "train/loss": 1.5})
-    log.close()
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"train/step": 1}, {"train/step": 2}, {"train/step": 3, "train/loss": 1.5},
-    ]  # fmt: skip
-    assert seen == [{"train/step": 3, "train/loss": 1.5}, {}]
+    record = RunRecord(directory, 2, 3, [Spy()])
+    row = {"train/step": 3, "train/lm_loss": 1.5, "train/tokens_per_s": 1.0}
+    record.add_row(row)
+    event = AdaptationEvent(3, 1, 7, 0, "removed", "0 of 64 tokens selected it")
+    record.add_events([event])
+    record.close()
+    rows = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+    assert rows == [{"train/step": 1}, {"train/step": 2}, row]
+    events = [json.loads(line) for line in directory.events.read_text().splitlines()]
+    assert [event["step"] for event in events] == [1, 2, 2, 3]
+    assert events[-1] == dataclasses.asdict(event)
+    assert seen == [row, {}]
 
 
 def write_shard(directory: Path, text: str) -> list[Path]:
@@ -136,9 +145,7 @@ def test_checkpoints_are_kept_verified_put_aside_and_never_silently_lost(two_ran
 
 def test_a_dense_model_reports_no_moe_figures():
     from dynmoe.train.engine import StepReport
-    from dynmoe.train.metrics import auxiliary_loss, moe_row
+    from dynmoe.train.metrics import moe_row
 
     config = load_config(None, ["model.moe.experts=0"])
-    row = moe_row(StepReport(1.0, 1.0, {}, {}), config)
-    assert row == {}
-    assert auxiliary_loss(row, config) == 0
+    assert moe_row(StepReport(1.0, 1.0, {}, {}), config) == {}

@@ -1,0 +1,32 @@
+"""dynmoe VERB, the same as python -m dynmoe.VERB: what can be done with a run besides training it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from dynmoe.cli import run_tool
+from dynmoe.errors import UserError
+
+VERBS = {"compact": "write a run's checkpoint without the experts that adaptation removed"}
+
+
+def main() -> None:
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in ("-h", "--help"):
+        print("usage: dynmoe VERB ...; dynmoe VERB --help says more\n")
+        print("\n".join(f"  {name:10} {phrase}" for name, phrase in VERBS.items()))
+        return
+    if verb not in VERBS:
+        raise UserError(f"dynmoe {verb}: no such verb; use one of {', '.join(VERBS)}")
+    sys.argv = [f"dynmoe {verb}", *sys.argv[2:]]
+    importlib.import_module(f"dynmoe.{verb}").main()
+
+
+def console_script() -> None:
+    """Entry point of the installed command."""
+    run_tool(main)
+
+
+if __name__ == "__main__":
+    console_script()

@@ -1,0 +1,149 @@
+"""Writes a run's newest checkpoint without the experts that adaptation removed: python -m dynmoe.compact RUN"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynmoe.cli import run_tool
+from dynmoe.config import Config, load_config
+from dynmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dynmoe.train.checkpoint import Checkpoint
+
+_LAYER = re.compile(r"layers\.(\d+)\.moe\.")
+
+
+def compact(run: Path, output: Path, multiple: int = 1) -> tuple[Config, dict[int, list[int]]]:
+    """Makes the run directory ``output``, whose model has the same logits and only the experts that are in use.
+
+    Masters, moments and router state of the experts that stay are kept, so that a training can go on.
+
+    Args:
+        run: directory of a run.
+        output: directory of the new run; must not exist.
+        multiple: each layer keeps slots that are out of use until their number is a multiple of this, for
+            ``parallel.expert``.
+
+    Returns:
+        The configuration of the new run, and the slots that each MoE layer kept.
+
+    Raises:
+        UserError: no checkpoint, nothing to remove, or an output that exists.
+    """
+    from dynmoe.engines.state_names import buffer_key
+    from dynmoe.train.checkpoint import newest_sound, rewrite, write_atomically
+
+    if output.exists():
+        raise UserError(f"--output: {output} exists; name a new directory")
+    config = load_config(run / "config.yaml")
+    checkpoint = newest_sound(run / "checkpoints")
+    masks = {layer: _read(checkpoint, buffer_key(f"layers.{layer}.moe.router.active_E")).tolist()
+             for layer in config.model.moe_layers}  # fmt: skip
+    kept = {layer: slots_to_keep(mask, multiple) for layer, mask in masks.items()}
+    if all(len(kept[layer]) == len(masks[layer]) for layer in masks):
+        raise UserError(f"{run}: every expert is in use (or kept by --multiple={multiple}); nothing to remove")
+    new = _configuration(config, output, [len(slots) for slots in kept.values()])
+    state = checkpoint.trainer_state
+    state["config"] = dataclasses.asdict(new)
+    state["progress"]["wandb_id"] = None  # another run
+    facts = {"ranks": 1, "parallel": state["config"]["parallel"], "config": new.digest(), "data": state["data"]}
+    rewrite(checkpoint, output / "checkpoints", lambda old, path: _rewrite_file(old, path, kept), state, facts)
+    write_atomically(output / "config.yaml", new.to_yaml())
+    return new, kept
+
+
+def slots_to_keep(active: list[bool], multiple: int) -> list[int]:
+    """Active slots, and the first of the others up to a multiple of ``multiple``, in order."""
+    used = [slot for slot, on in enumerate(active) if on]
+    spare = [slot for slot, on in enumerate(active) if not on]
+    return sorted(used + spare[: -len(used) % multiple])
+
+
+def _configuration(config: Config, output: Path, counts: list[int]) -> Config:
+    moe = dataclasses.replace(config.model.moe, experts_by_layer=counts, active_at_start=None)
+    # What the experts were spread over may not divide the numbers that are left.
+    spread = config.parallel.expert if all(count % config.parallel.expert == 0 for count in counts) else 1
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, dir=str(output.parent), name=output.name),
+        model=dataclasses.replace(config.model, moe=moe),
+        parallel=dataclasses.replace(config.parallel, expert=spread),
+    )
+
+
+def _read(checkpoint: Checkpoint, name: str) -> Tensor:
+    from safetensors import safe_open
+
+    with safe_open(checkpoint.path / "dense.safetensors", framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def _rewrite_file(source: Path, target: Path, kept: Mapping[int, list[int]]) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(source, framework="pt") as file:
+        tensors = {}
+        for key in file.keys():  # noqa: SIM118
+            new = _rewrite_key(key, kept)
+            if new is not None:
+                tensors[new] = _select(key, file.get_tensor(key), kept)
+    save_file(tensors, target)
+
+
+def _layer_of(key: str) -> int | None:
+    match = _LAYER.search(key)
+    return int(match.group(1)) if match else None
+
+
+def _rewrite_key(key: str, kept: Mapping[int, list[int]]) -> str | None:
+    """The key under the new number of its expert; None for an expert that goes."""
+    from dynmoe.engines.state_names import parameter_key, split_expert
+
+    layer = _layer_of(key)
+    if layer is None or ".moe.experts." not in key:
+        return key
+    name, expert, part = split_expert(key)
+    return parameter_key(name, part, kept[layer].index(expert)) if expert in kept[layer] else None
+
+
+def _select(key: str, tensor: Tensor, kept: Mapping[int, list[int]]) -> Tensor:
+    """Of a router's tensor the slots that stay; the letters of its name say which dimension counts experts."""
+    layer = _layer_of(key)
+    if layer is None or ".moe.router." not in key:
+        return tensor
+    name = key.removeprefix("buffer|").split("|")[0].rsplit(".", 1)[-1]
+    letters = name.rsplit("_", 1)[-1]
+    if not letters.isupper() or "E" not in letters:
+        return tensor
+    index = tensor.new_tensor(kept[layer], dtype=int)
+    return tensor.index_select(letters.index("E"), index).contiguous()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m dynmoe.compact", description=__doc__)
+    parser.add_argument("run", type=Path, help="directory of the run")
+    parser.add_argument("--output", type=Path, help="directory of the new run; default: RUN-compact")
+    parser.add_argument(
+        "--multiple", type=int, default=1, metavar="N", help="keep the experts of each layer a multiple of N"
+    )
+    given = parser.parse_args()
+    if given.multiple < 1:
+        raise UserError(f"--multiple={given.multiple}: is too small; use 1 or more")
+    output = given.output or given.run.with_name(f"{given.run.name}-compact")
+    config, kept = compact(given.run, output, given.multiple)
+    counts = ", ".join(f"layer {layer}: {len(slots)}" for layer, slots in kept.items())
+    print(f"{output}: experts left in {counts}; expert-parallel size {config.parallel.expert}.")
+    print(f"Train on with: torchrun train.py {output / 'config.yaml'}")
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,287 @@
+"""Configuration of what this project is about: routers, experts, their budget and their coming and going."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Optional
+
+from dynmoe.config.fields import Section, check_multiple_of_8, option
+from dynmoe.errors import ConfigError
+
+KINDS = ("top_k", "top_p", "top_any", "sigmoid", "expert_threshold", "relu", "null_experts")
+THRESHOLD_KINDS = ("top_any", "sigmoid", "expert_threshold")
+# Routers that hold a budget by a rule of their own.
+SELF_CONTROLLED = ("expert_threshold", "relu")
+
+
+@dataclass(frozen=True)
+class RouterOptions:
+    """What a form decides unless the configuration does: see the fields of the same names in RouterConfig."""
+
+    weights: str = "uniform"
+    renormalize: bool = False
+    straight_through: str = "all"
+    temperature: str = "fixed"
+    min_experts: int = 1
+    initial_experts: float | None = None
+    balance_per_route: bool = False
+
+
+# What differs from the defaults of RouterOptions.
+_OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
+    ("top_k", "paper"): {"balance_per_route": True},
+    ("top_p", "improved"): {"balance_per_route": True},
+    ("top_any", "released"): {"straight_through": "selected", "min_experts": 0},
+    ("top_any", "improved"): {
+        "weights": "score", "renormalize": True, "temperature": "sqrt_hidden", "initial_experts": 2.0,
+        "balance_per_route": True,
+    },
+    ("expert_threshold", "paper"): {"min_experts": 0, "initial_experts": 2.0},
+    ("relu", "paper"): {"min_experts": 0},
+    ("null_experts", "paper"): {"renormalize": True},
+}  # fmt: skip
+
+# arXiv 2403.07652, section 3.3 (alpha, beta); the switch loss for top_k; arXiv 2405.14297 for top_any, whose released
+# code since January 2025 adds the last two. Routers that are not here have none.
+_COEFFICIENTS: dict[tuple[str, str], dict[str, float]] = {
+    ("top_k", "paper"): {"balance": 1e-2},
+    ("null_experts", "paper"): {"balance": 1e-2},
+    ("top_p", "paper"): {"balance": 1e-2, "entropy": 1e-4},
+    ("top_p", "released"): {"balance": 1e-2, "entropy": 1e-4},
+    ("top_p", "improved"): {"balance": 1e-2, "entropy": 1e-4},
+    ("top_any", "paper"): {"diversity": 1e-2, "simplicity": 1e-2},
+    ("top_any", "released"): {"diversity": 1e-2, "simplicity": 1e-2, "balance": 1e-2, "efficiency": 1e-2},
+    ("top_any", "improved"): {"diversity": 1e-2, "simplicity": 1e-2},
+}
+
+# The routers that a field means something to; fields that are not here belong to all, or are too common to refuse.
+_MEANT_FOR: dict[str, tuple[str, ...]] = {
+    "cutoff": ("sigmoid",),
+    "num_null": ("null_experts",),
+    "cutoff_decay": ("expert_threshold",),
+    "weights": ("top_any",),
+    "straight_through": ("top_any",),
+    "temperature": ("top_any",),
+    "scale": ("top_any",),
+    "renormalize": ("top_k", "top_p", "top_any", "sigmoid", "expert_threshold", "null_experts"),
+    "min_experts": ("top_p", "top_any", "sigmoid", "expert_threshold"),
+    "max_experts": ("top_p", "top_any", "sigmoid", "expert_threshold", "relu"),
+    "initial_experts": THRESHOLD_KINDS,
+    "balance_loss": ("top_k", "top_p", "top_any", "sigmoid", "expert_threshold", "null_experts"),
+    "balance_per_route": ("top_k", "top_p", "top_any", "sigmoid", "expert_threshold"),
+    "entropy_loss": ("top_k", "top_p", "null_experts"),
+    "z_loss": ("top_k", "top_p", "null_experts"),
+    "diversity_loss": ("top_any",),
+    "simplicity_loss": ("top_any",),
+    "efficiency_loss": ("top_any",),
+    "l1_start": ("relu",),
+}
+
+
+@dataclass
+class RouterConfig(Section):
+    _section: ClassVar[str] = "model.router"
+
+    kind: str = option("top_p", "how experts are chosen for a token", choices=KINDS)
+    form: str = option(
+        "paper", "top_p, top_any: the paper's definition, what its code does, or the paper's with our defaults",
+        choices=("paper", "released", "improved"),
+    )  # fmt: skip
+    k: int = option(2, "top_k: experts per token; null_experts: slots per token, null ones included", at_least=1)
+    p: float = option(0.4, "top_p: probability mass that the chosen experts reach", above=0, at_most=1)
+    cutoff: float = option(0.5, "sigmoid: score that an expert must exceed", above=0, below=1)
+    num_null: int = option(16, "null_experts: experts that do nothing", at_least=1)
+    cutoff_decay: float = option(0.9, "expert_threshold: decay of the moving average", at_least=0, below=1)
+    min_experts: Optional[int] = option(
+        None, "floor of experts per token (0: a token may use none); null: by the form", at_least=0
+    )
+    max_experts: Optional[int] = option(None, "ceiling of experts per token", at_least=1)
+    initial_experts: Optional[float] = option(
+        None, "threshold routers: experts per token at the start, by thresholds from the first scores", above=0
+    )
+    weights: Optional[str] = option(
+        None, "top_any: gates 1/K or the scores; null: by the form", choices=("uniform", "score")
+    )
+    renormalize: Optional[bool] = option(None, "make the gates of a token sum to 1; null: by the form")
+    straight_through: Optional[str] = option(
+        None, "top_any: experts whose step passes a gradient; null: by the form", choices=("all", "selected")
+    )
+    temperature: Optional[str] = option(
+        None, "top_any: factor on cosines is scale, scale * sqrt(model.hidden), or that and trained; null: by the form",
+        choices=("fixed", "sqrt_hidden", "learned"),
+    )  # fmt: skip
+    scale: float = option(1.0, "top_any: see temperature", above=0)
+    balance_loss: Optional[float] = option(None, "coefficient of the load-balancing loss", at_least=0)
+    balance_per_route: Optional[bool] = option(
+        None, "divide the load-balancing loss by the observed experts per token; null: by the form"
+    )
+    balance_scope: str = option(
+        "global_batch", "tokens whose load is balanced: of all ranks and micro-batches of the step so far, of one pass "
+        "on one rank, or of each sequence", choices=("global_batch", "micro_batch", "sequence"),
+    )  # fmt: skip
+    entropy_loss: Optional[float] = option(None, "coefficient of the router entropy", at_least=0)
+    z_loss: Optional[float] = option(None, "coefficient of the router z-loss", at_least=0)
+    diversity_loss: Optional[float] = option(None, "top_any: coefficient of prototype diversity", at_least=0)
+    simplicity_loss: Optional[float] = option(None, "top_any: coefficient of prototype norms", at_least=0)
+    efficiency_loss: Optional[float] = option(None, "top_any: coefficient of the mean choice", at_least=0)
+    l1_start: float = option(1e-8, "relu: coefficient of the L1 penalty at the start", above=0)
+    lr_factor: float = option(1.0, "learning rate of router weights relative to optimizer.lr", above=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        path = self._section
+        if self.form != "paper" and self.kind not in ("top_p", "top_any"):
+            raise ConfigError(f"{path}.form", self.form, f"the {self.kind} router has one form", "remove it")
+        defaults = type(self).__dataclass_fields__
+        for name, kinds in _MEANT_FOR.items():
+            value = getattr(self, name)
+            # A loss of 0 is what every router without that loss has.
+            if self.kind not in kinds and value != defaults[name].default and value != 0:
+                raise ConfigError(f"{path}.{name}", value, f"has no meaning for the {self.kind} router", "remove it")
+        floor = self.options.min_experts
+        if self.max_experts is not None and self.max_experts < floor:
+            cure = f"use at least model.router.min_experts ({floor})"
+            raise ConfigError(f"{path}.max_experts", self.max_experts, "is below the floor", cure)
+        if self.kind == "top_p" and floor < 1:
+            raise ConfigError(f"{path}.min_experts", floor, "top_p always selects one", "use 1 or more")
+        if self.kind == "top_any" and self.form == "released" and floor:
+            cure = "remove it, or use form=paper"
+            raise ConfigError(f"{path}.min_experts", floor, "the released form has no floor", cure)
+        if self.balance_scope == "sequence" and self.kind in ("top_any", "null_experts", "relu"):
+            problem = f"the {self.kind} router balances over batches only"
+            raise ConfigError(f"{path}.balance_scope", self.balance_scope, problem, "use global_batch or micro_batch")
+
+    @property
+    def options(self) -> RouterOptions:
+        """The choices in force: the given ones, else those of the form."""
+        form = _OPTIONS.get((self.kind, self.form), {})
+        names = RouterOptions.__dataclass_fields__
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return RouterOptions(**{**form, **given})
+
+    @property
+    def loss_names(self) -> list[str]:
+        """Auxiliary losses in force."""
+        return [*self.loss_coefficients, *(["l1"] if self.kind == "relu" else [])]
+
+    @property
+    def loss_coefficients(self) -> dict[str, float]:
+        """Coefficient of every auxiliary loss in force: the given one, else the one of the router's paper.
+
+        That of the relu router's L1 penalty is a state of the router and not here.
+        """
+        names = ("balance", "entropy", "z", "diversity", "simplicity", "efficiency")
+        defaults = _COEFFICIENTS.get((self.kind, self.form), {})
+        given = {name: getattr(self, f"{name}_loss") for name in names}
+        merged = {name: defaults.get(name, 0.0) if value is None else value for name, value in given.items()}
+        return {name: value for name, value in merged.items() if value > 0}
+
+
+@dataclass
+class MoEConfig(Section):
+    _section: ClassVar[str] = "model.moe"
+
+    experts: int = option(16, "experts of one MoE layer (0: a dense model)", at_least=0)
+    experts_by_layer: list[int] = option(
+        [], "experts of each MoE layer, where they differ (after dynmoe.compact)", at_least=1
+    )
+    active_at_start: Optional[int] = option(
+        None, "top_any: experts in use at the start; the other slots wait for adaptation. null: all", at_least=1
+    )
+    expert_hidden: int = option(512, "width of one SwiGLU expert", at_least=1)
+    shared_hidden: int = option(0, "width of a shared expert that every token uses (0: none)", at_least=0)
+    every: int = option(1, "an MoE layer in every n-th layer, the first included; dense SwiGLU elsewhere", at_least=1)
+    capacity_factor: Optional[float] = option(
+        None, "limit of routes per expert and rank in training, relative to perfect balance at the experts per token "
+        "observed (a moving average); null: none", above=0,
+    )  # fmt: skip
+    drop_policy: str = option(
+        "probs", "which routes to drop beyond capacity: lowest score, or last position", choices=("probs", "position")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("expert_hidden", "shared_hidden"):
+            check_multiple_of_8(f"model.moe.{name}", getattr(self, name))
+        smallest = min(self.experts_by_layer or [self.experts])
+        if self.active_at_start is not None and self.active_at_start > smallest:
+            cure = f"use at most the number of experts ({smallest})"
+            raise ConfigError("model.moe.active_at_start", self.active_at_start, "is more than there are", cure)
+
+
+@dataclass
+class BudgetConfig(Section):
+    _section: ClassVar[str] = "budget"
+
+    method: str = option(
+        "none", "how experts per token are held: pi moves p (top_p) or all thresholds, loss_free each expert's "
+        "threshold by its load (top_k: its bias, for balance alone)", choices=("none", "pi", "loss_free"),
+    )  # fmt: skip
+    experts_per_token: Optional[float] = option(None, "mean experts per token to hold", above=0)
+    start: Optional[float] = option(None, "experts per token to hold at first; null: experts_per_token", above=0)
+    over_steps: int = option(0, "steps in which the target goes from start to experts_per_token", at_least=0)
+    scope: str = option("layer", "pi: hold each layer, or the mean over layers", choices=("layer", "global"))
+    proportional: float = option(0.3, "pi: gain on the change of the error 1 - observed / target", at_least=0)
+    integral: float = option(0.2, "pi: gain on the error, per step", above=0)
+    rate: Optional[float] = option(
+        None, "loss_free: step of a threshold in deviations of its scores (null: 0.2), or of a bias (null: 0.001)",
+        above=0,
+    )  # fmt: skip
+
+    def check_router(self, router: RouterConfig, smallest_layer: int) -> None:
+        """Raises a ConfigError where this budget cannot be held by ``router`` over ``smallest_layer`` experts."""
+        if self.method == "pi" and router.kind not in ("top_p", "top_any", "sigmoid"):
+            raise ConfigError(
+                "budget.method", self.method, f"the {router.kind} router has nothing that it could move",
+                "use none, or another router",
+            )  # fmt: skip
+        if self.method == "loss_free" and router.kind not in ("top_k", "top_any", "sigmoid"):
+            cure = "use pi" if router.kind == "top_p" else "use none"
+            raise ConfigError("budget.method", self.method, f"the {router.kind} router has no such thresholds", cure)
+        needs = router.kind in SELF_CONTROLLED or (self.method != "none" and router.kind != "top_k")
+        if needs and self.experts_per_token is None:
+            raise ConfigError("budget.experts_per_token", None, "is needed to hold a budget", "say how many")
+        if not needs and self.experts_per_token is not None:
+            problem = f"nothing holds it: the {router.kind} router with budget.method={self.method}"
+            raise ConfigError("budget.experts_per_token", self.experts_per_token, problem, "set budget.method")
+        floor, ceiling = router.options.min_experts, router.max_experts or smallest_layer
+        for name in ("experts_per_token", "start"):
+            value = getattr(self, name)
+            if value is not None and not floor <= value <= ceiling:
+                problem = f"is outside what a token may use ({floor} to {ceiling})"
+                raise ConfigError(f"budget.{name}", value, problem, "change it or the limits")
+
+
+@dataclass
+class AdaptationConfig(Section):
+    _section: ClassVar[str] = "adaptation"
+
+    interval: int = option(0, "top_any: steps between updates of the set of experts (0: it stays)", at_least=0)
+    window: int = option(1, "steps before each update in which the routing is recorded", at_least=1)
+    until: Optional[int] = option(None, "last step that may update; null: the whole run", at_least=1)
+    policy: str = option(
+        "improved", "released: the first free slot and a threshold of 0; improved: a slot on the rank with the fewest "
+        "active experts, the mean threshold, and the shares below", choices=("improved", "released"),
+    )  # fmt: skip
+    removal_share: float = option(
+        0.0, "improved: remove experts with at most this share of the mean load (0: never selected)",
+        at_least=0, below=1,
+    )  # fmt: skip
+    addition_share: float = option(
+        0.0, "improved: add an expert where more than this share of tokens passed no threshold", at_least=0, below=1
+    )
+
+    def check_run(self, router: RouterConfig, steps: int) -> None:
+        """Raises a ConfigError where the experts of ``router`` cannot be adapted in a run of ``steps`` steps."""
+        if self.interval == 0:
+            return
+        if router.kind != "top_any":
+            problem = f"the {router.kind} router has no tokens that ask for another expert"
+            raise ConfigError("adaptation.interval", self.interval, problem, "use 0, or model.router.kind=top_any")
+        if self.window > min(self.interval, steps):
+            problem = f"is longer than the interval ({self.interval}) or the run ({steps} steps)"
+            raise ConfigError("adaptation.window", self.window, problem, "use a shorter one")
+        if self.policy == "released" and (self.removal_share or self.addition_share):
+            name = "removal_share" if self.removal_share else "addition_share"
+            problem = "the released policy counts any or none"
+            raise ConfigError(f"adaptation.{name}", getattr(self, name), problem, "use 0, or policy=improved")

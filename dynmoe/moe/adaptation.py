@@ -1,0 +1,151 @@
+"""Experts that come and go: DynMoE's adaptive process (arXiv 2405.14297, section 3.2), counted in optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dynmoe.config.routing import AdaptationConfig
+from dynmoe.moe.observation import Observation
+
+if TYPE_CHECKING:
+    from dynmoe.moe.layer import MoELayer
+
+
+@dataclass(frozen=True)
+class AdaptationEvent:
+    """An expert that was removed or added after optimizer step ``step``; ``rank`` of the expert-parallel group."""
+
+    step: int
+    layer: int
+    expert: int
+    rank: int
+    change: str
+    reason: str
+
+
+class ParameterRenewal(Protocol):
+    """What an engine offers for a part of a parameter that starts anew."""
+
+    def renew(self, parameter: nn.Parameter, index: tuple[int | slice, ...], fresh: Tensor) -> None:
+        """Puts ``fresh`` into ``parameter[index]`` and its fp32 master, and zeroes the moments there.
+
+        Collective over the ranks that hold a replica of the parameter.
+        """
+
+
+def experts_to_remove(active_E: Tensor, selected_E: Tensor, removal_share: float) -> list[int]:
+    """Active experts with at most ``removal_share`` of the mean load of active experts; never all of them.
+
+    A share of 0 means experts that no token selected.
+    """
+    active = active_E.nonzero().flatten()
+    load = selected_E[active]
+    idle = (load <= removal_share * load.mean()) & (load < load.max())
+    return active[idle].tolist() if load.sum() > 0 else active[1:].tolist()
+
+
+def slot_to_fill(active_E: Tensor, num_ranks: int) -> int | None:
+    """The first free slot on the rank with the fewest active experts; None where all are taken.
+
+    Slots are spread over ``num_ranks`` in consecutive blocks; on ties the lower rank. With one rank it is the first
+    free slot, as in the released code.
+    """
+    active_RE = active_E.view(num_ranks, -1)
+    for rank in active_RE.sum(dim=1).argsort(stable=True).tolist():
+        free = (~active_RE[rank]).nonzero().flatten().tolist()
+        if free:
+            return rank * active_RE.shape[1] + free[0]
+    return None
+
+
+def prototype_of(unclaimed_D: Tensor) -> Tensor:
+    """Prototype of an expert for the tokens that nobody took: the normalised sum of their router inputs."""
+    return unclaimed_D / unclaimed_D.norm()
+
+
+class Adaptation:
+    """Records routing in windows of optimizer steps, and at the end of each removes and adds experts.
+
+    Sums are over all ranks, so that every replica decides alike. They lie in the routers' buffers, and with them in
+    checkpoints. An expert that was added is new: weights, fp32 masters and moments.
+    """
+
+    def __init__(self, config: AdaptationConfig, renewal: ParameterRenewal) -> None:
+        self.config, self.renewal = config, renewal
+
+    def records(self, step: int) -> bool:
+        """Whether optimizer step ``step`` (from 1 on) lies in a recording window."""
+        config = self.config
+        if config.interval == 0 or (config.until is not None and self._end_of(step) > config.until):
+            return False
+        return self._end_of(step) - step < config.window
+
+    def _end_of(self, step: int) -> int:
+        """The first step at or after ``step`` that ends a window."""
+        return -(-step // self.config.interval) * self.config.interval
+
+    @torch.no_grad()
+    def update(
+        self, layers: Sequence[MoELayer], observations: Sequence[Observation], step: int
+    ) -> list[AdaptationEvent]:
+        """Adds what step ``step`` saw to the window; at its end changes the experts and says how."""
+        if not self.records(step):
+            return []
+        events = []
+        for layer, observation in zip(layers, observations, strict=True):
+            assert observation.unclaimed is not None
+            assert observation.unclaimed_D is not None
+            router = layer.router
+            router.window_tokens += observation.tokens
+            router.window_selected_E += observation.selected_E
+            router.window_unclaimed += observation.unclaimed
+            router.window_unclaimed_D += observation.unclaimed_D
+            if step == self._end_of(step):
+                events += self._change(layer, step)
+                for window in (router.window_tokens, router.window_selected_E, router.window_unclaimed,
+                               router.window_unclaimed_D):  # fmt: skip
+                    window.zero_()
+        return events
+
+    def _change(self, layer: MoELayer, step: int) -> list[AdaptationEvent]:
+        router, config = layer.router, self.config
+        # Once, for all decisions of this layer: they are taken on the host.
+        active_E, selected_E = router.active_E.cpu(), router.window_selected_E.cpu()
+        unclaimed, tokens = router.window_unclaimed.item(), router.window_tokens.item()
+        ranks = layer.context.expert_parallel
+        per_rank = len(active_E) // ranks
+        events = []
+        for expert in experts_to_remove(active_E, selected_E, config.removal_share):
+            load = int(selected_E[expert])
+            reason = f"{load} of {int(tokens)} tokens selected it"
+            events.append(AdaptationEvent(step, layer.layer, expert, expert // per_rank, "removed", reason))
+            active_E[expert] = False
+        wanted = unclaimed > config.addition_share * tokens and bool(router.window_unclaimed_D.norm() > 0)
+        slot = slot_to_fill(active_E, 1 if config.policy == "released" else ranks) if wanted else None
+        if slot is not None:
+            self._add(layer, active_E, slot, step)
+            reason = f"{int(unclaimed)} of {int(tokens)} tokens passed no threshold"
+            events.append(AdaptationEvent(step, layer.layer, slot, slot // per_rank, "added", reason))
+            active_E[slot] = True
+        router.active_E.copy_(active_E)
+        return events
+
+    def _add(self, layer: MoELayer, active_E: Tensor, slot: int, step: int) -> None:
+        router, experts = layer.router, layer.experts
+        offset = router.offset_E.new_zeros(())
+        if self.config.policy == "improved":
+            others_E = (router.thresholds_E.float() + router.offset_E)[active_E.to(router.offset_E.device)]
+            offset = others_E.mean()
+        router.offset_E[slot] = offset
+        zero = torch.zeros((), device=offset.device)
+        self.renewal.renew(router.thresholds_E, (slot,), zero)
+        self.renewal.renew(router.prototypes_DE, (slice(None), slot), prototype_of(router.window_unclaimed_D).float())
+        if slot in experts.experts:
+            local = slot - experts.experts.start
+            for parameter, fresh in experts.fresh_weights(slot, f"step{step}"):
+                self.renewal.renew(parameter, (local,), fresh)

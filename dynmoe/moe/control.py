@@ -1,0 +1,78 @@
+"""What happens to routers and experts between optimizer steps, in the order in which it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dynmoe.config import Config
+from dynmoe.moe.adaptation import Adaptation, AdaptationEvent, ParameterRenewal
+from dynmoe.moe.budget import Budget
+from dynmoe.moe.context import MoEContext
+from dynmoe.moe.layer import MoELayer
+from dynmoe.moe.observation import Observation, reduce_observations
+
+# Decay of the moving average of experts per token that capacities come from.
+_DECAY = 0.9
+
+
+class RoutingControl:
+    """Budget, adaptation and the average behind capacities, for all MoE layers of a model.
+
+    An engine calls :meth:`begin_step` before the forward passes of an optimizer step and :meth:`end_step` after the
+    optimizer's update; in between the layers collect what is needed. Does nothing, and costs nothing, unless the
+    configuration asks for one of the three.
+
+    Args:
+        config: of the run.
+        layers: of the model, in order.
+        context: shared by the layers.
+        renewal: puts fresh weights in place of an expert's.
+    """
+
+    def __init__(
+        self, config: Config, layers: Sequence[MoELayer], context: MoEContext, renewal: ParameterRenewal
+    ) -> None:
+        router, budget = config.model.router, config.budget
+        self._layers, self._context = layers, context
+        self._budget, self._adaptation = Budget(budget), Adaptation(config.adaptation, renewal)
+        self._holds = budget.method != "none" or budget.experts_per_token is not None
+        self._averages = config.model.moe.capacity_factor is not None
+        self._calibrated = False
+        self._histogram = router.kind == "expert_threshold"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Thresholds are still to be set from first scores: a forward pass with ``context.calibrating`` does it."""
+        if not self._calibrated:  # asked once: the answer waits for the device
+            self._calibrated = all(bool(layer.router.calibrated) for layer in self._layers)
+        return not self._calibrated
+
+    def begin_step(self, step: int) -> None:
+        """Says what the forward passes of optimizer step ``step`` (from 1 on) are to collect."""
+        records = bool(self._layers) and self._adaptation.records(step)
+        self._context.observing_unclaimed = records
+        self._context.observing = bool(self._layers) and (self._holds or self._averages or records)
+        self._context.target_experts = self._budget.target(step - 1) or 1.0
+
+    def end_step(self, step: int) -> list[AdaptationEvent]:
+        """Acts on what step ``step`` saw; collective. Returns the experts that came and went."""
+        if not self._context.observing:
+            return []
+        observations = reduce_observations(
+            self._layers, self._context.token_group,
+            unclaimed=self._context.observing_unclaimed, histogram=self._histogram,
+        )  # fmt: skip
+        self._context.observing = self._context.observing_unclaimed = False
+        if self._holds:
+            self._budget.update([layer.router for layer in self._layers], observations, step)
+        if self._averages:
+            self._average(observations)
+        return self._adaptation.update(self._layers, observations, step)
+
+    @torch.no_grad()
+    def _average(self, observations: Sequence[Observation]) -> None:
+        for layer, observation in zip(self._layers, observations, strict=True):
+            average, now = layer.router.experts_per_token, observation.experts_per_token.float()
+            average.copy_(torch.where(average > 0, _DECAY * average + (1 - _DECAY) * now, now))

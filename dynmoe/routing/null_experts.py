@@ -1,0 +1,53 @@
+"""Null experts: AdaMoE (arXiv 2406.13233). Top-k over real experts and some that cost and do nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynmoe.routing.plan import RoutingCounts, RoutingPlan
+from dynmoe.routing.selection import rank_descending, sum_to_one
+
+
+def null_experts(logits_TX: Tensor, k: int, num_null: int, *, renormalize: bool = True) -> RoutingPlan:
+    """Selects the ``k`` experts of highest probability, null ones among them; the plan holds the real ones.
+
+    Args:
+        logits_TX: logits of E real experts, then of ``num_null`` null experts; the softmax is taken in fp32.
+        k: slots per token that real and null experts share, 1 to X. Ties go to the lower index.
+        num_null: null experts, at least 1.
+        renormalize: make the gates of the real experts of a token sum to 1, as the paper does.
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+    num_all = logits_TX.shape[1]
+    if not 1 <= num_null < num_all:
+        raise ValueError(f"num_null={num_null} must lie between 1 and the number of logits ({num_all}) less one")
+    if not 1 <= k <= num_all:
+        raise ValueError(f"k={k} must lie between 1 and the number of experts, null ones included ({num_all})")
+    logits_TX = logits_TX.float()
+    probs_TX = torch.softmax(logits_TX, dim=1)
+    real = slice(0, num_all - num_null)
+    map_TE = (rank_descending(probs_TX.detach()) < k)[:, real]
+    scores_TE = probs_TX[:, real]
+    gates_TE = scores_TE.masked_fill(~map_TE, 0.0)
+    return RoutingPlan(
+        sum_to_one(gates_TE) if renormalize else gates_TE, map_TE, map_TE, scores_TE, logits_TX,
+        unclaimed_T=~map_TE.any(dim=1),
+    )  # fmt: skip
+
+
+def null_balance(plan: RoutingPlan, k: int, num_null: int, counts: RoutingCounts | None = None) -> Tensor:
+    """The switch loss over real and null experts, the load of the null ones averaged over them (section 3.3).
+
+    1 at perfect balance. What the null experts get follows from the real ones: k slots per token, probabilities that
+    sum to 1.
+    """
+    counts = RoutingCounts.of(plan) if counts is None else counts
+    mean_score_E = plan.scores_TE.sum(dim=0) / counts.tokens_per_rank
+    share_E = counts.selected_E / (k * counts.num_tokens)
+    null_share = (1.0 - share_E.sum()) / num_null
+    # The mass of the null experts is 1 - sum of the others for a token; per rank there are tokens / tokens_per_rank.
+    null_mass = plan.scores_TE.shape[0] / counts.tokens_per_rank - mean_score_E.sum()
+    return (plan.scores_TE.shape[1] + num_null) * ((share_E * mean_score_E).sum() + null_share * null_mass)

@@ -1,0 +1,34 @@
+"""ReLU routing: ReMoE (arXiv 2412.14711). Fully differentiable; an adaptive L1 penalty holds the budget."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynmoe.routing.plan import RoutingPlan
+from dynmoe.routing.selection import check_limits, threshold_plan
+
+
+def relu(logits_TE: Tensor, *, max_experts: int | None = None) -> RoutingPlan:
+    """Selects every expert of positive logit; the gates are the logits (eq. 5).
+
+    A token without a positive logit selects nobody: a floor would add an expert of gate 0.
+
+    Args:
+        logits_TE: router logits, any float dtype.
+        max_experts: ceiling of experts per token, by logit.
+
+    Raises:
+        ValueError: ``max_experts`` below 1.
+    """
+    check_limits(logits_TE.shape[1], 0, max_experts)
+    scores_TE = torch.relu(logits_TE.float())
+    return threshold_plan(scores_TE, scores_TE.detach() > 0, False, 0, max_experts)
+
+
+def adapt_l1(coefficient: Tensor, experts_per_token: Tensor, target: float, factor: float = 1.2) -> Tensor:
+    """The coefficient of the L1 penalty after a step: times ``factor`` where too many experts were used, else divided.
+
+    eq. 9 of the paper, whose sparsity is 1 - K / E.
+    """
+    return coefficient * factor ** torch.sign(experts_per_token - target)

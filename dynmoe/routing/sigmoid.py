@@ -1,0 +1,36 @@
+"""A sigmoid gate for each expert by itself, with a cut-off."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynmoe.routing.plan import RoutingPlan
+from dynmoe.routing.selection import check_limits, threshold_plan
+
+
+def sigmoid_cutoff(
+    logits_TE: Tensor,
+    cutoff: float | Tensor = 0.5,
+    *,
+    renormalize: bool = False,
+    min_experts: int = 1,
+    max_experts: int | None = None,
+) -> RoutingPlan:
+    """Selects every expert whose sigmoid score exceeds the cut-off; the gates are the scores.
+
+    Args:
+        logits_TE: router logits, any float dtype; the sigmoid is taken in fp32.
+        cutoff: in [0, 1), one for all experts or a tensor [E] with one for each (not checked).
+        renormalize: make the gates of a token sum to 1.
+        min_experts: floor of experts per token; 0 lets a token select nobody (its output is then 0).
+        max_experts: ceiling of experts per token, by score.
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+    if not isinstance(cutoff, Tensor) and not 0.0 <= cutoff < 1.0:
+        raise ValueError(f"cutoff={cutoff} must lie in [0, 1)")
+    check_limits(logits_TE.shape[1], min_experts, max_experts)
+    scores_TE = torch.sigmoid(logits_TE.float())
+    return threshold_plan(scores_TE, scores_TE.detach() > cutoff, renormalize, min_experts, max_experts)

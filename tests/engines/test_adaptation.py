@@ -1,0 +1,162 @@
+"""Experts that come and go: the same decisions and the same new weights on every rank, in every layout."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from dynmoe.config import load_config
+from dynmoe.moe.adaptation import experts_to_remove, prototype_of, slot_to_fill
+from dynmoe.moe.initialization import named_normal
+from tests.engines.cases import config_for, train
+
+ADAPTIVE = [
+    "model.router.kind=top_any", "model.router.form=improved", "model.router.initial_experts=1",
+    "model.router.min_experts=0", "model.moe.experts=8", "model.moe.active_at_start=4", "adaptation.interval=20",
+    "adaptation.window=10", "adaptation.removal_share=0.3", "train.micro_batch=4",
+]  # fmt: skip
+LAYOUTS = [(expert_parallel, stage) for expert_parallel in (1, 2) for stage in (0, 1, 2)]
+
+
+def layout(expert_parallel: int, stage: int) -> list[str]:
+    return [f"parallel.expert={expert_parallel}", f"deepspeed.zero_stage={stage}"]
+
+
+def replicated(state: dict[str, torch.Tensor], expert_parallel: int) -> dict[str, torch.Tensor]:
+    """What two ranks must hold alike: everything but the experts that are spread over them."""
+    return {name: value for name, value in state.items() if expert_parallel == 1 or ".experts." not in name}
+
+
+@pytest.mark.parametrize(("expert_parallel", "stage"), LAYOUTS)
+def test_replicas_stay_bitwise_equal_through_removals_and_additions(two_ranks, expert_parallel, stage):
+    first, second = two_ranks.run(train, [*ADAPTIVE, *layout(expert_parallel, stage)], 0, 200)
+    assert {event.change for event in first["events"]} == {"removed", "added"}
+    assert first["events"] == second["events"]
+    ours, theirs = (replicated(result["state"], expert_parallel) for result in (first, second))
+    assert ours.keys() == theirs.keys()
+    for name in ("active_E", "prototypes_DE", "prototypes_DE|param", "thresholds_E|exp_avg", "offset_E"):
+        assert any(key.endswith(name) for key in ours), name
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+    for event in first["events"]:
+        assert event.rank == event.expert // (8 // expert_parallel)
+
+
+def test_replicas_of_spread_experts_stay_bitwise_equal(four_ranks):
+    overrides = [*ADAPTIVE, "train.micro_batch=2", *layout(2, 1)]
+    results = four_ranks.run(train, overrides, 0, 60)
+    assert {event.change for event in results[0]["events"]} == {"removed", "added"}
+    for first, second in ((0, 2), (1, 3)):
+        ours, theirs = results[first]["state"], results[second]["state"]
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize(
+    ("expert_parallel", "stage", "precision"), [(1, 1, "fp32"), (2, 0, "bf16"), (2, 1, "bf16"), (2, 2, "fp32")]
+)
+def test_a_new_expert_has_fresh_weights_fresh_masters_and_no_moments(two_ranks, expert_parallel, stage, precision):
+    """Looked at right after the update, next to an expert that stayed."""
+    overrides = [*ADAPTIVE, *layout(expert_parallel, stage), f"train.precision={precision}"]
+    results = two_ranks.run(train, overrides, 0, 20)
+    added = [event for event in results[0]["events"] if event.change == "added"]
+    assert added
+    changed = {(event.layer, event.expert) for event in results[0]["events"]}
+    per_rank = 8 // expert_parallel
+    low = torch.float32 if precision == "fp32" else torch.bfloat16
+    for event, (rank, result) in itertools.product(added, enumerate(results)):
+        moe = f"layers.{event.layer}.moe"
+        state = result["state"]
+        parts = {f"{moe}.router.prototypes_DE": (slice(None), event.expert)}
+        parts[f"{moe}.router.thresholds_E"] = (event.expert,)
+        if expert_parallel == 1 or rank == event.rank:
+            parts[f"{moe}.experts.w_up_EHD"] = parts[f"{moe}.experts.w_down_EDF"] = (event.expert % per_rank,)
+        for name, index in parts.items():
+            master = state[f"{name}|param"][index]
+            assert torch.equal(state[name][index], master.to(low)), name
+            for moment in ("exp_avg", "exp_avg_sq"):
+                assert not state[f"{name}|{moment}"][index].any(), name
+        if f"{moe}.experts.w_up_EHD" in parts:
+            fresh = named_normal((64, 32), 0.1, 0, f"{moe}.experts.w_up.{event.expert}.step20")
+            assert torch.equal(state[f"{moe}.experts.w_up_EHD|param"][event.expert % per_rank], fresh)
+        norm = state[f"{moe}.router.prototypes_DE|param"][:, event.expert].norm().item()
+        assert norm == pytest.approx(1.0, abs=1e-5)
+        active_E = state[f"buffer {moe}.router.active_E"]
+        stayed = next(e for e in range(8) if active_E[e] and (event.layer, e) not in changed)
+        assert state[f"{moe}.router.prototypes_DE|exp_avg"][:, stayed].any(), "the moments were wiped for all"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_resumed_within_a_window_decides_as_if_it_had_not_stopped(two_ranks, tmp_path, stage):
+    overrides = [*ADAPTIVE, *layout(2, stage)]
+    straight = two_ranks.run(train, overrides, 0, 45)
+    half = two_ranks.run(train, overrides, 0, 35, "", str(tmp_path / "saved"))
+    resumed = two_ranks.run(train, overrides, 35, 45, str(tmp_path / "saved"))
+    assert any(event.step == 40 for event in straight[0]["events"])
+    for whole, before, after in zip(straight, half, resumed, strict=True):
+        assert before["events"] + after["events"] == whole["events"]
+        assert all(torch.equal(value, after["state"][name]) for name, value in whole["state"].items())
+
+
+def test_layouts_take_the_same_decisions(one_rank, two_ranks):
+    """One process, data parallelism and expert parallelism: by slot where the rank does not choose it."""
+    overrides = [*ADAPTIVE, "adaptation.policy=released", "adaptation.removal_share=0"]
+    (alone,) = one_rank.run(train, [*overrides, "train.micro_batch=8"], 0, 41)
+    wanted = [(event.step, event.layer, event.expert, event.change) for event in alone["events"]]
+    assert wanted
+    for expert_parallel in (1, 2):
+        spread = two_ranks.run(train, [*overrides, *layout(expert_parallel, 1)], 0, 41)[0]
+        assert [(event.step, event.layer, event.expert, event.change) for event in spread["events"]] == wanted
+
+
+def test_windows_count_optimizer_steps(one_rank):
+    """Not forward passes: neither accumulation nor recomputation records a token twice."""
+    few = ["train.micro_batch=8", *layout(1, 1)]
+    (plain,) = one_rank.run(train, [*ADAPTIVE, *few], 0, 20)
+    (again,) = one_rank.run(train, [*ADAPTIVE, *few, "train.recompute=true"], 0, 20)
+    (quarters,) = one_rank.run(train, [*ADAPTIVE, *few, "train.micro_batch=2"], 0, 20)
+    assert plain["events"]
+    assert again["events"] == plain["events"]
+    assert all(f"of {10 * 8 * 24} tokens" in event.reason for result in (plain, quarters) for event in result["events"])
+
+
+@pytest.mark.parametrize(
+    ("active", "load", "share", "removed"),
+    [
+        ([1, 1, 1, 1], [5, 0, 7, 0], 0.0, [1, 3]),
+        ([1, 0, 1, 1], [5, 0, 7, 0], 0.0, [3]),  # a slot that is off is not removed again
+        ([1, 1, 1, 1], [9, 1, 9, 5], 0.2, [1]),  # at most 0.2 of the mean load, 6
+        ([1, 1, 1, 1], [6, 6, 6, 6], 0.9, []),
+        ([0, 1, 1, 0], [0, 0, 0, 0], 0.0, [2]),  # never all of them
+    ],
+)
+def test_removal_by_hand(active, load, share, removed):
+    assert experts_to_remove(torch.tensor(active).bool(), torch.tensor(load).double(), share) == removed
+
+
+@pytest.mark.parametrize(
+    ("active", "ranks", "slot"),
+    [
+        ([1, 1, 0, 1, 0, 0], 1, 2),  # the first free one
+        ([1, 1, 0, 1, 0, 0], 2, 4),  # the second rank has one active expert, the first two
+        ([1, 1, 0, 0], 2, 2),
+        ([1, 0, 1, 0], 2, 1),  # a tie goes to the lower rank
+        ([1, 1, 1, 1], 2, None),
+    ],
+)
+def test_the_slot_of_a_new_expert_by_hand(active, ranks, slot):
+    assert slot_to_fill(torch.tensor(active).bool(), ranks) == slot
+
+
+def test_a_prototype_points_at_the_tokens_that_nobody_took():
+    assert prototype_of(torch.tensor([3.0, 0.0, -4.0])).tolist() == pytest.approx([0.6, 0.0, -0.8])
+
+
+def test_active_experts_at_the_start_are_spread_over_ranks():
+    from dynmoe.moe.router import active_at_start
+
+    assert active_at_start(8, 4, spread=True).nonzero().flatten().tolist() == [0, 2, 4, 6]
+    assert active_at_start(8, 3, spread=False).nonzero().flatten().tolist() == [0, 1, 2]
+    assert config_for(*ADAPTIVE).model.moe.active_at_start == 4
+    assert load_config().model.moe.active_at_start is None

@@ -1,0 +1,118 @@
+"""A budget of experts per token holds: from both sides, and after a change of the target."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engines.cases import GLOBAL_BATCH, LENGTH, train
+
+SETTLED, WINDOW = 100, 50
+BASE = ["model.moe.experts=16", "train.micro_batch=8"]
+TWO = "budget.experts_per_token=2"
+TOP_ANY = ["model.router.kind=top_any"]
+IMPROVED = [*TOP_ANY, "model.router.form=improved"]
+# Overrides that hold the budget, and those that start with every token at one expert, or at half of them.
+FEW, HALF = ["model.router.initial_experts=0.01"], ["model.router.initial_experts=8"]
+HOLDERS = {
+    "top_p": (["model.router.kind=top_p", "budget.method=pi"], ["model.router.p=0.01"], ["model.router.p=0.7"]),
+    "top_any": ([*TOP_ANY, "budget.method=pi"], FEW, HALF),
+    "top_any improved": ([*IMPROVED, "budget.method=pi"], FEW, HALF),
+    "top_any loss-free": ([*IMPROVED, "budget.method=loss_free"], FEW, HALF),
+}
+
+
+def experts_per_token(result) -> list[float]:
+    """Mean over tokens and layers, by step."""
+    return [sum(rows.values()) / len(rows) / (GLOBAL_BATCH * LENGTH) for rows in result["rows"]]
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("start", ["one", "half"])
+@pytest.mark.parametrize("holder", list(HOLDERS))
+def test_the_budget_holds_from_both_sides_and_after_a_change(one_rank, tmp_path, holder, start):
+    overrides, few, half = HOLDERS[holder]
+    overrides = [*BASE, *overrides, *(few if start == "one" else half)]
+    saved = str(tmp_path / "saved")
+    (first,) = one_rank.run(train, [*overrides, TWO], 0, SETTLED + WINDOW, "", saved)
+    observed = experts_per_token(first)
+    assert observed[0] == pytest.approx(1.0, abs=0.1) if start == "one" else observed[0] > 6.0
+    assert mean(observed[SETTLED:]) == pytest.approx(2.0, rel=0.02)
+    last = SETTLED + WINDOW
+    changed = [*overrides, "budget.experts_per_token=4"]
+    (second,) = one_rank.run(train, changed, last, last + SETTLED + WINDOW, saved)
+    assert mean(experts_per_token(second)[SETTLED:]) == pytest.approx(4.0, rel=0.02)
+
+
+def test_each_layer_holds_its_own_budget_or_the_mean_holds(one_rank):
+    overrides = [*BASE, *HOLDERS["top_p"][0], TWO, "model.router.p=0.7"]
+    (own,) = one_rank.run(train, overrides, 0, SETTLED + WINDOW)
+    for layer in (0, 1):
+        share = [rows[layer] / (GLOBAL_BATCH * LENGTH) for rows in own["rows"][SETTLED:]]
+        assert mean(share) == pytest.approx(2.0, rel=0.03)
+    (shared,) = one_rank.run(train, [*overrides, "budget.scope=global"], 0, SETTLED + WINDOW)
+    assert mean(experts_per_token(shared)[SETTLED:]) == pytest.approx(2.0, rel=0.02)
+    first, second = (shared["state"][f"buffer layers.{layer}.moe.router.p"] for layer in (0, 1))
+    assert first == second
+    assert own["state"]["buffer layers.0.moe.router.p"] != own["state"]["buffer layers.1.moe.router.p"]
+
+
+def test_a_schedule_leads_from_start_to_target(one_rank):
+    schedule = ["budget.start=6", "budget.experts_per_token=2", "budget.over_steps=150"]
+    (result,) = one_rank.run(train, [*BASE, *HOLDERS["top_p"][0], *schedule, "model.router.p=0.7"], 0, 200)
+    observed = experts_per_token(result)
+    assert mean(observed[65:85]) == pytest.approx(4.0, rel=0.1)
+    assert mean(observed[165:]) == pytest.approx(2.0, rel=0.05)
+
+
+@pytest.mark.parametrize("holder", ["top_p", "top_any loss-free"])
+def test_controllers_agree_over_layouts_and_resume_bitwise(one_rank, two_ranks, tmp_path, holder):
+    overrides = [*BASE, *HOLDERS[holder][0], *HOLDERS[holder][2], TWO]
+    (alone,) = one_rank.run(train, overrides, 0, 10)
+    spread = [*overrides, "train.micro_batch=4", "parallel.expert=2"]
+    straight = two_ranks.run(train, spread, 0, 10)
+    assert straight[0]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert straight[0]["rows"] == alone["rows"]
+    saved = str(tmp_path / "saved")
+    two_ranks.run(train, spread, 0, 6, "", saved)
+    resumed = two_ranks.run(train, spread, 6, 10, saved)
+    for whole, half in zip(straight, resumed, strict=True):
+        assert all(bool((value == half["state"][name]).all()) for name, value in whole["state"].items())
+
+
+def test_loss_free_thresholds_balance_the_load_too(one_rank):
+    overrides = [*BASE, *IMPROVED, *HALF, TWO, "model.router.diversity_loss=0"]
+    spread = {}
+    for method in ("pi", "loss_free"):
+        (result,) = one_rank.run(train, [*overrides, f"budget.method={method}"], 0, SETTLED + WINDOW)
+        loads = sum(torch_load(vectors[0]) for vectors in result["statistics"][SETTLED:])
+        spread[method] = (loads.std(correction=0) / loads.mean()).item()
+    assert spread["loss_free"] < 0.5 * spread["pi"]
+
+
+def torch_load(vector: list[float]):
+    """Load of each expert: the end of a layer's statistics."""
+    import torch
+
+    return torch.tensor(vector[-16:])
+
+
+def test_loss_free_bias_balances_top_k(one_rank):
+    overrides = [*BASE, "model.router.kind=top_k", "model.router.balance_loss=0"]
+    spread = {}
+    for method in ("none", "loss_free"):
+        extra = ["budget.rate=0.01"] if method == "loss_free" else []
+        (result,) = one_rank.run(train, [*overrides, f"budget.method={method}", *extra], 0, SETTLED + WINDOW)
+        loads = sum(torch_load(vectors[0]) for vectors in result["statistics"][SETTLED:])
+        spread[method] = (loads.std(correction=0) / loads.mean()).item()
+        assert all(k == 2.0 for k in experts_per_token(result))
+    assert spread["loss_free"] < 0.5 * spread["none"]
+
+
+@pytest.mark.parametrize("kind", ["relu", "expert_threshold"])
+def test_routers_with_a_rule_of_their_own_hold_their_budget(one_rank, kind):
+    """They settle later and swing wider than the controllers: held within a tenth."""
+    (result,) = one_rank.run(train, [*BASE, f"model.router.kind={kind}", TWO], 0, 250)
+    assert mean(experts_per_token(result)[200:]) == pytest.approx(2.0, rel=0.1)
