@@ -117,6 +117,8 @@ def _rewrite_key(key: str, kept: Mapping[int, list[int]]) -> str | None:
 
 def _select(key: str, tensor: Tensor, kept: Mapping[int, list[int]]) -> Tensor:
     """Of a router's tensor the slots that stay; the letters of its name say which dimension counts experts."""
+    import torch
+
     layer = _layer_of(key)
     if layer is None or ".moe.router." not in key:
         return tensor
@@ -124,7 +126,7 @@ def _select(key: str, tensor: Tensor, kept: Mapping[int, list[int]]) -> Tensor:
     letters = name.rsplit("_", 1)[-1]
     if not letters.isupper() or "E" not in letters:
         return tensor
-    index = tensor.new_tensor(kept[layer], dtype=int)
+    index = torch.tensor(kept[layer])
     return tensor.index_select(letters.index("E"), index).contiguous()
 
 

@@ -214,17 +214,17 @@ class BudgetConfig(Section):
     _section: ClassVar[str] = "budget"
 
     method: str = option(
-        "none", "how experts per token are held: pi moves p (top_p) or all thresholds, loss_free each expert's "
-        "threshold by its load (top_k: its bias, for balance alone)", choices=("none", "pi", "loss_free"),
+        "none", "how experts per token are held: pi moves p (top_p) or all thresholds together; loss_free also each "
+        "expert's threshold by its load (top_k: its bias, for balance alone)", choices=("none", "pi", "loss_free"),
     )  # fmt: skip
     experts_per_token: Optional[float] = option(None, "mean experts per token to hold", above=0)
     start: Optional[float] = option(None, "experts per token to hold at first; null: experts_per_token", above=0)
     over_steps: int = option(0, "steps in which the target goes from start to experts_per_token", at_least=0)
-    scope: str = option("layer", "pi: hold each layer, or the mean over layers", choices=("layer", "global"))
-    proportional: float = option(0.3, "pi: gain on the change of the error 1 - observed / target", at_least=0)
-    integral: float = option(0.2, "pi: gain on the error, per step", above=0)
+    scope: str = option("layer", "hold each layer, or the mean over layers", choices=("layer", "global"))
+    proportional: float = option(0.1, "gain on the change of the error 1 - observed / target", at_least=0)
+    integral: float = option(0.4, "gain on the error, per step", above=0)
     rate: Optional[float] = option(
-        None, "loss_free: step of a threshold in deviations of its scores (null: 0.2), or of a bias (null: 0.001)",
+        None, "loss_free: step of a threshold in deviations of its scores (null: 0.1), or of a bias (null: 0.001)",
         above=0,
     )  # fmt: skip
 

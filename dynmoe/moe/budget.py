@@ -14,7 +14,7 @@ from dynmoe.routing import control
 from dynmoe.routing.expert_threshold import kth_largest, move_cutoffs
 from dynmoe.routing.relu import adapt_l1
 
-_THRESHOLD_RATE, _BIAS_RATE = 0.2, 1e-3
+_THRESHOLD_RATE, _BIAS_RATE = 0.1, 1e-3
 # Thresholds stay within reach of every score: cosines lie in [-1, 1], logits hardly beyond 20.
 _REACH = {"top_any": 2.0, "sigmoid": 20.0}
 
@@ -54,13 +54,13 @@ class Budget:
                 wanted = observation.tokens * target / router.active_E.sum()
                 best_E = kth_largest(observation.histogram_EB, wanted)
                 router.offset_E.copy_(move_cutoffs(router.offset_E, best_E, router.settings.cutoff_decay))
-            elif self.config.method == "pi":
-                assert target is not None
-                self._control(router, experts_per_token, target)
-            elif self.config.method == "loss_free":
-                self._balance(router, observation, target)
+            else:
+                if self.config.method == "loss_free":
+                    self._balance(router, observation.selected_E)
+                if target is not None:
+                    self._hold(router, experts_per_token, target)
 
-    def _control(self, router: Router, experts_per_token: Tensor, target: float) -> None:
+    def _hold(self, router: Router, experts_per_token: Tensor, target: float) -> None:
         error = control.budget_error(experts_per_token, target)
         change = control.pi_change(error, router.error, self.config.proportional, self.config.integral)
         router.error.copy_(error)
@@ -69,15 +69,12 @@ class Budget:
         else:
             self._shift(router, -change.expand_as(router.offset_E))
 
-    def _balance(self, router: Router, observation: Observation, target: float | None) -> None:
+    def _balance(self, router: Router, selected_E: Tensor) -> None:
         if router.settings.kind == "top_k":
-            rate = self.config.rate or _BIAS_RATE
-            router.offset_E.sub_(control.bias_change(observation.selected_E, rate).float())
-            return
-        assert target is not None
-        share_E = (observation.selected_E / observation.tokens).float()
-        rate = self.config.rate or _THRESHOLD_RATE
-        self._shift(router, control.threshold_change(share_E, target / router.active_E.sum(), rate))
+            router.offset_E.sub_(control.bias_change(selected_E, self.config.rate or _BIAS_RATE).float())
+        else:
+            rate = self.config.rate or _THRESHOLD_RATE
+            self._shift(router, control.balance_change(selected_E, router.active_E, rate).float())
 
     @staticmethod
     def _shift(router: Router, change_E: Tensor) -> None:

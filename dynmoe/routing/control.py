@@ -34,13 +34,18 @@ def shift_probability(p: Tensor, change: Tensor) -> Tensor:
     return torch.sigmoid(torch.logit(p) + change).clamp(1e-4, 1.0 - 1e-4)
 
 
-def threshold_change(share_E: Tensor, target_share: Tensor | float, rate: float) -> Tensor:
-    """How far each expert's threshold moves, in units of a score's deviation: ``rate`` × its relative excess.
+def balance_change(selected_E: Tensor, active_E: Tensor, rate: float) -> Tensor:
+    """How far each active expert's threshold moves for the balance alone: ``rate`` × its excess over the mean load.
 
-    The excess (share / target - 1) is clamped to [-1, 1], so that an expert that takes everything is not pushed
-    harder than one that takes nothing is pulled.
+    The excess (load / mean - 1) is clamped to [-1, 1], so that an expert that takes everything is not pushed harder
+    than one that takes nothing is pulled. What the clamp leaves of its mean over experts is taken off again: the
+    budget is not this rule's business, and heavy loads, which it cuts, would make it hold too many experts.
     """
-    return rate * (share_E / target_share - 1.0).clamp(-1.0, 1.0)
+    active = active_E.to(selected_E.dtype)
+    count = active.sum()
+    mean_load = (selected_E * active).sum() / count
+    excess_E = (selected_E / mean_load.clamp(min=1e-6) - 1.0).clamp(-1.0, 1.0) * active
+    return rate * (excess_E - excess_E.sum() / count * active)
 
 
 def bias_change(selected_E: Tensor, rate: float) -> Tensor:
