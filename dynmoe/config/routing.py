@@ -56,7 +56,7 @@ _COEFFICIENTS: dict[tuple[str, str], dict[str, float]] = {
 
 # The routers that a field means something to; fields that are not here belong to all, or are too common to refuse.
 _MEANT_FOR: dict[str, tuple[str, ...]] = {
-    "cutoff": ("sigmoid",),
+    "cutoff": ("sigmoid", "expert_threshold"),
     "num_null": ("null_experts",),
     "cutoff_decay": ("expert_threshold",),
     "weights": ("top_any",),
@@ -89,7 +89,7 @@ class RouterConfig(Section):
     )  # fmt: skip
     k: int = option(2, "top_k: experts per token; null_experts: slots per token, null ones included", at_least=1)
     p: float = option(0.4, "top_p: probability mass that the chosen experts reach", above=0, at_most=1)
-    cutoff: float = option(0.5, "sigmoid: score that an expert must exceed", above=0, below=1)
+    cutoff: float = option(0.5, "score that an expert must exceed (expert_threshold: at the start)", above=0, below=1)
     num_null: int = option(16, "null_experts: experts that do nothing", at_least=1)
     cutoff_decay: float = option(0.9, "expert_threshold: decay of the moving average", at_least=0, below=1)
     min_experts: Optional[int] = option(

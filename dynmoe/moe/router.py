@@ -242,7 +242,7 @@ class Router(nn.Module):
         if name == "diversity":
             return losses.diversity(self.prototypes_DE, self.active_E)
         if name == "simplicity":
-            return losses.simplicity(self.prototypes_DE)
+            return losses.simplicity(self.prototypes_DE, None if self.settings.form == "released" else self.active_E)
         if name == "l1":
             return losses.l1(plan, self.context.target_experts, counts)
         return {"entropy": losses.entropy, "z": losses.z_loss, "efficiency": losses.efficiency}[name](plan)

@@ -92,9 +92,15 @@ def diversity(prototypes_DE: Tensor, active_E: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(gram_EE * torch.outer(mask_E, mask_E))
 
 
-def simplicity(prototypes_DE: Tensor) -> Tensor:
-    """Mean norm of the prototypes, over every slot as in the released code (arXiv 2405.14297, eq. 8)."""
-    return prototypes_DE.float().norm(dim=0).mean()
+def simplicity(prototypes_DE: Tensor, active_E: Tensor | None = None) -> Tensor:
+    """Mean norm of the prototypes of active experts (arXiv 2405.14297, eq. 8).
+
+    ``active_E=None`` takes every slot, as the released code does.
+    """
+    norm_E = prototypes_DE.float().norm(dim=0)
+    if active_E is None:
+        return norm_E.mean()
+    return torch.where(active_E.to(torch.bool), norm_E, 0.0).sum() / active_E.sum()
 
 
 def efficiency(plan: RoutingPlan, counts: RoutingCounts | None = None) -> Tensor:

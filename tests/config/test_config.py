@@ -31,6 +31,38 @@ BAD = [
     ("model.router.max_experts=17", ["model.router.max_experts=17", "model.moe.experts (16)"]),
     ("model.router.min_experts=0", ["model.router.min_experts=0", "use 1 or more"]),
     ("model.router.diversity_loss=0.1", ["model.router.diversity_loss=0.1", "top_p", "remove it"]),
+    ("model.router.kind=top_k model.router.form=released", ["model.router.form='released'", "one form", "remove it"]),
+    ("model.router.cutoff=0.3", ["model.router.cutoff=0.3", "top_p", "remove it"]),
+    ("model.router.weights=score", ["model.router.weights='score'", "top_p", "remove it"]),
+    ("model.router.kind=null_experts model.router.k=33", ["model.router.k=33", "real and null experts (32)"]),
+    ("model.router.kind=top_any model.router.form=released model.router.min_experts=1", ["min_experts=1", "no floor"]),
+    ("model.router.kind=top_any model.router.initial_experts=17", ["initial_experts=17", "model.moe.experts (16)"]),
+    ("model.router.kind=top_any model.router.balance_scope=sequence", ["balance_scope='sequence'", "global_batch"]),
+    ("model.moe.active_at_start=4", ["model.moe.active_at_start=4", "top_p", "remove it"]),
+    ("model.router.kind=top_any model.moe.active_at_start=17", ["model.moe.active_at_start=17", "(16)"]),
+    ("model.moe.experts_by_layer=[4]", ["model.moe.experts_by_layer=[4]", "4 numbers"]),
+    ("model.moe.experts_by_layer=[4,6,3,4] parallel.expert=2", ["parallel.expert=2", "model.moe.experts (3, 4, 6)"]),
+    ("budget.method=pi", ["budget.experts_per_token=None", "say how many"]),
+    ("budget.experts_per_token=2", ["budget.experts_per_token=2", "set budget.method"]),
+    ("budget.method=pi budget.experts_per_token=17", ["budget.experts_per_token=17", "(1 to 16)"]),
+    ("budget.method=pi budget.experts_per_token=2 budget.start=0.5", ["budget.start=0.5", "(1 to 16)"]),
+    ("budget.method=pi budget.experts_per_token=nan", ["budget.experts_per_token=nan", "finite"]),
+    ("model.router.kind=top_k budget.method=pi budget.experts_per_token=2", ["budget.method='pi'", "use none"]),
+    ("budget.method=loss_free budget.experts_per_token=2", ["budget.method='loss_free'", "use pi"]),
+    ("model.router.kind=relu", ["budget.experts_per_token=None", "say how many"]),
+    ("adaptation.interval=10", ["adaptation.interval=10", "model.router.kind=top_any"]),
+    (
+        "model.router.kind=top_any adaptation.interval=10 adaptation.window=11",
+        ["adaptation.window=11", "(10)"],
+    ),
+    (
+        "model.router.kind=top_any adaptation.interval=50 adaptation.window=20 train.steps=10",
+        ["adaptation.window=20", "run (10 steps)"],
+    ),
+    (
+        "model.router.kind=top_any adaptation.interval=10 adaptation.policy=released adaptation.removal_share=0.1",
+        ["adaptation.removal_share=0.1", "policy=improved"],
+    ),
     ("model.moe.capacity_factor=0", ["model.moe.capacity_factor=0", "above 0"]),
     ("model.moe.expert_hidden=100", ["model.moe.expert_hidden=100", "multiple of 8"]),
     ("model.hidden=100 model.heads=2", ["model.hidden=100", "multiple of 8"]),
@@ -133,6 +165,26 @@ def test_auxiliary_coefficients_are_the_papers_unless_given():
     assert set(coefficients("model.router.kind=top_any", "model.router.form=released")) == {
         "balance", "diversity", "simplicity", "efficiency",
     }  # fmt: skip
+
+
+def test_a_form_decides_what_is_not_given():
+    def options(*overrides: str):
+        return load_config(None, overrides).model.router.options
+
+    kind = "model.router.kind=top_any"
+    paper, released, improved = (
+        options(kind, f"model.router.form={form}") for form in ("paper", "released", "improved")
+    )
+    assert (paper.straight_through, paper.min_experts, paper.temperature) == ("all", 1, "fixed")
+    assert (released.straight_through, released.min_experts, released.weights) == ("selected", 0, "uniform")
+    assert (improved.weights, improved.renormalize, improved.temperature) == ("score", True, "sqrt_hidden")
+    given = options(
+        kind, "model.router.form=improved", "model.router.weights=uniform", "model.router.renormalize=false"
+    )
+    assert (given.weights, given.renormalize, given.temperature) == ("uniform", False, "sqrt_hidden")
+    assert options("model.router.kind=top_k").balance_per_route
+    assert not options().balance_per_route
+    assert not options("model.router.kind=null_experts", "model.router.renormalize=false").renormalize
 
 
 def test_every_field_has_a_meaning():

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from dynmoe.config import Config, load_config
 from dynmoe.data.batches import Batch
 from dynmoe.engines.deepspeed import DeepSpeedEngine
+from dynmoe.errors import UserError
 from dynmoe.moe.router import Router
 
 VOCAB, LENGTH, GLOBAL_BATCH = 64, 24, 8
@@ -78,3 +79,22 @@ def _whole_state(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
         state[name] = parameter.detach().clone()
         state |= {f"{name}|{part}": value.clone() for part, value in engine._state.get(parameter).items()}
     return state
+
+
+def train_into_nan(overrides: list[str], layer: int, rank: int) -> tuple[str, bool]:
+    """Two sound steps and one in which the router of ``layer`` sees NaN on ``rank``; what is said, and whether the
+    state is as it was before that step."""
+    config = config_for(*overrides)
+    engine = DeepSpeedEngine(config, VOCAB)
+    for step in range(2):
+        engine.train_step(micro_batches(engine, step), config.optimizer.lr, record=False)
+    before = _whole_state(engine)
+    if dist.get_rank() == rank:
+        router = engine.module.moe_layers[layer].router
+        router.register_forward_pre_hook(lambda module, inputs: (inputs[0] * float("nan"),))
+    try:
+        engine.train_step(micro_batches(engine, 2), config.optimizer.lr, record=False)
+    except UserError as error:
+        after = _whole_state(engine)
+        return str(error), all(torch.equal(value, after[name]) for name, value in before.items())
+    return "nothing was said", False

@@ -7,8 +7,8 @@ import functools
 import pytest
 import torch
 
-from tests.engines.cases import train
-from tests.moe.cases import ROUTERS
+from tests.engines.cases import train, train_into_nan
+from tests.moe.cases import BASELINES, ROUTERS
 
 STEPS = 20
 ONE = ["train.micro_batch=8"]
@@ -67,6 +67,18 @@ def test_two_ranks_train_like_one_with_auxiliary_losses(alone, two_ranks, kind, 
             assert vector[0] == 2 * reference[0]
             counts = -(4 + 1 + 4)  # histogram of K and load per expert
             assert vector[counts:] == reference[counts:]
+
+
+@pytest.mark.parametrize("kind", sorted(BASELINES))
+def test_the_other_routers_train_alike_too(one_rank, two_ranks, kind):
+    """Their state between steps included: cut-offs, the L1 coefficient, thresholds from first scores."""
+    overrides = [*BASELINES[kind], "optimizer.lr=1e-3"]
+    (alone,) = one_rank.run(train, [*overrides, *ONE], 0, 10)
+    results = two_ranks.run(train, [*overrides, *HALF, "parallel.expert=2"], 0, 10)
+    assert results[0]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert results[0]["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+    for ours, one_process in zip(maps_of_all_ranks(results), alone["maps"], strict=True):
+        assert torch.equal(ours, one_process)
 
 
 @pytest.mark.parametrize("kind", sorted(ROUTERS))
@@ -157,3 +169,11 @@ def test_expert_times_data_parallelism_trains_like_one_process(one_rank, four_ra
         assert all(torch.equal(v, spread[second]["state"][n]) for n, v in spread[first]["state"].items())
     resumed = four_ranks.run(train, [*quarter, "parallel.expert=4"], 4, 8, saved)[0]
     assert resumed["losses"] == pytest.approx(alone["losses"][4:], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(ROUTERS))
+def test_scores_that_are_no_numbers_stop_every_rank_and_name_step_layer_and_rank(two_ranks, kind):
+    messages = two_ranks.run(train_into_nan, [*ROUTERS[kind], *HALF, "parallel.expert=2"], 1, 1)
+    for message, untouched in messages:
+        assert message.startswith("step 3: router scores are not finite in layer 1 on rank 1; "), message
+        assert untouched

@@ -15,6 +15,16 @@ ROUTERS = {
     "top_p": ["model.router.kind=top_p", "model.router.p=0.5"],
     "top_any": ["model.router.kind=top_any", "model.router.min_experts=0"],
 }
+# The others, which the engines' tests try in one layout.
+BASELINES = {
+    "expert_threshold": ["model.router.kind=expert_threshold", "model.router.cutoff=0.6", "budget.experts_per_token=2"],
+    "null_experts": ["model.router.kind=null_experts", "model.router.k=3", "model.router.num_null=2"],
+    "relu": ["model.router.kind=relu", "budget.experts_per_token=2"],
+    "sigmoid": ["model.router.kind=sigmoid", "model.router.balance_loss=1e-2"],
+    "top_any improved": ["model.router.kind=top_any", "model.router.form=improved",
+                         "model.router.temperature=learned", "model.router.efficiency_loss=1e-3"],
+    "top_any released": ["model.router.kind=top_any", "model.router.form=released"],
+}  # fmt: skip
 
 
 def tiny_model(*overrides: str) -> ModelConfig:

@@ -9,11 +9,25 @@ from hypothesis import strategies as st
 
 from dynmoe.moe import MoEContext, MoELayer
 from tests import oracles
-from tests.moe.cases import EXPERTS, HIDDEN, ROUTERS, expert_parallel_equals_local, run_layer, spread_router, tiny_model
+from tests.moe.cases import (
+    BASELINES,
+    EXPERTS,
+    HIDDEN,
+    ROUTERS,
+    expert_parallel_equals_local,
+    run_layer,
+    spread_router,
+    tiny_model,
+)
+
+ALL = ROUTERS | BASELINES
 
 
 def no_losses(kind: str) -> list[str]:
-    names = ("balance", "diversity", "simplicity") if kind == "top_any" else ("balance", "entropy")
+    names = ("balance", "diversity", "simplicity", "efficiency") if "top_any" in kind else ("balance",)
+    names += ("entropy",) if kind in ("top_k", "top_p", "null_experts") else ()
+    if kind in ("relu", "expert_threshold"):
+        names = ()
     return [f"model.router.{name}_loss=0" for name in names]
 
 
@@ -44,12 +58,14 @@ def loop_over_tokens(layer: MoELayer, x, upstream):
 
 
 @given(
-    st.integers(0, 10**6), st.sampled_from(sorted(ROUTERS)), st.integers(1, 9),
+    st.integers(0, 10**6), st.sampled_from(sorted(ALL)), st.integers(1, 9),
     st.sampled_from([[], ["model.moe.shared_hidden=8"], ["model.moe.capacity_factor=0.8"],
                      ["model.moe.capacity_factor=0.6", "model.moe.drop_policy=position"]]),
 )  # fmt: skip
 def test_output_and_gradients_equal_a_loop_over_tokens(seed, kind, tokens, extra):
-    layer = make_layer(*ROUTERS[kind], *no_losses(kind), *extra, seed=seed)
+    layer = make_layer(*ALL[kind], *no_losses(kind), *extra, seed=seed)
+    if kind == "relu":
+        layer.router.l1.zero_()
     generator = torch.Generator().manual_seed(seed)
     x, upstream = (torch.randn(tokens, HIDDEN, generator=generator) for _ in range(2))
     ours, oracle = run_layer(layer, x, upstream), loop_over_tokens(layer, x, upstream)
@@ -57,9 +73,9 @@ def test_output_and_gradients_equal_a_loop_over_tokens(seed, kind, tokens, extra
         torch.testing.assert_close(ours[name], expected, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("kind", sorted(ROUTERS))
+@pytest.mark.parametrize("kind", sorted(ALL))
 def test_no_token_at_all(kind):
-    layer = make_layer(*ROUTERS[kind])
+    layer = make_layer(*ALL[kind])
     result = run_layer(layer, torch.zeros(0, HIDDEN), torch.zeros(0, HIDDEN))
     assert result["y"].shape == (0, HIDDEN)
     assert all((result[name] == 0).all() for name in result if name.startswith("experts."))

@@ -91,3 +91,4 @@ def test_diversity_counts_active_pairs_only():
     assert losses.diversity(prototypes, torch.ones(3)).item() == pytest.approx(math.sqrt(2.0))
     assert losses.diversity(prototypes, torch.tensor([1.0, 0.0, 1.0])).item() == pytest.approx(0.0, abs=1e-6)
     assert losses.simplicity(prototypes).item() == pytest.approx(2.0)
+    assert losses.simplicity(prototypes, torch.tensor([1.0, 0.0, 1.0])).item() == pytest.approx(1.5)

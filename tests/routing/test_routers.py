@@ -136,6 +136,7 @@ def top_any_inputs(seed: int, tokens: int, experts: int, width: int = 8):
 def test_top_any_passes_thresholds_between_floor_and_ceiling(seed, shape, low, high, scale):
     if high is not None and high < low:
         low, high = high, low
+    low = min(low, shape[1])
     hidden, prototypes, thresholds, active = top_any_inputs(seed, *shape)
     plan = top_any(hidden, prototypes, thresholds, active, form="paper", scale=scale, min_experts=low, max_experts=high)
     cutoffs = torch.sigmoid(scale * thresholds).tolist()
@@ -145,6 +146,63 @@ def test_top_any_passes_thresholds_between_floor_and_ceiling(seed, shape, low, h
         for expert in range(shape[1]):
             gate = 1 / len(experts) if expert in experts else 0.0
             assert plan.gates_TE[token, expert].item() == pytest.approx(gate)
+
+
+@given(seeds, st.integers(1, 9), st.integers(1, 6), st.booleans())
+def test_score_weights_are_the_scores_of_the_chosen(seed, tokens, experts, renormalize):
+    inputs = [tensor.clone() for tensor in top_any_inputs(seed, tokens, experts)]
+    for tensor in inputs[:3]:
+        tensor.requires_grad_()
+    plan = top_any(*inputs, weights="score", renormalize=renormalize, scale=3.0)
+    expected = plan.scores_TE * plan.routing_map_TE
+    if renormalize:
+        expected = expected / expected.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(plan.gates_TE, expected)
+    # The choice is a constant in the sum: an expert that is not chosen hears of its own gate alone.
+    upstream = random_logits(seed + 1, (tokens, experts))
+    only_chosen = upstream * plan.routing_map_TE
+    (gradient,) = torch.autograd.grad((plan.gates_TE * only_chosen).sum(), inputs[2], retain_graph=True)
+    assert (gradient[~plan.routing_map_TE.any(dim=0)] == 0).all()
+    (plan.gates_TE * upstream).sum().backward()
+    assert (inputs[2].grad[inputs[3]] != 0).all()
+    assert (inputs[2].grad[~inputs[3]] == 0).all() or not renormalize
+
+
+@pytest.mark.parametrize("form", ["paper", "released"])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_expert_and_all_masked_but_one(form, training):
+    hidden, prototypes, thresholds, _ = top_any_inputs(3, 20, 5)
+    for expert in range(5):
+        only = torch.arange(5) == expert
+        plan = top_any(hidden, prototypes, thresholds, only, form=form, training=training)
+        assert not plan.routing_map_TE[:, ~only].any()
+        passes = plan.scores_TE[:, expert] > torch.sigmoid(thresholds[expert])
+        served = passes if form == "released" and training else torch.ones(20, dtype=torch.bool)
+        assert torch.equal(plan.routing_map_TE[:, expert], served)
+        assert torch.equal(plan.unclaimed_T, ~passes)
+        alone = top_any(
+            hidden, prototypes[:, [expert]], thresholds[[expert]], torch.ones(1), form=form, training=training
+        )
+        assert torch.equal(alone.gates_TE[:, 0], plan.gates_TE[:, expert])
+
+
+def test_ties_of_scores_go_to_the_lower_expert_index():
+    same = torch.ones(3, 4)  # four equal prototypes
+    plan = top_any(torch.ones(2, 3), same, torch.zeros(4), torch.tensor([0, 1, 1, 1]), max_experts=2)
+    assert chosen_sets(plan) == [{1, 2}] * 2
+    plan = top_any(torch.ones(2, 3), same, torch.full((4,), 9.0), torch.tensor([0, 1, 1, 1]))
+    assert chosen_sets(plan) == [{1}] * 2
+
+
+@given(seeds, sizes, st.data())
+def test_a_bias_chooses_and_does_not_weigh(seed, shape, data):
+    k = data.draw(st.integers(1, shape[1]))
+    logits = random_logits(seed, shape)
+    bias = torch.randn(shape[1], generator=torch.Generator().manual_seed(seed)) * 0.3
+    plan = top_k(logits, k, bias_E=bias)
+    biased = (torch.softmax(logits, dim=1) + bias).tolist()
+    assert chosen_sets(plan) == [oracles.top_k_choice(row, k) for row in biased]
+    check_softmax_gates(plan, renormalize=False)
 
 
 def test_released_top_any_lets_a_token_select_nobody_only_in_training():
@@ -183,6 +241,11 @@ def test_straight_through_gradients_of_both_forms():
         (lambda: top_p(torch.zeros(1, 4), 0.5, form="other"), "form='other'"),
         (lambda: top_p(torch.zeros(1, 4), 0.5, min_experts=3, max_experts=2), "min_experts=3"),
         (lambda: top_any(*top_any_inputs(0, 1, 4), min_experts=3, max_experts=2), "min_experts=3"),
+        (lambda: top_any(*top_any_inputs(0, 1, 4)[:3], torch.zeros(4)), "masks all 4 experts off"),
+        (lambda: top_any(*top_any_inputs(0, 1, 4), weights="soft"), "weights='soft'"),
+        (lambda: top_any(*top_any_inputs(0, 1, 4), straight_through="some"), "straight_through='some'"),
+        (lambda: top_any(*top_any_inputs(0, 1, 4), form="improved"), "form='improved'"),
+        (lambda: top_p(torch.zeros(1, 4), 0.5, min_experts=0), "min_experts=0"),
     ],
 )
 def test_numbers_out_of_range_are_named(call, named):

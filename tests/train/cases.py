@@ -15,7 +15,10 @@ TIMED = ("train/step_time_s", "train/tokens_per_s", "train/tflops_per_rank", "me
 
 
 class TrainingProcess:
-    """``torchrun`` with two ranks on a tiny model; its ranks end with it."""
+    """``torchrun`` with two ranks on a tiny model; its ranks end with it.
+
+    Experts come and go and a budget is held: the more state there is between steps, the more a restart can lose.
+    """
 
     def __init__(self, corpus: Path, runs: Path, *overrides: str, ranks: int = 2) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
@@ -24,7 +27,10 @@ class TrainingProcess:
             "model.heads=2", "model.kv_heads=1", "model.layers=2", "model.moe.experts=4", "model.moe.expert_hidden=32",
             "train.global_batch=4", "train.micro_batch=2", "train.steps=40", "parallel.expert=2",
             "schedule.warmup_steps=4", "logging.interval=1", "checkpoint.interval=10", "eval.interval=20",
-            "eval.batches=2", *overrides,
+            "eval.batches=2", "model.router.kind=top_any", "model.router.form=improved", "model.router.min_experts=0",
+            "model.router.initial_experts=1", "model.moe.active_at_start=2", "budget.method=loss_free",
+            "budget.experts_per_token=1.5", "adaptation.interval=8", "adaptation.window=5",
+            "adaptation.removal_share=0.5", *overrides,
         ]  # fmt: skip
         self._output = (runs.parent / f"output-{time.monotonic_ns()}.txt").open("w+")
         self._process = subprocess.Popen(

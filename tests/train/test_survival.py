@@ -30,6 +30,9 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     assert [row["train/step"] for row in rows if "eval/loss" in row] == [20, 40]
     assert rows[-1]["train/tokens"] == 40 * 4 * 32
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000030", "step_00000040"]
+    events = read_rows(run / "events.jsonl")
+    assert {event["change"] for event in events} == {"added", "removed"}
+    assert all(event["step"] % 8 == 0 and event["rank"] == event["expert"] // 2 for event in events)
     outcome = json.loads((run / "outcome.json").read_text())
     assert (outcome["status"], outcome["step"]) == ("finished", 40)
     for part in ("Validation loss", "token frequencies alone would give", "Experts per token", str(run)):
@@ -67,6 +70,8 @@ def test_sigkill_at_a_random_step_leaves_the_curve_bitwise(undisturbed, corpus_d
     again = TrainingProcess(corpus_dir, tmp_path / "runs")
     assert again.wait() == 0, f"killed after step {step}: {again.output()}"
     assert curve(metrics) == curve(reference / "metrics.jsonl"), f"killed after step {step}"
+    events = [(run / "events.jsonl").read_text() for run in (metrics.parent, reference)]
+    assert events[0] == events[1], f"killed after step {step}"
     assert parameter_hashes(metrics.parent, 40) == parameter_hashes(reference, 40)
 
 

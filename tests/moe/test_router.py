@@ -1,0 +1,144 @@
+"""The router module: what its form promises, thresholds from first scores, state that keeps its precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynmoe.moe import MoEContext, MoELayer
+from dynmoe.moe.calibration import thresholds_for_share
+from tests.moe.cases import BASELINES, HIDDEN, ROUTERS, spread_router, tiny_model
+
+IMPROVED = ["model.router.kind=top_any", "model.router.form=improved"]
+
+
+def layer_of(*overrides: str, **context) -> MoELayer:
+    return MoELayer(tiny_model(*overrides), 0, 0, MoEContext(**context))
+
+
+@pytest.mark.parametrize("overrides", [IMPROVED, [*IMPROVED, "model.router.temperature=learned"],
+                                       [*ROUTERS["top_p"], "model.router.form=improved"]])  # fmt: skip
+def test_every_trained_parameter_gets_a_gradient(overrides):
+    """Among them the weights of all experts, and the threshold of each expert that some token selects."""
+    layer = layer_of(*overrides)
+    spread_router(layer)
+    x = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(1))
+    assert layer.router(x).routing_map_TE.any(dim=0).all()
+    layer(x).backward(torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(2)))
+    for name, parameter in layer.named_parameters():
+        per_expert = parameter.grad.movedim(1 if name.endswith("DE") else 0, 0).flatten(1) if parameter.dim() > 1 else (
+            parameter.grad.view(-1, 1))  # fmt: skip
+        assert per_expert.abs().sum(dim=1).gt(0).all(), name
+
+
+@pytest.mark.parametrize("form", ["paper", "improved"])
+def test_a_loss_on_the_choice_reaches_thresholds_that_nobody_passes(form):
+    """The straight-through form promises it; the released one ends that gradient with its ReLU."""
+    for straight_through, promised in (("all", True), ("selected", False)):
+        layer = layer_of(
+            "model.router.kind=top_any", f"model.router.form={form}", "model.router.efficiency_loss=1",
+            "model.router.diversity_loss=0", "model.router.simplicity_loss=0",
+            f"model.router.straight_through={straight_through}", "model.router.min_experts=0",
+        )  # fmt: skip
+        with torch.no_grad():
+            layer.router.thresholds_E[2] = 1.0  # no cosine is larger
+        x = torch.randn(20, HIDDEN)
+        assert not layer.router(x).routing_map_TE[:, 2].any()
+        layer(x).backward(torch.zeros(20, HIDDEN))
+        assert (layer.router.thresholds_E.grad[2] != 0) == promised
+        assert (layer.router.prototypes_DE.grad[:, 2] != 0).any() == promised
+
+
+@given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 5), st.floats(0.02, 1.0))
+def test_a_threshold_lets_its_share_of_tokens_in(seed, tokens, experts, share):
+    values = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed))
+    thresholds = thresholds_for_share(values, share, None)
+    allowed = share * tokens
+    for expert in range(experts):
+        column = values[:, expert]
+        assert int((column > thresholds[expert]).sum()) <= allowed + 1e-4
+        # Any lower and one more would pass.
+        next_down = column[column <= thresholds[expert]]
+        if len(next_down):
+            assert int((column >= next_down.max()).sum()) > allowed - 1e-4
+
+
+@pytest.mark.parametrize("overrides", [IMPROVED, BASELINES["expert_threshold"],
+                                       ["model.router.kind=sigmoid", "model.router.cutoff=0.7"]])  # fmt: skip
+def test_calibration_gives_the_wanted_experts_per_token_once(overrides):
+    layer = layer_of(*overrides, "model.router.initial_experts=1.5", "model.router.min_experts=0")
+    x = torch.randn(400, HIDDEN, generator=torch.Generator().manual_seed(1))
+    layer.context.calibrating = True
+    layer(x)
+    assert layer.router(x).experts_per_token_T.float().mean().item() == pytest.approx(1.5, abs=0.02)
+    assert layer.router(x).tokens_per_expert_E.tolist() == pytest.approx([150] * 4, abs=2)
+    before = layer.router.offset_E.clone()
+    layer(x[:7])
+    assert torch.equal(layer.router.offset_E, before), "set a second time"
+    assert not layer.has_statistics
+
+
+def test_state_keeps_its_precision_where_weights_are_cast():
+    layer = layer_of(*ROUTERS["top_p"], "budget.method=pi", "budget.experts_per_token=2")
+    layer.router.p.fill_(0.1234567)
+    layer.bfloat16()
+    assert layer.router.weight_ED.dtype == torch.bfloat16
+    assert layer.router.p.dtype == layer.router.offset_E.dtype == torch.float32
+    assert layer.router.p.item() == pytest.approx(0.1234567, rel=1e-6)
+    layer.to("meta")
+    assert layer.router.p.device.type == "meta"
+
+
+def test_the_scale_of_cosines():
+    assert layer_of("model.router.kind=top_any", "model.router.scale=3").router.scale == 3.0
+    assert layer_of(*IMPROVED, "model.router.scale=0.5").router.scale == 0.5 * HIDDEN**0.5
+    learned = layer_of(*IMPROVED, "model.router.temperature=learned").router
+    assert learned.scale.item() == pytest.approx(HIDDEN**0.5)
+    assert learned.scale.requires_grad
+
+
+def test_the_balance_counts_the_step_so_far():
+    """With two micro-batches the second one's loss weighs the load of both, as one pass over both would."""
+    layer = layer_of("model.router.kind=top_k")
+    spread_router(layer)
+    x = torch.randn(24, HIDDEN)
+    whole = layer.router(x)
+    share = whole.selected_map_TE.float().mean(dim=0) / 2
+    layer.router.losses(layer.router(x[:12]))
+    layer.context.micro_batch = 1
+    second = layer.router(x[12:])
+    expected = 4 * (share * second.scores_TE.mean(dim=0)).sum()
+    torch.testing.assert_close(layer.router.losses(second)["balance"], expected)
+    # A repeated pass (activation recomputation) finds the same counts and adds nothing.
+    with layer.context.recompute():
+        torch.testing.assert_close(layer.router.losses(second)["balance"], expected)
+    layer.context.micro_batch = 0
+    torch.testing.assert_close(layer.router.losses(whole)["balance"], 4 * (share * whole.scores_TE.mean(dim=0)).sum())
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "sequence"])
+def test_narrower_scopes_of_the_balance(scope):
+    layer = layer_of("model.router.kind=top_k", f"model.router.balance_scope={scope}")
+    spread_router(layer)
+    x = torch.randn(2, 6, HIDDEN)
+    layer.context.micro_batch = 1  # of no account here
+    found = layer.router.losses(layer.router(x.view(12, HIDDEN)), num_sequences=2)["balance"]
+    parts = [x.view(12, HIDDEN)] if scope == "micro_batch" else list(x)
+    alone = [layer.router(part) for part in parts]
+    expected = [4 * (plan.selected_map_TE.float().mean(dim=0) / 2 * plan.scores_TE.mean(dim=0)).sum() for plan in alone]
+    torch.testing.assert_close(found, torch.stack(expected).mean())
+
+
+def test_capacity_follows_the_average_of_earlier_steps():
+    layer = layer_of(*ROUTERS["top_k"], "model.moe.capacity_factor=1.0")
+    spread_router(layer)
+    x = torch.randn(40, HIDDEN)
+    layer(x)
+    first = layer._drop_beyond_capacity(layer.router(x))
+    assert first.tokens_per_expert_E.max() <= 20  # 40 tokens x 2 experts over 4
+    layer.router.experts_per_token.fill_(1.0)
+    later = layer._drop_beyond_capacity(layer.router(x))
+    assert later.tokens_per_expert_E.max() == 10
+    assert (later.selected_map_TE & ~later.routing_map_TE).sum() + later.routing_map_TE.sum() == 80

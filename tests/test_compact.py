@@ -1,0 +1,112 @@
+"""Removed experts leave the checkpoint; what the model says stays the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynmoe.__main__ import VERBS
+from dynmoe.compact import compact, slots_to_keep
+from dynmoe.config import load_config
+from dynmoe.errors import UserError
+from tests.train.cases import TrainingProcess, read_rows
+
+
+@pytest.fixture(scope="module")
+def adapted(corpus_dir, tmp_path_factory) -> Path:
+    """A short run whose experts were thinned out and never filled up again."""
+    runs = tmp_path_factory.mktemp("adapted") / "runs"
+    process = TrainingProcess(
+        corpus_dir, runs, "train.steps=8", "model.moe.experts=6", "model.moe.active_at_start=5",
+        "adaptation.addition_share=0.99", "adaptation.removal_share=0.9", "eval.interval=0",
+    )  # fmt: skip
+    assert process.wait() == 0, process.output()
+    assert any(event["change"] == "removed" for event in read_rows(runs / "tiny" / "events.jsonl"))
+    return runs / "tiny"
+
+
+def logits_of(run: str, vocab_size: int) -> dict[str, torch.Tensor]:
+    """On one rank of a pool: logits of the newest checkpoint, its state, and two more steps of training."""
+    from dynmoe.data.batches import Batch
+    from dynmoe.engines.deepspeed import DeepSpeedEngine
+    from dynmoe.train.checkpoint import newest_sound
+
+    config = load_config(f"{run}/config.yaml", ["parallel.expert=1", "adaptation.interval=0"])
+    engine = DeepSpeedEngine(config, vocab_size)
+    engine.load(newest_sound(Path(run) / "checkpoints").path)
+    tokens = torch.arange(96).view(2, 48) % vocab_size
+    before = engine.logits(tokens).clone()
+    batch = Batch(tokens[:, :-1], tokens[:, 1:])
+    for _ in range(2):
+        engine.train_step([batch, batch], 1e-2, record=False)
+    size = torch.tensor(sum(parameter.numel() for parameter in engine.module.parameters()))
+    return {"before": before, "after": engine.logits(tokens).clone(), "size": size}
+
+
+@pytest.mark.parametrize("multiple", [1, 2])
+def test_fewer_parameters_and_the_same_logits_now_and_after_more_training(one_rank, adapted, tmp_path, multiple):
+    config, kept = compact(adapted, tmp_path / "small", multiple)
+    assert load_config(tmp_path / "small" / "config.yaml") == config
+    assert config.model.moe.experts_by_layer == [len(slots) for slots in kept.values()]
+    assert min(config.model.moe.experts_by_layer) < 6
+    assert all(len(slots) % multiple == 0 for slots in kept.values())
+    assert config.parallel.expert == (2 if all(len(slots) % 2 == 0 for slots in kept.values()) else 1)
+    rows = json.loads(next((tmp_path / "small" / "checkpoints").glob("*/manifest.json")).read_text())
+    vocab_size = 448
+    (whole,), (small,) = (one_rank.run(logits_of, str(run), vocab_size) for run in (adapted, tmp_path / "small"))
+    removed = sum(6 - len(slots) for slots in kept.values())
+    per_expert = 3 * 32 * 32 + 32 + 1  # weights, prototype, threshold
+    assert whole["size"] - small["size"] == removed * per_expert
+    torch.testing.assert_close(small["before"], whole["before"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(small["after"], whole["after"], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(small["before"], small["after"])
+    assert rows["ranks"] == 1
+
+
+def test_the_new_run_can_be_trained_on(adapted, corpus_dir, tmp_path):
+    compact(adapted, tmp_path / "runs" / "tiny")
+    counts = load_config(tmp_path / "runs" / "tiny" / "config.yaml").model.moe.experts_by_layer
+    process = TrainingProcess(
+        corpus_dir, tmp_path / "runs", "train.steps=10", "model.moe.experts=6", "eval.interval=0", "parallel.expert=1",
+        f"model.moe.experts_by_layer={counts}".replace(" ", ""), "model.moe.active_at_start=null",
+        "adaptation.interval=0",
+    )  # fmt: skip
+    assert process.wait() == 0, process.output()
+    assert [row["train/step"] for row in read_rows(tmp_path / "runs" / "tiny" / "metrics.jsonl")] == [9, 10]
+    assert f"of {min(counts)}" in process.output()
+
+
+def test_what_cannot_be_compacted_is_named(adapted, tmp_path):
+    with pytest.raises(UserError, match="exists; name a new directory"):
+        compact(adapted, adapted)
+    with pytest.raises(UserError, match="nothing to remove"):
+        compact(adapted, tmp_path / "small", multiple=6)
+    shutil.copytree(adapted, tmp_path / "broken")
+    for shard in (tmp_path / "broken" / "checkpoints").glob("*/dense.safetensors"):
+        shard.write_bytes(b"")
+    with pytest.raises(UserError, match="no undamaged checkpoint"):
+        compact(tmp_path / "broken", tmp_path / "small")
+    with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
+        compact(tmp_path / "nowhere", tmp_path / "small")
+
+
+def test_slots_to_keep_by_hand():
+    active = [False, True, False, True, True, False]
+    assert slots_to_keep(active, 1) == [1, 3, 4]
+    assert slots_to_keep(active, 2) == [0, 1, 3, 4]
+    assert slots_to_keep(active, 3) == [1, 3, 4]
+
+
+def test_the_command_lists_its_verbs_and_names_an_unknown_one(capsys, monkeypatch):
+    from dynmoe.__main__ import main
+
+    monkeypatch.setattr("sys.argv", ["dynmoe", "--help"])
+    main()
+    assert all(verb in capsys.readouterr().out for verb in VERBS)
+    monkeypatch.setattr("sys.argv", ["dynmoe", "shrink"])
+    with pytest.raises(UserError, match="dynmoe shrink: no such verb; use one of compact"):
+        main()
