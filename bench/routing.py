@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from dynmoe.config import load_config
 from dynmoe.errors import UserError
 
 _HELD = ["budget.experts_per_token=2"]
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=160, help="optimizer steps of a run")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on one core or GPU")
     parser.add_argument("--runs", type=Path, default=Path("runs/bench-routing"), help="their directory; what is "
-                        "finished there is not run again")  # fmt: skip
+                        "finished there is not run again: name a new one after a change of the code")  # fmt: skip
     parser.add_argument("--overrides", nargs="*", default=[], metavar="key=value", help="fields for every run")
     parser.add_argument("--plot", type=Path, help="draw loss and K over training there (needs matplotlib)")
 
@@ -72,14 +73,17 @@ def _directory(given: argparse.Namespace, method: str, seed: int) -> Path:
 def _train(given: argparse.Namespace, method: str, seed: int) -> None:
     """Trains in a process of its own, unless that is done already."""
     directory = _directory(given, method, seed)
+    overrides = [
+        f"run.dir={directory.parent}", f"run.name={directory.name}", f"train.steps={given.steps}",
+        f"train.seed={seed}", "parallel.expert=1", "logging.interval=1", "logging.wandb=disabled", "eval.interval=0",
+        "checkpoint.interval=0", *METHODS[method], *given.overrides,
+    ]  # fmt: skip
     outcome = directory / "outcome.json"
     if outcome.exists() and json.loads(outcome.read_text())["status"] == "finished":
+        if load_config(directory / "config.yaml") != load_config(given.config, overrides):
+            raise UserError(f"--runs: {directory} was trained with another configuration; name another directory")
         return
-    command = [
-        sys.executable, "train.py", str(given.config), f"run.dir={directory.parent}", f"run.name={directory.name}",
-        f"train.steps={given.steps}", f"train.seed={seed}", "parallel.expert=1", "logging.interval=1",
-        "logging.wandb=disabled", "eval.interval=0", "checkpoint.interval=0", *METHODS[method], *given.overrides,
-    ]  # fmt: skip
+    command = [sys.executable, "train.py", str(given.config), *overrides]
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(
         command, env=alone | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +49,13 @@ def compact(run: Path, output: Path, multiple: int = 1) -> tuple[Config, dict[in
     masks = {layer: _read(checkpoint, buffer_key(f"layers.{layer}.moe.router.active_E")).tolist()
              for layer in config.model.moe_layers}  # fmt: skip
     kept = {layer: slots_to_keep(mask, multiple) for layer, mask in masks.items()}
+    for layer, slots in kept.items():
+        if len(slots) % multiple:
+            used = sum(masks[layer])
+            raise UserError(
+                f"--multiple={multiple}: layer {layer} has {used} of {len(masks[layer])} experts in use and too few "
+                f"others to fill up; use a divisor of {len(slots)}"
+            )
     if all(len(kept[layer]) == len(masks[layer]) for layer in masks):
         raise UserError(f"{run}: every expert is in use (or kept by --multiple={multiple}); nothing to remove")
     new = _configuration(config, output, [len(slots) for slots in kept.values()])
@@ -55,8 +63,10 @@ def compact(run: Path, output: Path, multiple: int = 1) -> tuple[Config, dict[in
     state["config"] = dataclasses.asdict(new)
     state["progress"]["wandb_id"] = None  # another run
     facts = {"ranks": 1, "parallel": state["config"]["parallel"], "config": new.digest(), "data": state["data"]}
-    rewrite(checkpoint, output / "checkpoints", lambda old, path: _rewrite_file(old, path, kept), state, facts)
-    write_atomically(output / "config.yaml", new.to_yaml())
+    building = output.with_name(f"{output.name}.tmp-{secrets.token_hex(4)}")  # half a run is none
+    rewrite(checkpoint, building / "checkpoints", lambda old, path: _rewrite_file(old, path, kept), state, facts)
+    write_atomically(building / "config.yaml", new.to_yaml())
+    building.rename(output)
     return new, kept
 
 
@@ -69,12 +79,13 @@ def slots_to_keep(active: list[bool], multiple: int) -> list[int]:
 
 def _configuration(config: Config, output: Path, counts: list[int]) -> Config:
     moe = dataclasses.replace(config.model.moe, experts_by_layer=counts, active_at_start=None)
+    router = dataclasses.replace(config.model.router, initial_experts=None)  # of a start that is long past
     # What the experts were spread over may not divide the numbers that are left.
     spread = config.parallel.expert if all(count % config.parallel.expert == 0 for count in counts) else 1
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, dir=str(output.parent), name=output.name),
-        model=dataclasses.replace(config.model, moe=moe),
+        model=dataclasses.replace(config.model, moe=moe, router=router),
         parallel=dataclasses.replace(config.parallel, expert=spread),
     )
 

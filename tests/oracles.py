@@ -30,15 +30,11 @@ def top_p_choice(probs: list[float], p: float, form: str, min_experts: int = 1, 
     return set(order[: wanted if max_experts is None else min(wanted, max_experts)])
 
 
-def top_any_choice(scores: list[float], thresholds: list[float], active: list[bool], min_experts=0, max_experts=None):
-    """Experts whose score passes their threshold; the best ones fill up to the floor and stay below the ceiling."""
-    order = [expert for expert in descending(scores) if active[expert]]
-    chosen = {expert for expert in order if scores[expert] > thresholds[expert]} | set(order[:min_experts])
-    return (
-        chosen
-        if max_experts is None
-        else {e for place, e in enumerate(descending(scores)) if place < max_experts and e in chosen}
-    )
+def top_any_choice(margins: list[float], active: list[bool], min_experts=0, max_experts=None):
+    """Active experts of positive margin; the best ones fill up to the floor, and the ceiling keeps the best."""
+    order = [expert for expert in descending(margins) if active[expert]]
+    chosen = {expert for expert in order if margins[expert] > 0} | set(order[:min_experts])
+    return chosen & set(order[:max_experts])
 
 
 def moe_output(x_TD: Tensor, gates_TE: Tensor, map_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor) -> Tensor:

@@ -34,7 +34,6 @@ _OPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("top_any", "released"): {"straight_through": "selected", "min_experts": 0},
     ("top_any", "improved"): {
         "weights": "score", "renormalize": True, "temperature": "sqrt_hidden", "initial_experts": 2.0,
-        "balance_per_route": True,
     },
     ("expert_threshold", "paper"): {"min_experts": 0, "initial_experts": 2.0},
     ("relu", "paper"): {"min_experts": 0},
@@ -51,7 +50,7 @@ _COEFFICIENTS: dict[tuple[str, str], dict[str, float]] = {
     ("top_p", "improved"): {"balance": 1e-2, "entropy": 1e-4},
     ("top_any", "paper"): {"diversity": 1e-2, "simplicity": 1e-2},
     ("top_any", "released"): {"diversity": 1e-2, "simplicity": 1e-2, "balance": 1e-2, "efficiency": 1e-2},
-    ("top_any", "improved"): {"diversity": 1e-2, "simplicity": 1e-2},
+    ("top_any", "improved"): {"diversity": 1e-2, "simplicity": 1e-2, "balance": 1e-2},
 }
 
 # The routers that a field means something to; fields that are not here belong to all, or are too common to refuse.
@@ -64,12 +63,12 @@ _MEANT_FOR: dict[str, tuple[str, ...]] = {
     "temperature": ("top_any",),
     "scale": ("top_any",),
     "renormalize": ("top_k", "top_p", "top_any", "sigmoid", "expert_threshold", "null_experts"),
-    "min_experts": ("top_p", "top_any", "sigmoid", "expert_threshold"),
-    "max_experts": ("top_p", "top_any", "sigmoid", "expert_threshold", "relu"),
+    "min_experts": ("top_p", "top_any", "sigmoid"),
+    "max_experts": ("top_p", "top_any", "sigmoid", "relu"),
     "initial_experts": THRESHOLD_KINDS,
     "balance_loss": ("top_k", "top_p", "top_any", "sigmoid", "expert_threshold", "null_experts"),
     "balance_per_route": ("top_k", "top_p", "top_any", "sigmoid", "expert_threshold"),
-    "entropy_loss": ("top_k", "top_p", "null_experts"),
+    "entropy_loss": ("top_k", "top_p"),
     "z_loss": ("top_k", "top_p", "null_experts"),
     "diversity_loss": ("top_any",),
     "simplicity_loss": ("top_any",),
@@ -147,6 +146,9 @@ class RouterConfig(Section):
         if self.kind == "top_any" and self.form == "released" and floor:
             cure = "remove it, or use form=paper"
             raise ConfigError(f"{path}.min_experts", floor, "the released form has no floor", cure)
+        if self.kind == "top_any" and self.options.weights == "uniform" and self.renormalize is False:
+            cure = "remove it, or use weights=score"
+            raise ConfigError(f"{path}.renormalize", False, "uniform gates always sum to 1", cure)
         if self.balance_scope == "sequence" and self.kind in ("top_any", "null_experts", "relu"):
             problem = f"the {self.kind} router balances over batches only"
             raise ConfigError(f"{path}.balance_scope", self.balance_scope, problem, "use global_batch or micro_batch")
@@ -228,8 +230,12 @@ class BudgetConfig(Section):
         above=0,
     )  # fmt: skip
 
-    def check_router(self, router: RouterConfig, smallest_layer: int) -> None:
-        """Raises a ConfigError where this budget cannot be held by ``router`` over ``smallest_layer`` experts."""
+    @property
+    def is_set(self) -> bool:
+        return self.method != "none" or self.experts_per_token is not None or self.start is not None
+
+    def check_router(self, router: RouterConfig, num_experts: int) -> None:
+        """Raises a ConfigError where this budget cannot be held by ``router`` over ``num_experts`` active experts."""
         if self.method == "pi" and router.kind not in ("top_p", "top_any", "sigmoid"):
             raise ConfigError(
                 "budget.method", self.method, f"the {router.kind} router has nothing that it could move",
@@ -244,7 +250,17 @@ class BudgetConfig(Section):
         if not needs and self.experts_per_token is not None:
             problem = f"nothing holds it: the {router.kind} router with budget.method={self.method}"
             raise ConfigError("budget.experts_per_token", self.experts_per_token, problem, "set budget.method")
-        floor, ceiling = router.options.min_experts, router.max_experts or smallest_layer
+        if (self.start is None) != (self.over_steps == 0):
+            name, cure = ("start", "set budget.over_steps") if self.start else ("over_steps", "set budget.start")
+            raise ConfigError(f"budget.{name}", getattr(self, name), "is half of a schedule", cure)
+        if self.start is not None and self.experts_per_token is None:
+            raise ConfigError("budget.start", self.start, "has no target to lead to", "set budget.experts_per_token")
+        if self.rate is not None and self.method != "loss_free":
+            raise ConfigError("budget.rate", self.rate, f"has no meaning for budget.method={self.method}", "remove it")
+        if self.scope == "global" and router.kind in ("top_k", "expert_threshold"):
+            problem = f"the {router.kind} router holds each layer by itself"
+            raise ConfigError("budget.scope", self.scope, problem, "use layer")
+        floor, ceiling = router.options.min_experts, min(router.max_experts or num_experts, num_experts)
         for name in ("experts_per_token", "start"):
             value = getattr(self, name)
             if value is not None and not floor <= value <= ceiling:
@@ -281,6 +297,10 @@ class AdaptationConfig(Section):
         if self.window > min(self.interval, steps):
             problem = f"is longer than the interval ({self.interval}) or the run ({steps} steps)"
             raise ConfigError("adaptation.window", self.window, problem, "use a shorter one")
+        last = min(self.until or steps, steps)
+        if self.interval > last:
+            problem = f"ends no window before the last step that may update ({last})"
+            raise ConfigError("adaptation.interval", self.interval, problem, "use a shorter one, or 0")
         if self.policy == "released" and (self.removal_share or self.addition_share):
             name = "removal_share" if self.removal_share else "addition_share"
             problem = "the released policy counts any or none"

@@ -97,8 +97,11 @@ class ModelConfig(Section):
         if layers == 0:
             return
         smallest, name_of_limit = self.smallest_layer, "model.moe.experts"
-        limits: dict[str, float | None] = {name: getattr(router, name) for name in ("min_experts", "max_experts")}
-        limits["initial_experts"] = router.options.initial_experts
+        # A ceiling that a small layer never reaches does no harm; one that no layer reaches is a mistake.
+        if router.max_experts is not None and router.max_experts > self.largest_layer:
+            cure = f"use at most model.moe.experts ({self.largest_layer})"
+            raise ConfigError("model.router.max_experts", router.max_experts, "is more than there are experts", cure)
+        limits: dict[str, float | None] = {name: getattr(router, name) for name in ("min_experts", "initial_experts")}
         if router.kind in ("top_k", "null_experts"):
             limits["k"] = router.k
         if router.kind == "null_experts":
@@ -124,6 +127,11 @@ class ModelConfig(Section):
     def smallest_layer(self) -> int:
         """Experts of the MoE layer that has the fewest."""
         return min(self.moe.experts_by_layer or [self.moe.experts])
+
+    @property
+    def largest_layer(self) -> int:
+        """Experts of the MoE layer that has the most."""
+        return max(self.moe.experts_by_layer or [self.moe.experts])
 
     @property
     def moe_layers(self) -> list[int]:
@@ -228,9 +236,7 @@ class Config(Section):
         super().__post_init__()
         self._check_engine()
         self._check_experts()
-        if self.model.moe_layers:
-            self.budget.check_router(self.model.router, self.model.smallest_layer)
-            self.adaptation.check_run(self.model.router, self.train.steps)
+        self._check_control()
 
     def _check_engine(self) -> None:
         if self.engine == "megatron":
@@ -253,6 +259,16 @@ class Config(Section):
             shown = ", ".join(str(count) for count in sorted(set(counts)))
             cure = f"use a divisor of model.moe.experts ({shown})" if counts else "set it to 1: the model is dense"
             raise ConfigError("parallel.expert", size, "cannot spread the experts evenly", cure)
+
+    def _check_control(self) -> None:
+        model, budget, adaptation = self.model, self.budget, self.adaptation
+        if not model.moe_layers:
+            for name, value in (("budget.method", budget.method), ("adaptation.interval", adaptation.interval)):
+                if value not in ("none", 0):
+                    raise ConfigError(name, value, "the model is dense", "remove it, or set model.moe.experts")
+            return
+        budget.check_router(model.router, model.moe.active_at_start or model.largest_layer)
+        adaptation.check_run(model.router, self.train.steps)
 
     def check_world(self, world_size: int) -> None:
         """Checks that the parallel sizes and batches fit ``world_size`` ranks.

@@ -95,6 +95,7 @@ class DeepSpeedEngine:
         )
         self._state = deepspeed_state.OptimizerState(self._optimizer, self._adam)
         self._control = RoutingControl(config, self.module.moe_layers, self.context, self._state)
+        self._steps = 0
         self._lm_loss = torch.zeros((), device=self.device)
         self._grad_norm = torch.zeros((), device=self.device)
 
@@ -120,7 +121,7 @@ class DeepSpeedEngine:
         }
 
     def train_step(self, batches: Sequence[Batch], lr: float, record: bool) -> list[AdaptationEvent]:
-        step = self._state.step + 1
+        step = self._steps + 1
         self.module.train()
         if self._control.needs_calibration:
             self._calibrate(batches[0])
@@ -141,14 +142,18 @@ class DeepSpeedEngine:
         for group in self._adam.param_groups:
             group["lr"] = lr * group["lr_factor"]
         self._engine.step()
+        self._steps = step  # kept on the host: the optimizer's count waits for the device
         self.context.recording = False
         return self._control.end_step(step)
 
     @torch.no_grad()
     def _calibrate(self, batch: Batch) -> None:
-        """A pass in which threshold routers set their thresholds, each from what the layers before it give."""
+        """A pass in which threshold routers set their thresholds, each from what the layers before it give.
+
+        One micro-batch of each rank: all that fits in memory for sure.
+        """
         self.context.calibrating = True
-        self.module(batch.tokens_BS.to(self.device))
+        self.module.hidden(batch.tokens_BS.to(self.device))
         self.context.calibrating = False
 
     def _describe_nonfinite(self, step: int) -> str:
@@ -228,6 +233,7 @@ class DeepSpeedEngine:
 
     def load(self, directory: Path) -> None:
         deepspeed_state.load(directory, self.module, self._state)
+        self._steps = self._state.step
 
 
 def _start_processes() -> torch.device:

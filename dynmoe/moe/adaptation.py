@@ -38,15 +38,19 @@ class ParameterRenewal(Protocol):
         """
 
 
-def experts_to_remove(active_E: Tensor, selected_E: Tensor, removal_share: float) -> list[int]:
-    """Active experts with at most ``removal_share`` of the mean load of active experts; never all of them.
+def experts_to_remove(active_E: Tensor, selected_E: Tensor, removal_share: float, keep: int = 1) -> list[int]:
+    """Active experts with at most ``removal_share`` of the mean load of active experts, but for the ``keep`` busiest.
 
-    A share of 0 means experts that no token selected.
+    A share of 0 means experts that no token selected. Where no expert was selected at all the thresholds are wrong,
+    not the experts, and none is removed.
     """
     active = active_E.nonzero().flatten()
     load = selected_E[active]
-    idle = (load <= removal_share * load.mean()) & (load < load.max())
-    return active[idle].tolist() if load.sum() > 0 else active[1:].tolist()
+    if load.sum() == 0:
+        return []
+    idle = load <= removal_share * load.mean()
+    idle[load.argsort(descending=True, stable=True)[:keep]] = False
+    return active[idle].tolist()
 
 
 def slot_to_fill(active_E: Tensor, num_ranks: int) -> int | None:
@@ -73,10 +77,15 @@ class Adaptation:
 
     Sums are over all ranks, so that every replica decides alike. They lie in the routers' buffers, and with them in
     checkpoints. An expert that was added is new: weights, fp32 masters and moments.
+
+    Args:
+        config: schedule and policy.
+        renewal: the engine's.
+        keep: experts that a layer needs at least (for its floor and its budget); no removal goes below.
     """
 
-    def __init__(self, config: AdaptationConfig, renewal: ParameterRenewal) -> None:
-        self.config, self.renewal = config, renewal
+    def __init__(self, config: AdaptationConfig, renewal: ParameterRenewal, keep: int = 1) -> None:
+        self.config, self.renewal, self.keep = config, renewal, keep
 
     def records(self, step: int) -> bool:
         """Whether optimizer step ``step`` (from 1 on) lies in a recording window."""
@@ -88,6 +97,10 @@ class Adaptation:
     def _end_of(self, step: int) -> int:
         """The first step at or after ``step`` that ends a window."""
         return -(-step // self.config.interval) * self.config.interval
+
+    def _is_first(self, step: int) -> bool:
+        """Whether ``step`` is the first of its recording window."""
+        return self._end_of(step) - step == min(self.config.window, self.config.interval) - 1
 
     @torch.no_grad()
     def update(
@@ -101,15 +114,17 @@ class Adaptation:
             assert observation.unclaimed is not None
             assert observation.unclaimed_D is not None
             router = layer.router
-            router.window_tokens += observation.tokens
-            router.window_selected_E += observation.selected_E
-            router.window_unclaimed += observation.unclaimed
-            router.window_unclaimed_D += observation.unclaimed_D
+            sums = {
+                router.window_tokens: observation.tokens,
+                router.window_selected_E: observation.selected_E,
+                router.window_unclaimed: observation.unclaimed,
+                router.window_unclaimed_D: observation.unclaimed_D,
+            }
+            for window, seen in sums.items():
+                # From zero at a window's first step, whatever an earlier start with another interval left there.
+                window.copy_(seen if self._is_first(step) else window + seen)
             if step == self._end_of(step):
                 events += self._change(layer, step)
-                for window in (router.window_tokens, router.window_selected_E, router.window_unclaimed,
-                               router.window_unclaimed_D):  # fmt: skip
-                    window.zero_()
         return events
 
     def _change(self, layer: MoELayer, step: int) -> list[AdaptationEvent]:
@@ -120,7 +135,7 @@ class Adaptation:
         ranks = layer.context.expert_parallel
         per_rank = len(active_E) // ranks
         events = []
-        for expert in experts_to_remove(active_E, selected_E, config.removal_share):
+        for expert in experts_to_remove(active_E, selected_E, config.removal_share, self.keep):
             load = int(selected_E[expert])
             reason = f"{load} of {int(tokens)} tokens selected it"
             events.append(AdaptationEvent(step, layer.layer, expert, expert // per_rank, "removed", reason))
@@ -139,8 +154,9 @@ class Adaptation:
         router, experts = layer.router, layer.experts
         offset = router.offset_E.new_zeros(())
         if self.config.policy == "improved":
+            # The median: one threshold out of reach must not put the new one there too.
             others_E = (router.thresholds_E.float() + router.offset_E)[active_E.to(router.offset_E.device)]
-            offset = others_E.mean()
+            offset = others_E.median()
         router.offset_E[slot] = offset
         zero = torch.zeros((), device=offset.device)
         self.renewal.renew(router.thresholds_E, (slot,), zero)

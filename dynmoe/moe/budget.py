@@ -15,8 +15,8 @@ from dynmoe.routing.expert_threshold import kth_largest, move_cutoffs
 from dynmoe.routing.relu import adapt_l1
 
 _THRESHOLD_RATE, _BIAS_RATE = 0.1, 1e-3
-# Thresholds stay within reach of every score: cosines lie in [-1, 1], logits hardly beyond 20.
-_REACH = {"top_any": 2.0, "sigmoid": 20.0}
+# Decay of the moving average of the deviation that thresholds are moved by.
+_DECAY = 0.9
 
 
 class Budget:
@@ -54,31 +54,27 @@ class Budget:
                 wanted = observation.tokens * target / router.active_E.sum()
                 best_E = kth_largest(observation.histogram_EB, wanted)
                 router.offset_E.copy_(move_cutoffs(router.offset_E, best_E, router.settings.cutoff_decay))
+            elif router.settings.kind == "top_k":
+                change_E = control.bias_change(observation.selected_E, self.config.rate or _BIAS_RATE)
+                router.offset_E.sub_(change_E.float())
             else:
-                if self.config.method == "loss_free":
-                    self._balance(router, observation.selected_E)
-                if target is not None:
-                    self._hold(router, experts_per_token, target)
+                assert target is not None
+                self._hold(router, observation, experts_per_token, target)
 
-    def _hold(self, router: Router, experts_per_token: Tensor, target: float) -> None:
+    def _hold(self, router: Router, observation: Observation, experts_per_token: Tensor, target: float) -> None:
         error = control.budget_error(experts_per_token, target)
         change = control.pi_change(error, router.error, self.config.proportional, self.config.integral)
         router.error.copy_(error)
         if router.settings.kind == "top_p":
             router.p.copy_(control.shift_probability(router.p, change))
-        else:
-            self._shift(router, -change.expand_as(router.offset_E))
-
-    def _balance(self, router: Router, selected_E: Tensor) -> None:
-        if router.settings.kind == "top_k":
-            router.offset_E.sub_(control.bias_change(selected_E, self.config.rate or _BIAS_RATE).float())
-        else:
+            return
+        assert observation.mean_E is not None
+        assert observation.variance_E is not None
+        active_E = router.active_E
+        old, now = router.deviation, ((observation.variance_E * active_E).sum() / active_E.sum()).sqrt().float()
+        old.copy_(torch.where(old > 0, _DECAY * old + (1 - _DECAY) * now, now))
+        change_E = -change.expand_as(router.offset_E)
+        if self.config.method == "loss_free":
             rate = self.config.rate or _THRESHOLD_RATE
-            self._shift(router, control.balance_change(selected_E, router.active_E, rate).float())
-
-    @staticmethod
-    def _shift(router: Router, change_E: Tensor) -> None:
-        """Moves the thresholds of active experts; ``change_E`` is in deviations of a score."""
-        moved_E = router.offset_E + change_E * router.threshold_unit
-        reach = _REACH[router.settings.kind]
-        router.offset_E.copy_(torch.where(router.active_E, moved_E.clamp(-reach, reach), router.offset_E))
+            change_E = change_E + control.balance_change(observation.selected_E, active_E, rate).float()
+        router.shift_thresholds(change_E, observation.mean_E.float())

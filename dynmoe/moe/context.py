@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from dynmoe.moe.observation import Wanted
+
 
 @dataclass
 class MoEContext:
@@ -19,8 +21,7 @@ class MoEContext:
         loss_scale: what the engine multiplies the main loss with (1 / accumulation steps).
         micro_batch: number of the forward pass within the optimizer step.
         recording: statistics are collected in this step.
-        observing: loads are collected in this step, for budget control and adaptation.
-        observing_unclaimed: so are the tokens that no expert's threshold let in.
+        observing: what is collected in this step for budget control and adaptation; None for nothing.
         calibrating: threshold routers set their thresholds from the scores of this pass.
         target_experts: experts per token wanted at present; the relu router's penalty is relative to it.
         recomputing: the pass in progress repeats an earlier one (activation checkpointing); nothing is counted.
@@ -31,8 +32,7 @@ class MoEContext:
     loss_scale: float = 1.0
     micro_batch: int = 0
     recording: bool = False
-    observing: bool = False
-    observing_unclaimed: bool = False
+    observing: Wanted | None = None
     calibrating: bool = False
     target_experts: float = 1.0
     recomputing: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from dynmoe.moe.adaptation import Adaptation, AdaptationEvent, ParameterRenewal
 from dynmoe.moe.budget import Budget
 from dynmoe.moe.context import MoEContext
 from dynmoe.moe.layer import MoELayer
-from dynmoe.moe.observation import Observation, reduce_observations
+from dynmoe.moe.observation import Observation, Wanted, reduce_observations
 
 # Decay of the moving average of experts per token that capacities come from.
 _DECAY = 0.9
@@ -36,10 +37,13 @@ class RoutingControl:
     ) -> None:
         router, budget = config.model.router, config.budget
         self._layers, self._context = layers, context
-        self._budget, self._adaptation = Budget(budget), Adaptation(config.adaptation, renewal)
+        self._budget = Budget(budget)
+        needed = max(router.options.min_experts, budget.experts_per_token or 0, budget.start or 0, 1)
+        self._adaptation = Adaptation(config.adaptation, renewal, keep=math.ceil(needed))
         self._holds = budget.method != "none" or budget.experts_per_token is not None
         self._averages = config.model.moe.capacity_factor is not None
         self._calibrated = False
+        self._moves_thresholds = budget.method != "none" and router.kind in ("top_any", "sigmoid")
         self._histogram = router.kind == "expert_threshold"
 
     @property
@@ -51,20 +55,18 @@ class RoutingControl:
 
     def begin_step(self, step: int) -> None:
         """Says what the forward passes of optimizer step ``step`` (from 1 on) are to collect."""
-        records = bool(self._layers) and self._adaptation.records(step)
-        self._context.observing_unclaimed = records
-        self._context.observing = bool(self._layers) and (self._holds or self._averages or records)
+        records = self._adaptation.records(step)
+        wanted = Wanted(compared=self._moves_thresholds, unclaimed=records, histogram=self._histogram)
+        acts = bool(self._layers) and (self._holds or self._averages or records)
+        self._context.observing = wanted if acts else None
         self._context.target_experts = self._budget.target(step - 1) or 1.0
 
     def end_step(self, step: int) -> list[AdaptationEvent]:
         """Acts on what step ``step`` saw; collective. Returns the experts that came and went."""
-        if not self._context.observing:
+        wanted, self._context.observing = self._context.observing, None
+        if wanted is None:
             return []
-        observations = reduce_observations(
-            self._layers, self._context.token_group,
-            unclaimed=self._context.observing_unclaimed, histogram=self._histogram,
-        )  # fmt: skip
-        self._context.observing = self._context.observing_unclaimed = False
+        observations = reduce_observations(self._layers, self._context.token_group, wanted)
         if self._holds:
             self._budget.update([layer.router for layer in self._layers], observations, step)
         if self._averages:

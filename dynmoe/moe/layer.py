@@ -94,9 +94,8 @@ class MoELayer(nn.Module):
         self._routed_rows += num_rows
         if context.recording:
             self._statistics.append(record(plan, losses, total, self.router.control, self.router.active_E))
-        if context.observing:
-            histogram = self.router.settings.kind == "expert_threshold"
-            seen = observe(plan, x_TD, unclaimed=context.observing_unclaimed, histogram=histogram)
+        if context.observing is not None:
+            seen = observe(self.router, plan, x_TD, context.observing)
             self._observed = seen if self._observed is None else self._observed + seen
 
     def take_routed_rows(self) -> int:

@@ -30,6 +30,9 @@ from dynmoe.routing import (
 )
 from dynmoe.routing.null_experts import null_balance
 
+# Thresholds stay within this many deviations of the mean score: no further off than any token may be.
+_REACH = 6.0
+
 
 def active_at_start(num_experts: int, wanted: int | None, spread: bool) -> Tensor:
     """Mask of the slots in use at the start: the first ones, or spread evenly so that every rank has its share."""
@@ -45,8 +48,9 @@ class Router(nn.Module):
     Buffers hold what is moved outside autograd, in fp32 whatever the precision of the model:
     ``active_E`` the slots in use; ``offset_E`` what is added to each threshold (top_k: taken from each score;
     expert_threshold: the cut-offs themselves); ``p`` (top_p) and ``l1`` (relu) the scalars in force; ``error`` the
-    budget controller's last error; ``experts_per_token`` a moving average, 0 before the first step; ``calibrated``
-    whether thresholds were set from first scores; ``window_*`` what adaptation recorded so far (top_any).
+    budget controller's last error; ``experts_per_token`` and ``deviation`` (of what is compared with thresholds) moving
+    averages, 0 before the first step; ``calibrated`` whether thresholds were set from first scores; ``window_*`` what
+    adaptation recorded so far (top_any).
 
     Args:
         model: router kind and its settings.
@@ -61,6 +65,7 @@ class Router(nn.Module):
     p: Tensor
     l1: Tensor
     error: Tensor
+    deviation: Tensor
     experts_per_token: Tensor
     calibrated: Tensor
     window_selected_E: Tensor
@@ -84,15 +89,13 @@ class Router(nn.Module):
         else:
             rows = num_experts + (settings.num_null if settings.kind == "null_experts" else 0)
             self.weight_ED = nn.Parameter(named_normal((rows, model.hidden), model.init_std, seed, f"{name}.weight"))
-        # Deviation of a score around its threshold at the start: the unit in which controllers move thresholds.
-        logit_std = model.init_std * math.sqrt(model.hidden)
-        self.threshold_unit = 1.0 / math.sqrt(model.hidden) if settings.kind == "top_any" else logit_std
         spread = settings.form != "released"
         self.register_buffer("active_E", active_at_start(num_experts, model.moe.active_at_start, spread))
         cutoff = settings.cutoff if settings.kind == "expert_threshold" else 0.0
         self.register_buffer("offset_E", torch.full((num_experts,), cutoff))
         self.register_buffer("error", torch.tensor(0.0))
         self.register_buffer("experts_per_token", torch.tensor(0.0))
+        self.register_buffer("deviation", torch.tensor(0.0))
         self.register_buffer("calibrated", torch.tensor(self.options.initial_experts is None))
         if settings.kind == "top_p":
             self.register_buffer("p", torch.tensor(settings.p))
@@ -125,18 +128,42 @@ class Router(nn.Module):
         """What decides how many experts a token gets, a scalar without gradient: k, p, L1 or the mean threshold."""
         kind = self.settings.kind
         if kind in ("top_k", "null_experts"):
-            return self.offset_E.new_tensor(self.settings.k)
+            return torch.full((), float(self.settings.k), device=self.offset_E.device)
         if kind in ("top_p", "relu"):
             return self.p if kind == "top_p" else self.l1
-        return self._score_thresholds_E()[self.active_E].mean()
+        return (self._score_thresholds_E() * self.active_E).sum() / self.active_E.sum()
 
     def _score_thresholds_E(self) -> Tensor:
         """The thresholds in force as scores, between 0 and 1."""
         if self.settings.kind == "top_any":
-            return torch.sigmoid(self.scale * (self.thresholds_E.float() + self.offset_E))
+            return torch.sigmoid(self.scale * (self._base_E() + self.offset_E))
         if self.settings.kind == "sigmoid":
-            return torch.sigmoid(torch.logit(self.offset_E.new_tensor(self.settings.cutoff)) + self.offset_E)
+            return torch.sigmoid(self._base_E() + self.offset_E)
         return self.offset_E
+
+    def _base_E(self) -> Tensor | float:
+        """What offsets are added to: trained thresholds (top_any), or the logit of the cut-off (sigmoid)."""
+        if self.settings.kind == "top_any":
+            return self.thresholds_E.float()
+        return math.log(self.settings.cutoff / (1.0 - self.settings.cutoff))
+
+    @torch.no_grad()
+    def compared_TE(self, plan: RoutingPlan) -> Tensor:
+        """What a plan of this router compared with its thresholds: cosines (top_any) or logits (sigmoid)."""
+        logits_TE = torch.logit(plan.scores_TE.detach(), eps=1e-6)
+        return logits_TE / self.scale if self.settings.kind == "top_any" else logits_TE
+
+    @torch.no_grad()
+    def shift_thresholds(self, change_E: Tensor, mean_E: Tensor) -> None:
+        """Moves the thresholds of active experts by ``change_E`` deviations, and keeps them where scores can be.
+
+        Args:
+            change_E: in deviations of what is compared with the thresholds.
+            mean_E: of what was compared in the last step, by expert.
+        """
+        base, reach = self._base_E(), _REACH * self.deviation
+        moved_E = (base + self.offset_E + change_E * self.deviation).clamp(mean_E - reach, mean_E + reach)
+        self.offset_E.copy_(torch.where(self.active_E, moved_E - base, self.offset_E))
 
     def forward(self, x_TD: Tensor) -> RoutingPlan:
         plan = self._route[self.settings.kind](self, x_TD)
@@ -167,10 +194,10 @@ class Router(nn.Module):
     def _top_any(self, x_TD: Tensor) -> RoutingPlan:
         if self.context.calibrating:
             cosine_TE = F.normalize(x_TD.float(), dim=1) @ F.normalize(self.prototypes_DE.float(), dim=0)
-            self._calibrate(cosine_TE - self.thresholds_E.float())
+            self._calibrate(cosine_TE - self._base_E())
         released, options = self.settings.form == "released", self.options
         return top_any(
-            x_TD, self.prototypes_DE, self.thresholds_E.float() + self.offset_E, self.active_E,
+            x_TD, self.prototypes_DE, self._base_E() + self.offset_E, self.active_E,  # type: ignore[arg-type]
             form="released" if released else "paper", training=self.training, scale=self.scale,
             straight_through=options.straight_through, weights=options.weights, renormalize=options.renormalize,
             **self._limits(),
@@ -179,7 +206,7 @@ class Router(nn.Module):
     def _sigmoid(self, x_TD: Tensor) -> RoutingPlan:
         logits_TE = linear_fp32(x_TD, self.weight_ED)
         if self.context.calibrating:
-            self._calibrate(logits_TE - math.log(self.settings.cutoff / (1.0 - self.settings.cutoff)))
+            self._calibrate(logits_TE - self._base_E())
         return sigmoid_cutoff(
             logits_TE, self._score_thresholds_E(), renormalize=self.options.renormalize, **self._limits()
         )
@@ -188,7 +215,7 @@ class Router(nn.Module):
         logits_TE = linear_fp32(x_TD, self.weight_ED)
         if self.context.calibrating:
             self._calibrate(torch.sigmoid(logits_TE))
-        return expert_threshold(logits_TE, self.offset_E, renormalize=self.options.renormalize, **self._limits())
+        return expert_threshold(logits_TE, self.offset_E, renormalize=self.options.renormalize)
 
     def _relu(self, x_TD: Tensor) -> RoutingPlan:
         return relu(linear_fp32(x_TD, self.weight_ED), max_experts=self.settings.max_experts)
@@ -215,7 +242,7 @@ class Router(nn.Module):
         wanted = self.options.initial_experts
         if wanted is None or bool(self.calibrated):
             return
-        share = wanted / int(self.active_E.sum())
+        share = min(1.0, wanted / int(self.active_E.sum()))
         self.offset_E.copy_(thresholds_for_share(values_TE.detach(), share, self.context.token_group))
         self.calibrated.fill_(True)
 
@@ -241,16 +268,22 @@ class Router(nn.Module):
             return self._balance_loss(plan, counts, num_sequences)
         if name == "diversity":
             return losses.diversity(self.prototypes_DE, self.active_E)
+        counted_E = None if self.settings.form == "released" else self.active_E
         if name == "simplicity":
-            return losses.simplicity(self.prototypes_DE, None if self.settings.form == "released" else self.active_E)
+            return losses.simplicity(self.prototypes_DE, counted_E)
+        if name == "efficiency":
+            return losses.efficiency(plan, active_E=counted_E)
         if name == "l1":
             return losses.l1(plan, self.context.target_experts, counts)
-        return {"entropy": losses.entropy, "z": losses.z_loss, "efficiency": losses.efficiency}[name](plan)
+        return {"entropy": losses.entropy, "z": losses.z_loss}[name](plan)
 
     def _balance_loss(self, plan: RoutingPlan, counts: RoutingCounts | None, num_sequences: int) -> Tensor:
         settings, per_route = self.settings, self.options.balance_per_route
         if settings.kind == "top_any":
-            return losses.gate_balance(plan, counts, per_route=per_route)
+            if settings.form == "improved":
+                return losses.choice_balance(plan, self.active_E, counts)
+            counted_E = None if settings.form == "released" else self.active_E
+            return losses.gate_balance(plan, counts, active_E=counted_E, per_route=per_route)
         if settings.kind == "null_experts":
             return null_balance(plan, settings.k, settings.num_null, counts)
         if settings.balance_scope == "sequence":

@@ -21,28 +21,30 @@ def expert_threshold(
     cutoffs_E: Tensor,
     *,
     renormalize: bool = False,
-    min_experts: int = 0,
-    max_experts: int | None = None,
 ) -> RoutingPlan:
     """Selects every expert whose sigmoid score exceeds that expert's cut-off; the gates are the scores.
 
     Args:
         logits_TE: router logits, any float dtype.
         cutoffs_E: fp32, the moving averages of :func:`move_cutoffs`.
-        renormalize, min_experts, max_experts: as in :func:`sigmoid_cutoff`.
+        renormalize: make the gates of a token sum to 1.
+
+    A token above no cut-off selects nobody: a floor or a ceiling would break the count that the cut-offs stand for.
     """
-    return sigmoid_cutoff(
-        logits_TE, cutoffs_E, renormalize=renormalize, min_experts=min_experts, max_experts=max_experts
-    )
+    return sigmoid_cutoff(logits_TE, cutoffs_E, renormalize=renormalize, min_experts=0)
 
 
 @torch.no_grad()
 def score_histogram(scores_TE: Tensor) -> Tensor:
     """Tokens by expert and bin of their score, int64 [E, NUM_BINS]."""
     num_experts = scores_TE.shape[1]
-    bins_TE = (scores_TE.detach() * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+    # What is no number is told of elsewhere, with its layer and rank; here it counts as 0.
+    bins_TE = (scores_TE.detach().nan_to_num(0.0) * NUM_BINS).long().clamp(max=NUM_BINS - 1)
     bins_TE += torch.arange(num_experts, device=scores_TE.device) * NUM_BINS
-    return torch.bincount(bins_TE.flatten(), minlength=num_experts * NUM_BINS).view(num_experts, NUM_BINS)
+    # Not bincount, which waits for the device to know its size.
+    counts = torch.zeros(num_experts * NUM_BINS, dtype=torch.int64, device=scores_TE.device)
+    counts.scatter_add_(0, bins_TE.flatten(), torch.ones_like(bins_TE).flatten())
+    return counts.view(num_experts, NUM_BINS)
 
 
 def kth_largest(histogram_EB: Tensor, k: Tensor) -> Tensor:

@@ -41,16 +41,39 @@ def sequence_balance(plan: RoutingPlan, num_sequences: int, *, per_route: bool =
     return num_experts * (selected_BE / total_B1 * mean_score_BE).sum() / num_sequences
 
 
-def gate_balance(plan: RoutingPlan, counts: RoutingCounts | None = None, *, per_route: bool = False) -> Tensor:
+def gate_balance(
+    plan: RoutingPlan, counts: RoutingCounts | None = None, *, active_E: Tensor | None = None, per_route: bool = False
+) -> Tensor:
     """E^2 * mean_e(me_e * ce_e), DynMoE's released balance term (January 2025).
 
     Over the tokens that selected somebody: me is the mean of their gates normalised to sum 1, ce the fraction that
-    selects each expert. At perfect balance it is K, as :func:`load_balance` is; ``per_route`` divides by that.
+    selects each expert. With E the number of active experts it is K at perfect balance, as :func:`load_balance` is;
+    ``active_E=None`` counts every slot, as the released code does. ``per_route`` divides by K.
     """
     counts = RoutingCounts.of(plan) if counts is None else counts
     mean_gate_E = sum_to_one(plan.gates_TE).sum(dim=0) / counts.routed_tokens_per_rank
     total = counts.selected_E.sum() if per_route else counts.num_routed_tokens
-    return plan.gates_TE.shape[1] ** 2 * (mean_gate_E * (counts.selected_E / total.clamp(min=1))).mean()
+    num_experts = plan.gates_TE.shape[1] if active_E is None else active_E.sum()
+    return num_experts * (mean_gate_E * (counts.selected_E / total.clamp(min=1))).sum()
+
+
+def choice_balance(plan: RoutingPlan, active_E: Tensor, counts: RoutingCounts | None = None) -> Tensor:
+    """Squared coefficient of variation of the load of active experts, through the straight-through choice.
+
+    The load loss of arXiv 1701.06538 (eq. 11) with DynMoE's choice in place of its noisy estimate. The gradient of an
+    expert's choice is its excess load: the threshold of one that nobody selects falls.
+
+    Raises:
+        ValueError: the plan's router passes no gradient through its choice.
+    """
+    if plan.choice_TE is None:
+        raise ValueError("choice_balance needs a router that passes a gradient through its choice (top_any)")
+    counts = RoutingCounts.of(plan) if counts is None else counts
+    active = active_E.to(counts.selected_E.dtype)
+    total = counts.selected_E.sum().clamp(min=1)
+    excess_E = (counts.selected_E * active.sum() / total - 1.0) * active
+    mean_choice_E = plan.choice_TE.sum(dim=0) / counts.tokens_per_rank
+    return (excess_E * mean_choice_E).sum() * counts.num_tokens / total
 
 
 def l1(plan: RoutingPlan, target: float, counts: RoutingCounts | None = None) -> Tensor:
@@ -103,8 +126,10 @@ def simplicity(prototypes_DE: Tensor, active_E: Tensor | None = None) -> Tensor:
     return torch.where(active_E.to(torch.bool), norm_E, 0.0).sum() / active_E.sum()
 
 
-def efficiency(plan: RoutingPlan, counts: RoutingCounts | None = None) -> Tensor:
-    """Mean over tokens and slots of the 0/1 choice, with its straight-through gradient (released DynMoE code).
+def efficiency(plan: RoutingPlan, counts: RoutingCounts | None = None, *, active_E: Tensor | None = None) -> Tensor:
+    """Mean over tokens and active experts of the 0/1 choice, with its straight-through gradient.
+
+    ``active_E=None`` counts every slot, as DynMoE's released code does.
 
     Raises:
         ValueError: the plan's router passes no gradient through its choice.
@@ -112,7 +137,7 @@ def efficiency(plan: RoutingPlan, counts: RoutingCounts | None = None) -> Tensor
     if plan.choice_TE is None:
         raise ValueError("efficiency needs a router that passes a gradient through its choice (top_any)")
     tokens = plan.choice_TE.shape[0] if counts is None else counts.tokens_per_rank
-    return plan.choice_TE.sum() / (tokens * plan.choice_TE.shape[1])
+    return plan.choice_TE.sum() / (tokens * (plan.choice_TE.shape[1] if active_E is None else active_E.sum()))
 
 
 def released_top_any_loss(plan: RoutingPlan, prototypes_DE: Tensor, active_E: Tensor) -> Tensor:

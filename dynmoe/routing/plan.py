@@ -74,7 +74,7 @@ class RoutingCounts:
     def of(cls, plan: RoutingPlan) -> RoutingCounts:
         """Counts of the tokens of this rank alone."""
         selected_TE = plan.selected_map_TE
-        num_tokens = torch.tensor(float(selected_TE.shape[0]), device=selected_TE.device)
+        num_tokens = torch.full((), float(selected_TE.shape[0]), device=selected_TE.device)
         return cls(selected_TE.sum(dim=0).float(), num_tokens, selected_TE.any(dim=1).sum().float())
 
     @property

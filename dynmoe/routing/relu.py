@@ -23,12 +23,13 @@ def relu(logits_TE: Tensor, *, max_experts: int | None = None) -> RoutingPlan:
     """
     check_limits(logits_TE.shape[1], 0, max_experts)
     scores_TE = torch.relu(logits_TE.float())
-    return threshold_plan(scores_TE, scores_TE.detach() > 0, False, 0, max_experts)
+    return threshold_plan(scores_TE, 0.0, False, 0, max_experts)
 
 
 def adapt_l1(coefficient: Tensor, experts_per_token: Tensor, target: float, factor: float = 1.2) -> Tensor:
     """The coefficient of the L1 penalty after a step: times ``factor`` where too many experts were used, else divided.
 
-    eq. 9 of the paper, whose sparsity is 1 - K / E.
+    eq. 9 of the paper, whose sparsity is 1 - K / E; kept within [1e-10, 100], so that it comes back soon from a target
+    that was out of reach for long.
     """
-    return coefficient * factor ** torch.sign(experts_per_token - target)
+    return (coefficient * factor ** torch.sign(experts_per_token - target)).clamp(1e-10, 1e2)

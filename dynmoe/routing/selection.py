@@ -48,10 +48,16 @@ def softmax_plan(logits_TE: Tensor, probs_TE: Tensor, map_TE: Tensor, renormaliz
 
 
 def threshold_plan(
-    scores_TE: Tensor, passed_TE: Tensor, renormalize: bool, min_experts: int, max_experts: int | None
+    scores_TE: Tensor, threshold: float | Tensor, renormalize: bool, min_experts: int, max_experts: int | None
 ) -> RoutingPlan:
-    """A plan whose gates are the scores of the experts that passed a threshold, within floor and ceiling."""
-    map_TE = limit_experts(passed_TE, rank_descending(scores_TE.detach()), min_experts, max_experts)
+    """A plan whose gates are the scores of the experts that exceed a threshold, within floor and ceiling.
+
+    The best experts of a token are those that exceed theirs by most: a threshold that was raised because its expert
+    has too many tokens must count for the tokens of the floor too.
+    """
+    margin_TE = scores_TE.detach() - threshold
+    passed_TE = margin_TE > 0
+    map_TE = limit_experts(passed_TE, rank_descending(margin_TE), min_experts, max_experts)
     gates_TE = scores_TE.masked_fill(~map_TE, 0.0)
     return RoutingPlan(
         sum_to_one(gates_TE) if renormalize else gates_TE, map_TE, map_TE, scores_TE,

@@ -24,7 +24,7 @@ def sigmoid_cutoff(
         cutoff: in [0, 1), one for all experts or a tensor [E] with one for each (not checked).
         renormalize: make the gates of a token sum to 1.
         min_experts: floor of experts per token; 0 lets a token select nobody (its output is then 0).
-        max_experts: ceiling of experts per token, by score.
+        max_experts: ceiling of experts per token; the best are those that exceed their cut-off by most.
 
     Raises:
         ValueError: a number outside its range.
@@ -33,4 +33,4 @@ def sigmoid_cutoff(
         raise ValueError(f"cutoff={cutoff} must lie in [0, 1)")
     check_limits(logits_TE.shape[1], min_experts, max_experts)
     scores_TE = torch.sigmoid(logits_TE.float())
-    return threshold_plan(scores_TE, scores_TE.detach() > cutoff, renormalize, min_experts, max_experts)
+    return threshold_plan(scores_TE, cutoff, renormalize, min_experts, max_experts)

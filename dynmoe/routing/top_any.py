@@ -58,7 +58,8 @@ def top_any(
         weights: ``uniform`` gates 1/K with K a constant (both forms), or ``score``: s_e times the step.
         renormalize: with ``score``, make the gates of a token sum to 1; uniform ones always do.
         min_experts: floor of experts per token; 0 lets a token select nobody (its output is then 0).
-        max_experts: ceiling of experts per token, by score.
+        max_experts: ceiling of experts per token. The best experts of a token, for floor and ceiling, are those that
+            exceed their threshold by most; in the released form those of the highest score.
 
     Raises:
         ValueError: a number, form or choice outside its range, or no active expert (looked for on a CPU only: a GPU
@@ -76,15 +77,16 @@ def top_any(
         raise ValueError(f"active_E masks all {len(active_E)} experts off: leave at least one on")
     cosine_TE = F.normalize(hidden_TD.float(), dim=1) @ F.normalize(prototypes_DE.float(), dim=0)
     scores_TE = torch.sigmoid(scale * cosine_TE) * active_E
-    margin_TE = scores_TE - torch.sigmoid(scale * thresholds_E.float())
+    threshold_E = torch.sigmoid(scale * thresholds_E.float())
+    margin_TE = scores_TE - threshold_E
     if (straight_through or ("all" if form == "paper" else "selected")) == "selected":
         margin_TE = torch.relu(margin_TE)
     step_TE = _StraightThroughStep.apply(margin_TE)
 
-    passed_TE = (step_TE.detach() > 0) & active_E
-    rank_TE = rank_descending(scores_TE.detach())
-    unclaimed_T = ~passed_TE.any(dim=1)
-    map_TE = passed_TE
+    map_TE = (step_TE.detach() > 0) & active_E
+    unclaimed_T = ~map_TE.any(dim=1)
+    ranked_TE = scores_TE.detach() if form == "released" else (scores_TE - threshold_E).detach()
+    rank_TE = rank_descending(ranked_TE.masked_fill(~active_E, -torch.inf))
     if form == "released":
         min_experts = 0
         if not training:

@@ -45,7 +45,25 @@ BAD = [
     ("budget.method=pi", ["budget.experts_per_token=None", "say how many"]),
     ("budget.experts_per_token=2", ["budget.experts_per_token=2", "set budget.method"]),
     ("budget.method=pi budget.experts_per_token=17", ["budget.experts_per_token=17", "(1 to 16)"]),
-    ("budget.method=pi budget.experts_per_token=2 budget.start=0.5", ["budget.start=0.5", "(1 to 16)"]),
+    (
+        "budget.method=pi budget.experts_per_token=2 budget.start=0.5 budget.over_steps=5",
+        ["budget.start=0.5", "(1 to 16)"],
+    ),
+    ("budget.method=pi budget.experts_per_token=2 budget.start=3", ["budget.start=3", "budget.over_steps"]),
+    ("budget.method=pi budget.experts_per_token=2 budget.over_steps=3", ["budget.over_steps=3", "budget.start"]),
+    ("budget.method=pi budget.experts_per_token=2 budget.rate=0.1", ["budget.rate=0.1", "remove it"]),
+    ("budget.start=3 budget.over_steps=3", ["budget.start=3", "budget.experts_per_token"]),
+    (
+        "model.router.kind=top_any model.moe.active_at_start=4 budget.method=pi budget.experts_per_token=6",
+        ["budget.experts_per_token=6", "(1 to 4)"],
+    ),
+    ("model.moe.experts=0 budget.method=pi", ["budget.method='pi'", "dense"]),
+    ("model.router.kind=top_any adaptation.interval=10 adaptation.until=5", ["adaptation.interval=10", "update (5)"]),
+    ("model.router.kind=top_any model.router.renormalize=false", ["renormalize=False", "weights=score"]),
+    (
+        "model.router.kind=expert_threshold model.router.min_experts=1 budget.experts_per_token=2",
+        ["model.router.min_experts=1", "remove it"],
+    ),
     ("budget.method=pi budget.experts_per_token=nan", ["budget.experts_per_token=nan", "finite"]),
     ("model.router.kind=top_k budget.method=pi budget.experts_per_token=2", ["budget.method='pi'", "use none"]),
     ("budget.method=loss_free budget.experts_per_token=2", ["budget.method='loss_free'", "use pi"]),
@@ -178,10 +196,8 @@ def test_a_form_decides_what_is_not_given():
     assert (paper.straight_through, paper.min_experts, paper.temperature) == ("all", 1, "fixed")
     assert (released.straight_through, released.min_experts, released.weights) == ("selected", 0, "uniform")
     assert (improved.weights, improved.renormalize, improved.temperature) == ("score", True, "sqrt_hidden")
-    given = options(
-        kind, "model.router.form=improved", "model.router.weights=uniform", "model.router.renormalize=false"
-    )
-    assert (given.weights, given.renormalize, given.temperature) == ("uniform", False, "sqrt_hidden")
+    given = options(kind, "model.router.form=improved", "model.router.weights=uniform")
+    assert (given.weights, given.temperature) == ("uniform", "sqrt_hidden")
     assert options("model.router.kind=top_k").balance_per_route
     assert not options().balance_per_route
     assert not options("model.router.kind=null_experts", "model.router.renormalize=false").renormalize

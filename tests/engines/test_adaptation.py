@@ -117,6 +117,7 @@ def test_windows_count_optimizer_steps(one_rank):
     (again,) = one_rank.run(train, [*ADAPTIVE, *few, "train.recompute=true"], 0, 20)
     (quarters,) = one_rank.run(train, [*ADAPTIVE, *few, "train.micro_batch=2"], 0, 20)
     assert plain["events"]
+    assert quarters["events"]
     assert again["events"] == plain["events"]
     assert all(f"of {10 * 8 * 24} tokens" in event.reason for result in (plain, quarters) for event in result["events"])
 
@@ -128,11 +129,17 @@ def test_windows_count_optimizer_steps(one_rank):
         ([1, 0, 1, 1], [5, 0, 7, 0], 0.0, [3]),  # a slot that is off is not removed again
         ([1, 1, 1, 1], [9, 1, 9, 5], 0.2, [1]),  # at most 0.2 of the mean load, 6
         ([1, 1, 1, 1], [6, 6, 6, 6], 0.9, []),
-        ([0, 1, 1, 0], [0, 0, 0, 0], 0.0, [2]),  # never all of them
+        ([0, 1, 1, 0], [0, 0, 0, 0], 0.0, []),  # where nobody was selected the thresholds are wrong
     ],
 )
 def test_removal_by_hand(active, load, share, removed):
     assert experts_to_remove(torch.tensor(active).bool(), torch.tensor(load).double(), share) == removed
+
+
+def test_removal_keeps_as_many_as_are_needed():
+    active, load = torch.ones(5).bool(), torch.tensor([9.0, 0.0, 1.0, 0.0, 0.0])
+    assert experts_to_remove(active, load, 0.5, keep=1) == [1, 2, 3, 4]
+    assert experts_to_remove(active, load, 0.5, keep=3) == [3, 4]  # on ties the lower index stays
 
 
 @pytest.mark.parametrize(

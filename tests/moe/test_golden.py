@@ -13,7 +13,7 @@ from dynmoe.config import load_config
 from dynmoe.model import Decoder
 from dynmoe.moe import MoEContext, MoELayer
 from dynmoe.moe.adaptation import Adaptation
-from dynmoe.moe.observation import reduce_observations
+from dynmoe.moe.observation import Wanted, reduce_observations
 from tests.routing.test_golden import GOLDEN, TOP_ANY, close
 
 ADAPTIVE = sorted({name.split(".")[0] for name in TOP_ANY if name.startswith("adaptive")})
@@ -39,7 +39,7 @@ def test_one_released_window_and_update(case):
         "model.moe.expert_hidden=8", "model.router.kind=top_any", "model.router.form=released", "adaptation.interval=1",
         "adaptation.policy=released",
     ])  # fmt: skip
-    layer = MoELayer(config.model, 0, 0, MoEContext(observing=True, observing_unclaimed=True))
+    layer = MoELayer(config.model, 0, 0, MoEContext(observing=Wanted(unclaimed=True)))
     router = layer.router
     with torch.no_grad():
         router.prototypes_DE.copy_(golden("sim_before"))
@@ -47,7 +47,7 @@ def test_one_released_window_and_update(case):
         router.active_E.copy_(golden("mask_before").bool())
     for x_TD in passes_x:
         layer(x_TD)
-    observations = reduce_observations([layer], None, unclaimed=True, histogram=False)
+    observations = reduce_observations([layer], None, Wanted(unclaimed=True))
     assert torch.equal(observations[0].selected_E, golden("routing_records").double())
     close(observations[0].unclaimed_D.float(), golden("unrouted_sum"))
     Adaptation(config.adaptation, PlainRenewal()).update([layer], observations, step=1)

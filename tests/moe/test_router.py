@@ -33,13 +33,24 @@ def test_every_trained_parameter_gets_a_gradient(overrides):
         assert per_expert.abs().sum(dim=1).gt(0).all(), name
 
 
+def test_the_improved_form_reaches_the_threshold_of_an_expert_that_nobody_selects():
+    """By its load loss, with the coefficients that it has by default: the threshold falls."""
+    layer = layer_of(*IMPROVED, "model.router.min_experts=0")
+    with torch.no_grad():
+        layer.router.thresholds_E[2] = 1.0
+    x = torch.randn(20, HIDDEN)
+    assert not layer.router(x).routing_map_TE[:, 2].any()
+    layer(x).backward(torch.zeros(20, HIDDEN))
+    assert layer.router.thresholds_E.grad[2] > 0  # a step against it lowers the threshold
+
+
 @pytest.mark.parametrize("form", ["paper", "improved"])
 def test_a_loss_on_the_choice_reaches_thresholds_that_nobody_passes(form):
     """The straight-through form promises it; the released one ends that gradient with its ReLU."""
     for straight_through, promised in (("all", True), ("selected", False)):
         layer = layer_of(
             "model.router.kind=top_any", f"model.router.form={form}", "model.router.efficiency_loss=1",
-            "model.router.diversity_loss=0", "model.router.simplicity_loss=0",
+            "model.router.diversity_loss=0", "model.router.simplicity_loss=0", "model.router.balance_loss=0",
             f"model.router.straight_through={straight_through}", "model.router.min_experts=0",
         )  # fmt: skip
         with torch.no_grad():

@@ -29,10 +29,10 @@ def test_sigmoid_passes_its_cutoff_between_floor_and_ceiling(seed, shape, cutoff
     logits = random_logits(seed, shape)
     plan = sigmoid_cutoff(logits, cutoff, renormalize=renormalize, min_experts=low, max_experts=high)
     rows = plan.scores_TE.tolist()
-    line = torch.tensor(cutoff).item()
-    expected = [oracles.top_any_choice(row, [line] * shape[1], [True] * shape[1], low, high) for row in rows]
+    margins = (plan.scores_TE - cutoff).tolist()
+    expected = [oracles.top_any_choice(row, [True] * shape[1], low, high) for row in margins]
     assert chosen_sets(plan) == expected
-    assert plan.unclaimed_T.tolist() == [all(score <= line for score in row) for row in rows]
+    assert plan.unclaimed_T.tolist() == [all(margin <= 0 for margin in row) for row in margins]
     for token, experts in enumerate(expected):
         total = sum(rows[token][e] for e in experts) if renormalize else 1.0
         for expert in range(shape[1]):

@@ -92,3 +92,30 @@ def test_diversity_counts_active_pairs_only():
     assert losses.diversity(prototypes, torch.tensor([1.0, 0.0, 1.0])).item() == pytest.approx(0.0, abs=1e-6)
     assert losses.simplicity(prototypes).item() == pytest.approx(2.0)
     assert losses.simplicity(prototypes, torch.tensor([1.0, 0.0, 1.0])).item() == pytest.approx(1.5)
+
+
+def test_the_load_loss_is_the_squared_variation_of_the_load():
+    # Loads 4, 2, 0 of active experts (mean 2, deviations 2, 0, -2), a fourth slot off: CV^2 = (4 + 0 + 4) / 3 / 4.
+    hidden = torch.tensor([[1.0, 1.0, 0.0]] * 2 + [[1.0, -1.0, 0.0]] * 2)
+    thresholds = torch.full((4,), 0.1, requires_grad=True)
+    prototypes = torch.cat([torch.eye(3), torch.ones(3, 1)], dim=1)
+    active = torch.tensor([1, 1, 1, 0])
+    plan = top_any(hidden, prototypes, thresholds, active, min_experts=0)
+    assert plan.tokens_per_expert_E.tolist() == [4, 2, 0, 0]
+    loss = losses.choice_balance(plan, active)
+    assert loss.item() == pytest.approx(2 / 3)
+    loss.backward()
+    # Up where there is too much, untouched at the mean, down where there is nothing; no word to a slot that is off.
+    assert [value > 0 for value in (-thresholds.grad).tolist()] == [True, False, False, False]
+    assert thresholds.grad[1] == 0
+    assert thresholds.grad[2] > 0
+    assert thresholds.grad[3] == 0
+
+
+def test_active_experts_are_what_is_counted():
+    hidden, prototypes = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.eye(4)
+    whole = top_any(hidden, prototypes[:, :2], torch.zeros(2), torch.ones(2))
+    active = torch.tensor([1, 1, 0, 0])
+    part = top_any(hidden, prototypes, torch.zeros(4), active)
+    torch.testing.assert_close(losses.gate_balance(part, active_E=active), losses.gate_balance(whole))
+    torch.testing.assert_close(losses.efficiency(part, active_E=active), losses.efficiency(whole))

@@ -1,0 +1,62 @@
+"""The budget's loop on routers whose inputs share a direction: cosines then hardly differ from token to token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dynmoe.config import load_config
+from dynmoe.moe import MoEContext
+from dynmoe.moe.budget import Budget
+from dynmoe.moe.observation import Wanted, observe
+from dynmoe.moe.observation import _read as read_observation
+from dynmoe.moe.router import Router
+
+HIDDEN, EXPERTS, TOKENS = 64, 16, 512
+
+
+def experts_per_token(kind: list[str], common: float, steps: int) -> tuple[list[float], torch.Tensor]:
+    """K by step, and the load of each expert in the last; inputs have ``common`` of their energy in one direction."""
+    config = load_config(None, [
+        f"model.hidden={HIDDEN}", f"model.moe.experts={EXPERTS}", "budget.experts_per_token=2", *kind,
+    ])  # fmt: skip
+    router = Router(config.model, EXPERTS, 0, "router", MoEContext()).train()
+    budget, wanted = Budget(config.budget), Wanted(compared=True)
+    generator = torch.Generator().manual_seed(1)
+    direction = torch.randn(HIDDEN, generator=generator)
+    with torch.no_grad():
+        if router.settings.kind == "top_any":
+            router.prototypes_DE[:, 3] += 0.05 * direction  # the best expert of many tokens
+    seen = []
+    for step in range(1, steps + 1):
+        noise = torch.randn(TOKENS, HIDDEN, generator=generator)
+        x_TD = common**0.5 * direction + (1 - common) ** 0.5 * noise
+        plan = router(x_TD)
+        observation = read_observation(observe(router, plan, x_TD, wanted), EXPERTS, wanted)
+        budget.update([router], [observation], step)
+        seen.append(observation.experts_per_token.item())
+    return seen, plan.tokens_per_expert_E
+
+
+TOP_ANY = ["model.router.kind=top_any", "model.router.form=improved"]
+
+
+@pytest.mark.parametrize("common", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ["model.router.kind=top_p", "budget.method=pi"],
+        [*TOP_ANY, "budget.method=pi"],
+        [*TOP_ANY, "budget.method=loss_free"],
+        ["model.router.kind=sigmoid", "budget.method=loss_free"],
+    ],
+    ids=lambda kind: " ".join(part.split("=")[1] for part in kind),
+)
+def test_experts_per_token_stay_near_the_target_in_every_step(kind, common):
+    observed, load = experts_per_token(kind, common, 200)
+    late = observed[100:]
+    assert sum(late) / len(late) == pytest.approx(2.0, rel=0.01)
+    assert min(late) > 1.7
+    assert max(late) < 2.3
+    if "budget.method=loss_free" in kind:
+        assert load.max() < 1.6 * load.float().mean()
