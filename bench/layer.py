@@ -20,6 +20,7 @@ from bench.peers import FixedGate, deepspeed_layer, deepspeed_top2_gate
 from bench.timing import DIRECTIONS, Passes, interleave, median_ratio, peak_bytes, saved_bytes, time_passes
 from dynmoe.config import load_config
 from dynmoe.moe import MoEContext, MoELayer
+from dynmoe.moe.routers.softmax import TopPRouter
 from dynmoe.ops.host_memory import keep_freed_memory
 from dynmoe.routing import RoutingPlan, top_p
 
@@ -65,6 +66,7 @@ def _calibrated_layer(shape: Shape, mean_k: float, x_TD: Tensor) -> MoELayer:
     ]  # fmt: skip
     model = load_config(None, overrides).model
     layer = MoELayer(model, 0, 0, MoEContext())
+    assert isinstance(layer.router, TopPRouter)
     with torch.no_grad():
         layer.router.weight_ED.normal_(0.0, 2.0 / shape.hidden**0.5)
         logits_TE = x_TD.cpu().float() @ layer.router.weight_ED.t()

@@ -8,10 +8,41 @@ from typing import Any, ClassVar, Optional
 from dynmoe.config.fields import Section, check_multiple_of_8, option
 from dynmoe.errors import ConfigError
 
-KINDS = ("top_k", "top_p", "top_any", "sigmoid", "expert_threshold", "relu", "null_experts")
-THRESHOLD_KINDS = ("top_any", "sigmoid", "expert_threshold")
-# Routers that hold a budget by a rule of their own.
-SELF_CONTROLLED = ("expert_threshold", "relu")
+
+@dataclass(frozen=True)
+class RouterKind:
+    """What is known of a kind of router before anything heavy is loaded.
+
+    Attributes:
+        fields: of RouterConfig, that mean something to it beside those that belong to all.
+        methods: of BudgetConfig, that can hold it.
+        own_rule: it holds a budget by a rule of its own.
+    """
+
+    fields: tuple[str, ...]
+    methods: tuple[str, ...] = ()
+    own_rule: bool = False
+
+
+_LIMITS = ("min_experts", "max_experts")
+_BALANCE = ("balance_loss", "balance_per_route")
+KINDS = {
+    "top_k": RouterKind(("renormalize", *_BALANCE, "entropy_loss", "z_loss"), ("loss_free",)),
+    "top_p": RouterKind(("renormalize", *_LIMITS, *_BALANCE, "entropy_loss", "z_loss"), ("pi",)),
+    "top_any": RouterKind(
+        ("renormalize", *_LIMITS, *_BALANCE, "initial_experts", "weights", "straight_through", "temperature", "scale",
+         "diversity_loss", "simplicity_loss", "efficiency_loss"),
+        ("pi", "loss_free"),
+    ),
+    "sigmoid": RouterKind(("renormalize", *_LIMITS, *_BALANCE, "initial_experts", "cutoff"), ("pi", "loss_free")),
+    "expert_threshold": RouterKind(
+        ("renormalize", *_BALANCE, "initial_experts", "cutoff", "cutoff_decay"), own_rule=True
+    ),
+    "relu": RouterKind(("max_experts", "l1_start"), own_rule=True),
+    "null_experts": RouterKind(("renormalize", "balance_loss", "num_null", "z_loss")),
+}  # fmt: skip
+# k and p belong to all: whoever compares routers changes the kind alone.
+_SPECIAL_FIELDS = {name for kind in KINDS.values() for name in kind.fields}
 
 
 @dataclass(frozen=True)
@@ -53,35 +84,12 @@ _COEFFICIENTS: dict[tuple[str, str], dict[str, float]] = {
     ("top_any", "improved"): {"diversity": 1e-2, "simplicity": 1e-2, "balance": 1e-2},
 }
 
-# The routers that a field means something to; fields that are not here belong to all, or are too common to refuse.
-_MEANT_FOR: dict[str, tuple[str, ...]] = {
-    "cutoff": ("sigmoid", "expert_threshold"),
-    "num_null": ("null_experts",),
-    "cutoff_decay": ("expert_threshold",),
-    "weights": ("top_any",),
-    "straight_through": ("top_any",),
-    "temperature": ("top_any",),
-    "scale": ("top_any",),
-    "renormalize": ("top_k", "top_p", "top_any", "sigmoid", "expert_threshold", "null_experts"),
-    "min_experts": ("top_p", "top_any", "sigmoid"),
-    "max_experts": ("top_p", "top_any", "sigmoid", "relu"),
-    "initial_experts": THRESHOLD_KINDS,
-    "balance_loss": ("top_k", "top_p", "top_any", "sigmoid", "expert_threshold", "null_experts"),
-    "balance_per_route": ("top_k", "top_p", "top_any", "sigmoid", "expert_threshold"),
-    "entropy_loss": ("top_k", "top_p"),
-    "z_loss": ("top_k", "top_p", "null_experts"),
-    "diversity_loss": ("top_any",),
-    "simplicity_loss": ("top_any",),
-    "efficiency_loss": ("top_any",),
-    "l1_start": ("relu",),
-}
-
 
 @dataclass
 class RouterConfig(Section):
     _section: ClassVar[str] = "model.router"
 
-    kind: str = option("top_p", "how experts are chosen for a token", choices=KINDS)
+    kind: str = option("top_p", "how experts are chosen for a token", choices=tuple(KINDS))
     form: str = option(
         "paper", "top_p, top_any: the paper's definition, what its code does, or the paper's with our defaults",
         choices=("paper", "released", "improved"),
@@ -132,10 +140,10 @@ class RouterConfig(Section):
         if self.form != "paper" and self.kind not in ("top_p", "top_any"):
             raise ConfigError(f"{path}.form", self.form, f"the {self.kind} router has one form", "remove it")
         defaults = type(self).__dataclass_fields__
-        for name, kinds in _MEANT_FOR.items():
+        for name in sorted(_SPECIAL_FIELDS - set(KINDS[self.kind].fields)):
             value = getattr(self, name)
             # A loss of 0 is what every router without that loss has.
-            if self.kind not in kinds and value != defaults[name].default and value != 0:
+            if value != defaults[name].default and value != 0:
                 raise ConfigError(f"{path}.{name}", value, f"has no meaning for the {self.kind} router", "remove it")
         floor = self.options.min_experts
         if self.max_experts is not None and self.max_experts < floor:
@@ -236,15 +244,11 @@ class BudgetConfig(Section):
 
     def check_router(self, router: RouterConfig, num_experts: int) -> None:
         """Raises a ConfigError where this budget cannot be held by ``router`` over ``num_experts`` active experts."""
-        if self.method == "pi" and router.kind not in ("top_p", "top_any", "sigmoid"):
-            raise ConfigError(
-                "budget.method", self.method, f"the {router.kind} router has nothing that it could move",
-                "use none, or another router",
-            )  # fmt: skip
-        if self.method == "loss_free" and router.kind not in ("top_k", "top_any", "sigmoid"):
-            cure = "use pi" if router.kind == "top_p" else "use none"
-            raise ConfigError("budget.method", self.method, f"the {router.kind} router has no such thresholds", cure)
-        needs = router.kind in SELF_CONTROLLED or (self.method != "none" and router.kind != "top_k")
+        kind = KINDS[router.kind]
+        if self.method not in ("none", *kind.methods):
+            problem = f"the {router.kind} router has nothing that this could move"
+            raise ConfigError("budget.method", self.method, problem, f"use {' or '.join(('none', *kind.methods))}")
+        needs = kind.own_rule or (self.method != "none" and router.kind != "top_k")
         if needs and self.experts_per_token is None:
             raise ConfigError("budget.experts_per_token", None, "is needed to hold a budget", "say how many")
         if not needs and self.experts_per_token is not None:

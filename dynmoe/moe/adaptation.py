@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dynmoe.config.routing import AdaptationConfig
 from dynmoe.moe.observation import Observation
+from dynmoe.moe.routers import TopAnyRouter
 
 if TYPE_CHECKING:
     from dynmoe.moe.layer import MoELayer
@@ -114,6 +115,7 @@ class Adaptation:
             assert observation.unclaimed is not None
             assert observation.unclaimed_D is not None
             router = layer.router
+            assert isinstance(router, TopAnyRouter)
             sums = {
                 router.window_tokens: observation.tokens,
                 router.window_selected_E: observation.selected_E,
@@ -129,6 +131,7 @@ class Adaptation:
 
     def _change(self, layer: MoELayer, step: int) -> list[AdaptationEvent]:
         router, config = layer.router, self.config
+        assert isinstance(router, TopAnyRouter)
         # Once, for all decisions of this layer: they are taken on the host.
         active_E, selected_E = router.active_E.cpu(), router.window_selected_E.cpu()
         unclaimed, tokens = router.window_unclaimed.item(), router.window_tokens.item()
@@ -152,6 +155,7 @@ class Adaptation:
 
     def _add(self, layer: MoELayer, active_E: Tensor, slot: int, step: int) -> None:
         router, experts = layer.router, layer.experts
+        assert isinstance(router, TopAnyRouter)
         offset = router.offset_E.new_zeros(())
         if self.config.policy == "improved":
             # The median: one threshold out of reach must not put the new one there too.

@@ -13,6 +13,7 @@ from dynmoe.moe.budget import Budget
 from dynmoe.moe.context import MoEContext
 from dynmoe.moe.layer import MoELayer
 from dynmoe.moe.observation import Observation, Wanted, reduce_observations
+from dynmoe.moe.routers import ROUTERS, ThresholdRouter
 
 # Decay of the moving average of experts per token that capacities come from.
 _DECAY = 0.9
@@ -43,14 +44,16 @@ class RoutingControl:
         self._holds = budget.method != "none" or budget.experts_per_token is not None
         self._averages = config.model.moe.capacity_factor is not None
         self._calibrated = False
-        self._moves_thresholds = budget.method != "none" and router.kind in ("top_any", "sigmoid")
-        self._histogram = router.kind == "expert_threshold"
+        self._moves_thresholds = budget.method != "none" and ROUTERS[router.kind].compares
+        self._histogram = ROUTERS[router.kind].needs_histogram
 
     @property
     def needs_calibration(self) -> bool:
         """Thresholds are still to be set from first scores: a forward pass with ``context.calibrating`` does it."""
         if not self._calibrated:  # asked once: the answer waits for the device
-            self._calibrated = all(bool(layer.router.calibrated) for layer in self._layers)
+            self._calibrated = all(
+                bool(layer.router.calibrated) for layer in self._layers if isinstance(layer.router, ThresholdRouter)
+            )
         return not self._calibrated
 
     def begin_step(self, step: int) -> None:

@@ -12,7 +12,7 @@ from dynmoe.moe.context import MoEContext
 from dynmoe.moe.dispatcher import TokenDispatcher
 from dynmoe.moe.experts import GroupedExperts, SwiGLU
 from dynmoe.moe.observation import observe
-from dynmoe.moe.router import Router
+from dynmoe.moe.routers import make_router
 from dynmoe.moe.statistics import record
 from dynmoe.ops import attach_loss
 from dynmoe.routing import RoutingPlan, apply_capacity, expert_capacity
@@ -39,7 +39,7 @@ class MoELayer(nn.Module):
         self.num_experts = model.experts_of(layer)
         per_rank = self.num_experts // context.expert_parallel
         local = range(context.expert_rank * per_rank, (context.expert_rank + 1) * per_rank)
-        self.router = Router(model, self.num_experts, seed, f"{name}.router", context)
+        self.router = make_router(model, self.num_experts, seed, f"{name}.router", context)
         self.dispatcher = TokenDispatcher(context.expert_group)
         self.experts = GroupedExperts(model, local, seed, f"{name}.experts")
         self.shared: SwiGLU | None = None

@@ -15,7 +15,7 @@ from dynmoe.routing.expert_threshold import NUM_BINS, score_histogram
 
 if TYPE_CHECKING:
     from dynmoe.moe.layer import MoELayer
-    from dynmoe.moe.router import Router
+    from dynmoe.moe.routers import Router
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Wanted:
     """What is to be observed besides tokens and loads.
 
     Attributes:
-        compared: mean and variance of what is compared with thresholds.
+        compared: mean and variance of what is compared with thresholds, for a router that ``compares``.
         unclaimed: the tokens that no threshold let in, and the sum of their inputs.
         histogram: counts of scores by expert and bin.
     """
@@ -92,10 +92,10 @@ def reduce_observations(
     if group is not None:
         dist.all_reduce(packed, group=group)
     parts = packed.split([len(vector) for vector in vectors])
-    return [_read(vector, layer.num_experts, wanted) for layer, vector in zip(layers, parts, strict=True)]
+    return [read_observation(vector, layer.num_experts, wanted) for layer, vector in zip(layers, parts, strict=True)]
 
 
-def _read(vector: Tensor, num_experts: int, wanted: Wanted) -> Observation:
+def read_observation(vector: Tensor, num_experts: int, wanted: Wanted) -> Observation:
     """The parts of a vector of :func:`observe`, by name."""
     tokens, selected_E, rest = vector[0], vector[1 : 1 + num_experts], vector[1 + num_experts :]
     mean_E = variance_E = count = total_D = bins_EB = None

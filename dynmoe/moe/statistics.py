@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 
 from dynmoe.config import ModelConfig
+from dynmoe.moe.routers import ROUTERS
 from dynmoe.routing import RoutingPlan
 from dynmoe.routing.statistics import LayerCounts, pack, packed_size, summarize
-
-_CONTROL_NAMES = {"top_k": "router_k", "null_experts": "router_k", "top_p": "router_p", "relu": "router_l1"}
 
 
 def _per_pass_names(model: ModelConfig) -> list[str]:
     """Entries whose mean over forward passes and ranks is meant; the others are sums."""
-    control = _CONTROL_NAMES.get(model.router.kind, "router_threshold_mean")
+    control = ROUTERS[model.router.kind].figure
     return [*(f"{name}_loss" for name in model.router.loss_names), "auxiliary_loss", control, "active_experts"]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from dynmoe.config import Config
-from dynmoe.moe.router import Router
+from dynmoe.moe.routers import Router
 
 
 def parameter_groups(module: nn.Module, config: Config) -> list[dict[str, Any]]:

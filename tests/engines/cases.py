@@ -12,7 +12,7 @@ from dynmoe.config import Config, load_config
 from dynmoe.data.batches import Batch
 from dynmoe.engines.deepspeed import DeepSpeedEngine
 from dynmoe.errors import UserError
-from dynmoe.moe.router import Router
+from dynmoe.moe.routers import Router
 
 VOCAB, LENGTH, GLOBAL_BATCH = 64, 24, 8
 

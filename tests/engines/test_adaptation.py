@@ -161,7 +161,7 @@ def test_a_prototype_points_at_the_tokens_that_nobody_took():
 
 
 def test_active_experts_at_the_start_are_spread_over_ranks():
-    from dynmoe.moe.router import active_at_start
+    from dynmoe.moe.routers.base import active_at_start
 
     assert active_at_start(8, 4, spread=True).nonzero().flatten().tolist() == [0, 2, 4, 6]
     assert active_at_start(8, 3, spread=False).nonzero().flatten().tolist() == [0, 1, 2]

@@ -8,9 +8,8 @@ import torch
 from dynmoe.config import load_config
 from dynmoe.moe import MoEContext
 from dynmoe.moe.budget import Budget
-from dynmoe.moe.observation import Wanted, observe
-from dynmoe.moe.observation import _read as read_observation
-from dynmoe.moe.router import Router
+from dynmoe.moe.observation import Wanted, observe, read_observation
+from dynmoe.moe.routers import make_router
 
 HIDDEN, EXPERTS, TOKENS = 64, 16, 512
 
@@ -20,8 +19,8 @@ def experts_per_token(kind: list[str], common: float, steps: int) -> tuple[list[
     config = load_config(None, [
         f"model.hidden={HIDDEN}", f"model.moe.experts={EXPERTS}", "budget.experts_per_token=2", *kind,
     ])  # fmt: skip
-    router = Router(config.model, EXPERTS, 0, "router", MoEContext()).train()
-    budget, wanted = Budget(config.budget), Wanted(compared=True)
+    router = make_router(config.model, EXPERTS, 0, "router", MoEContext()).train()
+    budget, wanted = Budget(config.budget), Wanted(compared=router.compares)
     generator = torch.Generator().manual_seed(1)
     direction = torch.randn(HIDDEN, generator=generator)
     with torch.no_grad():

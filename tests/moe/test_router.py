@@ -96,7 +96,7 @@ def test_state_keeps_its_precision_where_weights_are_cast():
     layer.router.p.fill_(0.1234567)
     layer.bfloat16()
     assert layer.router.weight_ED.dtype == torch.bfloat16
-    assert layer.router.p.dtype == layer.router.offset_E.dtype == torch.float32
+    assert layer.router.p.dtype == layer.router.error.dtype == torch.float32
     assert layer.router.p.item() == pytest.approx(0.1234567, rel=1e-6)
     layer.to("meta")
     assert layer.router.p.device.type == "meta"

@@ -1,0 +1,86 @@
+"""Routers by softmax probabilities: top-k, top-p, null experts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from dynmoe.config import ModelConfig
+from dynmoe.config.routing import BudgetConfig
+from dynmoe.moe.context import MoEContext
+from dynmoe.moe.routers.base import BudgetController, LogitRouter
+from dynmoe.routing import RoutingCounts, RoutingPlan, control, null_experts, top_k, top_p
+from dynmoe.routing.null_experts import null_balance
+
+if TYPE_CHECKING:
+    from dynmoe.moe.observation import Observation
+
+_BIAS_RATE = 1e-3
+
+
+class TopKRouter(LogitRouter):
+    """k experts for every token; ``bias_E`` is added where they are chosen, and moved by loss-free balancing."""
+
+    figure: ClassVar[str] = "router_k"
+    bias_E: Tensor
+
+    def __init__(self, model: ModelConfig, num_experts: int, seed: int, name: str, context: MoEContext) -> None:
+        super().__init__(model, num_experts, seed, name, context)
+        self.register_buffer("bias_E", torch.zeros(num_experts))
+
+    def route(self, x_TD: Tensor) -> RoutingPlan:
+        renormalize = self.options.renormalize
+        return top_k(self.logits_TE(x_TD), self.settings.k, renormalize=renormalize, bias_E=self.bias_E)
+
+    @property
+    def control(self) -> Tensor:
+        return torch.full((), float(self.settings.k), device=self.active_E.device)
+
+    def hold(self, budget: BudgetConfig, seen: Observation, experts_per_token: Tensor, target: float | None) -> None:
+        self.bias_E.add_(control.bias_change(seen.selected_E, budget.rate or _BIAS_RATE).float())
+
+
+class TopPRouter(BudgetController, LogitRouter):
+    """As few experts as reach the probability mass ``p``, which a budget moves."""
+
+    figure: ClassVar[str] = "router_p"
+    p: Tensor
+
+    def __init__(self, model: ModelConfig, num_experts: int, seed: int, name: str, context: MoEContext) -> None:
+        super().__init__(model, num_experts, seed, name, context)
+        self.register_buffer("p", torch.tensor(model.router.p))
+        self.register_controller()
+
+    def route(self, x_TD: Tensor) -> RoutingPlan:
+        form = "released" if self.settings.form == "released" else "paper"
+        renormalize = self.options.renormalize
+        return top_p(self.logits_TE(x_TD), self.p, form=form, renormalize=renormalize, **self._limits())
+
+    @property
+    def control(self) -> Tensor:
+        return self.p
+
+    def hold(self, budget: BudgetConfig, seen: Observation, experts_per_token: Tensor, target: float | None) -> None:
+        assert target is not None
+        self.p.copy_(control.shift_probability(self.p, self.pi_change(budget, experts_per_token, target)))
+
+
+class NullExpertRouter(LogitRouter):
+    """k slots for every token, some of them taken by experts that do nothing."""
+
+    figure: ClassVar[str] = "router_k"
+
+    def route(self, x_TD: Tensor) -> RoutingPlan:
+        settings = self.settings
+        return null_experts(self.logits_TE(x_TD), settings.k, settings.num_null, renormalize=self.options.renormalize)
+
+    @property
+    def control(self) -> Tensor:
+        return torch.full((), float(self.settings.k), device=self.active_E.device)
+
+    def _loss(self, name: str, plan: RoutingPlan, counts: RoutingCounts | None, num_sequences: int) -> Tensor:
+        if name == "balance":
+            return null_balance(plan, self.settings.k, self.settings.num_null, counts)
+        return super()._loss(name, plan, counts, num_sequences)
