@@ -12,8 +12,9 @@ from typing import ClassVar, Optional
 
 from omegaconf import OmegaConf
 
+from dynmoe.config.control import AdaptationConfig, BudgetConfig
 from dynmoe.config.fields import Section, check_multiple_of_8, option
-from dynmoe.config.routing import AdaptationConfig, BudgetConfig, MoEConfig, RouterConfig
+from dynmoe.config.routing import MoEConfig, RouterConfig
 from dynmoe.errors import ConfigError
 
 

@@ -102,7 +102,8 @@ class DeepSpeedEngine:
     def _deepspeed_config(self) -> dict[str, Any]:
         train, stage = self.config.train, self.config.deepspeed.zero_stage
         bf16 = train.precision == "bf16"
-        num_parameters = sum(parameter.numel() for parameter in self.module.parameters())
+        # DeepSpeed refuses odd sizes, and an odd number of experts can have an odd number of parameters.
+        bucket = min(_BUCKET_ELEMENTS, 2 * -(-sum(parameter.numel() for parameter in self.module.parameters()) // 2))
         return {
             "train_micro_batch_size_per_gpu": train.micro_batch,
             "gradient_accumulation_steps": self.config.accumulation(self.world_size),
@@ -111,8 +112,8 @@ class DeepSpeedEngine:
                 "stage": stage,
                 "overlap_comm": False,
                 # DeepSpeed allocates a whole bucket in every step, of 2 GB by default.
-                "reduce_bucket_size": min(_BUCKET_ELEMENTS, num_parameters),
-                "allgather_bucket_size": min(_BUCKET_ELEMENTS, num_parameters),
+                "reduce_bucket_size": bucket,
+                "allgather_bucket_size": bucket,
             },
             "bf16": {"enabled": bf16},
             # Stage 0 in bf16 has no fp32 accumulation in DeepSpeed.

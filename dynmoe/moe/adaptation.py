@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from dynmoe.config.routing import AdaptationConfig
+from dynmoe.config.control import AdaptationConfig
 from dynmoe.moe.observation import Observation
 from dynmoe.moe.routers import TopAnyRouter
 

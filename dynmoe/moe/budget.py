@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dynmoe.config.routing import BudgetConfig
+from dynmoe.config.control import BudgetConfig
 from dynmoe.moe.observation import Observation
 from dynmoe.moe.routers import Router
 from dynmoe.routing import control

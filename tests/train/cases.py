@@ -30,7 +30,7 @@ class TrainingProcess:
             "eval.batches=2", "model.router.kind=top_any", "model.router.form=improved", "model.router.min_experts=0",
             "model.router.initial_experts=1", "model.moe.active_at_start=2", "budget.method=loss_free",
             "budget.experts_per_token=1.5", "adaptation.interval=8", "adaptation.window=5",
-            "adaptation.removal_share=0.5", *overrides,
+            "adaptation.removal_share=0.8", *overrides,
         ]  # fmt: skip
         self._output = (runs.parent / f"output-{time.monotonic_ns()}.txt").open("w+")
         self._process = subprocess.Popen(

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dynmoe.config import ModelConfig
-from dynmoe.config.routing import BudgetConfig
+from dynmoe.config.control import BudgetConfig
 from dynmoe.moe.context import MoEContext
 from dynmoe.moe.initialization import named_normal
 from dynmoe.ops import linear_fp32

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dynmoe.config import ModelConfig
-from dynmoe.config.routing import BudgetConfig
+from dynmoe.config.control import BudgetConfig
 from dynmoe.moe.context import MoEContext
 from dynmoe.moe.routers.base import BudgetController, LogitRouter
 from dynmoe.routing import RoutingCounts, RoutingPlan, control, null_experts, top_k, top_p
