@@ -72,7 +72,8 @@ def test_the_new_run_can_be_trained_on(adapted, corpus_dir, tmp_path):
     counts = load_config(tmp_path / "runs" / "tiny" / "config.yaml").model.moe.experts_by_layer
     process = TrainingProcess(
         corpus_dir, tmp_path / "runs", "train.steps=10", "model.moe.experts=6", "eval.interval=0", "parallel.expert=1",
-        f"model.moe.experts_by_layer={counts}".replace(" ", ""), "model.moe.active_at_start=null", "model.router.initial_experts=null",
+        f"model.moe.experts_by_layer={counts}".replace(" ", ""), "model.moe.active_at_start=null",
+        "model.router.initial_experts=null",
         "adaptation.interval=0",
     )  # fmt: skip
     assert process.wait() == 0, process.output()
