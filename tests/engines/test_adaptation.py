@@ -44,8 +44,9 @@ def test_replicas_stay_bitwise_equal_through_removals_and_additions(two_ranks, e
         assert event.rank == event.expert // (8 // expert_parallel)
 
 
-def test_replicas_of_spread_experts_stay_bitwise_equal(four_ranks):
-    overrides = [*ADAPTIVE, "train.micro_batch=2", *layout(2, 1)]
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "bf16")])
+def test_replicas_of_spread_experts_stay_bitwise_equal(four_ranks, stage, precision):
+    overrides = [*ADAPTIVE, "train.micro_batch=2", *layout(2, stage), f"train.precision={precision}"]
     results = four_ranks.run(train, overrides, 0, 60)
     assert {event.change for event in results[0]["events"]} == {"removed", "added"}
     for first, second in ((0, 2), (1, 3)):
