@@ -29,10 +29,6 @@ class BudgetConfig(Section):
         above=0,
     )  # fmt: skip
 
-    @property
-    def is_set(self) -> bool:
-        return self.method != "none" or self.experts_per_token is not None or self.start is not None
-
     def check_router(self, router: RouterConfig, num_experts: int) -> None:
         """Raises a ConfigError where this budget cannot be held by ``router`` over ``num_experts`` active experts."""
         kind = KINDS[router.kind]

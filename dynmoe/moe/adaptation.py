@@ -101,7 +101,7 @@ class Adaptation:
 
     def _is_first(self, step: int) -> bool:
         """Whether ``step`` is the first of its recording window."""
-        return self._end_of(step) - step == min(self.config.window, self.config.interval) - 1
+        return self._end_of(step) - step == self.config.window - 1
 
     @torch.no_grad()
     def update(
@@ -159,7 +159,7 @@ class Adaptation:
         offset = router.offset_E.new_zeros(())
         if self.config.policy == "improved":
             # The median: one threshold out of reach must not put the new one there too.
-            others_E = (router.thresholds_E.float() + router.offset_E)[active_E.to(router.offset_E.device)]
+            others_E = (router.base_E() + router.offset_E)[active_E.to(router.offset_E.device)]
             offset = others_E.median()
         router.offset_E[slot] = offset
         zero = torch.zeros((), device=offset.device)

@@ -14,9 +14,7 @@ from dynmoe.moe.context import MoEContext
 from dynmoe.moe.layer import MoELayer
 from dynmoe.moe.observation import Observation, Wanted, reduce_observations
 from dynmoe.moe.routers import ROUTERS, ThresholdRouter
-
-# Decay of the moving average of experts per token that capacities come from.
-_DECAY = 0.9
+from dynmoe.routing.control import moving_average
 
 
 class RoutingControl:
@@ -79,5 +77,5 @@ class RoutingControl:
     @torch.no_grad()
     def _average(self, observations: Sequence[Observation]) -> None:
         for layer, observation in zip(self._layers, observations, strict=True):
-            average, now = layer.router.experts_per_token, observation.experts_per_token.float()
-            average.copy_(torch.where(average > 0, _DECAY * average + (1 - _DECAY) * now, now))
+            average = layer.router.experts_per_token
+            average.copy_(moving_average(average, observation.experts_per_token.float()))

@@ -13,6 +13,11 @@ def scheduled_target(target: float, start: float | None, over_steps: int, step: 
     return start + (target - start) * step / over_steps
 
 
+def moving_average(average: Tensor, now: Tensor, decay: float = 0.9) -> Tensor:
+    """decay * average + (1 - decay) * now; ``now`` itself while the average, of positive numbers, still is 0."""
+    return torch.where(average > 0, decay * average + (1 - decay) * now, now)
+
+
 def budget_error(experts_per_token: Tensor, target: float) -> Tensor:
     """1 - K / target, at least -1: positive where more experts are wanted.
 

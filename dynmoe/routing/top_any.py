@@ -77,15 +77,14 @@ def top_any(
         raise ValueError(f"active_E masks all {len(active_E)} experts off: leave at least one on")
     cosine_TE = F.normalize(hidden_TD.float(), dim=1) @ F.normalize(prototypes_DE.float(), dim=0)
     scores_TE = torch.sigmoid(scale * cosine_TE) * active_E
-    threshold_E = torch.sigmoid(scale * thresholds_E.float())
-    margin_TE = scores_TE - threshold_E
+    margin_TE = scores_TE - torch.sigmoid(scale * thresholds_E.float())
+    ranked_TE = (scores_TE if form == "released" else margin_TE).detach()
     if (straight_through or ("all" if form == "paper" else "selected")) == "selected":
         margin_TE = torch.relu(margin_TE)
     step_TE = _StraightThroughStep.apply(margin_TE)
 
     map_TE = (step_TE.detach() > 0) & active_E
     unclaimed_T = ~map_TE.any(dim=1)
-    ranked_TE = scores_TE.detach() if form == "released" else (scores_TE - threshold_E).detach()
     rank_TE = rank_descending(ranked_TE.masked_fill(~active_E, -torch.inf))
     if form == "released":
         min_experts = 0

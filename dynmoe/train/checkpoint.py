@@ -24,7 +24,7 @@ from dynmoe.errors import UserError
 
 _MANIFEST = "manifest.json"
 _TRAINER = "trainer.json"
-_COMPLETE = re.compile(r"step_(\d{8})")
+_COMPLETE = re.compile(r"step_\d{8}")
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,11 @@ def _complete(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
+def _step_of(path: Path) -> int:
+    """Step of a complete checkpoint, from its directory's name."""
+    return int(path.name.removeprefix("step_"))
+
+
 def _hashes(files: list[Path]) -> dict[str, dict[str, Any]]:
     """Sizes and hashes for a manifest, of files that have reached the disk."""
     hashed = {}
@@ -112,7 +117,7 @@ def newest_sound(root: Path) -> Checkpoint:
     for path in _complete(root):
         problem = _verify(path)
         if problem is None:
-            return Checkpoint(path, int(path.name.removeprefix("step_")))
+            return Checkpoint(path, _step_of(path))
         print(f"checkpoint {path}: {problem}; trying the one before", flush=True)
     raise UserError(f"{root}: no undamaged checkpoint; name the directory of a run that has one")
 
@@ -218,9 +223,7 @@ class CheckpointStore:
         for path in _complete(self.root):
             problem = _verify(path)
             if problem is None:
-                match = _COMPLETE.fullmatch(path.name)
-                assert match is not None
-                return int(match.group(1))
+                return _step_of(path)
             problems.append(f"{path.name}: {problem}")
             path.rename(path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}"))
             print(f"checkpoint {path}: {problem}; put aside, trying the one before", flush=True)

@@ -20,10 +20,19 @@ if TYPE_CHECKING:
 _BIAS_RATE = 1e-3
 
 
-class TopKRouter(LogitRouter):
-    """k experts for every token; ``bias_E`` is added where they are chosen, and moved by loss-free balancing."""
+class SlotRouter(LogitRouter):
+    """k slots for every token."""
 
     figure: ClassVar[str] = "router_k"
+
+    @property
+    def control(self) -> Tensor:
+        return torch.full((), float(self.settings.k), device=self.active_E.device)
+
+
+class TopKRouter(SlotRouter):
+    """An expert in every slot; ``bias_E`` is added where they are chosen, and moved by loss-free balancing."""
+
     bias_E: Tensor
 
     def __init__(self, model: ModelConfig, num_experts: int, seed: int, name: str, context: MoEContext) -> None:
@@ -33,10 +42,6 @@ class TopKRouter(LogitRouter):
     def route(self, x_TD: Tensor) -> RoutingPlan:
         renormalize = self.options.renormalize
         return top_k(self.logits_TE(x_TD), self.settings.k, renormalize=renormalize, bias_E=self.bias_E)
-
-    @property
-    def control(self) -> Tensor:
-        return torch.full((), float(self.settings.k), device=self.active_E.device)
 
     def hold(self, budget: BudgetConfig, seen: Observation, experts_per_token: Tensor, target: float | None) -> None:
         self.bias_E.add_(control.bias_change(seen.selected_E, budget.rate or _BIAS_RATE).float())
@@ -67,18 +72,12 @@ class TopPRouter(BudgetController, LogitRouter):
         self.p.copy_(control.shift_probability(self.p, self.pi_change(budget, experts_per_token, target)))
 
 
-class NullExpertRouter(LogitRouter):
-    """k slots for every token, some of them taken by experts that do nothing."""
-
-    figure: ClassVar[str] = "router_k"
+class NullExpertRouter(SlotRouter):
+    """Some of the slots go to experts that do nothing."""
 
     def route(self, x_TD: Tensor) -> RoutingPlan:
         settings = self.settings
         return null_experts(self.logits_TE(x_TD), settings.k, settings.num_null, renormalize=self.options.renormalize)
-
-    @property
-    def control(self) -> Tensor:
-        return torch.full((), float(self.settings.k), device=self.active_E.device)
 
     def _loss(self, name: str, plan: RoutingPlan, counts: RoutingCounts | None, num_sequences: int) -> Tensor:
         if name == "balance":

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 _BALANCE_RATE = 0.1
 # Thresholds stay within this many deviations of the mean score: no further off than any token may be.
 _REACH = 6.0
-# Decay of the moving average of that deviation.
-_DECAY = 0.9
 
 
 class ThresholdRouter(Router):
@@ -83,7 +81,7 @@ class HeldThresholdRouter(BudgetController, ThresholdRouter):
         assert seen.variance_E is not None
         active_E = self.active_E
         now = ((seen.variance_E * active_E).sum() / active_E.sum()).sqrt().float()
-        self.deviation.copy_(torch.where(self.deviation > 0, _DECAY * self.deviation + (1 - _DECAY) * now, now))
+        self.deviation.copy_(control.moving_average(self.deviation, now))
         change_E = -self.pi_change(budget, experts_per_token, target).expand_as(self.offset_E)
         if budget.method == "loss_free":
             rate = budget.rate or _BALANCE_RATE
