@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test lint test-gpu clean
+.PHONY: quickstart test lint test-slow test-gpu clean
 
 # Two ranks on the CPU, whatever else the machine has: the same figures everywhere.
 quickstart: $(INSTALLED)
@@ -17,6 +17,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu

@@ -37,7 +37,7 @@ def train(config: Config) -> None:
 
     from dynmoe.data.batches import PretrainingData
     from dynmoe.data.corpus import open_corpora
-    from dynmoe.engines.deepspeed import DeepSpeedEngine
+    from dynmoe.engines import make_engine
     from dynmoe.model.size import embedding_rows
     from dynmoe.ops.host_memory import keep_freed_memory
     from dynmoe.train.run_directory import RunDirectory
@@ -54,7 +54,7 @@ def train(config: Config) -> None:
         directory.claim()
         for corpus in corpora if config.data.verify else ():
             corpus.verify()
-    engine = DeepSpeedEngine(config, vocab_size)
+    engine = make_engine(config, vocab_size)
     try:
         data = PretrainingData(
             corpora, config.data.weights, config.data.sequence_length, config.train.seed, directory.data_index

@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import layer, routing, statistics
+from bench import gpu_smoke, layer, routing, statistics
 from dynmoe.cli import run_tool
 
-BENCHMARKS = {"layer": layer, "routing": routing, "statistics": statistics}
+BENCHMARKS = {"gpu_smoke": gpu_smoke, "layer": layer, "routing": routing, "statistics": statistics}
 
 
 def machine() -> str:

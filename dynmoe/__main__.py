@@ -8,7 +8,10 @@ import sys
 from dynmoe.cli import run_tool
 from dynmoe.errors import UserError
 
-VERBS = {"compact": "write a run's checkpoint without the experts that adaptation removed"}
+VERBS = {
+    "compact": "write a run's checkpoint without the experts that adaptation removed",
+    "convert": "write a run's checkpoint for the other engine",
+}
 
 
 def main() -> None:

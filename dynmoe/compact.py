@@ -6,18 +6,18 @@ import argparse
 import dataclasses
 import re
 import secrets
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynmoe.cli import run_tool
 from dynmoe.config import Config, load_config
+from dynmoe.convert import convert, new_run_state
 from dynmoe.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from dynmoe.train.checkpoint import Checkpoint
 
 _LAYER = re.compile(r"layers\.(\d+)\.moe\.")
 
@@ -39,14 +39,17 @@ def compact(run: Path, output: Path, multiple: int = 1) -> tuple[Config, dict[in
     Raises:
         UserError: no checkpoint, nothing to remove, or an output that exists.
     """
+    from dynmoe.engines.plain_state import read_tensor
     from dynmoe.engines.state_names import buffer_key
-    from dynmoe.train.checkpoint import newest_sound, rewrite, write_atomically
+    from dynmoe.train.checkpoint import newest_sound, write_alone, write_atomically
 
     if output.exists():
         raise UserError(f"--output: {output} exists; name a new directory")
     config = load_config(run / "config.yaml")
+    if config.engine == "megatron":
+        return _compact_converted(run, output, multiple)
     checkpoint = newest_sound(run / "checkpoints")
-    masks = {layer: _read(checkpoint, buffer_key(f"layers.{layer}.moe.router.active_E")).tolist()
+    masks = {layer: read_tensor(checkpoint.path, buffer_key(f"layers.{layer}.moe.router.active_E")).tolist()
              for layer in config.model.moe_layers}  # fmt: skip
     kept = {layer: slots_to_keep(mask, multiple) for layer, mask in masks.items()}
     for layer, slots in kept.items():
@@ -59,15 +62,28 @@ def compact(run: Path, output: Path, multiple: int = 1) -> tuple[Config, dict[in
     if all(len(kept[layer]) == len(masks[layer]) for layer in masks):
         raise UserError(f"{run}: every expert is in use (or kept by --multiple={multiple}); nothing to remove")
     new = _configuration(config, output, [len(slots) for slots in kept.values()])
-    state = checkpoint.trainer_state
-    state["config"] = dataclasses.asdict(new)
-    state["progress"]["wandb_id"] = None  # another run
+    state = new_run_state(checkpoint, new)
     facts = {"ranks": 1, "parallel": state["config"]["parallel"], "config": new.digest(), "data": state["data"]}
     building = output.with_name(f"{output.name}.tmp-{secrets.token_hex(4)}")  # half a run is none
-    rewrite(checkpoint, building / "checkpoints", lambda old, path: _rewrite_file(old, path, kept), state, facts)
+
+    def write(target: Path) -> None:
+        for file in sorted(checkpoint.path.glob("*.safetensors")):
+            _rewrite_file(file, target / file.name, kept)
+
+    write_alone(checkpoint.step, building / "checkpoints", write, state, facts)
     write_atomically(building / "config.yaml", new.to_yaml())
     building.rename(output)
     return new, kept
+
+
+def _compact_converted(run: Path, output: Path, multiple: int) -> tuple[Config, dict[int, list[int]]]:
+    """The same for a run of Megatron, whose checkpoints are converted and converted back."""
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
+        plain, compacted = Path(folder) / "plain", Path(folder) / "compact"
+        convert(run, plain, "deepspeed")
+        new, kept = compact(plain, compacted, multiple)
+        parallel = dataclasses.replace(load_config(run / "config.yaml").parallel, expert=new.parallel.expert)
+        return convert(compacted, output, "megatron", parallel), kept
 
 
 def slots_to_keep(active: list[bool], multiple: int) -> list[int]:
@@ -88,13 +104,6 @@ def _configuration(config: Config, output: Path, counts: list[int]) -> Config:
         model=dataclasses.replace(config.model, moe=moe, router=router),
         parallel=dataclasses.replace(config.parallel, expert=spread),
     )
-
-
-def _read(checkpoint: Checkpoint, name: str) -> Tensor:
-    from safetensors import safe_open
-
-    with safe_open(checkpoint.path / "dense.safetensors", framework="pt") as file:
-        return file.get_tensor(name)
 
 
 def _rewrite_file(source: Path, target: Path, kept: Mapping[int, list[int]]) -> None:

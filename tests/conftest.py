@@ -18,6 +18,20 @@ settings.register_profile(
 settings.load_profile("project")
 
 
+_SUMMARY: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def summary() -> list[str]:
+    """Lines that are printed after all tests."""
+    return _SUMMARY
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in _SUMMARY:
+        terminalreporter.write_line(line)
+
+
 def _pool(world_size: int) -> Iterator[WorkerPool]:
     pool = WorkerPool(world_size)
     yield pool

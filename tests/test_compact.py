@@ -107,7 +107,8 @@ def test_the_command_lists_its_verbs_and_names_an_unknown_one(capsys, monkeypatc
 
     monkeypatch.setattr("sys.argv", ["dynmoe", "--help"])
     main()
-    assert all(verb in capsys.readouterr().out for verb in VERBS)
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in VERBS)
     monkeypatch.setattr("sys.argv", ["dynmoe", "shrink"])
     with pytest.raises(UserError, match="dynmoe shrink: no such verb; use one of compact"):
         main()

@@ -18,13 +18,14 @@ LAYERS = [
     {"train"},
     {"engines"},
     {"cli"},
-    {"compact"},  # the verbs: python -m dynmoe.VERB
+    {"convert"},  # the verbs: python -m dynmoe.VERB
+    {"compact"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Each engine's package has one place; datasets are the exception that the design names.
 OWNERS = {
     "deepspeed": "dynmoe/engines/deepspeed",
-    "megatron": "dynmoe/data/megatron.py",
+    "megatron": ("dynmoe/engines/megatron/", "dynmoe/data/megatron.py"),
     "wandb": "dynmoe/train/wandb_",
 }
 MODULES = sorted(path for folder in ("dynmoe", "data_prep") for path in (ROOT / folder).rglob("*.py"))

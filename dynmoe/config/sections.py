@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from dynmoe.config.control import AdaptationConfig, BudgetConfig
 from dynmoe.config.fields import Section, check_multiple_of_8, option
+from dynmoe.config.parallel import DeepSpeedConfig, ParallelConfig
 from dynmoe.config.routing import MoEConfig, RouterConfig
 from dynmoe.errors import ConfigError
 
@@ -149,7 +150,10 @@ class TrainConfig(Section):
     global_batch: int = option(16, "sequences of one optimizer step, over all ranks", at_least=1)
     micro_batch: int = option(8, "sequences of one forward pass on one rank", at_least=1)
     precision: str = option("fp32", "precision of weights and activations", choices=("fp32", "bf16"))
-    recompute: bool = option(False, "activation checkpointing: recompute each layer in the backward pass")
+    recompute: str = option(
+        "none", "what the backward pass computes again to save memory: attention (selective) or whole layers (full)",
+        choices=("none", "selective", "full"),
+    )  # fmt: skip
 
 
 @dataclass
@@ -172,22 +176,6 @@ class ScheduleConfig(Section):
     warmup_steps: int = option(100, "steps of linear warm-up", at_least=0)
     decay_fraction: float = option(0.2, "wsd: share of all steps spent in the final linear decay", above=0, at_most=1)
     min_lr_ratio: float = option(0.1, "learning rate at the end, relative to optimizer.lr", at_least=0, at_most=1)
-
-
-@dataclass
-class ParallelConfig(Section):
-    _section: ClassVar[str] = "parallel"
-
-    expert: int = option(1, "expert-parallel size: ranks over which the experts of a layer are spread", at_least=1)
-    tensor: int = option(1, "tensor-parallel size (engine=megatron)", at_least=1)
-    pipeline: int = option(1, "pipeline-parallel size (engine=megatron)", at_least=1)
-
-
-@dataclass
-class DeepSpeedConfig(Section):
-    _section: ClassVar[str] = "deepspeed"
-
-    zero_stage: int = option(1, "ZeRO stage: 0, 1 (optimizer state) or 2 (and gradients) spread over ranks", at_least=0)
 
 
 @dataclass
@@ -235,31 +223,13 @@ class Config(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_engine()
-        self._check_experts()
+        if self.engine == "deepspeed":
+            self.parallel.check_deepspeed()
+            self.deepspeed.check(self.model)
+        else:
+            self.parallel.check_megatron(self.model, self.data.sequence_length)
+        self.parallel.check_experts(self.model)
         self._check_control()
-
-    def _check_engine(self) -> None:
-        if self.engine == "megatron":
-            raise ConfigError("engine", self.engine, "is not available in this version", "use engine=deepspeed")
-        for name in ("tensor", "pipeline"):
-            size = getattr(self.parallel, name)
-            if size > 1:
-                problem = "DeepSpeed runs expert and data parallelism only"
-                raise ConfigError(f"parallel.{name}", size, problem, f"set parallel.{name}=1")
-        stage = self.deepspeed.zero_stage
-        if stage == 3 and self.model.moe.experts:
-            problem = "ZeRO 3 shards parameters, which expert parallelism already does, and DeepSpeed cannot do both"
-            raise ConfigError("deepspeed.zero_stage", stage, problem, "use 0, 1 or 2, and a larger parallel.expert")
-        if stage > 2:
-            raise ConfigError("deepspeed.zero_stage", stage, "is not offered", "use 0, 1 or 2")
-
-    def _check_experts(self) -> None:
-        size, counts = self.parallel.expert, [self.model.experts_of(layer) for layer in self.model.moe_layers]
-        if size > 1 and (not counts or any(count % size for count in counts)):
-            shown = ", ".join(str(count) for count in sorted(set(counts)))
-            cure = f"use a divisor of model.moe.experts ({shown})" if counts else "set it to 1: the model is dense"
-            raise ConfigError("parallel.expert", size, "cannot spread the experts evenly", cure)
 
     def _check_control(self) -> None:
         model, budget, adaptation = self.model, self.budget, self.adaptation
@@ -277,17 +247,24 @@ class Config(Section):
         Raises:
             ConfigError: naming the field that does not.
         """
-        if world_size % self.parallel.expert:
-            cure = f"use a divisor of the number of ranks ({world_size})"
-            raise ConfigError("parallel.expert", self.parallel.expert, "does not divide the ranks", cure)
-        per_pass = self.train.micro_batch * world_size
+        self.parallel.check_world(world_size)
+        per_pass = self.train.micro_batch * self.data_parallel(world_size)
         if self.train.global_batch % per_pass:
             cure = f"use a multiple of train.micro_batch x data-parallel ranks ({per_pass})"
             raise ConfigError("train.global_batch", self.train.global_batch, "cannot be split evenly", cure)
+        passes = self.accumulation(world_size)
+        if self.parallel.virtual_pipeline > 1 and passes % self.parallel.pipeline:
+            problem = f"gives {passes} passes a step, and the interleaved schedule needs a multiple of the stages"
+            cure = f"make it a multiple of {per_pass * self.parallel.pipeline}"
+            raise ConfigError("train.global_batch", self.train.global_batch, problem, cure)
+
+    def data_parallel(self, world_size: int) -> int:
+        """Ranks, or groups of ranks, that work on different sequences."""
+        return world_size // self.parallel.model_parallel
 
     def accumulation(self, world_size: int) -> int:
         """Forward passes of one rank in one optimizer step."""
-        return self.train.global_batch // (self.train.micro_batch * world_size)
+        return self.train.global_batch // (self.train.micro_batch * self.data_parallel(world_size))
 
     @property
     def tokens_per_step(self) -> int:

@@ -1,1 +1,25 @@
 """Engines: the only place that knows DeepSpeed or Megatron-Core (datasets excepted)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dynmoe.config import Config
+    from dynmoe.train.engine import Engine
+
+
+def make_engine(config: Config, vocab_size: int) -> Engine:
+    """The engine that the configuration names; only its package is imported.
+
+    Args:
+        config: of the run.
+        vocab_size: rows of the embedding.
+    """
+    if config.engine == "megatron":
+        from dynmoe.engines.megatron.engine import MegatronEngine
+
+        return MegatronEngine(config, vocab_size)
+    from dynmoe.engines.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(config, vocab_size)

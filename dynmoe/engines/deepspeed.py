@@ -29,12 +29,12 @@ from deepspeed.utils import groups
 from dynmoe.config import Config, ModelConfig
 from dynmoe.data.batches import Batch
 from dynmoe.engines import deepspeed_state
+from dynmoe.engines.reports import describe_nonfinite, reduce_report
 from dynmoe.errors import UserError
 from dynmoe.model import Decoder
 from dynmoe.moe import MoEContext, MoELayer
 from dynmoe.moe.adaptation import AdaptationEvent
 from dynmoe.moe.control import RoutingControl
-from dynmoe.moe.statistics import vector_size
 from dynmoe.train.engine import StepReport
 from dynmoe.train.optimizer import parameter_groups
 
@@ -93,11 +93,13 @@ class DeepSpeedEngine:
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=self.module, optimizer=self._adam, config=self._deepspeed_config()
         )
-        self._state = deepspeed_state.OptimizerState(self._optimizer, self._adam)
-        self._control = RoutingControl(config, self.module.moe_layers, self.context, self._state)
+        self.state = deepspeed_state.OptimizerState(self._optimizer, self._adam)
+        self.layers = self.module.moe_layers
+        self._control = RoutingControl(config, self.layers, self.context, self.state)
         self._steps = 0
         self._lm_loss = torch.zeros((), device=self.device)
         self._grad_norm = torch.zeros((), device=self.device)
+        self._recorded = False
 
     def _deepspeed_config(self) -> dict[str, Any]:
         train, stage = self.config.train, self.config.deepspeed.zero_stage
@@ -127,7 +129,8 @@ class DeepSpeedEngine:
         if self._control.needs_calibration:
             self._calibrate(batches[0])
         self._control.begin_step(step)
-        self.context.recording, self.context.loss_scale = record, 1.0 / len(batches)
+        self.context.recording = self._recorded = record
+        self.context.loss_scale = 1.0 / len(batches)
         losses = []
         for number, batch in enumerate(batches):
             self.context.micro_batch = number
@@ -139,7 +142,8 @@ class DeepSpeedEngine:
         self._lm_loss = torch.stack(losses).mean()
         self._grad_norm = self._clip(self.config.optimizer.clip_grad)
         if not torch.isfinite(self._grad_norm):  # the same on every rank; parameters and moments are untouched
-            raise UserError(self._describe_nonfinite(step))
+            norm = self._grad_norm.item()
+            raise UserError(describe_nonfinite(self.config.model, self.layers, step, norm, self.device))
         for group in self._adam.param_groups:
             group["lr"] = lr * group["lr_factor"]
         self._engine.step()
@@ -156,20 +160,6 @@ class DeepSpeedEngine:
         self.context.calibrating = True
         self.module.hidden(batch.tokens_BS.to(self.device))
         self.context.calibrating = False
-
-    def _describe_nonfinite(self, step: int) -> str:
-        """Where a gradient that is not finite came from, as far as the routers saw it; collective."""
-        cure = "go on from a checkpoint with a lower optimizer.lr"
-        layers = self.module.moe_layers
-        finite = torch.stack([layer.router.take_finite() for layer in layers] or [torch.tensor(True)]).to(self.device)
-        everywhere = [torch.ones_like(finite) for _ in range(self.world_size)]
-        dist.all_gather(everywhere, finite)
-        for index, layer in enumerate(layers):
-            ranks = [rank for rank, seen in enumerate(everywhere) if not bool(seen[index])]
-            if ranks:
-                where = f"layer {layer.layer} on rank {', '.join(map(str, ranks))}"
-                return f"step {step}: router scores are not finite in {where}; {cure}"
-        return f"step {step}: the gradient norm is {self._grad_norm.item()}; {cure}"
 
     def _clip(self, ceiling: float) -> Tensor:
         """Scales the gradient to a global norm of at most ``ceiling`` (0: leaves it) and returns the norm before."""
@@ -199,21 +189,9 @@ class DeepSpeedEngine:
                     yield parameter.grad, copies
 
     def report(self) -> StepReport:
-        layers = self.module.moe_layers
-        recorded = bool(layers) and layers[0].has_statistics
-        sizes = [vector_size(self.config.model, layer.layer) if recorded else 0 for layer in layers]
-        scalars = [self._lm_loss.item() / self.world_size, *(layer.take_routed_rows() for layer in layers)]
-        vectors = [layer.take_statistics() for layer in layers if recorded]
-        packed = torch.cat([torch.tensor(scalars, dtype=torch.float64, device=self.device), *vectors])
-        dist.all_reduce(packed)
-        packed = packed.cpu()
-        rows, vectors = packed[1 : 1 + len(layers)], packed[1 + len(layers) :].split(sizes)
-        return StepReport(
-            lm_loss=packed[0].item(),
-            grad_norm=self._grad_norm.item(),
-            routed_rows={layer.layer: int(count) for layer, count in zip(layers, rows.tolist(), strict=True)},
-            statistics={layer.layer: vectors[i] for i, layer in enumerate(layers)} if recorded else {},
-        )
+        recorded, self._recorded = self._recorded, False
+        loss, norm = self._lm_loss.item() / self.world_size, self._grad_norm.item()
+        return reduce_report(self.config.model, self.layers, loss, norm, recorded, self.device)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:
@@ -230,11 +208,11 @@ class DeepSpeedEngine:
         return self.module(tokens_BS.to(self.device))
 
     def save(self, directory: Path) -> list[Path]:
-        return deepspeed_state.save(directory, self.module, self._state, self.context)
+        return deepspeed_state.save(directory, self.module, self.state, self.context)
 
     def load(self, directory: Path) -> None:
-        deepspeed_state.load(directory, self.module, self._state)
-        self._steps = self._state.step
+        deepspeed_state.load(directory, self.module, self.state)
+        self._steps = self.state.step
 
 
 def _start_processes() -> torch.device:

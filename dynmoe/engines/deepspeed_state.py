@@ -1,18 +1,13 @@
-"""Model and optimizer state of a DeepSpeed run as safetensors files that fit any layout.
-
-DeepSpeed's own checkpoints pickle, know experts by one name pattern and fit one layout. Here every fp32 master and
-moment is written whole under its parameter's name, each expert for itself under its global index: a run may go on
-with other data- and expert-parallel sizes and another ZeRO stage.
-"""
+"""Model and optimizer state of a DeepSpeed run, and its checkpoints."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -22,12 +17,11 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dynmoe.engines.state_names import MASTER, MOMENTS, OPTIMIZER_STEP, buffer_key, parameter_key
-from dynmoe.errors import UserError
+from dynmoe.engines import plain_state
+from dynmoe.engines.random_state import restore_random_state, save_random_state
+from dynmoe.engines.state_names import MASTER, MOMENTS
 from dynmoe.model import Decoder
 from dynmoe.moe import MoEContext
 
@@ -103,45 +97,22 @@ class OptimizerState:
             self._adam.state[master][name].copy_(values[name])
 
 
-def _expert_ranges(module: Decoder) -> dict[str, tuple[range, int]]:
-    """Of each stacked parameter of this rank: global indices of its experts, and experts of its layer in all."""
-    held = {
-        id(p): (layer.experts.experts, layer.num_experts)
-        for layer in module.moe_layers
-        for p in layer.experts.parameters()
-    }
-    return {name: held[id(p)] for name, p in module.named_parameters() if id(p) in held}
+def _entries(module: Decoder, state: OptimizerState) -> list[plain_state.Entry]:
+    ranges = plain_state.expert_ranges(module.moe_layers)
+    return [
+        plain_state.entry(name, p, ranges, functools.partial(state.get, p), functools.partial(state.set, p))
+        for name, p in module.named_parameters()
+    ]
 
 
 def save(directory: Path, module: Decoder, state: OptimizerState, context: MoEContext) -> list[Path]:
     """Writes this rank's share into ``directory``: rank 0 the dense state, one replica of each expert its experts."""
-    ranges, rank = _expert_ranges(module), dist.get_rank()
+    rank = dist.get_rank()
     # Consecutive ranks form an expert-parallel group: the first of them holds one replica of every expert.
-    writes_experts, writes_dense = rank < context.expert_parallel, rank == 0
-    dense: dict[str, Tensor] = {}
-    experts: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
-        for part, value in state.get(parameter).items():
-            if not is_moe_param(parameter):
-                if writes_dense:
-                    dense[parameter_key(name, part)] = value.cpu().contiguous()
-            elif writes_experts:
-                cpu = value.cpu()
-                experts |= {parameter_key(name, part, e): cpu[i].contiguous() for i, e in enumerate(ranges[name][0])}
-    files = []
-    if writes_dense:
-        dense[OPTIMIZER_STEP] = torch.tensor(state.step)
-        dense |= {buffer_key(name): buffer.cpu() for name, buffer in module.named_buffers()}
-        files.append(_write(directory / "dense.safetensors", dense))
-    if experts:
-        files.append(_write(directory / f"experts_{rank:05d}.safetensors", experts))
-    files.append(_write(directory / f"random_{rank:05d}.safetensors", _random_state()))
-    return files
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> Path:
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
-    return path
+    writes_experts = rank < context.expert_parallel
+    entries, buffers = _entries(module, state), dict(module.named_buffers())
+    files = plain_state.save(directory, entries, buffers, state.step, rank == 0, writes_experts)
+    return [*files, save_random_state(directory)]
 
 
 def load(directory: Path, module: Decoder, state: OptimizerState) -> None:
@@ -150,62 +121,5 @@ def load(directory: Path, module: Decoder, state: OptimizerState) -> None:
     Raises:
         UserError: tensors that are missing, surplus or of another shape, by name.
     """
-    reader = _Reader([directory / "dense.safetensors", *sorted(directory.glob("experts_*.safetensors"))])
-    ranges = _expert_ranges(module)
-    expected: set[str] = {OPTIMIZER_STEP}
-    for name, parameter in module.named_parameters():
-        shape = tuple(parameter.shape)
-        values = {}
-        for part in (MASTER, *MOMENTS):
-            if name not in ranges:
-                values[part] = reader.read(parameter_key(name, part), shape)
-                expected.add(parameter_key(name, part))
-            else:
-                local, num_experts = ranges[name]
-                values[part] = torch.stack([reader.read(parameter_key(name, part, e), shape[1:]) for e in local])
-                expected |= {parameter_key(name, part, e) for e in range(num_experts)}
-        state.set(parameter, values)
-    for name, buffer in module.named_buffers():
-        buffer.copy_(reader.read(buffer_key(name), tuple(buffer.shape)))
-        expected.add(buffer_key(name))
-    surplus = sorted(reader.names - expected)
-    if surplus:
-        raise UserError(f"checkpoint {directory}: has tensors that this model lacks, such as {surplus[0]}")
-    state.step = int(reader.read(OPTIMIZER_STEP, ()))
-    _restore_random_state(directory)
-
-
-class _Reader:
-    """Tensors by name over several safetensors files, read one at a time."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self._files = [safe_open(path, framework="pt") for path in paths]
-        self._file_of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._file_of)
-
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if name not in self._file_of:
-            raise UserError(f"checkpoint: tensor {name} is missing; resume with the configuration that made it")
-        tensor = self._file_of[name].get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise UserError(f"checkpoint: tensor {name} has shape {tuple(tensor.shape)}, this model wants {shape}")
-        return tensor
-
-
-def _random_state() -> dict[str, Tensor]:
-    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
-    return {"cpu": torch.get_rng_state(), **cuda}
-
-
-def _restore_random_state(directory: Path) -> None:
-    """This rank's generators; a rank that the saving run did not have keeps its own."""
-    path = directory / f"random_{dist.get_rank():05d}.safetensors"
-    if not path.exists():
-        return
-    with safe_open(path, framework="pt") as file:
-        torch.set_rng_state(file.get_tensor("cpu"))
-        if torch.cuda.is_initialized() and "cuda" in file.keys():  # noqa: SIM118
-            torch.cuda.set_rng_state(file.get_tensor("cuda"))
+    state.step = plain_state.load(directory, _entries(module, state), dict(module.named_buffers()))
+    restore_random_state(directory)

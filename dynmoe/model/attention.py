@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dynmoe.config import ModelConfig
 from dynmoe.moe.experts import down_std
@@ -26,11 +27,26 @@ def rotate(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
     return (x_BHSd * cos_Sd + turned * sin_Sd).to(x_BHSd.dtype)
 
 
-class Attention(nn.Module):
-    """Query, key and value in one projection (rows in that order), softmax attention by SDPA."""
+def causal_attention(q_BHSd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor) -> Tensor:
+    """Softmax attention in which H query heads share K key-value heads in consecutive groups; [B, H, S, d]."""
+    grouped = q_BHSd.shape[1] != k_BKSd.shape[1]
+    return F.scaled_dot_product_attention(q_BHSd, k_BKSd, v_BKSd, is_causal=True, enable_gqa=grouped)
 
-    def __init__(self, model: ModelConfig, seed: int, name: str) -> None:
+
+class Attention(nn.Module):
+    """Query, key and value in one projection (rows in that order), softmax attention by SDPA.
+
+    Args:
+        model: heads and initial scale.
+        seed: of the initial weights.
+        name: prefix of this module's parameter names in the whole model.
+        recompute: do not keep what lies between the projections for the backward pass (arXiv 2205.05198, selective
+            activation recomputation).
+    """
+
+    def __init__(self, model: ModelConfig, seed: int, name: str, recompute: bool = False) -> None:
         super().__init__()
+        self.recompute = recompute
         self.heads, self.kv_heads, self.head_dim = model.heads, model.kv_heads, model.head_dim
         rows = (model.heads + 2 * model.kv_heads) * model.head_dim
         self.w_qkv = nn.Parameter(named_normal((rows, model.hidden), model.init_std, seed, f"{name}.w_qkv"))
@@ -41,5 +57,8 @@ class Attention(nn.Module):
         qkv = F.linear(x_BSD, self.w_qkv).view(batch, positions, -1, self.head_dim).transpose(1, 2)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         q, k = rotate(q, cos_Sd, sin_Sd), rotate(k, cos_Sd, sin_Sd)
-        out_BHSd = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        if self.recompute and torch.is_grad_enabled():
+            out_BHSd = checkpoint(causal_attention, q, k, v, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out_BHSd = causal_attention(q, k, v)
         return F.linear(out_BHSd.transpose(1, 2).reshape(batch, positions, hidden), self.w_out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +16,24 @@ from dynmoe.moe import MoEContext, MoELayer
 from dynmoe.moe.experts import SwiGLU
 from dynmoe.moe.initialization import named_normal
 
+
+def initial_embedding(model: ModelConfig, vocab_size: int, seed: int, name: str) -> Tensor:
+    """Initial weights of the embedding (``w_embed``) or the output projection (``w_out``), [V, D]."""
+    return named_normal((vocab_size, model.hidden), model.init_std, seed, name)
+
+
 MakeMoE = Callable[[ModelConfig, int, int, MoEContext], MoELayer]
 
 
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each after an RMSNorm and added to the residual stream."""
 
-    def __init__(self, model: ModelConfig, layer: int, seed: int, context: MoEContext, make_moe: MakeMoE) -> None:
+    def __init__(
+        self, model: ModelConfig, layer: int, seed: int, context: MoEContext, make_moe: MakeMoE, recompute: str
+    ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(model.hidden, model.norm_eps)
-        self.attention = Attention(model, seed, f"layers.{layer}.attention")
+        self.attention = Attention(model, seed, f"layers.{layer}.attention", recompute == "selective")
         self.ffn_norm = nn.RMSNorm(model.hidden, model.norm_eps)
         self.moe: MoELayer | None = None
         self.ffn: SwiGLU | None = None
@@ -50,7 +57,8 @@ class Decoder(nn.Module):
         vocab_size: rows of the embedding.
         seed: of the initial weights; nothing else decides them.
         context: process groups and step state for the MoE layers; a fresh one serves a single process.
-        recompute: keep only each layer's input and repeat the layer in the backward pass.
+        recompute: what the backward pass repeats: nothing (``none``), attention without its projections
+            (``selective``), or each layer from its input (``full``).
         make_moe: the class of MoE layers; engines put their own subclass here.
     """
 
@@ -60,18 +68,18 @@ class Decoder(nn.Module):
         vocab_size: int,
         seed: int,
         context: MoEContext | None = None,
-        recompute: bool = False,
+        recompute: str = "none",
         make_moe: MakeMoE = MoELayer,
     ) -> None:
         super().__init__()
         self.settings, self.recompute = model, recompute
         self.context = MoEContext() if context is None else context
-        self.w_embed_VD = nn.Parameter(named_normal((vocab_size, model.hidden), model.init_std, seed, "w_embed"))
-        layers = [DecoderLayer(model, layer, seed, self.context, make_moe) for layer in range(model.layers)]
+        self.w_embed_VD = nn.Parameter(initial_embedding(model, vocab_size, seed, "w_embed"))
+        layers = [DecoderLayer(model, layer, seed, self.context, make_moe, recompute) for layer in range(model.layers)]
         self.layers = nn.ModuleList(layers)
         self.norm = nn.RMSNorm(model.hidden, model.norm_eps)
         if not model.tie_embeddings:
-            self.w_out_VD = nn.Parameter(named_normal((vocab_size, model.hidden), model.init_std, seed, "w_out"))
+            self.w_out_VD = nn.Parameter(initial_embedding(model, vocab_size, seed, "w_out"))
 
     @property
     def output_weight_VD(self) -> Tensor:
@@ -89,17 +97,14 @@ class Decoder(nn.Module):
         )
         x_BSD = F.embedding(tokens_BS, self.w_embed_VD)
         for layer in self.layers:
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute == "full" and torch.is_grad_enabled():
                 x_BSD = checkpoint(
                     layer, x_BSD, cos_Sd, sin_Sd,
-                    use_reentrant=False, preserve_rng_state=False, context_fn=self._checkpoint_contexts,
+                    use_reentrant=False, preserve_rng_state=False, context_fn=self.context.checkpoint_contexts,
                 )  # fmt: skip
             else:
                 x_BSD = layer(x_BSD, cos_Sd, sin_Sd)
         return self.norm(x_BSD)
-
-    def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), self.context.recompute()
 
     def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
         """Logits [B, S, V]; with labels (the next tokens) the mean cross-entropy in nats, without the logits."""

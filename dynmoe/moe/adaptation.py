@@ -95,6 +95,10 @@ class Adaptation:
             return False
         return self._end_of(step) - step < config.window
 
+    def changes_at(self, step: int) -> bool:
+        """Whether a recording window ends with optimizer step ``step``."""
+        return self.records(step) and step == self._end_of(step)
+
     def _end_of(self, step: int) -> int:
         """The first step at or after ``step`` that ends a window."""
         return -(-step // self.config.interval) * self.config.interval
@@ -125,7 +129,7 @@ class Adaptation:
             for window, seen in sums.items():
                 # From zero at a window's first step, whatever an earlier start with another interval left there.
                 window.copy_(seen if self._is_first(step) else window + seen)
-            if step == self._end_of(step):
+            if self.changes_at(step):
                 events += self._change(layer, step)
         return events
 

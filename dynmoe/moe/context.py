@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -18,7 +18,10 @@ class MoEContext:
     Attributes:
         expert_group: ranks over which the experts are spread; None where each rank holds all of them.
         token_group: ranks whose tokens share auxiliary losses and statistics; None for this rank alone.
-        loss_scale: what the engine multiplies the main loss with (1 / accumulation steps).
+        sequence_group: ranks over which each sequence is spread (tensor and context parallelism); None for none.
+        pipeline_group: ranks that hold the other layers of the model; None where this rank holds all of them.
+        loss_scale: what the engine multiplies the main loss with (1 / accumulation steps), over the ranks whose
+            gradients it adds up instead of averaging them.
         micro_batch: number of the forward pass within the optimizer step.
         recording: statistics are collected in this step.
         observing: what is collected in this step for budget control and adaptation; None for nothing.
@@ -29,6 +32,8 @@ class MoEContext:
 
     expert_group: dist.ProcessGroup | None = None
     token_group: dist.ProcessGroup | None = None
+    sequence_group: dist.ProcessGroup | None = None
+    pipeline_group: dist.ProcessGroup | None = None
     loss_scale: float = 1.0
     micro_batch: int = 0
     recording: bool = False
@@ -46,10 +51,17 @@ class MoEContext:
         return 0 if self.expert_group is None else dist.get_rank(self.expert_group)
 
     @contextmanager
-    def recompute(self) -> Iterator[None]:
-        """Marks a pass that repeats an earlier one."""
-        self.recomputing = True
+    def recompute(self, micro_batch: int) -> Iterator[None]:
+        """Marks a pass that repeats the earlier one of ``micro_batch``."""
+        previous, self.micro_batch, self.recomputing = self.micro_batch, micro_batch, True
         try:
             yield
         finally:
-            self.recomputing = False
+            self.micro_batch, self.recomputing = previous, False
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Of a pass and of its repetition, for ``torch.utils.checkpoint``.
+
+        Other passes may lie between the two: a pipeline runs several forward passes ahead.
+        """
+        return nullcontext(), self.recompute(self.micro_batch)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from dynmoe.config import Config
 from dynmoe.moe.adaptation import Adaptation, AdaptationEvent, ParameterRenewal
@@ -26,7 +28,7 @@ class RoutingControl:
 
     Args:
         config: of the run.
-        layers: of the model, in order.
+        layers: that this rank holds, in order; all ranks of a token group hold parts of the same ones.
         context: shared by the layers.
         renewal: puts fresh weights in place of an expert's.
     """
@@ -36,7 +38,7 @@ class RoutingControl:
     ) -> None:
         router, budget = config.model.router, config.budget
         self._layers, self._context = layers, context
-        self._budget = Budget(budget)
+        self._budget = Budget(budget, context.pipeline_group)
         needed = max(router.options.min_experts, budget.experts_per_token or 0, budget.start or 0, 1)
         self._adaptation = Adaptation(config.adaptation, renewal, keep=math.ceil(needed))
         self._holds = budget.method != "none" or budget.experts_per_token is not None
@@ -47,23 +49,34 @@ class RoutingControl:
 
     @property
     def needs_calibration(self) -> bool:
-        """Thresholds are still to be set from first scores: a forward pass with ``context.calibrating`` does it."""
+        """Thresholds are still to be set from first scores: a forward pass with ``context.calibrating`` does it.
+
+        Collective over the stages of a pipeline, which make that pass together.
+        """
         if not self._calibrated:  # asked once: the answer waits for the device
-            self._calibrated = all(
-                bool(layer.router.calibrated) for layer in self._layers if isinstance(layer.router, ThresholdRouter)
-            )
+            routers = [layer.router for layer in self._layers]
+            own = all(bool(router.calibrated) for router in routers if isinstance(router, ThresholdRouter))
+            self._calibrated = all(self._of_all_stages(own))
         return not self._calibrated
+
+    def _of_all_stages(self, own: Any) -> list[Any]:
+        """What each pipeline stage has to say, in order."""
+        group = self._context.pipeline_group
+        if group is None:
+            return [own]
+        everything = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everything, own, group=group)
+        return everything
 
     def begin_step(self, step: int) -> None:
         """Says what the forward passes of optimizer step ``step`` (from 1 on) are to collect."""
         records = self._adaptation.records(step)
         wanted = Wanted(compared=self._moves_thresholds, unclaimed=records, histogram=self._histogram)
-        acts = bool(self._layers) and (self._holds or self._averages or records)
-        self._context.observing = wanted if acts else None
+        self._context.observing = wanted if self._holds or self._averages or records else None
         self._context.target_experts = self._budget.target(step - 1) or 1.0
 
     def end_step(self, step: int) -> list[AdaptationEvent]:
-        """Acts on what step ``step`` saw; collective. Returns the experts that came and went."""
+        """Acts on what step ``step`` saw; collective. Returns the experts that came and went, on every rank alike."""
         wanted, self._context.observing = self._context.observing, None
         if wanted is None:
             return []
@@ -72,7 +85,11 @@ class RoutingControl:
             self._budget.update([layer.router for layer in self._layers], observations, step)
         if self._averages:
             self._average(observations)
-        return self._adaptation.update(self._layers, observations, step)
+        events = self._adaptation.update(self._layers, observations, step)
+        if not self._adaptation.changes_at(step):
+            return events
+        everywhere = [event for stage in self._of_all_stages(events) for event in stage]
+        return sorted(everywhere, key=lambda event: event.layer)
 
     @torch.no_grad()
     def _average(self, observations: Sequence[Observation]) -> None:

@@ -87,6 +87,8 @@ def reduce_observations(
     layers: Sequence[MoELayer], group: dist.ProcessGroup | None, wanted: Wanted
 ) -> list[Observation]:
     """What each layer saw since the last call, over all ranks of ``group``; one collective for all layers."""
+    if not layers:  # a pipeline stage of dense layers
+        return []
     vectors = [layer.take_observed() for layer in layers]
     packed = torch.cat(vectors)
     if group is not None:

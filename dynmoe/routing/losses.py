@@ -26,19 +26,31 @@ def load_balance(plan: RoutingPlan, counts: RoutingCounts | None = None, *, per_
     return plan.scores_TE.shape[1] * (fraction_E * mean_score_E).sum()
 
 
-def sequence_balance(plan: RoutingPlan, num_sequences: int, *, per_route: bool = False) -> Tensor:
-    """Mean over sequences of :func:`load_balance` within each; tokens of a sequence stand together.
+def sequence_counts(plan: RoutingPlan, num_sequences: int) -> Tensor:
+    """Tokens of each sequence that select each expert, fp32 [B, E]; tokens of a sequence stand together.
 
     Raises:
         ValueError: the tokens are not a multiple of ``num_sequences``.
     """
-    num_tokens, num_experts = plan.scores_TE.shape
+    num_tokens, num_experts = plan.selected_map_TE.shape
     if num_sequences < 1 or num_tokens % num_sequences:
         raise ValueError(f"num_sequences={num_sequences} must divide the number of tokens ({num_tokens})")
-    selected_BE = plan.selected_map_TE.view(num_sequences, -1, num_experts).float().sum(dim=1)
-    total_B1 = selected_BE.sum(dim=1, keepdim=True).clamp(min=1) if per_route else num_tokens // num_sequences
-    mean_score_BE = plan.scores_TE.view(num_sequences, -1, num_experts).mean(dim=1)
-    return num_experts * (selected_BE / total_B1 * mean_score_BE).sum() / num_sequences
+    return plan.selected_map_TE.view(num_sequences, -1, num_experts).float().sum(dim=1)
+
+
+def sequence_balance(plan: RoutingPlan, selected_BE: Tensor, num_parts: int = 1, *, per_route: bool = False) -> Tensor:
+    """Mean over sequences of :func:`load_balance` within each.
+
+    Args:
+        plan: of the tokens that this rank has of each sequence.
+        selected_BE: :func:`sequence_counts`, summed over the ranks that have the rest of the sequences.
+        num_parts: number of those ranks; the mean over them is meant.
+        per_route: divide by the experts per token of each sequence.
+    """
+    num_sequences, num_experts = selected_BE.shape
+    scores_BSE = plan.scores_TE.view(num_sequences, -1, num_experts)
+    total_B1 = selected_BE.sum(dim=1, keepdim=True).clamp(min=1) if per_route else num_parts * scores_BSE.shape[1]
+    return num_experts * (selected_BE / total_B1 * scores_BSE.mean(dim=1)).sum() / num_sequences
 
 
 def gate_balance(

@@ -90,12 +90,14 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _hashes(files: list[Path]) -> dict[str, dict[str, Any]]:
-    """Sizes and hashes for a manifest, of files that have reached the disk."""
+def _hashes(files: list[Path], root: Path) -> dict[str, dict[str, Any]]:
+    """Sizes and hashes for a manifest, of files below ``root`` that have reached the disk with their directories."""
     hashed = {}
     for file in files:
         _sync(file)
-        hashed[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        hashed[file.relative_to(root).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+    for folder in {file.parent for file in files}:
+        _sync(folder)
     return hashed
 
 
@@ -122,29 +124,29 @@ def newest_sound(root: Path) -> Checkpoint:
     raise UserError(f"{root}: no undamaged checkpoint; name the directory of a run that has one")
 
 
-def rewrite(
-    source: Checkpoint,
+def write_alone(
+    step: int,
     root: Path,
-    write: Callable[[Path, Path], None],
+    write: Callable[[Path], None],
     trainer_state: dict[str, Any],
     facts: dict[str, Any],
 ) -> Checkpoint:
-    """A checkpoint of the same step in ``root``, of one process, from the tensors of another.
+    """A checkpoint of one process, for tools.
 
     Args:
-        source: where the tensors come from.
+        step: of the run.
         root: an empty or new directory of checkpoints.
-        write: turns a file of ``source``, its first argument, into the file named second.
+        write: puts all files of the model into the directory it is given.
         trainer_state, facts: as in :meth:`CheckpointStore.save`.
     """
-    final = root / source.path.name
+    final = root / f"step_{step:08d}"
     building = final.with_name(f"{final.name}.tmp-{secrets.token_hex(4)}")
     building.mkdir(parents=True)
-    for file in sorted(source.path.glob("*.safetensors")):
-        write(file, building / file.name)
+    write(building)
     (building / _TRAINER).write_text(json.dumps(trainer_state))
-    _commit(building, final, {"step": source.step, **facts, "files": _hashes(sorted(building.iterdir()))})
-    return Checkpoint(final, source.step)
+    files = sorted(path for path in building.rglob("*") if path.is_file())
+    _commit(building, final, {"step": step, **facts, "files": _hashes(files, building)})
+    return Checkpoint(final, step)
 
 
 class CheckpointStore:
@@ -178,7 +180,7 @@ class CheckpointStore:
             state = building / _TRAINER
             state.write_text(json.dumps(trainer_state))
             files = [*files, state]
-        hashed = _hashes(files)
+        hashed = _hashes(files, building)
         gathered: list[dict[str, Any] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, hashed)
         if self._is_first:

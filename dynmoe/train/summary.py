@@ -36,8 +36,7 @@ def describe(config: Config, size: ModelSize, result: Result, corpora: list[Corp
     router = config.model.router
     lines = [
         f"Trained a {config.model.layers}-layer decoder with {size.total_parameters / 1e6:.1f} M parameters on "
-        f"{progress.tokens / 1e6:.2f} M tokens in {progress.step} steps ({config.engine}, "
-        f"expert-parallel over {config.parallel.expert})."
+        f"{progress.tokens / 1e6:.2f} M tokens in {progress.step} steps ({_layout(config)})."
     ]
     if config.model.moe_layers:
         per_layer = {
@@ -65,6 +64,12 @@ def describe(config: Config, size: ModelSize, result: Result, corpora: list[Corp
         lines += ["A sample of what it writes:", *(f"    {line}" for line in text.splitlines())]
     lines.append(f"Run directory: {config.run.path}")
     return "\n".join(lines)
+
+
+def _layout(config: Config) -> str:
+    """The engine and what it spread over ranks."""
+    sizes = {name: getattr(config.parallel, name) for name in ("tensor", "pipeline", "context", "expert")}
+    return ", ".join([config.engine, *(f"{name}-parallel over {size}" for name, size in sizes.items() if size > 1)])
 
 
 def facts(result: Result) -> dict[str, Any]:

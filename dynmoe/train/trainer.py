@@ -256,6 +256,9 @@ class Trainer:
 
 def _refuse_changes(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Raises a ConfigError that shows what differs in a field that a resumed run must keep."""
+    if saved["engine"] != current["engine"]:
+        cure = f"keep it, or convert the run: python -m dynmoe.convert RUN --engine {current['engine']}"
+        raise ConfigError("engine", current["engine"], f"the run's checkpoint is of {saved['engine']}", cure)
     old, new = dict(_flatten(saved)), dict(_flatten(current))
     for name in sorted(old.keys() | new.keys()):
         fixed = any(name == section or name.startswith(f"{section}.") for section in _FIXED)

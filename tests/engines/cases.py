@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from dynmoe.config import Config, load_config
 from dynmoe.data.batches import Batch
-from dynmoe.engines.deepspeed import DeepSpeedEngine
+from dynmoe.engines import make_engine
 from dynmoe.errors import UserError
-from dynmoe.moe.routers import Router
+from dynmoe.model import Decoder
+from dynmoe.train.optimizer import parameter_groups
 
 VOCAB, LENGTH, GLOBAL_BATCH = 64, 24, 8
 
@@ -35,49 +36,80 @@ def batch_of_step(step: int) -> torch.Tensor:
     return torch.where(torch.rand(tokens.shape, generator=generator) < 0.2, noise, tokens)
 
 
-def micro_batches(engine: DeepSpeedEngine, step: int) -> list[Batch]:
-    tokens, size = batch_of_step(step), engine.config.train.micro_batch
-    starts = range(engine.data_rank * size, GLOBAL_BATCH, engine.data_size * size)
+def micro_batches(config: Config, step: int, data_rank: int = 0, data_size: int = 1) -> list[Batch]:
+    tokens, size = batch_of_step(step), config.train.micro_batch
+    starts = range(data_rank * size, GLOBAL_BATCH, data_size * size)
     return [Batch(tokens[s : s + size, :-1], tokens[s : s + size, 1:]) for s in starts]
 
 
+def keep_maps(layers: list[Any]) -> dict[int, list[torch.Tensor]]:
+    """By layer the routing maps of every pass to come."""
+    maps: dict[int, list[torch.Tensor]] = {layer.layer: [] for layer in layers}
+    for layer in layers:
+        own = maps[layer.layer]
+        layer.router.register_forward_hook(lambda m, inputs, plan, own=own: own.append(plan.routing_map_TE.clone()))
+    return maps
+
+
 def train(overrides: list[str], first: int, last: int, load: str = "", save: str = "") -> dict[str, Any]:
-    """Steps ``first`` to ``last`` - 1: losses, gradient norms, and the routing maps of every step as bytes."""
+    """Steps ``first`` to ``last`` - 1: losses, gradient norms, routing maps, statistics, and the state at the end."""
     config = config_for(*overrides)
     config.check_world(dist.get_world_size())
-    engine = DeepSpeedEngine(config, VOCAB)
+    engine = make_engine(config, VOCAB)
     if load:
         engine.load(Path(load))
-    maps: list[torch.Tensor] = []
-    for module in engine.module.modules():
-        if isinstance(module, Router):
-            module.register_forward_hook(lambda module, inputs, plan: maps.append(plan.routing_map_TE.clone()))
+    maps = keep_maps(engine.layers)
     losses, norms, rows, statistics, events = [], [], [], [], []
     for step in range(first, last):
-        events += engine.train_step(micro_batches(engine, step), config.optimizer.lr, record=True)
+        batches = micro_batches(config, step, engine.data_rank, engine.data_size)
+        events += engine.train_step(batches, config.optimizer.lr, record=True)
         report = engine.report()
         losses.append(report.lm_loss)
         norms.append(report.grad_norm)
         rows.append(report.routed_rows)
         statistics.append({layer: vector.tolist() for layer, vector in report.statistics.items()})
     if save:
-        Path(save).mkdir(parents=True, exist_ok=True)
-        dist.barrier()
-        engine.save(Path(save))
-        dist.barrier()
-    state = _whole_state(engine)
+        save_state(engine, save)
     return {
         "losses": losses, "norms": norms, "maps": maps, "rows": rows, "statistics": statistics, "events": events,
-        "state": state,
+        "state": whole_state(engine), "place": place(engine),
     }  # fmt: skip
 
 
-def _whole_state(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """fp32 masters and moments of the parameters that this rank holds, the parameters themselves, and all buffers."""
-    state = {f"buffer {name}": buffer.clone() for name, buffer in engine.module.named_buffers()}
-    for name, parameter in engine.module.named_parameters():
-        state[name] = parameter.detach().clone()
-        state |= {f"{name}|{part}": value.clone() for part, value in engine._state.get(parameter).items()}
+def save_state(engine: Any, directory: str) -> None:
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    engine.save(Path(directory))
+    dist.barrier()
+
+
+def place(engine: Any) -> tuple[int, int]:
+    """Which sequences a rank has (its data-parallel rank), and which part of each (its tensor-parallel rank)."""
+    group = engine.context.sequence_group
+    return engine.data_rank, 0 if group is None else dist.get_rank(group)
+
+
+def whole_state(engine: Any) -> dict[str, torch.Tensor]:
+    """All buffers, and of the parameters that this rank holds the parameter, its fp32 master and moments.
+
+    Under Megatron the parameter as it lies there, and the flat shards of the others that this rank holds.
+    """
+    state = {}
+    for layer in engine.layers:
+        buffers = layer.named_buffers()
+        state |= {f"buffer layers.{layer.layer}.moe.{name}": buffer.clone() for name, buffer in buffers}
+    if engine.config.engine == "deepspeed":
+        for name, parameter in engine.module.named_parameters():
+            state[name] = parameter.detach().clone()
+            state |= {f"{name}|{part}": value.clone() for part, value in engine.state.get(parameter).items()}
+        return state
+    from dynmoe.engines.megatron.weights import weights
+
+    for model in engine.models:
+        for weight in weights(model, engine.config.model):
+            state[weight.name] = weight.parameter.detach().clone()
+            shards, _ = engine.state.shard(weight.parameter)
+            state |= {f"{weight.name}|{part}": value.clone() for part, value in shards.items()}
     return state
 
 
@@ -85,16 +117,73 @@ def train_into_nan(overrides: list[str], layer: int, rank: int) -> tuple[str, bo
     """Two sound steps and one in which the router of ``layer`` sees NaN on ``rank``; what is said, and whether the
     state is as it was before that step."""
     config = config_for(*overrides)
-    engine = DeepSpeedEngine(config, VOCAB)
+    engine = make_engine(config, VOCAB)
+
+    def take_step(step: int) -> None:
+        batches = micro_batches(config, step, engine.data_rank, engine.data_size)
+        engine.train_step(batches, config.optimizer.lr, record=False)
+
     for step in range(2):
-        engine.train_step(micro_batches(engine, step), config.optimizer.lr, record=False)
-    before = _whole_state(engine)
+        take_step(step)
+    before = whole_state(engine)
     if dist.get_rank() == rank:
-        router = engine.module.moe_layers[layer].router
+        (router,) = (own.router for own in engine.layers if own.layer == layer)
         router.register_forward_pre_hook(lambda module, inputs: (inputs[0] * float("nan"),))
     try:
-        engine.train_step(micro_batches(engine, 2), config.optimizer.lr, record=False)
+        take_step(2)
     except UserError as error:
-        after = _whole_state(engine)
+        after = whole_state(engine)
         return str(error), all(torch.equal(value, after[name]) for name, value in before.items())
     return "nothing was said", False
+
+
+def train_plainly(overrides: list[str], steps: int) -> dict[str, Any]:
+    """The plain model and torch's AdamW, in a loop that anyone can check by eye; no engine.
+
+    Also the first moment after the first step, a tenth of the clipped gradient, by the keys of a checkpoint.
+    """
+    config = config_for(*overrides)
+    model = Decoder(config.model, VOCAB, config.train.seed)
+    maps = keep_maps(model.moe_layers)
+    settings = config.optimizer
+    betas = (settings.beta1, settings.beta2)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=settings.lr, betas=betas, eps=settings.eps)
+    losses, norms, moments = [], [], {}
+    for step in range(steps):
+        optimizer.zero_grad()
+        batches = micro_batches(config, step)
+        model.context.loss_scale = 1.0 / len(batches)
+        total = 0.0
+        for number, batch in enumerate(batches):
+            model.context.micro_batch = number
+            loss = model(batch.tokens_BS, batch.labels_BS) / len(batches)
+            loss.backward()
+            total += loss.item()
+        losses.append(total)
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad).item())
+        optimizer.step()
+        if step == 0:
+            named = {name: optimizer.state[p]["exp_avg"].clone() for name, p in model.named_parameters()}
+            for name, value in named.items():
+                parts = {name: value}
+                if ".experts." in name:
+                    parts = {f"{name}.{expert}": part.clone() for expert, part in enumerate(value)}
+                moments |= {f"{key}|exp_avg": part for key, part in parts.items()}
+    return {"losses": losses, "norms": norms, "maps": maps, "moments": moments, "place": (0, 0)}
+
+
+def forward_only(overrides: list[str]) -> dict[str, Any]:
+    """Mean loss over three batches, and logits of a sequence whose length nothing divides."""
+    config = config_for(*overrides)
+    engine = make_engine(config, VOCAB)
+    batches = micro_batches(config, 0, engine.data_rank, engine.data_size)
+    tokens = torch.arange(7)[None] * 5 % VOCAB
+    return {"loss": engine.evaluate(batches[:3]), "logits": engine.logits(tokens)}
+
+
+def to_plain(overrides: list[str], source: str, target: str) -> None:
+    """Converts a checkpoint of a Megatron run."""
+    from dynmoe.engines.megatron import checkpoint
+
+    Path(target).mkdir(parents=True)
+    checkpoint.to_plain(config_for("engine=megatron", *overrides), Path(source), Path(target))

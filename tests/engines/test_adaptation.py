@@ -17,31 +17,61 @@ ADAPTIVE = [
     "model.router.min_experts=0", "model.moe.experts=8", "model.moe.active_at_start=4", "adaptation.interval=20",
     "adaptation.window=10", "adaptation.removal_share=0.3", "train.micro_batch=4",
 ]  # fmt: skip
-LAYOUTS = [(expert_parallel, stage) for expert_parallel in (1, 2) for stage in (0, 1, 2)]
+MEGATRON = "engine=megatron"
+PIPELINE = [MEGATRON, "parallel.pipeline=2"]
 
 
 def layout(expert_parallel: int, stage: int) -> list[str]:
     return [f"parallel.expert={expert_parallel}", f"deepspeed.zero_stage={stage}"]
 
 
-def replicated(state: dict[str, torch.Tensor], expert_parallel: int) -> dict[str, torch.Tensor]:
-    """What two ranks must hold alike: everything but the experts that are spread over them."""
-    return {name: value for name, value in state.items() if expert_parallel == 1 or ".experts." not in name}
+LAYOUTS = {
+    f"DeepSpeed EP {expert_parallel} ZeRO {stage}": layout(expert_parallel, stage)
+    for expert_parallel in (1, 2)
+    for stage in (0, 1, 2)
+} | {"Megatron DP 2": [MEGATRON], "Megatron EP 2": [MEGATRON, "parallel.expert=2"], "Megatron PP 2": PIPELINE}
+FAST = ("DeepSpeed EP 1 ZeRO 1", "DeepSpeed EP 2 ZeRO 2", "Megatron EP 2", "Megatron PP 2")
 
 
-@pytest.mark.parametrize(("expert_parallel", "stage"), LAYOUTS)
-def test_replicas_stay_bitwise_equal_through_removals_and_additions(two_ranks, expert_parallel, stage):
-    first, second = two_ranks.run(train, [*ADAPTIVE, *layout(expert_parallel, stage)], 0, 200)
+def experts_are_spread(overrides: list[str]) -> bool:
+    return "parallel.expert=2" in overrides
+
+
+def replicated(state: dict[str, torch.Tensor], overrides: list[str]) -> dict[str, torch.Tensor]:
+    """What two ranks must hold alike: all but spread experts, and the shards of Megatron's optimizer."""
+    unlike = [".experts."] if experts_are_spread(overrides) else []
+    unlike += ["|"] if MEGATRON in overrides else []
+    return {name: value for name, value in state.items() if not any(part in name for part in unlike)}
+
+
+def whole_part(results, rank: int, name: str, part: str, overrides: list[str]) -> torch.Tensor:
+    """A master or moment of a parameter that ``rank`` has; Megatron's shards put together."""
+    own = results[rank]["state"]
+    if MEGATRON not in overrides or (experts_are_spread(overrides) and ".experts." in name):
+        return own[f"{name}|{part}"].view_as(own[name])
+    shards = [result["state"].get(f"{name}|{part}") for result in results]
+    return torch.cat([shard for shard in shards if shard is not None]).view_as(own[name])
+
+
+@pytest.mark.parametrize(
+    "overrides", [pytest.param(v, id=k, marks=() if k in FAST else pytest.mark.slow) for k, v in LAYOUTS.items()]
+)
+def test_replicas_stay_bitwise_equal_through_removals_and_additions(two_ranks, overrides):
+    first, second = two_ranks.run(train, [*ADAPTIVE, *overrides], 0, 200)
     assert {event.change for event in first["events"]} == {"removed", "added"}
     assert first["events"] == second["events"]
-    ours, theirs = (replicated(result["state"], expert_parallel) for result in (first, second))
+    assert {event.layer for event in first["events"]} == {0, 1}
+    for event in first["events"]:
+        assert event.rank == event.expert // (4 if experts_are_spread(overrides) else 8)
+    if overrides == PIPELINE:
+        return  # no rank holds what the other has
+    ours, theirs = (replicated(result["state"], overrides) for result in (first, second))
     assert ours.keys() == theirs.keys()
-    for name in ("active_E", "prototypes_DE", "prototypes_DE|param", "thresholds_E|exp_avg", "offset_E"):
+    names = ["active_E", "prototypes_DE", "offset_E"]
+    for name in names if MEGATRON in overrides else [*names, "prototypes_DE|param", "thresholds_E|exp_avg"]:
         assert any(key.endswith(name) for key in ours), name
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
-    for event in first["events"]:
-        assert event.rank == event.expert // (8 // expert_parallel)
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "bf16")])
@@ -55,42 +85,49 @@ def test_replicas_of_spread_experts_stay_bitwise_equal(four_ranks, stage, precis
 
 
 @pytest.mark.parametrize(
-    ("expert_parallel", "stage", "precision"), [(1, 1, "fp32"), (2, 0, "bf16"), (2, 1, "bf16"), (2, 2, "fp32")]
-)
-def test_a_new_expert_has_fresh_weights_fresh_masters_and_no_moments(two_ranks, expert_parallel, stage, precision):
+    ("overrides", "precision"),
+    [
+        (layout(1, 1), "fp32"), (layout(2, 0), "bf16"), (layout(2, 1), "bf16"), (layout(2, 2), "fp32"),
+        (LAYOUTS["Megatron DP 2"], "bf16"), (LAYOUTS["Megatron EP 2"], "bf16"), (PIPELINE, "fp32"),
+    ],
+)  # fmt: skip
+def test_a_new_expert_has_fresh_weights_fresh_masters_and_no_moments(two_ranks, overrides, precision):
     """Looked at right after the update, next to an expert that stayed."""
-    overrides = [*ADAPTIVE, *layout(expert_parallel, stage), f"train.precision={precision}"]
-    results = two_ranks.run(train, overrides, 0, 20)
+    results = two_ranks.run(train, [*ADAPTIVE, *overrides, f"train.precision={precision}"], 0, 20)
     added = [event for event in results[0]["events"] if event.change == "added"]
     assert added
     changed = {(event.layer, event.expert) for event in results[0]["events"]}
-    per_rank = 8 // expert_parallel
-    low = torch.float32 if precision == "fp32" else torch.bfloat16
-    for event, (rank, result) in itertools.product(added, enumerate(results)):
-        moe = f"layers.{event.layer}.moe"
-        state = result["state"]
+    spread = experts_are_spread(overrides)
+    per_rank, low = 4 if spread else 8, torch.float32 if precision == "fp32" else torch.bfloat16
+    for event, rank in itertools.product(added, range(2)):
+        moe, state = f"layers.{event.layer}.moe", results[rank]["state"]
+        if f"{moe}.router.thresholds_E" not in state:
+            continue  # of another stage
         parts = {f"{moe}.router.prototypes_DE": (slice(None), event.expert)}
         parts[f"{moe}.router.thresholds_E"] = (event.expert,)
-        if expert_parallel == 1 or rank == event.rank:
+        if not spread or rank == event.rank:
             parts[f"{moe}.experts.w_up_EHD"] = parts[f"{moe}.experts.w_down_EDF"] = (event.expert % per_rank,)
         for name, index in parts.items():
-            master = state[f"{name}|param"][index]
+            master = whole_part(results, rank, name, "param", overrides)[index]
             assert torch.equal(state[name][index], master.to(low)), name
             for moment in ("exp_avg", "exp_avg_sq"):
-                assert not state[f"{name}|{moment}"][index].any(), name
+                assert not whole_part(results, rank, name, moment, overrides)[index].any(), name
         if f"{moe}.experts.w_up_EHD" in parts:
             fresh = named_normal((64, 32), 0.1, 0, f"{moe}.experts.w_up.{event.expert}.step20")
-            assert torch.equal(state[f"{moe}.experts.w_up_EHD|param"][event.expert % per_rank], fresh)
-        norm = state[f"{moe}.router.prototypes_DE|param"][:, event.expert].norm().item()
+            held = whole_part(results, rank, f"{moe}.experts.w_up_EHD", "param", overrides)
+            assert torch.equal(held[event.expert % per_rank], fresh)
+        prototypes = f"{moe}.router.prototypes_DE"
+        norm = whole_part(results, rank, prototypes, "param", overrides)[:, event.expert].norm().item()
         assert norm == pytest.approx(1.0, abs=1e-5)
         active_E = state[f"buffer {moe}.router.active_E"]
         stayed = next(e for e in range(8) if active_E[e] and (event.layer, e) not in changed)
-        assert state[f"{moe}.router.prototypes_DE|exp_avg"][:, stayed].any(), "the moments were wiped for all"
+        moments = whole_part(results, rank, prototypes, "exp_avg", overrides)
+        assert moments[:, stayed].any(), "the moments were wiped for all"
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_run_resumed_within_a_window_decides_as_if_it_had_not_stopped(two_ranks, tmp_path, stage):
-    overrides = [*ADAPTIVE, *layout(2, stage)]
+@pytest.mark.parametrize("overrides", [layout(2, 1), layout(2, 2), LAYOUTS["Megatron EP 2"], PIPELINE])
+def test_a_run_resumed_within_a_window_decides_as_if_it_had_not_stopped(two_ranks, tmp_path, overrides):
+    overrides = [*ADAPTIVE, *overrides]
     straight = two_ranks.run(train, overrides, 0, 45)
     half = two_ranks.run(train, overrides, 0, 35, "", str(tmp_path / "saved"))
     resumed = two_ranks.run(train, overrides, 35, 45, str(tmp_path / "saved"))
@@ -115,7 +152,7 @@ def test_windows_count_optimizer_steps(one_rank):
     """Not forward passes: neither accumulation nor recomputation records a token twice."""
     few = ["train.micro_batch=8", *layout(1, 1)]
     (plain,) = one_rank.run(train, [*ADAPTIVE, *few], 0, 20)
-    (again,) = one_rank.run(train, [*ADAPTIVE, *few, "train.recompute=true"], 0, 20)
+    (again,) = one_rank.run(train, [*ADAPTIVE, *few, "train.recompute=full"], 0, 20)
     (quarters,) = one_rank.run(train, [*ADAPTIVE, *few, "train.micro_batch=2"], 0, 20)
     assert plain["events"]
     assert quarters["events"]

@@ -31,33 +31,57 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-@pytest.mark.parametrize("start", ["one", "half"])
-@pytest.mark.parametrize("holder", list(HOLDERS))
-def test_the_budget_holds_from_both_sides_and_after_a_change(one_rank, tmp_path, holder, start):
+# Two passes of four sequences over all ranks; a fast run tries one holder in each layout of Megatron.
+SPREAD = {
+    "EP 2": ["engine=megatron", "train.micro_batch=2", "parallel.expert=2"],
+    "PP 2": ["engine=megatron", "train.micro_batch=4", "parallel.pipeline=2"],
+}
+FAST = {("top_any loss-free", "one", "EP 2"), ("top_p", "half", "PP 2")}
+BOTH_SIDES = [
+    pytest.param(
+        holder, start, layout,
+        marks=() if layout == "alone" or (holder, start, layout) in FAST else pytest.mark.slow,
+    )
+    for holder in HOLDERS for start in ("one", "half") for layout in ("alone", *SPREAD)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("holder", "start", "layout"), BOTH_SIDES)
+def test_the_budget_holds_from_both_sides_and_after_a_change(one_rank, two_ranks, tmp_path, holder, start, layout):
     overrides, few, half = HOLDERS[holder]
-    overrides = [*BASE, *overrides, *(few if start == "one" else half)]
+    pool = one_rank if layout == "alone" else two_ranks
+    overrides = [*BASE, *overrides, *(few if start == "one" else half), *SPREAD.get(layout, [])]
     saved = str(tmp_path / "saved")
-    (first,) = one_rank.run(train, [*overrides, TWO], 0, SETTLED + WINDOW, "", saved)
+    first = pool.run(train, [*overrides, TWO], 0, SETTLED + WINDOW, "", saved)[0]
     observed = experts_per_token(first)
     assert observed[0] == pytest.approx(1.0, abs=0.1) if start == "one" else observed[0] > 6.0
     assert mean(observed[SETTLED:]) == pytest.approx(2.0, rel=0.02)
     last = SETTLED + WINDOW
     changed = [*overrides, "budget.experts_per_token=4"]
-    (second,) = one_rank.run(train, changed, last, last + SETTLED + WINDOW, saved)
+    second = pool.run(train, changed, last, last + SETTLED + WINDOW, saved)[0]
     assert mean(experts_per_token(second)[SETTLED:]) == pytest.approx(4.0, rel=0.02)
 
 
-def test_each_layer_holds_its_own_budget_or_the_mean_holds(one_rank):
-    overrides = [*BASE, *HOLDERS["top_p"][0], TWO, "model.router.p=0.7"]
-    (own,) = one_rank.run(train, overrides, 0, SETTLED + WINDOW)
+@pytest.mark.parametrize("layout", ["alone", pytest.param("PP 2", marks=pytest.mark.slow)])
+def test_each_layer_holds_its_own_budget_or_the_mean_holds(one_rank, two_ranks, layout):
+    pool = one_rank if layout == "alone" else two_ranks
+    overrides = [*BASE, *HOLDERS["top_p"][0], TWO, "model.router.p=0.7", *SPREAD.get(layout, [])]
+    own = pool.run(train, overrides, 0, SETTLED + WINDOW)
     for layer in (0, 1):
-        share = [rows[layer] / (GLOBAL_BATCH * LENGTH) for rows in own["rows"][SETTLED:]]
+        share = [rows[layer] / (GLOBAL_BATCH * LENGTH) for rows in own[0]["rows"][SETTLED:]]
         assert mean(share) == pytest.approx(2.0, rel=0.03)
-    (shared,) = one_rank.run(train, [*overrides, "budget.scope=global"], 0, SETTLED + WINDOW)
-    assert mean(experts_per_token(shared)[SETTLED:]) == pytest.approx(2.0, rel=0.02)
-    first, second = (shared["state"][f"buffer layers.{layer}.moe.router.p"] for layer in (0, 1))
+    shared = pool.run(train, [*overrides, "budget.scope=global"], 0, SETTLED + WINDOW)
+    assert mean(experts_per_token(shared[0])[SETTLED:]) == pytest.approx(2.0, rel=0.02)
+    first, second = probabilities(shared)
     assert first == second
-    assert own["state"]["buffer layers.0.moe.router.p"] != own["state"]["buffer layers.1.moe.router.p"]
+    first, second = probabilities(own)
+    assert first != second
+
+
+def probabilities(results) -> list[torch.Tensor]:
+    """The p of both layers, which may lie on different ranks."""
+    state = {name: value for result in results for name, value in result["state"].items()}
+    return [state[f"buffer layers.{layer}.moe.router.p"] for layer in (0, 1)]
 
 
 def test_a_schedule_leads_from_start_to_target(one_rank):

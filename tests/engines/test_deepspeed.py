@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.engines.cases import train, train_into_nan
+from tests.engines.comparisons import maps_of_all_ranks
 from tests.moe.cases import BASELINES, ROUTERS
 
 STEPS = 20
@@ -32,9 +33,10 @@ ALL_LOSSES = {
 }
 
 
-def maps_of_all_ranks(results) -> list[torch.Tensor]:
-    """Routing maps in the order of one process: per layer pass, the tokens of rank 0, then of rank 1."""
-    return [torch.cat(parts) for parts in zip(*(result["maps"] for result in results), strict=True)]
+def assert_same_maps(results, alone) -> None:
+    reference = maps_of_all_ranks([alone])
+    for layer, passes in maps_of_all_ranks(results).items():
+        assert all(torch.equal(a, b) for a, b in zip(passes, reference[layer], strict=True)), layer
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +59,7 @@ def test_two_ranks_train_like_one_with_auxiliary_losses(alone, two_ranks, kind, 
     assert results[0]["norms"] == pytest.approx(expected["norms"], rel=1e-4)
     assert results[0]["losses"] == results[1]["losses"]
     assert expected["losses"][-1] < expected["losses"][0] - 0.3, "nothing was learnt: the comparison says little"
-    for ours, one_process in zip(maps_of_all_ranks(results), expected["maps"], strict=True):
-        assert torch.equal(ours, one_process)
+    assert_same_maps(results, expected)
     assert results[0]["rows"] == expected["rows"]
     for ours, one_process in zip(results[0]["statistics"], expected["statistics"], strict=True):
         for layer, vector in ours.items():
@@ -77,8 +78,7 @@ def test_the_other_routers_train_alike_too(one_rank, two_ranks, kind):
     results = two_ranks.run(train, [*overrides, *HALF, "parallel.expert=2"], 0, 10)
     assert results[0]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     assert results[0]["norms"] == pytest.approx(alone["norms"], rel=1e-4)
-    for ours, one_process in zip(maps_of_all_ranks(results), alone["maps"], strict=True):
-        assert torch.equal(ours, one_process)
+    assert_same_maps(results, alone)
 
 
 @pytest.mark.parametrize("kind", sorted(ROUTERS))
@@ -131,10 +131,11 @@ def test_a_checkpoint_fits_other_layouts(one_rank, two_ranks, tmp_path):
 def test_recomputation_changes_nothing(two_ranks):
     overrides = [*HALF, "parallel.expert=2"]
     plain = two_ranks.run(train, overrides, 0, 4)[0]
-    again = two_ranks.run(train, [*overrides, "train.recompute=true"], 0, 4)[0]
-    assert again["losses"] == plain["losses"]
-    assert again["rows"] == plain["rows"]
-    assert again["statistics"] == plain["statistics"]
+    for recompute in ("selective", "full"):
+        again = two_ranks.run(train, [*overrides, f"train.recompute={recompute}"], 0, 4)[0]
+        assert again["losses"] == plain["losses"]
+        assert again["rows"] == plain["rows"]
+        assert again["statistics"] == plain["statistics"]
 
 
 def test_clipping_uses_the_norm_of_the_whole_model(one_rank, two_ranks):

@@ -122,9 +122,14 @@ def test_the_balance_counts_the_step_so_far():
     second = layer.router(x[12:])
     expected = 4 * (share * second.scores_TE.mean(dim=0)).sum()
     torch.testing.assert_close(layer.router.losses(second)["balance"], expected)
-    # A repeated pass (activation recomputation) finds the same counts and adds nothing.
-    with layer.context.recompute():
+    # A repeated pass (activation recomputation) finds its counts, those of the first pass too, and adds nothing.
+    with layer.context.recompute(1):
         torch.testing.assert_close(layer.router.losses(second)["balance"], expected)
+    with layer.context.recompute(0):
+        first = layer.router(x[:12])
+        alone = 4 * (first.selected_map_TE.float().mean(dim=0) / 2 * first.scores_TE.mean(dim=0)).sum()
+        torch.testing.assert_close(layer.router.losses(first)["balance"], alone)
+    assert layer.context.micro_batch == 1
     layer.context.micro_batch = 0
     torch.testing.assert_close(layer.router.losses(whole)["balance"], 4 * (share * whole.scores_TE.mean(dim=0)).sum())
 

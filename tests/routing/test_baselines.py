@@ -123,14 +123,27 @@ def test_l1_of_a_worked_example():
 @given(seeds, st.integers(1, 4), st.integers(1, 5), st.booleans())
 def test_sequence_balance_is_the_mean_over_sequences(seed, sequences, length, per_route):
     logits = random_logits(seed, (sequences * length, 5))
-    whole = losses.sequence_balance(top_k(logits, 2), sequences, per_route=per_route)
+    plan = top_k(logits, 2)
+    whole = losses.sequence_balance(plan, losses.sequence_counts(plan, sequences), per_route=per_route)
     parts = [losses.load_balance(top_k(part, 2), per_route=per_route) for part in logits.split(length)]
     torch.testing.assert_close(whole, torch.stack(parts).mean())
 
 
+@given(seeds, st.integers(1, 3), st.booleans())
+def test_sequence_balance_does_not_depend_on_how_sequences_are_spread(seed, sequences, per_route):
+    logits = random_logits(seed, (sequences, 6, 5))
+    whole = top_k(logits.flatten(0, 1), 2)
+    counts_BE = losses.sequence_counts(whole, sequences)
+    halves = [top_k(part.flatten(0, 1), 2) for part in logits.split(3, dim=1)]
+    assert torch.equal(sum(losses.sequence_counts(half, sequences) for half in halves), counts_BE)
+    spread = [losses.sequence_balance(half, counts_BE, 2, per_route=per_route) for half in halves]
+    expected = losses.sequence_balance(whole, counts_BE, per_route=per_route)
+    torch.testing.assert_close(torch.stack(spread).mean(), expected)
+
+
 def test_sequences_must_divide_the_tokens():
     with pytest.raises(ValueError, match="num_sequences=2"):
-        losses.sequence_balance(top_k(torch.zeros(3, 4), 1), 2)
+        losses.sequence_counts(top_k(torch.zeros(3, 4), 1), 2)
 
 
 @given(seeds, st.sampled_from(["relu", "null"]), st.integers(1, 11))

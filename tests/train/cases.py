@@ -107,4 +107,5 @@ def curve(metrics: Path) -> list[dict[str, Any]]:
 def parameter_hashes(run: Path, step: int) -> dict[str, str]:
     """SHA-256 of the state in the checkpoint of ``step``, by file."""
     manifest = json.loads((run / "checkpoints" / f"step_{step:08d}" / "manifest.json").read_text())
-    return {name: facts["sha256"] for name, facts in manifest["files"].items() if name.endswith(".safetensors")}
+    tensors = (".safetensors", ".distcp")
+    return {name: facts["sha256"] for name, facts in manifest["files"].items() if name.endswith(tensors)}

@@ -56,7 +56,7 @@ class Router(nn.Module):
     def __init__(self, model: ModelConfig, num_experts: int, seed: int, name: str, context: MoEContext) -> None:
         super().__init__()
         self.settings, self.options, self.context = model.router, model.router.options, context
-        self._running: Tensor | None = None
+        self._running: list[Tensor] = []
         self._finite: Tensor | None = None
         spread = self.settings.form != "released"
         self.register_buffer("active_E", active_at_start(num_experts, model.moe.active_at_start, spread))
@@ -125,24 +125,33 @@ class Router(nn.Module):
     def _loss(self, name: str, plan: RoutingPlan, counts: RoutingCounts | None, num_sequences: int) -> Tensor:
         per_route = self.options.balance_per_route
         if name == "balance" and self.settings.balance_scope == "sequence":
-            return losses.sequence_balance(plan, num_sequences, per_route=per_route)
+            return losses.sequence_balance(plan, *self._sequence_counts(plan, num_sequences), per_route=per_route)
         if name == "balance":
             return losses.load_balance(plan, counts, per_route=per_route)
         return {"entropy": losses.entropy, "z": losses.z_loss}[name](plan)
 
+    def _sequence_counts(self, plan: RoutingPlan, num_sequences: int) -> tuple[Tensor, int]:
+        """Counts of whole sequences, and the number of ranks that each is spread over."""
+        selected_BE, group = losses.sequence_counts(plan, num_sequences), self.context.sequence_group
+        if group is None:
+            return selected_BE, 1
+        dist.all_reduce(selected_BE, group=group)
+        return selected_BE, dist.get_world_size(group)
+
     def _counts(self, plan: RoutingPlan) -> RoutingCounts:
         """Counts of the configured scope; those of the step so far grow with each of its micro-batches."""
-        local, group = RoutingCounts.of(plan), self.context.token_group
+        local, group, micro_batch = RoutingCounts.of(plan), self.context.token_group, self.context.micro_batch
         if self.settings.balance_scope != "global_batch":
             return local
-        passes = self.context.micro_batch + 1
-        if not self.context.recomputing or self._running is None:  # a repeated pass finds its counts as they were
+        if not self.context.recomputing:  # a repeated pass finds its counts as they were
             packed = torch.cat([local.selected_E, local.num_tokens.view(1), local.num_routed_tokens.view(1)])
             if group is not None:
                 dist.all_reduce(packed, group=group)
-            self._running = packed if passes == 1 or self._running is None else self._running + packed
+            earlier = self._running[:micro_batch]
+            self._running = [*earlier, packed + earlier[-1] if earlier else packed]
+        counts = self._running[micro_batch]
         ranks = 1 if group is None else dist.get_world_size(group)
-        return RoutingCounts(self._running[:-2], self._running[-2], self._running[-1], ranks * passes)
+        return RoutingCounts(counts[:-2], counts[-2], counts[-1], ranks * (micro_batch + 1))
 
 
 class LogitRouter(Router):

@@ -1,0 +1,186 @@
+"""Model and optimizer state of a Megatron run by ``megatron.core.dist_checkpointing``, for any layout."""
+
+from __future__ import annotations
+
+import functools
+import queue
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch import Tensor
+
+from dynmoe.config import Config
+from dynmoe.engines import plain_state
+from dynmoe.engines.megatron.weights import Weight, weights
+from dynmoe.engines.random_state import restore_random_state, save_random_state
+from dynmoe.engines.state_names import MASTER, parameter_key
+from dynmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from dynmoe.engines.megatron.engine import MegatronEngine
+
+_FOLDER = "megatron"
+
+
+def _sharded(engine: MegatronEngine, loading: bool) -> dict[str, Any]:
+    """Which parts of which tensors this rank has, or wants."""
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    state: dict[str, Any] = {
+        f"model{number}": model.sharded_state_dict(metadata=metadata) for number, model in enumerate(engine.models)
+    }
+    optimizer = engine.optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
+    return {**state, "optimizer": optimizer, "step": engine.steps}
+
+
+class _InProcess(TorchDistSaveShardedStrategy):
+    """Megatron's format, written by this process alone.
+
+    Megatron forks writers and keeps a server for their results, which outlive a rank that is killed.
+    """
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
+        filesystem_async._results_queue = queue.Queue()
+        request = self.async_save(sharded_state_dict, checkpoint_dir)
+        if request.async_fn is not None:
+            transforms, *_ = request.async_fn.args
+            request = request._replace(async_fn=functools.partial(_write, transforms))
+        request.execute_sync()
+
+
+def _write(transforms: list[Any], rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
+    """Writes each bucket to its file."""
+    written: queue.Queue[Any] = queue.Queue()
+    for number, bucket in enumerate(buckets):
+        unfinished: queue.Queue[int] = queue.Queue()
+        unfinished.put(number)
+        FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, written, unfinished, use_fsync=True)
+    found = dict(written.get() for _ in buckets)
+    problem = next((result for result in found.values() if isinstance(result, Exception)), None)
+    if problem is not None:
+        raise problem
+    results.put(found)
+
+
+def save(directory: Path, engine: MegatronEngine) -> list[Path]:
+    """Writes this rank's share into ``directory``; returns the files it answers for."""
+    folder = directory / _FOLDER
+    if dist.get_rank() == 0:
+        folder.mkdir()
+    dist.barrier()
+    dist_checkpointing.save(_sharded(engine, loading=False), folder, _InProcess("torch_dist", 1, thread_count=1))
+    dist.barrier()
+    own = sorted(folder.glob(f"__{dist.get_rank()}_*"))
+    if dist.get_rank() == 0:
+        own += sorted(path for path in folder.iterdir() if not path.name.startswith("__"))
+    return [*own, save_random_state(directory)]
+
+
+def load(directory: Path, engine: MegatronEngine) -> None:
+    """Restores what :func:`save` wrote, for this rank's share of the present layout.
+
+    Raises:
+        UserError: tensors that are missing, surplus or of another shape, by name.
+    """
+    folder = directory / _FOLDER
+    wanted = _sharded(engine, loading=True)
+    _check(folder, wanted)
+    state = dist_checkpointing.load(wanted, folder)
+    for number, model in enumerate(engine.models):
+        model.load_state_dict(state[f"model{number}"])
+    engine.optimizer.load_state_dict(state["optimizer"])
+    engine.steps = state["step"]
+    engine.state.set_step(engine.steps)
+    restore_random_state(directory)
+
+
+def _check(folder: Path, wanted: dict[str, Any]) -> None:
+    """Compares the tensors of a checkpoint with those of all ranks, by name and shape."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for value in nested_values(wanted):
+        for part in _parts(value):
+            shapes[part.key] = tuple(part.global_shape)
+    gathered: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, shapes)
+    model = {key: shape for part in gathered for key, shape in part.items()}
+    saved = {
+        key: tuple(tensor.global_shape) for key, tensor in dist_checkpointing.load_tensors_metadata(folder).items()
+    }
+    for key, shape in sorted(model.items()):
+        if key not in saved:
+            raise UserError(f"checkpoint: tensor {key} is missing; resume with the configuration that made it")
+        if saved[key] != shape:
+            raise UserError(f"checkpoint: tensor {key} has shape {saved[key]}, this model wants {shape}")
+    surplus = sorted(saved.keys() - model.keys())
+    if surplus:
+        raise UserError(f"checkpoint {folder}: has tensors that this model lacks, such as {surplus[0]}")
+
+
+def _parts(value: Any) -> list[ShardedTensor]:
+    if isinstance(value, ShardedTensorFactory):
+        return [part for built in nested_values([value.build()]) for part in _parts(built)]
+    return [value] if isinstance(value, ShardedTensor) else []
+
+
+def to_plain(config: Config, source: Path, target: Path) -> None:
+    """Writes the state of a Megatron checkpoint in the plain model's names and layout, in one process.
+
+    Args:
+        config: of the run, with every parallel size 1.
+        source: directory of the checkpoint.
+        target: directory to write into.
+    """
+    found = dist_checkpointing.load_tensors_metadata(source / _FOLDER)
+    engine = _engine(config, found["embedding.word_embeddings.weight"].global_shape[0])
+    load(source, engine)
+    plain_state.save(target, _entries(engine), _buffers(engine), engine.steps)
+
+
+def from_plain(config: Config, source: Path, target: Path) -> None:
+    """The way back of :func:`to_plain`."""
+    engine = _engine(config, plain_state.read_tensor(source, parameter_key("w_embed_VD", MASTER)).shape[0])
+    engine.steps = plain_state.load(source, _entries(engine), _buffers(engine))
+    engine.state.set_step(engine.steps)
+    save(target, engine)
+
+
+def _engine(config: Config, vocab_size: int) -> MegatronEngine:
+    from dynmoe.engines.megatron.engine import MegatronEngine  # which imports this module
+
+    return MegatronEngine(config, vocab_size)
+
+
+def _entries(engine: MegatronEngine) -> list[plain_state.Entry]:
+    """Every parameter, in a process that holds all of each."""
+    ranges = plain_state.expert_ranges(engine.layers)
+    return [_entry(weight, engine, ranges) for model in engine.models for weight in weights(model, engine.config.model)]
+
+
+def _entry(weight: Weight, engine: MegatronEngine, ranges: dict[int, tuple[range, int]]) -> plain_state.Entry:
+    parameter, layout = weight.parameter, weight.layout
+
+    def get() -> dict[str, Tensor]:
+        parts, _ = engine.state.shard(parameter)
+        return {part: layout.join([flat.view(parameter.shape)]) for part, flat in parts.items()}
+
+    def put(values: dict[str, Tensor]) -> None:
+        engine.state.set(parameter, {part: layout.split(plain, 1)[0] for part, plain in values.items()})
+
+    return plain_state.entry(weight.name, parameter, ranges, get, put)
+
+
+def _buffers(engine: MegatronEngine) -> dict[str, Tensor]:
+    """State of the routers under its names in the plain model."""
+    return {
+        f"layers.{layer.layer}.moe.{name}": buffer for layer in engine.layers for name, buffer in layer.named_buffers()
+    }

@@ -1,0 +1,84 @@
+"""Process groups of a Megatron layout."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from dynmoe.config.parallel import ParallelConfig
+from dynmoe.errors import UserError
+from dynmoe.moe import MoEContext
+
+
+def start_processes() -> torch.device:
+    """Joins the process group of the launcher, or makes one of a single rank; returns this rank's device."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    cuda = torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda:
+        ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if ranks > gpus:
+            raise UserError(f"{ranks} ranks on this host, but {gpus} GPU(s); start {gpus} with --nproc-per-node")
+        torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def make_groups(parallel: ParallelConfig, seed: int) -> None:
+    """Megatron's groups for a layout; those of an earlier engine serve again where it had the same one."""
+    if not (parallel_state.model_parallel_is_initialized() and _present() == parallel):
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=1,  # see model.transformer_config
+        )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _present() -> ParallelConfig:
+    return ParallelConfig(
+        tensor=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
+        virtual_pipeline=parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        context=parallel_state.get_context_parallel_world_size(),
+        expert=parallel_state.get_expert_model_parallel_world_size(),
+    )
+
+
+def _unless_alone(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def make_context() -> MoEContext:
+    """The groups that MoE layers need: every rank's tokens are its own, those of tensor-parallel ranks too."""
+    return MoEContext(
+        expert_group=_unless_alone(parallel_state.get_expert_model_parallel_group()),
+        token_group=_unless_alone(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)),
+        sequence_group=_unless_alone(parallel_state.get_tensor_and_context_parallel_group()),
+        pipeline_group=_unless_alone(parallel_state.get_pipeline_model_parallel_group()),
+    )
+
+
+def context_positions(length: int, ranks: int, rank: int) -> torch.Tensor:
+    """Positions of a sequence that a context-parallel rank computes: one chunk from the front, one from the back.
+
+    So that each rank has as many pairs of positions to attend to; the order is Transformer Engine's.
+    """
+    if ranks == 1:
+        return torch.arange(length)
+    chunks = torch.arange(length).chunk(2 * ranks)
+    return torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]])

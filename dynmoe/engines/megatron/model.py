@@ -1,0 +1,196 @@
+"""Our architecture as Megatron-Core's GPTModel, with our MoE layer in the place of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+from megatron.core.utils import make_sharded_tensor_for_checkpoint
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dynmoe.config import Config, ModelConfig
+from dynmoe.engines.megatron.weights import initialize
+from dynmoe.model.attention import causal_attention
+from dynmoe.moe import MoEContext, MoELayer
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """Megatron's configuration of our model and its layout; what is not named keeps its default."""
+    model, parallel, bf16 = config.model, config.parallel, config.train.precision == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads,
+        ffn_hidden_size=model.ffn_hidden,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        num_moe_experts=model.largest_layer if model.moe_layers else None,
+        moe_ffn_hidden_size=model.moe.expert_hidden,
+        moe_layer_freq=[int(model.is_moe_layer(layer)) for layer in range(model.layers)],
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.tensor > 1,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,  # the default is the tensor-parallel size, which scales gradients wrongly
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=bf16,
+        deallocate_pipeline_outputs=True,
+        # In a batch, two stages that are each other's neighbour on both sides would mix up what they send.
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        batch_p2p_comm=parallel.virtual_pipeline == 1,
+        recompute_granularity="selective" if config.train.recompute == "selective" else None,
+        perform_initialization=False,  # see weights.initialize
+        use_cpu_initialization=not torch.cuda.is_available(),
+        # Fusions of Apex and Transformer Engine, which need not be there.
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+class RMSNorm(nn.RMSNorm):
+    """Megatron's wrapper of torch's norms refuses sequence parallelism, for which the weight needs a mark only."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class CoreAttention(MegatronModule):
+    """The attention of the plain model between Megatron's projections; nothing of size [S, S] is kept."""
+
+    def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(config)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Query [S, B, H, d], key and value [S, B, K, d] to [S, B, H d]."""
+        out_BHSd = causal_attention(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
+        return out_BHSd.permute(2, 0, 1, 3).flatten(2)
+
+
+class RecomputedLayer(TransformerLayer):
+    """A layer of which the backward pass keeps the input only.
+
+    Megatron's own recomputation does not say which micro-batch it repeats, which counts over micro-batches need.
+    """
+
+    def __init__(self, *args: Any, context: MoEContext, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.context = context
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not (self.training and torch.is_grad_enabled()):
+            return super().forward(*args, **kwargs)
+        return checkpoint(
+            super().forward, *args, use_reentrant=False, preserve_rng_state=False,
+            context_fn=self.context.checkpoint_contexts, **kwargs,
+        )  # fmt: skip
+
+
+class MegatronMoELayer(MoELayer):
+    """Our layer as the ``mlp`` of a Megatron layer; it computes in the plain model's order of tokens.
+
+    With sequence parallelism each rank has part of every sequence; the experts take tokens of all ranks.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, model: ModelConfig, layer: int, seed: int, context: MoEContext
+    ) -> None:
+        super().__init__(model, layer, seed, context)
+        experts = {id(parameter) for parameter in self.experts.parameters()}
+        for parameter in self.parameters():
+            if id(parameter) in experts:
+                # For gradient norms: no rank's experts are a copy of its tensor-parallel neighbour's.
+                tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+            else:
+                parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        """[S, B, D] to the same, and no bias."""
+        y_BSD = super().forward(x.transpose(0, 1))
+        return y_BSD.transpose(0, 1).contiguous(), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, ShardedTensor]:
+        """Experts by their global index, the router and its state as copies on all ranks."""
+        context = self.context
+        copy = parallel_state.get_expert_data_parallel_rank()
+        sharded = {}
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            key = f"{prefix}{name}"
+            if name.startswith("experts."):
+                place = (0, context.expert_rank, context.expert_parallel)
+                sharded[key] = ShardedTensor.from_rank_offsets(key, tensor, place, replica_id=(0, 0, copy))
+            else:
+                sharded[key] = make_sharded_tensor_for_checkpoint(tensor, key)
+        return sharded
+
+
+def _layer_spec(config: Config, layer: int, context: MoEContext) -> ModuleSpec:
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    parts = spec.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    if config.parallel.context == 1:
+        parts.self_attention.submodules.core_attention = CoreAttention
+    else:
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        parts.self_attention.submodules.core_attention = TEDotProductAttention
+    if config.model.is_moe_layer(layer):
+        settings = {"model": config.model, "layer": layer, "seed": config.train.seed, "context": context}
+        parts.mlp = ModuleSpec(module=MegatronMoELayer, params=settings)
+    if config.train.recompute == "full":
+        spec.module, spec.params = RecomputedLayer, {"context": context}
+    return spec
+
+
+def build_chunks(config: Config, vocab_size: int, context: MoEContext, device: torch.device) -> list[MegatronModule]:
+    """The parts of the model that this rank holds: one, or as many as the interleaved schedule has."""
+    settings, parallel = transformer_config(config), config.parallel
+    chunks = []
+    for number in range(parallel.virtual_pipeline):
+        stage = number if parallel.virtual_pipeline > 1 else None
+        first = get_transformer_layer_offset(settings, stage)
+        layers = range(first, first + get_num_layers_to_build(settings, stage))
+        specs = [_layer_spec(config, layer, context) for layer in layers]
+        chunk = GPTModel(
+            settings,
+            TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),
+            vocab_size=vocab_size,
+            max_sequence_length=config.data.sequence_length,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            share_embeddings_and_output_weights=config.model.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=config.model.rope_theta,
+            vp_stage=stage,
+        ).to(device)
+        tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+        initialize(chunk, config.model, vocab_size, config.train.seed, tensor_rank, parallel.tensor)
+        chunks.append(Float16Module(settings, chunk) if settings.bf16 else chunk)
+    return chunks

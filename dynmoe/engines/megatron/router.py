@@ -1,0 +1,231 @@
+"""Our routers in Megatron-Core's own MoE layer, for a training that keeps its layer, dispatchers and loop.
+
+``MoESubmodules.router`` takes a :class:`DynamicRouter`; :func:`with_router` puts one into a layer spec. With
+Megatron-LM: ``--spec dynmoe.engines.megatron.router top_p_spec``, or a spec of your own made by :func:`layer_spec`.
+
+The stock layer carries any number of experts per token as probabilities and a boolean map [T, E]. What counts
+``moe_router_topk`` in its place is refused by name (:func:`check_config`). A budget, adaptation and capacity act
+between steps and need ``engine=megatron``.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import HAVE_TE, MoELayer
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_sharded_tensor_for_checkpoint
+from torch import Tensor, nn
+
+from dynmoe.config import ModelConfig
+from dynmoe.config.routing import KINDS, MoEConfig, RouterConfig
+from dynmoe.errors import UserError
+from dynmoe.moe import MoEContext
+from dynmoe.moe.routers import ThresholdRouter, make_router
+from dynmoe.moe.statistics import layer_figures, record
+
+# Fields of TransformerConfig that count moe_router_topk, or that the stock router alone obeys: value that is sound,
+# and what to do.
+_FIXED_K = {
+    "moe_permute_fusion": (False, "its buffers have moe_router_topk rows for each token; set it to False"),
+    "moe_expert_capacity_factor": (None, "it counts moe_router_topk routes for each token; remove it"),
+    "moe_pad_expert_input_to_capacity": (False, "it counts moe_router_topk routes for each token; set it to False"),
+    "moe_router_padding_for_quantization": (False, "the stock router pads its map itself; set it to False"),
+}
+_STOCK_ROUTER = {
+    "moe_aux_loss_coeff": (0.0, "it divides by moe_router_topk; use RouterConfig.balance_loss"),
+    "moe_z_loss_coeff": (None, "it belongs to the stock router; use RouterConfig.z_loss"),
+    "moe_router_enable_expert_bias": (False, "it belongs to the stock router; set it to False"),
+    "moe_router_force_load_balancing": (False, "it belongs to the stock router; set it to False"),
+    "moe_router_group_topk": (None, "it belongs to the stock router; remove it"),
+    "moe_input_jitter_eps": (None, "it belongs to the stock router; remove it"),
+}
+
+
+def check_config(config: TransformerConfig, settings: RouterConfig) -> None:
+    """Refuses what assumes a fixed number of experts per token, or would be ignored in silence.
+
+    Raises:
+        UserError: naming the field, its value and the cure.
+    """
+    for field, (sound, cure) in {**_FIXED_K, **_STOCK_ROUTER}.items():
+        value = getattr(config, field, sound)
+        if value != sound:
+            raise UserError(f"{field}={value!r}: does not go with a dynamic router: {cure}")
+    if config.moe_token_dispatcher_type == "flex":
+        problem = "does not go with a dynamic router: it sends moe_router_topk experts for each token"
+        raise UserError(f"moe_token_dispatcher_type='flex': {problem}; use 'alltoall' or 'allgather'")
+    if settings.kind not in KINDS or KINDS[settings.kind].own_rule:
+        problem = "moves its state between steps by a rule that a stock training loop does not run"
+        raise UserError(f"RouterConfig.kind={settings.kind!r}: {problem}; use engine=megatron")
+    if settings.balance_scope == "sequence":
+        raise UserError(
+            "RouterConfig.balance_scope='sequence': the stock layer mixes sequences; use global_batch (the tokens of "
+            "all ranks in one pass) or micro_batch"
+        )
+
+
+class DynamicRouter(MegatronModule):
+    """A router for ``MoESubmodules.router``: hidden states to probabilities fp32 [T, E] and a boolean map [T, E].
+
+    Args:
+        config: Megatron's.
+        pg_collection: its process groups; the default ones where there are none.
+        settings: kind of router and its coefficients, as under ``model.router`` in our configuration.
+        seed: of the initial weights, which depend on it and on the layer alone.
+
+    Raises:
+        UserError: a setting that does not go with a dynamic number of experts.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        settings: RouterConfig,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(config)
+        check_config(config, settings)
+        groups = get_default_pg_collection() if pg_collection is None else pg_collection
+        self.context = MoEContext(token_group=groups.tp_dp_cp if dist.get_world_size(groups.tp_dp_cp) > 1 else None)
+        # Megatron adds gradients up over tensor-parallel ranks, and multiplies losses by the context-parallel size.
+        self._share = 1.0 / dist.get_world_size(groups.tp_cp)
+        self._expert_parallel = dist.get_world_size(groups.ep)
+        self._seed = seed
+        self._is_new, self._repeats = True, 0
+        self._statistics: list[Tensor] = []
+        self.model = _model_config(config, settings)
+        self.set_layer_number(1)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Draws the weights of layer ``layer_number`` (from 1 on); Megatron calls it before anything uses them."""
+        self.layer = layer_number - 1
+        name = f"layers.{self.layer}.moe.router"
+        self.router = make_router(self.model, self.model.moe.experts, self._seed, name, self.context)
+        self.router.to(device=torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+        self.router.to(self.config.params_dtype)
+        for parameter in self.router.parameters():
+            parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Hidden states [..., D] of this rank."""
+        if padding_mask is not None:
+            raise UserError("padding_mask: a dynamic router counts every token; pack sequences without padding")
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        self._calibrate(x_TD)
+        plan = self.router(x_TD)
+        gates_TE = plan.gates_TE
+        losses, total = self.router.losses(plan) if self.training else {}, None
+        if losses:
+            coefficients = self.router.loss_coefficients
+            total = torch.stack([coefficients[name] * loss for name, loss in losses.items()]).sum()
+            if torch.is_grad_enabled():
+                gates_TE = MoEAuxLossAutoScaler.apply(gates_TE, total * self._share)
+        if self.training and not self._is_repetition():
+            self._statistics.append(record(plan, losses, total, self.router.control, self.router.active_E))
+        return gates_TE, plan.routing_map_TE
+
+    @torch.no_grad()
+    def _calibrate(self, x_TD: Tensor) -> None:
+        """Sets thresholds from the scores of the first pass in training, where the settings ask for it."""
+        if self._is_new and self.training and isinstance(self.router, ThresholdRouter):
+            self.context.calibrating = True
+            self.router.route(x_TD)
+            self.context.calibrating = False
+        self._is_new = self._is_new and not self.training
+
+    def _is_repetition(self) -> bool:
+        """Whether this pass repeats one (activation recomputation), of which the first has no gradients."""
+        if not torch.is_grad_enabled():
+            self._repeats += 1
+            return False
+        repeats = self._repeats > 0
+        self._repeats -= int(repeats)
+        return repeats
+
+    def take_figures(self) -> dict[str, float]:
+        """Experts per token, load and losses since the last call, over all ranks, by the names of our metrics.
+
+        Collective over the ranks that share the layer's tokens. Empty where nothing was trained.
+        """
+        if not self._statistics:
+            return {}
+        vector = torch.stack(self._statistics).sum(dim=0)
+        self._statistics.clear()
+        if self.context.token_group is not None:
+            dist.all_reduce(vector, group=self.context.token_group)
+        return layer_figures(vector.cpu(), self.model, 0, self._expert_parallel)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Weights and state as copies on all ranks."""
+        return {
+            f"{prefix}{name}": make_sharded_tensor_for_checkpoint(tensor, f"{prefix}{name}", sharded_offsets)
+            for name, tensor in self.state_dict(keep_vars=True).items()
+        }
+
+
+def _model_config(config: TransformerConfig, settings: RouterConfig) -> ModelConfig:
+    """What a router asks of our configuration."""
+    moe = MoEConfig(experts=config.num_moe_experts)
+    size = config.hidden_size
+    return ModelConfig(
+        layers=1, hidden=size, heads=1, kv_heads=1, init_std=config.init_method_std, moe=moe, router=settings
+    )
+
+
+def with_router(spec: Any, settings: RouterConfig, seed: int = 0) -> Any:
+    """A copy of a layer spec, or of a block's list of them, whose stock MoE layers have a dynamic router."""
+    spec = copy.deepcopy(spec)
+    layers = spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]
+    found = [layer.submodules.mlp for layer in layers if _is_stock_moe(layer.submodules.mlp)]
+    if not found:
+        raise UserError("with_router: the spec has no MoELayer of Megatron-Core; give num_experts when you make it")
+    for mlp in found:
+        mlp.submodules.router = functools.partial(DynamicRouter, settings=settings, seed=seed)
+    return spec
+
+
+def _is_stock_moe(mlp: Any) -> bool:
+    return isinstance(mlp, ModuleSpec) and mlp.module is MoELayer
+
+
+def layer_spec(settings: RouterConfig, seed: int = 0) -> ModuleSpec:
+    """Megatron's layer spec, of Transformer Engine where it is installed, with a dynamic router in every layer."""
+    if HAVE_TE:
+        spec = get_gpt_layer_with_transformer_engine_spec(num_experts=1, moe_grouped_gemm=True)
+    else:
+        spec = get_gpt_layer_local_spec(num_experts=1, normalization="RMSNorm")
+    return with_router(spec, settings, seed)
+
+
+def take_figures(chunks: Sequence[nn.Module]) -> dict[int, dict[str, float]]:
+    """By layer index what each dynamic router of this rank has seen since the last call; see ``take_figures`` there."""
+    return {router.layer: router.take_figures() for router in _routers(chunks)}
+
+
+def _routers(chunks: Sequence[nn.Module]) -> Iterator[DynamicRouter]:
+    for chunk in chunks:
+        yield from (module for module in chunk.modules() if isinstance(module, DynamicRouter))
+
+
+# For Megatron-LM's --spec, which takes the name of a spec.
+top_p_spec = layer_spec(RouterConfig(kind="top_p"))
+top_any_spec = layer_spec(RouterConfig(kind="top_any", form="improved"))

@@ -1,0 +1,138 @@
+"""Which part of which weight of the plain model each parameter of a Megatron model is.
+
+The plain model (:mod:`dynmoe.model`) names weights and lays them out; Megatron groups query, key and value rows by
+key-value head, and spreads most matrices over tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor, nn
+
+from dynmoe.config import ModelConfig
+from dynmoe.model.attention import Attention
+from dynmoe.model.decoder import initial_embedding
+from dynmoe.moe import MoELayer
+from dynmoe.moe.experts import SwiGLU
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a weight of the plain model lies in Megatron's.
+
+    Attributes:
+        split: the parts of a plain weight on ``n`` tensor-parallel ranks.
+        join: the plain weight from those parts.
+    """
+
+    split: Callable[[Tensor, int], list[Tensor]]
+    join: Callable[[list[Tensor]], Tensor]
+
+
+def _spread(dim: int) -> Layout:
+    """Consecutive blocks of a dimension."""
+    return Layout(lambda whole, n: list(whole.chunk(n, dim)), lambda parts: torch.cat(parts, dim))
+
+
+def _gate_and_up() -> Layout:
+    """Blocks of gate rows, then blocks of up rows, on every rank."""
+
+    def split(whole: Tensor, n: int) -> list[Tensor]:
+        gate, up = whole.chunk(2)
+        return [torch.cat(pair) for pair in zip(gate.chunk(n), up.chunk(n), strict=True)]
+
+    def join(parts: list[Tensor]) -> Tensor:
+        pairs = [part.chunk(2) for part in parts]
+        return torch.cat([gate for gate, _ in pairs] + [up for _, up in pairs])
+
+    return Layout(split, join)
+
+
+def _query_key_value(model: ModelConfig) -> Layout:
+    """For each key-value head the rows of its queries, of its key and of its value; heads spread over ranks."""
+    groups, size = model.kv_heads, model.head_dim
+    queries = model.heads // groups * size
+
+    def split(whole: Tensor, n: int) -> list[Tensor]:
+        q, k, v = whole.split([groups * queries, groups * size, groups * size])
+        grouped = torch.cat([part.view(groups, -1, whole.shape[1]) for part in (q, k, v)], dim=1)
+        return list(grouped.flatten(0, 1).chunk(n))
+
+    def join(parts: list[Tensor]) -> Tensor:
+        whole = torch.cat(parts)
+        grouped = whole.view(groups, -1, whole.shape[1])
+        return torch.cat([part.flatten(0, 1) for part in grouped.split([queries, size, size], dim=1)])
+
+    return Layout(split, join)
+
+
+_WHOLE = Layout(lambda whole, n: [whole] * n, lambda parts: parts[0])
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter of this rank, its name in the plain model and its layout."""
+
+    name: str
+    parameter: nn.Parameter
+    layout: Layout
+
+
+def weights(chunk: GPTModel, model: ModelConfig) -> Iterator[Weight]:
+    """Every parameter of a part of the model, but for a copy of a tied embedding that another rank owns."""
+    if chunk.pre_process:
+        yield Weight("w_embed_VD", chunk.embedding.word_embeddings.weight, _spread(0))
+    for layer in chunk.decoder.layers:
+        name, attention = f"layers.{layer.layer_number - 1}", layer.self_attention
+        yield Weight(f"{name}.attention_norm.weight", layer.input_layernorm.weight, _WHOLE)
+        yield Weight(f"{name}.attention.w_qkv", attention.linear_qkv.weight, _query_key_value(model))
+        yield Weight(f"{name}.attention.w_out", attention.linear_proj.weight, _spread(1))
+        yield Weight(f"{name}.ffn_norm.weight", layer.pre_mlp_layernorm.weight, _WHOLE)
+        if isinstance(layer.mlp, MoELayer):
+            for own, parameter in layer.mlp.named_parameters():
+                yield Weight(f"{name}.moe.{own}", parameter, _WHOLE)
+        else:
+            yield Weight(f"{name}.ffn.w_up_HD", layer.mlp.linear_fc1.weight, _gate_and_up())
+            yield Weight(f"{name}.ffn.w_down_DF", layer.mlp.linear_fc2.weight, _spread(1))
+    if chunk.post_process:
+        yield Weight("norm.weight", chunk.decoder.final_layernorm.weight, _WHOLE)
+        if not model.tie_embeddings:
+            yield Weight("w_out_VD", chunk.output_layer.weight, _spread(0))
+
+
+def moe_layers(chunk: GPTModel) -> list[MoELayer]:
+    """The MoE layers of a part of the model, in order."""
+    return [layer.mlp for layer in chunk.decoder.layers if isinstance(layer.mlp, MoELayer)]
+
+
+@torch.no_grad()
+def initialize(chunk: GPTModel, model: ModelConfig, vocab_size: int, seed: int, tensor_rank: int, tensor: int) -> None:
+    """Gives a part of the model the weights that the plain model starts with; MoE layers and norms have theirs."""
+    own = {weight.name: weight for weight in weights(chunk, model)}
+    for weight in own.values():
+        if weight.layout is not _WHOLE:
+            # A part of its own, for gradient norms; Megatron says so only where it draws initial weights itself.
+            weight.parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+    def fill(name: str, plain: Tensor) -> None:
+        own[name].parameter.copy_(own[name].layout.split(plain, tensor)[tensor_rank])
+
+    if chunk.pre_process:
+        fill("w_embed_VD", initial_embedding(model, vocab_size, seed, "w_embed"))
+    elif chunk.post_process and model.tie_embeddings:
+        plain = initial_embedding(model, vocab_size, seed, "w_embed")
+        chunk.output_layer.weight.copy_(_spread(0).split(plain, tensor)[tensor_rank])
+    if "w_out_VD" in own:
+        fill("w_out_VD", initial_embedding(model, vocab_size, seed, "w_out"))
+    for layer in chunk.decoder.layers:
+        name = f"layers.{layer.layer_number - 1}"
+        parts: dict[str, nn.Module] = {"attention": Attention(model, seed, f"{name}.attention")}
+        if not isinstance(layer.mlp, MoELayer):
+            parts["ffn"] = SwiGLU(model, model.ffn_hidden, seed, f"{name}.ffn")
+        for part, module in parts.items():
+            for parameter_name, parameter in module.named_parameters():
+                fill(f"{name}.{part}.{parameter_name}", parameter)

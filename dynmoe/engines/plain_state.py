@@ -1,0 +1,159 @@
+"""Model and optimizer state in the plain model's names and layout, as safetensors files that fit any layout.
+
+Every fp32 master and moment is written whole under its parameter's name, each expert for itself under its global
+index. DeepSpeed runs keep their checkpoints so (its own pickle, know experts by one name pattern and fit one layout);
+what turns other checkpoints into these is ``dynmoe.convert``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dynmoe.engines.state_names import MASTER, MOMENTS, OPTIMIZER_STEP, buffer_key, parameter_key
+from dynmoe.errors import UserError
+from dynmoe.moe import MoELayer
+
+_DENSE = "dense.safetensors"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A parameter of the plain model, as far as this rank holds it.
+
+    Attributes:
+        name: in the plain model.
+        shape: of what this rank holds; its first dimension counts experts where ``experts`` is given.
+        experts: global indices of the experts, for a stacked parameter.
+        num_experts: experts of its layer in all.
+        get: fp32 master and moments, by part. May be collective.
+        set: puts them in place, and the parameter itself.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    experts: range | None
+    num_experts: int
+    get: Callable[[], dict[str, Tensor]]
+    set: Callable[[dict[str, Tensor]], None]
+
+
+def expert_ranges(layers: Iterable[MoELayer]) -> dict[int, tuple[range, int]]:
+    """By ``id`` of each stacked parameter: global indices of its experts, and experts of its layer in all."""
+    return {id(p): (layer.experts.experts, layer.num_experts) for layer in layers for p in layer.experts.parameters()}
+
+
+def entry(
+    name: str,
+    parameter: nn.Parameter,
+    ranges: dict[int, tuple[range, int]],
+    get: Callable[[], dict[str, Tensor]],
+    put: Callable[[dict[str, Tensor]], None],
+    shape: tuple[int, ...] | None = None,
+) -> Entry:
+    """The entry of a parameter; ``ranges`` are those of :func:`expert_ranges`."""
+    experts, num_experts = ranges.get(id(parameter), (None, 0))
+    return Entry(name, tuple(parameter.shape) if shape is None else shape, experts, num_experts, get, put)
+
+
+def save(
+    directory: Path,
+    entries: Iterable[Entry],
+    buffers: dict[str, Tensor],
+    step: int,
+    writes_dense: bool = True,
+    writes_experts: bool = True,
+) -> list[Path]:
+    """Writes this rank's share into ``directory``; returns the files.
+
+    Args:
+        directory: of the checkpoint.
+        entries: of every parameter that this rank holds.
+        buffers: by their names in the plain model.
+        step: optimizer steps taken.
+        writes_dense, writes_experts: whether this rank writes what others hold too, and its experts.
+    """
+    dense: dict[str, Tensor] = {}
+    experts: dict[str, Tensor] = {}
+    for own in entries:
+        for part, value in own.get().items():
+            if own.experts is None and writes_dense:
+                dense[parameter_key(own.name, part)] = value.cpu().contiguous()
+            elif own.experts is not None and writes_experts:
+                cpu = value.cpu()
+                rows = {parameter_key(own.name, part, e): cpu[i].contiguous() for i, e in enumerate(own.experts)}
+                experts |= rows
+    files = []
+    if writes_dense:
+        dense[OPTIMIZER_STEP] = torch.tensor(step)
+        dense |= {buffer_key(name): buffer.cpu() for name, buffer in buffers.items()}
+        files.append(_write(directory / _DENSE, dense))
+    if experts:
+        files.append(_write(directory / f"experts_{dist.get_rank():05d}.safetensors", experts))
+    return files
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> Path:
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+    return path
+
+
+def load(directory: Path, entries: Iterable[Entry], buffers: dict[str, Tensor]) -> int:
+    """Restores what :func:`save` wrote, for this rank's share of the present layout; returns the optimizer's step.
+
+    Raises:
+        UserError: tensors that are missing, surplus or of another shape, by name.
+    """
+    reader = _Reader([directory / _DENSE, *sorted(directory.glob("experts_*.safetensors"))])
+    expected: set[str] = {OPTIMIZER_STEP}
+    for own in entries:
+        values = {}
+        for part in (MASTER, *MOMENTS):
+            if own.experts is None:
+                values[part] = reader.read(parameter_key(own.name, part), own.shape)
+                expected.add(parameter_key(own.name, part))
+            else:
+                rows = [reader.read(parameter_key(own.name, part, e), own.shape[1:]) for e in own.experts]
+                values[part] = torch.stack(rows)
+                expected |= {parameter_key(own.name, part, e) for e in range(own.num_experts)}
+        own.set(values)
+    for name, buffer in buffers.items():
+        buffer.copy_(reader.read(buffer_key(name), tuple(buffer.shape)))
+        expected.add(buffer_key(name))
+    surplus = sorted(reader.names - expected)
+    if surplus:
+        raise UserError(f"checkpoint {directory}: has tensors that this model lacks, such as {surplus[0]}")
+    return int(reader.read(OPTIMIZER_STEP, ()))
+
+
+def read_tensor(directory: Path, key: str) -> Tensor:
+    """A tensor that all ranks share, by its key."""
+    with safe_open(directory / _DENSE, framework="pt") as file:
+        return file.get_tensor(key)
+
+
+class _Reader:
+    """Tensors by name over several safetensors files, read one at a time."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._files = [safe_open(path, framework="pt") for path in paths]
+        self._file_of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name not in self._file_of:
+            raise UserError(f"checkpoint: tensor {name} is missing; resume with the configuration that made it")
+        tensor = self._file_of[name].get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise UserError(f"checkpoint: tensor {name} has shape {tuple(tensor.shape)}, this model wants {shape}")
+        return tensor

@@ -1,0 +1,43 @@
+"""How results of ranks are put together and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tests.engines.cases import LENGTH
+
+
+def maps_of_all_ranks(results: list[dict[str, Any]]) -> dict[int, list[torch.Tensor]]:
+    """Routing maps in the order of one process: by layer and pass, sequences of all ranks, each with all positions."""
+    whole: dict[int, list[torch.Tensor]] = {}
+    for layer in sorted({layer for result in results for layer in result["maps"]}):
+        held = [result for result in results if layer in result["maps"]]
+        parts = len({result["place"][1] for result in held})
+        data_ranks = sorted({result["place"][0] for result in held})
+        whole[layer] = [
+            torch.cat([_joined(held, layer, number, data_rank, parts) for data_rank in data_ranks]).flatten(0, 1)
+            for number in range(len(held[0]["maps"][layer]))
+        ]
+    return whole
+
+
+def _joined(held: list[dict[str, Any]], layer: int, number: int, data_rank: int, parts: int) -> torch.Tensor:
+    """Map [B, S, E] of the sequences of a data-parallel rank, from the ranks that each have some of the positions."""
+    by_part = {result["place"][1]: result["maps"][layer][number] for result in held if result["place"][0] == data_rank}
+    return torch.cat([by_part[part].unflatten(0, (-1, LENGTH // parts)) for part in range(parts)], dim=1)
+
+
+def read_plain(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint in the plain model's names, but for random generators."""
+    files = [path for path in directory.glob("*.safetensors") if not path.name.startswith("random")]
+    return {name: value for path in files for name, value in load_file(path).items()}
+
+
+def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Largest norm of a difference relative to the norm, over tensors of the same names."""
+    assert ours.keys() == theirs.keys()
+    return max(((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-12)).item() for n in theirs)

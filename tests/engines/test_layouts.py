@@ -1,0 +1,91 @@
+"""One set of weights and data, trained by the plain model and by both engines in every layout: the same numbers."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engines.cases import to_plain, train, train_plainly
+from tests.engines.comparisons import largest_difference, maps_of_all_ranks, read_plain
+from tests.moe.cases import ROUTERS
+
+STEPS = 20
+# Every loss of a router at once; every pass, over all ranks, is of the same two sequences.
+COMMON = ["model.layers=4", "model.kv_heads=2", "optimizer.clip_grad=1.0"]
+LOSSES = {
+    "top_k": ["model.router.z_loss=1e-3", "model.router.entropy_loss=1e-3"],
+    "top_p": ["model.router.z_loss=1e-3"],
+    "top_any": ["model.router.balance_loss=1e-2"],
+}
+WHOLE, HALF = ["train.micro_batch=2"], ["train.micro_batch=1"]
+MEGATRON = "engine=megatron"
+LAYOUTS = {
+    "DeepSpeed EP 2": (2, [*HALF, "parallel.expert=2"]),
+    "Megatron TP 2": (2, [MEGATRON, *WHOLE, "parallel.tensor=2"]),
+    "Megatron PP 2": (2, [MEGATRON, *WHOLE, "parallel.pipeline=2"]),
+    "Megatron PP 2 interleaved": (2, [MEGATRON, *WHOLE, "parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "Megatron EP 2": (2, [MEGATRON, *HALF, "parallel.expert=2"]),
+    "Megatron PP 2 x EP 2": (4, [MEGATRON, *HALF, "parallel.pipeline=2", "parallel.expert=2"]),
+    "Megatron TP 2 x EP 2": (4, [MEGATRON, *HALF, "parallel.tensor=2", "parallel.expert=2"]),
+}
+
+
+@pytest.fixture(scope="module")
+def table(summary):
+    """Rows of differences from the plain model, printed when the tests have run."""
+    summary += ["| layout | router | first loss | gradient norm | gradients | 20 losses |", "|---|---|---|---|---|---|"]
+    return lambda *key, row: summary.append(f"| {' | '.join([*key, *(f'{value:.0e}' for value in row)])} |")
+
+
+@pytest.fixture(scope="module")
+def plain(one_rank):
+    @functools.cache
+    def run(kind: str):
+        (result,) = one_rank.run(train_plainly, [*COMMON, *ROUTERS[kind], *LOSSES[kind], *WHOLE], STEPS)
+        return result
+
+    return run
+
+
+def relative(ours: list[float], theirs: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "top_p" else pytest.mark.slow) for kind in sorted(ROUTERS)]
+)
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_training_does_not_depend_on_engine_or_layout(
+    table, plain, one_rank, two_ranks, four_ranks, tmp_path: Path, layout, kind
+):
+    ranks, overrides = LAYOUTS[layout]
+    overrides = [*COMMON, *ROUTERS[kind], *LOSSES[kind], *overrides]
+    pool = {2: two_ranks, 4: four_ranks}[ranks]
+    expected, saved = plain(kind), str(tmp_path / "saved")
+    first = pool.run(train, overrides, 0, 1, "", saved)
+    results = pool.run(train, overrides, 1, STEPS, saved)
+    if MEGATRON in overrides:
+        one_rank.run(to_plain, [*COMMON, *ROUTERS[kind], *LOSSES[kind]], saved, str(tmp_path / "plain"))
+        saved = str(tmp_path / "plain")
+    moments = {name: value for name, value in read_plain(Path(saved)).items() if name.endswith("|exp_avg")}
+
+    losses = first[0]["losses"] + results[0]["losses"]
+    differences = [
+        relative(losses[:1], expected["losses"][:1]),
+        relative(first[0]["norms"], expected["norms"][:1]),
+        largest_difference(moments, expected["moments"]),
+        relative(losses, expected["losses"]),
+    ]
+    table(layout, kind, row=differences)
+    assert min(expected["norms"]) > 1.0, "clipping is not in force"
+    assert expected["losses"][-1] < expected["losses"][0] - 0.3, "nothing was learnt: the comparison says little"
+    assert max(differences[:3]) <= 1e-5
+    assert differences[3] <= 1e-4
+    reference = maps_of_all_ranks([expected])
+    for layer, ours in maps_of_all_ranks(first).items():
+        passes = reference[layer][: len(ours)]  # of the first step
+        assert all(torch.equal(a, b) for a, b in zip(ours, passes, strict=True)), layer
+    assert sorted(maps_of_all_ranks(first)) == [0, 1, 2, 3]

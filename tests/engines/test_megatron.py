@@ -1,0 +1,214 @@
+"""What Megatron's layouts must not change beside the training itself (test_layouts.py): checkpoints, figures, state."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from tests.engines.cases import config_for, forward_only, to_plain, train, train_into_nan, train_plainly
+from tests.engines.comparisons import maps_of_all_ranks, read_plain
+from tests.moe.cases import BASELINES, ROUTERS
+
+BASE = ["engine=megatron", "model.layers=4", "model.kv_heads=2", "model.router.z_loss=1e-3"]
+# Every pass, over all ranks, is of the same two sequences.
+ALONE, DP2, EP2 = ["train.micro_batch=2"], ["train.micro_batch=1"], ["train.micro_batch=1", "parallel.expert=2"]
+TP2, PP2 = [*ALONE, "parallel.tensor=2"], [*ALONE, "parallel.pipeline=2"]
+INTERLEAVED = [*PP2, "parallel.virtual_pipeline=2"]
+
+
+def pool_of(overrides: list[str], one_rank, two_ranks):
+    return one_rank if overrides == ALONE else two_ranks
+
+
+@pytest.fixture(scope="module")
+def plain(one_rank):
+    @functools.cache
+    def run(*extra: str, steps: int = 25):
+        overrides = [part for part in BASE if part != "engine=megatron"]
+        return one_rank.run(train_plainly, [*overrides, *ALONE, *extra], steps)[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(EP2, ALONE), (ALONE, EP2), (PP2, ALONE), (ALONE, TP2), (ALONE, DP2), (EP2, INTERLEAVED)],
+    ids=["EP 2 to 1", "EP 1 to 2", "PP 2 to 1", "TP 1 to 2", "DP 1 to 2", "EP 2 to PP 2 interleaved"],
+)
+def test_a_checkpoint_fits_another_layout(plain, one_rank, two_ranks, tmp_path, before, after):
+    saved, again = tmp_path / "saved", tmp_path / "again"
+    pool_of(before, one_rank, two_ranks).run(train, [*BASE, *before], 0, 5, "", str(saved))
+    pool = pool_of(after, one_rank, two_ranks)
+    pool.run(train, [*BASE, *after], 5, 5, str(saved), str(again))
+    tensors = []
+    for path in (saved, again):
+        one_rank.run(to_plain, BASE, str(path), str(tmp_path / f"{path.name} plain"))
+        tensors.append(read_plain(tmp_path / f"{path.name} plain"))
+    assert tensors[0].keys() == tensors[1].keys()
+    assert {name.split("|")[-1] for name in tensors[0]} >= {"param", "exp_avg", "exp_avg_sq"}
+    assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
+    result = pool.run(train, [*BASE, *after], 5, 25, str(saved))[0]
+    assert result["losses"] == pytest.approx(plain()["losses"][5:], rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", [DP2, TP2, PP2], ids=["DP 2", "TP 2", "PP 2"])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(two_ranks, tmp_path, layout):
+    overrides = [*BASE, *layout, "train.precision=bf16"]
+    straight = two_ranks.run(train, overrides, 0, 4)
+    two_ranks.run(train, overrides, 0, 2, "", str(tmp_path / "saved"))
+    resumed = two_ranks.run(train, overrides, 2, 4, str(tmp_path / "saved"))
+    for whole, half in zip(straight, resumed, strict=True):
+        assert half["losses"] == whole["losses"][2:]
+        assert half["norms"] == whole["norms"][2:]
+        assert all(torch.equal(value, half["state"][name]) for name, value in whole["state"].items())
+
+
+@pytest.mark.parametrize("layout", [TP2, INTERLEAVED, EP2], ids=["TP 2", "PP 2 interleaved", "EP 2"])
+def test_recomputation_changes_nothing(two_ranks, layout):
+    overrides = [*BASE, *layout, "model.router.kind=top_p"]
+    expected = two_ranks.run(train, overrides, 0, 3)[0]
+    for recompute in ("selective", "full"):
+        again = two_ranks.run(train, [*overrides, f"train.recompute={recompute}"], 0, 3)[0]
+        for figure in ("losses", "norms", "rows", "statistics"):
+            assert again[figure] == expected[figure], (recompute, figure)
+
+
+@pytest.mark.parametrize("layout", [TP2, PP2, INTERLEAVED, EP2], ids=["TP 2", "PP 2", "PP 2 interleaved", "EP 2"])
+def test_statistics_count_every_token_once(plain, one_rank, two_ranks, layout):
+    """Rows of every layer, on every rank; the last entries of a vector are the histogram of K and the loads."""
+    (alone,) = one_rank.run(train, [*BASE, *ALONE], 0, 2)
+    results = two_ranks.run(train, [*BASE, *layout], 0, 2)
+    reference = maps_of_all_ranks([plain()])
+    for layer, passes in maps_of_all_ranks(results).items():
+        assert all(torch.equal(a, b) for a, b in zip(passes, reference[layer], strict=False))
+    for result in results:
+        assert result["rows"] == alone["rows"]
+        assert list(result["rows"][0]) == [0, 1, 2, 3]
+        for ours, whole in zip(result["statistics"], alone["statistics"], strict=True):
+            for layer, vector in ours.items():
+                counts = -(4 + 1 + 4)
+                assert vector[counts:] == whole[layer][counts:]
+                brute = sum(passes.sum().item() for passes in reference[layer][:4])
+                assert result["rows"][0][layer] == brute
+
+
+@pytest.mark.parametrize("kind", sorted(BASELINES))
+def test_the_other_routers_train_alike_too(one_rank, two_ranks, kind):
+    """Under tensor parallelism: their state between steps, and counts over ranks that share sequences."""
+    overrides = [part for part in BASE if "z_loss" not in part] + [*BASELINES[kind], "optimizer.lr=1e-3"]
+    (alone,) = one_rank.run(train, [*overrides, *ALONE], 0, 6)
+    spread = two_ranks.run(train, [*overrides, *TP2], 0, 6)[0]
+    assert spread["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert spread["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "extra", [["model.router.balance_scope=sequence"], ["model.tie_embeddings=true"], ["model.moe.shared_hidden=32"],
+              ["model.moe.every=2", "model.ffn_hidden=64"]], ids=lambda extra: extra[0],
+)  # fmt: skip
+@pytest.mark.parametrize("layout", [TP2, PP2], ids=["TP 2", "PP 2"])
+def test_other_architectures_train_like_the_plain_model(plain, two_ranks, layout, extra):
+    expected = plain(*extra, steps=5)
+    spread = two_ranks.run(train, [*BASE, *layout, *extra], 0, 5)[0]
+    assert spread["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert spread["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+
+
+def test_capacity_drops_the_same_routes_in_a_pipeline(one_rank, two_ranks):
+    overrides = [*BASE, "model.moe.capacity_factor=1.0"]
+    (alone,) = one_rank.run(train, [*overrides, *ALONE], 0, 6)
+    spread = two_ranks.run(train, [*overrides, *PP2], 0, 6)[0]
+    assert spread["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert spread["rows"] == alone["rows"]
+    selected = sum(passes.sum().item() for passes in maps_of_all_ranks([alone])[0][-4:])
+    assert alone["rows"][-1][0] < selected, "nothing was dropped"
+
+
+def test_a_stage_without_moe_layers_takes_part_in_all_decisions(one_rank, two_ranks):
+    """First thresholds, a budget over layers, adaptation, statistics: nobody waits for the stage that has none."""
+    overrides = [
+        "engine=megatron", "model.layers=2", "model.moe.every=2", "model.ffn_hidden=64", "model.router.kind=top_any",
+        "model.router.form=improved", "model.router.initial_experts=1", "model.router.min_experts=0",
+        "model.moe.active_at_start=2", "adaptation.interval=6", "adaptation.window=3", "adaptation.removal_share=0.5",
+        "budget.method=pi", "budget.experts_per_token=1", "budget.scope=global",
+    ]  # fmt: skip
+    (alone,) = one_rank.run(train, [*overrides, *ALONE], 0, 13)
+    results = two_ranks.run(train, [*overrides, *PP2], 0, 13)
+    assert alone["events"]
+    for result in results:
+        assert result["events"] == alone["events"]
+        assert result["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        assert result["rows"] == alone["rows"]
+
+
+@pytest.mark.parametrize("layout", [EP2, PP2], ids=["EP 2", "PP 2"])
+def test_bf16_follows_fp32(two_ranks, layout):
+    exact = two_ranks.run(train, [*BASE, *layout], 0, 6)[0]
+    rounded = two_ranks.run(train, [*BASE, *layout, "train.precision=bf16"], 0, 6)[0]
+    assert rounded["losses"] == pytest.approx(exact["losses"], rel=5e-3)
+    assert rounded["losses"] != exact["losses"]
+
+
+@pytest.mark.parametrize("layout", [TP2, PP2, INTERLEAVED, EP2], ids=["TP 2", "PP 2", "PP 2 interleaved", "EP 2"])
+def test_evaluation_and_logits_are_the_plain_models(one_rank, two_ranks, layout):
+    overrides = [part for part in BASE if part != "engine=megatron"]
+    (expected,) = one_rank.run(forward_only, [*overrides, *ALONE])
+    for result in two_ranks.run(forward_only, [*BASE, *layout]):
+        assert result["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        torch.testing.assert_close(result["logits"], expected["logits"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("layout", "rank"), [(EP2, 1), (PP2, 1), (TP2, 0)], ids=["EP 2", "PP 2", "TP 2"])
+def test_scores_that_are_no_numbers_stop_every_rank_and_name_step_layer_and_rank(two_ranks, layout, rank):
+    for message, untouched in two_ranks.run(train_into_nan, [*BASE, *layout], 3, rank):
+        assert message.startswith(f"step 3: router scores are not finite in layer 3 on rank {rank}; "), message
+        assert untouched
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(one_rank, tmp_path):
+    saved = str(tmp_path / "saved")
+    one_rank.run(train, [*BASE, *ALONE], 0, 1, "", saved)
+    with pytest.raises(AssertionError, match=r"tensor .* has shape .* this model wants"):
+        one_rank.run(train, [*BASE, *ALONE, "model.moe.expert_hidden=64"], 1, 2, saved)
+    with pytest.raises(AssertionError, match="has tensors that this model lacks"):
+        one_rank.run(train, [*BASE, *ALONE, "model.layers=2"], 1, 2, saved)
+    with pytest.raises(AssertionError, match=r"tensor .* is missing"):
+        one_rank.run(train, [*BASE, *ALONE, "model.layers=8"], 1, 2, saved)
+
+
+def test_an_embedding_that_cannot_be_spread_is_refused(two_ranks):
+    with pytest.raises(AssertionError, match="parallel.tensor=3: does not divide the rows of the embedding"):
+        two_ranks.run(train, [*BASE, *ALONE, "parallel.tensor=3", "model.hidden=48", "model.heads=3",
+                              "model.kv_heads=3", "model.ffn_hidden=24"], 0, 1)  # fmt: skip
+
+
+def test_context_positions_are_spread_without_rest():
+    from dynmoe.engines.megatron.groups import context_positions
+
+    assert context_positions(8, 2, 0).tolist() == [0, 1, 6, 7]
+    assert context_positions(8, 2, 1).tolist() == [2, 3, 4, 5]
+    assert sorted(torch.cat([context_positions(24, 3, rank) for rank in range(3)]).tolist()) == list(range(24))
+
+
+def test_weights_lie_as_megatron_groups_them():
+    """Two key-value heads with two query heads each, one row per head: q0 q1 k0 v0, q2 q3 k1 v1."""
+    from dynmoe.engines.megatron.weights import _gate_and_up, _query_key_value
+
+    model = config_for("model.hidden=32", "model.heads=4", "model.kv_heads=2").model
+    plain = torch.arange(8).repeat_interleave(model.head_dim)[:, None].float()  # q0 q1 q2 q3 k0 k1 v0 v1
+    layout = _query_key_value(model)
+    parts = layout.split(plain, 2)
+    assert [part[:: model.head_dim, 0].tolist() for part in parts] == [[0, 1, 4, 6], [2, 3, 5, 7]]
+    assert torch.equal(layout.join(parts), plain)
+    gate_up = torch.arange(8.0)[:, None]
+    parts = _gate_and_up().split(gate_up, 2)
+    assert [part[:, 0].tolist() for part in parts] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert torch.equal(_gate_and_up().join(parts), gate_up)
+
+
+def test_every_router_is_tried_somewhere():
+    from dynmoe.config.routing import KINDS
+
+    assert {name.split()[0] for name in [*BASELINES, *ROUTERS]} == set(KINDS)

@@ -1,0 +1,190 @@
+"""Our routers in Megatron's own MoE layer, dispatchers and loop."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dynmoe.config.routing import RouterConfig
+from dynmoe.errors import UserError
+from tests.train.cases import ROOT
+
+KINDS = {
+    "top_k": RouterConfig(kind="top_k", k=2, z_loss=1e-2),
+    "top_p": RouterConfig(kind="top_p", p=0.5, balance_loss=1e-1),
+    "top_any": RouterConfig(kind="top_any", form="improved"),
+    "sigmoid": RouterConfig(kind="sigmoid", balance_loss=1e-1),
+    "null_experts": RouterConfig(kind="null_experts", k=3, num_null=2),
+}
+
+
+def transformer(**fields):
+    from megatron.core.transformer import TransformerConfig
+
+    common = {
+        "num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_moe_experts": 4, "moe_ffn_hidden_size": 32,
+        "add_bias_linear": False, "gated_linear_unit": True, "activation_func": torch.nn.functional.silu,
+        "normalization": "RMSNorm", "hidden_dropout": 0.0, "attention_dropout": 0.0, "bias_dropout_fusion": False,
+        "gradient_accumulation_fusion": False, "apply_rope_fusion": False, "moe_token_dispatcher_type": "alltoall",
+        "expert_tensor_parallel_size": 1, "use_cpu_initialization": True,
+    }  # fmt: skip
+    return TransformerConfig(**(common | fields))
+
+
+def train_stock_layers(kind: str, tensor: int, expert: int, dispatcher: str, recompute: bool = False) -> dict:
+    """Three steps of a GPTModel with Megatron's MoELayer and optimizer; the same tokens however they are spread."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from dynmoe.config.parallel import ParallelConfig
+    from dynmoe.engines.megatron.groups import make_groups
+    from dynmoe.engines.megatron.model import RMSNorm
+    from dynmoe.engines.megatron.router import layer_spec, take_figures
+
+    make_groups(ParallelConfig(tensor=tensor, expert=expert), seed=1)
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    config = transformer(
+        tensor_model_parallel_size=tensor, sequence_parallel=tensor > 1, expert_model_parallel_size=expert,
+        moe_token_dispatcher_type=dispatcher, **(full if recompute else {}),
+    )  # fmt: skip
+    spec = layer_spec(KINDS[kind], seed=3)
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm  # torch's refuse sequence parallelism
+    model = GPTModel(config, spec, 64, 16, position_embedding_type="rope")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "router" not in name:  # the same whatever is held here: drawn for one shape
+                whole = torch.randn(256, 256, generator=generator) * 0.1
+                rows, columns = parameter.shape
+                first = int(name.split("local_experts.")[1].split(".")[0]) if "local_experts" in name else 0
+                parameter.copy_(whole[first : first + rows, :columns] if "experts" in name else whole[:rows, :columns])
+    chunk = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
+    config.finalize_model_grads_func = finalize_model_grads
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(lr=1e-2, use_distributed_optimizer=True), [chunk], use_gloo_process_groups=False
+    )
+    tokens = torch.randint(64, (4, 17), generator=generator)
+    data, size = (dist.get_rank() // tensor, dist.get_world_size() // tensor)
+    mine = tokens.chunk(size)[data]
+    losses, norms, figures = [], [], []
+    for _ in range(3):
+        chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        made = get_forward_backward_func()(
+            forward_step_func=lambda batches, model: (
+                model(next(batches)[:, :-1].contiguous(), None, None, labels=mine[:, 1:].contiguous()),
+                lambda loss: (loss.mean(), loss.mean().detach()),
+            ),
+            data_iterator=iter([mine]), model=[chunk], num_microbatches=1, seq_length=16, micro_batch_size=len(mine),
+            forward_only=False,
+        )  # fmt: skip
+        _, norm, _ = optimizer.step()
+        loss = made[0].clone()
+        dist.all_reduce(loss)
+        losses.append(loss.item() / dist.get_world_size())
+        norms.append(norm)
+        figures.append(take_figures([chunk]))
+    return {"losses": losses, "norms": norms, "figures": figures}
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_data_parallel_ranks_train_like_one(one_rank, two_ranks, kind):
+    """Losses, gradients of auxiliary losses in the norm, and figures over all ranks."""
+    (alone,) = one_rank.run(train_stock_layers, kind, 1, 1, "alltoall")
+    spread = two_ranks.run(train_stock_layers, kind, 1, 1, "alltoall")[0]
+    assert spread["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert spread["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+    for ours, whole in zip(spread["figures"], alone["figures"], strict=True):
+        assert sorted(ours) == [0, 1]
+        for layer, own in ours.items():
+            assert own["experts_per_token_mean"] == pytest.approx(whole[layer]["experts_per_token_mean"], abs=1e-6)
+            assert own["auxiliary_loss"] == pytest.approx(whole[layer]["auxiliary_loss"], rel=1e-4)
+
+
+def test_both_dispatchers_and_recomputation_carry_a_variable_number(one_rank):
+    (expected,) = one_rank.run(train_stock_layers, "top_p", 1, 1, "alltoall")
+    means = [own["experts_per_token_mean"] for own in expected["figures"][0].values()]
+    assert all(1.0 < mean < 4.0 and mean % 1 for mean in means), means
+    for dispatcher, recompute in (("allgather", False), ("alltoall", True)):
+        (other,) = one_rank.run(train_stock_layers, "top_p", 1, 1, dispatcher, recompute)
+        assert other["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert other["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+        assert other["figures"] == expected["figures"] or not recompute, "a repeated pass was counted"
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"moe_permute_fusion": True}, "moe_permute_fusion=True"),
+        ({"moe_token_dispatcher_type": "flex"}, "moe_token_dispatcher_type='flex'"),
+        ({"moe_expert_capacity_factor": 1.0}, "moe_expert_capacity_factor=1.0"),
+        ({"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}, "moe_expert_capacity_factor"),
+        ({"moe_aux_loss_coeff": 0.01}, "moe_aux_loss_coeff=0.01.*RouterConfig.balance_loss"),
+        ({"moe_z_loss_coeff": 0.01}, "moe_z_loss_coeff=0.01.*RouterConfig.z_loss"),
+        ({"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}, "expert_bias=True"),
+        ({"moe_input_jitter_eps": 0.1}, "moe_input_jitter_eps=0.1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_counts_a_fixed_k_is_refused_by_name(fields, named):
+    from dynmoe.engines.megatron.router import check_config
+
+    config = transformer()
+    check_config(config, KINDS["top_p"])
+    for name, value in fields.items():  # as a user's object has it; some need a GPU's packages to be made
+        setattr(config, name, value)
+    with pytest.raises(UserError, match=named):
+        check_config(config, KINDS["top_p"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (RouterConfig(kind="relu"), "kind='relu'.*engine=megatron"),
+        (RouterConfig(kind="expert_threshold"), "kind='expert_threshold'"),
+        (RouterConfig(kind="top_p", balance_scope="sequence"), "balance_scope='sequence'"),
+    ],
+)
+def test_routers_that_a_stock_loop_cannot_run_are_refused(settings, named):
+    from dynmoe.engines.megatron.router import check_config
+
+    with pytest.raises(UserError, match=named):
+        check_config(transformer(), settings)
+
+
+def test_a_spec_without_moe_is_refused():
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from dynmoe.engines.megatron.router import top_p_spec, with_router
+
+    with pytest.raises(UserError, match="give num_experts"):
+        with_router(get_gpt_layer_local_spec(normalization="RMSNorm"), KINDS["top_p"])
+    assert top_p_spec.submodules.mlp.submodules.router.keywords["settings"].kind == "top_p"
+
+
+def test_the_example_learns_with_a_dynamic_number_of_experts():
+    path = ROOT / "examples" / "megatron_router.py"
+    assert len(path.read_text().splitlines()) < 60
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+         "--rdzv-endpoint", "127.0.0.1:0", str(path)],
+        capture_output=True, text=True, check=False, timeout=180, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    losses = [float(value) for value in re.findall(r"loss ([\d.]+)", done.stdout)]
+    experts = [float(value) for value in re.findall(r"layer: ([\d.]+)", done.stdout)]
+    assert len(losses) == len(experts) == 20
+    assert losses[-1] < losses[0] - 1.0
+    assert any(value % 1 for value in experts)

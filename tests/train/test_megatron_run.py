@@ -1,0 +1,114 @@
+"""train.py with engine=megatron: the same files, the same way back after a kill, and into the other engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynmoe.compact import compact
+from dynmoe.config import load_config
+from dynmoe.convert import convert
+from dynmoe.train.checkpoint import newest_sound
+from tests.engines.comparisons import read_plain
+from tests.train.cases import ROOT, TrainingProcess, curve, parameter_hashes, read_rows
+
+PIPELINE = ["engine=megatron", "parallel.expert=1", "parallel.pipeline=2"]
+STEPS = 12
+# A pipeline, with experts that come and go and a budget; nothing that another engine would decide by its own ranks.
+RUN = [f"train.steps={STEPS}", "checkpoint.interval=4", "checkpoint.keep=3", "eval.interval=0", "schedule.kind=constant"]
+
+
+@pytest.fixture(scope="module")
+def trained(corpus_dir, tmp_path_factory) -> Path:
+    runs = tmp_path_factory.mktemp("megatron") / "runs"
+    process = TrainingProcess(corpus_dir, runs, *PIPELINE, *RUN)
+    assert process.wait() == 0, process.output()
+    assert "(megatron, " in process.output()
+    return runs / "tiny"
+
+
+def test_a_run_leaves_what_it_promises(trained):
+    rows = read_rows(trained / "metrics.jsonl")
+    assert [row["train/step"] for row in rows] == list(range(1, STEPS + 1))
+    assert rows[-1]["train/lm_loss"] < rows[0]["train/lm_loss"]
+    assert all(f"moe/layer_0{layer}/experts_per_token_mean" in rows[-1] for layer in (0, 1))
+    events = read_rows(trained / "events.jsonl")
+    assert {event["layer"] for event in events} == {0, 1}, "the stages write one file together"
+    manifest = json.loads((trained / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").read_text())
+    assert {"megatron/.metadata", "megatron/common.pt", "megatron/__0_0.distcp", "megatron/__1_0.distcp"} <= set(
+        manifest["files"]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [PIPELINE, ["engine=megatron"]], ids=["PP 2", "EP 2"])
+def test_sigkill_at_a_random_step_leaves_the_curve_bitwise(corpus_dir, tmp_path, layout):
+    reference = TrainingProcess(corpus_dir, tmp_path / "reference", *layout)
+    assert reference.wait() == 0, reference.output()
+    step = random.SystemRandom().randint(3, 37)
+    killed, metrics = tmp_path / "runs", tmp_path / "runs" / "tiny" / "metrics.jsonl"
+    process = TrainingProcess(corpus_dir, killed, *layout)
+    process.wait_for_row(metrics, step)
+    os.kill(random.SystemRandom().choice(process.ranks()), signal.SIGKILL)
+    assert process.wait() != 0
+    again = TrainingProcess(corpus_dir, killed, *layout)
+    assert again.wait() == 0, f"killed after step {step}: {again.output()}"
+    whole = tmp_path / "reference" / "tiny"
+    assert curve(metrics) == curve(whole / "metrics.jsonl"), f"killed after step {step}"
+    assert (killed / "tiny" / "events.jsonl").read_text() == (whole / "events.jsonl").read_text()
+    assert parameter_hashes(killed / "tiny", 40) == parameter_hashes(whole, 40)
+
+
+def test_another_engine_is_refused_with_the_way_to_it(trained, corpus_dir):
+    process = TrainingProcess(corpus_dir, trained.parent, *RUN, "parallel.expert=1")
+    assert process.wait() != 0
+    assert "engine='deepspeed': the run's checkpoint is of megatron" in process.output()
+    assert "python -m dynmoe.convert" in process.output()
+
+
+def test_a_converted_run_goes_on_as_if_nothing_had_happened(one_rank, trained, corpus_dir, tmp_path):
+    """Eight steps of Megatron in a pipeline, four of DeepSpeed; then back, bit by bit."""
+    early = tmp_path / "runs" / "early"
+    (early / "checkpoints").mkdir(parents=True)
+    (early / "config.yaml").write_text((trained / "config.yaml").read_text())
+    os.symlink(trained / "checkpoints" / "step_00000008", early / "checkpoints" / "step_00000008")
+    done = subprocess.run(
+        [sys.executable, "-m", "dynmoe.convert", str(early), "--engine", "deepspeed", "--output",
+         str(tmp_path / "runs" / "tiny")],
+        capture_output=True, text=True, check=False, timeout=120, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "a run of deepspeed" in done.stdout
+    process = TrainingProcess(corpus_dir, tmp_path / "runs", *RUN, "parallel.expert=1", ranks=1)
+    assert process.wait() == 0, process.output()
+    losses = {row["train/step"]: row["train/lm_loss"] for row in read_rows(trained / "metrics.jsonl")}
+    after = read_rows(tmp_path / "runs" / "tiny" / "metrics.jsonl")
+    assert [row["train/step"] for row in after] == [9, 10, 11, 12]
+    for row in after:
+        assert row["train/lm_loss"] == pytest.approx(losses[row["train/step"]], rel=1e-4)
+
+    one_rank.run(convert, trained, tmp_path / "plain", "deepspeed")
+    one_rank.run(convert, tmp_path / "plain", tmp_path / "back", "megatron")
+    one_rank.run(convert, tmp_path / "back", tmp_path / "again", "deepspeed")
+    first, second = (read_plain(newest_sound(tmp_path / name / "checkpoints").path) for name in ("plain", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_compaction_of_a_megatron_run(one_rank, trained, tmp_path):
+    new, kept = one_rank.run(compact, trained, tmp_path / "small")[0]
+    assert new.engine == "megatron"
+    assert load_config(tmp_path / "small" / "config.yaml") == new
+    assert new.parallel.pipeline == 2
+    assert new.model.moe.experts_by_layer == [len(slots) for slots in kept.values()]
+    assert min(new.model.moe.experts_by_layer) < 4
+    assert [path.name for path in tmp_path.iterdir()] == ["small"], "something was left behind"
+    assert newest_sound(tmp_path / "small" / "checkpoints").step == STEPS
