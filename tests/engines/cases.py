@@ -76,6 +76,16 @@ def train(overrides: list[str], first: int, last: int, load: str = "", save: str
     }  # fmt: skip
 
 
+def refusal(overrides: list[str], load: str) -> str:
+    """What a checkpoint is refused with."""
+    engine = make_engine(config_for(*overrides), VOCAB)
+    try:
+        engine.load(Path(load))
+    except UserError as error:
+        return str(error)
+    return "nothing was said"
+
+
 def save_state(engine: Any, directory: str) -> None:
     Path(directory).mkdir(parents=True, exist_ok=True)
     dist.barrier()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from dynmoe.config.routing import RouterConfig
 from dynmoe.errors import UserError
+from dynmoe.moe.initialization import named_normal
 from tests.train.cases import ROOT
 
 KINDS = {
@@ -37,7 +38,23 @@ def transformer(**fields):
     return TransformerConfig(**(common | fields))
 
 
-def train_stock_layers(kind: str, tensor: int, expert: int, dispatcher: str, recompute: bool = False) -> dict:
+def draw_weight(name: str, parameter: torch.nn.Parameter, tensor: int, expert: int) -> None:
+    """The same weights however they are spread; router weights large enough for the number of experts to vary."""
+    if "router" in name:
+        parameter.mul_(30.0 if parameter.dim() > 1 else 1.0)
+    elif found := re.search(r"(.*local_experts)\.(\d+)\.(.*)", name):
+        number = int(found[2]) + (4 // expert * dist.get_rank() if expert > 1 else 0)
+        parameter.copy_(named_normal(parameter.shape, 0.1, 0, f"{found[1]}.{number}.{found[3]}"))
+    elif parameter.dim() > 1:
+        dim = parameter.partition_dim if tensor > 1 else 0
+        shape = [size * tensor if place == dim else size for place, size in enumerate(parameter.shape)]
+        part = dist.get_rank() % tensor
+        parameter.copy_(named_normal(tuple(shape), 0.1, 0, name).chunk(tensor, dim)[part])
+
+
+def train_stock_layers(
+    kind: str, tensor: int, expert: int, dispatcher: str = "alltoall", recompute: bool = False
+) -> dict:
     """Three steps of a GPTModel with Megatron's MoELayer and optimizer; the same tokens however they are spread."""
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -47,6 +64,7 @@ def train_stock_layers(kind: str, tensor: int, expert: int, dispatcher: str, rec
     from megatron.core.models.gpt import GPTModel
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     from dynmoe.config.parallel import ParallelConfig
     from dynmoe.engines.megatron.groups import make_groups
@@ -61,32 +79,30 @@ def train_stock_layers(kind: str, tensor: int, expert: int, dispatcher: str, rec
     )  # fmt: skip
     spec = layer_spec(KINDS[kind], seed=3)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm  # torch's refuse sequence parallelism
-    model = GPTModel(config, spec, 64, 16, position_embedding_type="rope")
-    generator = torch.Generator().manual_seed(0)
+    block = TransformerBlockSubmodules(layer_specs=[spec] * config.num_layers, layer_norm=RMSNorm)
+    model = GPTModel(config, block, 64, 16, position_embedding_type="rope")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and "router" not in name:  # the same whatever is held here: drawn for one shape
-                whole = torch.randn(256, 256, generator=generator) * 0.1
-                rows, columns = parameter.shape
-                first = int(name.split("local_experts.")[1].split(".")[0]) if "local_experts" in name else 0
-                parameter.copy_(whole[first : first + rows, :columns] if "experts" in name else whole[:rows, :columns])
+            draw_weight(name, parameter, tensor, expert)
     chunk = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
     config.finalize_model_grads_func = finalize_model_grads
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(lr=1e-2, use_distributed_optimizer=True), [chunk], use_gloo_process_groups=False
+        OptimizerConfig(lr=1e-2, clip_grad=0.0, use_distributed_optimizer=True), [chunk], use_gloo_process_groups=False
     )
-    tokens = torch.randint(64, (4, 17), generator=generator)
-    data, size = (dist.get_rank() // tensor, dist.get_world_size() // tensor)
-    mine = tokens.chunk(size)[data]
+    tokens = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(0))
+    mine = tokens.chunk(dist.get_world_size() // tensor)[dist.get_rank() // tensor]
+
+    def forward(batches, model):
+        tokens = next(batches)
+        losses = model(tokens[:, :-1].contiguous(), None, None, labels=tokens[:, 1:].contiguous())
+        return losses, lambda losses: (losses.mean(), losses.mean().detach())
+
     losses, norms, figures = [], [], []
     for _ in range(3):
         chunk.zero_grad_buffer()
         optimizer.zero_grad()
         made = get_forward_backward_func()(
-            forward_step_func=lambda batches, model: (
-                model(next(batches)[:, :-1].contiguous(), None, None, labels=mine[:, 1:].contiguous()),
-                lambda loss: (loss.mean(), loss.mean().detach()),
-            ),
+            forward_step_func=forward,
             data_iterator=iter([mine]), model=[chunk], num_microbatches=1, seq_length=16, micro_batch_size=len(mine),
             forward_only=False,
         )  # fmt: skip
@@ -99,13 +115,15 @@ def train_stock_layers(kind: str, tensor: int, expert: int, dispatcher: str, rec
     return {"losses": losses, "norms": norms, "figures": figures}
 
 
+@pytest.mark.parametrize(("tensor", "expert"), [(1, 1), (1, 2), (2, 2)], ids=["DP 2", "EP 2", "TP 2 x EP 2"])
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_data_parallel_ranks_train_like_one(one_rank, two_ranks, kind):
+def test_two_ranks_train_like_one(one_rank, two_ranks, kind, tensor, expert):
     """Losses, gradients of auxiliary losses in the norm, and figures over all ranks."""
-    (alone,) = one_rank.run(train_stock_layers, kind, 1, 1, "alltoall")
-    spread = two_ranks.run(train_stock_layers, kind, 1, 1, "alltoall")[0]
+    (alone,) = one_rank.run(train_stock_layers, kind, 1, 1)
+    spread = two_ranks.run(train_stock_layers, kind, tensor, expert)[0]
     assert spread["losses"] == pytest.approx(alone["losses"], rel=1e-5)
-    assert spread["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+    if tensor == 1:  # experts of the other tensor-parallel ranks are missing from Megatron's norm
+        assert spread["norms"] == pytest.approx(alone["norms"], rel=1e-4)
     for ours, whole in zip(spread["figures"], alone["figures"], strict=True):
         assert sorted(ours) == [0, 1]
         for layer, own in ours.items():
@@ -114,7 +132,7 @@ def test_data_parallel_ranks_train_like_one(one_rank, two_ranks, kind):
 
 
 def test_both_dispatchers_and_recomputation_carry_a_variable_number(one_rank):
-    (expected,) = one_rank.run(train_stock_layers, "top_p", 1, 1, "alltoall")
+    (expected,) = one_rank.run(train_stock_layers, "top_p", 1, 1)
     means = [own["experts_per_token_mean"] for own in expected["figures"][0].values()]
     assert all(1.0 < mean < 4.0 and mean % 1 for mean in means), means
     for dispatcher, recompute in (("allgather", False), ("alltoall", True)):

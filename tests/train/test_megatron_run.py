@@ -23,7 +23,13 @@ from tests.train.cases import ROOT, TrainingProcess, curve, parameter_hashes, re
 PIPELINE = ["engine=megatron", "parallel.expert=1", "parallel.pipeline=2"]
 STEPS = 12
 # A pipeline, with experts that come and go and a budget; nothing that another engine would decide by its own ranks.
-RUN = [f"train.steps={STEPS}", "checkpoint.interval=4", "checkpoint.keep=3", "eval.interval=0", "schedule.kind=constant"]
+RUN = [
+    f"train.steps={STEPS}",
+    "checkpoint.interval=4",
+    "checkpoint.keep=3",
+    "eval.interval=0",
+    "schedule.kind=constant",
+]
 
 
 @pytest.fixture(scope="module")
