@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench.timing import Passes, interleave, median_ratio, peak_bytes, saved_bytes
+from tests.train.cases import CPU
 
 
 def test_the_layer_benchmark_writes_its_rows(tmp_path):
@@ -20,7 +21,7 @@ def test_the_layer_benchmark_writes_its_rows(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "bench", "layer", *small, "--json", str(path)],
         capture_output=True, text=True, check=False, timeout=120, cwd=Path(__file__).parents[1],
-        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+        env=os.environ | CPU,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "agrees" in done.stdout
@@ -33,6 +34,22 @@ def test_the_layer_benchmark_writes_its_rows(tmp_path):
         assert row["mean_k"] == pytest.approx(2.0, abs=0.1)
         assert row["ratio_to_floor"] > 0
         assert row["method"] == "dense_floor" or (row["saved_bytes"] > 0 and row["peak_bytes"] > row["saved_bytes"] / 4)
+
+
+def test_the_smoke_run_compares_both_engines(tmp_path):
+    path = tmp_path / "rows.json"
+    small = ["--layers", "2", "--hidden", "32", "--heads", "2", "--experts", "4", "--width", "16", "--length", "16"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "gpu_smoke", *small, "--steps", "4", "--json", str(path)],
+        capture_output=True, text=True, check=False, timeout=120, cwd=Path(__file__).parents[1],
+        env=os.environ | CPU,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "losses of the two engines agree within 0." in done.stdout
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["deepspeed", "megatron"]
+    assert all(row["tokens_per_s"] > 0 and row["tflops"] > 0 for row in rows)
+    assert rows[0]["experts_per_token"] == pytest.approx(rows[1]["experts_per_token"], rel=0.05)
 
 
 def test_methods_take_turns_and_ratios_are_of_the_same_turn():

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -25,3 +30,15 @@ def test_the_layer_in_bf16_agrees_with_fp32_on_the_cpu(kind, tokens):
     for name, exact in results[0].items():
         ours = results[1][name].cpu().float()
         assert (ours - exact).norm() <= 2e-2 * exact.norm() + 1e-6, name
+
+
+def test_both_engines_train_alike_in_bf16():
+    """The smoke run with a small model; ``python -m bench gpu_smoke`` is the large one."""
+    sizes = ["--layers", "4", "--hidden", "256", "--heads", "4", "--width", "256", "--length", "256", "--steps", "20"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "gpu_smoke", *sizes],
+        capture_output=True, text=True, check=False, timeout=300, cwd=Path(__file__).parents[1],
+        env={name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "losses of the two engines agree" in done.stdout

@@ -30,7 +30,7 @@ LAYOUTS = {
     for expert_parallel in (1, 2)
     for stage in (0, 1, 2)
 } | {"Megatron DP 2": [MEGATRON], "Megatron EP 2": [MEGATRON, "parallel.expert=2"], "Megatron PP 2": PIPELINE}
-FAST = ("DeepSpeed EP 1 ZeRO 1", "DeepSpeed EP 2 ZeRO 2", "Megatron EP 2", "Megatron PP 2")
+FAST = ("DeepSpeed EP 2 ZeRO 2", "Megatron EP 2", "Megatron PP 2")
 
 
 def experts_are_spread(overrides: list[str]) -> bool:
@@ -74,7 +74,7 @@ def test_replicas_stay_bitwise_equal_through_removals_and_additions(two_ranks, o
         assert torch.equal(value, theirs[name]), name
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "bf16")])
+@pytest.mark.parametrize(("stage", "precision"), [pytest.param(1, "fp32", marks=pytest.mark.slow), (2, "bf16")])
 def test_replicas_of_spread_experts_stay_bitwise_equal(four_ranks, stage, precision):
     overrides = [*ADAPTIVE, "train.micro_batch=2", *layout(2, stage), f"train.precision={precision}"]
     results = four_ranks.run(train, overrides, 0, 60)

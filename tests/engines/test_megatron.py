@@ -96,7 +96,9 @@ def test_statistics_count_every_token_once(plain, one_rank, two_ranks, layout):
                 assert result["rows"][0][layer] == brute
 
 
-@pytest.mark.parametrize("kind", sorted(BASELINES))
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if "top_any" in kind else pytest.mark.slow) for kind in sorted(BASELINES)]
+)
 def test_the_other_routers_train_alike_too(one_rank, two_ranks, kind):
     """Under tensor parallelism: their state between steps, and counts over ranks that share sequences."""
     overrides = [part for part in BASE if "z_loss" not in part] + [*BASELINES[kind], "optimizer.lr=1e-3"]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from dynmoe.config.routing import RouterConfig
 from dynmoe.errors import UserError
 from dynmoe.moe.initialization import named_normal
-from tests.train.cases import ROOT
+from tests.train.cases import CPU, ROOT
 
 KINDS = {
     "top_k": RouterConfig(kind="top_k", k=2, z_loss=1e-2),
@@ -198,7 +198,8 @@ def test_the_example_learns_with_a_dynamic_number_of_experts():
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
          "--rdzv-endpoint", "127.0.0.1:0", str(path)],
-        capture_output=True, text=True, check=False, timeout=180, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=180, cwd=ROOT,
+        env=os.environ | CPU | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     losses = [float(value) for value in re.findall(r"loss ([\d.]+)", done.stdout)]

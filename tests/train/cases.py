@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+# What makes a process run on the CPU, whatever the machine has.
+CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 TIMED = ("train/step_time_s", "train/tokens_per_s", "train/tflops_per_rank", "memory/peak_gib")
 
 
@@ -21,7 +23,7 @@ class TrainingProcess:
     """
 
     def __init__(self, corpus: Path, runs: Path, *overrides: str, ranks: int = 2) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | CPU | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         arguments = [
             f"data.dirs=[{corpus}]", f"run.dir={runs}", "run.name=tiny", "data.sequence_length=32", "model.hidden=32",
             "model.heads=2", "model.kv_heads=1", "model.layers=2", "model.moe.experts=4", "model.moe.expert_hidden=32",

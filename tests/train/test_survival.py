@@ -124,8 +124,12 @@ def test_another_model_on_resume_is_refused_with_the_difference(undisturbed, cor
         (["model.router.p=2"], "model.router.p=2"),
         (["data.dirs=[nowhere]"], "nowhere holds no prepared corpus"),
         (["parallel.expert=4", "model.moe.experts=4"], "parallel.expert=4"),
-        (["run.dir=/proc/none"], "/proc/none"),
-        (["train.micro_batch=512", "train.global_batch=1024"], "fewer than one pass over all ranks (1024)"),
+        pytest.param(["run.dir=/proc/none"], "/proc/none", marks=pytest.mark.slow),
+        pytest.param(
+            ["train.micro_batch=512", "train.global_batch=1024"],
+            "fewer than one pass over all ranks (1024)",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_train_refuses_bad_input_in_one_line(corpus_dir, tmp_path, overrides, named):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class MegatronEngine:
         self._lm_loss = torch.stack(losses).mean() if losses else torch.zeros((), device=self.device)
         self.optimizer.prepare_grads()
         self._grad_norm = float(self.optimizer.get_grad_norm())
-        if not torch.isfinite(torch.tensor(self._grad_norm)):  # on every rank; parameters and moments are untouched
+        if not math.isfinite(self._grad_norm):  # on every rank; parameters and moments are untouched
             model = self.config.model
             raise UserError(describe_nonfinite(model, self.layers, step, self._grad_norm, self.device))
         clip(self.optimizer, self.config.optimizer.clip_grad, self._grad_norm)
