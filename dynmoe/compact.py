@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-import secrets
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dynmoe.cli import run_tool
 from dynmoe.config import Config, load_config
-from dynmoe.convert import convert, new_run_state
+from dynmoe.convert import convert
 from dynmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,15 +38,28 @@ def compact(run: Path, output: Path, multiple: int = 1) -> tuple[Config, dict[in
     Raises:
         UserError: no checkpoint, nothing to remove, or an output that exists.
     """
-    from dynmoe.engines.plain_state import read_tensor
-    from dynmoe.engines.state_names import buffer_key
-    from dynmoe.train.checkpoint import newest_sound, write_alone, write_atomically
-
     if output.exists():
         raise UserError(f"--output: {output} exists; name a new directory")
     config = load_config(run / "config.yaml")
-    if config.engine == "megatron":
-        return _compact_converted(run, output, multiple)
+    if config.engine == "deepspeed":
+        return _compact_plain(run, output, multiple, run)
+    # A run of Megatron is converted, and converted back.
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
+        plain, compacted = Path(folder) / "plain", Path(folder) / "compact"
+        convert(run, plain, "deepspeed")
+        new, kept = _compact_plain(plain, compacted, multiple, run)
+        spread = dataclasses.replace(config.parallel, expert=new.parallel.expert)
+        return convert(compacted, output, "megatron", spread), kept
+
+
+def _compact_plain(run: Path, output: Path, multiple: int, named: Path) -> tuple[Config, dict[int, list[int]]]:
+    """The same for a run whose checkpoints are in the plain form; ``named`` is what the user calls it."""
+    from dynmoe.engines.plain_state import read_tensor
+    from dynmoe.engines.state_names import buffer_key
+    from dynmoe.train.checkpoint import newest_sound, write_run
+
+    config = load_config(run / "config.yaml")
     checkpoint = newest_sound(run / "checkpoints")
     masks = {layer: read_tensor(checkpoint.path, buffer_key(f"layers.{layer}.moe.router.active_E")).tolist()
              for layer in config.model.moe_layers}  # fmt: skip
@@ -60,30 +72,15 @@ def compact(run: Path, output: Path, multiple: int = 1) -> tuple[Config, dict[in
                 f"others to fill up; use a divisor of {len(slots)}"
             )
     if all(len(kept[layer]) == len(masks[layer]) for layer in masks):
-        raise UserError(f"{run}: every expert is in use (or kept by --multiple={multiple}); nothing to remove")
+        raise UserError(f"{named}: every expert is in use (or kept by --multiple={multiple}); nothing to remove")
     new = _configuration(config, output, [len(slots) for slots in kept.values()])
-    state = new_run_state(checkpoint, new)
-    facts = {"ranks": 1, "parallel": state["config"]["parallel"], "config": new.digest(), "data": state["data"]}
-    building = output.with_name(f"{output.name}.tmp-{secrets.token_hex(4)}")  # half a run is none
 
     def write(target: Path) -> None:
         for file in sorted(checkpoint.path.glob("*.safetensors")):
             _rewrite_file(file, target / file.name, kept)
 
-    write_alone(checkpoint.step, building / "checkpoints", write, state, facts)
-    write_atomically(building / "config.yaml", new.to_yaml())
-    building.rename(output)
+    write_run(checkpoint, new, output, write)
     return new, kept
-
-
-def _compact_converted(run: Path, output: Path, multiple: int) -> tuple[Config, dict[int, list[int]]]:
-    """The same for a run of Megatron, whose checkpoints are converted and converted back."""
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
-        plain, compacted = Path(folder) / "plain", Path(folder) / "compact"
-        convert(run, plain, "deepspeed")
-        new, kept = compact(plain, compacted, multiple)
-        parallel = dataclasses.replace(load_config(run / "config.yaml").parallel, expert=new.parallel.expert)
-        return convert(compacted, output, "megatron", parallel), kept
 
 
 def slots_to_keep(active: list[bool], multiple: int) -> list[int]:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from dynmoe.cli import run_tool
 from dynmoe.config import Config, load_config
 from dynmoe.config.parallel import ParallelConfig
 from dynmoe.errors import UserError
-
-if TYPE_CHECKING:
-    from dynmoe.train.checkpoint import Checkpoint
 
 
 def convert(run: Path, output: Path, engine: str, parallel: ParallelConfig | None = None) -> Config:
@@ -35,7 +30,7 @@ def convert(run: Path, output: Path, engine: str, parallel: ParallelConfig | Non
         UserError: no checkpoint, one of that engine already, or an output that exists.
     """
     from dynmoe.engines.megatron import checkpoint as megatron
-    from dynmoe.train.checkpoint import newest_sound, write_alone, write_atomically
+    from dynmoe.train.checkpoint import newest_sound, write_run
 
     if output.exists():
         raise UserError(f"--output: {output} exists; name a new directory")
@@ -44,23 +39,10 @@ def convert(run: Path, output: Path, engine: str, parallel: ParallelConfig | Non
         raise UserError(f"--engine={engine}: {run} is a run of this engine; name the other one")
     source = newest_sound(run / "checkpoints")
     new = _configuration(config, output, engine, parallel)
-    state = new_run_state(source, new)
-    facts = {"ranks": 1, "parallel": state["config"]["parallel"], "config": new.digest(), "data": state["data"]}
-    building = output.with_name(f"{output.name}.tmp-{secrets.token_hex(4)}")  # half a run is none
     alone = dataclasses.replace(config, engine="megatron", parallel=ParallelConfig())
     write = megatron.to_plain if engine == "deepspeed" else megatron.from_plain
-    write_alone(source.step, building / "checkpoints", lambda target: write(alone, source.path, target), state, facts)
-    write_atomically(building / "config.yaml", new.to_yaml())
-    building.rename(output)
+    write_run(source, new, output, lambda target: write(alone, source.path, target))
     return new
-
-
-def new_run_state(source: Checkpoint, new: Config) -> dict[str, Any]:
-    """The trainer's state for another run that goes on from ``source``."""
-    state = source.trainer_state
-    state["config"] = dataclasses.asdict(new)
-    state["progress"]["wandb_id"] = None
-    return state
 
 
 def _configuration(config: Config, output: Path, engine: str, parallel: ParallelConfig | None) -> Config:

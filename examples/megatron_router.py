@@ -1,7 +1,6 @@
 """Top-p routing in Megatron-Core's own MoE layer: torchrun --nproc-per-node 2 examples/megatron_router.py
 
-The router is one argument of the layer spec; the rest is a Megatron training as it stands in anybody's tree.
-"""
+The router is one argument of the layer spec; the rest is a Megatron training as it stands in anybody's tree."""
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,9 @@ from dynmoe.engines.megatron.router import layer_spec, take_figures
 def main() -> None:
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
-    device = torch.device("cuda", dist.get_rank()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(dist.get_node_local_rank())
+    device = "cuda" if cuda else "cpu"
     parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
     model_parallel_cuda_manual_seed(1)
     config = TransformerConfig(
@@ -29,11 +30,11 @@ def main() -> None:
         expert_model_parallel_size=dist.get_world_size(), moe_token_dispatcher_type="alltoall", add_bias_linear=False,
         gated_linear_unit=True, activation_func=F.silu, normalization="RMSNorm", bias_dropout_fusion=False,
         hidden_dropout=0.0, attention_dropout=0.0, gradient_accumulation_fusion=False, apply_rope_fusion=False,
+        finalize_model_grads_func=finalize_model_grads,
     )  # fmt: skip
     spec = layer_spec(RouterConfig(kind="top_p", p=0.4, balance_loss=1e-2))
     model = GPTModel(config, spec, vocab_size=256, max_sequence_length=32, position_embedding_type="rope").to(device)
     chunk = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
-    config.finalize_model_grads_func = finalize_model_grads
     optimizer = get_megatron_optimizer(OptimizerConfig(lr=3e-3, use_distributed_optimizer=True), [chunk])
     tokens = torch.arange(8 * 32, device=device).view(8, 32)
 

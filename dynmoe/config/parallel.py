@@ -59,9 +59,6 @@ class ParallelConfig(Section):
 
     def check_megatron(self, model: ModelConfig, sequence_length: int) -> None:
         """Refuses sizes over which this model and its sequences cannot be spread evenly."""
-        if self.context > 1 and importlib.util.find_spec("transformer_engine") is None:
-            cure = "install it, or use parallel.tensor"
-            raise ConfigError("parallel.context", self.context, "needs Transformer Engine, which is not here", cure)
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             problem, cure = "interleaves the stages of a pipeline, and there is none", "set parallel.pipeline"
             raise ConfigError("parallel.virtual_pipeline", self.virtual_pipeline, problem, cure)
@@ -84,7 +81,10 @@ class ParallelConfig(Section):
             raise ConfigError("parallel.expert", self.expert, "cannot spread the experts evenly", cure)
 
     def check_world(self, world_size: int) -> None:
-        """Refuses sizes that do not fit ``world_size`` ranks."""
+        """Refuses sizes that do not fit ``world_size`` ranks, or what is installed here."""
+        if self.context > 1 and importlib.util.find_spec("transformer_engine") is None:
+            cure = "install it, or use parallel.tensor"
+            raise ConfigError("parallel.context", self.context, "needs Transformer Engine, which is not here", cure)
         if world_size % self.model_parallel:
             name = max(("tensor", "pipeline", "context"), key=lambda name: getattr(self, name))
             problem = f"tensor x pipeline x context ({self.model_parallel}) does not divide the ranks ({world_size})"

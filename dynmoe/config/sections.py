@@ -228,14 +228,22 @@ class Config(Section):
             self.deepspeed.check(self.model)
         else:
             self.parallel.check_megatron(self.model, self.data.sequence_length)
+            if self.parallel.context > 1 and self.train.precision != "bf16":
+                problem, cure = "Transformer Engine's attention knows no other with parallel.context", "use bf16"
+                raise ConfigError("train.precision", self.train.precision, problem, cure)
         self.parallel.check_experts(self.model)
         self._check_control()
 
     def _check_control(self) -> None:
         model, budget, adaptation = self.model, self.budget, self.adaptation
         if not model.moe_layers:
-            for name, value in (("budget.method", budget.method), ("adaptation.interval", adaptation.interval)):
-                if value not in ("none", 0):
+            settings = {
+                "budget.method": budget.method,
+                "budget.experts_per_token": budget.experts_per_token,
+                "adaptation.interval": adaptation.interval,
+            }
+            for name, value in settings.items():
+                if value not in ("none", 0, None):
                     raise ConfigError(name, value, "the model is dense", "remove it, or set model.moe.experts")
             return
         budget.check_router(model.router, model.moe.active_at_start or model.largest_layer)

@@ -7,6 +7,7 @@ read, and puts a damaged one aside. Directories are never reused.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dynmoe.config import Config
 from dynmoe.data.corpus import sha256_of
 from dynmoe.errors import UserError
 
@@ -124,29 +126,33 @@ def newest_sound(root: Path) -> Checkpoint:
     raise UserError(f"{root}: no undamaged checkpoint; name the directory of a run that has one")
 
 
-def write_alone(
-    step: int,
-    root: Path,
-    write: Callable[[Path], None],
-    trainer_state: dict[str, Any],
-    facts: dict[str, Any],
-) -> Checkpoint:
-    """A checkpoint of one process, for tools.
+def write_run(source: Checkpoint, config: Config, output: Path, write: Callable[[Path], None]) -> None:
+    """A new run directory with one checkpoint, which goes on from another run's; for tools, of one process.
 
     Args:
-        step: of the run.
-        root: an empty or new directory of checkpoints.
+        source: where the new run goes on from.
+        config: of the new run.
+        output: its directory, which does not exist; half of one is never left there.
         write: puts all files of the model into the directory it is given.
-        trainer_state, facts: as in :meth:`CheckpointStore.save`.
     """
-    final = root / f"step_{step:08d}"
-    building = final.with_name(f"{final.name}.tmp-{secrets.token_hex(4)}")
-    building.mkdir(parents=True)
-    write(building)
-    (building / _TRAINER).write_text(json.dumps(trainer_state))
-    files = sorted(path for path in building.rglob("*") if path.is_file())
-    _commit(building, final, {"step": step, **facts, "files": _hashes(files, building)})
-    return Checkpoint(final, step)
+    state = source.trainer_state
+    state["config"] = dataclasses.asdict(config)
+    state["progress"]["wandb_id"] = None  # another run
+    facts = {"ranks": 1, "parallel": state["config"]["parallel"], "config": config.digest(), "data": state["data"]}
+    building = output.with_name(f"{output.name}.tmp-{secrets.token_hex(4)}")
+    checkpoint = building / "checkpoints" / source.path.name
+    unfinished = checkpoint.with_name(f"{checkpoint.name}.tmp")
+    unfinished.mkdir(parents=True)
+    try:
+        write(unfinished)
+        (unfinished / _TRAINER).write_text(json.dumps(state))
+        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+        _commit(unfinished, checkpoint, {"step": source.step, **facts, "files": _hashes(files, unfinished)})
+        write_atomically(building / "config.yaml", config.to_yaml())
+        building.rename(output)
+    except BaseException:
+        shutil.rmtree(building)
+        raise
 
 
 class CheckpointStore:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from dynmoe.config import Config, load_config
 from dynmoe.data.batches import Batch
@@ -59,10 +61,12 @@ def train(overrides: list[str], first: int, last: int, load: str = "", save: str
     if load:
         engine.load(Path(load))
     maps = keep_maps(engine.layers)
-    losses, norms, rows, statistics, events = [], [], [], [], []
+    losses, norms, rows, statistics, events, attentions = [], [], [], [], [], 0
     for step in range(first, last):
         batches = micro_batches(config, step, engine.data_rank, engine.data_size)
-        events += engine.train_step(batches, config.optimizer.lr, record=True)
+        with patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as attention:
+            events += engine.train_step(batches, config.optimizer.lr, record=True)
+        attentions += attention.call_count
         report = engine.report()
         losses.append(report.lm_loss)
         norms.append(report.grad_norm)
@@ -72,8 +76,15 @@ def train(overrides: list[str], first: int, last: int, load: str = "", save: str
         save_state(engine, save)
     return {
         "losses": losses, "norms": norms, "maps": maps, "rows": rows, "statistics": statistics, "events": events,
-        "state": whole_state(engine), "place": place(engine),
+        "state": whole_state(engine), "place": place(engine), "attentions": attentions, "groups": settings(engine),
     }  # fmt: skip
+
+
+def settings(engine: Any) -> list[dict[str, Any]]:
+    """What the optimizer works with, by parameter group."""
+    if engine.config.engine == "deepspeed":
+        return []
+    return [{name: value for name, value in g.items() if name != "params"} for g in engine.optimizer.param_groups]
 
 
 def refusal(overrides: list[str], load: str) -> str:

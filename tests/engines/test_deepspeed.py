@@ -141,6 +141,7 @@ def test_recomputation_changes_nothing(two_ranks):
         assert again["losses"] == plain["losses"]
         assert again["rows"] == plain["rows"]
         assert again["statistics"] == plain["statistics"]
+        assert again["attentions"] == 2 * plain["attentions"], "nothing was repeated"
 
 
 def test_clipping_uses_the_norm_of_the_whole_model(one_rank, two_ranks):

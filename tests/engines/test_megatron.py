@@ -55,6 +55,42 @@ def test_a_checkpoint_fits_another_layout(plain, one_rank, two_ranks, tmp_path, 
     assert result["losses"] == pytest.approx(plain()["losses"][5:], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "extra"),
+    [(TP2, ALONE, ["model.moe.every=2", "model.ffn_hidden=64", "model.moe.shared_hidden=32"]),
+     (PP2, TP2, ["model.tie_embeddings=true"]), (ALONE, TP2, ["model.moe.experts=0", "model.ffn_hidden=64"])],
+    ids=["dense layers and shared experts", "tied embeddings", "a dense model"],
+)  # fmt: skip
+def test_checkpoints_of_other_architectures_fit_too(plain, one_rank, two_ranks, tmp_path, before, after, extra):
+    base, saved = [*BASE, "model.router.z_loss=0", *extra], str(tmp_path / "saved")
+    first = pool_of(before, one_rank, two_ranks).run(train, [*base, *before], 0, 2, "", saved)[0]
+    second = pool_of(after, one_rank, two_ranks).run(train, [*base, *after], 2, 5, saved)[0]
+    one_rank.run(to_plain, base, saved, str(tmp_path / "plain"))
+    expected = plain("model.router.z_loss=0", *extra, steps=5)
+    assert first["losses"] + second["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    (alone,) = one_rank.run(train, [*base, "engine=deepspeed", *ALONE], 2, 5, str(tmp_path / "plain"))
+    assert alone["losses"] == pytest.approx(expected["losses"][2:], rel=1e-5)
+
+
+def test_precision_and_optimizer_may_change_on_resume(two_ranks, tmp_path):
+    """Masters are exact whatever the precision, on every replica; settings are those of the configuration."""
+    saved, low = str(tmp_path / "saved"), [*BASE, *DP2, "train.precision=bf16"]
+    half = two_ranks.run(train, low, 0, 2, "", saved)
+    whole = two_ranks.run(train, [*BASE, *DP2], 2, 2, saved)
+    assert all(torch.equal(value, whole[1]["state"][name]) for name, value in replicated(whole[0]).items())
+    for result, exact in zip(half, whole, strict=True):
+        masters = {name: value for name, value in result["state"].items() if name.endswith("|param")}
+        assert all(torch.equal(value, exact["state"][name]) for name, value in masters.items())
+    settings = two_ranks.run(train, [*low, "optimizer.weight_decay=0.5", "optimizer.beta1=0.5"], 2, 3, saved)[0][
+        "groups"
+    ]
+    assert {(group["weight_decay"], group["betas"][0]) for group in settings} == {(0.5, 0.5), (0.0, 0.5)}
+
+
+def replicated(result) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in result["state"].items() if "|" not in name}
+
+
 @pytest.mark.parametrize("layout", [DP2, TP2, PP2], ids=["DP 2", "TP 2", "PP 2"])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(two_ranks, tmp_path, layout):
     overrides = [*BASE, *layout, "train.precision=bf16"]
@@ -75,6 +111,7 @@ def test_recomputation_changes_nothing(two_ranks, layout):
         again = two_ranks.run(train, [*overrides, f"train.recompute={recompute}"], 0, 3)[0]
         for figure in ("losses", "norms", "rows", "statistics"):
             assert again[figure] == expected[figure], (recompute, figure)
+        assert again["attentions"] == 2 * expected["attentions"], "nothing was repeated"
 
 
 @pytest.mark.parametrize("layout", [TP2, PP2, INTERLEAVED, EP2], ids=["TP 2", "PP 2", "PP 2 interleaved", "EP 2"])

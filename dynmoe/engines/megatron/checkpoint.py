@@ -98,10 +98,20 @@ def load(directory: Path, engine: MegatronEngine) -> None:
     state = dist_checkpointing.load(wanted, folder)
     for number, model in enumerate(engine.models):
         model.load_state_dict(state[f"model{number}"])
-    engine.optimizer.load_state_dict(state["optimizer"])
+    _load_optimizer(engine, state["optimizer"])
     engine.steps = state["step"]
     engine.state.set_step(engine.steps)
     restore_random_state(directory)
+
+
+def _load_optimizer(engine: MegatronEngine, state: Any) -> None:
+    """Masters and moments; settings such as the weight decay stay those of the configuration."""
+    groups = engine.optimizer.param_groups
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    engine.optimizer.load_state_dict(state)
+    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    engine.synchronize_parameters()  # where they are their own masters, each rank has its shard of them only
 
 
 def _check(folder: Path, wanted: dict[str, Any]) -> None:

@@ -152,6 +152,11 @@ class MegatronEngine:
         parts = (x[:, positions] if self.config.parallel.context > 1 else x for x in (batch.tokens_BS, batch.labels_BS))
         return Batch(*(part.to(self.device) for part in parts))
 
+    def synchronize_parameters(self) -> None:
+        """Brings together the parameters of which each data-parallel rank has set its shard."""
+        for chunk in self._chunks:
+            chunk.start_param_sync(force_sync=True)
+
     def report(self) -> StepReport:
         recorded, self._recorded = self._recorded, False
         loss = self._lm_loss.item() / self._ranks_with_loss

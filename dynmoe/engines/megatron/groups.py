@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
@@ -18,6 +19,8 @@ from dynmoe.moe import MoEContext
 def start_processes() -> torch.device:
     """Joins the process group of the launcher, or makes one of a single rank; returns this rank's device."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Each layer says that it does not know our MoE layer.
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     cuda = torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if cuda:

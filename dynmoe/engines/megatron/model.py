@@ -43,7 +43,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         num_moe_experts=model.largest_layer if model.moe_layers else None,
-        moe_ffn_hidden_size=model.moe.expert_hidden,
+        moe_ffn_hidden_size=model.moe.expert_hidden if model.moe_layers else None,
         moe_layer_freq=[int(model.is_moe_layer(layer)) for layer in range(model.layers)],
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.tensor > 1,

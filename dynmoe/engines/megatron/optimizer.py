@@ -104,11 +104,12 @@ class OptimizerState:
     def set_step(self, step: int) -> None:
         """Says how many optimizer steps were taken."""
         for part in self._parts:
-            for state in part.optimizer.state.values():
-                if "step" in state:  # one for each: Megatron gives all of them the same tensor, to be added to
+            if isinstance(part.optimizer, torch.optim.AdamW):
+                for state in part.optimizer.state.values():
+                    # One for each: Megatron gives all of them the same tensor, to be added to.
                     state["step"] = torch.full_like(state["step"], step)
-            for group in part.optimizer.param_groups:
-                if "step" in group:
+            elif step > 0:  # fused ones count from the first step on, in their groups
+                for group in part.optimizer.param_groups:
                     group["step"] = step
 
     def shard(self, parameter: nn.Parameter) -> tuple[dict[str, Tensor], int]:

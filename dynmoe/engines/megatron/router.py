@@ -52,7 +52,13 @@ _STOCK_ROUTER = {
     "moe_router_enable_expert_bias": (False, "it belongs to the stock router; set it to False"),
     "moe_router_force_load_balancing": (False, "it belongs to the stock router; set it to False"),
     "moe_router_group_topk": (None, "it belongs to the stock router; remove it"),
+    "moe_router_num_groups": (None, "it belongs to the stock router; remove it"),
+    "moe_router_topk_scaling_factor": (None, "it belongs to the stock router; remove it"),
+    "moe_router_score_function": ("softmax", "it belongs to the stock router; use RouterConfig.kind"),
+    "moe_router_pre_softmax": (False, "it belongs to the stock router; set it to False"),
+    "moe_enable_routing_replay": (False, "it belongs to the stock router; set it to False"),
     "moe_input_jitter_eps": (None, "it belongs to the stock router; remove it"),
+    "calculate_per_token_loss": (False, "auxiliary losses would lose their scale; set it to False"),
 }
 
 
@@ -69,6 +75,13 @@ def check_config(config: TransformerConfig, settings: RouterConfig) -> None:
     if config.moe_token_dispatcher_type == "flex":
         problem = "does not go with a dynamic router: it sends moe_router_topk experts for each token"
         raise UserError(f"moe_token_dispatcher_type='flex': {problem}; use 'alltoall' or 'allgather'")
+    if (
+        config.tensor_model_parallel_size > 1
+        and config.expert_tensor_parallel_size == 1
+        and (config.expert_model_parallel_size == 1)
+    ):
+        problem = "Megatron's own layer does not add up the gradients of whole experts over tensor-parallel ranks"
+        raise UserError(f"expert_tensor_parallel_size=1: {problem} without expert parallelism; set one of them")
     if settings.kind not in KINDS or KINDS[settings.kind].own_rule:
         problem = "moves its state between steps by a rule that a stock training loop does not run"
         raise UserError(f"RouterConfig.kind={settings.kind!r}: {problem}; use engine=megatron")
@@ -109,7 +122,7 @@ class DynamicRouter(MegatronModule):
         self._expert_parallel = dist.get_world_size(groups.ep)
         self._seed = seed
         self._is_new, self._repeats = True, 0
-        self._statistics: list[Tensor] = []
+        self._statistics: Tensor | None = None
         self.model = _model_config(config, settings)
         self.set_layer_number(1)
 
@@ -138,7 +151,8 @@ class DynamicRouter(MegatronModule):
             if torch.is_grad_enabled():
                 gates_TE = MoEAuxLossAutoScaler.apply(gates_TE, total * self._share)
         if self.training and not self._is_repetition():
-            self._statistics.append(record(plan, losses, total, self.router.control, self.router.active_E))
+            seen = record(plan, losses, total, self.router.control, self.router.active_E)
+            self._statistics = seen if self._statistics is None else self._statistics + seen
         return gates_TE, plan.routing_map_TE
 
     @torch.no_grad()
@@ -164,10 +178,9 @@ class DynamicRouter(MegatronModule):
 
         Collective over the ranks that share the layer's tokens. Empty where nothing was trained.
         """
-        if not self._statistics:
+        if self._statistics is None:
             return {}
-        vector = torch.stack(self._statistics).sum(dim=0)
-        self._statistics.clear()
+        vector, self._statistics = self._statistics, None
         if self.context.token_group is not None:
             dist.all_reduce(vector, group=self.context.token_group)
         return layer_figures(vector.cpu(), self.model, 0, self._expert_parallel)
