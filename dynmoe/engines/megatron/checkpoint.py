@@ -33,6 +33,8 @@ def _sharded(engine: MegatronEngine, loading: bool) -> dict[str, Any]:
     """Which parts of which tensors this rank has, or wants."""
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
+        # Gathered on the rank that writes, in the host's memory; otherwise on every rank, through the device's.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }

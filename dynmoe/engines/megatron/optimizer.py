@@ -32,7 +32,7 @@ def make_optimizer(config: Config, chunks: Sequence[DistributedDataParallel]) ->
         ),
         list(chunks),
         config_overrides=_overrides(config, chunks),
-        use_gloo_process_groups=False,
+        use_gloo_process_groups=True,
     )  # fmt: skip
     for part in optimizer.chained_optimizers:
         for group in part.param_groups:
