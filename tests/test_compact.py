@@ -67,6 +67,7 @@ def test_fewer_parameters_and_the_same_logits_now_and_after_more_training(one_ra
     assert rows["ranks"] == 1
 
 
+@pytest.mark.slow
 def test_the_new_run_can_be_trained_on(adapted, corpus_dir, tmp_path):
     compact(adapted, tmp_path / "runs" / "tiny")
     counts = load_config(tmp_path / "runs" / "tiny" / "config.yaml").model.moe.experts_by_layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import socket
@@ -31,6 +32,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
     from dynmoe.engines import deepspeed
 
     deepspeed._start_processes()
+    _keep_groups_of_layouts()
     connection.send("ready")
     while True:
         try:
@@ -42,6 +44,31 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
             connection.send((True, function(*arguments)))
         except Exception:
             connection.send((False, traceback.format_exc()))
+
+
+def _keep_groups_of_layouts() -> None:
+    """Lets the process groups of each of Megatron's layouts serve all engines of it.
+
+    Megatron keeps them in globals of one module, for one layout at a time. Groups that are made anew for every engine
+    stay behind with their threads, and thousands of those cost more than the tests.
+    """
+    from megatron.core import parallel_state
+
+    from dynmoe.engines.megatron import engine, groups
+
+    def state() -> dict[str, Any]:
+        return {name: value for name, value in vars(parallel_state).items() if name.strip("_").isupper()
+                or name == "_global_process_group_list"}  # fmt: skip
+
+    none, make, known = state(), groups.make_groups, dict[tuple[int, ...], dict[str, Any]]()
+
+    def make_groups(parallel: Any, seed: int) -> None:
+        layout = dataclasses.astuple(parallel)
+        vars(parallel_state).update(none | known.get(layout, {}))
+        make(parallel, seed)
+        known[layout] = state()
+
+    groups.make_groups = engine.make_groups = make_groups
 
 
 class WorkerPool:

@@ -125,7 +125,9 @@ def test_a_new_expert_has_fresh_weights_fresh_masters_and_no_moments(two_ranks, 
         assert moments[:, stayed].any(), "the moments were wiped for all"
 
 
-@pytest.mark.parametrize("overrides", [layout(2, 1), layout(2, 2), LAYOUTS["Megatron EP 2"], PIPELINE])
+@pytest.mark.parametrize(
+    "overrides", [pytest.param(layout(2, 1), marks=pytest.mark.slow), layout(2, 2), LAYOUTS["Megatron EP 2"], PIPELINE]
+)
 def test_a_run_resumed_within_a_window_decides_as_if_it_had_not_stopped(two_ranks, tmp_path, overrides):
     overrides = [*ADAPTIVE, *overrides]
     straight = two_ranks.run(train, overrides, 0, 45)

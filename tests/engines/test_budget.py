@@ -31,16 +31,19 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-# Two passes of four sequences over all ranks; the fast tests try one holder in a pipeline.
+# Two passes of four sequences over all ranks; the fast tests try each holder once alone, one in a pipeline.
 SPREAD = {
     "EP 2": ["engine=megatron", "train.micro_batch=2", "parallel.expert=2"],
     "PP 2": ["engine=megatron", "train.micro_batch=4", "parallel.pipeline=2"],
 }
-FAST = {("top_p", "half", "PP 2")}
+FAST = {
+    ("top_p", "one", "alone"), ("top_p", "half", "PP 2"), ("top_any", "half", "alone"),
+    ("top_any improved", "one", "alone"), ("top_any loss-free", "half", "alone"),
+}  # fmt: skip
 BOTH_SIDES = [
     pytest.param(
         holder, start, layout,
-        marks=() if layout == "alone" or (holder, start, layout) in FAST else pytest.mark.slow,
+        marks=() if (holder, start, layout) in FAST else pytest.mark.slow,
     )
     for holder in HOLDERS for start in ("one", "half") for layout in ("alone", *SPREAD)
 ]  # fmt: skip

@@ -36,8 +36,14 @@ def plain(one_rank):
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(EP2, ALONE), (ALONE, EP2), (PP2, ALONE), (ALONE, TP2), (ALONE, DP2), (EP2, INTERLEAVED)],
-    ids=["EP 2 to 1", "EP 1 to 2", "PP 2 to 1", "TP 1 to 2", "DP 1 to 2", "EP 2 to PP 2 interleaved"],
+    [
+        pytest.param(EP2, ALONE, id="EP 2 to 1"),
+        pytest.param(ALONE, EP2, id="EP 1 to 2", marks=pytest.mark.slow),
+        pytest.param(PP2, ALONE, id="PP 2 to 1", marks=pytest.mark.slow),
+        pytest.param(ALONE, TP2, id="TP 1 to 2"),
+        pytest.param(ALONE, DP2, id="DP 1 to 2"),
+        pytest.param(EP2, INTERLEAVED, id="EP 2 to PP 2 interleaved"),
+    ],
 )
 def test_a_checkpoint_fits_another_layout(plain, one_rank, two_ranks, tmp_path, before, after):
     saved, again = tmp_path / "saved", tmp_path / "again"
