@@ -42,7 +42,7 @@ def plain(one_rank):
         pytest.param(PP2, ALONE, id="PP 2 to 1", marks=pytest.mark.slow),
         pytest.param(ALONE, TP2, id="TP 1 to 2"),
         pytest.param(ALONE, DP2, id="DP 1 to 2"),
-        pytest.param(EP2, INTERLEAVED, id="EP 2 to PP 2 interleaved"),
+        pytest.param(EP2, INTERLEAVED, id="EP 2 to PP 2 interleaved", marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_fits_another_layout(plain, one_rank, two_ranks, tmp_path, before, after):
@@ -190,7 +190,7 @@ def test_a_stage_without_moe_layers_takes_part_in_all_decisions(one_rank, two_ra
         assert result["rows"] == alone["rows"]
 
 
-@pytest.mark.parametrize("layout", [EP2, PP2], ids=["EP 2", "PP 2"])
+@pytest.mark.parametrize("layout", [pytest.param(EP2, id="EP 2", marks=pytest.mark.slow), pytest.param(PP2, id="PP 2")])
 def test_bf16_follows_fp32(two_ranks, layout):
     exact = two_ranks.run(train, [*BASE, *layout], 0, 6)[0]
     rounded = two_ranks.run(train, [*BASE, *layout, "train.precision=bf16"], 0, 6)[0]
