@@ -29,6 +29,7 @@ from deepspeed.utils import groups
 from dynmoe.config import Config, ModelConfig
 from dynmoe.data.batches import Batch
 from dynmoe.engines import deepspeed_state
+from dynmoe.engines.device import take_gpu
 from dynmoe.engines.reports import describe_nonfinite, reduce_report
 from dynmoe.errors import UserError
 from dynmoe.model import Decoder
@@ -223,13 +224,7 @@ def _start_processes() -> torch.device:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ.update(alone)
     cuda = os.environ.get("DS_ACCELERATOR") != "cpu"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if cuda:
-        ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-        if ranks > gpus:
-            cure = f"start {gpus} with --nproc-per-node, or set DS_ACCELERATOR=cpu"
-            raise UserError(f"{ranks} ranks on this host, but {gpus} GPU(s); {cure}")
-        torch.cuda.set_device(device)
+    device = take_gpu(", or set DS_ACCELERATOR=cpu") if cuda else torch.device("cpu")
     # Its shared-memory collectives would be compiled on the spot: gloo needs no compiler, and leaves nothing behind
     # in shared memory when a rank is killed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -56,11 +56,10 @@ def entry(
     ranges: dict[int, tuple[range, int]],
     get: Callable[[], dict[str, Tensor]],
     put: Callable[[dict[str, Tensor]], None],
-    shape: tuple[int, ...] | None = None,
 ) -> Entry:
     """The entry of a parameter; ``ranges`` are those of :func:`expert_ranges`."""
     experts, num_experts = ranges.get(id(parameter), (None, 0))
-    return Entry(name, tuple(parameter.shape) if shape is None else shape, experts, num_experts, get, put)
+    return Entry(name, tuple(parameter.shape), experts, num_experts, get, put)
 
 
 def save(

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from dynmoe.config.parallel import ParallelConfig
-from dynmoe.errors import UserError
+from dynmoe.engines.device import take_gpu
 from dynmoe.moe import MoEContext
 
 
@@ -22,19 +22,14 @@ def start_processes() -> torch.device:
     # Each layer says that it does not know our MoE layer.
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     cuda = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if cuda:
-        ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-        if ranks > gpus:
-            raise UserError(f"{ranks} ranks on this host, but {gpus} GPU(s); start {gpus} with --nproc-per-node")
-        torch.cuda.set_device(local)
+    device = take_gpu() if cuda else torch.device("cpu")
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if "RANK" in os.environ:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return torch.device("cuda", local) if cuda else torch.device("cpu")
+    return device
 
 
 def make_groups(parallel: ParallelConfig, seed: int) -> None:
