@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,17 +16,22 @@ from bench.timing import Passes, interleave, median_ratio, peak_bytes, saved_byt
 from tests.train.cases import CPU
 
 
-def test_the_layer_benchmark_writes_its_rows(tmp_path):
-    path = tmp_path / "rows.json"
-    small = ["--tokens", "64", "--hidden", "32", "--width", "16", "--experts", "4", "--mean-k", "2", "--repeats", "1"]
+def run_benchmark(folder: Path, *arguments: str) -> tuple[list[dict[str, Any]], str]:
+    """The rows that a benchmark writes, and what it says."""
+    path = folder / "rows.json"
     done = subprocess.run(
-        [sys.executable, "-m", "bench", "layer", *small, "--json", str(path)],
+        [sys.executable, "-m", "bench", *arguments, "--json", str(path)],
         capture_output=True, text=True, check=False, timeout=120, cwd=Path(__file__).parents[1],
         env=os.environ | CPU,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "agrees" in done.stdout
-    rows = json.loads(path.read_text())["rows"]
+    return json.loads(path.read_text())["rows"], done.stdout
+
+
+def test_the_layer_benchmark_writes_its_rows(tmp_path):
+    small = ["--tokens", "64", "--hidden", "32", "--width", "16", "--experts", "4", "--mean-k", "2", "--repeats", "1"]
+    rows, said = run_benchmark(tmp_path, "layer", *small)
+    assert "agrees" in said
     methods = {"dense_floor", "dynmoe", "deepspeed_same_routing", "deepspeed_top2"}
     keys = {(row["method"], row["dtype"], row["direction"]) for row in rows}
     assert keys == {(m, t, d) for m in methods for t in ("bf16", "fp32") for d in ("forward", "backward", "both")}
@@ -37,16 +43,9 @@ def test_the_layer_benchmark_writes_its_rows(tmp_path):
 
 
 def test_the_smoke_run_compares_both_engines(tmp_path):
-    path = tmp_path / "rows.json"
     small = ["--layers", "2", "--hidden", "32", "--heads", "2", "--experts", "4", "--width", "16", "--length", "16"]
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "gpu_smoke", *small, "--steps", "4", "--json", str(path)],
-        capture_output=True, text=True, check=False, timeout=120, cwd=Path(__file__).parents[1],
-        env=os.environ | CPU,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "losses of the two engines agree within 0." in done.stdout
-    rows = json.loads(path.read_text())["rows"]
+    rows, said = run_benchmark(tmp_path, "gpu_smoke", *small, "--steps", "4")
+    assert "losses of the two engines agree within 0." in said
     assert [row["method"] for row in rows] == ["deepspeed", "megatron"]
     assert all(row["tokens_per_s"] > 0 and row["tflops"] > 0 for row in rows)
     assert rows[0]["experts_per_token"] == pytest.approx(rows[1]["experts_per_token"], rel=0.05)
