@@ -41,7 +41,7 @@ def train(config: Config) -> None:
     from dynmoe.model.size import embedding_rows
     from dynmoe.ops.host_memory import keep_freed_memory
     from dynmoe.train.run_directory import RunDirectory
-    from dynmoe.train.summary import describe, facts, write_sample
+    from dynmoe.train.summary import describe, describe_start, facts, write_sample
     from dynmoe.train.trainer import Trainer
     from dynmoe.train.views import make_views
 
@@ -55,6 +55,8 @@ def train(config: Config) -> None:
         for corpus in corpora if config.data.verify else ():
             corpus.verify()
     engine = make_engine(config, vocab_size)
+    if first and config.model.moe_layers:
+        print(describe_start(config, engine.device))
     try:
         data = PretrainingData(
             corpora, config.data.weights, config.data.sequence_length, config.train.seed, directory.data_index

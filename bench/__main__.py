@@ -1,64 +1,141 @@
-"""python -m bench NAME [--json FILE]"""
+"""python -m bench NAME [--json FILE] [--plot FILE]; python -m bench all"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from bench import gpu_smoke, layer, routing, statistics
+from bench import (
+    dispatch,
+    end_to_end,
+    gpu_smoke,
+    growth,
+    imbalance,
+    launches,
+    layer,
+    memory,
+    router,
+    routing,
+    statistics,
+    wire,
+)
+from bench.report import Rows, machine, markdown, print_table
 from dynmoe.cli import run_tool
+from dynmoe.errors import UserError
 
-BENCHMARKS = {"gpu_smoke": gpu_smoke, "layer": layer, "routing": routing, "statistics": statistics}
-
-
-def machine() -> str:
-    """What the figures were taken on."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+# In the order of docs/performance.md; the last two are longer trainings.
+BENCHMARKS: dict[str, ModuleType] = {
+    "layer": layer, "dispatch": dispatch, "growth": growth, "imbalance": imbalance, "memory": memory,
+    "launches": launches, "wire": wire, "end_to_end": end_to_end, "router": router, "statistics": statistics,
+    "gpu_smoke": gpu_smoke, "routing": routing,
+}  # fmt: skip
+_OF_ALL = [name for name in BENCHMARKS if name not in ("gpu_smoke", "routing")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m bench", description="Benchmarks; figures are ratios within one run.")
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, module in BENCHMARKS.items():
-        sub = names.add_parser(
-            name, help=str(module.__doc__).splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        sub = _add(names, name, str(module.__doc__).splitlines()[0])
         sub.add_argument("--json", type=Path, help="write the rows there")
+        if hasattr(module, "plot"):
+            sub.add_argument("--plot", type=Path, help="draw the rows there (needs matplotlib)")
         module.add_arguments(sub)
+    every = _add(names, "all", "All of them at their defaults, into a page with tables and plots.")
+    every.add_argument("--only", nargs="+", default=_OF_ALL, choices=_OF_ALL)
+    every.add_argument("--page", type=Path, default=Path("docs/performance.md"))
+    every.add_argument("--figures", type=Path, default=Path("docs/figures"), help="directory of JSON files and plots")
     given = parser.parse_args()
-    rows = BENCHMARKS[given.name].run(given)
-    _print(rows)
+    if given.name == "all":
+        run_all(given, names)
+        return
+    module = BENCHMARKS[given.name]
+    rows = module.run(given)
+    _show(given.name, module, rows)
     if given.json is not None:
-        document = {"machine": machine(), "torch": torch.__version__, "rows": rows}
-        given.json.write_text(json.dumps(document, indent=1) + "\n")
+        _write_json(given.json, rows)
+    if hasattr(module, "plot") and given.plot is not None:
+        _draw(module, rows, given.plot)
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
-    hidden = {"benchmark", "tokens", "hidden", "width"}
-    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in hidden]
-    table = Table(title=f"{rows[0]['benchmark']} ({machine()})")
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
-    for row in rows:
-        table.add_row(*(_shown(column, row.get(column)) for column in columns))
-    Console(width=200).print(table)
+def _add(names: argparse._SubParsersAction, name: str, phrase: str) -> argparse.ArgumentParser:
+    return names.add_parser(name, help=phrase, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
-def _shown(column: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if column.endswith("_bytes"):
-        return f"{value / 1e6:.1f} MB"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+def run_all(given: argparse.Namespace, names: argparse._SubParsersAction) -> None:
+    """Runs the benchmarks one after the other and writes the sections of the page that they belong to.
+
+    A section is the benchmark's own JSON file made readable: what was run before, on whatever machine, stays until it
+    is run again.
+    """
+    given.figures.mkdir(parents=True, exist_ok=True)
+    for name in given.only:
+        module, path = BENCHMARKS[name], given.figures / f"{name}.json"
+        try:
+            rows = module.run(names.choices[name].parse_args([]))
+        except UserError as error:  # no GPU, no corpus: the others can still run
+            print(f"{name}: left out: {error}", flush=True)
+            continue
+        _show(name, module, rows)
+        _write_json(path, rows)
+        if hasattr(module, "plot"):
+            _draw(module, rows, given.figures / f"{name}.png")
+    sections = [_section(name, given) for name in _OF_ALL if (given.figures / f"{name}.json").exists()]
+    given.page.write_text(_HEAD + "\n".join(sections))
+    print(f"{given.page} is written")
+
+
+_HEAD = """# Performance
+
+Written by `python -m bench all`; `python -m bench NAME` runs one benchmark with other sizes. Figures are ratios within
+one process, methods in turn, medians: they hold on shared machines, absolute times do not. Every timing comes after a
+check that the methods agree. `docs/log.md` says why a figure is what it is.
+
+"""
+
+
+def _section(name: str, given: argparse.Namespace) -> str:
+    module, document = BENCHMARKS[name], json.loads((given.figures / f"{name}.json").read_text())
+    rows = [{key: value for key, value in row.items() if key != "curve"} for row in document["rows"]]
+    title, _, explanation = str(module.__doc__).partition("\n")
+    picture = f"figures/{name}.png" if (given.figures / f"{name}.png").exists() else None
+    section = markdown(title, rows, _verdicts(module, document["rows"]), picture)
+    where = f"On: {document['machine']}; torch {document['torch']}.\n"
+    heading, _, rest = section.partition("\n")
+    return "\n".join([heading, "", *([explanation.strip(), ""] if explanation.strip() else []), where, rest.lstrip()])
+
+
+def _verdicts(module: ModuleType, rows: Rows) -> list[str]:
+    return module.verdicts(rows) if hasattr(module, "verdicts") else []
+
+
+def _show(name: str, module: ModuleType, rows: Rows) -> None:
+    print_table(name, [{key: value for key, value in row.items() if key != "curve"} for row in rows])
+    for line in _verdicts(module, rows):
+        print(line)
+
+
+def _write_json(path: Path, rows: Rows) -> None:
+    document = {"machine": machine(), "torch": torch.__version__, "rows": rows}
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _draw(module: ModuleType, rows: Rows, path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot: matplotlib is not installed; pip install 'dynmoe[dev]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    module.plot(rows, axes)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from deepspeed.moe.ep_experts import GroupedExperts
 from deepspeed.moe.experts import Experts
 from deepspeed.moe.sharded_moe import MOELayer as DeepSpeedMOELayer
 from deepspeed.moe.sharded_moe import TopKGate
 
+from bench.cases import Method
 from dynmoe.routing import RoutingPlan
 
 
@@ -43,7 +45,7 @@ class FixedGate(nn.Module):
         self.indices_KT = torch.where(used_TK, order_TK, -1).t().int().contiguous()
         self.locations_KT = (place_TE.gather(1, order_TK) * used_TK).t().int().contiguous()
         self.order_TK = order_TK
-        self.gates_TE = plan.gates_TE.detach().clone().requires_grad_()
+        self.gates_TE = nn.Parameter(plan.gates_TE.detach().clone())
         self.counts_E = plan.tokens_per_expert_E
 
     def forward(self, *_: object) -> tuple[object, ...]:
@@ -68,3 +70,83 @@ def deepspeed_layer(gate: nn.Module, w_up_EHD: Tensor, w_down_EDF: Tensor) -> De
 def deepspeed_top2_gate(hidden: int, num_experts: int) -> TopKGate:
     """DeepSpeed's own top-2 gate, without drops and without sampling of the second expert."""
     return TopKGate(hidden, num_experts, k=2, drop_tokens=False, top2_2nd_expert_sampling=False)
+
+
+class AutoEPLayer(nn.Module):
+    """The grouped experts of DeepSpeed's AutoEP between a gather of rows and a weighted sum of them."""
+
+    def __init__(self, plan: RoutingPlan, w_up_EHD: Tensor, w_down_EDF: Tensor) -> None:
+        super().__init__()
+        num_experts, hidden, width = w_down_EDF.shape
+        self.experts = GroupedExperts(hidden, width, num_experts).to(w_up_EHD)
+        with torch.no_grad():
+            self.experts.w1.copy_(w_up_EHD[:, :width])
+            self.experts.w3.copy_(w_up_EHD[:, width:])
+            self.experts.w2.copy_(w_down_EDF)
+        self.map_TE = plan.routing_map_TE
+        self.gates_TE = nn.Parameter(plan.gates_TE.detach().clone())
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        expert_N, token_N = self.map_TE.t().nonzero(as_tuple=True)
+        rows_ND = self.experts(x_TD[token_N], self.map_TE.sum(dim=0))
+        gated_ND = rows_ND * self.gates_TE[token_N, expert_N].to(x_TD.dtype).unsqueeze(1)
+        return torch.zeros_like(x_TD).index_add(0, token_N, gated_ND)
+
+
+class MegatronRouter(nn.Module):
+    """Gives Megatron's layer a plan of ours."""
+
+    def __init__(self, plan: RoutingPlan) -> None:
+        super().__init__()
+        self.map_TE, self.gates_TE = plan.routing_map_TE, nn.Parameter(plan.gates_TE.detach().clone())
+
+    def forward(self, *_: object) -> tuple[Tensor, Tensor]:
+        return self.gates_TE, self.map_TE
+
+
+def megatron_layer(plan: RoutingPlan, w_up_EHD: Tensor, w_down_EDF: Tensor) -> nn.Module:
+    """Megatron-Core's MoELayer in one process, all-to-all dispatcher and sequential experts, under our routing."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    import dynmoe.engines.megatron  # noqa: F401  its modules run on a CPU too, after this
+    from dynmoe.config.parallel import ParallelConfig
+    from dynmoe.engines.megatron.groups import make_groups, start_processes
+
+    start_processes()
+    make_groups(ParallelConfig(), seed=0)
+    num_experts, hidden, width = w_down_EDF.shape
+    config = TransformerConfig(
+        num_layers=1, hidden_size=hidden, num_attention_heads=1, num_moe_experts=num_experts, moe_ffn_hidden_size=width,
+        add_bias_linear=False, gated_linear_unit=True, activation_func=F.silu, bias_activation_fusion=False,
+        moe_token_dispatcher_type="alltoall", use_cpu_initialization=True, params_dtype=w_up_EHD.dtype,
+        bf16=w_up_EHD.dtype == torch.bfloat16, moe_router_dtype="fp32", moe_aux_loss_coeff=0.0,
+    )  # fmt: skip
+    spec = get_moe_module_spec(use_te=False, num_experts=num_experts, moe_grouped_gemm=False)
+    layer = MoELayer(config, spec.submodules, layer_number=1)
+    layer.router = MegatronRouter(plan)
+    with torch.no_grad():
+        for expert, w_up_HD, w_down_DF in zip(layer.experts.local_experts, w_up_EHD, w_down_EDF, strict=True):
+            expert.linear_fc1.weight.copy_(w_up_HD)
+            expert.linear_fc2.weight.copy_(w_down_DF)
+    return layer.to(w_up_EHD.device)
+
+
+def same_routing_peers(plan: RoutingPlan, w_up_EHD: Tensor, w_down_EDF: Tensor) -> list[Method]:
+    """The layers of others that can be given a plan."""
+    padded = deepspeed_layer(FixedGate(plan), w_up_EHD, w_down_EDF).to(w_up_EHD.device)
+    auto_ep = AutoEPLayer(plan, w_up_EHD, w_down_EDF).to(w_up_EHD.device)
+    megatron = megatron_layer(plan, w_up_EHD, w_down_EDF)
+    return [
+        Method("deepspeed_moe", padded, lambda x: padded(x, None)),
+        Method("deepspeed_autoep", auto_ep, auto_ep),
+        Method("megatron_moe", megatron, lambda x: megatron(x.unsqueeze(1))[0].squeeze(1)),
+    ]
+
+
+def own_routing_peer(hidden: int, w_up_EHD: Tensor, w_down_EDF: Tensor) -> Method:
+    """DeepSpeed's layer with the top-2 gate that it comes with: at K = 2 the same FLOPs, routed evenly by chance."""
+    gate = deepspeed_top2_gate(hidden, len(w_up_EHD))
+    layer = deepspeed_layer(gate, w_up_EHD, w_down_EDF).to(w_up_EHD.device, w_up_EHD.dtype)
+    return Method("deepspeed_top2", layer, lambda x: layer(x, None), same_routing=False)

@@ -11,6 +11,9 @@ from hypothesis import HealthCheck, settings
 from tests.workers import WorkerPool
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("MPLBACKEND", "agg")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 torch.set_num_threads(1)
 settings.register_profile(
     "project", max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)

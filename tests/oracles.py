@@ -64,3 +64,21 @@ def kept_under_capacity(scores_TE: Tensor, map_TE: Tensor, capacity: int, policy
         for token in tokens[:capacity]:
             kept[token, expert] = True
     return kept
+
+
+def kept_under_ceiling(scores_TE: Tensor, map_TE: Tensor, max_routes: int, policy: str) -> Tensor:
+    """Hands out places in rounds: every token's best expert, then every token's second best, until none is left."""
+    kept, left = torch.zeros_like(map_TE), max_routes
+    for rank in range(map_TE.shape[1]):
+        round_of = []
+        for token in range(map_TE.shape[0]):
+            chosen = map_TE[token].nonzero().flatten().tolist()
+            chosen.sort(key=lambda expert, t=token: (-scores_TE[t, expert].item(), expert))
+            if rank < len(chosen):
+                round_of.append((token, chosen[rank]))
+        if len(round_of) > left and policy == "probs":
+            round_of.sort(key=lambda route: (-scores_TE[route].item(), route[0]))
+        for route in round_of[:left]:
+            kept[route] = True
+        left -= min(left, len(round_of))
+    return kept

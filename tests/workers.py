@@ -31,7 +31,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
     torch.use_deterministic_algorithms(True)
     from dynmoe.engines import deepspeed
 
-    deepspeed._start_processes()
+    deepspeed.start_processes()
     _keep_groups_of_layouts()
     connection.send("ready")
     while True:

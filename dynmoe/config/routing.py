@@ -206,8 +206,17 @@ class MoEConfig(Section):
         "observed (a moving average); null: none", above=0,
     )  # fmt: skip
     drop_policy: str = option(
-        "probs", "which routes to drop beyond capacity: lowest score, or last position", choices=("probs", "position")
-    )
+        "probs", "which routes to drop beyond capacity or ceiling: lowest score, or last position",
+        choices=("probs", "position"),
+    )  # fmt: skip
+    ceiling: Optional[float] = option(
+        None, "most experts per token in training, in the mean over the tokens of one rank and pass: bounds the memory "
+        "of a layer, and spares a GPU the wait for a count; null: none", at_least=1,
+    )  # fmt: skip
+    at_ceiling: str = option(
+        "error", "what follows where tokens want more: the run ends, or every token's worst routes are dropped",
+        choices=("error", "drop"),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

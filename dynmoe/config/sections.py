@@ -112,6 +112,10 @@ class ModelConfig(Section):
             if value is not None and value > smallest:
                 cure = f"use at most {name_of_limit} ({smallest})"
                 raise ConfigError(f"model.router.{name}", value, "is more than there are experts", cure)
+        floor = limits.get("k", router.options.min_experts)
+        if moe.ceiling is not None and floor is not None and moe.ceiling < floor and router.kind != "null_experts":
+            cure = f"use more than the {floor:g} experts that every token has"
+            raise ConfigError("model.moe.ceiling", moe.ceiling, "is always passed", cure)
 
     @property
     def head_dim(self) -> int:
@@ -150,6 +154,10 @@ class TrainConfig(Section):
     global_batch: int = option(16, "sequences of one optimizer step, over all ranks", at_least=1)
     micro_batch: int = option(8, "sequences of one forward pass on one rank", at_least=1)
     precision: str = option("fp32", "precision of weights and activations", choices=("fp32", "bf16"))
+    moe_backend: str = option(
+        "auto", "what computes the experts: our Triton kernels, PyTorch's grouped products, or a loop over experts; "
+        "auto: the first on a GPU, else the second", choices=("auto", "triton", "grouped_mm", "loop"),
+    )  # fmt: skip
     recompute: str = option(
         "none", "what the backward pass computes again to save memory: attention (selective) or whole layers (full)",
         choices=("none", "selective", "full"),

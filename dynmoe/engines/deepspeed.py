@@ -77,11 +77,11 @@ class DeepSpeedEngine:
 
     def __init__(self, config: Config, vocab_size: int) -> None:
         self.config = config
-        self.device = _start_processes()
+        self.device = start_processes()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.data_rank, self.data_size = self.rank, self.world_size
         torch.manual_seed(config.train.seed * self.world_size + self.rank)
-        self.context = _make_context(config.parallel.expert)
+        self.context = _make_context(config.parallel.expert, config.train.moe_backend)
         self.module = Decoder(
             config.model, vocab_size, config.train.seed, self.context, config.train.recompute, DeepSpeedMoELayer
         )
@@ -216,7 +216,7 @@ class DeepSpeedEngine:
         self._steps = self.state.step
 
 
-def _start_processes() -> torch.device:
+def start_processes() -> torch.device:
     """Joins the process group of the launcher, or makes one of a single rank; returns this rank's device."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -233,9 +233,9 @@ def _start_processes() -> torch.device:
     return device
 
 
-def _make_context(expert_parallel: int) -> MoEContext:
+def _make_context(expert_parallel: int, backend: str) -> MoEContext:
     name = _group_name(expert_parallel)
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(expert_parallel)
     expert_group = groups._get_expert_parallel_group(name) if expert_parallel > 1 else None
-    return MoEContext(expert_group, dist.group.WORLD if dist.get_world_size() > 1 else None)
+    return MoEContext(expert_group, dist.group.WORLD if dist.get_world_size() > 1 else None, backend=backend)

@@ -32,7 +32,8 @@ def reduce_report(
         device: of the tensors that are exchanged.
     """
     held = {layer.layer: layer for layer in layers}
-    scalars, vectors, sizes = [lm_loss], [], []
+    sent_bytes = sum(layer.take_sent_bytes() for layer in layers)
+    scalars, vectors, sizes = [lm_loss, float(sent_bytes)], [], []
     for index in model.moe_layers:
         scalars.append(float(held[index].take_routed_rows()) if index in held else 0.0)
         size = vector_size(model, index) if recorded else 0
@@ -42,11 +43,12 @@ def reduce_report(
     packed = torch.cat([torch.tensor(scalars, dtype=torch.float64, device=device), *vectors])
     dist.all_reduce(packed)
     packed = packed.cpu()
-    rows, parts = packed[1 : len(scalars)], packed[len(scalars) :].split(sizes)
+    rows, parts = packed[2 : len(scalars)], packed[len(scalars) :].split(sizes)
     return StepReport(
         lm_loss=packed[0].item(),
         grad_norm=grad_norm,
         routed_rows={index: int(count) for index, count in zip(model.moe_layers, rows.tolist(), strict=True)},
+        sent_bytes=int(packed[1]),
         statistics=dict(zip(model.moe_layers, parts, strict=True)) if recorded else {},
     )
 
@@ -54,16 +56,25 @@ def reduce_report(
 def describe_nonfinite(
     model: ModelConfig, layers: Sequence[MoELayer], step: int, grad_norm: float, device: torch.device
 ) -> str:
-    """Where a gradient that is not finite came from, as far as the routers saw it; collective."""
+    """Where a gradient that is not finite came from, as far as the layers saw it; collective."""
     cure = "go on from a checkpoint with a lower optimizer.lr"
-    held = {layer.layer: layer.router.take_finite().to(device) for layer in layers}
-    unknown = torch.ones((), dtype=torch.bool, device=device)
-    finite = torch.stack([unknown, *(held.get(index, unknown) for index in model.moe_layers)])
-    everywhere = [torch.ones_like(finite) for _ in range(dist.get_world_size())]
-    dist.all_gather(everywhere, finite)
+    fine = torch.zeros(2, dtype=torch.bool, device=device)
+    held = {
+        layer.layer: torch.stack([layer.take_over_ceiling(), ~layer.router.take_finite()]).to(device)
+        for layer in layers
+    }
+    trouble = torch.stack([fine, *(held.get(index, fine) for index in model.moe_layers)])
+    everywhere = [torch.zeros_like(trouble) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, trouble)
     for place, index in enumerate(model.moe_layers, start=1):
-        ranks = [rank for rank, seen in enumerate(everywhere) if not bool(seen[place])]
-        if ranks:
+        for kind in range(2):  # a ceiling comes first: what lies behind it is made NaN
+            ranks = [rank for rank, seen in enumerate(everywhere) if bool(seen[place, kind])]
             where = f"layer {index} on rank {', '.join(map(str, ranks))}"
-            return f"step {step}: router scores are not finite in {where}; {cure}"
+            if ranks and kind == 0:
+                return (
+                    f"step {step}: tokens want more experts than model.moe.ceiling={model.moe.ceiling} in {where}; "
+                    "raise it, lower model.router.max_experts, or drop routes with model.moe.at_ceiling=drop"
+                )
+            if ranks:
+                return f"step {step}: router scores are not finite in {where}; {cure}"
     return f"step {step}: the gradient norm is {grad_norm}; {cure}"

@@ -27,6 +27,7 @@ class MoEContext:
         observing: what is collected in this step for budget control and adaptation; None for nothing.
         calibrating: threshold routers set their thresholds from the scores of this pass.
         target_experts: experts per token wanted at present; the relu router's penalty is relative to it.
+        backend: that computes the experts (see ``dynmoe.ops.routed_experts``).
         recomputing: the pass in progress repeats an earlier one (activation checkpointing); nothing is counted.
     """
 
@@ -40,6 +41,7 @@ class MoEContext:
     observing: Wanted | None = None
     calibrating: bool = False
     target_experts: float = 1.0
+    backend: str = "auto"
     recomputing: bool = False
 
     @property

@@ -1,4 +1,4 @@
-"""Tokens to their experts and back, within one rank or by all-to-all between ranks."""
+"""Tokens to the ranks that hold their experts and back."""
 
 from __future__ import annotations
 
@@ -8,81 +8,93 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dynmoe.ops import Permutation, all_to_all_rows, exchange_counts, gather_rows, permute_rows, sum_rows
+from dynmoe.ops import Exchange, Permutation, Wire, exchange_routes, gather_rows, sum_rows
 from dynmoe.routing import RoutingPlan
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """The way of the rows between ranks: rows sent to and received from each, and their order by local expert."""
-
-    send: list[int]
-    receive: list[int]
-    order_N: Tensor
-    inverse_N: Tensor
-
-
-@dataclass(frozen=True)
-class DispatchedRows:
-    """Rows for the experts of this rank, and what takes them back.
+class DispatchedTokens:
+    """Tokens on the rank of their experts, and what takes the outputs back.
 
     Attributes:
-        x: inputs of the rows, sorted by local expert; where no row leaves its rank the tokens themselves, which the
-            experts copy to their rows.
-        gates_N: fp32 weight of each row.
-        tokens_per_expert_E: rows of each local expert, int64.
-        permutation: between tokens and rows on the rank that they come from.
-        exchange: None where no row leaves its rank.
+        x_TD: each token once; with an exchange, what stands for tokens under way (see :meth:`TokenDispatcher.receive`).
+        gates_TE: fp32 weights of the experts of this rank; 0 where there is no route.
+        permutation: from these tokens to the rows of this rank's experts.
+        exchange: the way of the tokens between ranks; None where none leaves its own.
+        senders: on the rank that the tokens come from, from its tokens to the copies that were sent; None likewise.
     """
 
-    x: Tensor
-    gates_N: Tensor
-    tokens_per_expert_E: Tensor
+    x_TD: Tensor
+    gates_TE: Tensor
     permutation: Permutation
-    exchange: Exchange | None
+    exchange: Exchange | None = None
+    senders: Permutation | None = None
 
 
 class TokenDispatcher:
-    """Sends each token to the experts of its plan and adds up what comes back.
+    """Sends each token once to every rank that holds experts of its plan, and adds up what comes back.
 
-    The experts are spread over ``group`` in consecutive blocks of equal size. Splits are as uneven as the routing: no
-    row is sent twice and none is padding. With a group, every rank of it must take part in every call.
+    The experts are spread over ``group`` in consecutive blocks of equal size. A token's gates travel beside it, eight
+    bytes a route; the rank of the experts adds up their outputs, so that one row goes back for each one that came. With
+    a group, every rank of it must take part in every call.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
+        self.wire = None if group is None else Wire(group)
 
-    def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> DispatchedRows:
-        permutation = Permutation.of(plan.routing_map_TE)
-        # Gates go with the rows: an expert that applies them needs no second pass for their gradient.
-        gates_N = plan.gates_TE.flatten().index_select(0, permutation.route_N)
-        if self.group is None:
-            return DispatchedRows(x_TD, gates_N, permutation.tokens_per_expert_E, permutation, None)
-        exchange, tokens_per_expert_E = self._plan_exchange(permutation.tokens_per_expert_E, self.group)
-        rows_ND = all_to_all_rows(gather_rows(x_TD, permutation), exchange.send, exchange.receive, self.group)
-        gates_N = all_to_all_rows(gates_N, exchange.send, exchange.receive, self.group)
-        rows_ND = permute_rows(rows_ND, exchange.order_N, exchange.inverse_N)
-        gates_N = permute_rows(gates_N, exchange.order_N, exchange.inverse_N)
-        return DispatchedRows(rows_ND, gates_N, tokens_per_expert_E, permutation, exchange)
+    def dispatch(self, x_TD: Tensor, plan: RoutingPlan, most_rows: int | None = None) -> DispatchedTokens:
+        """Sends the tokens off; what does not need them may run before :meth:`receive`.
 
-    def combine(self, outputs_ND: Tensor, dispatched: DispatchedRows) -> Tensor:
-        """Sum of the gated expert outputs of each token, [T, D]; 0 for a token without experts."""
-        exchange = dispatched.exchange
-        if exchange is not None:
-            assert self.group is not None
-            outputs_ND = permute_rows(outputs_ND, exchange.inverse_N, exchange.order_N)
-            outputs_ND = all_to_all_rows(outputs_ND, exchange.receive, exchange.send, self.group)
-        return sum_rows(outputs_ND, dispatched.permutation)
+        Args:
+            x_TD: this rank's tokens.
+            plan: of these tokens.
+            most_rows: a bound of the plan's routes, where one is known: a single rank then never waits for its GPU.
+        """
+        if self.wire is None:
+            return DispatchedTokens(x_TD, plan.gates_TE, Permutation.of(plan.routing_map_TE, most_rows))
+        return self._send(x_TD, plan, self.wire)
 
     @staticmethod
-    def _plan_exchange(sent_E: Tensor, group: dist.ProcessGroup) -> tuple[Exchange, Tensor]:
-        sent_RE = sent_E.view(dist.get_world_size(group), -1)
-        received_RE = exchange_counts(sent_RE, group)
-        send, receive = torch.stack([sent_RE.sum(dim=1), received_RE.sum(dim=1)]).tolist()  # the one host sync
-        # Received rows are sorted by (source rank, local expert); the experts want (local expert, source rank).
-        num_ranks, num_local = received_RE.shape
-        expert_of_block = torch.arange(num_local, device=sent_E.device).repeat(num_ranks)
-        expert_N = expert_of_block.repeat_interleave(received_RE.flatten(), output_size=sum(receive))
-        order_N = expert_N.argsort(stable=True)
-        inverse_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=sent_E.device))
-        return Exchange(send, receive, order_N, inverse_N), received_RE.sum(dim=0)
+    def _send(x_TD: Tensor, plan: RoutingPlan, wire: Wire) -> DispatchedTokens:
+        map_TE = plan.routing_map_TE
+        num_local = map_TE.shape[1] // wire.num_ranks
+        map_TRL = map_TE.view(len(map_TE), wire.num_ranks, num_local)  # L: experts of one rank
+        needed_TR = map_TRL.any(dim=2)
+        counts_R2 = torch.stack([needed_TR.sum(dim=0), map_TRL.sum(dim=(0, 2))], dim=1)
+        received_R2 = wire.exchange_counts(counts_R2)
+        sizes = torch.stack([counts_R2, received_R2]).cpu()  # the one wait for the device
+        (send, send_routes), (receive, receive_routes) = sizes.transpose(1, 2).tolist()
+
+        routes = Permutation.of(map_TE, sum(send_routes))
+        expert_M = routes.route_N % map_TE.shape[1]
+        place_TR = needed_TR.cumsum(dim=0) - 1  # of a token among those that go to the same rank
+        place_M = place_TR[routes.token_N, expert_M // num_local]
+        gates_M, codes_M = exchange_routes(
+            routes.of_rows(plan.gates_TE), place_M * num_local + expert_M % num_local,
+            wire, send_routes, receive_routes,
+        )  # fmt: skip
+        senders = Permutation.of(needed_TR, sum(send))
+        exchange = Exchange(wire, send, receive)
+        under_way = exchange.start(gather_rows(x_TD, senders))
+
+        # S: tokens received, rank after rank. A route's number counts from the first one of its sender.
+        first_R = received_R2[:, 0].cumsum(0) - received_R2[:, 0]
+        codes_M = codes_M + num_local * first_R.repeat_interleave(received_R2[:, 1], output_size=len(codes_M))
+        flat = gates_M.new_zeros(sum(receive) * num_local)
+        map_SL = flat.bool().index_fill_(0, codes_M, True).view(sum(receive), num_local)
+        gates_SL = flat.index_copy(0, codes_M, gates_M).view_as(map_SL)
+        return DispatchedTokens(under_way, gates_SL, Permutation.of(map_SL, sum(receive_routes)), exchange, senders)
+
+    def receive(self, dispatched: DispatchedTokens) -> Tensor:
+        """The tokens for this rank's experts, once they are there."""
+        if dispatched.exchange is None:
+            return dispatched.x_TD
+        return dispatched.exchange.finish(dispatched.x_TD)
+
+    def combine(self, outputs_TD: Tensor, dispatched: DispatchedTokens) -> Tensor:
+        """Sum of the gated expert outputs of each token, [T, D]; 0 for a token without experts."""
+        if dispatched.exchange is None:
+            return outputs_TD
+        assert dispatched.senders is not None
+        back = dispatched.exchange.reversed()
+        return sum_rows(back.finish(back.start(outputs_TD)), dispatched.senders)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -15,7 +16,7 @@ from dynmoe.moe.observation import observe
 from dynmoe.moe.routers import make_router
 from dynmoe.moe.statistics import record
 from dynmoe.ops import attach_loss
-from dynmoe.routing import RoutingPlan, apply_capacity, expert_capacity
+from dynmoe.routing import RoutingPlan, apply_capacity, apply_ceiling, expert_capacity
 
 
 class MoELayer(nn.Module):
@@ -41,11 +42,12 @@ class MoELayer(nn.Module):
         local = range(context.expert_rank * per_rank, (context.expert_rank + 1) * per_rank)
         self.router = make_router(model, self.num_experts, seed, f"{name}.router", context)
         self.dispatcher = TokenDispatcher(context.expert_group)
-        self.experts = GroupedExperts(model, local, seed, f"{name}.experts")
+        self.experts = GroupedExperts(model, local, seed, f"{name}.experts", context.backend)
         self.shared: SwiGLU | None = None
         if model.moe.shared_hidden:
             self.shared = SwiGLU(model, model.moe.shared_hidden, seed, f"{name}.shared")
-        self._routed_rows = 0
+        self._routed_rows: Tensor | None = None
+        self._over_ceiling: Tensor | None = None
         self._statistics: list[Tensor] = []
         self._observed: Tensor | None = None
 
@@ -53,16 +55,19 @@ class MoELayer(nn.Module):
         """[..., D] to [..., D]: route, dispatch, experts, combine."""
         x_TD = x.reshape(-1, x.shape[-1])
         selection = self.router(x_TD)
-        plan = self._drop_beyond_capacity(selection)
-        dispatched = self.dispatcher.dispatch(x_TD, plan)
-        outputs_ND = self.experts(dispatched)
-        y_TD = self.dispatcher.combine(outputs_ND, dispatched)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+        plan, most_rows = self._bound(self._drop_beyond_capacity(selection))
+        if self.dispatcher.wire is not None:
+            self.dispatcher.wire.counting = self.training and not self.context.calibrating
+        dispatched = self.dispatcher.dispatch(x_TD, plan, most_rows)
+        shared_TD = None if self.shared is None else self.shared(x_TD)  # while the tokens travel
+        outputs_TD = self.experts(self.dispatcher.receive(dispatched), dispatched)
+        y_TD = self.dispatcher.combine(outputs_TD, dispatched)
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
         losses, total = self._auxiliary(selection, math.prod(x.shape[:-2]))
         if total is not None and torch.is_grad_enabled():
             y_TD = attach_loss(y_TD, total, self.context.loss_scale)
-        self._count(plan, x_TD, losses, total, dispatched.permutation.token_N.shape[0])
+        self._count(plan, x_TD, losses, total, dispatched.permutation.num_rows)
         return y_TD.view_as(x)
 
     def _auxiliary(self, selection: RoutingPlan, num_sequences: int) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -85,13 +90,32 @@ class MoELayer(nn.Module):
         capacity = expert_capacity(routes, self.router.active_E.sum(), factor)
         return apply_capacity(plan, capacity, self.settings.drop_policy)
 
+    def _bound(self, plan: RoutingPlan) -> tuple[RoutingPlan, int | None]:
+        """The plan within the memory's ceiling, and the most rows that it can have; None where nothing bounds them.
+
+        Where routes beyond the ceiling are an error they are dropped all the same, as there is no room for them, and
+        the gates become NaN: every engine stops before the optimizer at a gradient that is not finite, on all ranks
+        alike.
+        """
+        num_tokens, per_token = plan.routing_map_TE.shape[0], self.settings.ceiling
+        most = self.router.fixed_experts
+        if per_token is None or not self.training:
+            return plan, None if most is None else most * num_tokens
+        ceiling = math.ceil(per_token * num_tokens)
+        bounded = apply_ceiling(plan, ceiling, self.settings.drop_policy)
+        if self.settings.at_ceiling == "error":
+            over = plan.routing_map_TE.sum() > ceiling
+            self._over_ceiling = over if self._over_ceiling is None else self._over_ceiling | over
+            bounded = dataclasses.replace(bounded, gates_TE=bounded.gates_TE.masked_fill(over, math.nan))
+        return bounded, ceiling
+
     def _count(
-        self, plan: RoutingPlan, x_TD: Tensor, losses: dict[str, Tensor], total: Tensor | None, num_rows: int
+        self, plan: RoutingPlan, x_TD: Tensor, losses: dict[str, Tensor], total: Tensor | None, num_rows: Tensor
     ) -> None:
         context = self.context
         if context.recomputing or context.calibrating or not self.training:
             return
-        self._routed_rows += num_rows
+        self._routed_rows = num_rows.long() if self._routed_rows is None else self._routed_rows + num_rows
         if context.recording:
             self._statistics.append(record(plan, losses, total, self.router.control, self.router.active_E))
         if context.observing is not None:
@@ -100,8 +124,21 @@ class MoELayer(nn.Module):
 
     def take_routed_rows(self) -> int:
         """Rows that the tokens of this rank were computed in, since the last call; counted in training always."""
-        rows, self._routed_rows = self._routed_rows, 0
-        return rows
+        rows, self._routed_rows = self._routed_rows, None
+        return 0 if rows is None else int(rows)
+
+    def take_over_ceiling(self) -> Tensor:
+        """Whether tokens of this rank wanted more rows than the ceiling since the last call; a bool scalar."""
+        over, self._over_ceiling = self._over_ceiling, None
+        return torch.zeros_like(self.router.active_E[0]) if over is None else over
+
+    def take_sent_bytes(self) -> int:
+        """Bytes that left this rank for the experts of others and back in training, since the last call."""
+        wire = self.dispatcher.wire
+        if wire is None:
+            return 0
+        sent, wire.sent_bytes = wire.sent_bytes, 0
+        return sent
 
     def take_observed(self) -> Tensor:
         """The vector of :func:`observe`, summed over the forward passes since the last call.

@@ -1,20 +1,20 @@
-"""The moving parts of an MoE layer that know nothing of routers: permutation, grouped GEMM, all-to-all."""
+"""The moving parts of an MoE layer that know nothing of routers: permutation, experts, all-to-all."""
 
-from dynmoe.ops.all_to_all import all_to_all_rows, exchange_counts
+from dynmoe.ops.all_to_all import Exchange, Wire, exchange_routes
 from dynmoe.ops.attach_loss import attach_loss
-from dynmoe.ops.grouped import grouped_mm, swiglu_experts
 from dynmoe.ops.linear_fp32 import linear_fp32
-from dynmoe.ops.permute import Permutation, gather_rows, permute_rows, sum_rows
+from dynmoe.ops.permute import Permutation, gather_rows, sum_rows
+from dynmoe.ops.routed_experts import pick_backend, routed_experts
 
 __all__ = [
+    "Exchange",
     "Permutation",
-    "all_to_all_rows",
+    "Wire",
     "attach_loss",
-    "exchange_counts",
+    "exchange_routes",
     "gather_rows",
-    "grouped_mm",
     "linear_fp32",
-    "permute_rows",
+    "pick_backend",
+    "routed_experts",
     "sum_rows",
-    "swiglu_experts",
 ]

@@ -7,11 +7,19 @@ memory row by row and sum in a fixed order, so that they are deterministic on ev
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@cache
+def runs_triton(device: torch.device) -> bool:
+    """Whether our own kernels run on ``device``."""
+    return device.type == "cuda" and find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -23,18 +31,30 @@ class Permutation:
         route_N: flat index t * E + e of each routed row into a [T, E] tensor.
         row_N: routed rows sorted by token, within it by expert: where the rows of a token lie.
         token_offsets_T1: start of each token in ``row_N``, and N at the end.
-        tokens_per_expert_E: routed rows of each expert, int64.
+        ends_E: where the rows of each expert end, int32.
+
+    The index tensors may be longer than there are rows, so that a GPU need not be waited for: ``ends_E[-1]`` rows are
+    in use, and what lies behind them is not initialised.
     """
 
     token_N: Tensor
     route_N: Tensor
     row_N: Tensor
     token_offsets_T1: Tensor
-    tokens_per_expert_E: Tensor
+    ends_E: Tensor
 
     @classmethod
-    def of(cls, routing_map_TE: Tensor) -> Permutation:
-        """Builds the index tensors of a bool [T, E] map (True: routed)."""
+    def of(cls, routing_map_TE: Tensor, num_rows: int | None = None) -> Permutation:
+        """Builds the index tensors of a bool [T, E] map (True: routed).
+
+        Args:
+            routing_map_TE: the map.
+            num_rows: N, or a bound that holds, where one is known on the host; without it a GPU is waited for.
+        """
+        if runs_triton(routing_map_TE.device):
+            from dynmoe.ops.triton.routes import build_routes
+
+            return cls(*build_routes(routing_map_TE, int(routing_map_TE.sum()) if num_rows is None else num_rows))
         _num_tokens, num_experts = routing_map_TE.shape
         expert_N, token_N = routing_map_TE.t().nonzero(as_tuple=True)
         tokens_per_expert_E = routing_map_TE.sum(dim=0)
@@ -48,8 +68,21 @@ class Permutation:
             route_N=token_N * num_experts + expert_N,
             row_N=row_TE[routing_map_TE],
             token_offsets_T1=token_offsets_T1,
-            tokens_per_expert_E=tokens_per_expert_E,
+            ends_E=tokens_per_expert_E.cumsum(0).to(torch.int32),
         )
+
+    @property
+    def num_rows(self) -> Tensor:
+        """Rows in use, an int32 scalar on the device."""
+        return self.ends_E[-1]
+
+    def of_rows(self, values_TE: Tensor) -> Tensor:
+        """Entries of the routed rows, [N]."""
+        return values_TE.flatten().index_select(0, self.route_N)
+
+    def of_routes(self, values_N: Tensor, like_TE: Tensor) -> Tensor:
+        """The way back: [T, E] with 0 where nothing is routed."""
+        return torch.zeros_like(like_TE).flatten().index_copy_(0, self.route_N, values_N).view_as(like_TE)
 
 
 def gather(x_TD: Tensor, permutation: Permutation) -> Tensor:
@@ -88,17 +121,6 @@ class _SumRows(torch.autograd.Function):
         return gather(grad_TD, ctx.permutation), None
 
 
-class _PermuteRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
-        ctx.inverse_N = inverse_N
-        return rows_ND.index_select(0, order_N)
-
-    @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return grad_ND.index_select(0, ctx.inverse_N), None, None
-
-
 def gather_rows(x_TD: Tensor, permutation: Permutation) -> Tensor:
     """Copies each token to the rows of its experts, [N, D], sorted by expert. Saves indices only."""
     return _GatherRows.apply(x_TD, permutation)
@@ -107,8 +129,3 @@ def gather_rows(x_TD: Tensor, permutation: Permutation) -> Tensor:
 def sum_rows(rows_ND: Tensor, permutation: Permutation) -> Tensor:
     """Adds up the rows of each token, [T, D]; 0 for a token without rows. Saves indices only."""
     return _SumRows.apply(rows_ND, permutation)
-
-
-def permute_rows(rows_ND: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
-    """``rows[order]`` for a permutation whose inverse is known: the gradient is a gather too."""
-    return _PermuteRows.apply(rows_ND, order_N, inverse_N)

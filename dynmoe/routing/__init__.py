@@ -5,7 +5,7 @@ N routed rows (the sum of K over tokens), F expert width.
 """
 
 from dynmoe.routing import control, losses
-from dynmoe.routing.capacity import apply_capacity, expert_capacity
+from dynmoe.routing.capacity import apply_capacity, apply_ceiling, expert_capacity
 from dynmoe.routing.expert_threshold import expert_threshold
 from dynmoe.routing.losses import released_top_any_loss
 from dynmoe.routing.null_experts import null_experts
@@ -20,6 +20,7 @@ __all__ = [
     "RoutingCounts",
     "RoutingPlan",
     "apply_capacity",
+    "apply_ceiling",
     "control",
     "expert_capacity",
     "expert_threshold",

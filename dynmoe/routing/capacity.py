@@ -1,4 +1,4 @@
-"""A limit on the routes of one expert, and which routes go when it is passed."""
+"""Limits on the routes of one expert and of all tokens together, and which routes go when they are passed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dynmoe.routing.plan import RoutingPlan
+from dynmoe.routing.selection import rank_descending
 
 
 def expert_capacity(num_routes: float | Tensor, num_active_experts: int | Tensor, factor: float) -> Tensor:
@@ -45,3 +46,38 @@ def apply_capacity(plan: RoutingPlan, capacity: int | Tensor, policy: str = "pro
     else:
         raise ValueError(f"policy={policy!r} must be 'probs' or 'position'")
     return plan.keep(map_TE & (place_TE < capacity))
+
+
+def apply_ceiling(plan: RoutingPlan, max_routes: int, policy: str = "probs") -> RoutingPlan:
+    """Drops routes until at most ``max_routes`` are left, evenly: every token's worst expert first.
+
+    All tokens keep their best expert before any keeps its second, and so on. Among those for whom the last place is
+    contested the policy decides: ``probs`` for the highest scores (ties: the earlier token), ``position`` for the
+    first.
+
+    Args:
+        plan: its tokens are one rank's.
+        max_routes: routes that may stay.
+        policy: see above.
+
+    Raises:
+        ValueError: an unknown policy.
+    """
+    if policy not in ("probs", "position"):
+        raise ValueError(f"policy={policy!r} must be 'probs' or 'position'")
+    map_TE = plan.routing_map_TE
+    # Scores are not negative, so that routes come before the experts that the token does not use.
+    scores_TE = plan.scores_TE.detach().masked_fill(~map_TE, -1.0)
+    rank_TE = rank_descending(scores_TE)
+    ranks_E = torch.arange(map_TE.shape[1], device=map_TE.device)
+    routes_E = (map_TE.sum(dim=1, keepdim=True) > ranks_E).sum(dim=0)  # of each rank: best, second best, ...
+    total_E = routes_E.cumsum(0)
+    cut = (total_E <= max_routes).sum()  # the first rank that does not fit whole
+    left = max_routes - (routes_E * (ranks_E < cut)).sum()
+    contested_TE = map_TE & (rank_TE == cut)
+    if policy == "probs":
+        order_T = scores_TE.masked_fill(~contested_TE, -1.0).amax(dim=1).argsort(descending=True, stable=True)
+        place_T = torch.empty_like(order_T).scatter_(0, order_T, torch.arange(len(order_T), device=order_T.device))
+    else:
+        place_T = contested_TE.any(dim=1).cumsum(0) - 1
+    return plan.keep(map_TE & ((rank_TE < cut) | (contested_TE & (place_T < left).unsqueeze(1))))

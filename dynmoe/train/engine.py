@@ -22,6 +22,7 @@ class StepReport:
         lm_loss: cross-entropy in nats, mean over all tokens of the global batch.
         grad_norm: norm of the whole model's gradient before clipping.
         routed_rows: rows that each MoE layer (by index) computed over all ranks since the last report.
+        sent_bytes: what expert parallelism sent between ranks since the last report, over all layers and ranks.
         statistics: vector of each MoE layer (see ``dynmoe.moe.statistics``), summed over all ranks; empty unless the
             step was recorded.
     """
@@ -29,6 +30,7 @@ class StepReport:
     lm_loss: float
     grad_norm: float
     routed_rows: dict[int, int]
+    sent_bytes: int
     statistics: dict[int, Tensor]
 
 

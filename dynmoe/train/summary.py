@@ -1,15 +1,18 @@
-"""The end of a run in plain words."""
+"""The start and the end of a run in plain words."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import torch
+
 from dynmoe.config import Config
 from dynmoe.data.corpus import Corpus
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.model.sampling import sample
 from dynmoe.model.size import ModelSize
+from dynmoe.ops import pick_backend
 from dynmoe.train.engine import Engine
 from dynmoe.train.trainer import Result
 
@@ -28,6 +31,13 @@ def write_sample(engine: Engine, tokenizer: Tokenizer, sequence_length: int, num
     if tokenizer.eod in tokens:
         tokens = tokens[: tokens.index(tokenizer.eod)]
     return tokenizer.decode(prompt[1:] + tokens)
+
+
+def describe_start(config: Config, device: torch.device) -> str:
+    """What computes the experts: whoever wonders about the speed should see it first."""
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    backend = pick_backend(config.train.moe_backend, device, dtype)
+    return f"Experts are computed in {config.train.precision} on {device} by the {backend.name} backend."
 
 
 def describe(config: Config, size: ModelSize, result: Result, corpora: list[Corpus], text: str) -> str:

@@ -31,7 +31,8 @@ from dynmoe.train.record import RunRecord
 from dynmoe.train.run_directory import RunDirectory
 from dynmoe.train.schedule import learning_rate
 
-# A resumed run may differ from its checkpoint in everything but these.
+# A resumed run may differ from its checkpoint in everything but the latter.
+_FREE = ("model.moe.ceiling", "model.moe.at_ceiling")
 _FIXED = ("model", "data.weights", "data.sequence_length", "train.seed")
 
 
@@ -145,6 +146,7 @@ class Trainer:
         self._interval_start = time.perf_counter()
         self._interval_tokens = 0
         self._interval_rows: dict[int, int] = {}
+        self._interval_bytes = 0
 
     def _account(self) -> StepReport:
         """Adds the rows computed since the last report to the run's total."""
@@ -152,6 +154,7 @@ class Trainer:
         for layer, rows in report.routed_rows.items():
             self.progress.routed_rows[str(layer)] = self.progress.routed_rows.get(str(layer), 0) + rows
             self._interval_rows[layer] = self._interval_rows.get(layer, 0) + rows
+        self._interval_bytes += report.sent_bytes
         return report
 
     def _row(self, report: StepReport, lr: float, seconds: float) -> Row:
@@ -159,6 +162,7 @@ class Trainer:
         moe = moe_row(report, self.config)
         steps = self._interval_tokens // self.config.tokens_per_step
         router = self.config.model.router
+        spread = self.config.parallel.expert > 1
         rows, total_rows = sum(self._interval_rows.values()), sum(progress.routed_rows.values())
         return {
             "train/step": progress.step,
@@ -174,6 +178,7 @@ class Trainer:
                 self.size, self._interval_tokens, rows, seconds, self.engine.world_size, self._peak, float(router.k)
             ),
             **moe,
+            **({"moe/all_to_all_bytes_per_token": self._interval_bytes / self._interval_tokens} if spread else {}),
         }
 
     def _next_batches(self) -> list[Batch]:
@@ -262,7 +267,7 @@ def _refuse_changes(saved: dict[str, Any], current: dict[str, Any]) -> None:
     old, new = dict(_flatten(saved)), dict(_flatten(current))
     for name in sorted(old.keys() | new.keys()):
         fixed = any(name == section or name.startswith(f"{section}.") for section in _FIXED)
-        if fixed and old.get(name) != new.get(name):
+        if fixed and name not in _FREE and old.get(name) != new.get(name):
             cure = "keep it, or start anew with another run.name"
             raise ConfigError(name, new.get(name), f"the run's checkpoint has {old.get(name)!r}", cure)
 

@@ -137,21 +137,29 @@ def whole_state(engine: Any) -> dict[str, torch.Tensor]:
 def train_into_nan(overrides: list[str], layer: int, rank: int) -> tuple[str, bool]:
     """Two sound steps and one in which the router of ``layer`` sees NaN on ``rank``; what is said, and whether the
     state is as it was before that step."""
-    config = config_for(*overrides)
-    engine = make_engine(config, VOCAB)
-
-    def take_step(step: int) -> None:
-        batches = micro_batches(config, step, engine.data_rank, engine.data_size)
-        engine.train_step(batches, config.optimizer.lr, record=False)
-
+    engine = make_engine(config_for(*overrides), VOCAB)
     for step in range(2):
-        take_step(step)
-    before = whole_state(engine)
+        take_step(engine, step)
     if dist.get_rank() == rank:
         (router,) = (own.router for own in engine.layers if own.layer == layer)
         router.register_forward_pre_hook(lambda module, inputs: (inputs[0] * float("nan"),))
+    return failing_step(engine, 2)
+
+
+def step_that_fails(overrides: list[str]) -> tuple[str, bool]:
+    """What the first step is stopped with, and whether the state is as it was."""
+    return failing_step(make_engine(config_for(*overrides), VOCAB), 0)
+
+
+def take_step(engine: Any, step: int) -> None:
+    batches = micro_batches(engine.config, step, engine.data_rank, engine.data_size)
+    engine.train_step(batches, engine.config.optimizer.lr, record=False)
+
+
+def failing_step(engine: Any, step: int) -> tuple[str, bool]:
+    before = whole_state(engine)
     try:
-        take_step(2)
+        take_step(engine, step)
     except UserError as error:
         after = whole_state(engine)
         return str(error), all(torch.equal(value, after[name]) for name, value in before.items())

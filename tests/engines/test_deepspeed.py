@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from tests.engines.cases import refusal, train, train_into_nan
+from tests.engines.cases import refusal, step_that_fails, train, train_into_nan
 from tests.engines.comparisons import maps_of_all_ranks
 from tests.moe.cases import BASELINES, ROUTERS
 
@@ -176,6 +176,16 @@ def test_expert_times_data_parallelism_trains_like_one_process(one_rank, four_ra
         assert all(torch.equal(v, spread[second]["state"][n]) for n, v in spread[first]["state"].items())
     resumed = four_ranks.run(train, [*quarter, "parallel.expert=4"], 4, 8, saved)[0]
     assert resumed["losses"] == pytest.approx(alone["losses"][4:], rel=1e-5)
+
+
+def test_a_passed_ceiling_stops_every_rank_before_the_optimizer_and_names_the_knobs(two_ranks):
+    overrides = [*HALF, "parallel.expert=2", "model.router.p=0.9", "model.moe.ceiling=1"]
+    for message, untouched in two_ranks.run(step_that_fails, overrides):
+        assert message.startswith(
+            "step 1: tokens want more experts than model.moe.ceiling=1.0 in layer 0 on rank 0, 1; "
+        )
+        assert "raise it, lower model.router.max_experts, or drop routes with model.moe.at_ceiling=drop" in message
+        assert untouched
 
 
 @pytest.mark.parametrize("kind", sorted(ROUTERS))

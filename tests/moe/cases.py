@@ -92,3 +92,27 @@ def expert_parallel_equals_local(overrides: list[str], tokens_per_rank: list[int
         if expected.numel() else 0.0
         for name, expected in reference.items()
     }  # fmt: skip
+
+
+def bytes_on_the_wire(overrides: list[str], tokens: int) -> tuple[int, int]:
+    """What one pass over a layer with shared expert sent from this rank, and what could not be saved of it.
+
+    That is four rows (tokens and outputs, and their gradients) for each token and other rank that has an expert of it;
+    and for each route there 8 bytes, and 4 for the gate's gradient; and two counts for each other rank.
+    """
+    group = dist.new_group(list(range(dist.get_world_size())))
+    layer = MoELayer(tiny_model(*overrides, "model.moe.shared_hidden=8"), 0, 0, MoEContext(expert_group=group))
+    spread_router(layer)
+    x = torch.randn(tokens, HIDDEN, requires_grad=True)
+    layer(x).sum().backward()
+    with torch.no_grad():
+        layer.eval()(x)  # does not count
+        away_TRL = layer.router(x).routing_map_TE.view(tokens, dist.get_world_size(), -1).clone()
+    away_TRL[:, dist.get_rank()] = False
+    rows, routes = int(away_TRL.any(dim=2).sum()), int(away_TRL.sum())
+    came = torch.tensor([rows, routes])
+    # Outputs and gradients of what came from elsewhere leave this rank too.
+    dist.all_reduce(came)
+    others = came - torch.tensor([rows, routes])
+    minimum = (2 * rows + 2 * int(others[0])) * HIDDEN * 4 + routes * 8 + int(others[1]) * 4 + 16
+    return layer.take_sent_bytes(), minimum

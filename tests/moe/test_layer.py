@@ -14,6 +14,7 @@ from tests.moe.cases import (
     EXPERTS,
     HIDDEN,
     ROUTERS,
+    bytes_on_the_wire,
     expert_parallel_equals_local,
     run_layer,
     spread_router,
@@ -120,6 +121,33 @@ def test_capacity_holds_in_training_only_and_losses_see_the_selection():
     assert torch.equal(vector[1:3], free.take_statistics()[1:3] / 2)
 
 
+@pytest.mark.parametrize("kind", ["top_p", "top_any"])
+def test_a_ceiling_bounds_the_rows_of_a_training_pass(kind):
+    limit = ["model.moe.ceiling=1.25", "model.moe.at_ceiling=drop"]
+    x = torch.randn(10, HIDDEN)
+    wide = [*ROUTERS[kind], "model.router.p=0.95"]
+    free, bounded = make_layer(*wide), make_layer(*wide, *limit)
+    assert torch.equal(bounded.eval()(x), free.eval()(x))
+    free.train()(x)
+    assert free.take_routed_rows() > 13
+    bounded.train()(x).sum().backward()
+    assert bounded.take_routed_rows() == 13  # 1.25 x 10, rounded up
+    assert not bounded.take_over_ceiling()
+    assert all(parameter.grad.isfinite().all() for parameter in bounded.parameters())
+
+
+def test_a_passed_ceiling_without_dropping_is_flagged_and_stops_the_gradient():
+    wide, x = [*ROUTERS["top_p"], "model.router.p=0.95"], torch.randn(10, HIDDEN)
+    layer = make_layer(*wide, "model.moe.ceiling=1.25")
+    layer(x).sum().backward()
+    assert layer.take_routed_rows() == 13
+    assert layer.take_over_ceiling()
+    assert not layer.experts.w_up_EHD.grad.isfinite().all()
+    roomy = make_layer(*wide, "model.moe.ceiling=4")
+    assert torch.equal(roomy(x), make_layer(*wide)(x))
+    assert not roomy.take_over_ceiling()
+
+
 def test_evaluation_routes_like_training_and_counts_nothing():
     layer = make_layer(*ROUTERS["top_any"])
     x = torch.randn(9, HIDDEN)
@@ -156,3 +184,9 @@ def test_expert_parallel_equals_one_process(two_ranks, kind, tokens, steer_to):
     overrides = [*ROUTERS[kind], *no_losses(kind), "model.moe.shared_hidden=8"]
     for differences in two_ranks.run(expert_parallel_equals_local, overrides, tokens, steer_to):
         assert max(differences.values()) < 1e-4, differences
+
+
+@pytest.mark.parametrize("kind", sorted(ROUTERS))
+def test_a_token_crosses_once_for_all_its_experts_of_a_rank(two_ranks, kind):
+    for sent, minimum in two_ranks.run(bytes_on_the_wire, ROUTERS[kind], 30):
+        assert sent == minimum > 0

@@ -49,7 +49,7 @@ class MegatronEngine:
         make_groups(config.parallel, config.train.seed)
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_world_size()
-        self.context = make_context()
+        self.context = make_context(config.train.moe_backend)
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
         parts = build_chunks(config, vocab_size, self.context, self.device)
         self.models = [get_attr_wrapped_model(part, "decoder", return_model_obj=True) for part in parts]

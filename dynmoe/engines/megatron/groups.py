@@ -61,13 +61,14 @@ def _unless_alone(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def make_context() -> MoEContext:
+def make_context(backend: str) -> MoEContext:
     """The groups that MoE layers need: every rank's tokens are its own, those of tensor-parallel ranks too."""
     return MoEContext(
         expert_group=_unless_alone(parallel_state.get_expert_model_parallel_group()),
         token_group=_unless_alone(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)),
         sequence_group=_unless_alone(parallel_state.get_tensor_and_context_parallel_group()),
         pipeline_group=_unless_alone(parallel_state.get_pipeline_model_parallel_group()),
+        backend=backend,
     )
 
 

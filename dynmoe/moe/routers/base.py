@@ -71,6 +71,11 @@ class Router(nn.Module):
         """What decides how many experts a token gets, a scalar without gradient: k, p, L1 or the mean threshold."""
         raise NotImplementedError
 
+    @property
+    def fixed_experts(self) -> int | None:
+        """The most experts that a token can have, where the kind of router fixes it; None where it is dynamic."""
+        return None
+
     def compared_TE(self, plan: RoutingPlan) -> Tensor:
         """What a plan of this router compared with its thresholds, without gradient; where ``compares`` is True."""
         raise NotImplementedError

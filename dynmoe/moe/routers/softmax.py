@@ -26,6 +26,10 @@ class SlotRouter(LogitRouter):
     figure: ClassVar[str] = "router_k"
 
     @property
+    def fixed_experts(self) -> int:
+        return self.settings.k
+
+    @property
     def control(self) -> Tensor:
         return torch.full((), float(self.settings.k), device=self.active_E.device)
 

@@ -1,0 +1,168 @@
+"""Layers, routing maps and methods that the benchmarks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.timing import Passes, peak_bytes, saved_bytes, time_passes
+from dynmoe.config import ModelConfig, load_config
+from dynmoe.moe import MoEContext, MoELayer
+from dynmoe.moe.routers.softmax import TopPRouter
+from dynmoe.routing import RoutingPlan, top_p
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one layer: T, D, F and E."""
+
+    tokens: int = 4096
+    hidden: int = 512
+    width: int = 1024
+    experts: int = 16
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to compute a layer: tokens [T, D] to outputs [T, D]."""
+
+    name: str
+    module: nn.Module
+    forward: Callable[[Tensor], Tensor]
+    same_routing: bool = True
+
+    def timed(self, x_TD: Tensor, upstream_TD: Tensor) -> Callable[[], Passes]:
+        """One forward and backward pass with fresh gradients."""
+
+        def run() -> Passes:
+            self.module.zero_grad()
+            leaf = x_TD.detach().requires_grad_()
+            return time_passes(lambda: self.forward(leaf), lambda y: y.backward(upstream_TD))
+
+        return run
+
+    def memory(self, x_TD: Tensor, upstream_TD: Tensor) -> dict[str, int]:
+        """Bytes kept for the backward pass, and the most that a pass adds to what was there before."""
+
+        def step() -> None:
+            self.forward(x_TD.detach().requires_grad_()).backward(upstream_TD)
+
+        self.module.zero_grad()
+        saved = saved_bytes(lambda: self.forward(x_TD.detach().requires_grad_()), self.module)
+        step()  # gradients exist: what remains is the pass itself
+        return {"saved_bytes": saved, "peak_bytes": peak_bytes(step)}
+
+
+class FixedRouter(nn.Module):
+    """Gives our layer a plan, whose gates have a gradient, and no auxiliary losses."""
+
+    def __init__(self, plan: RoutingPlan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.loss_coefficients: dict[str, float] = {}
+        self.gates_TE = nn.Parameter(plan.gates_TE.detach().clone())
+
+    def forward(self, _: Tensor) -> RoutingPlan:
+        return replace(self.plan, gates_TE=self.gates_TE)
+
+    def losses(self, *_: object) -> dict[str, Tensor]:
+        return {}
+
+    @property
+    def fixed_experts(self) -> None:
+        return None
+
+
+def model_config(shape: Shape, *overrides: str) -> ModelConfig:
+    sizes = [
+        f"model.hidden={shape.hidden}", "model.heads=1", "model.kv_heads=1", f"model.moe.experts={shape.experts}",
+        f"model.moe.expert_hidden={shape.width}", "model.router.kind=top_p",
+    ]  # fmt: skip
+    return load_config(None, [*sizes, *overrides]).model
+
+
+def make_layer(shape: Shape, dtype: str, plan: RoutingPlan | None = None, backend: str = "auto") -> MoELayer:
+    """Our layer, with its own router or a fixed plan."""
+    layer = MoELayer(model_config(shape), 0, 0, MoEContext(backend=backend)).to(DEVICE, DTYPES[dtype])
+    if plan is not None:
+        layer.router = FixedRouter(plan)  # type: ignore[assignment]
+    return layer
+
+
+def calibrate(layer: MoELayer, mean_k: float, x_TD: Tensor) -> None:
+    """Spreads the router's scores and sets the p at which it gives ``mean_k`` experts per token on ``x_TD``."""
+    router = layer.router
+    assert isinstance(router, TopPRouter)
+    with torch.no_grad():
+        router.weight_ED.normal_(0.0, 2.0 / x_TD.shape[1] ** 0.5)
+        logits_TE = router.logits_TE(x_TD).cpu()
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        mean = top_p(logits_TE, middle).experts_per_token_T.float().mean().item()
+        low, high = (middle, high) if mean < mean_k else (low, middle)
+    router.p.fill_(high)
+
+
+def spread_plan(shape: Shape, mean_k: float, imbalance: float = 1.0, seed: int = 0) -> RoutingPlan:
+    """A plan of exactly ``mean_k * T`` routes in which the busiest expert has ``imbalance`` times the mean load.
+
+    The other experts share the rest evenly; each draws its tokens at random, so that K differs from token to token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num_routes = round(mean_k * shape.tokens)
+    most = round(imbalance * num_routes / shape.experts)
+    if most > shape.tokens:
+        raise ValueError(f"imbalance={imbalance} gives one expert {most} of {shape.tokens} tokens")
+    others = shape.experts - 1
+    loads = [most, *((num_routes - most) // others + (e < (num_routes - most) % others) for e in range(others))]
+    map_TE = torch.zeros(shape.tokens, shape.experts, dtype=torch.bool)
+    for expert, load in enumerate(loads):
+        map_TE[torch.randperm(shape.tokens, generator=generator)[:load], expert] = True
+    scores_TE = torch.rand(shape.tokens, shape.experts, generator=generator)
+    gates_TE = scores_TE * map_TE / mean_k
+    on = {name: value.to(DEVICE) for name, value in {"g": gates_TE, "m": map_TE, "s": scores_TE}.items()}
+    return RoutingPlan(on["g"], on["m"], on["m"], on["s"])
+
+
+def dense_floor(plan: RoutingPlan, w_up_EHD: Tensor, w_down_EDF: Tensor) -> Callable[[], Passes]:
+    """The six products that cannot be saved, dense, over as many rows as the plan has routes."""
+    num_rows, (w_up_HD, w_down_DF) = int(plan.routing_map_TE.sum()), (w_up_EHD[0], w_down_EDF[0])
+    x_ND, h_NH, a_NF = (
+        torch.randn(num_rows, width, device=w_up_HD.device, dtype=w_up_HD.dtype)
+        for width in (w_up_HD.shape[1], w_up_HD.shape[0], w_down_DF.shape[1])
+    )
+    grad_ND = torch.randn_like(x_ND)
+
+    def forward() -> Tensor:
+        x_ND @ w_up_HD.t()
+        return a_NF @ w_down_DF.t()
+
+    def backward(_: Tensor) -> None:
+        grad_ND @ w_down_DF, grad_ND.t() @ a_NF, h_NH @ w_up_HD, h_NH.t() @ x_ND
+
+    return lambda: time_passes(forward, backward)
+
+
+def tokens_of(shape: Shape, dtype: str) -> tuple[Tensor, Tensor]:
+    """Tokens and the gradient of the output."""
+    torch.manual_seed(0)
+    x_TD = torch.randn(shape.tokens, shape.hidden, device=DEVICE, dtype=DTYPES[dtype])
+    return x_TD, torch.randn_like(x_TD)
+
+
+def routing_facts(plan: RoutingPlan) -> dict[str, Any]:
+    """K, its spread, and what padding every expert to the fullest would multiply the rows with."""
+    experts_T, load_E = plan.experts_per_token_T.float(), plan.tokens_per_expert_E.float()
+    return {
+        "mean_k": round(experts_T.mean().item(), 3),
+        "std_k": round(experts_T.std().item(), 3),
+        "padding": round((load_E.max() * len(load_E) / load_E.sum()).item(), 3),
+    }

@@ -1,0 +1,246 @@
+"""Benchmark 8: whole training steps on two ranks: dynamic routing held at K = 2 beside top-2, in both engines.
+
+The same model (but for what routes), data, order and optimizer. Every method takes one step, then the next method takes
+its own: what disturbs one disturbs all. deepspeed_top2 is DeepSpeed's own MoE layer and gate, without drops, in its own
+engine; the others are ours. Tokens per second are those of the median step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from bench.report import verdict
+from dynmoe.config import Config, load_config
+from dynmoe.data.batches import Batch
+from dynmoe.errors import UserError
+
+_HELD_TOP_P = ["model.router.kind=top_p", "budget.method=pi", "budget.experts_per_token=2"]
+_TOP_2 = ["model.router.kind=top_k", "model.router.k=2"]
+TrainStep = Callable[[Batch, float], tuple[float, float]]  # loss and experts per token
+METHODS = {
+    "deepspeed_top2": ["engine=deepspeed", *_TOP_2],
+    "top_p, deepspeed": ["engine=deepspeed", *_HELD_TOP_P],
+    "top_k, deepspeed": ["engine=deepspeed", *_TOP_2],
+    "top_p, megatron": ["engine=megatron", *_HELD_TOP_P],
+    "top_k, megatron": ["engine=megatron", *_TOP_2],
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", default="configs/quickstart.yaml", help="model and data")
+    parser.add_argument("overrides", nargs="*", help="model.hidden=256 and the like")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--ranks", type=int, default=2)
+
+
+def run(given: argparse.Namespace) -> list[dict[str, Any]]:
+    configs = {name: _config(given, name) for name in given.methods}  # mistakes show before any process starts
+    missing = [path for path in next(iter(configs.values())).data.dirs if not Path(path).exists()]
+    if missing:
+        raise UserError(f"data.dirs={missing}: not there; python -m data_prep stdlib --out {missing[0]}")
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_serve, (given, folder), nprocs=given.ranks)
+        seen: dict[str, dict[str, list[float]]] = torch.load(Path(folder) / "0.pt")
+    reference, rows = seen[given.methods[0]]["seconds"], []
+    for name, figures in seen.items():
+        seconds, config = figures["seconds"], configs[name]
+        rows.append({
+            "method": name, "router": config.model.router.kind,
+            "experts_per_token": statistics.mean(figures["experts"]),
+            "tokens_per_s": round(config.tokens_per_step / statistics.median(seconds)),
+            "time_over_first": statistics.median(a / b for a, b in zip(seconds, reference, strict=True)),
+            "moe_share": statistics.median(figures["moe_share"]),
+            "loss_at_end": statistics.mean(figures["losses"][-5:]),
+            "curve": [list(point) for point in zip(accumulate(seconds), figures["losses"], strict=True)],
+        })  # fmt: skip
+    return rows
+
+
+def _config(given: argparse.Namespace, method: str) -> Config:
+    return load_config(given.config, [
+        *METHODS[method], f"train.steps={given.steps}", f"parallel.expert={given.ranks}", "train.global_batch=16",
+        f"train.micro_batch={16 // given.ranks}", "schedule.warmup_steps=10", *given.overrides,
+    ])  # fmt: skip
+
+
+def _serve(rank: int, given: argparse.Namespace, folder: str) -> None:
+    """One rank: all methods, step by step in turn."""
+    from dynmoe.data.batches import PretrainingData
+    from dynmoe.data.corpus import open_corpora
+    from dynmoe.model.size import embedding_rows
+    from dynmoe.ops.host_memory import keep_freed_memory
+    from dynmoe.train.schedule import learning_rate
+
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    store = dist.FileStore(f"{folder}/store", given.ranks)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=given.ranks)
+    configs = {name: _config(given, name) for name in given.methods}
+    first = next(iter(configs.values()))
+    corpora = open_corpora(first.data.dirs, first.data.sequence_length)
+    vocab_size = embedding_rows(corpora[0].tokenizer.vocab_size, first.model.vocab_size)
+    data = PretrainingData(
+        corpora, first.data.weights, first.data.sequence_length, first.train.seed, Path(folder) / "index"
+    )
+    runs = {name: _Run(config, vocab_size, name) for name, config in configs.items()}
+    for step in range(1, given.steps + 1):
+        start = (step - 1) * first.train.global_batch
+        data.prepare(start, first.train.global_batch)
+        micro = first.train.micro_batch
+        batch = data.train_batch(range(start + rank * micro, start + (rank + 1) * micro))
+        lr = learning_rate(step, given.steps, first.optimizer, first.schedule)
+        for own in runs.values():
+            own.step(batch, lr)
+    if rank == 0:
+        torch.save({name: own.figures() for name, own in runs.items()}, Path(folder) / "0.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class _Run:
+    """One method's training: seconds, loss and experts per token of each step."""
+
+    def __init__(self, config: Config, vocab_size: int, name: str) -> None:
+        build = _deepspeed_own if name == "deepspeed_top2" else _ours
+        self._train_step, layers = build(config, vocab_size)
+        self._clock = _Clock(layers)
+        self.steps: list[tuple[float, float, float, float]] = []
+
+    def step(self, batch: Batch, lr: float) -> None:
+        dist.barrier()
+        self._clock.seconds, start = 0.0, time.perf_counter()
+        loss, experts = self._train_step(batch, lr)
+        seconds = time.perf_counter() - start
+        self.steps.append((seconds, self._clock.seconds / seconds, loss, experts))
+
+    def figures(self) -> dict[str, list[float]]:
+        """Without the first tenth of the steps, in which allocators and controllers settle."""
+        seconds, shares, losses, experts = zip(*self.steps[len(self.steps) // 10 :], strict=True)
+        return {"seconds": [*seconds], "moe_share": [*shares], "losses": [*losses], "experts": [*experts]}
+
+
+class _Clock:
+    """Seconds that layers take, forward and backward, as the host sees it: on a CPU the truth."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self.seconds = self._start = 0.0
+        for layer in layers:
+            layer.register_forward_pre_hook(self._begin)
+            layer.register_forward_hook(self._end)
+            layer.register_full_backward_pre_hook(self._begin)
+            layer.register_full_backward_hook(self._end)
+
+    def _begin(self, *_: object) -> None:
+        self._start = time.perf_counter()
+
+    def _end(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._start
+
+
+def _ours(config: Config, vocab_size: int) -> tuple[TrainStep, list[nn.Module]]:
+    """A step of one of our engines."""
+    from dynmoe.engines import make_engine
+
+    engine = make_engine(config, vocab_size)
+
+    def step(batch: Batch, lr: float) -> tuple[float, float]:
+        engine.train_step([batch], lr, record=False)
+        report = engine.report()
+        return report.lm_loss, statistics.mean(report.routed_rows.values()) / config.tokens_per_step
+
+    return step, list(engine.layers)  # type: ignore[attr-defined]
+
+
+def _deepspeed_own(config: Config, vocab_size: int) -> tuple[TrainStep, list[nn.Module]]:
+    """A step of DeepSpeed with its own MoE layers in our decoder, as its users would set it up."""
+    import deepspeed
+    from deepspeed.moe.layer import MoE
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    from bench.peers import SwiGLUExpert
+    from dynmoe.engines.deepspeed import start_processes
+    from dynmoe.model import Decoder
+    from dynmoe.ops import attach_loss
+    from dynmoe.train.optimizer import parameter_groups
+
+    device = start_processes()
+
+    class OwnMoE(nn.Module):
+        """DeepSpeed's layer with our initial weights' scale; its auxiliary loss travels with the output."""
+
+        def __init__(self, model: Any, layer: int, seed: int, context: Any) -> None:
+            super().__init__()
+            moe, std = model.moe, model.init_std
+            expert = SwiGLUExpert(
+                std * torch.randn(2 * moe.expert_hidden, model.hidden),
+                std / (2 * model.layers) ** 0.5 * torch.randn(model.hidden, moe.expert_hidden),
+            )
+            self.moe = MoE(
+                model.hidden, expert, moe.experts, ep_size=config.parallel.expert, k=2, drop_tokens=False,
+                top2_2nd_expert_sampling=False,
+            )  # fmt: skip
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, loss, _ = self.moe(x)
+            return attach_loss(y, loss * config.model.router.loss_coefficients["balance"], 1.0)
+
+    module = Decoder(config.model, vocab_size, config.train.seed, make_moe=OwnMoE)  # type: ignore[arg-type]
+    layers = [child for child in module.modules() if isinstance(child, OwnMoE)]
+    groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(module, config))
+    settings = config.optimizer
+    adam = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=settings.lr, betas=(settings.beta1, settings.beta2),
+        eps=settings.eps, fused=True,
+    )  # fmt: skip
+    bf16 = config.train.precision == "bf16"
+    elements = 2 * sum(parameter.numel() for parameter in module.parameters())
+    engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config={
+        "train_micro_batch_size_per_gpu": config.train.micro_batch, "gradient_clipping": settings.clip_grad,
+        "zero_optimization": {"stage": config.deepspeed.zero_stage, "overlap_comm": False,
+                              "reduce_bucket_size": elements, "allgather_bucket_size": elements},
+        "bf16": {"enabled": bf16}, "steps_per_print": 10**9,
+    })  # fmt: skip
+
+    def step(batch: Batch, lr: float) -> tuple[float, float]:
+        for group in adam.param_groups:
+            group["lr"] = lr
+        loss = engine(batch.tokens_BS.to(device), batch.labels_BS.to(device))
+        engine.backward(loss)
+        engine.step()
+        mean = loss.detach() / config.parallel.expert
+        dist.all_reduce(mean)
+        return mean.item(), 2.0
+
+    return step, list(layers)
+
+
+def plot(rows: list[dict[str, Any]], axes: Any) -> None:
+    for row in rows:
+        axes.plot(*zip(*row["curve"], strict=True), label=row["method"])
+    axes.set(xlabel="seconds", ylabel="training loss, nats per token")
+    axes.legend(fontsize=7)
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    first = rows[0]["method"]
+    return [
+        verdict(f"{row['method']}: time of a step over {first}", row["time_over_first"], 1.0)
+        for row in rows
+        if row["router"] == "top_p"
+    ]

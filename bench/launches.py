@@ -1,0 +1,68 @@
+"""Benchmark 6, on a GPU: waits for the device and kernel launches of one layer in steady state."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.cases import DEVICE, Shape, calibrate, make_layer, tokens_of
+from bench.report import verdict
+from dynmoe.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=2816, help="of one expert")
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--mean-k", type=float, default=2.0)
+
+
+def run(given: argparse.Namespace) -> list[dict[str, Any]]:
+    if DEVICE.type != "cuda":
+        raise UserError("bench launches: no GPU on this machine; run it where there is one")
+    shape = Shape(given.tokens, given.hidden, given.width, given.experts)
+    x_TD, upstream_TD = tokens_of(shape, "bf16")
+    rows = []
+    for ceiling in (None, given.mean_k * 1.25):
+        layer = make_layer(shape, "bf16")
+        calibrate(layer, given.mean_k, x_TD)
+        layer.settings.ceiling, layer.settings.at_ceiling = ceiling, "drop"
+
+        def step(layer: torch.nn.Module = layer) -> None:
+            layer(x_TD.detach().requires_grad_()).backward(upstream_TD)
+
+        for _ in range(3):
+            step()
+        rows.append({"ceiling": ceiling or "none", "waits": _waits(step), **_launches(step)})
+    return rows
+
+
+def _waits(step: Any) -> int:
+    """How often the host waits for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in seen)
+
+
+def _launches(step: Any) -> dict[str, int]:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        step()
+        torch.cuda.synchronize()
+    names = [event.name for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return {"kernels": len(names), "ours": sum("_kernel" in name for name in names)}
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    return [verdict(f"waits with ceiling {row['ceiling']}", row["waits"], 0 if row["ceiling"] != "none" else 1)
+            for row in rows]  # fmt: skip

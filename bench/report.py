@@ -1,0 +1,84 @@
+"""What a benchmark says: tables for the terminal and for docs/performance.md, and whether it reached what was asked."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+Rows = list[dict[str, Any]]
+
+
+def machine() -> str:
+    """What the figures were taken on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else f"{platform.machine()} CPU"
+
+
+def verdict(what: str, value: float, at_most: float) -> str:
+    """One line: what, the figure, the limit, and by how much it is missed."""
+    ending = "reached" if value <= at_most else f"missed by {value - at_most:.3f}"
+    return f"{what}: {value:.3f}, at most {at_most:g} asked: {ending}"
+
+
+def split_constants(rows: Rows) -> tuple[dict[str, Any], list[str]]:
+    """What is the same in every row, and the columns that are left."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    same = {name: rows[0].get(name) for name in columns if len({str(row.get(name)) for row in rows}) == 1}
+    if len(rows) == 1:
+        same = {}
+    return same, [name for name in columns if name not in same]
+
+
+def shown(column: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if column.endswith("_bytes"):
+        return f"{value / 1e6:.1f} MB"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def caption(rows: Rows) -> str:
+    same, _ = split_constants(rows)
+    return ", ".join(f"{name.replace('_', ' ')} {shown(name, value)}" for name, value in same.items())
+
+
+def print_table(name: str, rows: Rows) -> None:
+    table = Table(title=f"{name} ({machine()})", caption=caption(rows))
+    _, columns = split_constants(rows)
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(shown(column, row.get(column)) for column in columns))
+    Console(width=160).print(table)
+
+
+def markdown(title: str, rows: Rows, verdicts: list[str], picture: str | None) -> str:
+    """A section of the page: what was measured, the table, what was asked for, the picture."""
+    _, columns = split_constants(rows)
+    lines = [f"## {title}", ""]
+    if caption(rows):
+        lines += [f"{caption(rows)}.", ""]
+    lines += [
+        "| " + " | ".join(column.replace("_", " ") for column in columns) + " |",
+        "|" + "|".join("---" for _ in columns) + "|",
+        *("| " + " | ".join(shown(column, row.get(column)) for column in columns) + " |" for row in rows),
+        "",
+    ]
+    if verdicts:
+        lines += [*(f"- {line}" for line in verdicts), ""]
+    if picture:
+        lines += [f"![{title}]({picture})", ""]
+    return "\n".join(lines)

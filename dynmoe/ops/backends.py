@@ -1,0 +1,114 @@
+"""Ways of computing routed SwiGLU experts: the same two functions, each without autograd.
+
+``forward`` gives the output and the up projection h, all that the way back needs beside its inputs; ``backward`` gives
+the gradients of tokens, gates and weights, and may overwrite h. The gate scales the activation, before the down
+projection: its gradient is then <dO · W_down^T, a>, and the experts' outputs are neither saved nor passed over again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynmoe.ops.permute import Permutation, gather, scatter_sum
+from dynmoe.ops.swiglu import gated_activation, gated_activation_backward
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Backend(Protocol):
+    """Tokens to rows, two grouped products with the activation between them, and the sum over each token's rows."""
+
+    @property
+    def name(self) -> str: ...
+
+    def forward(
+        self, x_TD: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, permutation: Permutation
+    ) -> tuple[Tensor, Tensor]:
+        """The output [T, D] and h [N, 2F], rows sorted by expert."""
+
+    def backward(
+        self,
+        grad_TD: Tensor,
+        h_N2F: Tensor,
+        x_TD: Tensor,
+        gates_TE: Tensor,
+        w_up_EHD: Tensor,
+        w_down_EDF: Tensor,
+        permutation: Permutation,
+    ) -> Gradients:
+        """Gradients towards x, gates and both weights; ``h_N2F`` is used up."""
+
+
+def grouped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
+    """PyTorch's grouped GEMM over rows: group e is ``offsets_E[e-1]`` to ``offsets_E[e]`` (int32 ends).
+
+    Args:
+        a: [N, J], or [I, N] where the groups run over the contraction (weight gradients).
+        b: [E, J, I], or [N, J].
+
+    Returns:
+        [N, I]; or [E, I, J], zero for empty groups.
+    """
+    if a.shape[1 if b.dim() == 2 else 0] == 0:  # the kernel refuses empty operands
+        shape = (offsets_E.shape[0], a.shape[0], b.shape[1]) if b.dim() == 2 else (0, b.shape[2])
+        return a.new_zeros(shape)
+    return F.grouped_mm(a, b, offs=offsets_E)
+
+
+def looped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
+    """:func:`grouped_mm` by one product for each group: any dtype and stride; waits for the device."""
+    ends = [0, *offsets_E.tolist()]
+    groups = [(e, slice(*pair)) for e, pair in enumerate(pairwise(ends)) if pair[0] < pair[1]]
+    if b.dim() == 3:
+        out = a.new_empty(a.shape[0], b.shape[2])
+        for expert, rows in groups:
+            torch.mm(a[rows], b[expert], out=out[rows])
+        return out
+    out = a.new_zeros(len(offsets_E), a.shape[0], b.shape[1])
+    for expert, rows in groups:
+        torch.mm(a[:, rows], b[rows], out=out[expert])
+    return out
+
+
+class PackedBackend:
+    """Grouped products over the routed rows, with ``product`` as their one building block."""
+
+    def __init__(self, name: str, product: Product) -> None:
+        self.name, self._product = name, product
+
+    def forward(
+        self, x_TD: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, permutation: Permutation
+    ) -> tuple[Tensor, Tensor]:
+        ends_E = permutation.ends_E
+        h_N2F = self._product(gather(x_TD, permutation), w_up_EHD.transpose(1, 2), ends_E)
+        activation_NF = gated_activation(h_N2F, permutation.of_rows(gates_TE))
+        rows_ND = self._product(activation_NF, w_down_EDF.transpose(1, 2), ends_E)
+        return scatter_sum(rows_ND, permutation), h_N2F
+
+    def backward(
+        self,
+        grad_TD: Tensor,
+        h_N2F: Tensor,
+        x_TD: Tensor,
+        gates_TE: Tensor,
+        w_up_EHD: Tensor,
+        w_down_EDF: Tensor,
+        permutation: Permutation,
+    ) -> Gradients:
+        ends_E = permutation.ends_E
+        grad_ND = gather(grad_TD, permutation)
+        grad_NF = self._product(grad_ND, w_down_EDF, ends_E)
+        grad_gates_N = gated_activation_backward(h_N2F, permutation.of_rows(gates_TE), grad_NF)
+        grad_h_N2F, activation_NF = h_N2F, grad_NF  # both were written over
+        grad_down_EDF = self._product(grad_ND.t(), activation_NF, ends_E)
+        del grad_ND, grad_NF, activation_NF  # the weight gradients to come are large
+        grad_up_EHD = self._product(grad_h_N2F.t(), gather(x_TD, permutation), ends_E)
+        grad_x_TD = scatter_sum(self._product(grad_h_N2F, w_up_EHD, ends_E), permutation)
+        return grad_x_TD, permutation.of_routes(grad_gates_N, gates_TE), grad_up_EHD, grad_down_EDF

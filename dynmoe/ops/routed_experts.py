@@ -1,0 +1,96 @@
+"""Dispatch, experts and combine of one rank as one autograd function, over a choice of backends."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynmoe.errors import ConfigError
+from dynmoe.ops.backends import Backend, PackedBackend, grouped_mm, looped_mm
+from dynmoe.ops.permute import Permutation, runs_triton
+
+BACKENDS = ("auto", "grouped_mm", "loop", "triton")
+
+
+def _interprets_triton() -> bool:
+    return find_spec("triton") is not None and import_module("triton").knobs.runtime.interpret
+
+
+@cache
+def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend named ``wanted``, or with ``auto`` the fastest for a device and dtype.
+
+    ``triton``: our own kernels, for GPUs. ``grouped_mm``: PyTorch's grouped GEMM, for everything else in fp32, bf16 or
+    fp16. ``loop``: one product for each expert, for any dtype.
+
+    Raises:
+        ConfigError: a name that does not exist, or a backend that does not run on the device.
+    """
+    field = "train.moe_backend"
+    if wanted == "auto":
+        wanted = "loop" if dtype == torch.float64 else "triton" if runs_triton(device) else "grouped_mm"
+    if wanted == "triton":
+        if not runs_triton(device) and not _interprets_triton():
+            raise ConfigError(field, wanted, f"does not run on {device}", "use auto")
+        from dynmoe.ops.triton.backend import TritonBackend
+
+        return TritonBackend()
+    products = {"grouped_mm": grouped_mm, "loop": looped_mm}
+    if wanted not in products:
+        raise ConfigError(field, wanted, "is not a known backend", f"use one of {', '.join(BACKENDS)}")
+    return PackedBackend(wanted, products[wanted])
+
+
+class _RoutedExperts(torch.autograd.Function):
+    """Saves the tokens and the up projection; everything else is made again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        gates_TE: Tensor,
+        w_up_EHD: Tensor,
+        w_down_EDF: Tensor,
+        permutation: Permutation,
+        backend: Backend,
+    ) -> Tensor:
+        y_TD, h_N2F = backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
+        ctx.save_for_backward(h_N2F, x_TD, gates_TE, w_up_EHD, w_down_EDF)
+        ctx.permutation, ctx.backend = permutation, backend
+        return y_TD
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return *ctx.backend.backward(grad_TD.contiguous(), *ctx.saved_tensors, ctx.permutation), None, None
+
+
+def routed_experts(
+    x_TD: Tensor,
+    gates_TE: Tensor,
+    w_up_EHD: Tensor,
+    w_down_EDF: Tensor,
+    permutation: Permutation,
+    backend: Backend,
+) -> Tensor:
+    """Sum over the experts of each token of gate * W_down(silu(x W_gate) * (x W_up)), [T, D].
+
+    Only x and the up projection of the routed rows are kept for the backward pass, which writes over the latter and can
+    therefore be run once.
+
+    Args:
+        x_TD: tokens.
+        gates_TE: fp32 weight of each expert's output; read where the permutation has a route.
+        w_up_EHD: gate and up projections stacked along H = 2F; contraction dimension last, as in ``nn.Linear``.
+        w_down_EDF: down projections.
+        permutation: from tokens to rows.
+        backend: that computes it.
+
+    Raises:
+        RuntimeError: in a second backward pass over the same graph.
+    """
+    return _RoutedExperts.apply(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation, backend)

@@ -1,0 +1,153 @@
+"""Routed experts by our own kernels: five launches forward, nine backward, none of which waits for the device."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from dynmoe.ops.backends import Gradients
+from dynmoe.ops.permute import Permutation
+from dynmoe.ops.triton.combine import gate_gradient, sum_rows
+from dynmoe.ops.triton.gemm import Tiles, _activation_gradient_kernel, _rows_kernel, _up_kernel, _weights_kernel
+
+# By the rows of one expert that are expected: a tile of rows that is mostly empty is work for nothing. Registers and
+# shared memory of an H100 set the sizes; the kernels with two accumulators or an epilogue have narrower tiles.
+_ROW_TILES = ((96, 128), (48, 64), (24, 32), (0, 16))
+_WARPS = {128: 8, 64: 4, 32: 4, 16: 4}
+
+
+@cache
+def _num_programs(device: torch.device) -> int:
+    """As many programs as a GPU runs at a time; few where an interpreter runs one after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def choose_tiles(num_rows: int, num_experts: int, dtype: torch.dtype, fused: bool) -> Tiles:
+    """Tile sizes of the products over rows.
+
+    Args:
+        num_rows: N.
+        num_experts: that the rows are spread over.
+        dtype: of rows and weights.
+        fused: for the two kernels with more to hold than one accumulator.
+    """
+    rows = next(size for at_least, size in _ROW_TILES if num_rows // max(num_experts, 1) >= at_least)
+    if dtype == torch.float32:  # no tensor cores at full precision: small tiles keep registers
+        return Tiles(min(rows, 64), 32 if fused else 64, 32, 4, 2)
+    return Tiles(rows, 64 if fused else 128, 64, _WARPS[rows], 3)
+
+
+def _weight_tiles(dtype: torch.dtype) -> Tiles:
+    return Tiles(64, 64, 32, 4, 2) if dtype == torch.float32 else Tiles(128, 128, 64, 8, 3)
+
+
+class _Launch:
+    """What every launch over the rows of one permutation shares."""
+
+    def __init__(self, permutation: Permutation, like: Tensor) -> None:
+        self.num_rows, self.ends_E = permutation.token_N.shape[0], permutation.ends_E
+        self.num_experts, self.dtype, self.device = len(self.ends_E), like.dtype, like.device
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        self.precision = "ieee" if like.dtype == torch.float32 and not tf32 else "tf32"
+        self._rows_E = torch.diff(self.ends_E, prepend=self.ends_E.new_zeros(1))
+        self._tile_ends: dict[int, Tensor] = {}
+
+    def tile_ends_E(self, rows: int) -> Tensor:
+        """Where the tiles of each expert end."""
+        if rows not in self._tile_ends:
+            self._tile_ends[rows] = ((self._rows_E + (rows - 1)) // rows).cumsum(0).to(torch.int32)
+        return self._tile_ends[rows]
+
+    def grid(self, most_tiles: int) -> tuple[int]:
+        return (max(1, min(most_tiles, _num_programs(self.device))),)
+
+    def row_grid(self, tiles: Tiles, width: int) -> tuple[int]:
+        most = triton.cdiv(self.num_rows, tiles.rows) + self.num_experts
+        return self.grid(most * triton.cdiv(width, tiles.columns))
+
+    def meta(self, tiles: Tiles) -> dict[str, int | str]:
+        return {
+            "E": self.num_experts, "ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth,
+            "PRECISION": self.precision, "num_warps": tiles.warps, "num_stages": tiles.stages,
+        }  # fmt: skip
+
+    def row_meta(self, tiles: Tiles) -> dict[str, int | str]:
+        return {**self.meta(tiles), "E_PAD": triton.next_power_of_2(self.num_experts)}
+
+
+class TritonBackend:
+    """Gathers rows inside the products, applies the activation on their way out, and sums rows by token.
+
+    Nothing of the size of the routed rows exists beside h, the activation and the rows that are summed. The buffers
+    have as many rows as the permutation; how many of them are in use is read on the device.
+    """
+
+    name = "triton"
+
+    def forward(
+        self, x_TD: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, permutation: Permutation
+    ) -> tuple[Tensor, Tensor]:
+        launch, (hidden, width) = _Launch(permutation, x_TD), w_down_EDF.shape[1:]
+        h_N2F, a_NF = x_TD.new_empty(launch.num_rows, 2 * width), x_TD.new_empty(launch.num_rows, width)
+        tiles = choose_tiles(launch.num_rows, launch.num_experts, x_TD.dtype, fused=True)
+        _up_kernel[launch.row_grid(tiles, width)](
+            x_TD.contiguous(), permutation.token_N, permutation.route_N, gates_TE.contiguous(), w_up_EHD.contiguous(),
+            h_N2F, a_NF, launch.tile_ends_E(tiles.rows), launch.ends_E, width, hidden, **launch.row_meta(tiles),
+        )  # fmt: skip
+        rows_ND = _rows_product(launch, a_NF, w_down_EDF.transpose(1, 2))
+        return sum_rows(rows_ND, permutation.row_N, permutation.token_offsets_T1), h_N2F
+
+    def backward(
+        self,
+        grad_TD: Tensor,
+        h_N2F: Tensor,
+        x_TD: Tensor,
+        gates_TE: Tensor,
+        w_up_EHD: Tensor,
+        w_down_EDF: Tensor,
+        permutation: Permutation,
+    ) -> Gradients:
+        launch, (hidden, width) = _Launch(permutation, x_TD), w_down_EDF.shape[1:]
+        tiles = choose_tiles(launch.num_rows, launch.num_experts, x_TD.dtype, fused=True)
+        a_NF = x_TD.new_empty(launch.num_rows, width)
+        partial_NP = gates_TE.new_empty(launch.num_rows, triton.cdiv(width, tiles.columns))
+        _activation_gradient_kernel[launch.row_grid(tiles, width)](
+            grad_TD, permutation.token_N, permutation.route_N, gates_TE.contiguous(), w_down_EDF.contiguous(), h_N2F,
+            a_NF, partial_NP, launch.tile_ends_E(tiles.rows), launch.ends_E, width, hidden, **launch.row_meta(tiles),
+        )  # fmt: skip
+        grad_gates_TE = gate_gradient(partial_NP, permutation.route_N, launch.ends_E, gates_TE)
+        token_N, grad_h_N2F = permutation.token_N, h_N2F  # written over
+        grad_down_EDF = _weights_product(launch, grad_TD, a_NF, token_N, gather_a=True)
+        del a_NF, partial_NP
+        grad_up_EHD = _weights_product(launch, grad_h_N2F, x_TD.contiguous(), token_N, gather_a=False)
+        grad_rows_ND = _rows_product(launch, grad_h_N2F, w_up_EHD)
+        grad_x_TD = sum_rows(grad_rows_ND, permutation.row_N, permutation.token_offsets_T1)
+        return grad_x_TD, grad_gates_TE, grad_up_EHD, grad_down_EDF
+
+
+def _rows_product(launch: _Launch, a_NJ: Tensor, b_EJI: Tensor) -> Tensor:
+    """Each row times the matrix of its expert, [N, I]; b of any strides."""
+    width = b_EJI.shape[2]
+    out_NI = a_NJ.new_empty(launch.num_rows, width)
+    tiles = choose_tiles(launch.num_rows, launch.num_experts, a_NJ.dtype, fused=False)
+    _rows_kernel[launch.row_grid(tiles, width)](
+        a_NJ, b_EJI, out_NI, launch.tile_ends_E(tiles.rows), launch.ends_E, width, a_NJ.shape[1], *b_EJI.stride(),
+        **launch.row_meta(tiles),
+    )  # fmt: skip
+    return out_NI
+
+
+def _weights_product(launch: _Launch, a: Tensor, b: Tensor, token_N: Tensor, *, gather_a: bool) -> Tensor:
+    """[E, I, J]: transposed rows of a times rows of b for each expert; one of them has rows, the other tokens."""
+    height, width = a.shape[1], b.shape[1]
+    out_EIJ = a.new_empty(launch.num_experts, height, width)
+    tiles = _weight_tiles(a.dtype)
+    most = launch.num_experts * triton.cdiv(height, tiles.rows) * triton.cdiv(width, tiles.columns)
+    _weights_kernel[launch.grid(most)](
+        a, b, token_N, out_EIJ, launch.ends_E, height, width, GATHER_A=gather_a, GATHER_B=not gather_a,
+        **launch.meta(tiles),
+    )  # fmt: skip
+    return out_EIJ

@@ -1,0 +1,189 @@
+"""Grouped matrix products over rows sorted by expert: rows gathered on the way in, the activation on the way out.
+
+All kernels are persistent: a fixed number of programs goes through the tiles of all experts. How many tiles there are
+is read on the device, from where the rows of each expert end, so that no launch waits for a count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of a tile (rows, columns, contraction), and how a GPU works on it."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _locate(tile, tile_ends_ptr, ends_ptr, E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr):
+    """Expert of a tile of rows, its first row, and where the rows of the expert end."""
+    lane = tl.arange(0, E_PAD)
+    tile_ends = tl.load(tile_ends_ptr + lane, mask=lane < E, other=2147483647)
+    expert = tl.sum((tile_ends <= tile).to(tl.int32), axis=0)
+    first_tile = tl.load(tile_ends_ptr + expert - 1, mask=expert > 0, other=0)
+    first_row = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    return expert, first_row + (tile - first_tile) * ROWS, tl.load(ends_ptr + expert)
+
+
+@triton.jit
+def _product(
+    a_ptr, source, inside, b_ptr, column, width, depth, stride_depth, stride_column,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows ``source`` of a [., depth] times a tile of columns of b, in fp32."""
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    k = tl.arange(0, DEPTH)
+    a_ptrs = a_ptr + source.to(tl.int64)[:, None] * depth + k[None, :]
+    b_ptrs = b_ptr + k[:, None] * stride_depth + column.to(tl.int64)[None, :] * stride_column
+    for start in range(0, depth, DEPTH):
+        left = depth - start
+        a = tl.load(a_ptrs, mask=inside[:, None] & (k[None, :] < left), other=0.0)
+        b = tl.load(b_ptrs, mask=(k[:, None] < left) & (column[None, :] < width), other=0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+        a_ptrs += DEPTH
+        b_ptrs += DEPTH * stride_depth
+    return total
+
+
+@triton.jit
+def _rows_kernel(
+    a_ptr, b_ptr, out_ptr, tile_ends_ptr, ends_ptr, width, depth, stride_expert, stride_depth, stride_column,
+    E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[row] = a[row] @ b[expert of row]."""
+    num_columns = tl.cdiv(width, COLUMNS)
+    num_tiles = tl.load(tile_ends_ptr + E - 1) * num_columns
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        expert, first, end = _locate(tile // num_columns, tile_ends_ptr, ends_ptr, E, E_PAD, ROWS)
+        row = first + tl.arange(0, ROWS)
+        column = (tile % num_columns) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = row < end
+        total = _product(
+            a_ptr, row, inside, b_ptr + expert.to(tl.int64) * stride_expert, column, width, depth, stride_depth,
+            stride_column, ROWS, COLUMNS, DEPTH, PRECISION,
+        )  # fmt: skip
+        mask = inside[:, None] & (column[None, :] < width)
+        out_ptrs = out_ptr + row.to(tl.int64)[:, None] * width + column[None, :]
+        tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _up_kernel(
+    x_ptr, token_ptr, route_ptr, gates_ptr, w_ptr, h_ptr, a_ptr, tile_ends_ptr, ends_ptr, width, depth,
+    E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """h[row] = x[token] @ w[expert], both halves, and a[row] = gate * silu(h1) * h2 beside it."""
+    dtype = h_ptr.dtype.element_ty
+    num_columns = tl.cdiv(width, COLUMNS)
+    num_tiles = tl.load(tile_ends_ptr + E - 1) * num_columns
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        expert, first, end = _locate(tile // num_columns, tile_ends_ptr, ends_ptr, E, E_PAD, ROWS)
+        row = first + tl.arange(0, ROWS)
+        column = (tile % num_columns) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = row < end
+        token = tl.load(token_ptr + row, mask=inside, other=0)
+        gate = tl.load(gates_ptr + tl.load(route_ptr + row, mask=inside, other=0), mask=inside, other=0.0)
+        # One walk over x for both halves.
+        h1 = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        h2 = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        k = tl.arange(0, DEPTH)
+        x_ptrs = x_ptr + token.to(tl.int64)[:, None] * depth + k[None, :]
+        w_ptrs = w_ptr + (expert.to(tl.int64) * 2 * width + column[None, :]) * depth + k[:, None]
+        second = width.to(tl.int64) * depth
+        for start in range(0, depth, DEPTH):
+            left = depth - start
+            x = tl.load(x_ptrs, mask=inside[:, None] & (k[None, :] < left), other=0.0)
+            present = (k[:, None] < left) & (column[None, :] < width)
+            h1 = tl.dot(x, tl.load(w_ptrs, mask=present, other=0.0), h1, input_precision=PRECISION)
+            h2 = tl.dot(x, tl.load(w_ptrs + second, mask=present, other=0.0), h2, input_precision=PRECISION)
+            x_ptrs += DEPTH
+            w_ptrs += DEPTH
+        mask = inside[:, None] & (column[None, :] < width)
+        h_ptrs = h_ptr + row.to(tl.int64)[:, None] * (2 * width) + column[None, :]
+        tl.store(h_ptrs, h1.to(dtype), mask=mask)
+        tl.store(h_ptrs + width, h2.to(dtype), mask=mask)
+        # From the rounded values, as the backward pass will see them.
+        h1, h2 = h1.to(dtype).to(tl.float32), h2.to(dtype).to(tl.float32)
+        a = gate[:, None] * h1 * tl.sigmoid(h1) * h2
+        tl.store(a_ptr + row.to(tl.int64)[:, None] * width + column[None, :], a.to(dtype), mask=mask)
+
+
+@triton.jit
+def _activation_gradient_kernel(
+    grad_ptr, token_ptr, route_ptr, gates_ptr, w_ptr, h_ptr, a_ptr, partial_ptr, tile_ends_ptr, ends_ptr, width, depth,
+    E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a[row], never stored: that of h is written over h, the activation is made again, and this tile's part
+    of the gate's gradient is left for the sum over tiles."""
+    dtype = h_ptr.dtype.element_ty
+    num_columns = tl.cdiv(width, COLUMNS)
+    num_tiles = tl.load(tile_ends_ptr + E - 1) * num_columns
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        expert, first, end = _locate(tile // num_columns, tile_ends_ptr, ends_ptr, E, E_PAD, ROWS)
+        row = first + tl.arange(0, ROWS)
+        column = (tile % num_columns) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = row < end
+        token = tl.load(token_ptr + row, mask=inside, other=0)
+        gate = tl.load(gates_ptr + tl.load(route_ptr + row, mask=inside, other=0), mask=inside, other=0.0)
+        expert_ptr = w_ptr + expert.to(tl.int64) * depth * width
+        grad = _product(
+            grad_ptr, token, inside, expert_ptr, column, width, depth, width, 1, ROWS, COLUMNS, DEPTH, PRECISION
+        )
+        mask = inside[:, None] & (column[None, :] < width)
+        h_ptrs = h_ptr + row.to(tl.int64)[:, None] * (2 * width) + column[None, :]
+        h1 = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
+        h2 = tl.load(h_ptrs + width, mask=mask, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(h1)
+        silu = h1 * sigmoid
+        a = silu * h2
+        tl.store(
+            partial_ptr + row.to(tl.int64) * num_columns + tile % num_columns, tl.sum(grad * a, axis=1), mask=inside
+        )
+        grad *= gate[:, None]
+        tl.store(h_ptrs, (grad * h2 * (sigmoid + silu * (1.0 - sigmoid))).to(dtype), mask=mask)
+        tl.store(h_ptrs + width, (grad * silu).to(dtype), mask=mask)
+        a_ptrs = a_ptr + row.to(tl.int64)[:, None] * width + column[None, :]
+        tl.store(a_ptrs, (gate[:, None] * a).to(dtype), mask=mask)
+
+
+@triton.jit
+def _weights_kernel(
+    a_ptr, b_ptr, token_ptr, out_ptr, ends_ptr, height, width,
+    GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[expert] = (rows of a)^T @ (rows of b) over the rows of the expert; 0 where it has none."""
+    num_rows, num_columns = tl.cdiv(height, ROWS), tl.cdiv(width, COLUMNS)
+    for tile in range(tl.program_id(0), E * num_rows * num_columns, tl.num_programs(0)):
+        expert = tile // (num_rows * num_columns)
+        i = (tile // num_columns) % num_rows * ROWS + tl.arange(0, ROWS)
+        j = tile % num_columns * COLUMNS + tl.arange(0, COLUMNS)
+        first = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        end = tl.load(ends_ptr + expert)
+        total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        for start in range(first, end, DEPTH):
+            row = start + tl.arange(0, DEPTH)
+            inside = row < end
+            token = tl.load(token_ptr + row, mask=inside, other=0)
+            source_a = (token if GATHER_A else row).to(tl.int64)
+            source_b = (token if GATHER_B else row).to(tl.int64)
+            a_ptrs = a_ptr + source_a[:, None] * height + i[None, :]
+            a = tl.load(a_ptrs, mask=inside[:, None] & (i[None, :] < height), other=0.0)
+            b_ptrs = b_ptr + source_b[:, None] * width + j[None, :]
+            b = tl.load(b_ptrs, mask=inside[:, None] & (j[None, :] < width), other=0.0)
+            total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
+        out_ptrs = out_ptr + (expert.to(tl.int64) * height + i[:, None]) * width + j[None, :]
+        mask = (i[:, None] < height) & (j[None, :] < width)
+        tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,69 @@
+"""A routing map as compressed sparse rows in both orders, without waiting for the device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Entries of the map in one tile: enough for a warp group, few enough to stay in registers.
+_TILE_ENTRIES = 4096
+
+
+@triton.jit
+def _count_kernel(map_ptr, counts_ptr, num_tokens, E: tl.constexpr, E_PAD: tl.constexpr, TOKENS: tl.constexpr):
+    """Routes of each expert among the tokens of one tile."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, E_PAD)
+    inside = (token[:, None] < num_tokens) & (expert[None, :] < E)
+    routed = tl.load(map_ptr + token[:, None].to(tl.int64) * E + expert[None, :], mask=inside, other=0).to(tl.int32)
+    tl.store(counts_ptr + tl.program_id(0) * E + expert, tl.sum(routed, axis=0), mask=expert < E)
+
+
+@triton.jit
+def _fill_kernel(
+    map_ptr, start_ptr, token_offsets_ptr, token_ptr, route_ptr, row_ptr, num_tokens, num_rows,
+    E: tl.constexpr, E_PAD: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Writes the places of the routes of one tile, whose first rows by expert are known."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, E_PAD)
+    inside = (token[:, None] < num_tokens) & (expert[None, :] < E)
+    routed = tl.load(map_ptr + token[:, None].to(tl.int64) * E + expert[None, :], mask=inside, other=0).to(tl.int32)
+    start = tl.load(start_ptr + tl.program_id(0) * E + expert, mask=expert < E, other=0)
+    offset = tl.load(token_offsets_ptr + token, mask=token < num_tokens, other=0)
+    row = start[None, :] + tl.cumsum(routed, axis=0) - 1  # by expert, within it by token
+    place = offset[:, None] + tl.cumsum(routed, axis=1) - 1  # by token, within it by expert
+    write = inside & (routed > 0) & (row < num_rows) & (place < num_rows)
+    tl.store(token_ptr + row, tl.broadcast_to(token[:, None], (TOKENS, E_PAD)), mask=write)
+    tl.store(route_ptr + row, token[:, None] * E + expert[None, :], mask=write)
+    tl.store(row_ptr + place, row, mask=write)
+
+
+def build_routes(routing_map_TE: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of ``Permutation`` in their order, int32, with buffers for ``num_rows`` rows.
+
+    Entries beyond the routes that there are stay unwritten. Routes beyond ``num_rows`` would be lost: the caller sees
+    to it that there are none.
+    """
+    num_tokens, num_experts = routing_map_TE.shape
+    device, padded = routing_map_TE.device, triton.next_power_of_2(num_experts)
+    tokens = max(1, _TILE_ENTRIES // padded)
+    num_tiles = triton.cdiv(num_tokens, tokens)
+    sizes = {"E": num_experts, "E_PAD": padded, "TOKENS": tokens}
+    counts_BE = torch.empty(num_tiles, num_experts, dtype=torch.int32, device=device)
+    token_N, route_N, row_N = torch.empty(3, num_rows, dtype=torch.int32, device=device).unbind()
+    map_TE = routing_map_TE.contiguous().view(torch.uint8)
+    if num_tiles:
+        _count_kernel[(num_tiles,)](map_TE, counts_BE, num_tokens, **sizes)
+    ends_E = counts_BE.sum(dim=0).cumsum(0)
+    totals_BE = counts_BE.cumsum(0)
+    start_BE = (totals_BE - counts_BE + F.pad(ends_E, (1, 0))[:-1]).to(torch.int32)
+    token_offsets_T1 = F.pad(routing_map_TE.sum(dim=1).cumsum(0), (1, 0)).to(torch.int32)
+    if num_tiles:
+        _fill_kernel[(num_tiles,)](
+            map_TE, start_BE, token_offsets_T1, token_N, route_N, row_N, num_tokens, num_rows, **sizes
+        )
+    return token_N, route_N, row_N, token_offsets_T1, ends_E.to(torch.int32)

@@ -1,0 +1,142 @@
+"""Our kernels in Triton's interpreter, against the loop over tokens; ``make test-gpu`` runs them compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynmoe.moe import MoEContext, MoELayer
+from dynmoe.ops import Permutation, pick_backend, routed_experts
+from dynmoe.ops.triton import backend as triton_backend
+from dynmoe.ops.triton.combine import sum_rows
+from dynmoe.ops.triton.routes import build_routes
+from tests import oracles
+from tests.moe.cases import HIDDEN, ROUTERS, run_layer, spread_router, tiny_model
+from tests.ops.test_routed_experts import random_case, with_gradients
+
+CPU = torch.device("cpu")
+few = settings(max_examples=8)
+
+
+@few
+@given(
+    st.integers(0, 10**6), st.integers(0, 40), st.integers(1, 9), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 5)
+)
+def test_routes_equal_those_of_pytorch(seed, tokens, experts, density, spare):
+    routing_map, _, _ = random_case(seed, tokens, experts, density)
+    expected, num_rows = Permutation.of(routing_map), int(routing_map.sum())
+    ours = Permutation(*build_routes(routing_map, num_rows + spare))
+    for name in ("token_N", "route_N", "row_N"):
+        assert torch.equal(getattr(ours, name)[:num_rows].long(), getattr(expected, name)), name
+    assert torch.equal(ours.token_offsets_T1.long(), expected.token_offsets_T1)
+    assert torch.equal(ours.ends_E, expected.ends_E)
+
+
+def test_many_tokens_make_several_tiles_of_the_map():
+    routing_map = torch.rand(3000, 5, generator=torch.Generator().manual_seed(0)) < 0.3
+    expected, ours = Permutation.of(routing_map), build_routes(routing_map, int(routing_map.sum()))
+    assert torch.equal(ours[0].long(), expected.token_N)
+    assert torch.equal(ours[2].long(), expected.row_N)
+
+
+@few
+@given(
+    st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 5), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 3),
+    st.sampled_from([16, 32]),
+)  # fmt: skip
+def test_output_and_all_gradients_equal_a_loop_over_tokens(seed, tokens, experts, density, spare, rows_of_a_tile):
+    routing_map, upstream, leaves = random_case(seed, tokens, experts, density)
+    permutation = Permutation(*build_routes(routing_map, int(routing_map.sum()) + spare))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_backend, "_ROW_TILES", ((0, rows_of_a_tile),))
+        backend = pick_backend("triton", CPU, torch.float32)
+        ours = with_gradients(lambda *a: routed_experts(*a, permutation, backend), leaves, upstream)
+    oracle = with_gradients(
+        lambda x, gates, up, down: oracles.moe_output(x, gates, routing_map, up, down), leaves, upstream
+    )
+    for value, expected, what in zip(ours, oracle, ("y", "x", "gates", "w_up", "w_down"), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=lambda m, w=what: f"{w}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sizes_that_fill_no_tile_and_more_than_one(dtype):
+    """Half precision is fp16 here: the interpreter multiplies bf16 as if it were integers."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, experts, hidden, width = 50, 3, 136, 72
+    routing_map = torch.rand(tokens, experts, generator=generator) < 0.6
+    routing_map[:, 1] = False  # an expert without tokens
+    shapes = [(tokens, hidden), (experts, 2 * width, hidden), (experts, hidden, width)]
+    x, up, down = (torch.randn(*shape, generator=generator).mul(0.2).to(dtype) for shape in shapes)
+    gates = torch.rand(tokens, experts, generator=generator) * routing_map
+    upstream = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    permutation = Permutation.of(routing_map)
+    results = [
+        with_gradients(
+            lambda *a, n=name: routed_experts(*a, permutation, pick_backend(n, CPU, dtype)),
+            [x, gates, up, down],
+            upstream,
+        )
+        for name in ("triton", "grouped_mm")
+    ]
+    for ours, expected in zip(*results, strict=True):
+        assert ours.dtype == expected.dtype
+        limit = 1e-5 if dtype == torch.float32 else 2e-3
+        assert (ours.float() - expected.float()).norm() <= limit * expected.float().norm()
+
+
+def test_rows_beyond_those_in_use_are_never_read():
+    """Buffers are longer than the rows that there are, and hold anything."""
+    routing_map, upstream, leaves = random_case(3, 20, 4, 0.4)
+    num_rows, results = int(routing_map.sum()), []
+    allocate = torch.Tensor.new_empty
+
+    def allocate_nan(like, *sizes, **options):
+        return allocate(like, *sizes, **options).fill_(float("nan") if like.is_floating_point() else 10**9)
+
+    for spare in (0, 20):
+        permutation = Permutation(*build_routes(routing_map, num_rows + spare))
+        for name in ("token_N", "route_N", "row_N"):
+            getattr(permutation, name)[num_rows:] = 10**9
+        backend = pick_backend("triton", CPU, torch.float32)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_empty", allocate_nan)
+            results.append(
+                with_gradients(lambda *a, p=permutation, b=backend: routed_experts(*a, p, b), leaves, upstream)
+            )
+    assert all(torch.equal(exact, padded) for exact, padded in zip(*results, strict=True))
+
+
+def test_sums_of_rows_in_parts_of_the_width():
+    routing_map = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    permutation, rows = Permutation.of(routing_map), torch.randn(int(routing_map.sum()), 1500)
+    expected = torch.zeros(6, 1500).index_add_(0, permutation.token_N, rows)
+    torch.testing.assert_close(sum_rows(rows, permutation.row_N, permutation.token_offsets_T1), expected)
+
+
+@pytest.mark.parametrize("kind", sorted(ROUTERS))
+def test_the_whole_layer_by_our_kernels(kind):
+    results = []
+    for name in ("triton", "grouped_mm"):
+        layer = MoELayer(tiny_model(*ROUTERS[kind]), 0, 0, MoEContext(backend=name))
+        spread_router(layer)
+        generator = torch.Generator().manual_seed(0)
+        x, upstream = (torch.randn(24, HIDDEN, generator=generator) for _ in range(2))
+        results.append(run_layer(layer, x, upstream))
+    for name, expected in results[1].items():
+        torch.testing.assert_close(results[0][name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_no_interpreter_and_no_gpu_is_said():
+    import triton
+
+    from dynmoe.errors import ConfigError
+
+    pick_backend.cache_clear()
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = False
+        with pytest.raises(ConfigError, match=r"train\.moe_backend='triton': does not run on cpu; use auto"):
+            pick_backend("triton", CPU, torch.float32)
+    with pytest.raises(ConfigError, match=r"train\.moe_backend='cutlass': is not a known backend; use one of auto, "):
+        pick_backend("cutlass", CPU, torch.float32)
