@@ -72,6 +72,7 @@ def run_all(given: argparse.Namespace, names: argparse._SubParsersAction) -> Non
     A section is the benchmark's own JSON file made readable: what was run before, on whatever machine, stays until it
     is run again.
     """
+    _pyplot()  # not to miss it after the first benchmark
     given.figures.mkdir(parents=True, exist_ok=True)
     for name in given.only:
         module, path = BENCHMARKS[name], given.figures / f"{name}.json"
@@ -84,9 +85,13 @@ def run_all(given: argparse.Namespace, names: argparse._SubParsersAction) -> Non
         _write_json(path, rows)
         if hasattr(module, "plot"):
             _draw(module, rows, given.figures / f"{name}.png")
+        _write_page(given)  # after each: what follows may fail
+    print(f"{given.page} is written")
+
+
+def _write_page(given: argparse.Namespace) -> None:
     sections = [_section(name, given) for name in _OF_ALL if (given.figures / f"{name}.json").exists()]
     given.page.write_text(_HEAD + "\n".join(sections))
-    print(f"{given.page} is written")
 
 
 _HEAD = """# Performance
@@ -124,14 +129,19 @@ def _write_json(path: Path, rows: Rows) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def _draw(module: ModuleType, rows: Rows, path: Path) -> None:
+def _pyplot() -> ModuleType:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("--plot: matplotlib is not installed; pip install 'dynmoe[dev]'") from None
+        raise UserError("plots: matplotlib is not installed; pip install 'dynmoe[dev]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def _draw(module: ModuleType, rows: Rows, path: Path) -> None:
+    pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     module.plot(rows, axes)
     figure.savefig(path, dpi=110)

@@ -111,7 +111,9 @@ def calibrate(layer: MoELayer, mean_k: float, x_TD: Tensor) -> None:
     router.p.fill_(high)
 
 
-def spread_plan(shape: Shape, mean_k: float, imbalance: float = 1.0, seed: int = 0) -> RoutingPlan:
+def spread_plan(
+    shape: Shape, mean_k: float, imbalance: float = 1.0, seed: int = 0, device: torch.device = DEVICE
+) -> RoutingPlan:
     """A plan of exactly ``mean_k * T`` routes in which the busiest expert has ``imbalance`` times the mean load.
 
     The other experts share the rest evenly; each draws its tokens at random, so that K differs from token to token.
@@ -128,8 +130,8 @@ def spread_plan(shape: Shape, mean_k: float, imbalance: float = 1.0, seed: int =
         map_TE[torch.randperm(shape.tokens, generator=generator)[:load], expert] = True
     scores_TE = torch.rand(shape.tokens, shape.experts, generator=generator)
     gates_TE = scores_TE * map_TE / mean_k
-    on = {name: value.to(DEVICE) for name, value in {"g": gates_TE, "m": map_TE, "s": scores_TE}.items()}
-    return RoutingPlan(on["g"], on["m"], on["m"], on["s"])
+    gates_TE, map_TE, scores_TE = (tensor.to(device) for tensor in (gates_TE, map_TE, scores_TE))
+    return RoutingPlan(gates_TE, map_TE, map_TE, scores_TE)
 
 
 def dense_floor(plan: RoutingPlan, w_up_EHD: Tensor, w_down_EDF: Tensor) -> Callable[[], Passes]:

@@ -80,13 +80,13 @@ def _measure(shape: Shape, dtype: str, mean_k: float, imbalance: float, repeats:
     ours = _Ours(plan).to(x_TD.device)
     padded = deepspeed_layer(FixedGate(plan), w_up, w_down).to(x_TD.device)
     padded.experts = _Identity()
-    auto_ep = AutoEPLayer(plan, w_up, w_down).to(x_TD.device)
-    auto_ep.experts = _Identity()
+    plain = AutoEPLayer(plan, w_up, w_down).to(x_TD.device)
+    plain.experts = _Identity()
     megatron = megatron_layer(plan, w_up, w_down)
     megatron.experts = _MegatronIdentity()
     methods = [
         Method("dynmoe", ours, ours), Method("deepspeed_moe", padded, lambda x: padded(x, None)),
-        Method("deepspeed_autoep", auto_ep, auto_ep),
+        Method("gather_and_index_add", plain, plain),
         Method("megatron_moe", megatron, lambda x: megatron(x.unsqueeze(1))[0].squeeze(1)),
     ]  # fmt: skip
     check(dtype, methods, x_TD)

@@ -8,6 +8,7 @@ engine; the others are ours. Tokens per second are those of the median step.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -51,6 +52,9 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     missing = [path for path in next(iter(configs.values())).data.dirs if not Path(path).exists()]
     if missing:
         raise UserError(f"data.dirs={missing}: not there; python -m data_prep stdlib --out {missing[0]}")
+    if torch.cuda.is_available() and given.ranks > torch.cuda.device_count():
+        raise UserError(f"--ranks={given.ranks}: there are {torch.cuda.device_count()} GPUs; give fewer, or set "
+                        "CUDA_VISIBLE_DEVICES= to run on the CPU")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_serve, (given, folder), nprocs=given.ranks)
         seen: dict[str, dict[str, list[float]]] = torch.load(Path(folder) / "0.pt")
@@ -86,6 +90,8 @@ def _serve(rank: int, given: argparse.Namespace, folder: str) -> None:
 
     torch.set_num_threads(1)
     keep_freed_memory()
+    ranks = str(given.ranks)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     store = dist.FileStore(f"{folder}/store", given.ranks)
     cuda = torch.cuda.is_available()
     if cuda:
@@ -176,25 +182,37 @@ def _deepspeed_own(config: Config, vocab_size: int) -> tuple[TrainStep, list[nn.
     from bench.peers import SwiGLUExpert
     from dynmoe.engines.deepspeed import start_processes
     from dynmoe.model import Decoder
+    from dynmoe.moe.experts import down_std
+    from dynmoe.moe.initialization import named_normal
     from dynmoe.ops import attach_loss
     from dynmoe.train.optimizer import parameter_groups
 
     device = start_processes()
+    torch.manual_seed(config.train.seed)  # the gates: replicas must be equal
 
     class OwnMoE(nn.Module):
-        """DeepSpeed's layer with our initial weights' scale; its auxiliary loss travels with the output."""
+        """DeepSpeed's layer with our initial experts; its auxiliary loss travels with the output."""
 
         def __init__(self, model: Any, layer: int, seed: int, context: Any) -> None:
             super().__init__()
             moe, std = model.moe, model.init_std
-            expert = SwiGLUExpert(
-                std * torch.randn(2 * moe.expert_hidden, model.hidden),
-                std / (2 * model.layers) ** 0.5 * torch.randn(model.hidden, moe.expert_hidden),
+            expert: nn.Module = SwiGLUExpert(
+                torch.empty(2 * moe.expert_hidden, model.hidden), torch.empty(model.hidden, moe.expert_hidden)
             )
             self.moe = MoE(
                 model.hidden, expert, moe.experts, ep_size=config.parallel.expert, k=2, drop_tokens=False,
                 top2_2nd_expert_sampling=False,
             )  # fmt: skip
+            # DeepSpeed copies the one expert that it is given; ours start as independent draws, and so shall these.
+            own = self.moe.deepspeed_moe.experts.deepspeed_experts
+            first = dist.get_rank() % config.parallel.expert * len(own)
+            with torch.no_grad():
+                for number, expert in enumerate(own, start=first):
+                    for name, parameter in expert.named_parameters():
+                        scale = std if name == "w_up_HD" else down_std(model)
+                        label = f"layers.{layer}.moe.experts.{name[:-3]}.{number}"
+                        parameter.copy_(named_normal(tuple(parameter.shape), scale, seed, label))
+                self.moe.deepspeed_moe.gate.wg.weight.normal_(0.0, std)
 
         def forward(self, x: Tensor) -> Tensor:
             y, loss, _ = self.moe(x)

@@ -56,7 +56,7 @@ def _serve(rank: int, ranks: int, folder: str, given: argparse.Namespace) -> Non
 
 def _measure(rank: int, ranks: int, dtype: str, mean_k: float, given: argparse.Namespace) -> dict[str, Any]:
     shape = Shape(given.tokens, given.hidden, 64, given.experts)
-    plan = spread_plan(shape, mean_k, imbalance=1.5, seed=rank)
+    plan = spread_plan(shape, mean_k, imbalance=1.5, seed=rank, device=torch.device("cpu"))
     context = MoEContext(expert_group=dist.group.WORLD if ranks > 1 else None)
     layer = MoELayer(model_config(shape), 0, 0, context).to(DTYPES[dtype])
     layer.router = FixedRouter(plan)  # type: ignore[assignment]
@@ -73,6 +73,8 @@ def _measure(rank: int, ranks: int, dtype: str, mean_k: float, given: argparse.N
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
     spread = [row for row in rows if row["ranks"] > 1]
+    if not spread:
+        return []
     return [
         verdict("bytes over those of rows as routed, the worst", max(row["over_routed_rows"] for row in spread), 1.02),
         verdict(

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.cases import Shape, spread_plan
 from dynmoe.moe import MoEContext, MoELayer
+from dynmoe.ops import pick_backend, routed_experts
 from tests.moe.cases import HIDDEN, ROUTERS, run_layer, spread_router, tiny_model
+from tests.ops.test_routed_experts import with_gradients
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")]
 
@@ -30,6 +33,76 @@ def test_the_layer_in_bf16_agrees_with_fp32_on_the_cpu(kind, tokens):
     for name, exact in results[0].items():
         ours = results[1][name].cpu().float()
         assert (ours - exact).norm() <= 2e-2 * exact.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("experts", [5, 64])
+def test_our_kernels_agree_with_a_loop_at_sizes_of_many_tiles(dtype, experts):
+    torch.manual_seed(0)
+    tokens, hidden, width = 2000, 392, 264
+    plan = spread_plan(Shape(tokens, hidden, width, experts), 2.0, imbalance=2.0)
+    gates = plan.gates_TE
+    x, upstream = torch.randn(2, tokens, hidden, device="cuda", dtype=dtype).unbind()
+    up = (torch.randn(experts, 2 * width, hidden, device="cuda") * hidden**-0.5).to(dtype)
+    down = (torch.randn(experts, hidden, width, device="cuda") * width**-0.5).to(dtype)
+    results = []
+    for name, spare in (("triton", 0), ("triton", 700), ("loop", 0)):
+        backend = pick_backend(name, x.device, dtype)
+        permutation = backend.permutation(plan.routing_map_TE, 2 * tokens + spare)
+        results.append(
+            with_gradients(
+                lambda *a, p=permutation, b=backend: routed_experts(*a, p, b), [x, gates, up, down], upstream
+            )
+        )
+    for exact, padded, expected in zip(*results, strict=True):
+        assert torch.equal(exact, padded)
+        limit = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        assert (exact.float() - expected.float()).norm() <= limit * expected.float().norm()
+
+
+def bounded_layer() -> tuple[MoELayer, torch.Tensor]:
+    model = tiny_model("model.hidden=64", "model.router.kind=top_p", "model.moe.ceiling=3", "model.moe.at_ceiling=drop")
+    layer = MoELayer(model, 0, 0, MoEContext()).to("cuda", torch.bfloat16)
+    spread_router(layer)
+    return layer, torch.randn(256, 64, device="cuda", dtype=torch.bfloat16)
+
+
+def test_a_training_pass_with_a_ceiling_never_waits_for_the_gpu():
+    layer, x = bounded_layer()
+    layer(x).sum().backward()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x.requires_grad_()).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_pass_is_captured_in_a_cuda_graph_and_follows_its_input():
+    layer, x = bounded_layer()
+    upstream = torch.randn_like(x)
+    inputs = x.clone().requires_grad_()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            torch.autograd.grad(layer(inputs), inputs, upstream)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(inputs)
+        (grad,) = torch.autograd.grad(y, inputs, upstream)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        fresh = torch.randn_like(x)
+        with torch.no_grad():
+            inputs.copy_(fresh)
+        graph.replay()
+        eager = fresh.clone().requires_grad_()
+        expected = layer(eager)
+        (expected_grad,) = torch.autograd.grad(expected, eager, upstream)
+        assert torch.equal(y, expected)
+        assert torch.equal(grad, expected_grad)
 
 
 def test_both_engines_train_alike_in_bf16():

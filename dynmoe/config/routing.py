@@ -210,8 +210,9 @@ class MoEConfig(Section):
         choices=("probs", "position"),
     )  # fmt: skip
     ceiling: Optional[float] = option(
-        None, "most experts per token in training, in the mean over the tokens of one rank and pass: bounds the memory "
-        "of a layer, and spares a GPU the wait for a count; null: none", at_least=1,
+        None, "most experts per token in training, in the mean over the tokens of one rank and pass. Bounds the memory "
+        "of a layer, which a GPU then takes whole in place of waiting for a count; with parallel.expert the routes "
+        "that a rank sends, not those that it gets (see capacity_factor). null: none", at_least=1,
     )  # fmt: skip
     at_ceiling: str = option(
         "error", "what follows where tokens want more: the run ends, or every token's worst routes are dropped",

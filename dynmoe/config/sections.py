@@ -114,8 +114,10 @@ class ModelConfig(Section):
                 raise ConfigError(f"model.router.{name}", value, "is more than there are experts", cure)
         floor = limits.get("k", router.options.min_experts)
         if moe.ceiling is not None and floor is not None and moe.ceiling < floor and router.kind != "null_experts":
-            cure = f"use more than the {floor:g} experts that every token has"
+            cure = f"use at least the {floor:g} experts that every token has"
             raise ConfigError("model.moe.ceiling", moe.ceiling, "is always passed", cure)
+        if moe.ceiling is None and moe.at_ceiling != "error":
+            raise ConfigError("model.moe.at_ceiling", moe.at_ceiling, "there is no ceiling", "set model.moe.ceiling")
 
     @property
     def head_dim(self) -> int:
@@ -254,6 +256,10 @@ class Config(Section):
                 if value not in ("none", 0, None):
                     raise ConfigError(name, value, "the model is dense", "remove it, or set model.moe.experts")
             return
+        ceiling, held = model.moe.ceiling, max(budget.experts_per_token or 0, budget.start or 0)
+        if ceiling is not None and held >= ceiling:
+            problem = f"a budget of {held:g} experts per token passes it in every other pass"
+            raise ConfigError("model.moe.ceiling", ceiling, problem, "leave room above the budget, or remove it")
         budget.check_router(model.router, model.moe.active_at_start or model.largest_layer)
         adaptation.check_run(model.router, self.train.steps)
 

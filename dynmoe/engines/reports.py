@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from dynmoe.config import ModelConfig
+from dynmoe.config.routing import KINDS
 from dynmoe.moe import MoELayer
 from dynmoe.moe.statistics import vector_size
 from dynmoe.train.engine import StepReport
@@ -71,9 +72,10 @@ def describe_nonfinite(
             ranks = [rank for rank, seen in enumerate(everywhere) if bool(seen[place, kind])]
             where = f"layer {index} on rank {', '.join(map(str, ranks))}"
             if ranks and kind == 0:
+                lower = "lower model.router.max_experts, " if "max_experts" in KINDS[model.router.kind].fields else ""
                 return (
                     f"step {step}: tokens want more experts than model.moe.ceiling={model.moe.ceiling} in {where}; "
-                    "raise it, lower model.router.max_experts, or drop routes with model.moe.at_ceiling=drop"
+                    f"raise it, {lower}or drop routes with model.moe.at_ceiling=drop"
                 )
             if ranks:
                 return f"step {step}: router scores are not finite in {where}; {cure}"

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dynmoe.ops import Exchange, Permutation, Wire, exchange_routes, gather_rows, sum_rows
+from dynmoe.ops import Backend, Exchange, Permutation, Wire, exchange_routes, gather_rows, pick_backend, sum_rows
 from dynmoe.routing import RoutingPlan
 
 
@@ -20,6 +20,7 @@ class DispatchedTokens:
         x_TD: each token once; with an exchange, what stands for tokens under way (see :meth:`TokenDispatcher.receive`).
         gates_TE: fp32 weights of the experts of this rank; 0 where there is no route.
         permutation: from these tokens to the rows of this rank's experts.
+        backend: that computes the experts.
         exchange: the way of the tokens between ranks; None where none leaves its own.
         senders: on the rank that the tokens come from, from its tokens to the copies that were sent; None likewise.
     """
@@ -27,6 +28,7 @@ class DispatchedTokens:
     x_TD: Tensor
     gates_TE: Tensor
     permutation: Permutation
+    backend: Backend
     exchange: Exchange | None = None
     senders: Permutation | None = None
 
@@ -37,10 +39,14 @@ class TokenDispatcher:
     The experts are spread over ``group`` in consecutive blocks of equal size. A token's gates travel beside it, eight
     bytes a route; the rank of the experts adds up their outputs, so that one row goes back for each one that came. With
     a group, every rank of it must take part in every call.
+
+    Args:
+        group: ranks that hold experts; None for this one alone.
+        backend: name of what computes the experts, which builds its indices too (see ``dynmoe.ops.routed_experts``).
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.wire = None if group is None else Wire(group)
+    def __init__(self, group: dist.ProcessGroup | None = None, backend: str = "auto") -> None:
+        self.wire, self._backend = None if group is None else Wire(group), backend
 
     def dispatch(self, x_TD: Tensor, plan: RoutingPlan, most_rows: int | None = None) -> DispatchedTokens:
         """Sends the tokens off; what does not need them may run before :meth:`receive`.
@@ -50,12 +56,14 @@ class TokenDispatcher:
             plan: of these tokens.
             most_rows: a bound of the plan's routes, where one is known: a single rank then never waits for its GPU.
         """
+        backend = pick_backend(self._backend, x_TD.device, x_TD.dtype)
         if self.wire is None:
-            return DispatchedTokens(x_TD, plan.gates_TE, Permutation.of(plan.routing_map_TE, most_rows))
-        return self._send(x_TD, plan, self.wire)
+            permutation = backend.permutation(plan.routing_map_TE, most_rows)
+            return DispatchedTokens(x_TD, plan.gates_TE, permutation, backend)
+        return self._send(x_TD, plan, self.wire, backend)
 
     @staticmethod
-    def _send(x_TD: Tensor, plan: RoutingPlan, wire: Wire) -> DispatchedTokens:
+    def _send(x_TD: Tensor, plan: RoutingPlan, wire: Wire, backend: Backend) -> DispatchedTokens:
         map_TE = plan.routing_map_TE
         num_local = map_TE.shape[1] // wire.num_ranks
         map_TRL = map_TE.view(len(map_TE), wire.num_ranks, num_local)  # L: experts of one rank
@@ -65,7 +73,7 @@ class TokenDispatcher:
         sizes = torch.stack([counts_R2, received_R2]).cpu()  # the one wait for the device
         (send, send_routes), (receive, receive_routes) = sizes.transpose(1, 2).tolist()
 
-        routes = Permutation.of(map_TE, sum(send_routes))
+        routes = backend.permutation(map_TE, sum(send_routes))
         expert_M = routes.route_N % map_TE.shape[1]
         place_TR = needed_TR.cumsum(dim=0) - 1  # of a token among those that go to the same rank
         place_M = place_TR[routes.token_N, expert_M // num_local]
@@ -73,7 +81,7 @@ class TokenDispatcher:
             routes.of_rows(plan.gates_TE), place_M * num_local + expert_M % num_local,
             wire, send_routes, receive_routes,
         )  # fmt: skip
-        senders = Permutation.of(needed_TR, sum(send))
+        senders = backend.permutation(needed_TR, sum(send))
         exchange = Exchange(wire, send, receive)
         under_way = exchange.start(gather_rows(x_TD, senders))
 
@@ -83,7 +91,8 @@ class TokenDispatcher:
         flat = gates_M.new_zeros(sum(receive) * num_local)
         map_SL = flat.bool().index_fill_(0, codes_M, True).view(sum(receive), num_local)
         gates_SL = flat.index_copy(0, codes_M, gates_M).view_as(map_SL)
-        return DispatchedTokens(under_way, gates_SL, Permutation.of(map_SL, sum(receive_routes)), exchange, senders)
+        permutation = backend.permutation(map_SL, sum(receive_routes))
+        return DispatchedTokens(under_way, gates_SL, permutation, backend, exchange, senders)
 
     def receive(self, dispatched: DispatchedTokens) -> Tensor:
         """The tokens for this rank's experts, once they are there."""

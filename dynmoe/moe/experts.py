@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dynmoe.config import ModelConfig
 from dynmoe.moe.dispatcher import DispatchedTokens
 from dynmoe.moe.initialization import named_normal
-from dynmoe.ops import pick_backend, routed_experts
+from dynmoe.ops import routed_experts
 
 
 def down_std(model: ModelConfig) -> float:
@@ -27,13 +27,12 @@ class GroupedExperts(nn.Module):
         experts: global indices of the experts held here.
         seed: of the initial weights.
         name: prefix of this module's parameter names in the whole model.
-        backend: that computes them (see ``dynmoe.ops.routed_experts``).
     """
 
-    def __init__(self, model: ModelConfig, experts: range, seed: int, name: str, backend: str = "auto") -> None:
+    def __init__(self, model: ModelConfig, experts: range, seed: int, name: str) -> None:
         super().__init__()
         hidden, width = model.hidden, model.moe.expert_hidden
-        self.experts, self.backend = experts, backend
+        self.experts = experts
         self._draw = (
             lambda e: named_normal((2 * width, hidden), model.init_std, seed, f"{name}.w_up.{e}"),
             lambda e: named_normal((hidden, width), down_std(model), seed, f"{name}.w_down.{e}"),
@@ -59,8 +58,7 @@ class GroupedExperts(nn.Module):
     def forward(self, x_TD: Tensor, dispatched: DispatchedTokens) -> Tensor:
         """Sum of the gated outputs of this rank's experts for each token, [T, D]."""
         return routed_experts(
-            x_TD, dispatched.gates_TE, self.w_up_EHD, self.w_down_EDF, dispatched.permutation,
-            pick_backend(self.backend, x_TD.device, x_TD.dtype),
+            x_TD, dispatched.gates_TE, self.w_up_EHD, self.w_down_EDF, dispatched.permutation, dispatched.backend
         )  # fmt: skip
 
 

@@ -41,8 +41,8 @@ class MoELayer(nn.Module):
         per_rank = self.num_experts // context.expert_parallel
         local = range(context.expert_rank * per_rank, (context.expert_rank + 1) * per_rank)
         self.router = make_router(model, self.num_experts, seed, f"{name}.router", context)
-        self.dispatcher = TokenDispatcher(context.expert_group)
-        self.experts = GroupedExperts(model, local, seed, f"{name}.experts", context.backend)
+        self.dispatcher = TokenDispatcher(context.expert_group, context.backend)
+        self.experts = GroupedExperts(model, local, seed, f"{name}.experts")
         self.shared: SwiGLU | None = None
         if model.moe.shared_hidden:
             self.shared = SwiGLU(model, model.moe.shared_hidden, seed, f"{name}.shared")
@@ -97,11 +97,13 @@ class MoELayer(nn.Module):
         the gates become NaN: every engine stops before the optimizer at a gradient that is not finite, on all ranks
         alike.
         """
-        num_tokens, per_token = plan.routing_map_TE.shape[0], self.settings.ceiling
-        most = self.router.fixed_experts
+        num_tokens, fixed, per_token = plan.routing_map_TE.shape[0], self.router.fixed_experts, self.settings.ceiling
         if per_token is None or not self.training:
-            return plan, None if most is None else most * num_tokens
+            return plan, None if fixed is None else fixed * num_tokens
         ceiling = math.ceil(per_token * num_tokens)
+        most = num_tokens * (fixed or self.router.settings.max_experts or self.num_experts)
+        if most <= ceiling:  # cannot be passed
+            return plan, most
         bounded = apply_ceiling(plan, ceiling, self.settings.drop_policy)
         if self.settings.at_ceiling == "error":
             over = plan.routing_map_TE.sum() > ceiling
@@ -123,7 +125,7 @@ class MoELayer(nn.Module):
             self._observed = seen if self._observed is None else self._observed + seen
 
     def take_routed_rows(self) -> int:
-        """Rows that the tokens of this rank were computed in, since the last call; counted in training always."""
+        """Rows that the experts of this rank computed since the last call; counted in training always."""
         rows, self._routed_rows = self._routed_rows, None
         return 0 if rows is None else int(rows)
 

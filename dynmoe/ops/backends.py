@@ -28,6 +28,9 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
+    def permutation(self, routing_map_TE: Tensor, most_rows: int | None = None) -> Permutation:
+        """From tokens to rows; ``most_rows`` is N or a bound of it, where one is known on the host."""
+
     def forward(
         self, x_TD: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, permutation: Permutation
     ) -> tuple[Tensor, Tensor]:
@@ -82,6 +85,10 @@ class PackedBackend:
 
     def __init__(self, name: str, product: Product) -> None:
         self.name, self._product = name, product
+
+    def permutation(self, routing_map_TE: Tensor, most_rows: int | None = None) -> Permutation:
+        """Exact, whatever the bound: PyTorch's products and sums go over all rows that there are."""
+        return Permutation.of(routing_map_TE)
 
     def forward(
         self, x_TD: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, permutation: Permutation

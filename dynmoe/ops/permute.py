@@ -7,19 +7,11 @@ memory row by row and sum in a fixed order, so that they are deterministic on ev
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-@cache
-def runs_triton(device: torch.device) -> bool:
-    """Whether our own kernels run on ``device``."""
-    return device.type == "cuda" and find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -33,8 +25,8 @@ class Permutation:
         token_offsets_T1: start of each token in ``row_N``, and N at the end.
         ends_E: where the rows of each expert end, int32.
 
-    The index tensors may be longer than there are rows, so that a GPU need not be waited for: ``ends_E[-1]`` rows are
-    in use, and what lies behind them is not initialised.
+    For our own kernels the index tensors may be longer than there are rows, so that a GPU need not be waited for:
+    ``ends_E[-1]`` rows are in use, and what lies behind them is not initialised.
     """
 
     token_N: Tensor
@@ -44,17 +36,11 @@ class Permutation:
     ends_E: Tensor
 
     @classmethod
-    def of(cls, routing_map_TE: Tensor, num_rows: int | None = None) -> Permutation:
-        """Builds the index tensors of a bool [T, E] map (True: routed).
+    def of(cls, routing_map_TE: Tensor) -> Permutation:
+        """Builds the index tensors of a bool [T, E] map (True: routed), exactly as long as there are rows.
 
-        Args:
-            routing_map_TE: the map.
-            num_rows: N, or a bound that holds, where one is known on the host; without it a GPU is waited for.
+        Waits for a GPU; our kernels have a way of their own (``dynmoe.ops.triton.routes``).
         """
-        if runs_triton(routing_map_TE.device):
-            from dynmoe.ops.triton.routes import build_routes
-
-            return cls(*build_routes(routing_map_TE, int(routing_map_TE.sum()) if num_rows is None else num_rows))
         _num_tokens, num_experts = routing_map_TE.shape
         expert_N, token_N = routing_map_TE.t().nonzero(as_tuple=True)
         tokens_per_expert_E = routing_map_TE.sum(dim=0)
@@ -70,6 +56,11 @@ class Permutation:
             token_offsets_T1=token_offsets_T1,
             ends_E=tokens_per_expert_E.cumsum(0).to(torch.int32),
         )
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The fields in their order, for ``save_for_backward``."""
+        return self.token_N, self.route_N, self.row_N, self.token_offsets_T1, self.ends_E
 
     @property
     def num_rows(self) -> Tensor:
@@ -102,23 +93,23 @@ def scatter_sum(rows_ND: Tensor, permutation: Permutation) -> Tensor:
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, permutation: Permutation) -> Tensor:
-        ctx.permutation = permutation
+        ctx.save_for_backward(*permutation.tensors)
         return gather(x_TD, permutation)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return scatter_sum(grad_ND.contiguous(), ctx.permutation), None
+        return scatter_sum(grad_ND.contiguous(), Permutation(*ctx.saved_tensors)), None
 
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, permutation: Permutation) -> Tensor:
-        ctx.permutation = permutation
+        ctx.save_for_backward(*permutation.tensors)
         return scatter_sum(rows_ND, permutation)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gather(grad_TD, ctx.permutation), None
+        return gather(grad_TD, Permutation(*ctx.saved_tensors)), None
 
 
 def gather_rows(x_TD: Tensor, permutation: Permutation) -> Tensor:

@@ -9,16 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
 from dynmoe.errors import ConfigError
 from dynmoe.ops.backends import Backend, PackedBackend, grouped_mm, looped_mm
-from dynmoe.ops.permute import Permutation, runs_triton
+from dynmoe.ops.permute import Permutation
 
 BACKENDS = ("auto", "grouped_mm", "loop", "triton")
 
 
-def _interprets_triton() -> bool:
-    return find_spec("triton") is not None and import_module("triton").knobs.runtime.interpret
+def _runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether our kernels do: on a GPU, and in Triton's interpreter, which cannot multiply in bf16."""
+    if find_spec("triton") is None:
+        return False
+    return device.type == "cuda" or (import_module("triton").knobs.runtime.interpret and dtype != torch.bfloat16)
 
 
 @cache
@@ -33,9 +38,10 @@ def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backe
     """
     field = "train.moe_backend"
     if wanted == "auto":
-        wanted = "loop" if dtype == torch.float64 else "triton" if runs_triton(device) else "grouped_mm"
+        kernels = device.type == "cuda" and dtype != torch.float64 and _runs_triton(device, dtype)
+        wanted = "triton" if kernels else "loop" if dtype == torch.float64 else "grouped_mm"
     if wanted == "triton":
-        if not runs_triton(device) and not _interprets_triton():
+        if not _runs_triton(device, dtype):
             raise ConfigError(field, wanted, f"does not run on {device}", "use auto")
         from dynmoe.ops.triton.backend import TritonBackend
 
@@ -60,13 +66,20 @@ class _RoutedExperts(torch.autograd.Function):
         backend: Backend,
     ) -> Tensor:
         y_TD, h_N2F = backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
-        ctx.save_for_backward(h_N2F, x_TD, gates_TE, w_up_EHD, w_down_EDF)
-        ctx.permutation, ctx.backend = permutation, backend
+        ctx.save_for_backward(h_N2F, x_TD, gates_TE, w_up_EHD, w_down_EDF, *permutation.tensors)
+        ctx.backend = backend
         return y_TD
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return *ctx.backend.backward(grad_TD.contiguous(), *ctx.saved_tensors, ctx.permutation), None, None
+        h_N2F, x_TD, gates_TE, w_up_EHD, w_down_EDF, *tensors = ctx.saved_tensors
+        # The backend writes over h; autograd must hear of it from us, as it does not see what kernels write.
+        increment_version(h_N2F)
+        gradients = ctx.backend.backward(
+            grad_TD.contiguous(), h_N2F, x_TD, gates_TE, w_up_EHD, w_down_EDF, Permutation(*tensors)
+        )
+        return *gradients, None, None
 
 
 def routed_experts(

@@ -8,9 +8,28 @@ from torch import Tensor
 from dynmoe.routing.plan import RoutingPlan
 
 
+def sort_descending(scores_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of each token from the best to the worst, and their experts, int64; ties go to the lower expert index.
+
+    ``Tensor.sort(stable=True)`` without gradient. On a CPU NumPy's vectorised sort is 5 to 40 times as fast: an fp32
+    score and its expert make one integer of the same order.
+    """
+    scores_TE = scores_TE.detach()
+    if scores_TE.device.type != "cpu" or scores_TE.dtype != torch.float32:
+        return scores_TE.sort(dim=1, descending=True, stable=True)
+    # Integers in the order of the numbers: negative ones have their other bits flipped. -0 becomes 0, to tie with it.
+    bits_TE = (scores_TE + 0.0).view(torch.int32)
+    ordered_TE = bits_TE ^ ((bits_TE >> 31) & 0x7FFFFFFF)
+    # Negated for an ascending sort; the experts of equal scores then follow one another upwards.
+    keys_TE = (-ordered_TE.long() << 32) + torch.arange(scores_TE.shape[1])
+    keys_TE.numpy().sort(axis=1)
+    order_TE = keys_TE & 0xFFFFFFFF
+    return scores_TE.gather(1, order_TE), order_TE
+
+
 def rank_descending(scores_TE: Tensor) -> Tensor:
     """Rank of each expert within its token, int64 [T, E]; 0 is the best, ties go to the lower expert index."""
-    order_TE = scores_TE.argsort(dim=1, descending=True, stable=True)
+    _, order_TE = sort_descending(scores_TE)
     ranks_TE = torch.arange(scores_TE.shape[1], device=scores_TE.device).expand_as(order_TE)
     return torch.empty_like(order_TE).scatter_(1, order_TE, ranks_TE)
 

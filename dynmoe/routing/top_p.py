@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dynmoe.routing.plan import RoutingPlan
-from dynmoe.routing.selection import check_limits, softmax_plan
+from dynmoe.routing.selection import check_limits, softmax_plan, sort_descending
 
 
 def top_p(
@@ -41,7 +41,7 @@ def top_p(
     check_limits(logits_TE.shape[1], min_experts, max_experts)
     logits_TE = logits_TE.float()
     probs_TE = torch.softmax(logits_TE, dim=1)
-    sorted_TE, order_TE = probs_TE.detach().sort(dim=1, descending=True, stable=True)
+    sorted_TE, order_TE = sort_descending(probs_TE)
     # An expert is kept while the mass of the better ones has not ended the prefix. At p = 1 that takes every expert,
     # those of no mass included.
     better_TE = torch.cat([torch.zeros_like(sorted_TE[:, :1]), sorted_TE[:, :-1].cumsum(dim=1)], dim=1)

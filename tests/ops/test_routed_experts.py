@@ -15,7 +15,7 @@ from tests import oracles
 
 WIDTH, HIDDEN = 8, 16
 counts = st.lists(st.integers(0, 5), min_size=1, max_size=5)
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # kernels: compiled, or in the interpreter
 NAMES = [name for name in BACKENDS if name != "auto"]
 
 
@@ -45,7 +45,7 @@ def random_case(seed: int, tokens: int, experts: int, density: float):
     routing_map = torch.rand(tokens, experts, generator=generator) < density
     gates = torch.rand(tokens, experts, generator=generator) * routing_map
     leaves = [normal(tokens, HIDDEN), gates, 0.3 * normal(experts, 2 * WIDTH, HIDDEN), normal(experts, HIDDEN, WIDTH)]
-    return routing_map, normal(tokens, HIDDEN), leaves
+    return routing_map.to(DEVICE), normal(tokens, HIDDEN).to(DEVICE), [leaf.to(DEVICE) for leaf in leaves]
 
 
 def with_gradients(compute, leaves, upstream):
@@ -67,7 +67,7 @@ def test_output_and_all_gradients_equal_a_loop_over_tokens(name, seed, tokens, e
         patch.setattr(swiglu, "_CHUNK_ELEMENTS_CPU", chunk)
         permutation = Permutation.of(routing_map)
         ours = with_gradients(
-            lambda *a: routed_experts(*a, permutation, pick_backend(name, CPU, torch.float32)), leaves, upstream
+            lambda *a: routed_experts(*a, permutation, pick_backend(name, DEVICE, torch.float32)), leaves, upstream
         )
     oracle = with_gradients(
         lambda x, gates, up, down: oracles.moe_output(x, gates, routing_map, up, down), leaves, upstream
@@ -76,7 +76,8 @@ def test_output_and_all_gradients_equal_a_loop_over_tokens(name, seed, tokens, e
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=lambda m, w=what: f"{w}: {m}")
 
 
-def test_only_tokens_and_the_up_projection_are_saved():
+@pytest.mark.parametrize("name", NAMES)
+def test_only_tokens_and_the_up_projection_are_saved(name):
     routing_map, _, leaves = random_case(0, 64, 4, 0.5)
     inputs, saved = [leaf.requires_grad_() for leaf in leaves], []
 
@@ -85,17 +86,20 @@ def test_only_tokens_and_the_up_projection_are_saved():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        routed_experts(*inputs, Permutation.of(routing_map), pick_backend("auto", CPU, torch.float32))
+        routed_experts(*inputs, Permutation.of(routing_map), pick_backend(name, DEVICE, torch.float32))
     own = {id(t) for t in inputs[2:]}
-    activations = sum(t.numel() for t in saved if id(t) not in own)
+    numbers = sum(t.numel() for t in saved if id(t) not in own and t.is_floating_point())
+    indices = sum(t.numel() for t in saved if not t.is_floating_point())
     rows = int(routing_map.sum())
-    assert activations == 64 * HIDDEN + rows * 2 * WIDTH + 64 * 4  # tokens, h, gates
+    assert numbers == 64 * HIDDEN + rows * 2 * WIDTH + 64 * 4  # tokens, h, gates
+    assert indices == 3 * rows + 64 + 1 + 4
 
 
-def test_a_second_backward_pass_is_refused():
+@pytest.mark.parametrize("name", NAMES)
+def test_a_second_backward_pass_is_refused(name):
     routing_map, upstream, leaves = random_case(0, 6, 3, 0.5)
     inputs = [leaf.requires_grad_() for leaf in leaves]
-    y = routed_experts(*inputs, Permutation.of(routing_map), pick_backend("auto", CPU, torch.float32))
+    y = routed_experts(*inputs, Permutation.of(routing_map), pick_backend(name, DEVICE, torch.float32))
     y.backward(upstream, retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward(upstream)
@@ -106,13 +110,13 @@ def test_bf16_stays_close_to_fp32(name):
     routing_map, upstream, leaves = random_case(0, 64, 4, 0.5)
     permutation = Permutation.of(routing_map)
     exact = with_gradients(
-        lambda *a: routed_experts(*a, permutation, pick_backend(name, CPU, torch.float32)), leaves, upstream
+        lambda *a: routed_experts(*a, permutation, pick_backend(name, DEVICE, torch.float32)), leaves, upstream
     )
     gates = leaves.pop(1)
     low = [leaf.bfloat16() for leaf in leaves]
     low.insert(1, gates)
     rounded = with_gradients(
-        lambda *a: routed_experts(*a, permutation, pick_backend(name, CPU, torch.float32)), low, upstream.bfloat16()
+        lambda *a: routed_experts(*a, permutation, pick_backend(name, DEVICE, torch.float32)), low, upstream.bfloat16()
     )
     for value, expected in zip(rounded, exact, strict=True):
         assert value.dtype == (torch.float32 if expected.shape == gates.shape else torch.bfloat16)

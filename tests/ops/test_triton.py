@@ -1,4 +1,4 @@
-"""Our kernels in Triton's interpreter, against the loop over tokens; ``make test-gpu`` runs them compiled."""
+"""Our kernels against the loop over tokens: in Triton's interpreter, or compiled where there is a GPU."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from dynmoe.ops.triton.combine import sum_rows
 from dynmoe.ops.triton.routes import build_routes
 from tests import oracles
 from tests.moe.cases import HIDDEN, ROUTERS, run_layer, spread_router, tiny_model
-from tests.ops.test_routed_experts import random_case, with_gradients
+from tests.ops.test_routed_experts import DEVICE, random_case, with_gradients
 
-CPU = torch.device("cpu")
 few = settings(max_examples=8)
 
 
@@ -35,7 +34,7 @@ def test_routes_equal_those_of_pytorch(seed, tokens, experts, density, spare):
 
 
 def test_many_tokens_make_several_tiles_of_the_map():
-    routing_map = torch.rand(3000, 5, generator=torch.Generator().manual_seed(0)) < 0.3
+    routing_map = (torch.rand(3000, 5, generator=torch.Generator().manual_seed(0)) < 0.3).to(DEVICE)
     expected, ours = Permutation.of(routing_map), build_routes(routing_map, int(routing_map.sum()))
     assert torch.equal(ours[0].long(), expected.token_N)
     assert torch.equal(ours[2].long(), expected.row_N)
@@ -51,7 +50,7 @@ def test_output_and_all_gradients_equal_a_loop_over_tokens(seed, tokens, experts
     permutation = Permutation(*build_routes(routing_map, int(routing_map.sum()) + spare))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_backend, "_ROW_TILES", ((0, rows_of_a_tile),))
-        backend = pick_backend("triton", CPU, torch.float32)
+        backend = pick_backend("triton", DEVICE, torch.float32)
         ours = with_gradients(lambda *a: routed_experts(*a, permutation, backend), leaves, upstream)
     oracle = with_gradients(
         lambda x, gates, up, down: oracles.moe_output(x, gates, routing_map, up, down), leaves, upstream
@@ -68,13 +67,13 @@ def test_sizes_that_fill_no_tile_and_more_than_one(dtype):
     routing_map = torch.rand(tokens, experts, generator=generator) < 0.6
     routing_map[:, 1] = False  # an expert without tokens
     shapes = [(tokens, hidden), (experts, 2 * width, hidden), (experts, hidden, width)]
-    x, up, down = (torch.randn(*shape, generator=generator).mul(0.2).to(dtype) for shape in shapes)
-    gates = torch.rand(tokens, experts, generator=generator) * routing_map
-    upstream = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    x, up, down = (torch.randn(*shape, generator=generator).mul(0.2).to(DEVICE, dtype) for shape in shapes)
+    gates = (torch.rand(tokens, experts, generator=generator) * routing_map).to(DEVICE)
+    upstream, routing_map = torch.randn(tokens, hidden, generator=generator).to(DEVICE, dtype), routing_map.to(DEVICE)
     permutation = Permutation.of(routing_map)
     results = [
         with_gradients(
-            lambda *a, n=name: routed_experts(*a, permutation, pick_backend(n, CPU, dtype)),
+            lambda *a, n=name: routed_experts(*a, permutation, pick_backend(n, DEVICE, dtype)),
             [x, gates, up, down],
             upstream,
         )
@@ -99,7 +98,7 @@ def test_rows_beyond_those_in_use_are_never_read():
         permutation = Permutation(*build_routes(routing_map, num_rows + spare))
         for name in ("token_N", "route_N", "row_N"):
             getattr(permutation, name)[num_rows:] = 10**9
-        backend = pick_backend("triton", CPU, torch.float32)
+        backend = pick_backend("triton", DEVICE, torch.float32)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "new_empty", allocate_nan)
             results.append(
@@ -109,9 +108,9 @@ def test_rows_beyond_those_in_use_are_never_read():
 
 
 def test_sums_of_rows_in_parts_of_the_width():
-    routing_map = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)) < 0.5
-    permutation, rows = Permutation.of(routing_map), torch.randn(int(routing_map.sum()), 1500)
-    expected = torch.zeros(6, 1500).index_add_(0, permutation.token_N, rows)
+    routing_map = (torch.rand(6, 4, generator=torch.Generator().manual_seed(0)) < 0.5).to(DEVICE)
+    permutation, rows = Permutation.of(routing_map), torch.randn(int(routing_map.sum()), 1500, device=DEVICE)
+    expected = torch.zeros(6, 1500, device=DEVICE).index_add_(0, permutation.token_N, rows)
     torch.testing.assert_close(sum_rows(rows, permutation.row_N, permutation.token_offsets_T1), expected)
 
 
@@ -121,13 +120,26 @@ def test_the_whole_layer_by_our_kernels(kind):
     for name in ("triton", "grouped_mm"):
         layer = MoELayer(tiny_model(*ROUTERS[kind]), 0, 0, MoEContext(backend=name))
         spread_router(layer)
+        layer.to(DEVICE)
         generator = torch.Generator().manual_seed(0)
-        x, upstream = (torch.randn(24, HIDDEN, generator=generator) for _ in range(2))
+        x, upstream = (torch.randn(24, HIDDEN, generator=generator).to(DEVICE) for _ in range(2))
         results.append(run_layer(layer, x, upstream))
     for name, expected in results[1].items():
         torch.testing.assert_close(results[0][name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_a_bound_of_the_rows_changes_nothing():
+    """With a ceiling that is not reached, in every backend: only our kernels may see rows that are not there."""
+    for name in ("triton", "grouped_mm", "loop"):
+        results = []
+        for limit in ([], ["model.moe.ceiling=3.9"]):
+            layer = MoELayer(tiny_model(*ROUTERS["top_p"], *limit), 0, 0, MoEContext(backend=name)).to(DEVICE)
+            x = torch.randn(24, HIDDEN, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+            results.append(run_layer(layer, x, torch.ones_like(x)))
+        assert all(torch.equal(value, results[1][key]) for key, value in results[0].items()), name
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU runs them")
 def test_no_interpreter_and_no_gpu_is_said():
     import triton
 
@@ -137,6 +149,8 @@ def test_no_interpreter_and_no_gpu_is_said():
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = False
         with pytest.raises(ConfigError, match=r"train\.moe_backend='triton': does not run on cpu; use auto"):
-            pick_backend("triton", CPU, torch.float32)
+            pick_backend("triton", DEVICE, torch.float32)
+    with pytest.raises(ConfigError, match=r"train\.moe_backend='triton': does not run on cpu"):
+        pick_backend("triton", DEVICE, torch.bfloat16)
     with pytest.raises(ConfigError, match=r"train\.moe_backend='cutlass': is not a known backend; use one of auto, "):
-        pick_backend("cutlass", CPU, torch.float32)
+        pick_backend("cutlass", DEVICE, torch.float32)

@@ -73,7 +73,7 @@ class Router(nn.Module):
 
     @property
     def fixed_experts(self) -> int | None:
-        """The most experts that a token can have, where the kind of router fixes it; None where it is dynamic."""
+        """Experts of every token, where the kind of router fixes them; None where they are dynamic."""
         return None
 
     def compared_TE(self, plan: RoutingPlan) -> Tensor:

@@ -26,10 +26,6 @@ class SlotRouter(LogitRouter):
     figure: ClassVar[str] = "router_k"
 
     @property
-    def fixed_experts(self) -> int:
-        return self.settings.k
-
-    @property
     def control(self) -> Tensor:
         return torch.full((), float(self.settings.k), device=self.active_E.device)
 
@@ -42,6 +38,10 @@ class TopKRouter(SlotRouter):
     def __init__(self, model: ModelConfig, num_experts: int, seed: int, name: str, context: MoEContext) -> None:
         super().__init__(model, num_experts, seed, name, context)
         self.register_buffer("bias_E", torch.zeros(num_experts))
+
+    @property
+    def fixed_experts(self) -> int:
+        return self.settings.k
 
     def route(self, x_TD: Tensor) -> RoutingPlan:
         renormalize = self.options.renormalize

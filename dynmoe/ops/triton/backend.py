@@ -1,4 +1,4 @@
-"""Routed experts by our own kernels: five launches forward, nine backward, none of which waits for the device."""
+"""Routed experts by our own kernels: three launches forward, six backward, none of which waits for the device."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dynmoe.ops.backends import Gradients
 from dynmoe.ops.permute import Permutation
 from dynmoe.ops.triton.combine import gate_gradient, sum_rows
 from dynmoe.ops.triton.gemm import Tiles, _activation_gradient_kernel, _rows_kernel, _up_kernel, _weights_kernel
+from dynmoe.ops.triton.routes import build_routes
 
 # By the rows of one expert that are expected: a tile of rows that is mostly empty is work for nothing. Registers and
 # shared memory of an H100 set the sizes; the kernels with two accumulators or an epilogue have narrower tiles.
@@ -19,10 +20,16 @@ _ROW_TILES = ((96, 128), (48, 64), (24, 32), (0, 16))
 _WARPS = {128: 8, 64: 4, 32: 4, 16: 4}
 
 
+# Programs on one multiprocessor: small tiles leave room for several.
+_PROGRAMS_PER_SM = 2
+
+
 @cache
 def _num_programs(device: torch.device) -> int:
-    """As many programs as a GPU runs at a time; few where an interpreter runs one after the other."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """As many programs as a GPU holds at a time; few where an interpreter runs one after the other."""
+    if device.type != "cuda":
+        return 4
+    return _PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def choose_tiles(num_rows: int, num_experts: int, dtype: torch.dtype, fused: bool) -> Tiles:
@@ -50,16 +57,9 @@ class _Launch:
     def __init__(self, permutation: Permutation, like: Tensor) -> None:
         self.num_rows, self.ends_E = permutation.token_N.shape[0], permutation.ends_E
         self.num_experts, self.dtype, self.device = len(self.ends_E), like.dtype, like.device
-        tf32 = torch.backends.cuda.matmul.allow_tf32
-        self.precision = "ieee" if like.dtype == torch.float32 and not tf32 else "tf32"
-        self._rows_E = torch.diff(self.ends_E, prepend=self.ends_E.new_zeros(1))
-        self._tile_ends: dict[int, Tensor] = {}
-
-    def tile_ends_E(self, rows: int) -> Tensor:
-        """Where the tiles of each expert end."""
-        if rows not in self._tile_ends:
-            self._tile_ends[rows] = ((self._rows_E + (rows - 1)) // rows).cumsum(0).to(torch.int32)
-        return self._tile_ends[rows]
+        # As PyTorch's own products: fp32 is fp32 unless the user allows less.
+        full = like.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+        self.precision = "ieee" if full else "tf32"
 
     def grid(self, most_tiles: int) -> tuple[int]:
         return (max(1, min(most_tiles, _num_programs(self.device))),)
@@ -87,6 +87,11 @@ class TritonBackend:
 
     name = "triton"
 
+    def permutation(self, routing_map_TE: Tensor, most_rows: int | None = None) -> Permutation:
+        """Waits for the device where no bound is given."""
+        rows = int(routing_map_TE.sum()) if most_rows is None else most_rows
+        return Permutation(*build_routes(routing_map_TE, rows))
+
     def forward(
         self, x_TD: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, permutation: Permutation
     ) -> tuple[Tensor, Tensor]:
@@ -95,7 +100,7 @@ class TritonBackend:
         tiles = choose_tiles(launch.num_rows, launch.num_experts, x_TD.dtype, fused=True)
         _up_kernel[launch.row_grid(tiles, width)](
             x_TD.contiguous(), permutation.token_N, permutation.route_N, gates_TE.contiguous(), w_up_EHD.contiguous(),
-            h_N2F, a_NF, launch.tile_ends_E(tiles.rows), launch.ends_E, width, hidden, **launch.row_meta(tiles),
+            h_N2F, a_NF, launch.ends_E, width, hidden, **launch.row_meta(tiles),
         )  # fmt: skip
         rows_ND = _rows_product(launch, a_NF, w_down_EDF.transpose(1, 2))
         return sum_rows(rows_ND, permutation.row_N, permutation.token_offsets_T1), h_N2F
@@ -116,7 +121,7 @@ class TritonBackend:
         partial_NP = gates_TE.new_empty(launch.num_rows, triton.cdiv(width, tiles.columns))
         _activation_gradient_kernel[launch.row_grid(tiles, width)](
             grad_TD, permutation.token_N, permutation.route_N, gates_TE.contiguous(), w_down_EDF.contiguous(), h_N2F,
-            a_NF, partial_NP, launch.tile_ends_E(tiles.rows), launch.ends_E, width, hidden, **launch.row_meta(tiles),
+            a_NF, partial_NP, launch.ends_E, width, hidden, **launch.row_meta(tiles),
         )  # fmt: skip
         grad_gates_TE = gate_gradient(partial_NP, permutation.route_N, launch.ends_E, gates_TE)
         token_N, grad_h_N2F = permutation.token_N, h_N2F  # written over
@@ -134,7 +139,7 @@ def _rows_product(launch: _Launch, a_NJ: Tensor, b_EJI: Tensor) -> Tensor:
     out_NI = a_NJ.new_empty(launch.num_rows, width)
     tiles = choose_tiles(launch.num_rows, launch.num_experts, a_NJ.dtype, fused=False)
     _rows_kernel[launch.row_grid(tiles, width)](
-        a_NJ, b_EJI, out_NI, launch.tile_ends_E(tiles.rows), launch.ends_E, width, a_NJ.shape[1], *b_EJI.stride(),
+        a_NJ, b_EJI, out_NI, launch.ends_E, width, a_NJ.shape[1], *b_EJI.stride(),
         **launch.row_meta(tiles),
     )  # fmt: skip
     return out_NI

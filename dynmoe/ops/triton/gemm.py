@@ -24,14 +24,25 @@ class Tiles:
 
 
 @triton.jit
-def _locate(tile, tile_ends_ptr, ends_ptr, E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr):
+def _tile_ends(ends_ptr, E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr):
+    """Where the rows of each expert end and where its tiles of rows do, both in registers."""
+    lane = tl.arange(0, E_PAD)
+    ends = tl.load(ends_ptr + lane, mask=lane < E, other=0)
+    starts = tl.load(ends_ptr + lane - 1, mask=(lane > 0) & (lane < E), other=0)
+    tiles = tl.where(lane < E, (ends - starts + ROWS - 1) // ROWS, 0)
+    return ends, tl.cumsum(tiles, axis=0)
+
+
+@triton.jit
+def _locate(tile, ends, tile_ends, E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr):
     """Expert of a tile of rows, its first row, and where the rows of the expert end."""
     lane = tl.arange(0, E_PAD)
-    tile_ends = tl.load(tile_ends_ptr + lane, mask=lane < E, other=2147483647)
-    expert = tl.sum((tile_ends <= tile).to(tl.int32), axis=0)
-    first_tile = tl.load(tile_ends_ptr + expert - 1, mask=expert > 0, other=0)
-    first_row = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
-    return expert, first_row + (tile - first_tile) * ROWS, tl.load(ends_ptr + expert)
+    expert = tl.sum(((tile_ends <= tile) & (lane < E)).to(tl.int32), axis=0)
+    # Both grow with the expert, so that the largest before it is that of the one before it.
+    first_tile = tl.max(tl.where(lane < expert, tile_ends, 0), axis=0)
+    first_row = tl.max(tl.where(lane < expert, ends, 0), axis=0)
+    end = tl.sum(tl.where(lane == expert, ends, 0), axis=0)
+    return expert, first_row + (tile - first_tile) * ROWS, end
 
 
 @triton.jit
@@ -56,15 +67,16 @@ def _product(
 
 @triton.jit
 def _rows_kernel(
-    a_ptr, b_ptr, out_ptr, tile_ends_ptr, ends_ptr, width, depth, stride_expert, stride_depth, stride_column,
+    a_ptr, b_ptr, out_ptr, ends_ptr, width, depth, stride_expert, stride_depth, stride_column,
     E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[row] = a[row] @ b[expert of row]."""
     num_columns = tl.cdiv(width, COLUMNS)
-    num_tiles = tl.load(tile_ends_ptr + E - 1) * num_columns
+    ends, tile_ends = _tile_ends(ends_ptr, E, E_PAD, ROWS)
+    num_tiles = tl.max(tile_ends, axis=0) * num_columns
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        expert, first, end = _locate(tile // num_columns, tile_ends_ptr, ends_ptr, E, E_PAD, ROWS)
+        expert, first, end = _locate(tile // num_columns, ends, tile_ends, E, E_PAD, ROWS)
         row = first + tl.arange(0, ROWS)
         column = (tile % num_columns) * COLUMNS + tl.arange(0, COLUMNS)
         inside = row < end
@@ -79,16 +91,17 @@ def _rows_kernel(
 
 @triton.jit
 def _up_kernel(
-    x_ptr, token_ptr, route_ptr, gates_ptr, w_ptr, h_ptr, a_ptr, tile_ends_ptr, ends_ptr, width, depth,
+    x_ptr, token_ptr, route_ptr, gates_ptr, w_ptr, h_ptr, a_ptr, ends_ptr, width, depth,
     E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """h[row] = x[token] @ w[expert], both halves, and a[row] = gate * silu(h1) * h2 beside it."""
     dtype = h_ptr.dtype.element_ty
     num_columns = tl.cdiv(width, COLUMNS)
-    num_tiles = tl.load(tile_ends_ptr + E - 1) * num_columns
+    ends, tile_ends = _tile_ends(ends_ptr, E, E_PAD, ROWS)
+    num_tiles = tl.max(tile_ends, axis=0) * num_columns
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        expert, first, end = _locate(tile // num_columns, tile_ends_ptr, ends_ptr, E, E_PAD, ROWS)
+        expert, first, end = _locate(tile // num_columns, ends, tile_ends, E, E_PAD, ROWS)
         row = first + tl.arange(0, ROWS)
         column = (tile % num_columns) * COLUMNS + tl.arange(0, COLUMNS)
         inside = row < end
@@ -121,7 +134,7 @@ def _up_kernel(
 
 @triton.jit
 def _activation_gradient_kernel(
-    grad_ptr, token_ptr, route_ptr, gates_ptr, w_ptr, h_ptr, a_ptr, partial_ptr, tile_ends_ptr, ends_ptr, width, depth,
+    grad_ptr, token_ptr, route_ptr, gates_ptr, w_ptr, h_ptr, a_ptr, partial_ptr, ends_ptr, width, depth,
     E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -129,9 +142,10 @@ def _activation_gradient_kernel(
     of the gate's gradient is left for the sum over tiles."""
     dtype = h_ptr.dtype.element_ty
     num_columns = tl.cdiv(width, COLUMNS)
-    num_tiles = tl.load(tile_ends_ptr + E - 1) * num_columns
+    ends, tile_ends = _tile_ends(ends_ptr, E, E_PAD, ROWS)
+    num_tiles = tl.max(tile_ends, axis=0) * num_columns
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        expert, first, end = _locate(tile // num_columns, tile_ends_ptr, ends_ptr, E, E_PAD, ROWS)
+        expert, first, end = _locate(tile // num_columns, ends, tile_ends, E, E_PAD, ROWS)
         row = first + tl.arange(0, ROWS)
         column = (tile % num_columns) * COLUMNS + tl.arange(0, COLUMNS)
         inside = row < end

@@ -12,7 +12,11 @@ from torch import Tensor
 _TILE_ENTRIES = 4096
 
 
-@triton.jit
+# Numbers that change from step to step: a kernel for each that 16 happens to divide would be compiled in mid-training.
+_CHANGING = ("num_tokens", "num_rows")
+
+
+@triton.jit(do_not_specialize=_CHANGING[:1])
 def _count_kernel(map_ptr, counts_ptr, num_tokens, E: tl.constexpr, E_PAD: tl.constexpr, TOKENS: tl.constexpr):
     """Routes of each expert among the tokens of one tile."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -22,7 +26,7 @@ def _count_kernel(map_ptr, counts_ptr, num_tokens, E: tl.constexpr, E_PAD: tl.co
     tl.store(counts_ptr + tl.program_id(0) * E + expert, tl.sum(routed, axis=0), mask=expert < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANGING)
 def _fill_kernel(
     map_ptr, start_ptr, token_offsets_ptr, token_ptr, route_ptr, row_ptr, num_tokens, num_rows,
     E: tl.constexpr, E_PAD: tl.constexpr, TOKENS: tl.constexpr,
@@ -54,7 +58,8 @@ def build_routes(routing_map_TE: Tensor, num_rows: int) -> tuple[Tensor, Tensor,
     num_tiles = triton.cdiv(num_tokens, tokens)
     sizes = {"E": num_experts, "E_PAD": padded, "TOKENS": tokens}
     counts_BE = torch.empty(num_tiles, num_experts, dtype=torch.int32, device=device)
-    token_N, route_N, row_N = torch.empty(3, num_rows, dtype=torch.int32, device=device).unbind()
+    # One allocation each: their alignment, which kernels are compiled for, must not depend on how many rows there are.
+    token_N, route_N, row_N = (torch.empty(num_rows, dtype=torch.int32, device=device) for _ in range(3))
     map_TE = routing_map_TE.contiguous().view(torch.uint8)
     if num_tiles:
         _count_kernel[(num_tiles,)](map_TE, counts_BE, num_tokens, **sizes)
