@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +14,7 @@ import torch
 from bench import (
     dispatch,
     end_to_end,
+    gpu_layer,
     gpu_smoke,
     growth,
     imbalance,
@@ -27,11 +30,11 @@ from bench.report import Rows, machine, markdown, print_table
 from dynmoe.cli import run_tool
 from dynmoe.errors import UserError
 
-# In the order of docs/performance.md; the last two are longer trainings.
+# In the order of docs/performance.md; the last two are trainings of their own.
 BENCHMARKS: dict[str, ModuleType] = {
     "layer": layer, "dispatch": dispatch, "growth": growth, "imbalance": imbalance, "memory": memory,
     "launches": launches, "wire": wire, "end_to_end": end_to_end, "router": router, "statistics": statistics,
-    "gpu_smoke": gpu_smoke, "routing": routing,
+    "gpu_layer": gpu_layer, "gpu_smoke": gpu_smoke, "routing": routing,
 }  # fmt: skip
 _OF_ALL = [name for name in BENCHMARKS if name not in ("gpu_smoke", "routing")]
 
@@ -46,12 +49,12 @@ def main() -> None:
             sub.add_argument("--plot", type=Path, help="draw the rows there (needs matplotlib)")
         module.add_arguments(sub)
     every = _add(names, "all", "All of them at their defaults, into a page with tables and plots.")
-    every.add_argument("--only", nargs="+", default=_OF_ALL, choices=_OF_ALL)
+    every.add_argument("--only", nargs="*", default=_OF_ALL, choices=_OF_ALL, help="none: the page alone")
     every.add_argument("--page", type=Path, default=Path("docs/performance.md"))
     every.add_argument("--figures", type=Path, default=Path("docs/figures"), help="directory of JSON files and plots")
     given = parser.parse_args()
     if given.name == "all":
-        run_all(given, names)
+        run_all(given)
         return
     module = BENCHMARKS[given.name]
     rows = module.run(given)
@@ -66,32 +69,22 @@ def _add(names: argparse._SubParsersAction, name: str, phrase: str) -> argparse.
     return names.add_parser(name, help=phrase, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
-def run_all(given: argparse.Namespace, names: argparse._SubParsersAction) -> None:
-    """Runs the benchmarks one after the other and writes the sections of the page that they belong to.
+def run_all(given: argparse.Namespace) -> None:
+    """Runs the benchmarks one after the other, each in a process of its own, and writes the page from their JSON files.
 
-    A section is the benchmark's own JSON file made readable: what was run before, on whatever machine, stays until it
-    is run again.
+    What was measured before, on whatever machine, stays on the page until it is measured again.
     """
     _pyplot()  # not to miss it after the first benchmark
     given.figures.mkdir(parents=True, exist_ok=True)
     for name in given.only:
-        module, path = BENCHMARKS[name], given.figures / f"{name}.json"
-        try:
-            rows = module.run(names.choices[name].parse_args([]))
-        except UserError as error:  # no GPU, no corpus: the others can still run
-            print(f"{name}: left out: {error}", flush=True)
-            continue
-        _show(name, module, rows)
-        _write_json(path, rows)
-        if hasattr(module, "plot"):
-            _draw(module, rows, given.figures / f"{name}.png")
-        _write_page(given)  # after each: what follows may fail
-    print(f"{given.page} is written")
-
-
-def _write_page(given: argparse.Namespace) -> None:
+        command = [sys.executable, "-m", "bench", name, "--json", str(given.figures / f"{name}.json")]
+        if hasattr(BENCHMARKS[name], "plot"):
+            command += ["--plot", str(given.figures / f"{name}.png")]
+        if subprocess.run(command, check=False).returncode:
+            print(f"{name}: left out, see above", flush=True)
     sections = [_section(name, given) for name in _OF_ALL if (given.figures / f"{name}.json").exists()]
     given.page.write_text(_HEAD + "\n".join(sections))
+    print(f"{given.page} is written")
 
 
 _HEAD = """# Performance

@@ -27,8 +27,10 @@ from dynmoe.config import Config, load_config
 from dynmoe.data.batches import Batch
 from dynmoe.errors import UserError
 
-_HELD_TOP_P = ["model.router.kind=top_p", "budget.method=pi", "budget.experts_per_token=2"]
-_TOP_2 = ["model.router.kind=top_k", "model.router.k=2"]
+# DeepSpeed's gate makes the gates of a token sum to 1, and so shall ours here: how fast a short run learns hangs on it.
+_HELD_TOP_P = ["model.router.kind=top_p", "model.router.renormalize=true", "budget.method=pi",
+               "budget.experts_per_token=2"]  # fmt: skip
+_TOP_2 = ["model.router.kind=top_k", "model.router.renormalize=true", "model.router.k=2"]
 TrainStep = Callable[[Batch, float], tuple[float, float]]  # loss and experts per token
 METHODS = {
     "deepspeed_top2": ["engine=deepspeed", *_TOP_2],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import torch
@@ -135,6 +136,7 @@ def megatron_layer(plan: RoutingPlan, w_up_EHD: Tensor, w_down_EDF: Tensor) -> n
 
 def same_routing_peers(plan: RoutingPlan, w_up_EHD: Tensor, w_down_EDF: Tensor) -> list[Method]:
     """The layers of others that can be given a plan."""
+    gc.collect()  # theirs refer to themselves: those of the case before would stay, gigabytes of them
     padded = deepspeed_layer(FixedGate(plan), w_up_EHD, w_down_EDF).to(w_up_EHD.device)
     auto_ep = AutoEPLayer(plan, w_up_EHD, w_down_EDF).to(w_up_EHD.device)
     megatron = megatron_layer(plan, w_up_EHD, w_down_EDF)

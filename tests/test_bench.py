@@ -15,7 +15,7 @@ import pytest
 import torch
 from matplotlib import pyplot
 
-from bench import end_to_end, router
+from bench import end_to_end
 from bench.__main__ import main
 from bench.cases import DTYPES, Method, Shape, spread_plan
 from bench.layer import check
@@ -83,6 +83,7 @@ def test_a_method_with_another_output_is_not_timed():
         ("growth", ["--repeats", "1", "--scale", "16"], 2 * 11),
         ("imbalance", [*SMALL, "--width", "16", "--experts", "4", "--imbalances", "1", "2"], 4 * 2),
         ("memory", ["--tokens", "64", "--hidden", "32", "--width", "16", "--experts", "4", "--mean-k", "2"], 2 * 4),
+        ("gpu_layer", ["--shrink", "256", "--dtype", "fp32", "--repeats", "1"], 3 * 2),
         ("router", [*SMALL, "--width", "16", "--experts", "4", "16"], 2 * 2),
     ],
 )
@@ -126,18 +127,20 @@ def test_whole_steps_of_both_engines_and_of_deepspeeds_own_layer(tmp_path, corpu
         assert row["loss_at_end"] == pytest.approx(rows[0]["loss_at_end"], rel=0.2)
 
 
-def test_the_page_holds_every_section_that_was_measured(tmp_path, monkeypatch):
-    rows = [{"dtype": "fp32", "experts": 16, "mean_k": 2.0, "forward": 0.02, "backward": 0.04, "both": 0.031}]
-    monkeypatch.setattr(router, "run", lambda given: rows)
+def test_the_page_holds_what_was_measured_and_what_was_asked_for(tmp_path, monkeypatch):
+    rows = [{"dtype": "fp32", "experts": e, "mean_k": 2.0, "forward": 0.02, "both": 0.031} for e in (16, 64)]
+    document = {"machine": "a machine", "torch": "2.0", "rows": rows}
+    (tmp_path / "router.json").write_text(json.dumps(document))
     page = tmp_path / "performance.md"
-    arguments = ["all", "--only", "router", "launches", "--page", str(page), "--figures", str(tmp_path / "figures")]
-    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    monkeypatch.setattr(sys, "argv", ["bench", "all", "--only", "--page", str(page), "--figures", str(tmp_path)])
     main()
     text = page.read_text()
     assert "## Benchmark 9: the router alone" in text
-    assert "fp32, E 16: share of the layer: 0.031, at most 0.03 asked: missed by 0.001" in text
-    assert torch.__version__ in text
-    assert "Benchmark 6" not in text or torch.cuda.is_available()  # left out without a GPU
+    assert "On: a machine; torch 2.0." in text
+    assert "dtype fp32, mean k 2.000, forward 0.020, both 0.031." in text  # the same in every row
+    assert "| experts |" in text
+    assert "- fp32, E 16: share of the layer: 0.031, at most 0.03 asked: missed by 0.001" in text
+    assert "Benchmark 1" not in text
 
 
 def test_the_smoke_run_compares_both_engines(tmp_path):

@@ -14,12 +14,10 @@ from dynmoe.ops.triton.combine import gate_gradient, sum_rows
 from dynmoe.ops.triton.gemm import Tiles, _activation_gradient_kernel, _rows_kernel, _up_kernel, _weights_kernel
 from dynmoe.ops.triton.routes import build_routes
 
-# By the rows of one expert that are expected: a tile of rows that is mostly empty is work for nothing. Registers and
-# shared memory of an H100 set the sizes; the kernels with two accumulators or an epilogue have narrower tiles.
+# By the rows of one expert that are expected: a tile of rows that is mostly empty is work for nothing. Reckoned with
+# the registers and shared memory of an H100, not yet measured on one: ``python -m bench gpu_layer --tune`` does that.
 _ROW_TILES = ((96, 128), (48, 64), (24, 32), (0, 16))
 _WARPS = {128: 8, 64: 4, 32: 4, 16: 4}
-
-
 # Programs on one multiprocessor: small tiles leave room for several.
 _PROGRAMS_PER_SM = 2
 
@@ -47,7 +45,7 @@ def choose_tiles(num_rows: int, num_experts: int, dtype: torch.dtype, fused: boo
     return Tiles(rows, 64 if fused else 128, 64, _WARPS[rows], 3)
 
 
-def _weight_tiles(dtype: torch.dtype) -> Tiles:
+def weight_tiles(dtype: torch.dtype) -> Tiles:
     return Tiles(64, 64, 32, 4, 2) if dtype == torch.float32 else Tiles(128, 128, 64, 8, 3)
 
 
@@ -149,7 +147,7 @@ def _weights_product(launch: _Launch, a: Tensor, b: Tensor, token_N: Tensor, *, 
     """[E, I, J]: transposed rows of a times rows of b for each expert; one of them has rows, the other tokens."""
     height, width = a.shape[1], b.shape[1]
     out_EIJ = a.new_empty(launch.num_experts, height, width)
-    tiles = _weight_tiles(a.dtype)
+    tiles = weight_tiles(a.dtype)
     most = launch.num_experts * triton.cdiv(height, tiles.rows) * triton.cdiv(width, tiles.columns)
     _weights_kernel[launch.grid(most)](
         a, b, token_N, out_EIJ, launch.ends_E, height, width, GATHER_A=gather_a, GATHER_B=not gather_a,
