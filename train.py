@@ -55,9 +55,10 @@ def train(config: Config) -> None:
         for corpus in corpora if config.data.verify else ():
             corpus.verify()
     engine = make_engine(config, vocab_size)
-    if first and config.model.moe_layers:
-        print(describe_start(config, engine.device))
     try:
+        start = describe_start(config, engine.device)
+        if first:
+            print(start)
         data = PretrainingData(
             corpora, config.data.weights, config.data.sequence_length, config.train.seed, directory.data_index
         )

@@ -105,6 +105,7 @@ def test_plans_have_the_load_that_was_asked_for():
         spread_plan(Shape(tokens=64, experts=8), 2.5, imbalance=8.0)
 
 
+@pytest.mark.slow  # what one layer sends is tested to the byte in tests/moe
 def test_bytes_on_the_wire_are_those_of_one_row_per_token_and_rank(tmp_path):
     small = ["--tokens", "32", "--hidden", "256", "--experts", "4", "--mean-k", "2", "--ranks", "1", "2"]
     rows, said = run_benchmark(tmp_path, "wire", *small)
@@ -115,6 +116,7 @@ def test_bytes_on_the_wire_are_those_of_one_row_per_token_and_rank(tmp_path):
     assert said.count(": reached") == 2
 
 
+@pytest.mark.slow
 def test_whole_steps_of_both_engines_and_of_deepspeeds_own_layer(tmp_path, corpus_dir):
     sizes = ["model.hidden=32", "model.moe.expert_hidden=32", "model.layers=2", "data.sequence_length=32",
              f"data.dirs=[{corpus_dir}]"]  # fmt: skip

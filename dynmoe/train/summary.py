@@ -34,7 +34,13 @@ def write_sample(engine: Engine, tokenizer: Tokenizer, sequence_length: int, num
 
 
 def describe_start(config: Config, device: torch.device) -> str:
-    """What computes the experts: whoever wonders about the speed should see it first."""
+    """What computes, and how: whoever wonders about the speed should see it first.
+
+    Raises:
+        ConfigError: a backend that does not run there.
+    """
+    if not config.model.moe_layers:
+        return f"A dense model, in {config.train.precision} on {device}."
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     backend = pick_backend(config.train.moe_backend, device, dtype)
     return f"Experts are computed in {config.train.precision} on {device} by the {backend.name} backend."

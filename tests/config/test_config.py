@@ -82,6 +82,18 @@ BAD = [
         "model.router.kind=top_any adaptation.interval=10 adaptation.policy=released adaptation.removal_share=0.1",
         ["adaptation.removal_share=0.1", "policy=improved"],
     ),
+    ("model.moe.ceiling=0.5", ["model.moe.ceiling=0.5", "at least 1"]),
+    ("model.moe.at_ceiling=drop", ["model.moe.at_ceiling='drop'", "set model.moe.ceiling"]),
+    ("model.router.kind=top_k model.router.k=3 model.moe.ceiling=2", ["model.moe.ceiling=2.0", "at least the 3"]),
+    (
+        "model.moe.ceiling=2 budget.method=pi budget.experts_per_token=2",
+        ["model.moe.ceiling=2.0", "budget of 2", "leave room"],
+    ),
+    (
+        "model.moe.ceiling=3 budget.method=pi budget.experts_per_token=2 budget.start=4 budget.over_steps=9",
+        ["model.moe.ceiling=3.0", "budget of 4"],
+    ),
+    ("train.moe_backend=cutlass", ["train.moe_backend='cutlass'", "triton, grouped_mm, loop"]),
     ("model.moe.capacity_factor=0", ["model.moe.capacity_factor=0", "above 0"]),
     ("model.moe.expert_hidden=100", ["model.moe.expert_hidden=100", "multiple of 8"]),
     ("model.hidden=100 model.heads=2", ["model.hidden=100", "multiple of 8"]),

@@ -178,8 +178,9 @@ def test_expert_times_data_parallelism_trains_like_one_process(one_rank, four_ra
     assert resumed["losses"] == pytest.approx(alone["losses"][4:], rel=1e-5)
 
 
-def test_a_passed_ceiling_stops_every_rank_before_the_optimizer_and_names_the_knobs(two_ranks):
-    overrides = [*HALF, "parallel.expert=2", "model.router.p=0.9", "model.moe.ceiling=1"]
+@pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
+def test_a_passed_ceiling_stops_every_rank_before_the_optimizer_and_names_the_knobs(two_ranks, engine):
+    overrides = [f"engine={engine}", *HALF, "parallel.expert=2", "model.router.p=0.9", "model.moe.ceiling=1"]
     for message, untouched in two_ranks.run(step_that_fails, overrides):
         assert message.startswith(
             "step 1: tokens want more experts than model.moe.ceiling=1.0 in layer 0 on rank 0, 1; "

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dynmoe.config import OptimizerConfig, ScheduleConfig, load_config
-from dynmoe.errors import UserError
+from dynmoe.errors import ConfigError, UserError
 from dynmoe.model import Decoder
 from dynmoe.moe.adaptation import AdaptationEvent
 from dynmoe.train.checkpoint import CheckpointStore
@@ -17,6 +17,7 @@ from dynmoe.train.optimizer import parameter_groups
 from dynmoe.train.record import RunRecord
 from dynmoe.train.run_directory import RunDirectory
 from dynmoe.train.schedule import learning_rate
+from dynmoe.train.trainer import _refuse_changes
 
 
 def rates(kind: str, steps: int = 20, **options) -> list[float]:
@@ -149,3 +150,11 @@ def test_a_dense_model_reports_no_moe_figures():
 
     config = load_config(None, ["model.moe.experts=0"])
     assert moe_row(StepReport(1.0, 1.0, {}, 0, {}), config) == {}
+
+
+def test_a_ceiling_may_be_another_one_after_a_resume():
+    """It is what the error tells one to change."""
+    saved = dataclasses.asdict(load_config(None, ["model.moe.ceiling=2"]))
+    _refuse_changes(saved, dataclasses.asdict(load_config(None, ["model.moe.ceiling=3", "model.moe.at_ceiling=drop"])))
+    with pytest.raises(ConfigError, match=r"model\.moe\.expert_hidden=64: the run's checkpoint has 512"):
+        _refuse_changes(saved, dataclasses.asdict(load_config(None, ["model.moe.expert_hidden=64"])))

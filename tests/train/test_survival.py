@@ -37,6 +37,9 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     assert (outcome["status"], outcome["step"]) == ("finished", 40)
     for part in ("Validation loss", "token frequencies alone would give", "Experts per token", str(run)):
         assert part in output
+    assert "Experts are computed in fp32 on cpu by the grouped_mm backend." in output
+    # In each of two layers at most: 32 fp32 numbers there and back, both ways, and two routes with their gradients.
+    assert all(0 < row["moe/all_to_all_bytes_per_token"] < 2 * (4 * 32 * 4 + 2 * 12) + 1 for row in rows)
     assert "model:" in (run / "config.yaml").read_text()
 
 
