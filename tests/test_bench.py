@@ -145,6 +145,7 @@ def test_the_page_holds_what_was_measured_and_what_was_asked_for(tmp_path, monke
     assert "Benchmark 1" not in text
 
 
+@pytest.mark.slow
 def test_the_smoke_run_compares_both_engines(tmp_path):
     small = ["--layers", "2", "--hidden", "32", "--heads", "2", "--experts", "4", "--width", "16", "--length", "16"]
     rows, said = run_benchmark(tmp_path, "gpu_smoke", *small, "--steps", "4")

@@ -105,7 +105,7 @@ class MoELayer(nn.Module):
         if most <= ceiling:  # cannot be passed
             return plan, most
         bounded = apply_ceiling(plan, ceiling, self.settings.drop_policy)
-        if self.settings.at_ceiling == "error":
+        if self.settings.at_ceiling == "error" and not self.context.calibrating:
             over = plan.routing_map_TE.sum() > ceiling
             self._over_ceiling = over if self._over_ceiling is None else self._over_ceiling | over
             bounded = dataclasses.replace(bounded, gates_TE=bounded.gates_TE.masked_fill(over, math.nan))
