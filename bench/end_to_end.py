@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import nn
 
 from bench.report import verdict
 from dynmoe.config import Config, load_config
@@ -178,50 +179,19 @@ def _ours(config: Config, vocab_size: int) -> tuple[TrainStep, list[nn.Module]]:
 def _deepspeed_own(config: Config, vocab_size: int) -> tuple[TrainStep, list[nn.Module]]:
     """A step of DeepSpeed with its own MoE layers in our decoder, as its users would set it up."""
     import deepspeed
-    from deepspeed.moe.layer import MoE
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    from bench.peers import SwiGLUExpert
+    from bench.peers import DeepSpeedTop2
     from dynmoe.engines.deepspeed import start_processes
     from dynmoe.model import Decoder
-    from dynmoe.moe.experts import down_std
-    from dynmoe.moe.initialization import named_normal
-    from dynmoe.ops import attach_loss
     from dynmoe.train.optimizer import parameter_groups
 
     device = start_processes()
     torch.manual_seed(config.train.seed)  # the gates: replicas must be equal
 
-    class OwnMoE(nn.Module):
-        """DeepSpeed's layer with our initial experts; its auxiliary loss travels with the output."""
-
-        def __init__(self, model: Any, layer: int, seed: int, context: Any) -> None:
-            super().__init__()
-            moe, std = model.moe, model.init_std
-            expert: nn.Module = SwiGLUExpert(
-                torch.empty(2 * moe.expert_hidden, model.hidden), torch.empty(model.hidden, moe.expert_hidden)
-            )
-            self.moe = MoE(
-                model.hidden, expert, moe.experts, ep_size=config.parallel.expert, k=2, drop_tokens=False,
-                top2_2nd_expert_sampling=False,
-            )  # fmt: skip
-            # DeepSpeed copies the one expert that it is given; ours start as independent draws, and so shall these.
-            own = self.moe.deepspeed_moe.experts.deepspeed_experts
-            first = dist.get_rank() % config.parallel.expert * len(own)
-            with torch.no_grad():
-                for number, expert in enumerate(own, start=first):
-                    for name, parameter in expert.named_parameters():
-                        scale = std if name == "w_up_HD" else down_std(model)
-                        label = f"layers.{layer}.moe.experts.{name[:-3]}.{number}"
-                        parameter.copy_(named_normal(tuple(parameter.shape), scale, seed, label))
-                self.moe.deepspeed_moe.gate.wg.weight.normal_(0.0, std)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y, loss, _ = self.moe(x)
-            return attach_loss(y, loss * config.model.router.loss_coefficients["balance"], 1.0)
-
-    module = Decoder(config.model, vocab_size, config.train.seed, make_moe=OwnMoE)  # type: ignore[arg-type]
-    layers = [child for child in module.modules() if isinstance(child, OwnMoE)]
+    make_moe = partial(DeepSpeedTop2, ranks=config.parallel.expert)
+    module = Decoder(config.model, vocab_size, config.train.seed, make_moe=make_moe)  # type: ignore[arg-type]
+    layers = [child for child in module.modules() if isinstance(child, DeepSpeedTop2)]
     groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(module, config))
     settings = config.optimizer
     adam = torch.optim.AdamW(

@@ -6,6 +6,7 @@ import gc
 import os
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,10 +15,16 @@ if not torch.cuda.is_available():
 
 from deepspeed.moe.ep_experts import GroupedExperts
 from deepspeed.moe.experts import Experts
+from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import MOELayer as DeepSpeedMOELayer
 from deepspeed.moe.sharded_moe import TopKGate
 
 from bench.cases import Method
+from dynmoe.config import ModelConfig
+from dynmoe.moe import MoEContext
+from dynmoe.moe.experts import down_std
+from dynmoe.moe.initialization import named_normal
+from dynmoe.ops import attach_loss
 from dynmoe.routing import RoutingPlan
 
 
@@ -71,6 +78,43 @@ def deepspeed_layer(gate: nn.Module, w_up_EHD: Tensor, w_down_EDF: Tensor) -> De
 def deepspeed_top2_gate(hidden: int, num_experts: int) -> TopKGate:
     """DeepSpeed's own top-2 gate, without drops and without sampling of the second expert."""
     return TopKGate(hidden, num_experts, k=2, drop_tokens=False, top2_2nd_expert_sampling=False)
+
+
+class DeepSpeedTop2(nn.Module):
+    """DeepSpeed's whole MoE layer for our decoder, with our initial experts; its loss travels with the output.
+
+    Args:
+        model: of our configuration.
+        layer: index of the decoder layer.
+        seed: of the experts; the gate is drawn from torch's generator, which replicas must have set alike.
+        context: what our own layers get; not needed.
+        ranks: over which the experts are spread.
+    """
+
+    def __init__(self, model: ModelConfig, layer: int, seed: int, context: MoEContext, *, ranks: int) -> None:
+        super().__init__()
+        moe, std = model.moe, model.init_std
+        self._coefficient = model.router.loss_coefficients["balance"]
+        expert: nn.Module = SwiGLUExpert(
+            torch.empty(2 * moe.expert_hidden, model.hidden), torch.empty(model.hidden, moe.expert_hidden)
+        )
+        self.moe = MoE(
+            model.hidden, expert, moe.experts, ep_size=ranks, k=2, drop_tokens=False, top2_2nd_expert_sampling=False
+        )
+        # DeepSpeed copies the one expert that it is given; ours start as independent draws, and so shall these.
+        own = self.moe.deepspeed_moe.experts.deepspeed_experts
+        first = dist.get_rank() % ranks * len(own)
+        with torch.no_grad():
+            for number, expert in enumerate(own, start=first):
+                for name, parameter in expert.named_parameters():
+                    scale = std if name == "w_up_HD" else down_std(model)
+                    label = f"layers.{layer}.moe.experts.{name[:-3]}.{number}"
+                    parameter.copy_(named_normal(tuple(parameter.shape), scale, seed, label))
+            self.moe.deepspeed_moe.gate.wg.weight.normal_(0.0, std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, loss, _ = self.moe(x)
+        return attach_loss(y, loss * self._coefficient, 1.0)
 
 
 class AutoEPLayer(nn.Module):

@@ -46,15 +46,15 @@ class Permutation:
         tokens_per_expert_E = routing_map_TE.sum(dim=0)
         experts_per_token_T = routing_map_TE.sum(dim=1)
         # Row of (t, e): the rows of the experts before e, and the tokens of e before t.
-        expert_start_E = tokens_per_expert_E.cumsum(0) - tokens_per_expert_E
-        row_TE = routing_map_TE.cumsum(dim=0) - 1 + expert_start_E
+        ends_E = tokens_per_expert_E.cumsum(0)
+        row_TE = routing_map_TE.cumsum(dim=0) - 1 + (ends_E - tokens_per_expert_E)
         token_offsets_T1 = F.pad(experts_per_token_T.cumsum(0), (1, 0))
         return cls(
             token_N=token_N,
             route_N=token_N * num_experts + expert_N,
             row_N=row_TE[routing_map_TE],
             token_offsets_T1=token_offsets_T1,
-            ends_E=tokens_per_expert_E.cumsum(0).to(torch.int32),
+            ends_E=ends_E.to(torch.int32),
         )
 
     @property

@@ -54,7 +54,7 @@ class _Launch:
 
     def __init__(self, permutation: Permutation, like: Tensor) -> None:
         self.num_rows, self.ends_E = permutation.token_N.shape[0], permutation.ends_E
-        self.num_experts, self.dtype, self.device = len(self.ends_E), like.dtype, like.device
+        self.num_experts, self.device = len(self.ends_E), like.device
         # As PyTorch's own products: fp32 is fp32 unless the user allows less.
         full = like.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
         self.precision = "ieee" if full else "tf32"
@@ -150,7 +150,7 @@ def _weights_product(launch: _Launch, a: Tensor, b: Tensor, token_N: Tensor, *, 
     tiles = weight_tiles(a.dtype)
     most = launch.num_experts * triton.cdiv(height, tiles.rows) * triton.cdiv(width, tiles.columns)
     _weights_kernel[launch.grid(most)](
-        a, b, token_N, out_EIJ, launch.ends_E, height, width, GATHER_A=gather_a, GATHER_B=not gather_a,
+        a, b, token_N, out_EIJ, launch.ends_E, height, width, GATHER_A=gather_a,
         **launch.meta(tiles),
     )  # fmt: skip
     return out_EIJ

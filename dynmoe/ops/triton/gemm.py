@@ -24,25 +24,31 @@ class Tiles:
 
 
 @triton.jit
-def _tile_ends(ends_ptr, E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr):
-    """Where the rows of each expert end and where its tiles of rows do, both in registers."""
+def _plan_tiles(ends_ptr, num_columns, E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr):
+    """Where the rows of each expert end and where its tiles of rows do, both in registers; tiles in all."""
     lane = tl.arange(0, E_PAD)
     ends = tl.load(ends_ptr + lane, mask=lane < E, other=0)
     starts = tl.load(ends_ptr + lane - 1, mask=(lane > 0) & (lane < E), other=0)
     tiles = tl.where(lane < E, (ends - starts + ROWS - 1) // ROWS, 0)
-    return ends, tl.cumsum(tiles, axis=0)
+    tile_ends = tl.cumsum(tiles, axis=0)
+    return ends, tile_ends, tl.max(tile_ends, axis=0) * num_columns
 
 
 @triton.jit
-def _locate(tile, ends, tile_ends, E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr):
-    """Expert of a tile of rows, its first row, and where the rows of the expert end."""
+def _locate(
+    tile, num_columns, ends, tile_ends, E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Expert of a tile, its rows and columns, and which of the rows are the expert's."""
+    place = tile // num_columns  # among the tiles of rows
     lane = tl.arange(0, E_PAD)
-    expert = tl.sum(((tile_ends <= tile) & (lane < E)).to(tl.int32), axis=0)
+    expert = tl.sum(((tile_ends <= place) & (lane < E)).to(tl.int32), axis=0)
     # Both grow with the expert, so that the largest before it is that of the one before it.
     first_tile = tl.max(tl.where(lane < expert, tile_ends, 0), axis=0)
     first_row = tl.max(tl.where(lane < expert, ends, 0), axis=0)
     end = tl.sum(tl.where(lane == expert, ends, 0), axis=0)
-    return expert, first_row + (tile - first_tile) * ROWS, end
+    row = first_row + (place - first_tile) * ROWS + tl.arange(0, ROWS)
+    column = (tile % num_columns) * COLUMNS + tl.arange(0, COLUMNS)
+    return expert, row, column, row < end
 
 
 @triton.jit
@@ -73,13 +79,9 @@ def _rows_kernel(
 ):  # fmt: skip
     """out[row] = a[row] @ b[expert of row]."""
     num_columns = tl.cdiv(width, COLUMNS)
-    ends, tile_ends = _tile_ends(ends_ptr, E, E_PAD, ROWS)
-    num_tiles = tl.max(tile_ends, axis=0) * num_columns
+    ends, tile_ends, num_tiles = _plan_tiles(ends_ptr, num_columns, E, E_PAD, ROWS)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        expert, first, end = _locate(tile // num_columns, ends, tile_ends, E, E_PAD, ROWS)
-        row = first + tl.arange(0, ROWS)
-        column = (tile % num_columns) * COLUMNS + tl.arange(0, COLUMNS)
-        inside = row < end
+        expert, row, column, inside = _locate(tile, num_columns, ends, tile_ends, E, E_PAD, ROWS, COLUMNS)
         total = _product(
             a_ptr, row, inside, b_ptr + expert.to(tl.int64) * stride_expert, column, width, depth, stride_depth,
             stride_column, ROWS, COLUMNS, DEPTH, PRECISION,
@@ -98,13 +100,9 @@ def _up_kernel(
     """h[row] = x[token] @ w[expert], both halves, and a[row] = gate * silu(h1) * h2 beside it."""
     dtype = h_ptr.dtype.element_ty
     num_columns = tl.cdiv(width, COLUMNS)
-    ends, tile_ends = _tile_ends(ends_ptr, E, E_PAD, ROWS)
-    num_tiles = tl.max(tile_ends, axis=0) * num_columns
+    ends, tile_ends, num_tiles = _plan_tiles(ends_ptr, num_columns, E, E_PAD, ROWS)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        expert, first, end = _locate(tile // num_columns, ends, tile_ends, E, E_PAD, ROWS)
-        row = first + tl.arange(0, ROWS)
-        column = (tile % num_columns) * COLUMNS + tl.arange(0, COLUMNS)
-        inside = row < end
+        expert, row, column, inside = _locate(tile, num_columns, ends, tile_ends, E, E_PAD, ROWS, COLUMNS)
         token = tl.load(token_ptr + row, mask=inside, other=0)
         gate = tl.load(gates_ptr + tl.load(route_ptr + row, mask=inside, other=0), mask=inside, other=0.0)
         # One walk over x for both halves.
@@ -142,13 +140,9 @@ def _activation_gradient_kernel(
     of the gate's gradient is left for the sum over tiles."""
     dtype = h_ptr.dtype.element_ty
     num_columns = tl.cdiv(width, COLUMNS)
-    ends, tile_ends = _tile_ends(ends_ptr, E, E_PAD, ROWS)
-    num_tiles = tl.max(tile_ends, axis=0) * num_columns
+    ends, tile_ends, num_tiles = _plan_tiles(ends_ptr, num_columns, E, E_PAD, ROWS)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        expert, first, end = _locate(tile // num_columns, ends, tile_ends, E, E_PAD, ROWS)
-        row = first + tl.arange(0, ROWS)
-        column = (tile % num_columns) * COLUMNS + tl.arange(0, COLUMNS)
-        inside = row < end
+        expert, row, column, inside = _locate(tile, num_columns, ends, tile_ends, E, E_PAD, ROWS, COLUMNS)
         token = tl.load(token_ptr + row, mask=inside, other=0)
         gate = tl.load(gates_ptr + tl.load(route_ptr + row, mask=inside, other=0), mask=inside, other=0.0)
         expert_ptr = w_ptr + expert.to(tl.int64) * depth * width
@@ -175,10 +169,11 @@ def _activation_gradient_kernel(
 @triton.jit
 def _weights_kernel(
     a_ptr, b_ptr, token_ptr, out_ptr, ends_ptr, height, width,
-    GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GATHER_A: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[expert] = (rows of a)^T @ (rows of b) over the rows of the expert; 0 where it has none."""
+    """out[expert] = (rows of a)^T @ (rows of b) over the rows of the expert; 0 where it has none. One of the two
+    has tokens in place of rows, which are gathered."""
     num_rows, num_columns = tl.cdiv(height, ROWS), tl.cdiv(width, COLUMNS)
     for tile in range(tl.program_id(0), E * num_rows * num_columns, tl.num_programs(0)):
         expert = tile // (num_rows * num_columns)
@@ -192,7 +187,7 @@ def _weights_kernel(
             inside = row < end
             token = tl.load(token_ptr + row, mask=inside, other=0)
             source_a = (token if GATHER_A else row).to(tl.int64)
-            source_b = (token if GATHER_B else row).to(tl.int64)
+            source_b = (row if GATHER_A else token).to(tl.int64)
             a_ptrs = a_ptr + source_a[:, None] * height + i[None, :]
             a = tl.load(a_ptrs, mask=inside[:, None] & (i[None, :] < height), other=0.0)
             b_ptrs = b_ptr + source_b[:, None] * width + j[None, :]
