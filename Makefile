@@ -3,12 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test lint test-slow test-gpu clean
+.PHONY: quickstart test lint screenshots test-slow test-gpu clean
 
 # Two ranks on the CPU, whatever else the machine has: the same figures everywhere.
 quickstart: $(INSTALLED)
 	$(BIN)/python -m data_prep stdlib --out data/stdlib --validation-fraction 0.05
 	DS_ACCELERATOR=cpu $(BIN)/torchrun --nproc-per-node 2 train.py configs/quickstart.yaml run.name=quickstart
+	$(BIN)/python -m dynmoe.report runs/quickstart
+	$(BIN)/python -m dynmoe.report tokens runs/quickstart
 
 test: lint
 	$(BIN)/python -m pytest
@@ -17,6 +19,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Pictures of the quickstart's pages, for docs/.
+screenshots: $(INSTALLED)
+	$(BIN)/python -m pytest tests/report/test_browser.py -k screenshots --screenshots docs/figures --screenshot-run runs/quickstart
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from dynmoe.cli import run_tool
 from dynmoe.config import Config, describe_fields, load_config
@@ -22,11 +24,14 @@ def parse_arguments() -> tuple[Config, bool]:
     )  # fmt: skip
     parser.add_argument("config", nargs="?", help="YAML file; whatever it leaves out keeps its default")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields, such as model.router.p=0.5")
+    parser.add_argument("--trace", action="store_true", help="write the routing of every step (see docs/statistics.md)")
     parser.add_argument("--print-config", action="store_true", help="print the merged configuration and stop")
     given = parser.parse_intermixed_args()
     path, overrides = given.config, given.overrides
     if path is not None and "=" in path:
         path, overrides = None, [path, *overrides]
+    if given.trace:
+        overrides = ["logging.trace_interval=1", *overrides]
     return load_config(path, overrides), given.print_config
 
 
@@ -62,7 +67,8 @@ def train(config: Config) -> None:
         data = PretrainingData(
             corpora, config.data.weights, config.data.sequence_length, config.train.seed, directory.data_index
         )
-        trainer = Trainer(config, engine, data, directory, vocab_size, partial(make_views, config))
+        views = partial(make_views, config, directory, _pictures)
+        trainer = Trainer(config, engine, data, directory, vocab_size, views)
         result = trainer.run()
         if result.status == "preempted":
             if first:
@@ -74,6 +80,13 @@ def train(config: Config) -> None:
             print(describe(config, trainer.size, result, corpora, text))
     finally:
         dist.destroy_process_group()
+
+
+def _pictures(run: Path) -> dict[str, Any]:
+    """The figures of the report, for a view that shows them; plotly is loaded only there."""
+    from dynmoe.report.pictures import pictures_of_run
+
+    return pictures_of_run(run)
 
 
 def main() -> None:

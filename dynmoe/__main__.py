@@ -11,6 +11,7 @@ from dynmoe.errors import UserError
 VERBS = {
     "compact": "write a run's checkpoint without the experts that adaptation removed",
     "convert": "write a run's checkpoint for the other engine",
+    "report": "write pages about runs: curves and loads, tokens with their experts, a W&B dashboard",
 }
 
 

@@ -24,6 +24,12 @@ settings.load_profile("project")
 _SUMMARY: list[str] = []
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("screenshots", "pictures of the report and the token view (tests/report/test_browser.py)")
+    group.addoption("--screenshots", metavar="DIR", help="folder in which they are kept")
+    group.addoption("--screenshot-run", metavar="RUN", help="run that they show; default: a small one")
+
+
 @pytest.fixture(scope="session")
 def summary() -> list[str]:
     """Lines that are printed after all tests."""
@@ -66,3 +72,14 @@ def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_texts(root / "text", documents=60)
     build(Recipe([str(root / "text")], vocab_size=400, validation_fraction=0.2), root / "prepared", workers=1)
     return root / "prepared"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Directory and output of a finished run of train.py on two ranks; copy it before you change it."""
+    from tests.train.cases import TrainingProcess
+
+    runs = tmp_path_factory.mktemp("undisturbed") / "runs"
+    process = TrainingProcess(corpus_dir, runs, "logging.tensorboard=true")
+    assert process.wait() == 0, process.output()
+    return runs / "tiny", process.output()

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from dynmoe.config.control import AdaptationConfig, BudgetConfig
 from dynmoe.config.fields import Section, check_multiple_of_8, option
+from dynmoe.config.logging import LoggingConfig
 from dynmoe.config.parallel import DeepSpeedConfig, ParallelConfig
 from dynmoe.config.routing import MoEConfig, RouterConfig
 from dynmoe.errors import ConfigError
@@ -205,16 +206,6 @@ class CheckpointConfig(Section):
 
 
 @dataclass
-class LoggingConfig(Section):
-    _section: ClassVar[str] = "logging"
-
-    interval: int = option(10, "steps between rows of metrics.jsonl", at_least=1)
-    wandb: str = option("disabled", "Weights & Biases", choices=("disabled", "offline", "online"))
-    wandb_project: str = option("dynmoe", "W&B project")
-    peak_tflops: Optional[float] = option(None, "peak of one device for train/mfu; null: by GPU name", above=0)
-
-
-@dataclass
 class Config(Section):
     engine: str = option("deepspeed", "what runs the training", choices=("deepspeed", "megatron"))
     run: RunConfig = field(default_factory=RunConfig)
@@ -270,6 +261,7 @@ class Config(Section):
             ConfigError: naming the field that does not.
         """
         self.parallel.check_world(world_size)
+        self.logging.check_installed()
         per_pass = self.train.micro_batch * self.data_parallel(world_size)
         if self.train.global_batch % per_pass:
             cure = f"use a multiple of train.micro_batch x data-parallel ranks ({per_pass})"

@@ -19,13 +19,13 @@ class Tokenizer:
 
     def __init__(self, path: str | Path) -> None:
         try:
-            content = Path(path).read_bytes()
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+            self.content = Path(path).read_bytes()
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=self.content)
         except OSError as error:
             raise UserError(f"tokenizer {path} cannot be read: {error.strerror}; prepare the corpus again") from None
         except RuntimeError:
             raise UserError(f"tokenizer {path} is not a sentencepiece model; prepare the corpus again") from None
-        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.sha256 = hashlib.sha256(self.content).hexdigest()
         self.eod: int = self._model.eos_id()
         self.vocab_size: int = self._model.vocab_size()
         if self.eod < 0:
@@ -36,6 +36,10 @@ class Tokenizer:
 
     def decode(self, tokens: list[int]) -> str:
         return self._model.decode(tokens)
+
+    def piece(self, token: int) -> str:
+        """The piece of text that a token stands for, spaces as such; <0xAB> for a byte of a character."""
+        return self._model.id_to_piece(token).replace("\u2581", " ")
 
     @property
     def unique_identifiers(self) -> dict[str, str]:

@@ -189,6 +189,9 @@ class DeepSpeedEngine:
                 if parameter.grad is not None:
                     yield parameter.grad, copies
 
+    def positions(self, length: int) -> Tensor:
+        return torch.arange(length)
+
     def report(self) -> StepReport:
         recorded, self._recorded = self._recorded, False
         loss, norm = self._lm_loss.item() / self.world_size, self._grad_norm.item()

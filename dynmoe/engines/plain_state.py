@@ -110,7 +110,7 @@ def load(directory: Path, entries: Iterable[Entry], buffers: dict[str, Tensor]) 
     Raises:
         UserError: tensors that are missing, surplus or of another shape, by name.
     """
-    reader = _Reader([directory / _DENSE, *sorted(directory.glob("experts_*.safetensors"))])
+    reader = _reader(directory)
     expected: set[str] = {OPTIMIZER_STEP}
     for own in entries:
         values = {}
@@ -130,6 +130,32 @@ def load(directory: Path, entries: Iterable[Entry], buffers: dict[str, Tensor]) 
     if surplus:
         raise UserError(f"checkpoint {directory}: has tensors that this model lacks, such as {surplus[0]}")
     return int(reader.read(OPTIMIZER_STEP, ()))
+
+
+def load_weights(directory: Path, module: nn.Module, layers: Iterable[MoELayer]) -> None:
+    """Restores parameters (from their fp32 masters) and buffers of a whole model, for use without an optimizer.
+
+    Raises:
+        UserError: tensors that are missing or of another shape, by name.
+    """
+    reader, ranges = _reader(directory), expert_ranges(layers)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            shape = tuple(parameter.shape)
+            if id(parameter) in ranges:
+                held, _ = ranges[id(parameter)]
+                rows = [reader.read(parameter_key(name, MASTER, expert), shape[1:]) for expert in held]
+                parameter.copy_(torch.stack(rows))
+            else:
+                parameter.copy_(reader.read(parameter_key(name, MASTER), shape))
+        for name, buffer in module.named_buffers():
+            buffer.copy_(reader.read(buffer_key(name), tuple(buffer.shape)))
+
+
+def read_shape(directory: Path, name: str) -> tuple[int, ...]:
+    """Shape of a parameter that all ranks share, by its name in the plain model."""
+    with safe_open(directory / _DENSE, framework="pt") as file:
+        return tuple(file.get_slice(parameter_key(name, MASTER)).get_shape())
 
 
 def read_tensor(directory: Path, key: str) -> Tensor:
@@ -156,3 +182,7 @@ class _Reader:
         if tuple(tensor.shape) != shape:
             raise UserError(f"checkpoint: tensor {name} has shape {tuple(tensor.shape)}, this model wants {shape}")
         return tensor
+
+
+def _reader(directory: Path) -> _Reader:
+    return _Reader([directory / _DENSE, *sorted(directory.glob("experts_*.safetensors"))])

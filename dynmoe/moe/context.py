@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from dynmoe.moe.observation import Wanted
+from dynmoe.moe.trace import RoutingTrace
 
 
 @dataclass
@@ -24,6 +25,7 @@ class MoEContext:
             gradients it adds up instead of averaging them.
         micro_batch: number of the forward pass within the optimizer step.
         recording: statistics are collected in this step.
+        trace: collects the routing of this step; None where it is not traced.
         observing: what is collected in this step for budget control and adaptation; None for nothing.
         calibrating: threshold routers set their thresholds from the scores of this pass.
         target_experts: experts per token wanted at present; the relu router's penalty is relative to it.
@@ -38,6 +40,7 @@ class MoEContext:
     loss_scale: float = 1.0
     micro_batch: int = 0
     recording: bool = False
+    trace: RoutingTrace | None = None
     observing: Wanted | None = None
     calibrating: bool = False
     target_experts: float = 1.0

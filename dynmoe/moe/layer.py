@@ -120,6 +120,8 @@ class MoELayer(nn.Module):
         self._routed_rows = num_rows.long() if self._routed_rows is None else self._routed_rows + num_rows
         if context.recording:
             self._statistics.append(record(plan, losses, total, self.router.control, self.router.active_E))
+        if context.trace is not None:
+            context.trace.add(self.layer, context.micro_batch, plan)
         if context.observing is not None:
             seen = observe(self.router, plan, x_TD, context.observing)
             self._observed = seen if self._observed is None else self._observed + seen

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dynmoe.config import ModelConfig
+from dynmoe.config.routing import KINDS
 from dynmoe.moe.routers import ROUTERS
 from dynmoe.routing import RoutingPlan
 from dynmoe.routing.statistics import LayerCounts, pack, packed_size, summarize
@@ -14,12 +17,14 @@ from dynmoe.routing.statistics import LayerCounts, pack, packed_size, summarize
 def _per_pass_names(model: ModelConfig) -> list[str]:
     """Entries whose mean over forward passes and ranks is meant; the others are sums."""
     control = ROUTERS[model.router.kind].figure
-    return [*(f"{name}_loss" for name in model.router.loss_names), "auxiliary_loss", control, "active_experts"]
+    # The z-loss is a mean over tokens whatever its coefficient, and is taken from the counts.
+    return [*(f"{name}_loss" for name in model.router.loss_names if name != "z"), "auxiliary_loss", control]
 
 
 def vector_size(model: ModelConfig, layer: int) -> int:
     """Entries of the vector of MoE layer ``layer``."""
-    return 1 + len(_per_pass_names(model)) + packed_size(model.experts_of(layer))
+    num_experts = model.experts_of(layer)
+    return 1 + len(_per_pass_names(model)) + num_experts + packed_size(num_experts)
 
 
 @torch.no_grad()
@@ -36,18 +41,43 @@ def record(
         active_E: mask of the experts in use.
     """
     auxiliary = torch.zeros_like(control) if total is None else total.detach()
-    values = [torch.ones_like(control), *(loss.detach() for loss in losses.values()), auxiliary, control]
-    values.append(active_E.sum())
-    return torch.cat([torch.stack([value.double() for value in values]), pack(plan)])
+    own = [loss.detach() for name, loss in losses.items() if name != "z"]
+    values = torch.stack([value.double() for value in (torch.ones_like(control), *own, auxiliary, control)])
+    return torch.cat([values, active_E.double(), pack(plan)])
 
 
-def layer_figures(vector: Tensor, model: ModelConfig, layer: int, expert_parallel: int) -> dict[str, float]:
-    """Figures of MoE layer ``layer``, under the names of the metrics file, from its vector over passes and ranks."""
-    names = _per_pass_names(model)
-    means = dict(zip(names, (vector[1 : 1 + len(names)] / vector[0]).tolist(), strict=True))
-    num_experts, router = model.experts_of(layer), model.router
-    counts = LayerCounts(vector[1 + len(names) :], num_experts)
-    ceiling = min(
-        router.k if router.kind in ("top_k", "null_experts") else router.max_experts or num_experts, num_experts
-    )
-    return means | summarize(counts, round(means["active_experts"]), ceiling, expert_parallel)
+class LayerStatistics:
+    """What the vector of MoE layer ``layer``, summed over passes and ranks, says of it.
+
+    Args:
+        vector: of :func:`record`.
+        model: of the run.
+        layer: index in the decoder.
+    """
+
+    def __init__(self, vector: Tensor, model: ModelConfig, layer: int) -> None:
+        names, num_experts, router = _per_pass_names(model), model.experts_of(layer), model.router
+        passes, means, active_E, counts = vector.split(
+            [1, len(names), num_experts, len(vector) - 1 - len(names) - num_experts]
+        )
+        self._means = dict(zip(names, (means / passes).tolist(), strict=True))
+        self._active_E = (active_E / passes).round().long()  # the same in every pass of a step
+        self._counts = LayerCounts(counts, num_experts)
+        fixed = router.k if router.kind in ("top_k", "null_experts") else router.max_experts
+        self._ceiling = min(fixed or num_experts, num_experts)
+        self._has_logits = "z_loss" in KINDS[router.kind].fields
+
+    def figures(self, expert_parallel: int) -> dict[str, float]:
+        """Figures under the names of the metrics file; ``expert_parallel`` ranks share the experts."""
+        counts = self._counts
+        z = {"z_loss": counts.scalar("z") / counts.scalar("tokens")} if self._has_logits else {}
+        return self._means | z | summarize(counts, int(self._active_E.sum()), self._ceiling, expert_parallel)
+
+    def histograms(self) -> dict[str, Any]:
+        """Tokens by their number of experts (0 to E), tokens by expert, and which experts are in use: lists of int."""
+        counts = self._counts
+        return {
+            "experts_per_token": counts.histogram_K.long().tolist(),
+            "load": counts.load_E.long().tolist(),
+            "active": self._active_E.tolist(),
+        }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dynmoe.routing.plan import RoutingPlan
 
-_SCALARS = ("tokens", "unselected_tokens", "all_dropped_tokens", "selected_routes", "entropy", "margin")
+_SCALARS = ("tokens", "unselected_tokens", "all_dropped_tokens", "selected_routes", "entropy", "margin", "z")
 QUANTILES = (5, 50, 95)
 
 
@@ -31,16 +31,20 @@ def pack(plan: RoutingPlan) -> Tensor:
     selected_T = plan.selected_map_TE.sum(dim=1)
     share_TE = scores_TE / scores_TE.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     best_T2 = scores_TE.topk(min(2, num_experts), dim=1).values
+    logits_TE = plan.logits_TE
+    zero = torch.zeros((), device=scores_TE.device)
     scalars = [
-        torch.tensor(num_tokens, device=scores_TE.device),
+        torch.full((), num_tokens, device=scores_TE.device),
         (selected_T == 0).sum(),
         ((selected_T > 0) & (experts_T == 0)).sum(),
         selected_T.sum(),
         -torch.special.xlogy(share_TE, share_TE).sum(),
         (best_T2[:, 0] - best_T2[:, -1]).sum(),
+        zero if logits_TE is None else logits_TE.detach().logsumexp(dim=1).square().sum(),
     ]
-    histogram = torch.bincount(experts_T, minlength=num_experts + 1)
-    return torch.cat([torch.stack([value.double() for value in scalars]), histogram, plan.tokens_per_expert_E])
+    # Not bincount, for which the host waits.
+    histogram_K = (experts_T[:, None] == torch.arange(num_experts + 1, device=scores_TE.device)).sum(dim=0)
+    return torch.cat([torch.stack([value.double() for value in scalars]), histogram_K, plan.tokens_per_expert_E])
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def summarize(counts: LayerCounts, active_experts: int, ceiling: int, expert_par
 
     Args:
         counts: sums over all ranks and micro-batches of a step.
-        active_experts: experts that are not masked off.
+        active_experts: number of experts that are not masked off.
         ceiling: the most experts that a token may use.
         expert_parallel: ranks over which the experts are spread, in equal consecutive blocks.
     """

@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dynmoe.config import Config
-from dynmoe.data.corpus import sha256_of
+from dynmoe.data.corpus import TOKENIZER, sha256_of
 from dynmoe.errors import UserError
 
 _MANIFEST = "manifest.json"
@@ -31,7 +31,7 @@ _COMPLETE = re.compile(r"step_\d{8}")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint."""
+    """A complete checkpoint; verified where it is to be read."""
 
     path: Path
     step: int
@@ -50,11 +50,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces ``path`` so that a reader, also after a crash, sees the old text or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces ``path`` so that a reader, also after a crash, sees the old content or the new one."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with temporary.open("w") as stream:
-        stream.write(text)
+    with temporary.open("wb") as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.rename(path)
@@ -112,6 +112,11 @@ def _commit(building: Path, final: Path, manifest: dict[str, Any]) -> None:
         raise OSError(f"{final}: {problem} right after it was written; older checkpoints are kept")
 
 
+def newest_complete(root: Path) -> Checkpoint | None:
+    """The newest complete checkpoint in ``root``, by its name alone: to be referred to, not to be read."""
+    return next((Checkpoint(path, _step_of(path)) for path in _complete(root)), None)
+
+
 def newest_sound(root: Path) -> Checkpoint:
     """The newest undamaged checkpoint in ``root``, which is left as it is; for tools, outside a process group.
 
@@ -149,6 +154,9 @@ def write_run(source: Checkpoint, config: Config, output: Path, write: Callable[
         files = sorted(path for path in unfinished.rglob("*") if path.is_file())
         _commit(unfinished, checkpoint, {"step": source.step, **facts, "files": _hashes(files, unfinished)})
         write_atomically(building / "config.yaml", config.to_yaml())
+        tokenizer = source.path.parents[1] / TOKENIZER
+        if tokenizer.exists():
+            write_atomically(building / TOKENIZER, tokenizer.read_bytes())
         building.rename(output)
     except BaseException:
         shutil.rmtree(building)

@@ -6,9 +6,23 @@ import time
 
 from rich.console import Console
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
+from dynmoe.train.health import layers_of
 from dynmoe.train.metrics import Row
+
+# Columns of the table of the layers: heading, name among the metrics, format.
+_COLUMNS = (
+    ("experts/token", "experts_per_token_mean", "{:.2f}"),
+    ("p5", "experts_per_token_p5", "{:.0f}"),
+    ("p50", "experts_per_token_p50", "{:.0f}"),
+    ("p95", "experts_per_token_p95", "{:.0f}"),
+    ("in use", "active_experts", "{:.0f}"),
+    ("dead", "dead_experts", "{:.0f}"),
+    ("dropped", "dropped_routes_frac", "{:.1%}"),
+    ("max/mean load", "load_max_over_mean", "{:.2f}"),
+)
 
 
 def _duration(seconds: float) -> str:
@@ -17,8 +31,8 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-class ProgressLine:
-    """One line that is kept up to date on a terminal; a line per row where the output is none."""
+class RunConsole:
+    """One line that is kept up to date on a terminal, a line per row where the output is none; tables and warnings."""
 
     def __init__(self, steps: int, first_step: int) -> None:
         self._steps, self._first = steps, first_step
@@ -41,6 +55,23 @@ class ProgressLine:
             self._console.print(text)
         else:
             self._live.update(text, refresh=True)
+
+    def show_layers(self, row: Row, step: int) -> None:
+        """A table of the layers; nothing for a dense model."""
+        layers = layers_of(row)
+        if not layers:
+            return
+        table = Table(title=f"step {step}", title_justify="left", box=None, pad_edge=False)
+        table.add_column("layer", justify="right")
+        for heading, *_ in _COLUMNS:
+            table.add_column(heading, justify="right")
+        for layer in layers:
+            cells = (form.format(row[f"moe/layer_{layer:02d}/{name}"]) for _, name, form in _COLUMNS)
+            table.add_row(str(layer), *cells)
+        self._console.print(table)
+
+    def warn(self, text: str, step: int) -> None:
+        self._console.print(Text(f"warning: step {step}: {text}", style="yellow"))
 
     def close(self) -> None:
         if self._live is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dynmoe.data.batches import Batch
+from dynmoe.moe import MoEContext
 from dynmoe.moe.adaptation import AdaptationEvent
 
 
@@ -35,8 +36,12 @@ class StepReport:
 
 
 class Engine(Protocol):
-    """A model, its optimizer and its process groups. Every method is collective unless it says otherwise."""
+    """A model, its optimizer and its process groups. Every method is collective unless it says otherwise.
 
+    ``context`` is what all MoE layers of this rank share; ``data_rank`` of ``data_size`` says which sequences it reads.
+    """
+
+    context: MoEContext
     device: torch.device
     rank: int
     world_size: int
@@ -48,6 +53,9 @@ class Engine(Protocol):
 
         Returns the experts that came and went after it, the same list on every rank.
         """
+
+    def positions(self, length: int) -> Tensor:
+        """Positions of a sequence of ``length`` tokens that this rank's layers compute, in their order; local."""
 
     def report(self) -> StepReport:
         """Reduces the figures of the latest step over all ranks, in one collective."""

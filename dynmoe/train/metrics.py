@@ -1,29 +1,38 @@
-"""The rows of metrics.jsonl, which is the truth, and what a view of them is."""
+"""The rows of metrics.jsonl and histograms.jsonl, which are the truth, and what a view of them is."""
 
 from __future__ import annotations
 
 import resource
-from typing import Protocol
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from dynmoe.config import Config
 from dynmoe.model.size import ModelSize
-from dynmoe.moe.statistics import layer_figures
+from dynmoe.moe.budget import Budget
+from dynmoe.moe.statistics import LayerStatistics
 from dynmoe.train.engine import StepReport
 
 # Dense bf16 peaks of one device in TFLOP/s, by a part of its name, from the makers' data sheets.
 _PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.4, "H200": 989.4, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
 
 Row = dict[str, float]
+# Of a step: "train/step", and under "layers" what LayerStatistics.histograms gives, by the layer's index as text.
+Histograms = dict[str, Any]
+# Draws the figures of a run directory, by name (plotly's); the report does.
+Pictures = Callable[[Path], dict[str, Any]]
 
 
 class View(Protocol):
-    """Something that shows rows elsewhere (W&B)."""
+    """Something that shows rows elsewhere (W&B, TensorBoard)."""
 
-    def log(self, row: Row) -> None: ...
+    def log(self, row: Row, histograms: Histograms | None) -> None:
+        """A row, on some steps with histograms."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """The last call: of this start of the run nothing more will come."""
 
 
 def peak_tflops(given: float | None) -> float | None:
@@ -41,15 +50,26 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
 
 
-def moe_row(report: StepReport, config: Config) -> Row:
-    """Figures of every MoE layer, and their mean over layers without the layer in the name."""
+def moe_row(report: StepReport, config: Config, step: int) -> Row:
+    """Figures of every MoE layer after optimizer step ``step``, and their mean over layers without a layer's name."""
     figures = {
-        layer: layer_figures(vector, config.model, layer, config.parallel.expert)
+        layer: LayerStatistics(vector, config.model, layer).figures(config.parallel.expert)
         for layer, vector in report.statistics.items()
     }
     row = {f"moe/layer_{layer:02d}/{name}": value for layer, own in figures.items() for name, value in own.items()}
     names = next(iter(figures.values()), {})
-    return {f"moe/{name}": sum(own[name] for own in figures.values()) / len(figures) for name in names} | row
+    means = {f"moe/{name}": sum(own[name] for own in figures.values()) / len(figures) for name in names}
+    target = Budget(config.budget).target(step - 1)
+    return means | ({} if target is None or not figures else {"moe/experts_per_token_target": target}) | row
+
+
+def histograms(report: StepReport, config: Config, step: int) -> Histograms:
+    """The entry of optimizer step ``step`` in histograms.jsonl."""
+    layers = {
+        str(layer): LayerStatistics(vector, config.model, layer).histograms()
+        for layer, vector in report.statistics.items()
+    }
+    return {"train/step": step, "layers": layers}
 
 
 def throughput_row(

@@ -5,45 +5,61 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from dynmoe.config import Config
 from dynmoe.moe.adaptation import AdaptationEvent
-from dynmoe.train.console import ProgressLine
-from dynmoe.train.metrics import Row, View
+from dynmoe.train.console import RunConsole
+from dynmoe.train.health import new_troubles
+from dynmoe.train.metrics import Histograms, Row, View
 from dynmoe.train.run_directory import RunDirectory
 from dynmoe.train.step_log import StepLog
+from dynmoe.train.traces import cut_traces
 
 
 class RunRecord:
-    """``metrics.jsonl`` and its views, ``events.jsonl`` (experts that came and went), and the line on the terminal.
+    """``metrics.jsonl``, ``histograms.jsonl`` and their views, ``events.jsonl`` (experts that came and went), console.
+
+    Whatever an earlier start wrote beyond ``first_step`` is cut off.
 
     Args:
+        config: of the run.
         directory: of the run.
         first_step: the step that the run goes on from.
-        steps: of the whole run.
         views: shown the rows of the metrics.
     """
 
-    def __init__(self, directory: RunDirectory, first_step: int, steps: int, views: Sequence[View]) -> None:
+    def __init__(self, config: Config, directory: RunDirectory, first_step: int, views: Sequence[View]) -> None:
+        self._logging = config.logging
         self._metrics = StepLog(directory.metrics, "train/step", first_step)
+        self._histograms = StepLog(directory.histograms, "train/step", first_step)
         self._events = StepLog(directory.events, "step", first_step)
-        self._views, self._line = views, ProgressLine(steps, first_step)
+        cut_traces(directory.traces, first_step)
+        self._views, self._console = views, RunConsole(config.train.steps, first_step)
 
     @property
     def last_row(self) -> Row:
         return self._metrics.last
 
-    def add_row(self, row: Row) -> None:
+    def add_row(self, row: Row, histograms: Histograms | None) -> None:
+        """A row, on some steps with histograms: written first, then shown."""
+        before, step = self.last_row, int(row["train/step"])
         self._metrics.append(row)
+        if histograms is not None:
+            self._histograms.append(histograms)
         for view in self._views:
-            view.log(row)
-        self._line.show(row, int(row["train/step"]))
+            view.log(row, histograms)
+        self._console.show(row, step)
+        if self._logging.shows_table(step):
+            self._console.show_layers(row, step)
+        for text in new_troubles(before, row, self._logging):
+            self._console.warn(text, step)
 
     def add_events(self, events: Sequence[AdaptationEvent]) -> None:
         for event in events:
             self._events.append(dataclasses.asdict(event))
 
     def close(self) -> None:
-        self._line.close()
-        self._metrics.close()
-        self._events.close()
+        self._console.close()
+        for log in (self._metrics, self._histograms, self._events):
+            log.close()
         for view in self._views:
             view.close()

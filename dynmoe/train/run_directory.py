@@ -1,4 +1,4 @@
-"""The directory of a run: configuration, metrics, outcome, checkpoints."""
+"""The directory of a run: configuration, tokenizer, metrics, traces, outcome, checkpoints."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
+from dynmoe.data.corpus import TOKENIZER
 from dynmoe.errors import UserError
 from dynmoe.train.checkpoint import write_atomically
 
@@ -21,11 +22,15 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.config = path / "config.yaml"
+        self.tokenizer = path / TOKENIZER
         self.metrics = path / "metrics.jsonl"
+        self.histograms = path / "histograms.jsonl"
         self.events = path / "events.jsonl"
+        self.traces = path / "traces"
         self.checkpoints = path / "checkpoints"
         self.data_index = path / "data_index"
-        self._outcome = path / "outcome.json"
+        self.outcome = path / "outcome.json"
         self._lock: TextIO | None = None
 
     def claim(self) -> None:
@@ -48,13 +53,17 @@ class RunDirectory:
             ) from None
         shutil.rmtree(self.data_index, ignore_errors=True)
 
-    def begin(self, config_yaml: str) -> None:
-        """Keeps the configuration, and forgets how an earlier start ended: from here on only this one counts."""
-        write_atomically(self.path / "config.yaml", config_yaml)
-        self._outcome.unlink(missing_ok=True)
+    def begin(self, config_yaml: str, tokenizer: bytes) -> None:
+        """Keeps the configuration and the tokenizer, and forgets how an earlier start ended: only this one counts.
+
+        With them a run can be looked at wherever its directory lies.
+        """
+        write_atomically(self.config, config_yaml)
+        write_atomically(self.tokenizer, tokenizer)
+        self.outcome.unlink(missing_ok=True)
 
     def write_outcome(self, status: str, step: int, **facts: Any) -> None:
         """``status``: finished or preempted, by the first rank; failed, by the first rank that fails."""
-        if status == "failed" and self._outcome.exists():
+        if status == "failed" and self.outcome.exists():
             return  # the others fail because one did
-        write_atomically(self._outcome, json.dumps({"status": status, "step": step, **facts}, indent=1) + "\n")
+        write_atomically(self.outcome, json.dumps({"status": status, "step": step, **facts}, indent=1) + "\n")

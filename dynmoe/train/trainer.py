@@ -14,37 +14,43 @@ import torch
 import torch.distributed as dist
 
 from dynmoe.config import Config
-from dynmoe.data.batches import Batch, PretrainingData
+from dynmoe.data.batches import PretrainingData
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.model.size import ModelSize
+from dynmoe.moe.adaptation import AdaptationEvent
+from dynmoe.moe.trace import RoutingTrace
 from dynmoe.train.checkpoint import CheckpointStore
 from dynmoe.train.engine import Engine, StepReport
 from dynmoe.train.metrics import (
     Row,
     View,
+    histograms,
     moe_row,
     peak_memory_gib,
     peak_tflops,
     throughput_row,
 )
 from dynmoe.train.record import RunRecord
+from dynmoe.train.resume import refuse_changes
 from dynmoe.train.run_directory import RunDirectory
 from dynmoe.train.schedule import learning_rate
-
-# A resumed run may differ from its checkpoint in everything but the latter.
-_FREE = ("model.moe.ceiling", "model.moe.at_ceiling")
-_FIXED = ("model", "data.weights", "data.sequence_length", "train.seed")
+from dynmoe.train.traces import write_trace
 
 
 @dataclass
 class Progress:
-    """How far a run has come; part of every checkpoint."""
+    """How far a run has come; part of every checkpoint.
+
+    ``wall_clock_s`` is what its steps, evaluations and checkpoints took, over all starts; what a kill lost and the
+    time between starts are not in it.
+    """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     routed_rows: dict[str, int] = field(default_factory=dict)
     wandb_id: str | None = None
+    wall_clock_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,8 @@ class Trainer:
         data: training and validation samples.
         directory: of the run; claimed by the first rank.
         vocab_size: rows of the model's embedding.
-        make_views: makes the views of the metrics on the first rank, given the W&B id of an earlier start.
+        make_views: makes the views of the metrics on the first rank, given the W&B id of an earlier start and the step
+            that this one goes on from.
     """
 
     def __init__(
@@ -75,7 +82,7 @@ class Trainer:
         data: PretrainingData,
         directory: RunDirectory,
         vocab_size: int,
-        make_views: Callable[[str | None], tuple[list[View], str | None]],
+        make_views: Callable[[str | None, int], tuple[list[View], str | None]],
     ) -> None:
         self.config, self.engine, self.data, self.directory = config, engine, data, directory
         self.size = ModelSize(config.model, vocab_size, config.data.sequence_length)
@@ -84,6 +91,7 @@ class Trainer:
         self._make_views = make_views
         self._peak = peak_tflops(config.logging.peak_tflops)
         self._terminated = False
+        self._clock = time.perf_counter()
         self._start_interval()
 
     def run(self) -> Result:
@@ -94,6 +102,7 @@ class Trainer:
         record = self._begin()
         row: Row = {} if record is None else record.last_row
         previous = signal.signal(signal.SIGTERM, self._note_termination)
+        self._clock = time.perf_counter()
         self._start_interval()
         try:
             while self.progress.step < train.steps:
@@ -121,7 +130,7 @@ class Trainer:
         evaluates = step == config.train.steps or (config.eval.interval and step % config.eval.interval == 0)
         logs = bool(evaluates) or step % config.logging.interval == 0
         lr = learning_rate(step, config.train.steps, config.optimizer, config.schedule)
-        events = self.engine.train_step(self._next_batches(), lr, record=logs)
+        events = self._train_step(step, lr, record=logs)
         if record is not None:
             record.add_events(events)
         progress.step = step
@@ -137,9 +146,23 @@ class Trainer:
             loss = self.evaluate()
             row |= {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
         if record is not None:
-            record.add_row(row)
+            draws = config.logging.draws_histograms(step) or step == config.train.steps
+            record.add_row(row, histograms(report, config, step) if draws else None)
         self._start_interval()
         return row
+
+    def _train_step(self, step: int, lr: float, record: bool) -> list[AdaptationEvent]:
+        """The step itself, and its trace where one is due."""
+        samples = self._next_samples()
+        batches = [self.data.train_batch(numbers) for numbers in samples]
+        if not self.config.logging.traces(step):
+            return self.engine.train_step(batches, lr, record)
+        trace = self.engine.context.trace = RoutingTrace()
+        events = self.engine.train_step(batches, lr, record)
+        self.engine.context.trace = None
+        positions_P = self.engine.positions(self.config.data.sequence_length)
+        write_trace(self.directory.traces, step, self.engine.rank, trace, samples, batches, positions_P)
+        return events
 
     def _start_interval(self) -> None:
         """Throughput is taken from here on; evaluations and saves are not part of it."""
@@ -147,6 +170,13 @@ class Trainer:
         self._interval_tokens = 0
         self._interval_rows: dict[int, int] = {}
         self._interval_bytes = 0
+
+    def _read_clock(self) -> float:
+        """Adds the time since the last reading to the run's, which it returns."""
+        now = time.perf_counter()
+        self.progress.wall_clock_s += now - self._clock
+        self._clock = now
+        return self.progress.wall_clock_s
 
     def _account(self) -> StepReport:
         """Adds the rows computed since the last report to the run's total."""
@@ -159,7 +189,7 @@ class Trainer:
 
     def _row(self, report: StepReport, lr: float, seconds: float) -> Row:
         progress = self.progress
-        moe = moe_row(report, self.config)
+        moe = moe_row(report, self.config, progress.step)
         steps = self._interval_tokens // self.config.tokens_per_step
         router = self.config.model.router
         spread = self.config.parallel.expert > 1
@@ -172,6 +202,7 @@ class Trainer:
             "train/learning_rate": lr,
             "train/tokens": progress.tokens,
             "train/step_time_s": seconds / steps,
+            "train/wall_clock_s": self._read_clock(),
             "train/cumulative_flops": self.size.flops(progress.tokens, total_rows),
             "memory/peak_gib": peak_memory_gib(),
             **throughput_row(
@@ -181,12 +212,12 @@ class Trainer:
             **({"moe/all_to_all_bytes_per_token": self._interval_bytes / self._interval_tokens} if spread else {}),
         }
 
-    def _next_batches(self) -> list[Batch]:
-        """The micro-batches of this rank: consecutive samples go round the ranks, then to the next micro-batch."""
+    def _next_samples(self) -> list[range]:
+        """Of each micro-batch of this rank its samples: consecutive ones go round the ranks, then to the next pass."""
         train, engine, first = self.config.train, self.engine, self.progress.samples
         self.data.prepare(first, train.global_batch)
         starts = range(first + engine.data_rank * train.micro_batch, first + train.global_batch, self._per_pass)
-        return [self.data.train_batch(range(start, start + train.micro_batch)) for start in starts]
+        return [range(start, start + train.micro_batch) for start in starts]
 
     def evaluate(self) -> float:
         """Mean loss over the first validation samples: as many as ``eval.batches`` asks for, or as there are.
@@ -218,6 +249,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._account()
+        self._read_clock()
         data, config = [corpus.fingerprint for corpus in self.data.corpora], dataclasses.asdict(self.config)
         state = {"progress": dataclasses.asdict(self.progress), "config": config, "data": data}
         facts = {
@@ -235,7 +267,7 @@ class Trainer:
         if checkpoint is None:
             return
         state = checkpoint.trainer_state
-        _refuse_changes(state["config"], dataclasses.asdict(self.config))
+        refuse_changes(state["config"], dataclasses.asdict(self.config))
         if state["data"] != [corpus.fingerprint for corpus in self.data.corpora]:
             raise UserError("data.dirs: not the text that this run was trained on; restore it or use another run.name")
         self.engine.load(checkpoint.path)
@@ -245,9 +277,9 @@ class Trainer:
         """Opens the record on the first rank, which alone keeps the W&B id: it writes the trainer's state."""
         if self.engine.rank != 0:
             return None
-        self.directory.begin(self.config.to_yaml())
-        views, self.progress.wandb_id = self._make_views(self.progress.wandb_id)
-        return RunRecord(self.directory, self.progress.step, self.config.train.steps, views)
+        self.directory.begin(self.config.to_yaml(), self.data.tokenizer.content)
+        views, self.progress.wandb_id = self._make_views(self.progress.wandb_id, self.progress.step)
+        return RunRecord(self.config, self.directory, self.progress.step, views)
 
     def _note_termination(self, number: int, frame: Any) -> None:
         self._terminated = True
@@ -257,24 +289,3 @@ class Trainer:
         flag = torch.tensor([float(self._terminated)], device=self.engine.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
-
-
-def _refuse_changes(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises a ConfigError that shows what differs in a field that a resumed run must keep."""
-    if saved["engine"] != current["engine"]:
-        cure = f"keep it, or convert the run: python -m dynmoe.convert RUN --engine {current['engine']}"
-        raise ConfigError("engine", current["engine"], f"the run's checkpoint is of {saved['engine']}", cure)
-    old, new = dict(_flatten(saved)), dict(_flatten(current))
-    for name in sorted(old.keys() | new.keys()):
-        fixed = any(name == section or name.startswith(f"{section}.") for section in _FIXED)
-        if fixed and name not in _FREE and old.get(name) != new.get(name):
-            cure = "keep it, or start anew with another run.name"
-            raise ConfigError(name, new.get(name), f"the run's checkpoint has {old.get(name)!r}", cure)
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat += _flatten(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
-    return flat

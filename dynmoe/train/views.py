@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from dynmoe.config import Config
-from dynmoe.train.metrics import View
+from dynmoe.train.metrics import Pictures, View
+from dynmoe.train.run_directory import RunDirectory
 
 
-def make_views(config: Config, run_id: str | None) -> tuple[list[View], str | None]:
-    """The views, and the id under which W&B knows the run (``run_id`` where an earlier start has one)."""
-    if config.logging.wandb == "disabled":
-        return [], run_id
-    from dynmoe.train.wandb_view import WandbView  # W&B is imported only where it is asked for
+def make_views(
+    config: Config, directory: RunDirectory, pictures: Pictures, run_id: str | None, first_step: int
+) -> tuple[list[View], str | None]:
+    """The views, and the id under which W&B knows the run.
 
-    view = WandbView(
-        config.logging.wandb, config.logging.wandb_project, config.run.name, config.run.path,
-        dataclasses.asdict(config), run_id,
-    )  # fmt: skip
-    return [view], view.run_id
+    Args:
+        config: of the run.
+        directory: of the run.
+        pictures: draws the report's figures of a run directory, by name.
+        run_id: what W&B knew an earlier start by; None where there was none.
+        first_step: the step that the run goes on from.
+    """
+    views: list[View] = []
+    if config.logging.tensorboard:  # each view's package is imported only where it is asked for
+        from dynmoe.train.tensorboard_view import TensorBoardView
+
+        views.append(TensorBoardView(directory.path / "tensorboard", first_step))
+    if config.logging.wandb != "disabled":
+        from dynmoe.train.wandb_view import WandbView
+
+        wandb = WandbView(config, directory, pictures, run_id)
+        views.append(wandb)
+        run_id = wandb.run_id
+    return views, run_id

@@ -2,56 +2,82 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import wandb
 
+from dynmoe.config import Config
+from dynmoe.data.corpus import MANIFEST
 from dynmoe.errors import first_line
-from dynmoe.train.metrics import Row
+from dynmoe.train.checkpoint import newest_complete
+from dynmoe.train.metrics import Histograms, Pictures, Row
+from dynmoe.train.run_directory import RunDirectory
 
-_INIT_TIMEOUT_S = 10.0
+# With what W&B needs to give up, start anew offline and say so, a run starts at most 10 s later.
+_INIT_TIMEOUT_S = 5.5
 _FINISH_TIMEOUT_S = 60.0
 
 
 class WandbView:
-    """A W&B run, offline or online; online and unreachable within 10 s, it goes on offline and says so.
+    """A W&B run, offline or online; online and unreachable, it goes on offline within 10 s and says so.
+
+    Rows are logged as they are. Beside them, on the steps that have histograms: experts per token of each layer as
+    histograms, the load of every expert as a table. Configuration, tokenizer and manifests of the corpora are an
+    artifact of the run's start; a reference to the newest checkpoint is one of its end, and so are the report's
+    pictures.
 
     Args:
-        mode: ``offline`` or ``online``.
+        config: of the run.
+        directory: of the run, which W&B's own files go into.
+        pictures: draws the report's figures of a run directory, by name.
         run_id: of an earlier start of the same run, to continue it; None for a new one.
     """
 
-    def __init__(self, mode: str, project: str, name: str, directory: Path, config: dict[str, Any], run_id: str | None):
+    def __init__(self, config: Config, directory: RunDirectory, pictures: Pictures, run_id: str | None) -> None:
         self.run_id = run_id or secrets.token_hex(4)
-        arguments = {
-            "project": project, "name": name, "group": name, "dir": str(directory), "config": config,
-            "id": self.run_id, "resume": "allow",
-        }  # fmt: skip
-        settings = wandb.Settings(
-            init_timeout=_INIT_TIMEOUT_S, finish_timeout=_FINISH_TIMEOUT_S, silent=True, console="off"
-        )
-        try:
-            if mode == "online" and not wandb.login(prompt=False, verify=False):
-                # init would ask for a key at the terminal, while the other ranks wait.
-                raise wandb.errors.UsageError("no API key; wandb login keeps one")
-            self._run = wandb.init(mode=mode, settings=settings, **arguments)  # type: ignore[arg-type]
-        except Exception as error:  # whatever it is: the training does not depend on it
-            print(f"W&B cannot be reached ({first_line(error)}); logging offline into {directory}", flush=True)
-            wandb.teardown()  # or the id counts as in use
-            self._run = wandb.init(mode="offline", settings=settings, **arguments)  # type: ignore[arg-type]
+        self._directory, self._pictures, self._name = directory, pictures, config.run.name
+        self._run = _start(config, self.run_id)
         self._alive = True
         self._run.define_metric("train/step")
         self._run.define_metric("*", step_metric="train/step")
+        self._guarded(lambda: self._keep_inputs(config.data.dirs))
 
-    def log(self, row: Row) -> None:
-        self._guarded(lambda: self._run.log(row))
+    def log(self, row: Row, histograms: Histograms | None = None) -> None:
+        drawn = {} if histograms is None else _media(histograms)
+        self._guarded(lambda: self._run.log({**row, **drawn}))
 
     def close(self) -> None:
         """Ends the run; when it returns, every row is uploaded or in the offline file."""
+        self._guarded(self._keep_outputs)
         self._guarded(self._finish)
+
+    def _keep_inputs(self, corpora: Sequence[str]) -> None:
+        artifact = wandb.Artifact(f"{self._name}-inputs", type="inputs")
+        artifact.add_file(str(self._directory.config))
+        artifact.add_file(str(self._directory.tokenizer))
+        for number, corpus in enumerate(corpora):
+            manifest = Path(corpus) / MANIFEST
+            if manifest.exists():
+                artifact.add_file(str(manifest), name=f"corpus_{number}_{MANIFEST}")
+        self._run.log_artifact(artifact)
+
+    def _keep_outputs(self) -> None:
+        checkpoint = newest_complete(self._directory.checkpoints)
+        if checkpoint is not None:
+            artifact = wandb.Artifact(f"{self._name}-checkpoint", type="checkpoint", metadata={"step": checkpoint.step})
+            # A reference: checkpoints stay where they are, and have hashes of their own.
+            artifact.add_reference(f"file://{checkpoint.path.resolve()}", checksum=False)
+            self._run.log_artifact(artifact)
+        drawn = {
+            f"report/{name}": wandb.Plotly(figure) for name, figure in self._pictures(self._directory.path).items()
+        }
+        if drawn:
+            self._run.log(drawn)
 
     def _finish(self) -> None:
         self._run.finish()
@@ -67,3 +93,39 @@ class WandbView:
         except (Exception, SystemExit) as error:  # teardown leaves by sys.exit when the service failed
             self._alive = False
             print(f"W&B failed ({first_line(error)}); training goes on, metrics.jsonl is complete", flush=True)
+
+
+def _start(config: Config, run_id: str) -> Any:
+    directory = str(config.run.path)
+    arguments: dict[str, Any] = {
+        "project": config.logging.wandb_project, "name": config.run.name, "group": config.run.name, "dir": directory,
+        "config": dataclasses.asdict(config), "id": run_id, "resume": "allow",
+        "settings": wandb.Settings(
+            init_timeout=_INIT_TIMEOUT_S, finish_timeout=_FINISH_TIMEOUT_S, silent=True, console="off"
+        ),
+    }  # fmt: skip
+    mode = config.logging.wandb
+    try:
+        # Or login asks the server for the name of the user, to print it.
+        wandb.setup(settings=wandb.Settings(silent=True))
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
+            # init would ask for a key at the terminal, while the other ranks wait.
+            raise wandb.errors.UsageError("no API key; wandb login keeps one")
+        return wandb.init(mode=mode, **arguments)  # type: ignore[arg-type]
+    except Exception as error:  # whatever it is: the training does not depend on it
+        print(f"W&B cannot be reached ({first_line(error)}); logging offline into {directory}", flush=True)
+        wandb.teardown()  # or the id counts as in use
+        return wandb.init(mode="offline", **arguments)
+
+
+def _media(histograms: Histograms) -> dict[str, Any]:
+    """Experts per token of each layer as histograms, and the load of every expert of all layers as a table."""
+    drawn: dict[str, Any] = {}
+    load = wandb.Table(columns=["step", "layer", "expert", "tokens", "in_use"])
+    for layer, own in histograms["layers"].items():
+        counts = np.array(own["experts_per_token"])
+        edges = np.arange(len(counts) + 1) - 0.5
+        drawn[f"moe/layer_{int(layer):02d}/experts_per_token"] = wandb.Histogram(np_histogram=(counts, edges))
+        for expert, (tokens, active) in enumerate(zip(own["load"], own["active"], strict=True)):
+            load.add_data(histograms["train/step"], int(layer), expert, tokens, bool(active))
+    return {**drawn, "moe/load": load} if drawn else {}

@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 # What makes a process run on the CPU, whatever the machine has.
 CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-TIMED = ("train/step_time_s", "train/tokens_per_s", "train/tflops_per_rank", "memory/peak_gib")
+TIMED = ("train/step_time_s", "train/tokens_per_s", "train/tflops_per_rank", "train/wall_clock_s", "memory/peak_gib")
 
 
 class TrainingProcess:
@@ -32,7 +32,8 @@ class TrainingProcess:
             "eval.batches=2", "model.router.kind=top_any", "model.router.form=improved", "model.router.min_experts=0",
             "model.router.initial_experts=1", "model.moe.active_at_start=2", "budget.method=loss_free",
             "budget.experts_per_token=1.5", "adaptation.interval=8", "adaptation.window=5",
-            "adaptation.removal_share=0.8", *overrides,
+            "adaptation.removal_share=0.8", "logging.histograms_every=4", "logging.trace_interval=8",
+            "logging.table_every=20", *overrides,
         ]  # fmt: skip
         self._output = (runs.parent / f"output-{time.monotonic_ns()}.txt").open("w+")
         self._process = subprocess.Popen(
@@ -76,6 +77,24 @@ class TrainingProcess:
     def output(self) -> str:
         self._output.seek(0)
         return self._output.read()
+
+
+def evaluation_loss(run: Path, cache: Path) -> float:
+    """The loss of the model that ``open_trained`` reads, over the validation samples of the run's last evaluation."""
+    import torch
+
+    from dynmoe.data.batches import PretrainingData
+    from dynmoe.data.corpus import open_corpora
+    from dynmoe.trained import open_trained
+
+    model = open_trained(run, torch.device("cpu"))
+    config, length = model.config, model.config.data.sequence_length
+    data = PretrainingData(open_corpora(config.data.dirs, length), [], length, 0, cache)
+    samples = range(min(config.eval.batches * config.train.global_batch, data.validation_samples))
+    assert len(samples) % 4 == 0, "every layout evaluates all of them"
+    with torch.no_grad():
+        batches = [data.validation_batch(samples[start : start + 4]) for start in samples[::4]]
+        return torch.stack([model.decoder(batch.tokens_BS, batch.labels_BS) for batch in batches]).mean().item()
 
 
 def is_running(pid: int) -> bool:

@@ -18,7 +18,7 @@ from dynmoe.config import load_config
 from dynmoe.convert import convert
 from dynmoe.train.checkpoint import newest_sound
 from tests.engines.comparisons import read_plain
-from tests.train.cases import ROOT, TrainingProcess, curve, parameter_hashes, read_rows
+from tests.train.cases import ROOT, TrainingProcess, curve, evaluation_loss, parameter_hashes, read_rows
 
 PIPELINE = ["engine=megatron", "parallel.expert=1", "parallel.pipeline=2"]
 STEPS = 12
@@ -107,6 +107,14 @@ def test_a_converted_run_goes_on_as_if_nothing_had_happened(one_rank, trained, c
     first, second = (read_plain(newest_sound(tmp_path / name / "checkpoints").path) for name in ("plain", "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_the_trained_model_opens_whole_in_one_process(one_rank, trained, tmp_path):
+    """As the token view opens it."""
+    outcome = json.loads((trained / "outcome.json").read_text())
+    before = sorted(path.name for path in trained.iterdir())
+    assert one_rank.run(evaluation_loss, trained, tmp_path)[0] == pytest.approx(outcome["eval/loss"], rel=1e-5)
+    assert sorted(path.name for path in trained.iterdir()) == before, "something was left behind"
 
 
 def test_compaction_of_a_megatron_run(one_rank, trained, tmp_path):

@@ -15,9 +15,9 @@ from dynmoe.moe.adaptation import AdaptationEvent
 from dynmoe.train.checkpoint import CheckpointStore
 from dynmoe.train.optimizer import parameter_groups
 from dynmoe.train.record import RunRecord
+from dynmoe.train.resume import refuse_changes
 from dynmoe.train.run_directory import RunDirectory
 from dynmoe.train.schedule import learning_rate
-from dynmoe.train.trainer import _refuse_changes
 
 
 def rates(kind: str, steps: int = 20, **options) -> list[float]:
@@ -67,19 +67,22 @@ def test_every_parameter_is_in_one_group_of_its_kind(kind):
 def test_metrics_and_events_are_cut_to_the_resumed_step_and_half_a_line_is_dropped(tmp_path):
     directory = RunDirectory(tmp_path)
     directory.metrics.write_text("".join(json.dumps({"train/step": step}) + "\n" for step in (1, 2, 3)) + '{"train/st')
+    directory.histograms.write_text("".join(json.dumps({"train/step": step}) + "\n" for step in (2, 3)))
+    for step in (2, 3):
+        (directory.traces / f"step_{step:08d}").mkdir(parents=True)
     directory.events.write_text("".join(json.dumps({"step": step, "layer": 0}) + "\n" for step in (1, 2, 2, 3)))
-    seen: list[dict] = []
+    seen: list[object] = []
 
     class Spy:
-        def log(self, row):
-            seen.append(row)
+        def log(self, row, histograms):
+            seen.append((row, histograms))
 
         def close(self):
-            seen.append({})
+            seen.append("closed")
 
-    record = RunRecord(directory, 2, 3, [Spy()])
+    record = RunRecord(load_config(None, ["train.steps=3"]), directory, 2, [Spy()])
     row = {"train/step": 3, "train/lm_loss": 1.5, "train/tokens_per_s": 1.0}
-    record.add_row(row)
+    record.add_row(row, {"train/step": 3, "layers": {}})
     event = AdaptationEvent(3, 1, 7, 0, "removed", "0 of 64 tokens selected it")
     record.add_events([event])
     record.close()
@@ -88,7 +91,10 @@ def test_metrics_and_events_are_cut_to_the_resumed_step_and_half_a_line_is_dropp
     events = [json.loads(line) for line in directory.events.read_text().splitlines()]
     assert [event["step"] for event in events] == [1, 2, 2, 3]
     assert events[-1] == dataclasses.asdict(event)
-    assert seen == [row, {}]
+    assert seen == [(row, {"train/step": 3, "layers": {}}), "closed"]
+    entries = [json.loads(line) for line in directory.histograms.read_text().splitlines()]
+    assert entries == [{"train/step": 2}, {"train/step": 3, "layers": {}}]
+    assert [folder.name for folder in directory.traces.iterdir()] == ["step_00000002"]
 
 
 def write_shard(directory: Path, text: str) -> list[Path]:
@@ -149,12 +155,12 @@ def test_a_dense_model_reports_no_moe_figures():
     from dynmoe.train.metrics import moe_row
 
     config = load_config(None, ["model.moe.experts=0"])
-    assert moe_row(StepReport(1.0, 1.0, {}, 0, {}), config) == {}
+    assert moe_row(StepReport(1.0, 1.0, {}, 0, {}), config, 1) == {}
 
 
 def test_a_ceiling_may_be_another_one_after_a_resume():
     """It is what the error tells one to change."""
     saved = dataclasses.asdict(load_config(None, ["model.moe.ceiling=2"]))
-    _refuse_changes(saved, dataclasses.asdict(load_config(None, ["model.moe.ceiling=3", "model.moe.at_ceiling=drop"])))
+    refuse_changes(saved, dataclasses.asdict(load_config(None, ["model.moe.ceiling=3", "model.moe.at_ceiling=drop"])))
     with pytest.raises(ConfigError, match=r"model\.moe\.expert_hidden=64: the run's checkpoint has 512"):
-        _refuse_changes(saved, dataclasses.asdict(load_config(None, ["model.moe.expert_hidden=64"])))
+        refuse_changes(saved, dataclasses.asdict(load_config(None, ["model.moe.expert_hidden=64"])))

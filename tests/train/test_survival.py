@@ -9,17 +9,10 @@ import shutil
 import signal
 import time
 
+import pandas as pd
 import pytest
 
 from tests.train.cases import TrainingProcess, curve, is_running, parameter_hashes, read_rows
-
-
-@pytest.fixture(scope="module")
-def undisturbed(corpus_dir, tmp_path_factory):
-    runs = tmp_path_factory.mktemp("undisturbed") / "runs"
-    process = TrainingProcess(corpus_dir, runs)
-    assert process.wait() == 0, process.output()
-    return runs / "tiny", process.output()
 
 
 def test_a_run_leaves_what_it_promises(undisturbed):
@@ -41,6 +34,13 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     # In each of two layers at most: 32 fp32 numbers there and back, both ways, and two routes with their gradients.
     assert all(0 < row["moe/all_to_all_bytes_per_token"] < 2 * (4 * 32 * 4 + 2 * 12) + 1 for row in rows)
     assert "model:" in (run / "config.yaml").read_text()
+    assert [row["train/step"] for row in read_rows(run / "histograms.jsonl")] == list(range(4, 41, 4))
+    # Both ranks, five traced steps of two layers.
+    traces = pd.read_parquet(run / "traces")
+    assert len(traces) == 5 * 2 * 4 * 32
+    assert len(list((run / "traces" / "step_00000008").iterdir())) == 2
+    table = output[output.index("layer  experts/token") :].splitlines()
+    assert [line.split()[0] for line in table[:3]] == ["layer", "0", "1"]
 
 
 def test_a_finished_run_says_so_when_started_again(undisturbed, corpus_dir):
@@ -73,8 +73,11 @@ def test_sigkill_at_a_random_step_leaves_the_curve_bitwise(undisturbed, corpus_d
     again = TrainingProcess(corpus_dir, tmp_path / "runs")
     assert again.wait() == 0, f"killed after step {step}: {again.output()}"
     assert curve(metrics) == curve(reference / "metrics.jsonl"), f"killed after step {step}"
-    events = [(run / "events.jsonl").read_text() for run in (metrics.parent, reference)]
-    assert events[0] == events[1], f"killed after step {step}"
+    for name in ("events.jsonl", "histograms.jsonl"):
+        texts = [(run / name).read_text() for run in (metrics.parent, reference)]
+        assert texts[0] == texts[1], f"{name}, killed after step {step}"
+    traces = [pd.read_parquet(run / "traces") for run in (metrics.parent, reference)]
+    assert traces[0].equals(traces[1]), f"killed after step {step}"
     assert parameter_hashes(metrics.parent, 40) == parameter_hashes(reference, 40)
 
 

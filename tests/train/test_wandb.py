@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from dynmoe.config import load_config
+from dynmoe.train.run_directory import RunDirectory
+from tests.train.cases import TrainingProcess, read_rows
 
 _FILE_HEADER, _RECORD_HEADER, _BLOCK = 7, struct.Struct("<IHB"), 32768
 
@@ -28,6 +34,11 @@ def records(path: Path) -> Iterator[bytes]:
             record = b""
 
 
+def logged_steps(rows: list[dict[str, str]]) -> list[str]:
+    """Steps of the rows of metrics; W&B gives that of the last one to the pictures too."""
+    return [row["train/step"] for row in rows if "report/loss/_type" not in row]
+
+
 def read_offline(root: Path) -> tuple[set[str], list[dict[str, str]]]:
     """Run ids and history rows of every offline run below ``root``."""
     from wandb.proto import wandb_internal_pb2
@@ -44,47 +55,136 @@ def read_offline(root: Path) -> tuple[set[str], list[dict[str, str]]]:
     return ids, rows
 
 
-def test_an_offline_run_holds_every_row_and_a_resumed_one_keeps_its_id(tmp_path):
+def artifacts(root: Path) -> dict[str, list[str]]:
+    """Files and references of each artifact that an offline run below ``root`` logged, by type."""
+    from wandb.proto import wandb_internal_pb2
+
+    found = {}
+    for path in root.rglob("run-*.wandb"):
+        for data in records(path):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "request" and record.request.HasField("log_artifact"):
+                artifact = record.request.log_artifact.artifact
+                found[artifact.type] = [entry.ref or entry.path for entry in artifact.manifest.contents]
+            elif record.WhichOneof("record_type") == "artifact":
+                artifact = record.artifact
+                found[artifact.type] = [entry.ref or entry.path for entry in artifact.manifest.contents]
+    return found
+
+
+@pytest.fixture
+def open_view(tmp_path, corpus_dir):
+    """Makes a view of a run in ``tmp_path``, as the trainer does."""
     from dynmoe.train.wandb_view import WandbView
 
-    first = WandbView("offline", "project", "run", tmp_path, {"train": {"steps": 4}}, None)
+    def make(mode: str, run_id: str | None = None, pictures=lambda path: {}) -> WandbView:
+        overrides = [f"run.dir={tmp_path}", "run.name=run", f"logging.wandb={mode}", f"data.dirs=[{corpus_dir}]"]
+        config = load_config(None, overrides)
+        directory = RunDirectory(config.run.path)
+        directory.path.mkdir(exist_ok=True)
+        directory.begin(config.to_yaml(), b"tokenizer")
+        return WandbView(config, directory, pictures, run_id)
+
+    return make
+
+
+def test_an_offline_run_holds_every_row_and_a_resumed_one_keeps_its_id(tmp_path, open_view):
+    first = open_view("offline")
     for step in (1, 2):
         first.log({"train/step": step, "moe/layer_00/experts_per_token_mean": 2.5})
     first.close()
     time.sleep(1.1)  # W&B names its directory by the second
-    second = WandbView("offline", "project", "run", tmp_path, {}, first.run_id)
+    second = open_view("offline", first.run_id)
     second.log({"train/step": 3, "train/loss": 1.0})
     second.close()
     ids, rows = read_offline(tmp_path)
     assert ids == {first.run_id} == {second.run_id}
-    assert [row["train/step"] for row in rows] == ["1", "2", "3"]
+    assert logged_steps(rows) == ["1", "2", "3"]
     assert rows[0]["moe/layer_00/experts_per_token_mean"] == "2.5"
 
 
-def test_an_unreachable_server_costs_seconds_and_no_row(tmp_path, monkeypatch, capsys):
-    from dynmoe.train.wandb_view import WandbView
+def test_histograms_pictures_and_artifacts_are_in_the_run(tmp_path, open_view):
+    import plotly.graph_objects as go
 
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    view = open_view("offline", pictures=lambda path: {"loss": go.Figure(go.Scatter(x=[1], y=[2]))})
+    layer = {"experts_per_token": [0, 5, 3], "load": [8, 3], "active": [1, 1]}
+    view.log({"train/step": 10}, {"train/step": 10, "layers": {"3": layer}})
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    view.close()
+    _, rows = read_offline(tmp_path)
+    histogram = [json.loads(rows[0][f"moe/layer_03/experts_per_token/{part}"]) for part in ("values", "bins")]
+    assert histogram == [[0, 5, 3], [-0.5, 0.5, 1.5, 2.5]]
+    assert (rows[0]["moe/load/_type"], rows[1]["report/loss/_type"]) == ('"table-file"', '"plotly-file"')
+    table = json.loads(next(tmp_path.rglob("moe/load_*.table.json")).read_text())
+    assert table["data"] == [[10, 3, 0, 8, True], [10, 3, 1, 3, True]]
+    found = artifacts(tmp_path)
+    assert sorted(found["inputs"]) == ["config.yaml", "corpus_0_manifest.json", "tokenizer.model"]
+    assert found["checkpoint"] == [f"file://{checkpoint.resolve()}/manifest.json"]
+
+
+def test_what_cannot_be_drawn_costs_the_view_and_nothing_else(open_view, capsys):
+    def pictures(path):
+        raise RuntimeError("no picture today")
+
+    view = open_view("offline", pictures=pictures)
+    view.close()
+    assert "W&B failed (no picture today); training goes on" in capsys.readouterr().out
+
+
+@pytest.fixture
+def dead_server(monkeypatch):
+    """An address that takes connections and never answers; a key for it."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        yield
+
+
+def test_a_server_that_does_not_answer_costs_ten_seconds_and_no_row(tmp_path, open_view, dead_server, capsys):
     start = time.monotonic()
-    view = WandbView("online", "project", "run", tmp_path, {}, None)
-    assert time.monotonic() - start < 30  # it may take 10 s to give up, and some to start anew
+    view = open_view("online")
+    assert time.monotonic() - start < 10
     assert "logging offline" in capsys.readouterr().out
     view.log({"train/step": 1})
     view.close()
     ids, rows = read_offline(tmp_path)
     assert view.run_id in ids
-    assert [row["train/step"] for row in rows] == ["1"]
+    assert logged_steps(rows) == ["1"]
+
+
+def test_a_run_whose_server_is_dead_loses_no_step(tmp_path, corpus_dir, monkeypatch):
+    """The whole of it: train.py, rows, histograms, pictures, artifacts."""
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    process = TrainingProcess(corpus_dir, tmp_path / "runs", "logging.wandb=online")
+    assert process.wait() == 0, process.output()
+    run = tmp_path / "runs" / "tiny"
+    assert "logging offline" in process.output()
+    assert "W&B failed" not in process.output()
+    _, logged = read_offline(run)
+    rows = read_rows(run / "metrics.jsonl")
+    assert len(rows) == 40
+    offline = [own for own in logged if "train/lm_loss" in own]
+    for row, own in zip(rows, offline, strict=True):
+        assert {name: float(own[name]) for name in row} == row
+    assert [own["train/step"] for own in offline if "moe/load/path" in own] == [str(step) for step in range(4, 41, 4)]
+    assert {f"report/{name}/path" for name in ("loss", "experts_per_token", "load_0", "histogram_0")} <= logged[
+        -1
+    ].keys()
+    assert {"inputs", "checkpoint"} <= artifacts(run).keys()
 
 
 @pytest.mark.parametrize("key", ["", "short"])
-def test_a_missing_or_malformed_key_means_offline(tmp_path, monkeypatch, capsys, key):
-    from dynmoe.train.wandb_view import WandbView
-
+def test_a_missing_or_malformed_key_means_offline(tmp_path, open_view, monkeypatch, capsys, key):
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    view = WandbView("online", "project", "run", tmp_path, {}, None)
+    view = open_view("online")
     view.log({"train/step": 1})
     view.close()
     assert "logging offline" in capsys.readouterr().out
-    assert len(read_offline(tmp_path)[1]) == 1
+    assert logged_steps(read_offline(tmp_path)[1]) == ["1"]

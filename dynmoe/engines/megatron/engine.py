@@ -152,6 +152,11 @@ class MegatronEngine:
         parts = (x[:, positions] if self.config.parallel.context > 1 else x for x in (batch.tokens_BS, batch.labels_BS))
         return Batch(*(part.to(self.device) for part in parts))
 
+    def positions(self, length: int) -> Tensor:
+        parallel = self.config.parallel
+        held = context_positions(length, parallel.context, self._context_rank)
+        return held.chunk(parallel.tensor)[parallel_state.get_tensor_model_parallel_rank()]  # sequence parallelism
+
     def synchronize_parameters(self) -> None:
         """Brings together the parameters of which each data-parallel rank has set its shard."""
         for chunk in self._chunks:

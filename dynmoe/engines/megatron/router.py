@@ -36,7 +36,7 @@ from dynmoe.config.routing import KINDS, MoEConfig, RouterConfig
 from dynmoe.errors import UserError
 from dynmoe.moe import MoEContext
 from dynmoe.moe.routers import ThresholdRouter, make_router
-from dynmoe.moe.statistics import layer_figures, record
+from dynmoe.moe.statistics import LayerStatistics, record
 
 # Fields of TransformerConfig that count moe_router_topk, or that the stock router alone obeys: value that is sound,
 # and what to do.
@@ -183,7 +183,7 @@ class DynamicRouter(MegatronModule):
         vector, self._statistics = self._statistics, None
         if self.context.token_group is not None:
             dist.all_reduce(vector, group=self.context.token_group)
-        return layer_figures(vector.cpu(), self.model, 0, self._expert_parallel)
+        return LayerStatistics(vector.cpu(), self.model, 0).figures(self._expert_parallel)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -1,0 +1,98 @@
+"""python -m dynmoe.report: the report of runs, the token view (tokens), the W&B dashboard (dashboard)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dynmoe.errors import UserError
+
+_USAGE = """%(prog)s RUN [RUN ...] [--output FILE]      one page about a run, or several laid over each other
+       %(prog)s tokens RUN [--text FILE ...]       real text, each token with the experts it used
+       %(prog)s dashboard RUN                      the W&B dashboard, as code"""
+
+
+def main() -> None:
+    program, arguments = Path(sys.argv[0]).name, sys.argv[1:]
+    name = sys.argv[0] if program != "__main__.py" else "python -m dynmoe.report"
+    if arguments[:1] == ["tokens"]:
+        _tokens(f"{name} tokens", arguments[1:])
+    elif arguments[:1] == ["dashboard"]:
+        _dashboard(f"{name} dashboard", arguments[1:])
+    else:
+        _report(name, arguments)
+
+
+def _report(name: str, arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(name, usage=_USAGE, description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
+    parser.add_argument(
+        "--output", type=Path, help="the page; default: report.html in the run, of several runs in this directory"
+    )
+    given = parser.parse_args(arguments)
+    # Not before the arguments are known to be sound: plotly takes a while.
+    from dynmoe.report.page import write_report
+    from dynmoe.report.runs import read_runs
+
+    output = given.output or (given.runs[0] if len(given.runs) == 1 else Path()) / "report.html"
+    runs = read_runs(given.runs)
+    for run in runs:
+        for problem in run.problems:
+            print(f"{run.path}: {problem}")
+    _check_folder(output)
+    write_report(runs, output)
+    print(f"Report: {output}")
+
+
+def _tokens(name: str, arguments: list[str]) -> None:
+    from dynmoe.report.texts import read_texts, validation_texts
+    from dynmoe.report.tokens import DEFAULT_TOKENS
+
+    parser = argparse.ArgumentParser(
+        name, description="Runs a checkpoint over real text and writes a page where each token shows its experts."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run")
+    parser.add_argument(
+        "--text", nargs="+", metavar="FILE", help="text files, or JSON lines with text and source; - for standard "
+        "input; each file is a source of its own. Default: validation text of the run's corpora",
+    )  # fmt: skip
+    parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS, metavar="N", help="at most so many (%(default)s)")
+    parser.add_argument("--output", type=Path, help="the page, with .json beside it; default: tokens.html in the run")
+    given = parser.parse_args(arguments)
+    if given.tokens < 1:
+        raise UserError(f"--tokens={given.tokens}: is too small; use 1 or more")
+    from dynmoe.report.tokens import view_tokens, write_view
+    from dynmoe.trained import open_trained
+
+    output = given.output or given.run / "tokens.html"
+    texts = None if given.text is None else read_texts(given.text)
+    model = open_trained(given.run)
+    _check_folder(output)
+    view = view_tokens(model, validation_texts(model, given.tokens) if texts is None else texts, given.tokens)
+    write_view(view, output)
+    mean = sum(row["mean"] for row in view["tables"]["layers"]) / len(view["tables"]["layers"])
+    print(f"{len(view['tokens'])} tokens used {mean:.2f} experts in the mean of the layers.")
+    print(f"Token view: {output} (data: {output.with_suffix('.json')})")
+
+
+def _dashboard(name: str, arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(name, description="Builds the W&B dashboard of a run's project.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run of the project")
+    parser.add_argument("--entity", default="", help="W&B user or team; default: the one that is logged in")
+    parser.add_argument(
+        "--output", type=Path, help="where the definition goes if W&B cannot be reached; default: dashboard.json in RUN"
+    )
+    given = parser.parse_args(arguments)
+    from dynmoe.config import load_config
+    from dynmoe.report.dashboard import publish
+
+    output = given.output or given.run / "dashboard.json"
+    config = load_config(given.run / "config.yaml")
+    _check_folder(output)
+    print(publish(config, given.entity, output))
+
+
+def _check_folder(output: Path) -> None:
+    if not output.parent.is_dir():
+        raise UserError(f"--output={output}: {output.parent} is no directory; make it, or name another file")

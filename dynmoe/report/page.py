@@ -1,0 +1,78 @@
+"""Pages that need nothing but themselves: no network, readable on a phone and in the dark."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from plotly.offline import get_plotlyjs
+
+from dynmoe.report.pictures import sections
+from dynmoe.report.runs import Run
+from dynmoe.train.checkpoint import write_atomically
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("dynmoe.report"), autoescape=True, undefined=jinja2.StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
+# Rows of the summary: heading, name among the metrics, format, factor.
+_SUMMARY = (
+    ("step", "train/step", "{:.0f}", 1.0),
+    ("tokens (M)", "train/tokens", "{:.2f}", 1e-6),
+    ("training loss", "train/lm_loss", "{:.3f}", 1.0),
+    ("validation loss", "eval/loss", "{:.3f}", 1.0),
+    ("experts per token", "moe/experts_per_token_mean", "{:.2f}", 1.0),
+    ("activated FLOPs (P)", "train/cumulative_flops", "{:.4g}", 1e-15),
+    ("tokens/s", "train/tokens_per_s", "{:.0f}", 1.0),
+    ("wall clock (min)", "train/wall_clock_s", "{:.1f}", 1 / 60),
+    ("peak memory (GiB)", "memory/peak_gib", "{:.2f}", 1.0),
+)
+
+
+def write_page(template: str, output: Path, **values: Any) -> None:
+    """Renders one of the package's templates into a file."""
+    write_atomically(output, _TEMPLATES.get_template(template).render(**values))
+
+
+def write_report(runs: Sequence[Run], output: Path) -> None:
+    """The report of one run, or of several laid over each other."""
+    drawn = {
+        section: [
+            figure.to_html(
+                full_html=False, include_plotlyjs=False, div_id=f"figure-{name}", auto_play=False,
+                config={"responsive": True, "displaylogo": False},
+            )
+            for name, figure in own.items()
+        ]
+        for section, own in sections(runs).items()
+    }  # fmt: skip
+    write_page(
+        "report.html.j2", output, runs=runs, sections=drawn, plotly=get_plotlyjs(),
+        summary=[(heading, [_shown(run, metric, form, factor) for run in runs])
+                 for heading, metric, form, factor in _SUMMARY],
+        differences=_differences(runs),
+    )  # fmt: skip
+
+
+def _shown(run: Run, metric: str, form: str, factor: float) -> str:
+    value = run.last(metric)
+    return "–" if value is None else form.format(value * factor)
+
+
+def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Fields of the configuration in which the runs differ."""
+    flat = [{} if run.config is None else _flatten(dataclasses.asdict(run.config)) for run in runs]
+    names = sorted({name for own in flat for name in own})
+    rows = [(name, [own.get(name, "?") for own in flat]) for name in names]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        own = _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+        flat |= own
+    return flat

@@ -1,0 +1,69 @@
+"""Which figures a report has, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import plotly.graph_objects as go
+
+from dynmoe.report import figures
+from dynmoe.report.runs import Run, read_run
+
+# Sections of by-layer figures: name among the metrics, title, axis.
+_ROUTER = (
+    ("router_entropy", "Entropy of the router", "nats"),
+    ("top1_margin", "Margin of the best score over the second", "score"),
+    ("auxiliary_loss", "Auxiliary losses with their coefficients", "nats"),
+)
+_LOAD = (
+    ("load_max_over_mean", "Imbalance: busiest expert over the mean", "× mean load"),
+    ("ep_rank_load_max_over_mean", "Imbalance: busiest expert-parallel rank over the mean", "× mean load"),
+    ("dead_experts", "Experts in use that no token selected", "experts"),
+    ("active_experts", "Experts in use", "experts"),
+    ("dropped_routes_frac", "Dropped routes", "share of routes"),
+    ("tokens_without_expert_frac", "Tokens without any expert", "share of tokens"),
+)
+_SPEED = (
+    ("train/tokens_per_s", "Throughput", "tokens/s"),
+    ("train/tflops_per_rank", "Activated FLOPs per second and rank", "TFLOP/s"),
+    ("train/mfu", "Model FLOPs utilization, from activated FLOPs", "share of the peak"),
+    ("train/step_time_s", "Time of a step", "s"),
+    ("memory/peak_gib", "Peak memory of the first rank", "GiB"),
+)
+_OPTIMIZER = (
+    ("train/grad_norm", "Norm of the gradient", "norm"),
+    ("train/learning_rate", "Learning rate", "learning rate"),
+)
+
+
+def sections(runs: Sequence[Run]) -> dict[str, dict[str, go.Figure]]:
+    """Figures by section and name; what a run has no data for is left out."""
+    drawn: dict[str, dict[str, go.Figure | None]] = {
+        "Loss": {"loss": figures.loss(runs)},
+        "Experts per token": {
+            "experts_per_token": figures.experts_per_token(runs),
+            **{f"histogram_{number}": figures.histogram(run) for number, run in enumerate(runs)},
+        },
+        "Load of the experts": {
+            **{f"load_{number}": figures.load(run) for number, run in enumerate(runs)},
+            **{name: figures.by_layer(runs, name, title, y) for name, title, y in _LOAD},
+        },
+        "Experts that come and go": {
+            f"adaptation_{number}": figures.adaptation(run) for number, run in enumerate(runs)
+        },
+        "Router": {name: figures.by_layer(runs, name, title, y) for name, title, y in _ROUTER},
+        "Speed and memory": {
+            name.split("/")[1]: figures.over_time(runs, name, title, y) for name, title, y in _SPEED
+        },
+        "Optimizer": {name.split("/")[1]: figures.over_time(runs, name, title, y) for name, title, y in _OPTIMIZER},
+    }  # fmt: skip
+    kept = {
+        section: {name: figure for name, figure in own.items() if figure is not None} for section, own in drawn.items()
+    }
+    return {section: own for section, own in kept.items() if own}
+
+
+def pictures_of_run(path: Path) -> dict[str, go.Figure]:
+    """Every figure of a run's report, by name; for views that show them elsewhere."""
+    return {name: figure for own in sections([read_run(path)]).values() for name, figure in own.items()}

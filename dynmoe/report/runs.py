@@ -1,0 +1,179 @@
+"""A run directory as far as it can be read: what is missing or damaged is said, and the rest is there."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dynmoe.config import Config, load_config
+from dynmoe.errors import UserError
+from dynmoe.train.health import layers_of
+from dynmoe.train.metrics import Histograms, Row
+from dynmoe.train.run_directory import RunDirectory
+
+
+@dataclass
+class Run:
+    """What was read of a run.
+
+    Attributes:
+        path: its directory.
+        name: what it is called in a page.
+        config: None where it cannot be read.
+        rows: of metrics.jsonl, by step.
+        histograms: of histograms.jsonl, by step.
+        events: of events.jsonl.
+        outcome: of outcome.json; None while the run goes on.
+        problems: what is missing, damaged or not finished, in sentences.
+    """
+
+    path: Path
+    name: str
+    config: Config | None = None
+    rows: list[Row] = field(default_factory=list)
+    histograms: list[Histograms] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    outcome: dict[str, Any] | None = None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def layers(self) -> list[int]:
+        """MoE layers that any row has figures of."""
+        return sorted({layer for row in self.rows for layer in layers_of(row)})
+
+    def series(self, metric: str) -> tuple[list[float], list[float | None]]:
+        """Steps and values of the rows that have ``metric``; None for what is not a finite number."""
+        found = [(row["train/step"], row[metric]) for row in self.rows if metric in row]
+        values = [value if math.isfinite(value) else None for _, value in found]
+        return [step for step, _ in found], values
+
+    def last(self, metric: str) -> float | None:
+        """The newest value of ``metric``."""
+        return next((row[metric] for row in reversed(self.rows) if metric in row), None)
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Several run directories; those of the same name go by their paths.
+
+    Raises:
+        UserError: one of them is no run.
+    """
+    runs = [read_run(path) for path in paths]
+    names = Counter(run.name for run in runs)
+    for run in runs:
+        if names[run.name] > 1:
+            run.name = str(run.path)
+    return runs
+
+
+def read_run(path: Path) -> Run:
+    """Reads a run directory.
+
+    Raises:
+        UserError: it is none.
+    """
+    directory, run = RunDirectory(path), Run(path, path.resolve().name)
+    if not path.is_dir() or not any(p.exists() for p in (directory.config, directory.metrics, directory.checkpoints)):
+        raise UserError(f"{path}: holds no run (neither config.yaml nor metrics.jsonl); name a directory of runs/")
+    try:
+        run.config = load_config(directory.config)
+    except UserError as error:
+        run.problems.append(str(error))
+    run.rows = _read_lines(run, directory.metrics, _is_row, "train/step")
+    if run.config is None or run.config.model.moe_layers:
+        run.histograms = _read_lines(run, directory.histograms, _is_histograms, "train/step")
+    if directory.events.exists():  # a run whose experts stay has nothing to say there
+        run.events = _read_lines(run, directory.events, _is_event)
+    _read_outcome(run, directory.outcome)
+    _find_gaps(run)
+    return run
+
+
+def _read_lines(run: Run, path: Path, sound: Callable[[Any], bool], key: str | None = None) -> list[Any]:
+    """The sound objects of a file of JSON lines; with a ``key`` that must grow, only those in which it does."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        run.problems.append(f"{path.name} cannot be read ({error.strerror})")
+        return []
+    if not lines and key is not None:
+        run.problems.append(f"{path.name} is empty: no step was logged yet")
+    kept: list[Any] = []
+    damaged: list[int] = []
+    repeated: list[int] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if not sound(entry):
+            damaged.append(number)
+        elif key is not None and kept and entry[key] <= kept[-1][key]:
+            repeated.append(number)
+        else:
+            kept.append(entry)
+    for numbers, what in ((damaged, "damaged"), (repeated, "out of order, or repeated")):
+        if numbers:
+            shown = ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
+            run.problems.append(f"{path.name}: {len(numbers)} of {len(lines)} lines left out ({what}): line {shown}")
+    return kept
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_row(entry: Any) -> bool:
+    return isinstance(entry, dict) and "train/step" in entry and all(_is_number(value) for value in entry.values())
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(_is_number(item) for item in value)
+
+
+def _is_histograms(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not _is_number(entry.get("train/step")):
+        return False
+    layers = entry.get("layers")
+    return isinstance(layers, dict) and all(
+        layer.isdigit() and isinstance(own, dict) and all(map(_is_counts, own.values()))
+        and {"experts_per_token", "load", "active"} <= own.keys() and len(own["load"]) == len(own["active"])
+        for layer, own in layers.items()
+    )  # fmt: skip
+
+
+def _is_event(entry: Any) -> bool:
+    return isinstance(entry, dict) and {"step", "layer", "expert", "change"} <= entry.keys()
+
+
+def _read_outcome(run: Run, path: Path) -> None:
+    try:
+        outcome = json.loads(path.read_text())
+        if not isinstance(outcome, dict) or "status" not in outcome:
+            raise ValueError
+        run.outcome = outcome
+    except FileNotFoundError:
+        last, of = run.last("train/step"), "" if run.config is None else f" of {run.config.train.steps}"
+        seen = "no step was logged" if last is None else f"its last row is of step {last:.0f}{of}"
+        run.problems.append(f"outcome.json is missing: the run goes on, or ended without a word; {seen}")
+    except (OSError, ValueError):
+        run.problems.append("outcome.json cannot be read")
+    if run.outcome is not None and run.outcome["status"] == "failed":
+        run.problems.append(f"the run failed: {run.outcome.get('error', 'no reason was kept')}")
+    if len(run.rows) == 1:
+        run.problems.append("there is one row: curves are points")
+
+
+def _find_gaps(run: Run) -> None:
+    """Says which rows are not there that the interval of logging promises."""
+    if run.config is None or not run.rows:
+        return
+    interval, steps = run.config.logging.interval, {int(row["train/step"]) for row in run.rows}
+    missing = [step for step in range(interval, max(steps) + 1, interval) if step not in steps]
+    if missing:
+        run.problems.append(f"metrics.jsonl lacks {len(missing)} rows, the first of step {missing[0]}")

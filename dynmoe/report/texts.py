@@ -1,0 +1,86 @@
+"""Texts for the token view, each with the source that it comes from."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dynmoe.data.corpus import Corpus
+from dynmoe.errors import UserError
+from dynmoe.trained import TrainedModel
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document, as text or as the tokens that it is stored as; ``source`` names its domain."""
+
+    source: str
+    content: str | list[int]
+
+    def tokens(self, model: TrainedModel) -> list[int]:
+        return model.tokenizer.encode(self.content) if isinstance(self.content, str) else self.content
+
+
+def read_texts(names: Sequence[str]) -> list[Text]:
+    """Text files, JSON lines (``.jsonl``: fields ``text`` and, optionally, ``source``), ``-`` for standard input.
+
+    Raises:
+        UserError: a file that cannot be read or holds no text.
+    """
+    return [text for name in names for text in _read(name)]
+
+
+def _read(name: str) -> list[Text]:
+    try:
+        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        text = content.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"--text {name}: cannot be read ({error.strerror}); name a text file, or -") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--text {name}: is not UTF-8; convert it first") from None
+    if not text.strip():
+        raise UserError(f"--text {name}: holds no text; give it some")
+    if name.endswith(".jsonl"):
+        return list(_read_lines(name, text))
+    return [Text("standard input" if name == "-" else Path(name).name, text)]
+
+
+def _read_lines(name: str, text: str) -> Iterator[Text]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            content, source = record["text"], record.get("source", Path(name).name)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            content = source = None
+        if not isinstance(content, str) or not isinstance(source, str):
+            raise UserError(f"--text {name}: line {number} has no text; write objects with the fields text and source")
+        yield Text(source, content)
+
+
+def validation_texts(model: TrainedModel, num_tokens: int) -> list[Text]:
+    """The first validation documents of each corpus of the run, ``num_tokens`` over all of them or a little more.
+
+    Raises:
+        UserError: a corpus that is not there any more.
+    """
+    corpora = [Corpus.open(path) for path in model.config.data.dirs]
+    texts = []
+    for corpus in corpora:
+        stored = corpus.splits["validation"]
+        if corpus.tokenizer.sha256 != model.tokenizer.sha256:
+            raise UserError(f"data.dirs: {corpus.path} has another tokenizer than the run; give a text by --text")
+        left, start = -(-num_tokens // len(corpora)), 0
+        tokens = np.memmap(stored.prefix.with_suffix(".bin"), dtype=stored.dtype, mode="r")
+        for length in stored.lengths.tolist():
+            if left <= 0:
+                break
+            texts.append(Text(corpus.path.name, tokens[start : start + min(length, left)].tolist()))
+            start, left = start + length, left - length
+    return texts

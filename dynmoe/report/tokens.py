@@ -1,0 +1,155 @@
+"""The token view: a checkpoint over real text, each token with the experts that it used."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynmoe.errors import UserError
+from dynmoe.report.page import write_page
+from dynmoe.report.texts import Text
+from dynmoe.routing import RoutingPlan
+from dynmoe.train.checkpoint import write_atomically
+from dynmoe.trained import TrainedModel
+
+DEFAULT_TOKENS = 8192
+_POSITION_BUCKETS, _TOP = 16, 20
+# A piece of text that occurs less often says little about itself.
+_FEW = 3
+
+
+def view_tokens(model: TrainedModel, texts: Sequence[Text], num_tokens: int) -> dict[str, Any]:
+    """Runs the model over the texts, in windows of the trained length that each begin like a document.
+
+    Each source has an equal share of the ``num_tokens`` tokens, as far as it has so many.
+
+    Returns:
+        What tokens.json holds: ``run``, ``step``, ``layers`` (indices), ``sources``; ``tokens``, each with ``id``,
+        ``piece``, ``source`` (its number), ``position`` and, by layer, ``experts`` and their ``gates``; and ``tables``
+        (see :func:`tables`).
+
+    Raises:
+        UserError: a dense model, or no text.
+    """
+    layers = model.config.model.moe_layers
+    if not layers:
+        raise UserError(f"{model.config.run.path}: the model is dense; no token chooses experts")
+    sources = sorted({text.source for text in texts})
+    tokens: list[dict[str, Any]] = []
+    window = model.config.data.sequence_length - 1
+    left = dict.fromkeys(sources, -(-num_tokens // max(1, len(sources))))
+    for text in texts:
+        ids, source = text.tokens(model)[: left[text.source]], sources.index(text.source)
+        left[text.source] -= len(ids)
+        for start in range(0, len(ids), window):
+            tokens += _run_window(model, ids[start : start + window], source)
+    if not tokens:
+        raise UserError("--text: holds no token; give more text")
+    return {
+        "run": model.config.run.name, "step": model.step, "layers": layers, "sources": sources, "tokens": tokens,
+        "tables": tables(tokens, layers, sources, window),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def _run_window(model: TrainedModel, ids: list[int], source: int) -> list[dict[str, Any]]:
+    """One forward pass over the end of a document and ``ids``; what the routers chose for each of these."""
+    plans: list[RoutingPlan] = []
+    hooks = [
+        layer.router.register_forward_hook(lambda module, inputs, plan: plans.append(plan))
+        for layer in model.decoder.moe_layers
+    ]
+    try:
+        model.decoder.hidden(torch.tensor([[model.tokenizer.eod, *ids]], device=model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    chosen = [_routes(plan) for plan in plans]
+    return [
+        {
+            "id": token, "piece": model.tokenizer.piece(token), "source": source, "position": place - 1,
+            "experts": [experts[place] for experts, _ in chosen], "gates": [gates[place] for _, gates in chosen],
+        }
+        for place, token in enumerate(ids, start=1)
+    ]  # fmt: skip
+
+
+def _routes(plan: RoutingPlan) -> tuple[list[list[int]], list[list[float]]]:
+    """Experts of each token, the one of the largest gate first, and their gates."""
+    experts, gates = [], []
+    for map_E, gates_E in zip(plan.routing_map_TE.cpu(), plan.gates_TE.float().cpu(), strict=True):
+        used = map_E.nonzero().flatten()
+        used = used[gates_E[used].argsort(descending=True, stable=True)]
+        experts.append(used.tolist())
+        gates.append([round(gate, 4) for gate in gates_E[used].tolist()])
+    return experts, gates
+
+
+def _mean_used(token: dict[str, Any]) -> float:
+    """Experts of a token in the mean over layers."""
+    return sum(map(len, token["experts"])) / len(token["experts"])
+
+
+def tables(
+    tokens: Sequence[dict[str, Any]], layers: Sequence[int], sources: Sequence[str], window: int
+) -> dict[str, Any]:
+    """Where experts go: each row has a ``name``, a ``count`` of tokens and their ``mean`` experts over all layers.
+
+    ``most`` and ``fewest``: pieces by their mean, of those that occur at least three times. ``positions``: by position
+    in the window of ``window`` tokens. ``ranks``: by frequency rank of the piece in this text. ``sources``. ``layers``:
+    of each layer the mean, and in ``histogram`` how many tokens used 0, 1, 2, … experts there.
+    """
+    used = [_mean_used(token) for token in tokens]
+    pieces = Counter(token["id"] for token in tokens)
+    rank = {token: place for place, (token, _) in enumerate(pieces.most_common(), start=1)}
+    shown = {token["id"]: token["piece"] for token in tokens}
+    by_piece = [row for row in _grouped((t["id"] for t in tokens), used) if row["count"] >= _FEW]
+    by_piece = [{**row, "name": shown[row["name"]]} for row in by_piece]
+    by_mean = sorted(by_piece, key=lambda row: (row["mean"], row["name"]))
+    width = -(-window // _POSITION_BUCKETS)
+    positions = _grouped((token["position"] // width for token in tokens), used)
+    ranks = _grouped((rank[token["id"]].bit_length() - 1 for token in tokens), used)
+    return {
+        "most": by_mean[::-1][:_TOP],
+        "fewest": by_mean[:_TOP],
+        "positions": [
+            {**row, "name": f"{row['name'] * width} to {min((row['name'] + 1) * width, window) - 1}"}
+            for row in positions
+        ],
+        "ranks": [{**row, "name": _span(2 ** row["name"], 2 ** (row["name"] + 1) - 1)} for row in ranks],
+        "sources": [{**row, "name": sources[row["name"]]} for row in _grouped((t["source"] for t in tokens), used)],
+        "layers": [_layer_row(tokens, place, layer) for place, layer in enumerate(layers)],
+    }
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first} to {last}"
+
+
+def _grouped(keys: Iterable[int], used: Sequence[float]) -> list[dict[str, Any]]:
+    """Rows by key, in ascending order."""
+    groups: dict[int, list[float]] = defaultdict(list)
+    for key, value in zip(keys, used, strict=True):
+        groups[key].append(value)
+    return [
+        {"name": key, "count": len(values), "mean": round(sum(values) / len(values), 4)}
+        for key, values in sorted(groups.items())
+    ]
+
+
+def _layer_row(tokens: Sequence[dict[str, Any]], place: int, layer: int) -> dict[str, Any]:
+    counts = [len(token["experts"][place]) for token in tokens]
+    histogram = [counts.count(number) for number in range(max(counts) + 1)]
+    mean = round(sum(counts) / len(counts), 4)
+    return {"name": f"layer {layer}", "count": len(tokens), "mean": mean, "histogram": histogram}
+
+
+def write_view(view: dict[str, Any], output: Path) -> None:
+    """The page, and its data as JSON beside it."""
+    write_atomically(output.with_suffix(".json"), json.dumps(view))
+    write_page("tokens.html.j2", output, view=view)

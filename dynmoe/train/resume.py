@@ -1,0 +1,32 @@
+"""What a resumed run must keep of the configuration of its checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dynmoe.errors import ConfigError
+
+# A resumed run may differ from its checkpoint in everything but the latter.
+_FREE = ("model.moe.ceiling", "model.moe.at_ceiling")
+_FIXED = ("model", "data.weights", "data.sequence_length", "train.seed")
+
+
+def refuse_changes(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises a ConfigError that shows what differs in a field that a resumed run must keep."""
+    if saved["engine"] != current["engine"]:
+        cure = f"keep it, or convert the run: python -m dynmoe.convert RUN --engine {current['engine']}"
+        raise ConfigError("engine", current["engine"], f"the run's checkpoint is of {saved['engine']}", cure)
+    old, new = dict(_flatten(saved)), dict(_flatten(current))
+    for name in sorted(old.keys() | new.keys()):
+        fixed = any(name == section or name.startswith(f"{section}.") for section in _FIXED)
+        if fixed and name not in _FREE and old.get(name) != new.get(name):
+            cure = "keep it, or start anew with another run.name"
+            raise ConfigError(name, new.get(name), f"the run's checkpoint has {old.get(name)!r}", cure)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat += _flatten(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
+    return flat

@@ -1,0 +1,105 @@
+"""Routing traces: every token of a step with its experts and gates, as Parquet.
+
+A traced step has a directory ``traces/step_N`` with a file of each rank that holds MoE layers. A row is one token in
+one layer:
+
+=========  =============  ====================================================================================
+step       int32          optimizer step
+layer      int16          index of the decoder layer
+sample     int64          number of the training sequence, in the run's order of the data
+position   int32          of the token in its sequence
+token      int32          its id
+experts    list<int16>    experts that computed it, in ascending order
+gates      list<float32>  the weight of each of them
+dropped    list<int16>    experts that the router chose and that capacity or ceiling took away
+=========  =============  ====================================================================================
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynmoe.data.batches import Batch
+from dynmoe.moe.trace import RoutingTrace, TracedPass
+
+_STEP = re.compile(r"step_(\d{8})")
+
+
+def write_trace(
+    directory: Path,
+    step: int,
+    rank: int,
+    trace: RoutingTrace,
+    samples: Sequence[range],
+    batches: Sequence[Batch],
+    positions_P: Tensor,
+) -> None:
+    """Writes what this rank traced of optimizer step ``step``; a file is there whole or not at all.
+
+    Args:
+        directory: of the run's traces.
+        step: the step.
+        rank: of this process, which names its file.
+        trace: of the step.
+        samples: numbers of the sequences of each micro-batch.
+        batches: the micro-batches themselves.
+        positions_P: positions of a sequence that this rank's layers computed, in their order.
+    """
+    import pyarrow as pa  # here: only who asks for traces needs it
+    from pyarrow import parquet
+
+    if not trace.passes:  # a pipeline stage of dense layers
+        return
+    tables = [
+        pa.table(_columns(own, step, samples[own.micro_batch], batches[own.micro_batch], positions_P))
+        for own in sorted(trace.passes, key=lambda own: (own.layer, own.micro_batch))
+    ]
+    folder = directory / f"step_{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".rank_{rank:05d}.tmp"
+    parquet.write_table(pa.concat_tables(tables), unfinished, compression="zstd")
+    unfinished.rename(folder / f"rank_{rank:05d}.parquet")
+
+
+def _columns(traced: TracedPass, step: int, samples: range, batch: Batch, positions_P: Tensor) -> dict[str, Any]:
+    import pyarrow as pa
+
+    tokens_BP = batch.tokens_BS[:, positions_P]
+    num_rows = tokens_BP.numel()
+    position_T = positions_P.repeat(len(tokens_BP))
+    sample_T = torch.arange(samples.start, samples.stop).repeat_interleave(len(positions_P))
+    routed_TE = traced.routing_map_TE
+    return {
+        "step": pa.array([step] * num_rows, pa.int32()),
+        "layer": pa.array([traced.layer] * num_rows, pa.int16()),
+        "sample": pa.array(sample_T.numpy(), pa.int64()),
+        "position": pa.array(position_T.numpy(), pa.int32()),
+        "token": pa.array(tokens_BP.flatten().numpy(), pa.int32()),
+        "experts": _lists(routed_TE, routed_TE.nonzero()[:, 1], pa.int16()),
+        "gates": _lists(routed_TE, traced.gates_TE[routed_TE], pa.float32()),
+        "dropped": _lists(dropped := traced.selected_map_TE & ~routed_TE, dropped.nonzero()[:, 1], pa.int16()),
+    }
+
+
+def _lists(map_TE: Tensor, values_N: Tensor, kind: Any) -> Any:
+    """A list for each token, of the values that belong to the True entries of its row of ``map_TE``."""
+    import pyarrow as pa
+
+    ends_T = map_TE.sum(dim=1).cumsum(0)
+    offsets = torch.cat([ends_T.new_zeros(1), ends_T]).int()
+    return pa.ListArray.from_arrays(pa.array(offsets.numpy()), pa.array(values_N.numpy(), kind))
+
+
+def cut_traces(directory: Path, step: int) -> None:
+    """Removes the traces of steps after ``step``: a resumed run writes them again."""
+    for folder in directory.glob("step_*"):
+        match = _STEP.fullmatch(folder.name)
+        if match and int(match.group(1)) > step:
+            shutil.rmtree(folder)

@@ -1,0 +1,73 @@
+"""A trained model, whole, in this process: what looks at one, or uses it, begins here."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dynmoe.config import Config, load_config
+from dynmoe.convert import convert
+from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.engines import plain_state
+from dynmoe.errors import UserError
+from dynmoe.model import Decoder
+from dynmoe.train.checkpoint import Checkpoint, newest_sound
+from dynmoe.train.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The newest sound checkpoint of a run, of either engine.
+
+    Attributes:
+        config: of the run.
+        step: of the checkpoint.
+        decoder: in evaluation, with fp32 masters as weights.
+        tokenizer: of the run.
+        device: where the model is.
+    """
+
+    config: Config
+    step: int
+    decoder: Decoder
+    tokenizer: Tokenizer
+    device: torch.device
+
+
+def open_trained(run: Path, device: torch.device | None = None) -> TrainedModel:
+    """Reads the model of a run; it needs memory for all of it, whatever layout the run had.
+
+    Args:
+        run: directory of the run.
+        device: where the model goes; a GPU where there is one, by default.
+
+    Raises:
+        UserError: no run, no undamaged checkpoint, or no tokenizer.
+    """
+    config = load_config(run / "config.yaml")
+    path = RunDirectory(run).tokenizer
+    if not path.exists():
+        raise UserError(f"{path} is missing; copy it from the corpus that the run was trained on")
+    tokenizer = Tokenizer(path)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with _plain_checkpoint(run, config) as checkpoint:
+        rows = plain_state.read_shape(checkpoint.path, "w_embed_VD")[0]
+        decoder = Decoder(config.model, rows, config.train.seed)
+        plain_state.load_weights(checkpoint.path, decoder, decoder.moe_layers)
+    return TrainedModel(config, checkpoint.step, decoder.to(device).eval(), tokenizer, device)
+
+
+@contextmanager
+def _plain_checkpoint(run: Path, config: Config) -> Iterator[Checkpoint]:
+    """The newest sound checkpoint in the plain form; one of Megatron is converted, and forgotten afterwards."""
+    if config.engine == "deepspeed":
+        yield newest_sound(run / "checkpoints")
+        return
+    with tempfile.TemporaryDirectory(dir=run, prefix=".plain-") as folder:
+        convert(run, Path(folder) / "plain", "deepspeed")
+        yield newest_sound(Path(folder) / "plain" / "checkpoints")

@@ -1,0 +1,62 @@
+"""What runs on the ranks of a pool for the tests of statistics and traces: steps whose routing is kept whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils.checkpoint import set_checkpoint_early_stop
+
+from dynmoe.engines import make_engine
+from dynmoe.moe.trace import RoutingTrace
+from dynmoe.train.metrics import histograms, moe_row
+from dynmoe.train.traces import write_trace
+from tests.engines.cases import GLOBAL_BATCH, VOCAB, config_for, micro_batches, place
+
+
+def keep_plans(engine: Any) -> dict[tuple[int, int], dict[str, Any]]:
+    """By layer and micro-batch what the dispatcher is given; a repeated pass takes the place of the first."""
+    kept: dict[tuple[int, int], dict[str, Any]] = {}
+    for layer in engine.layers:
+        dispatch = layer.dispatcher.dispatch
+
+        def watched(x_TD, plan, most_rows=None, layer=layer, dispatch=dispatch):
+            router = layer.router
+            kept[layer.layer, engine.context.micro_batch] = {
+                "routed": plan.routing_map_TE.tolist(),
+                "selected": plan.selected_map_TE.tolist(),
+                "scores": plan.scores_TE.tolist(),
+                "gates": plan.gates_TE.tolist(),
+                "logits": None if plan.logits_TE is None else plan.logits_TE.tolist(),
+                "active": router.active_E.tolist(),
+                "prototypes": router.prototypes_DE.tolist() if hasattr(router, "prototypes_DE") else None,
+            }
+            return dispatch(x_TD, plan, most_rows)
+
+        layer.dispatcher.dispatch = watched
+    return kept
+
+
+def train_and_keep(overrides: list[str], steps: int, traces: str = "") -> dict[str, Any]:
+    """Trains; of the last step its row, its histograms, and this rank's plans; with ``traces`` its trace as a file."""
+    config = config_for(*overrides)
+    config.check_world(dist.get_world_size())
+    engine = make_engine(config, VOCAB)
+    plans = keep_plans(engine)
+    for step in range(1, steps + 1):
+        batches = micro_batches(config, step, engine.data_rank, engine.data_size)
+        trace = engine.context.trace = RoutingTrace() if traces and step == steps else None
+        plans.clear()
+        # A recomputation usually ends where the last saved tensor is there again: here it goes through to the end.
+        with set_checkpoint_early_stop(False):
+            engine.train_step(batches, config.optimizer.lr, record=step == steps)
+        report = engine.report()
+    if trace is not None:
+        size = config.train.micro_batch
+        starts = range(engine.data_rank * size, GLOBAL_BATCH, engine.data_size * size)
+        samples = [range(start, start + size) for start in starts]
+        positions = engine.positions(config.data.sequence_length)
+        write_trace(Path(traces), steps, dist.get_rank(), trace, samples, batches, positions)
+    row = moe_row(report, config, steps)
+    return {"row": row, "histograms": histograms(report, config, steps), "plans": plans, "place": place(engine)}

@@ -1,0 +1,216 @@
+"""The pages in a real browser: headless Chromium, without a network."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from dynmoe.report.page import write_report
+from dynmoe.report.runs import read_run
+from tests.train.cases import ROOT
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+SWITCHES = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync", "--disable-quic"]  # fmt: skip
+WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def pages(undisturbed, tmp_path_factory, pytestconfig) -> dict[str, Path]:
+    """Report and token view: of a small run, or of the one that --screenshot-run names."""
+    named = pytestconfig.getoption("screenshot_run")
+    run, folder = Path(named) if named else undisturbed[0], tmp_path_factory.mktemp("pages")
+    write_report([read_run(run)], folder / "report.html")
+    # In a process of its own: Playwright's loop runs in this one.
+    command = [sys.executable, "-m", "dynmoe.report", "tokens", str(run), "--tokens", "1500", "--output",
+               str(folder / "tokens.html")]  # fmt: skip
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    return {"run": run, "report": folder / "report.html", "tokens": folder / "tokens.html"}
+
+
+@pytest.fixture
+def open_page(browser, pages) -> Iterator:
+    """Opens a page; at the end nothing may have been asked of a network or complained about in the console."""
+    complaints: list[str] = []
+    contexts = []
+
+    def make(name: str, viewport=WIDE, scheme: str = "light", touch: bool = False) -> Page:
+        context = browser.new_context(viewport=viewport, color_scheme=scheme, has_touch=touch)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on(
+            "request",
+            lambda asked: None if asked.url.startswith(("file:", "data:", "blob:")) else complaints.append(asked.url),
+        )
+        page.goto(pages[name].as_uri())
+        page.wait_for_load_state("load")
+        if name == "report":
+            expect(page.locator("#figure-loss .main-svg").first).to_be_visible()
+        return page
+
+    yield make
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def brightness(page: Page, selector: str, attribute: str) -> float:
+    colour = page.locator(selector).first.evaluate(f"(node) => getComputedStyle(node)['{attribute}']")
+    return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 3
+
+
+def test_the_slider_moves_the_heatmap_through_training(open_page, pages):
+    page = open_page("report")
+    entries = read_run(pages["run"]).histograms
+    shown = "document.getElementById('figure-load_0').data[0].z.map((row) => Array.from(row))"
+    figure = page.locator("#figure-load_0")
+    figure.scroll_into_view_if_needed()
+    label = figure.locator(".slider-label").first
+    assert label.text_content() == f"step {entries[-1]['train/step']}"
+    before = page.evaluate(shown)
+    rail = figure.locator(".slider-rail-touch-rect").bounding_box()
+    page.mouse.move(rail["x"] + rail["width"] - 3, rail["y"] + rail["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(rail["x"] + 3, rail["y"] + rail["height"] / 2, steps=4)
+    page.mouse.up()
+    expect(label).to_have_text(f"step {entries[0]['train/step']}")
+    after = page.evaluate(shown)
+    assert after != before
+    for row, own in zip(after, entries[0]["layers"].values(), strict=True):
+        used = [tokens for tokens, active in zip(own["load"], own["active"], strict=True) if active]
+        mean = sum(used) / len(used)
+        expected = [
+            tokens / mean if active else None for tokens, active in zip(own["load"], own["active"], strict=True)
+        ]
+        assert row == pytest.approx(expected)
+
+
+def test_hovering_names_values(open_page, pages):
+    page = open_page("report")
+    rows = read_run(pages["run"]).rows
+    figure = page.locator("#figure-loss")
+    figure.scroll_into_view_if_needed()
+    # The place of the last training loss, by the figure's own axes.
+    x, y = page.evaluate(
+        """([step, loss]) => {
+            const figure = document.getElementById("figure-loss"), { xaxis, yaxis } = figure._fullLayout;
+            const box = figure.getBoundingClientRect();
+            return [box.x + xaxis._offset + xaxis.l2p(step), box.y + yaxis._offset + yaxis.l2p(loss)];
+        }""",
+        [rows[-2]["train/step"], rows[-2]["train/lm_loss"]],
+    )
+    page.mouse.move(x - 30, y)
+    page.mouse.move(x, y, steps=3)
+    hover = figure.locator(".hoverlayer")
+    expect(hover).to_contain_text("training")
+    expect(hover).to_contain_text(f"{rows[-2]['train/lm_loss']:.4g}")
+    heatmap = page.locator("#figure-load_0")
+    heatmap.scroll_into_view_if_needed()
+    box = heatmap.locator(".heatmaplayer").first.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.1, box["y"] + box["height"] * 0.1, steps=3)
+    expect(heatmap.locator(".hoverlayer")).to_contain_text(re.compile(r"layer \d+, expert \d+.*× the mean load"))
+
+
+def test_the_loss_changes_its_axis(open_page):
+    page = open_page("report")
+    figure = page.locator("#figure-loss")
+    figure.locator(".updatemenu-header").click()
+    figure.get_by_text("against activated FLOPs (P)").click()
+    expect(figure.locator(".xtitle")).to_have_text("activated FLOPs (P)")
+
+
+@pytest.mark.parametrize("name", ["report", "tokens"])
+def test_a_phone_in_the_dark_can_read_it(open_page, name):
+    page = open_page(name, PHONE, "dark", touch=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    assert brightness(page, "body", "backgroundColor") < 60
+    assert brightness(page, "body", "color") > 180
+    if name == "report":
+        assert brightness(page, "#figure-loss .xtitle", "fill") > 180
+        widest = page.evaluate(
+            "Math.max(...[...document.querySelectorAll('.main-svg')].map((svg) => svg.getBoundingClientRect().right))"
+        )
+        assert widest <= PHONE["width"]
+    else:
+        page.locator("#text span").first.tap()
+        expect(page.locator("#detail")).to_contain_text("experts (gates) by layer")
+        box = page.locator("#detail").bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= PHONE["width"]
+
+
+def test_the_report_follows_a_change_to_the_dark(open_page):
+    page = open_page("report")
+    assert brightness(page, "#figure-loss .xtitle", "fill") < 80
+    page.emulate_media(color_scheme="dark")
+    expect(page.locator("#figure-loss .xtitle")).to_have_css("fill", "rgb(228, 232, 239)")
+
+
+def test_each_token_shows_its_experts_and_its_colour(open_page, pages):
+    page = open_page("tokens")
+    view = json.loads(pages["tokens"].with_suffix(".json").read_text())
+    spans = page.locator("#text span")
+    assert spans.count() == len(view["tokens"])
+
+    def alphas() -> list[float]:
+        colours = spans.evaluate_all("(nodes) => nodes.map((node) => node.style.backgroundColor)")
+        return [float(re.search(r"([\d.]+)\)$", colour).group(1)) if "," in colour or "/" in colour else 1.0
+                for colour in colours]  # fmt: skip
+
+    def expected(counts: list[float]) -> list[float]:
+        low, high = min(counts), max(counts)
+        return [0.85 * (count - low) / (high - low) for count in counts]
+
+    layers = range(len(view["layers"]))
+    means = [sum(map(len, token["experts"])) / len(layers) for token in view["tokens"]]
+    assert alphas() == pytest.approx(expected(means), abs=0.01)
+    for place in layers:
+        page.locator("#layer").select_option(label=f"layer {view['layers'][place]}")
+        assert alphas() == pytest.approx(expected([len(t["experts"][place]) for t in view["tokens"]]), abs=0.01)
+    number = 5
+    spans.nth(number).hover()
+    token, detail = view["tokens"][number], page.locator("#detail")
+    expect(detail).to_contain_text(f"token {token['id']}, position {token['position']}")
+    for place in layers:
+        gates = ", ".join(
+            f"{expert} ({gate:.2f})"
+            for expert, gate in zip(token["experts"][place], token["gates"][place], strict=True)
+        )
+        row = detail.locator("tr").nth(place)
+        expect(row).to_contain_text(f"layer {view['layers'][place]}{len(token['experts'][place])}{gates or 'none'}")
+    for title in ("Tokens that use most", "Tokens that use fewest", "By layer", "By source", "By position",
+                  "By frequency rank"):  # fmt: skip
+        expect(page.locator("#tables")).to_contain_text(title)
+
+
+def test_screenshots(open_page, pytestconfig, tmp_path):
+    """Pictures of both pages; with --screenshots they are kept there (see CONTRIBUTING)."""
+    folder = Path(pytestconfig.getoption("screenshots") or tmp_path)
+    page = open_page("report")
+    page.locator("#figure-experts_per_token").evaluate("(node) => node.scrollIntoView()")
+    page.wait_for_timeout(300)
+    page.screenshot(path=folder / "report.png")
+    page = open_page("tokens")
+    page.locator("#text span").nth(8).hover()
+    page.screenshot(path=folder / "tokens.png")
+    for name in ("report", "tokens"):
+        assert (folder / f"{name}.png").stat().st_size > 10_000

@@ -1,0 +1,183 @@
+"""What is missing or damaged in a run is said; the rest is shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from html import escape
+from pathlib import Path
+
+import pytest
+
+from dynmoe.errors import UserError
+from dynmoe.report import main
+from dynmoe.report.page import write_report
+from dynmoe.report.runs import read_run, read_runs
+from tests.train.cases import CPU, ROOT
+
+
+@pytest.fixture
+def run_dir(undisturbed, tmp_path) -> Path:
+    """A copy that may be damaged."""
+    source, _ = undisturbed
+    return Path(shutil.copytree(source, tmp_path / "tiny", ignore=shutil.ignore_patterns("checkpoints", "traces")))
+
+
+def test_a_finished_run_has_no_problem(run_dir):
+    run = read_run(run_dir)
+    assert run.problems == []
+    assert [row["train/step"] for row in run.rows] == list(range(1, 41))
+    assert [entry["train/step"] for entry in run.histograms] == list(range(4, 41, 4))
+    assert {event["change"] for event in run.events} == {"added", "removed"}
+    assert run.config is not None
+    assert run.config.logging.interval == 1
+    assert run.layers == [0, 1]
+
+
+def edit(path: Path, change) -> None:
+    path.write_text(change(path.read_text()))
+
+
+def without(name: str):
+    return lambda run: (run / name).unlink()
+
+
+def replace_lines(name: str, numbers: tuple[int, ...], text: str):
+    def change(run: Path) -> None:
+        lines = (run / name).read_text().splitlines()
+        for number in numbers:
+            lines[number - 1] = text
+        (run / name).write_text("\n".join(lines) + "\n")
+
+    return change
+
+
+def in_progress(run: Path) -> None:
+    """A rank is just writing a row."""
+    (run / "outcome.json").unlink()
+    edit(run / "metrics.jsonl", lambda text: "".join(text.splitlines(keepends=True)[:7]) + '{"train/step": 8, "tr')
+
+
+def of_one_step(run: Path) -> None:
+    for name in ("metrics.jsonl", "histograms.jsonl"):
+        edit(run / name, lambda text: text.splitlines(keepends=True)[0])
+
+
+def failed(run: Path) -> None:
+    (run / "outcome.json").write_text('{"status": "failed", "step": 3, "error": "UserError: step 3: the loss is nan"}')
+
+
+DAMAGES = {
+    "garbage": (
+        replace_lines("metrics.jsonl", (3, 9), "\x00\x01 not JSON"),
+        ["metrics.jsonl: 2 of 40 lines left out (damaged): line 3, 9", "lacks 2 rows, the first of step 3"],
+        38,
+    ),
+    "not numbers": (
+        replace_lines("metrics.jsonl", (5,), '{"train/step": 5, "train/lm_loss": "low"}'),
+        ["1 of 40 lines left out (damaged): line 5", "lacks 1 rows, the first of step 5"],
+        39,
+    ),
+    "repeated": (
+        replace_lines("metrics.jsonl", (6,), '{"train/step": 5, "train/lm_loss": 1.0}'),
+        ["1 of 40 lines left out (out of order, or repeated): line 6", "lacks 1 rows, the first of step 6"],
+        39,
+    ),
+    "NaN": (replace_lines("metrics.jsonl", (40,), '{"train/step": 40, "train/lm_loss": NaN}'), [], 40),
+    "no metrics": (without("metrics.jsonl"), ["metrics.jsonl cannot be read (No such file or directory)"], 0),
+    "empty metrics": (lambda run: edit(run / "metrics.jsonl", lambda text: ""), ["no step was logged yet"], 0),
+    "no histograms": (without("histograms.jsonl"), ["histograms.jsonl cannot be read"], 40),
+    "damaged histograms": (
+        replace_lines("histograms.jsonl", (1, 2), '{"train/step": 4, "layers": {"0": {"load": [1], "active": []}}}'),
+        ["histograms.jsonl: 2 of 10 lines left out (damaged): line 1, 2"],
+        40,
+    ),
+    "no configuration": (without("config.yaml"), ["config.yaml cannot be read"], 40),
+    "another configuration": (
+        lambda run: edit(run / "config.yaml", lambda text: text + "surplus: 1\n"), ["surplus"], 40,
+    ),
+    "no events": (without("events.jsonl"), [], 40),
+    "outcome cut off": (lambda run: (run / "outcome.json").write_text("{"), ["outcome.json cannot be read"], 40),
+    "in progress": (
+        in_progress,
+        ["1 of 8 lines left out (damaged): line 8", "or ended without a word; its last row is of step 7 of 40"],
+        7,
+    ),
+    "one step": (of_one_step, ["there is one row: curves are points"], 1),
+    "failed": (failed, ["the run failed: UserError: step 3: the loss is nan"], 40),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_report_says_what_is_missing_and_shows_the_rest(run_dir, damage):
+    change, sentences, num_rows = DAMAGES[damage]
+    change(run_dir)
+    run = read_run(run_dir)
+    assert len(run.rows) == num_rows
+    assert len(run.problems) == len(sentences), run.problems
+    for sentence, problem in zip(sentences, run.problems, strict=True):
+        assert sentence in problem
+    write_report([run], run_dir / "report.html")
+    page = (run_dir / "report.html").read_text()
+    for problem in run.problems:
+        assert escape(problem, quote=False) in page.replace("&#39;", "'").replace("&#34;", '"')
+    assert ('id="figure-loss"' in page) == (num_rows > 0)
+    assert ('id="figure-load_0"' in page) == (damage != "no histograms")
+
+
+def test_no_run_is_refused_in_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere: holds no run \(neither config.yaml nor metrics.jsonl\)"):
+        read_run(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no run"):
+        read_run(tmp_path)
+
+
+def test_runs_of_the_same_name_go_by_their_paths(run_dir, tmp_path):
+    other = Path(shutil.copytree(run_dir, tmp_path / "elsewhere" / "tiny"))
+    assert [run.name for run in read_runs([run_dir, other])] == [str(run_dir), str(other)]
+    assert [run.name for run in read_runs([run_dir])] == ["tiny"]
+
+
+def test_the_command_writes_one_page_and_prints_where(run_dir, tmp_path):
+    other = Path(shutil.copytree(run_dir, tmp_path / "other"))
+    edit(other / "config.yaml", lambda text: text.replace("seed: 0", "seed: 1"))
+    in_progress(other)
+    (other / "histograms.jsonl").unlink()
+
+    output = tmp_path / "both.html"
+    command = [sys.executable, "-m", "dynmoe", "report", str(run_dir), str(other), "--output", str(output)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | CPU, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert f"Report: {output}" in ended.stdout
+    assert "its last row is of step 7 of 40" in ended.stdout
+    page = output.read_text()
+    assert "<td>train.seed</td><td>0</td><td>1</td>" in page
+    assert "http://" not in page.replace("http://www.w3.org", "").split("<h2>")[0].split("<script>")[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["{run}/nowhere"], "nowhere: holds no run"),
+        (["{run}", "--output", "{run}/missing/x.html"], "missing is no directory; make it, or name another file"),
+        (["tokens", "{run}", "--tokens", "0"], "--tokens=0: is too small"),
+        (["tokens", "{run}", "--text", "{run}/none.txt"], "none.txt: cannot be read"),
+        (["tokens", "{run}"], "no undamaged checkpoint"),
+        (["dashboard", "{run}/nowhere"], "config.yaml cannot be read"),
+    ],
+)
+def test_the_command_refuses_in_one_line(run_dir, monkeypatch, arguments, sentence):
+    monkeypatch.setattr(sys, "argv", ["dynmoe report", *(argument.format(run=run_dir) for argument in arguments)])
+    with pytest.raises(UserError) as caught:
+        main()
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_and_histograms_are_json_that_anyone_can_read(run_dir):
+    for name in ("metrics.jsonl", "histograms.jsonl"):
+        for line in (run_dir / name).read_text().splitlines():
+            assert json.loads(line)["train/step"] > 0

@@ -1,0 +1,185 @@
+"""The token view: what it says of a token is what the model did with it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dynmoe.errors import UserError
+from dynmoe.report.texts import Text, read_texts, validation_texts
+from dynmoe.report.tokens import view_tokens, write_view
+from dynmoe.trained import TrainedModel, open_trained
+from tests.train.cases import CPU, ROOT, evaluation_loss
+
+TEXT = "The router sends 7 of the tokens.\nThe expert takes them, é and all.\n" * 6
+NUM_TOKENS = 150
+
+
+@pytest.fixture(scope="module")
+def model(undisturbed) -> TrainedModel:
+    return open_trained(undisturbed[0], torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def view(model):
+    return view_tokens(model, [Text("prose", TEXT), Text("list", "1, 2, 3, 4, 5\n" * 20)], NUM_TOKENS)
+
+
+def test_the_opened_model_is_the_trained_one(undisturbed, model, one_rank, tmp_path):
+    outcome = json.loads((undisturbed[0] / "outcome.json").read_text())
+    assert model.step == 40
+    loss = one_rank.run(evaluation_loss, undisturbed[0], tmp_path)[0]
+    assert loss == pytest.approx(outcome["eval/loss"], rel=1e-5)
+
+
+def test_each_token_has_the_experts_and_gates_that_its_layers_used(model, view):
+    assert view["layers"] == [0, 1]
+    assert view["sources"] == ["list", "prose"]
+    tokens = view["tokens"]
+    assert [sum(token["source"] == source for token in tokens) for source in (0, 1)] == [75, 75]
+    window = model.config.data.sequence_length - 1
+    first = [token for token in tokens if token["source"] == 1][: 2 * window]
+    ids = model.tokenizer.encode(TEXT)[: 2 * window]
+    assert [token["id"] for token in first] == ids
+    assert [token["position"] for token in first] == [*range(window), *range(window)]
+    assert "".join(token["piece"] for token in first).replace("<0x0A>", "\n").startswith("The router sends 7 of")
+    # Once more, by what each layer hands to its dispatcher, over the second window.
+    given = {}
+    for layer in model.decoder.moe_layers:
+        dispatch = layer.dispatcher.dispatch
+
+        def watched(x_TD, plan, most_rows=None, layer=layer, dispatch=dispatch):
+            given[layer.layer] = plan
+            return dispatch(x_TD, plan, most_rows)
+
+        layer.dispatcher.dispatch = watched
+    with torch.no_grad():
+        model.decoder(torch.tensor([[model.tokenizer.eod, *ids[window:]]]))
+    for layer in model.decoder.moe_layers:
+        del layer.dispatcher.dispatch
+    for place, token in enumerate(first[window:], start=1):
+        for layer, experts, gates in zip(given, token["experts"], token["gates"], strict=True):
+            plan = given[layer]
+            assert sorted(experts) == plan.routing_map_TE[place].nonzero().flatten().tolist()
+            assert gates == pytest.approx(plan.gates_TE[place, experts].tolist(), abs=1e-4)
+            assert gates == sorted(gates, reverse=True)
+
+
+def test_the_tables_are_counts_over_the_tokens(view):
+    tokens, tables = view["tokens"], view["tables"]
+    used = [sum(map(len, token["experts"])) / 2 for token in tokens]
+
+    def check(row, chosen):
+        values = [value for token, value in zip(tokens, used, strict=True) if chosen(token)]
+        assert row["count"] == len(values) > 0
+        assert row["mean"] == pytest.approx(sum(values) / len(values), abs=1e-4)
+
+    pieces = [token["piece"] for token in tokens]
+    for name in ("most", "fewest"):
+        for row in tables[name]:
+            assert pieces.count(row["name"]) == row["count"] >= 3
+            check(row, lambda token, row=row: token["piece"] == row["name"])
+    assert [row["mean"] for row in tables["most"]] == sorted((row["mean"] for row in tables["most"]), reverse=True)
+    assert tables["most"][0]["mean"] >= tables["fewest"][0]["mean"]
+    for number, row in enumerate(tables["sources"]):
+        assert row["name"] == view["sources"][number]
+        check(row, lambda token, number=number: token["source"] == number)
+    for row in tables["positions"]:
+        first, last = (int(part) for part in row["name"].split(" to "))
+        check(row, lambda token, first=first, last=last: first <= token["position"] <= last)
+    ids = [token["id"] for token in tokens]
+    by_frequency = sorted(dict.fromkeys(ids), key=lambda token: -ids.count(token))
+    for row in tables["ranks"]:
+        first, last = (int(part) for part in (row["name"].split(" to ") * 2)[:2])
+        check(row, lambda token, own=by_frequency[first - 1 : last]: token["id"] in own)
+    for place, row in enumerate(tables["layers"]):
+        counts = [len(token["experts"][place]) for token in tokens]
+        assert row["mean"] == pytest.approx(sum(counts) / len(counts), abs=1e-4)
+        assert row["histogram"] == [counts.count(number) for number in range(max(counts) + 1)]
+    for name in ("sources", "positions", "ranks"):
+        assert sum(row["count"] for row in tables[name]) == len(tokens)
+
+
+def test_the_page_carries_its_data_and_escapes_it(view, tmp_path):
+    hostile = {**view, "run": "</script><script>alert(1)</script>", "tokens": [dict(token) for token in view["tokens"]]}
+    hostile["tokens"][0]["piece"] = "</script><b>"
+    write_view(hostile, tmp_path / "tokens.html")
+    page = (tmp_path / "tokens.html").read_text()
+    assert json.loads((tmp_path / "tokens.json").read_text()) == hostile
+    assert "<script>alert" not in page
+    assert "</script><b>" not in page
+    data = page.split('id="data">')[1].split("</script>")[0]
+    assert json.loads(data) == hostile
+
+
+def test_texts_come_from_files_lines_and_standard_input(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.jsonl").write_text('{"text": "two", "source": "web"}\n\n{"text": "three"}\n')
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"vier\n")))
+    texts = read_texts([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"), "-"])
+    assert texts == [Text("a.txt", "one"), Text("web", "two"), Text("b.jsonl", "three"),
+                     Text("standard input", "vier\n")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("none.txt", None, "cannot be read (No such file or directory); name a text file"),
+        ("blank.txt", b" \n", "holds no text"),
+        ("bytes.txt", b"\xff\xfe", "is not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', "line 2 has no text"),
+        ("b.jsonl", b"[1]\n", "line 1 has no text"),
+    ],
+)
+def test_texts_that_cannot_be_used_are_refused_by_name(tmp_path, name, content, sentence):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_texts([str(tmp_path / name)])
+    assert f"--text {tmp_path / name}: " in str(caught.value)
+    assert sentence in str(caught.value)
+
+
+def test_without_a_text_the_validation_text_is_shown(model, corpus_dir):
+    texts = validation_texts(model, 100)
+    assert sum(len(text.content) for text in texts) == 100
+    assert {text.source for text in texts} == {corpus_dir.name}
+    assert model.tokenizer.decode(list(texts[0].content)).startswith("# Document ")
+
+
+def test_the_command_reads_standard_input_and_prints_where_the_pages_are(undisturbed, tmp_path):
+    output = tmp_path / "view.html"
+    command = [
+        sys.executable,
+        "-m",
+        "dynmoe.report",
+        "tokens",
+        str(undisturbed[0]),
+        "--text",
+        "-",
+        "--output",
+        str(output),
+    ]
+    ended = subprocess.run(
+        command, input=TEXT, capture_output=True, text=True, cwd=ROOT, env=os.environ | CPU, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert f"Token view: {output} (data: {tmp_path / 'view.json'})" in ended.stdout
+    assert json.loads((tmp_path / "view.json").read_text())["sources"] == ["standard input"]
+
+
+def test_a_run_without_tokenizer_or_checkpoint_is_refused_in_one_line(undisturbed, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text((undisturbed[0] / "config.yaml").read_text())
+    with pytest.raises(UserError, match=r"tokenizer\.model is missing; copy it from the corpus"):
+        open_trained(run)
+    (run / "tokenizer.model").write_bytes((undisturbed[0] / "tokenizer.model").read_bytes())
+    with pytest.raises(UserError, match="no undamaged checkpoint"):
+        open_trained(run)
