@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from dynmoe.cli import run_tool
 from dynmoe.config import Config, describe_fields, load_config
@@ -37,28 +35,30 @@ def parse_arguments() -> tuple[Config, bool]:
 
 def train(config: Config) -> None:
     """Everything after the configuration is known to be sound."""
-    # Heavy imports: not before a mistake in the configuration had its chance to be reported.
+    # Heavy imports come late: a mistake in the configuration, then one in the data, is reported before them.
+    from dynmoe.data.corpus import open_corpora
+
+    corpora, first = open_corpora(config.data.dirs, config.data.sequence_length), os.environ.get("RANK", "0") == "0"
+    for corpus in corpora if first and config.data.verify else ():
+        corpus.verify()
+
     import torch.distributed as dist
 
     from dynmoe.data.batches import PretrainingData
-    from dynmoe.data.corpus import open_corpora
     from dynmoe.engines import make_engine
     from dynmoe.model.size import embedding_rows
     from dynmoe.ops.host_memory import keep_freed_memory
+    from dynmoe.report.pictures import pictures_of_run
     from dynmoe.train.run_directory import RunDirectory
     from dynmoe.train.summary import describe, describe_start, facts, write_sample
     from dynmoe.train.trainer import Trainer
     from dynmoe.train.views import make_views
 
     keep_freed_memory()
-    corpora = open_corpora(config.data.dirs, config.data.sequence_length)
-    tokenizer = corpora[0].tokenizer
+    tokenizer, directory = corpora[0].tokenizer, RunDirectory(config.run.path)
     vocab_size = embedding_rows(tokenizer.vocab_size, config.model.vocab_size)
-    directory, first = RunDirectory(config.run.path), os.environ.get("RANK", "0") == "0"
     if first:
         directory.claim()
-        for corpus in corpora if config.data.verify else ():
-            corpus.verify()
     engine = make_engine(config, vocab_size)
     try:
         start = describe_start(config, engine.device)
@@ -67,7 +67,7 @@ def train(config: Config) -> None:
         data = PretrainingData(
             corpora, config.data.weights, config.data.sequence_length, config.train.seed, directory.data_index
         )
-        views = partial(make_views, config, directory, _pictures)
+        views = partial(make_views, config, directory, pictures_of_run)
         trainer = Trainer(config, engine, data, directory, vocab_size, views)
         result = trainer.run()
         if result.status == "preempted":
@@ -80,13 +80,6 @@ def train(config: Config) -> None:
             print(describe(config, trainer.size, result, corpora, text))
     finally:
         dist.destroy_process_group()
-
-
-def _pictures(run: Path) -> dict[str, Any]:
-    """The figures of the report, for a view that shows them; plotly is loaded only there."""
-    from dynmoe.report.pictures import pictures_of_run
-
-    return pictures_of_run(run)
 
 
 def main() -> None:

@@ -55,17 +55,8 @@ def _line(x: list[Any], y: list[Any], name: str, colour: str, unit: str = "", **
 
 
 def _menu(buttons: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "type": "dropdown",
-            "x": 1,
-            "xanchor": "right",
-            "y": 1.2,
-            "yanchor": "top",
-            "buttons": buttons,
-            "showactive": True,
-        }
-    ]
+    place = {"x": 1, "xanchor": "right", "y": 1.2, "yanchor": "top"}
+    return [{"type": "dropdown", "buttons": buttons, "showactive": True, **place}]
 
 
 def loss(runs: Sequence[Run]) -> go.Figure | None:
@@ -125,8 +116,10 @@ def by_layer(runs: Sequence[Run], figure_name: str, title: str, y_title: str, un
             )
             shown_in.append(place)
     if several:
+        # Only the traces of this function: whatever is drawn beside them stays.
+        which = list(range(len(shown_in)))
         buttons = [
-            {"label": label, "method": "restyle", "args": [{"visible": [own == place for own in shown_in]}]}
+            {"label": label, "method": "restyle", "args": [{"visible": [own == place for own in shown_in]}, which]}
             for place, (label, *_) in enumerate(groups)
         ]
         figure.update_layout(updatemenus=_menu(buttons))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import plotly.graph_objects as go
-
-from dynmoe.report import figures
 from dynmoe.report.runs import Run, read_run
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 # Sections of by-layer figures: name among the metrics, title, axis.
 _ROUTER = (
@@ -39,6 +40,8 @@ _OPTIMIZER = (
 
 def sections(runs: Sequence[Run]) -> dict[str, dict[str, go.Figure]]:
     """Figures by section and name; what a run has no data for is left out."""
+    from dynmoe.report import figures  # plotly: a training loads it only where a view shows pictures
+
     drawn: dict[str, dict[str, go.Figure | None]] = {
         "Loss": {"loss": figures.loss(runs)},
         "Experts per token": {

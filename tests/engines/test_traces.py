@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
+
 import pandas as pd
 import pytest
 
 from tests.engines.cases import GLOBAL_BATCH, LENGTH, batch_of_step
 from tests.engines.routing_cases import train_and_keep
+from tests.train.cases import ROOT, read_rows
 
 STEPS = 1  # from the same weights: later ones depend on the accumulation, by the balance over passes so far
 MEGATRON = "engine=megatron"
@@ -61,3 +65,26 @@ def test_each_row_is_its_token_with_what_the_layer_was_given(two_ranks, tmp_path
         assert list(row.dropped) == [e for e, on in enumerate(selected) if on and not routed[e]]
         dropped += len(row.dropped)
     assert dropped > 0
+
+
+def test_the_example_reads_what_the_metrics_say(undisturbed, capsys, monkeypatch):
+    run, _ = undisturbed
+    monkeypatch.setattr(sys, "argv", ["read_traces.py", str(run)])
+    example = runpy.run_path(str(ROOT / "examples" / "read_traces.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert all(f"{part}:\n" in said for part in ("experts per token", "tokens that use most"))
+    routes = example["load"](run)
+    traced = {row["train/step"]: row for row in read_rows(run / "metrics.jsonl") if row["train/step"] % 8 == 0}
+    means = routes.pivot_table(index="step", columns="layer", values="k")
+    for step, row in traced.items():
+        for layer in (0, 1):
+            assert means[layer][step] == pytest.approx(row[f"moe/layer_{layer:02d}/experts_per_token_mean"])
+    experts, pairs = routes[routes["layer"] == 0]["experts"], example["pairs"](routes)
+    assert pairs[0][(0, 1)] == sum({0, 1} <= set(own) for own in experts)
+
+
+def test_the_flag_traces_every_step(monkeypatch):
+    parse = runpy.run_path(str(ROOT / "train.py"))["parse_arguments"]
+    for arguments, interval in (([], 0), (["--trace"], 1), (["--trace", "logging.trace_interval=5"], 5)):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        assert parse()[0].logging.trace_interval == interval
