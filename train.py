@@ -39,8 +39,14 @@ def train(config: Config) -> None:
     from dynmoe.data.corpus import open_corpora
 
     corpora, first = open_corpora(config.data.dirs, config.data.sequence_length), os.environ.get("RANK", "0") == "0"
-    for corpus in corpora if first and config.data.verify else ():
-        corpus.verify()
+
+    from dynmoe.train.run_directory import RunDirectory
+
+    directory = RunDirectory(config.run.path)
+    if first:
+        directory.claim()
+        for corpus in corpora if config.data.verify else ():
+            corpus.verify()
 
     import torch.distributed as dist
 
@@ -49,16 +55,13 @@ def train(config: Config) -> None:
     from dynmoe.model.size import embedding_rows
     from dynmoe.ops.host_memory import keep_freed_memory
     from dynmoe.report.pictures import pictures_of_run
-    from dynmoe.train.run_directory import RunDirectory
     from dynmoe.train.summary import describe, describe_start, facts, write_sample
     from dynmoe.train.trainer import Trainer
     from dynmoe.train.views import make_views
 
     keep_freed_memory()
-    tokenizer, directory = corpora[0].tokenizer, RunDirectory(config.run.path)
+    tokenizer = corpora[0].tokenizer
     vocab_size = embedding_rows(tokenizer.vocab_size, config.model.vocab_size)
-    if first:
-        directory.claim()
     engine = make_engine(config, vocab_size)
     try:
         start = describe_start(config, engine.device)

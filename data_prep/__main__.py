@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data_prep.build import Recipe, build, is_current
 from data_prep.sources import STDLIB
 from dynmoe.cli import run_tool
 from dynmoe.data.corpus import MANIFEST, Corpus
@@ -52,9 +53,6 @@ def _build(arguments: list[str]) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus made in another way")
     given = parser.parse_args(arguments)
-    # Megatron's datasets take seconds to import: not for help, nor for a check.
-    from data_prep.build import Recipe, build, is_current
-
     recipe = Recipe(
         given.sources, given.json_key, given.vocab_size, given.tokenizer, given.tokenizer_mb, given.validation_fraction
     )

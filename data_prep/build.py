@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
-import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -24,7 +23,6 @@ from data_prep.encode import encode_in_order, tasks
 from data_prep.sources import RawDocument, RefusedError, read_documents, text_of
 from dynmoe.data.corpus import FORMAT, MANIFEST, SPLITS, TOKENIZER, Corpus, sha256_of
 from dynmoe.data.indexed import check_indexed
-from dynmoe.data.megatron import DType, IndexedDatasetBuilder
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
 
@@ -115,6 +113,11 @@ def _lines(recipe: Recipe) -> Iterator[str]:
 
 
 def _encode_all(recipe: Recipe, directory: Path, workers: int) -> tuple[dict[str, SplitCounts], Refusals, str]:
+    # They take seconds to import: not for a refusal, nor for a corpus that is up to date.
+    import torch
+
+    from dynmoe.data.megatron import DType, IndexedDatasetBuilder
+
     tokenizer = Tokenizer(directory / TOKENIZER)
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     builders = {split: IndexedDatasetBuilder(str(directory / f"{split}.bin"), dtype) for split in SPLITS}

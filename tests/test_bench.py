@@ -83,7 +83,9 @@ def test_a_method_with_another_output_is_not_timed():
         ("growth", ["--repeats", "1", "--scale", "16"], 2 * 11),
         ("imbalance", [*SMALL, "--width", "16", "--experts", "4", "--imbalances", "1", "2"], 4 * 2),
         ("memory", ["--tokens", "64", "--hidden", "32", "--width", "16", "--experts", "4", "--mean-k", "2"], 2 * 4),
-        ("gpu_layer", ["--shrink", "256", "--dtype", "fp32", "--repeats", "1"], 3 * 2),
+        pytest.param(  # its kernels run in the interpreter
+            "gpu_layer", ["--shrink", "256", "--dtype", "fp32", "--repeats", "1"], 3 * 2, marks=pytest.mark.slow
+        ),
         ("router", [*SMALL, "--width", "16", "--experts", "4", "16"], 2 * 2),
     ],
 )

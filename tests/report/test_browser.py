@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,10 +45,23 @@ def pages(undisturbed, tmp_path_factory, pytestconfig) -> dict[str, Path]:
     return {"run": run, "report": folder / "report.html", "tokens": folder / "tokens.html"}
 
 
-@pytest.fixture
-def open_page(browser, pages) -> Iterator:
-    """Opens a page; at the end nothing may have been asked of a network or complained about in the console."""
-    complaints: list[str] = []
+Opener = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def complaints() -> list[str]:
+    """What pages said in the console or asked of a network."""
+    return []
+
+
+@pytest.fixture(autouse=True)
+def no_complaint(complaints) -> Iterator[None]:
+    yield
+    assert complaints == []
+
+
+@pytest.fixture(scope="module")
+def open_page(browser, pages, complaints) -> Iterator[Opener]:
     contexts = []
 
     def make(name: str, viewport=WIDE, scheme: str = "light", touch: bool = False) -> Page:
@@ -70,7 +83,12 @@ def open_page(browser, pages) -> Iterator:
     yield make
     for context in contexts:
         context.close()
-    assert complaints == []
+
+
+@pytest.fixture(scope="module")
+def report(open_page) -> Page:
+    """The report on a wide screen, one for several tests: it takes seconds to draw."""
+    return open_page("report")
 
 
 def brightness(page: Page, selector: str, attribute: str) -> float:
@@ -78,8 +96,8 @@ def brightness(page: Page, selector: str, attribute: str) -> float:
     return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 3
 
 
-def test_the_slider_moves_the_heatmap_through_training(open_page, pages):
-    page = open_page("report")
+def test_the_slider_moves_the_heatmap_through_training(report, pages):
+    page = report
     entries = read_run(pages["run"]).histograms
     shown = "document.getElementById('figure-load_0').data[0].z.map((row) => Array.from(row))"
     figure = page.locator("#figure-load_0")
@@ -104,8 +122,8 @@ def test_the_slider_moves_the_heatmap_through_training(open_page, pages):
         assert row == pytest.approx(expected)
 
 
-def test_hovering_names_values(open_page, pages):
-    page = open_page("report")
+def test_hovering_names_values(report, pages):
+    page = report
     rows = read_run(pages["run"]).rows
     figure = page.locator("#figure-loss")
     figure.scroll_into_view_if_needed()
@@ -130,9 +148,8 @@ def test_hovering_names_values(open_page, pages):
     expect(heatmap.locator(".hoverlayer")).to_contain_text(re.compile(r"layer \d+, expert \d+.*× the mean load"))
 
 
-def test_the_loss_changes_its_axis(open_page):
-    page = open_page("report")
-    figure = page.locator("#figure-loss")
+def test_the_loss_changes_its_axis(report):
+    figure = report.locator("#figure-loss")
     figure.locator(".updatemenu-header").click()
     figure.get_by_text("against activated FLOPs (P)").click()
     expect(figure.locator(".xtitle")).to_have_text("activated FLOPs (P)")
@@ -158,11 +175,12 @@ def test_a_phone_in_the_dark_can_read_it(open_page, name):
         assert box["x"] + box["width"] <= PHONE["width"]
 
 
-def test_the_report_follows_a_change_to_the_dark(open_page):
-    page = open_page("report")
-    assert brightness(page, "#figure-loss .xtitle", "fill") < 80
-    page.emulate_media(color_scheme="dark")
-    expect(page.locator("#figure-loss .xtitle")).to_have_css("fill", "rgb(228, 232, 239)")
+def test_the_report_follows_a_change_to_the_dark(report):
+    assert brightness(report, "#figure-loss .xtitle", "fill") < 80
+    report.emulate_media(color_scheme="dark")
+    expect(report.locator("#figure-loss .xtitle")).to_have_css("fill", "rgb(228, 232, 239)")
+    report.emulate_media(color_scheme="light")
+    expect(report.locator("#figure-loss .xtitle")).to_have_css("fill", "rgb(29, 36, 48)")
 
 
 def test_each_token_shows_its_experts_and_its_colour(open_page, pages):
@@ -202,13 +220,12 @@ def test_each_token_shows_its_experts_and_its_colour(open_page, pages):
         expect(page.locator("#tables")).to_contain_text(title)
 
 
-def test_screenshots(open_page, pytestconfig, tmp_path):
+def test_screenshots(open_page, report, pytestconfig, tmp_path):
     """Pictures of both pages; with --screenshots they are kept there (see CONTRIBUTING)."""
     folder = Path(pytestconfig.getoption("screenshots") or tmp_path)
-    page = open_page("report")
-    page.locator("#figure-experts_per_token").evaluate("(node) => node.scrollIntoView()")
-    page.wait_for_timeout(300)
-    page.screenshot(path=folder / "report.png")
+    report.locator("#figure-experts_per_token").evaluate("(node) => node.scrollIntoView()")
+    report.wait_for_timeout(300)
+    report.screenshot(path=folder / "report.png")
     page = open_page("tokens")
     page.locator("#text span").nth(8).hover()
     page.screenshot(path=folder / "tokens.png")

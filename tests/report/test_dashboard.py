@@ -8,6 +8,7 @@ import re
 import pytest
 
 from dynmoe.config import load_config
+from dynmoe.report import dashboard
 from dynmoe.report.dashboard import publish
 from tests.train.cases import read_rows
 
@@ -45,6 +46,7 @@ def test_without_an_account_the_definition_is_written(definition, undisturbed):
 def test_a_server_that_refuses_leaves_the_definition(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(dashboard, "_TIMEOUT_S", 1)
     said = publish(load_config(None, []), "team", tmp_path / "dashboard.json")
     assert said.startswith("W&B cannot be reached (")
     assert json.loads((tmp_path / "dashboard.json").read_text())["entity"] == "team"

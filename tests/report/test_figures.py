@@ -56,7 +56,7 @@ def test_several_runs_show_one_layer_at_a_time(run):
     assert [bool(own.visible) for own in figure.data] == list(buttons["mean over layers"])
     with_budget = figures.experts_per_token([run, run])
     assert [own.name for own in with_budget.data][-2:] == ["tiny, budget"] * 2
-    assert with_budget.layout.updatemenus[0].buttons[1].args[1] == list(range(6)), "the budget stays in sight"
+    assert list(with_budget.layout.updatemenus[0].buttons[1].args[1]) == list(range(6)), "the budget stays in sight"
 
 
 def test_the_heatmap_has_a_step_of_the_slider_for_each_entry(run):

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from html import escape
 from pathlib import Path
 
 import pytest
 
+from dynmoe.__main__ import console_script
 from dynmoe.errors import UserError
 from dynmoe.report import main
 from dynmoe.report.page import write_report
 from dynmoe.report.runs import read_run, read_runs
-from tests.train.cases import CPU, ROOT
 
 
 @pytest.fixture
@@ -141,18 +139,18 @@ def test_runs_of_the_same_name_go_by_their_paths(run_dir, tmp_path):
     assert [run.name for run in read_runs([run_dir])] == ["tiny"]
 
 
-def test_the_command_writes_one_page_and_prints_where(run_dir, tmp_path):
+def test_the_command_writes_one_page_and_prints_where(run_dir, tmp_path, monkeypatch, capsys):
     other = Path(shutil.copytree(run_dir, tmp_path / "other"))
     edit(other / "config.yaml", lambda text: text.replace("seed: 0", "seed: 1"))
     in_progress(other)
     (other / "histograms.jsonl").unlink()
 
     output = tmp_path / "both.html"
-    command = [sys.executable, "-m", "dynmoe", "report", str(run_dir), str(other), "--output", str(output)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | CPU, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert f"Report: {output}" in ended.stdout
-    assert "its last row is of step 7 of 40" in ended.stdout
+    monkeypatch.setattr(sys, "argv", ["dynmoe", "report", str(run_dir), str(other), "--output", str(output)])
+    console_script()
+    said = capsys.readouterr().out
+    assert f"Report: {output}" in said
+    assert "its last row is of step 7 of 40" in said
     page = output.read_text()
     assert "<td>train.seed</td><td>0</td><td>1</td>" in page
     assert "http://" not in page.replace("http://www.w3.org", "").split("<h2>")[0].split("<script>")[0]

@@ -73,6 +73,7 @@ def test_sigkill_at_a_random_step_leaves_the_curve_bitwise(corpus_dir, tmp_path,
     assert parameter_hashes(killed / "tiny", 40) == parameter_hashes(whole, 40)
 
 
+@pytest.mark.slow  # what is refused on resume is tested without processes in test_parts
 def test_another_engine_is_refused_with_the_way_to_it(trained, corpus_dir):
     process = TrainingProcess(corpus_dir, trained.parent, *RUN, "parallel.expert=1")
     assert process.wait() != 0

@@ -162,5 +162,7 @@ def test_a_ceiling_may_be_another_one_after_a_resume():
     """It is what the error tells one to change."""
     saved = dataclasses.asdict(load_config(None, ["model.moe.ceiling=2"]))
     refuse_changes(saved, dataclasses.asdict(load_config(None, ["model.moe.ceiling=3", "model.moe.at_ceiling=drop"])))
+    with pytest.raises(ConfigError, match=r"engine='megatron': the run's checkpoint is of deepspeed; keep it, or conv"):
+        refuse_changes(saved, dataclasses.asdict(load_config(None, ["engine=megatron"])))
     with pytest.raises(ConfigError, match=r"model\.moe\.expert_hidden=64: the run's checkpoint has 512"):
         refuse_changes(saved, dataclasses.asdict(load_config(None, ["model.moe.expert_hidden=64"])))
