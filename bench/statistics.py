@@ -25,8 +25,6 @@ from dynmoe.ops.host_memory import keep_freed_memory
 from dynmoe.train.engine import StepReport
 from dynmoe.train.metrics import View, histograms, moe_row
 from dynmoe.train.run_directory import RunDirectory
-from dynmoe.train.tensorboard_view import TensorBoardView
-from dynmoe.train.wandb_view import WandbView
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
+    # Here: whoever runs another benchmark may not have their packages.
+    from dynmoe.train.tensorboard_view import TensorBoardView
+    from dynmoe.train.wandb_view import WandbView
+
     torch.set_num_threads(given.threads)
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder, socket.socket() as deaf:

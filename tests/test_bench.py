@@ -86,6 +86,7 @@ def test_a_method_with_another_output_is_not_timed():
         pytest.param(  # its kernels run in the interpreter
             "gpu_layer", ["--shrink", "256", "--dtype", "fp32", "--repeats", "1"], 3 * 2, marks=pytest.mark.slow
         ),
+        pytest.param("statistics", ["--repeats", "1"], 3, marks=pytest.mark.slow),
         ("router", [*SMALL, "--width", "16", "--experts", "4", "16"], 2 * 2),
     ],
 )

@@ -165,6 +165,8 @@ def _read_outcome(run: Run, path: Path) -> None:
         run.problems.append("outcome.json cannot be read")
     if run.outcome is not None and run.outcome["status"] == "failed":
         run.problems.append(f"the run failed: {run.outcome.get('error', 'no reason was kept')}")
+    elif run.outcome is not None and run.outcome["status"] == "preempted":
+        run.problems.append(f"the run was told to end after step {run.outcome.get('step', '?')}, and can go on")
     if len(run.rows) == 1:
         run.problems.append("there is one row: curves are points")
 

@@ -42,7 +42,7 @@ def view_tokens(model: TrainedModel, texts: Sequence[Text], num_tokens: int) -> 
     sources = sorted({text.source for text in texts})
     tokens: list[dict[str, Any]] = []
     window = model.config.data.sequence_length - 1
-    left = dict.fromkeys(sources, -(-num_tokens // max(1, len(sources))))
+    left = dict.fromkeys(sources, max(1, num_tokens // max(1, len(sources))))
     for text in texts:
         ids, source = text.tokens(model)[: left[text.source]], sources.index(text.source)
         left[text.source] -= len(ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from dynmoe.config.logging import LoggingConfig
+from dynmoe.config import Config
 from dynmoe.train.metrics import Row
 
 _LAYER = re.compile(r"moe/layer_(\d+)/active_experts")
@@ -15,13 +15,13 @@ def layers_of(row: Row) -> list[int]:
     return sorted(int(match.group(1)) for name in row if (match := _LAYER.fullmatch(name)))
 
 
-def troubles(row: Row, limits: LoggingConfig) -> dict[tuple[str, int | None], str]:
+def troubles(row: Row, config: Config) -> dict[tuple[str, int | None], str]:
     """What is wrong in a row, each in a sentence, by kind and layer (None: the mean over layers).
 
     Kinds: ``collapse`` (one expert computes nearly all rows of a layer), ``dead`` (experts in use that no token of the
-    step selected), ``drops`` and ``budget``.
+    step selected), ``drops`` and ``budget`` (of each layer, or of their mean where that is held).
     """
-    found: dict[tuple[str, int | None], str] = {}
+    limits, found = config.logging, dict[tuple[str, int | None], str]()
     for layer in layers_of(row):
         figures = {
             name: row[f"moe/layer_{layer:02d}/{name}"]
@@ -37,13 +37,16 @@ def troubles(row: Row, limits: LoggingConfig) -> dict[tuple[str, int | None], st
             found["drops", layer] = f"layer {layer}: {dropped:.0%} of the routes were dropped"
     target = row.get("moe/experts_per_token_target")
     if target is not None:
-        mean = row["moe/experts_per_token_mean"]
-        if abs(mean / target - 1) > limits.warn_budget_deviation:
-            found["budget", None] = f"{mean:.2f} experts per token where the budget is {target:.2f}"
+        held = [None] if config.budget.scope == "global" else layers_of(row)
+        for own in held:
+            where, name = ("", "moe") if own is None else (f"layer {own}: ", f"moe/layer_{own:02d}")
+            mean = row[f"{name}/experts_per_token_mean"]
+            if abs(mean / target - 1) > limits.warn_budget_deviation:
+                found["budget", own] = f"{where}{mean:.2f} experts per token where the budget is {target:.2f}"
     return found
 
 
-def new_troubles(before: Row, row: Row, limits: LoggingConfig) -> list[str]:
+def new_troubles(before: Row, row: Row, config: Config) -> list[str]:
     """Sentences on what is wrong in ``row`` and was not in the row before it: each trouble is told when it begins."""
-    known = troubles(before, limits)
-    return [text for kind, text in troubles(row, limits).items() if kind not in known]
+    known = troubles(before, config)
+    return [text for kind, text in troubles(row, config).items() if kind not in known]

@@ -28,7 +28,7 @@ class RunRecord:
     """
 
     def __init__(self, config: Config, directory: RunDirectory, first_step: int, views: Sequence[View]) -> None:
-        self._logging = config.logging
+        self._config = config
         self._metrics = StepLog(directory.metrics, "train/step", first_step)
         self._histograms = StepLog(directory.histograms, "train/step", first_step)
         self._events = StepLog(directory.events, "step", first_step)
@@ -48,9 +48,9 @@ class RunRecord:
         for view in self._views:
             view.log(row, histograms)
         self._console.show(row, step)
-        if self._logging.shows_table(step):
+        if self._config.logging.shows_table(step):
             self._console.show_layers(row, step)
-        for text in new_troubles(before, row, self._logging):
+        for text in new_troubles(before, row, self._config):
             self._console.warn(text, step)
 
     def add_events(self, events: Sequence[AdaptationEvent]) -> None:

@@ -45,25 +45,26 @@ class WandbView:
         self._alive = True
         self._run.define_metric("train/step")
         self._run.define_metric("*", step_metric="train/step")
-        self._guarded(lambda: self._keep_inputs(config.data.dirs))
+        self._attempt(lambda: self._keep_inputs(config.data.dirs), "the run is without its artifact of inputs")
 
     def log(self, row: Row, histograms: Histograms | None = None) -> None:
-        drawn = {} if histograms is None else _media(histograms)
-        self._guarded(lambda: self._run.log({**row, **drawn}))
+        if self._alive:
+            drawn = {} if histograms is None else _media(histograms)
+            consequence = "training goes on, metrics.jsonl is complete"
+            self._alive = self._attempt(lambda: self._run.log({**row, **drawn}), consequence)
 
     def close(self) -> None:
         """Ends the run; when it returns, every row is uploaded or in the offline file."""
-        self._guarded(self._keep_outputs)
-        self._guarded(self._finish)
+        if self._alive:
+            self._attempt(self._keep_outputs, "the run is without its pictures")
+            self._attempt(self._finish, "metrics.jsonl is complete")
 
     def _keep_inputs(self, corpora: Sequence[str]) -> None:
         artifact = wandb.Artifact(f"{self._name}-inputs", type="inputs")
         artifact.add_file(str(self._directory.config))
         artifact.add_file(str(self._directory.tokenizer))
         for number, corpus in enumerate(corpora):
-            manifest = Path(corpus) / MANIFEST
-            if manifest.exists():
-                artifact.add_file(str(manifest), name=f"corpus_{number}_{MANIFEST}")
+            artifact.add_file(str(Path(corpus) / MANIFEST), name=f"corpus_{number}_{MANIFEST}")
         self._run.log_artifact(artifact)
 
     def _keep_outputs(self) -> None:
@@ -84,15 +85,15 @@ class WandbView:
         # finish only asks W&B's service to close the run's file; the end of the service is waited for.
         wandb.teardown()
 
-    def _guarded(self, action: Callable[[], object]) -> None:
-        """Does it, unless W&B failed before; a failure is said once and ends the view, not the training."""
-        if not self._alive:
-            return
+    @staticmethod
+    def _attempt(action: Callable[[], object], consequence: str) -> bool:
+        """Does it; a failure is said, not raised: the training does not depend on W&B."""
         try:
             action()
         except (Exception, SystemExit) as error:  # teardown leaves by sys.exit when the service failed
-            self._alive = False
-            print(f"W&B failed ({first_line(error)}); training goes on, metrics.jsonl is complete", flush=True)
+            print(f"W&B failed ({first_line(error)}); {consequence}", flush=True)
+            return False
+        return True
 
 
 def _start(config: Config, run_id: str) -> Any:

@@ -41,7 +41,7 @@ def plain(one_rank):
         pytest.param(ALONE, EP2, id="EP 1 to 2", marks=pytest.mark.slow),
         pytest.param(PP2, ALONE, id="PP 2 to 1", marks=pytest.mark.slow),
         pytest.param(ALONE, TP2, id="TP 1 to 2"),
-        pytest.param(ALONE, DP2, id="DP 1 to 2"),
+        pytest.param(ALONE, DP2, id="DP 1 to 2", marks=pytest.mark.slow),
         pytest.param(EP2, INTERLEAVED, id="EP 2 to PP 2 interleaved", marks=pytest.mark.slow),
     ],
 )

@@ -192,6 +192,7 @@ def test_a_spec_without_moe_is_refused():
     assert top_p_spec.submodules.mlp.submodules.router.keywords["settings"].kind == "top_p"
 
 
+@pytest.mark.slow
 def test_the_example_learns_with_a_dynamic_number_of_experts():
     path = ROOT / "examples" / "megatron_router.py"
     assert len(path.read_text().splitlines()) < 60

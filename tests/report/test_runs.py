@@ -105,6 +105,11 @@ DAMAGES = {
         7,
     ),
     "one step": (of_one_step, ["there is one row: curves are points"], 1),
+    "preempted": (
+        lambda run: (run / "outcome.json").write_text('{"status": "preempted", "step": 40}'),
+        ["the run was told to end after step 40, and can go on"],
+        40,
+    ),
     "failed": (failed, ["the run failed: UserError: step 3: the loss is nan"], 40),
 }  # fmt: skip
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from dynmoe.errors import UserError
+from dynmoe.report import main
 from dynmoe.report.texts import Text, read_texts, validation_texts
 from dynmoe.report.tokens import view_tokens, write_view
 from dynmoe.trained import TrainedModel, open_trained
-from tests.train.cases import CPU, ROOT, evaluation_loss
+from tests.train.cases import evaluation_loss
 
 TEXT = "The router sends 7 of the tokens.\nThe expert takes them, é and all.\n" * 6
 NUM_TOKENS = 150
@@ -153,24 +152,13 @@ def test_without_a_text_the_validation_text_is_shown(model, corpus_dir):
     assert model.tokenizer.decode(list(texts[0].content)).startswith("# Document ")
 
 
-def test_the_command_reads_standard_input_and_prints_where_the_pages_are(undisturbed, tmp_path):
+def test_the_command_reads_standard_input_and_prints_where_the_pages_are(undisturbed, tmp_path, monkeypatch, capsys):
     output = tmp_path / "view.html"
-    command = [
-        sys.executable,
-        "-m",
-        "dynmoe.report",
-        "tokens",
-        str(undisturbed[0]),
-        "--text",
-        "-",
-        "--output",
-        str(output),
-    ]
-    ended = subprocess.run(
-        command, input=TEXT, capture_output=True, text=True, cwd=ROOT, env=os.environ | CPU, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert f"Token view: {output} (data: {tmp_path / 'view.json'})" in ended.stdout
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    arguments = ["tokens", str(undisturbed[0]), "--text", "-", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["dynmoe report", *arguments])
+    main()
+    assert f"Token view: {output} (data: {tmp_path / 'view.json'})" in capsys.readouterr().out
     assert json.loads((tmp_path / "view.json").read_text())["sources"] == ["standard input"]
 
 

@@ -113,6 +113,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_loads(undisturbed,
     assert curve(run / "metrics.jsonl")[:30] == curve(undisturbed[0] / "metrics.jsonl")[:30]
 
 
+@pytest.mark.slow  # what is refused on resume is tested without processes in test_parts
 def test_another_model_on_resume_is_refused_with_the_difference(undisturbed, corpus_dir):
     run, _ = undisturbed
     process = TrainingProcess(corpus_dir, run.parent, "train.steps=50", "model.moe.experts=8")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dynmoe.config import load_config
+from dynmoe.config.control import BudgetConfig
 from dynmoe.config.logging import LoggingConfig
 from dynmoe.train.console import RunConsole
 from dynmoe.train.health import new_troubles, troubles
@@ -60,7 +64,8 @@ def row(step: int = 10, target: float | None = None, mean: float = 2.0, **of_lay
     return made | ({} if target is None else {"moe/experts_per_token_target": target})
 
 
-LIMITS = LoggingConfig()
+CONFIG = load_config()
+MEAN_HELD = dataclasses.replace(CONFIG, budget=BudgetConfig(scope="global"))
 
 
 @pytest.mark.parametrize(
@@ -69,26 +74,44 @@ LIMITS = LoggingConfig()
         (row(load_max_over_mean=7.4), ("collapse", 1), "layer 1 collapses: one expert computes 92% of its rows"),
         (row(dead_experts=3), ("dead", 1), "layer 1: 3 of 8 experts were selected by no token"),
         (row(dropped_routes_frac=0.2), ("drops", 1), "layer 1: 20% of the routes were dropped"),
-        (row(target=2.0, mean=2.5), ("budget", None), "2.50 experts per token where the budget is 2.00"),
-        (row(target=2.0, mean=1.5), ("budget", None), "1.50 experts per token where the budget is 2.00"),
+        (
+            row(target=2.0, experts_per_token_mean=2.5),
+            ("budget", 1),
+            "layer 1: 2.50 experts per token where the budget",
+        ),
+        (
+            row(target=2.0, experts_per_token_mean=1.5),
+            ("budget", 1),
+            "layer 1: 1.50 experts per token where the budget",
+        ),
     ],
 )
 def test_a_trouble_is_told_when_it_begins_and_not_again(sick, kind, sentence):
-    assert troubles(row(), LIMITS) == {}
-    assert troubles(sick, LIMITS) == {kind: sentence}
-    assert new_troubles(row(), sick, LIMITS) == [sentence]
-    assert new_troubles({}, sick, LIMITS) == [sentence]
-    assert new_troubles(sick, sick, LIMITS) == []
+    assert troubles(row(), CONFIG) == {}
+    ((found, told),) = troubles(sick, CONFIG).items()
+    assert found == kind
+    assert told.startswith(sentence)
+    assert new_troubles(row(), sick, CONFIG) == new_troubles({}, sick, CONFIG) == [told]
+    assert new_troubles(sick, sick, CONFIG) == []
+
+
+def test_a_budget_over_all_layers_is_looked_at_as_a_whole():
+    apart = row(target=2.0, experts_per_token_mean=3.0)
+    assert troubles(apart, MEAN_HELD) == {}
+    assert troubles(row(target=2.0, mean=2.5), MEAN_HELD) == {
+        ("budget", None): "2.50 experts per token where the budget is 2.00"
+    }
 
 
 def test_within_the_limits_nothing_is_told():
     fine = row(target=2.0, mean=2.3, load_max_over_mean=7.0, dropped_routes_frac=0.1)
-    assert troubles(fine, LIMITS) == {}
+    assert troubles(fine, CONFIG) == {}
     alone = row(active_experts=1, load_max_over_mean=1.0)
-    assert troubles(alone, LIMITS) == {}, "a layer of one expert cannot collapse"
-    stricter = LoggingConfig(warn_expert_share=0.5, warn_dropped_frac=0.0, warn_budget_deviation=0.1)
+    assert troubles(alone, CONFIG) == {}, "a layer of one expert cannot collapse"
+    limits = LoggingConfig(warn_expert_share=0.5, warn_dropped_frac=0.0, warn_budget_deviation=0.1)
+    stricter = dataclasses.replace(MEAN_HELD, logging=limits)
     assert {kind for kind, _ in troubles(fine, stricter)} == {"collapse", "drops", "budget"}
-    assert troubles({"train/step": 1, "train/lm_loss": 2.0}, LIMITS) == {}, "a dense model"
+    assert troubles({"train/step": 1, "train/lm_loss": 2.0}, CONFIG) == {}, "a dense model"
 
 
 def test_the_console_shows_line_table_and_warning(capsys):

@@ -125,13 +125,30 @@ def test_histograms_pictures_and_artifacts_are_in_the_run(tmp_path, open_view):
     assert found["checkpoint"] == [f"file://{checkpoint.resolve()}/manifest.json"]
 
 
-def test_what_cannot_be_drawn_costs_the_view_and_nothing_else(open_view, capsys):
+def test_what_cannot_be_drawn_costs_its_picture_and_nothing_else(tmp_path, open_view, capsys):
     def pictures(path):
         raise RuntimeError("no picture today")
 
     view = open_view("offline", pictures=pictures)
+    view.log({"train/step": 1})
     view.close()
-    assert "W&B failed (no picture today); training goes on" in capsys.readouterr().out
+    assert "W&B failed (no picture today); the run is without its pictures" in capsys.readouterr().out
+    assert logged_steps(read_offline(tmp_path)[1]) == ["1"]
+
+
+def test_a_failure_in_the_middle_is_said_once_and_ends_the_view(open_view, capsys, monkeypatch):
+    view = open_view("offline")
+
+    def log(row):
+        raise OSError("the service is gone")
+
+    monkeypatch.setattr(view._run, "log", log)
+    for step in (1, 2):
+        view.log({"train/step": step})
+    assert capsys.readouterr().out.count("W&B failed (the service is gone); training goes on") == 1
+    monkeypatch.undo()
+    view._alive = True
+    view.close()
 
 
 @pytest.fixture
@@ -161,18 +178,18 @@ def test_a_run_whose_server_is_dead_loses_no_step(tmp_path, corpus_dir, monkeypa
     """The whole of it: train.py, rows, histograms, pictures, artifacts."""
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    process = TrainingProcess(corpus_dir, tmp_path / "runs", "logging.wandb=online")
+    process = TrainingProcess(corpus_dir, tmp_path / "runs", "logging.wandb=online", "train.steps=12")
     assert process.wait() == 0, process.output()
     run = tmp_path / "runs" / "tiny"
     assert "logging offline" in process.output()
     assert "W&B failed" not in process.output()
     _, logged = read_offline(run)
     rows = read_rows(run / "metrics.jsonl")
-    assert len(rows) == 40
+    assert len(rows) == 12
     offline = [own for own in logged if "train/lm_loss" in own]
     for row, own in zip(rows, offline, strict=True):
         assert {name: float(own[name]) for name in row} == row
-    assert [own["train/step"] for own in offline if "moe/load/path" in own] == [str(step) for step in range(4, 41, 4)]
+    assert [own["train/step"] for own in offline if "moe/load/path" in own] == ["4", "8", "12"]
     assert {f"report/{name}/path" for name in ("loss", "experts_per_token", "load_0", "histogram_0")} <= logged[
         -1
     ].keys()
