@@ -5,12 +5,12 @@ INSTALLED := .venv/.installed
 
 .PHONY: quickstart test lint screenshots test-slow test-gpu clean
 
-# Two ranks on the CPU, whatever else the machine has: the same figures everywhere.
+# Two ranks on the CPU, whatever else the machine has: the same training everywhere.
 quickstart: $(INSTALLED)
 	$(BIN)/python -m data_prep stdlib --out data/stdlib --validation-fraction 0.05
 	DS_ACCELERATOR=cpu $(BIN)/torchrun --nproc-per-node 2 train.py configs/quickstart.yaml run.name=quickstart
 	$(BIN)/python -m dynmoe.report runs/quickstart
-	$(BIN)/python -m dynmoe.report tokens runs/quickstart
+	$(BIN)/python -m dynmoe.report tokens runs/quickstart --device cpu
 
 test: lint
 	$(BIN)/python -m pytest

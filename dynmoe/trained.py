@@ -42,6 +42,9 @@ class TrainedModel:
 def open_trained(run: Path, device: torch.device | None = None) -> TrainedModel:
     """Reads the model of a run; it needs memory for all of it, whatever layout the run had.
 
+    What computes the experts is chosen for ``device``, whatever the run trained with. The checkpoint of a Megatron run
+    is converted in the system's temporary directory first.
+
     Args:
         run: directory of the run.
         device: where the model goes; a GPU where there is one, by default.
@@ -68,6 +71,6 @@ def _plain_checkpoint(run: Path, config: Config) -> Iterator[Checkpoint]:
     if config.engine == "deepspeed":
         yield newest_sound(run / "checkpoints")
         return
-    with tempfile.TemporaryDirectory(dir=run, prefix=".plain-") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         convert(run, Path(folder) / "plain", "deepspeed")
         yield newest_sound(Path(folder) / "plain" / "checkpoints")

@@ -143,6 +143,11 @@ class ModelConfig(Section):
         return max(self.moe.experts_by_layer or [self.moe.experts])
 
     @property
+    def moe_size(self) -> str:
+        """Experts of an MoE layer in words: one number, or the smallest to the largest."""
+        return " to ".join(str(count) for count in sorted({self.smallest_layer, self.largest_layer}))
+
+    @property
     def moe_layers(self) -> list[int]:
         """Indices of the layers that are mixtures of experts."""
         return [layer for layer in range(self.layers) if self.is_moe_layer(layer)]

@@ -64,7 +64,8 @@ class LayerStatistics:
         self._active_E = (active_E / passes).round().long()  # the same in every pass of a step
         self._counts = LayerCounts(counts, num_experts)
         fixed = router.k if router.kind in ("top_k", "null_experts") else router.max_experts
-        self._ceiling = min(fixed or num_experts, num_experts)
+        # A token cannot use what is out of use.
+        self._ceiling = min(fixed or num_experts, int(self._active_E.sum()))
         self._has_logits = "z_loss" in KINDS[router.kind].fields
 
     def figures(self, expert_parallel: int) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -46,9 +47,6 @@ def _report(name: str, arguments: list[str]) -> None:
 
 
 def _tokens(name: str, arguments: list[str]) -> None:
-    from dynmoe.report.texts import read_texts, validation_texts
-    from dynmoe.report.tokens import DEFAULT_TOKENS
-
     parser = argparse.ArgumentParser(
         name, description="Runs a checkpoint over real text and writes a page where each token shows its experts."
     )
@@ -57,23 +55,30 @@ def _tokens(name: str, arguments: list[str]) -> None:
         "--text", nargs="+", metavar="FILE", help="text files, or JSON lines with text and source; - for standard "
         "input; each file is a source of its own. Default: validation text of the run's corpora",
     )  # fmt: skip
-    parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS, metavar="N", help="at most so many (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="at most so many (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     parser.add_argument("--output", type=Path, help="the page, with .json beside it; default: tokens.html in the run")
     given = parser.parse_args(arguments)
     if given.tokens < 1:
         raise UserError(f"--tokens={given.tokens}: is too small; use 1 or more")
+    output = given.output or given.run / "tokens.html"
+    data = output.with_suffix(".json")
+    if output.suffix != ".html" or data.name in ("outcome.json", "dashboard.json"):
+        raise UserError(f"--output={output}: its data would go to {data.name}; name another file that ends in .html")
+    _check_folder(output)
+    import torch
+
+    from dynmoe.report.texts import read_texts, validation_texts
     from dynmoe.report.tokens import view_tokens, write_view
     from dynmoe.trained import open_trained
 
-    output = given.output or given.run / "tokens.html"
     texts = None if given.text is None else read_texts(given.text)
-    model = open_trained(given.run)
-    _check_folder(output)
+    model = open_trained(given.run, None if given.device is None else torch.device(given.device))
     view = view_tokens(model, validation_texts(model, given.tokens) if texts is None else texts, given.tokens)
     write_view(view, output)
     mean = sum(row["mean"] for row in view["tables"]["layers"]) / len(view["tables"]["layers"])
     print(f"{len(view['tokens'])} tokens used {mean:.2f} experts in the mean of the layers.")
-    print(f"Token view: {output} (data: {output.with_suffix('.json')})")
+    print(f"Token view: {output} (data: {data})")
 
 
 def _dashboard(name: str, arguments: list[str]) -> None:
@@ -96,3 +101,5 @@ def _dashboard(name: str, arguments: list[str]) -> None:
 def _check_folder(output: Path) -> None:
     if not output.parent.is_dir():
         raise UserError(f"--output={output}: {output.parent} is no directory; make it, or name another file")
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output={output}: {output.parent} cannot be written to; name another file")

@@ -21,7 +21,11 @@ _PANELS: dict[str, list[tuple[str, str, list[str] | str]]] = {
         ("Loss by activated FLOPs", _FLOPS, ["train/lm_loss", "eval/loss"]),
     ],
     "Experts per token": [
-        ("Mean over layers, and the budget", _STEP, ["moe/experts_per_token_mean", "moe/experts_per_token_target"]),
+        (
+            "Selected, mean over layers, and the budget",
+            _STEP,
+            ["moe/selected_per_token_mean", "moe/experts_per_token_target"],
+        ),
         ("By layer", _STEP, "moe/layer_.*/experts_per_token_mean"),
         ("95th percentile by layer", _STEP, "moe/layer_.*/experts_per_token_p95"),
         ("Tokens without any expert", _STEP, "moe/layer_.*/tokens_without_expert_frac"),
@@ -29,7 +33,7 @@ _PANELS: dict[str, list[tuple[str, str, list[str] | str]]] = {
     "Load": [
         ("Busiest expert over the mean", _STEP, "moe/layer_.*/load_max_over_mean"),
         ("Busiest expert-parallel rank over the mean", _STEP, "moe/layer_.*/ep_rank_load_max_over_mean"),
-        ("Experts that no token selected", _STEP, "moe/layer_.*/dead_experts"),
+        ("Experts that computed no token", _STEP, "moe/layer_.*/dead_experts"),
         ("Experts in use", _STEP, "moe/layer_.*/active_experts"),
         ("Dropped routes", _STEP, "moe/layer_.*/dropped_routes_frac"),
     ],

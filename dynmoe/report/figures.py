@@ -234,5 +234,6 @@ def adaptation(run: Run) -> go.Figure | None:
             hovertemplate=f"step %{{x}}, layer %{{y}}<br>expert %{{customdata[0]}} {change} on rank %{{customdata[1]}}"
             "<br>%{customdata[2]}<extra></extra>",
         ))  # fmt: skip
-    figure.update_yaxes(dtick=1, range=[min(run.layers, default=0) - 0.5, max(run.layers, default=0) + 0.5])
+    layers = [*run.layers, *(event["layer"] for event in run.events)]
+    figure.update_yaxes(dtick=1, range=[min(layers) - 0.5, max(layers) + 0.5])
     return figure

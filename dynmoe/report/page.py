@@ -50,11 +50,21 @@ def write_report(runs: Sequence[Run], output: Path) -> None:
         for section, own in sections(runs).items()
     }  # fmt: skip
     write_page(
-        "report.html.j2", output, runs=runs, sections=drawn, plotly=get_plotlyjs(),
+        "report.html.j2", output, runs=runs, sections=drawn, plotly=get_plotlyjs(), headline=_headline,
         summary=[(heading, [_shown(run, metric, form, factor) for run in runs])
                  for heading, metric, form, factor in _SUMMARY],
         differences=_differences(runs),
     )  # fmt: skip
+
+
+def _headline(run: Run) -> str:
+    """What was trained, by which engine, and how it ended."""
+    ended = "not ended" if run.outcome is None else str(run.outcome["status"])
+    if run.config is None:
+        return ended
+    model = run.config.model
+    kind = f"{model.moe_size} experts in a layer, {model.router.kind} router" if model.moe_layers else "dense"
+    return f"{run.config.engine}, {model.layers} layers, {kind}, {ended}"
 
 
 def _shown(run: Run, metric: str, form: str, factor: float) -> str:

@@ -20,7 +20,7 @@ _ROUTER = (
 _LOAD = (
     ("load_max_over_mean", "Imbalance: busiest expert over the mean", "× mean load"),
     ("ep_rank_load_max_over_mean", "Imbalance: busiest expert-parallel rank over the mean", "× mean load"),
-    ("dead_experts", "Experts in use that no token selected", "experts"),
+    ("dead_experts", "Experts in use that computed no token", "experts"),
     ("active_experts", "Experts in use", "experts"),
     ("dropped_routes_frac", "Dropped routes", "share of routes"),
     ("tokens_without_expert_frac", "Tokens without any expert", "share of tokens"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -15,6 +16,8 @@ from dynmoe.errors import UserError
 from dynmoe.train.health import layers_of
 from dynmoe.train.metrics import Histograms, Row
 from dynmoe.train.run_directory import RunDirectory
+
+_LARGEST = 2**63
 
 
 @dataclass
@@ -97,7 +100,7 @@ def read_run(path: Path) -> Run:
 def _read_lines(run: Run, path: Path, sound: Callable[[Any], bool], key: str | None = None) -> list[Any]:
     """The sound objects of a file of JSON lines; with a ``key`` that must grow, only those in which it does."""
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = [line for line in path.read_text(errors="replace").split("\n") if line]
     except OSError as error:
         run.problems.append(f"{path.name} cannot be read ({error.strerror})")
         return []
@@ -109,7 +112,7 @@ def _read_lines(run: Run, path: Path, sound: Callable[[Any], bool], key: str | N
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             entry = None
         if not sound(entry):
             damaged.append(number)
@@ -125,30 +128,39 @@ def _read_lines(run: Run, path: Path, sound: Callable[[Any], bool], key: str | N
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """A number that can be drawn; NaN and infinity are, as gaps."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return isinstance(value, float) or abs(value) <= _LARGEST
+
+
+def _is_count(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value) and value == int(value) >= 0
 
 
 def _is_row(entry: Any) -> bool:
-    return isinstance(entry, dict) and "train/step" in entry and all(_is_number(value) for value in entry.values())
+    return isinstance(entry, dict) and _is_count(entry.get("train/step")) and all(map(_is_number, entry.values()))
 
 
 def _is_counts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(_is_number(item) for item in value)
+    return isinstance(value, list) and bool(value) and all(map(_is_count, value))
 
 
 def _is_histograms(entry: Any) -> bool:
-    if not isinstance(entry, dict) or not _is_number(entry.get("train/step")):
+    if not isinstance(entry, dict) or not _is_count(entry.get("train/step")):
         return False
     layers = entry.get("layers")
     return isinstance(layers, dict) and all(
-        layer.isdigit() and isinstance(own, dict) and all(map(_is_counts, own.values()))
-        and {"experts_per_token", "load", "active"} <= own.keys() and len(own["load"]) == len(own["active"])
+        layer.isdecimal() and isinstance(own, dict) and {"experts_per_token", "load", "active"} <= own.keys()
+        and all(map(_is_counts, own.values())) and len(own["load"]) == len(own["active"]) and any(own["active"])
         for layer, own in layers.items()
     )  # fmt: skip
 
 
 def _is_event(entry: Any) -> bool:
-    return isinstance(entry, dict) and {"step", "layer", "expert", "change"} <= entry.keys()
+    return isinstance(entry, dict) and "change" in entry and all(
+        _is_count(entry.get(name)) for name in ("step", "layer", "expert")
+    )  # fmt: skip
 
 
 def _read_outcome(run: Run, path: Path) -> None:
@@ -161,7 +173,7 @@ def _read_outcome(run: Run, path: Path) -> None:
         last, of = run.last("train/step"), "" if run.config is None else f" of {run.config.train.steps}"
         seen = "no step was logged" if last is None else f"its last row is of step {last:.0f}{of}"
         run.problems.append(f"outcome.json is missing: the run goes on, or ended without a word; {seen}")
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         run.problems.append("outcome.json cannot be read")
     if run.outcome is not None and run.outcome["status"] == "failed":
         run.problems.append(f"the run failed: {run.outcome.get('error', 'no reason was kept')}")
@@ -172,10 +184,19 @@ def _read_outcome(run: Run, path: Path) -> None:
 
 
 def _find_gaps(run: Run) -> None:
-    """Says which rows are not there that the interval of logging promises."""
-    if run.config is None or not run.rows:
+    """Says where rows are missing: further apart than the interval of logging, and than the rows before and after.
+
+    So a run that began elsewhere (after ``dynmoe.convert``), or with another interval, is not taken for a damaged one.
+    """
+    if run.config is None:
         return
-    interval, steps = run.config.logging.interval, {int(row["train/step"]) for row in run.rows}
-    missing = [step for step in range(interval, max(steps) + 1, interval) if step not in steps]
-    if missing:
-        run.problems.append(f"metrics.jsonl lacks {len(missing)} rows, the first of step {missing[0]}")
+    interval, steps = run.config.logging.interval, [int(row["train/step"]) for row in run.rows]
+    apart = [after - before for before, after in itertools.pairwise(steps)]
+    gaps = [
+        place
+        for place, distance in enumerate(apart)
+        if distance > max([interval, *apart[max(0, place - 1) : place], *apart[place + 1 : place + 2]])
+    ]
+    if gaps:
+        lacking = sum((apart[place] - 1) // interval for place in gaps)
+        run.problems.append(f"metrics.jsonl lacks {lacking} rows, the first after step {steps[gaps[0]]}")

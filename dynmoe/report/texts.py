@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +33,17 @@ def read_texts(names: Sequence[str]) -> list[Text]:
     Raises:
         UserError: a file that cannot be read or holds no text.
     """
-    return [text for name in names for text in _read(name)]
+    sources = source_names(names)
+    return [text for name in names for text in _read(name, sources[name])]
 
 
-def _read(name: str) -> list[Text]:
+def source_names(paths: Sequence[str]) -> dict[str, str]:
+    """What each file or folder is called: its own name, or its whole path where several share the name."""
+    count = Counter(Path(path).name for path in set(paths))
+    return {path: Path(path).name if count[Path(path).name] == 1 else path for path in paths}
+
+
+def _read(name: str, source: str) -> list[Text]:
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         text = content.decode("utf-8")
@@ -46,17 +54,17 @@ def _read(name: str) -> list[Text]:
     if not text.strip():
         raise UserError(f"--text {name}: holds no text; give it some")
     if name.endswith(".jsonl"):
-        return list(_read_lines(name, text))
-    return [Text("standard input" if name == "-" else Path(name).name, text)]
+        return list(_read_lines(name, text, source))
+    return [Text("standard input" if name == "-" else source, text)]
 
 
-def _read_lines(name: str, text: str) -> Iterator[Text]:
-    for number, line in enumerate(text.splitlines(), start=1):
+def _read_lines(name: str, text: str, source_of_file: str) -> Iterator[Text]:
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON strings may hold other line ends
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-            content, source = record["text"], record.get("source", Path(name).name)
+            content, source = record["text"], record.get("source", source_of_file)
         except (ValueError, KeyError, TypeError, AttributeError):
             content = source = None
         if not isinstance(content, str) or not isinstance(source, str):
@@ -70,17 +78,18 @@ def validation_texts(model: TrainedModel, num_tokens: int) -> list[Text]:
     Raises:
         UserError: a corpus that is not there any more.
     """
-    corpora = [Corpus.open(path) for path in model.config.data.dirs]
-    texts = []
-    for corpus in corpora:
+    dirs = model.config.data.dirs
+    sources, texts = source_names(dirs), []
+    for path in dirs:
+        corpus = Corpus.open(path)
         stored = corpus.splits["validation"]
         if corpus.tokenizer.sha256 != model.tokenizer.sha256:
             raise UserError(f"data.dirs: {corpus.path} has another tokenizer than the run; give a text by --text")
-        left, start = -(-num_tokens // len(corpora)), 0
+        left, start = -(-num_tokens // len(dirs)), 0
         tokens = np.memmap(stored.prefix.with_suffix(".bin"), dtype=stored.dtype, mode="r")
         for length in stored.lengths.tolist():
             if left <= 0:
                 break
-            texts.append(Text(corpus.path.name, tokens[start : start + min(length, left)].tolist()))
+            texts.append(Text(sources[path], tokens[start : start + min(length, left)].tolist()))
             start, left = start + length, left - length
     return texts

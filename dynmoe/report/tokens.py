@@ -17,7 +17,6 @@ from dynmoe.routing import RoutingPlan
 from dynmoe.train.checkpoint import write_atomically
 from dynmoe.trained import TrainedModel
 
-DEFAULT_TOKENS = 8192
 _POSITION_BUCKETS, _TOP = 16, 20
 # A piece of text that occurs less often says little about itself.
 _FEW = 3
@@ -41,7 +40,7 @@ def view_tokens(model: TrainedModel, texts: Sequence[Text], num_tokens: int) -> 
         raise UserError(f"{model.config.run.path}: the model is dense; no token chooses experts")
     sources = sorted({text.source for text in texts})
     tokens: list[dict[str, Any]] = []
-    window = model.config.data.sequence_length - 1
+    window = max(1, model.config.data.sequence_length - 1)  # with what ends the document before
     left = dict.fromkeys(sources, max(1, num_tokens // max(1, len(sources))))
     for text in texts:
         ids, source = text.tokens(model)[: left[text.source]], sources.index(text.source)

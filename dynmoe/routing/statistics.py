@@ -38,9 +38,9 @@ def pack(plan: RoutingPlan) -> Tensor:
         (selected_T == 0).sum(),
         ((selected_T > 0) & (experts_T == 0)).sum(),
         selected_T.sum(),
-        -torch.special.xlogy(share_TE, share_TE).sum(),
-        (best_T2[:, 0] - best_T2[:, -1]).sum(),
-        zero if logits_TE is None else logits_TE.detach().logsumexp(dim=1).square().sum(),
+        -torch.special.xlogy(share_TE, share_TE).sum(dtype=torch.float64),
+        (best_T2[:, 0] - best_T2[:, -1]).sum(dtype=torch.float64),
+        zero if logits_TE is None else logits_TE.detach().logsumexp(dim=1).square().sum(dtype=torch.float64),
     ]
     # Not bincount, for which the host waits.
     histogram_K = (experts_T[:, None] == torch.arange(num_experts + 1, device=scores_TE.device)).sum(dim=0)
@@ -94,6 +94,7 @@ def summarize(counts: LayerCounts, active_experts: int, ceiling: int, expert_par
         "experts_per_token_mean": routes / tokens,
         **{f"experts_per_token_p{q}": float(counts.quantile_of_experts(q)) for q in QUANTILES},
         "experts_per_token_max": used.max().item(),
+        "selected_per_token_mean": selected / tokens,
         "tokens_without_expert_frac": counts.scalar("unselected_tokens") / tokens,
         "tokens_at_ceiling_frac": histogram_K[ceiling:].sum().item() / tokens,
         "active_experts": float(active_experts),

@@ -18,8 +18,9 @@ def layers_of(row: Row) -> list[int]:
 def troubles(row: Row, config: Config) -> dict[tuple[str, int | None], str]:
     """What is wrong in a row, each in a sentence, by kind and layer (None: the mean over layers).
 
-    Kinds: ``collapse`` (one expert computes nearly all rows of a layer), ``dead`` (experts in use that no token of the
-    step selected), ``drops`` and ``budget`` (of each layer, or of their mean where that is held).
+    Kinds: ``collapse`` (one expert computes nearly all rows of a layer), ``dead`` (experts in use that computed no
+    token of the step), ``drops`` and ``budget`` (of each layer, or of their mean where that is held; before drops, as
+    the budget is).
     """
     limits, found = config.logging, dict[tuple[str, int | None], str]()
     for layer in layers_of(row):
@@ -32,7 +33,7 @@ def troubles(row: Row, config: Config) -> dict[tuple[str, int | None], str]:
         if active > 1 and share > limits.warn_expert_share:
             found["collapse", layer] = f"layer {layer} collapses: one expert computes {share:.0%} of its rows"
         elif dead:
-            found["dead", layer] = f"layer {layer}: {dead:.0f} of {active:.0f} experts were selected by no token"
+            found["dead", layer] = f"layer {layer}: {dead:.0f} of {active:.0f} experts computed no token"
         if dropped > limits.warn_dropped_frac:
             found["drops", layer] = f"layer {layer}: {dropped:.0%} of the routes were dropped"
     target = row.get("moe/experts_per_token_target")
@@ -40,9 +41,9 @@ def troubles(row: Row, config: Config) -> dict[tuple[str, int | None], str]:
         held = [None] if config.budget.scope == "global" else layers_of(row)
         for own in held:
             where, name = ("", "moe") if own is None else (f"layer {own}: ", f"moe/layer_{own:02d}")
-            mean = row[f"{name}/experts_per_token_mean"]
+            mean = row[f"{name}/selected_per_token_mean"]
             if abs(mean / target - 1) > limits.warn_budget_deviation:
-                found["budget", own] = f"{where}{mean:.2f} experts per token where the budget is {target:.2f}"
+                found["budget", own] = f"{where}{mean:.2f} experts selected per token where the budget is {target:.2f}"
     return found
 
 

@@ -26,7 +26,9 @@ Pictures = Callable[[Path], dict[str, Any]]
 
 
 class View(Protocol):
-    """Something that shows rows elsewhere (W&B, TensorBoard)."""
+    """Something that shows rows elsewhere, and may fail. ``name`` is what users call it."""
+
+    name: str
 
     def log(self, row: Row, histograms: Histograms | None) -> None:
         """A row, on some steps with histograms."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dynmoe.config import Config
+from dynmoe.errors import first_line
 from dynmoe.moe.adaptation import AdaptationEvent
 from dynmoe.train.console import RunConsole
 from dynmoe.train.health import new_troubles
@@ -33,7 +34,7 @@ class RunRecord:
         self._histograms = StepLog(directory.histograms, "train/step", first_step)
         self._events = StepLog(directory.events, "step", first_step)
         cut_traces(directory.traces, first_step)
-        self._views, self._console = views, RunConsole(config.train.steps, first_step)
+        self._views, self._console = list(views), RunConsole(config.train.steps, first_step)
 
     @property
     def last_row(self) -> Row:
@@ -45,8 +46,7 @@ class RunRecord:
         self._metrics.append(row)
         if histograms is not None:
             self._histograms.append(histograms)
-        for view in self._views:
-            view.log(row, histograms)
+        self._on_views(lambda view: view.log(row, histograms))
         self._console.show(row, step)
         if self._config.logging.shows_table(step):
             self._console.show_layers(row, step)
@@ -61,5 +61,15 @@ class RunRecord:
         self._console.close()
         for log in (self._metrics, self._histograms, self._events):
             log.close()
-        for view in self._views:
-            view.close()
+        self._on_views(lambda view: view.close())
+
+    def _on_views(self, action: Callable[[View], None]) -> None:
+        """Each view on its own: one that fails is said and left out from then on, and disturbs nobody."""
+        for view in list(self._views):
+            try:
+                action(view)
+            except (Exception, SystemExit) as error:  # W&B leaves by sys.exit when its service failed
+                self._views.remove(view)
+                print(
+                    f"{view.name} failed ({first_line(error)}); training goes on, metrics.jsonl is complete", flush=True
+                )

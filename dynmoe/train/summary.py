@@ -59,11 +59,9 @@ def describe(config: Config, size: ModelSize, result: Result, corpora: list[Corp
             layer: progress.routed_rows.get(str(layer), 0) / progress.tokens for layer in config.model.moe_layers
         }
         mean = sum(per_layer.values()) / len(per_layer)
-        counts = {config.model.experts_of(layer) for layer in config.model.moe_layers}
-        experts = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
         lines.append(
             f"A token met {size.active_parameters(mean) / 1e6:.1f} M of them: the {router.kind} router gave it "
-            f"{mean:.2f} of {experts} experts per MoE layer in the mean over the whole training."
+            f"{mean:.2f} of {config.model.moe_size} experts per MoE layer in the mean over the whole training."
         )
         if f"moe/layer_{config.model.moe_layers[0]:02d}/experts_per_token_mean" in row:
             at_end = (f"layer {i}: {row[f'moe/layer_{i:02d}/experts_per_token_mean']:.2f}" for i in per_layer)

@@ -19,6 +19,8 @@ class TensorBoardView:
         first_step: the step that this start goes on from; later events of an earlier start are hidden.
     """
 
+    name = "TensorBoard"
+
     def __init__(self, directory: Path, first_step: int) -> None:
         self._writer = SummaryWriter(str(directory), purge_step=first_step + 1)
 

@@ -21,6 +21,7 @@ from dynmoe.train.run_directory import RunDirectory
 # With what W&B needs to give up, start anew offline and say so, a run starts at most 10 s later.
 _INIT_TIMEOUT_S = 5.5
 _FINISH_TIMEOUT_S = 60.0
+_MOST_BINS = 512  # W&B refuses more; tokens of more experts are not in its histogram
 
 
 class WandbView:
@@ -38,29 +39,31 @@ class WandbView:
         run_id: of an earlier start of the same run, to continue it; None for a new one.
     """
 
+    name = "W&B"
+
     def __init__(self, config: Config, directory: RunDirectory, pictures: Pictures, run_id: str | None) -> None:
         self.run_id = run_id or secrets.token_hex(4)
-        self._directory, self._pictures, self._name = directory, pictures, config.run.name
+        self._directory, self._pictures, self._run_name = directory, pictures, config.run.name
         self._run = _start(config, self.run_id)
-        self._alive = True
         self._run.define_metric("train/step")
         self._run.define_metric("*", step_metric="train/step")
         self._attempt(lambda: self._keep_inputs(config.data.dirs), "the run is without its artifact of inputs")
 
     def log(self, row: Row, histograms: Histograms | None = None) -> None:
-        if self._alive:
-            drawn = {} if histograms is None else _media(histograms)
-            consequence = "training goes on, metrics.jsonl is complete"
-            self._alive = self._attempt(lambda: self._run.log({**row, **drawn}), consequence)
+        drawn: dict[str, Any] = {}
+        if histograms is not None:
+            self._attempt(lambda: drawn.update(_media(histograms)), "this row is without histograms")
+        self._run.log({**row, **drawn})
 
     def close(self) -> None:
         """Ends the run; when it returns, every row is uploaded or in the offline file."""
-        if self._alive:
-            self._attempt(self._keep_outputs, "the run is without its pictures")
-            self._attempt(self._finish, "metrics.jsonl is complete")
+        self._attempt(self._keep_outputs, "the run is without its pictures")
+        self._run.finish()
+        # finish only asks W&B's service to close the run's file; the end of the service is waited for.
+        wandb.teardown()
 
     def _keep_inputs(self, corpora: Sequence[str]) -> None:
-        artifact = wandb.Artifact(f"{self._name}-inputs", type="inputs")
+        artifact = wandb.Artifact(f"{self._run_name}-inputs", type="inputs")
         artifact.add_file(str(self._directory.config))
         artifact.add_file(str(self._directory.tokenizer))
         for number, corpus in enumerate(corpora):
@@ -70,7 +73,9 @@ class WandbView:
     def _keep_outputs(self) -> None:
         checkpoint = newest_complete(self._directory.checkpoints)
         if checkpoint is not None:
-            artifact = wandb.Artifact(f"{self._name}-checkpoint", type="checkpoint", metadata={"step": checkpoint.step})
+            artifact = wandb.Artifact(
+                f"{self._run_name}-checkpoint", type="checkpoint", metadata={"step": checkpoint.step}
+            )
             # A reference: checkpoints stay where they are, and have hashes of their own.
             artifact.add_reference(f"file://{checkpoint.path.resolve()}", checksum=False)
             self._run.log_artifact(artifact)
@@ -80,20 +85,13 @@ class WandbView:
         if drawn:
             self._run.log(drawn)
 
-    def _finish(self) -> None:
-        self._run.finish()
-        # finish only asks W&B's service to close the run's file; the end of the service is waited for.
-        wandb.teardown()
-
     @staticmethod
-    def _attempt(action: Callable[[], object], consequence: str) -> bool:
-        """Does it; a failure is said, not raised: the training does not depend on W&B."""
+    def _attempt(action: Callable[[], object], consequence: str) -> None:
+        """Does what the run can be without; a failure is said, not raised."""
         try:
             action()
-        except (Exception, SystemExit) as error:  # teardown leaves by sys.exit when the service failed
+        except Exception as error:
             print(f"W&B failed ({first_line(error)}); {consequence}", flush=True)
-            return False
-        return True
 
 
 def _start(config: Config, run_id: str) -> Any:
@@ -124,7 +122,7 @@ def _media(histograms: Histograms) -> dict[str, Any]:
     drawn: dict[str, Any] = {}
     load = wandb.Table(columns=["step", "layer", "expert", "tokens", "in_use"])
     for layer, own in histograms["layers"].items():
-        counts = np.array(own["experts_per_token"])
+        counts = np.trim_zeros(np.array(own["experts_per_token"]), "b")[:_MOST_BINS]
         edges = np.arange(len(counts) + 1) - 0.5
         drawn[f"moe/layer_{int(layer):02d}/experts_per_token"] = wandb.Histogram(np_histogram=(counts, edges))
         for expert, (tokens, active) in enumerate(zip(own["load"], own["active"], strict=True)):

@@ -67,10 +67,11 @@ def counted(layer: int, results: list[dict[str, Any]], config: Any, ranks_of_exp
     best = [sorted(row, reverse=True) for row in scores]
     size = experts // ranks_of_experts
     rank_load = [sum(load[rank * size : (rank + 1) * size]) for rank in range(ranks_of_experts)]
-    ceiling = config.model.router.max_experts or experts
+    ceiling = min(config.model.router.max_experts or experts, len(active))
     figures = {
         "experts_per_token_mean": mean(used),
         "experts_per_token_max": max(used),
+        "selected_per_token_mean": mean(chosen),
         "tokens_without_expert_frac": mean([count == 0 for count in chosen]),
         "tokens_at_ceiling_frac": mean([count >= ceiling for count in used]),
         "active_experts": len(active),
@@ -168,6 +169,7 @@ def test_every_figure_equals_a_count_over_the_routing_of_the_step(two_ranks, lay
     else:
         assert row["moe/layer_00/tokens_without_expert_frac"] > 0
         assert row["moe/layer_00/active_experts"] == 3
+        assert row["moe/layer_00/tokens_at_ceiling_frac"] > 0
     # Nothing is reported that was not counted here, but for the state of the router.
     assert {name for name in row if not name.endswith(control)} == set(expected)
     for name, value in expected.items():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dynmoe.__main__ import console_script
+from dynmoe.config import load_config
 from dynmoe.errors import UserError
 from dynmoe.report import main
 from dynmoe.report.page import write_report
@@ -71,20 +72,39 @@ def failed(run: Path) -> None:
 DAMAGES = {
     "garbage": (
         replace_lines("metrics.jsonl", (3, 9), "\x00\x01 not JSON"),
-        ["metrics.jsonl: 2 of 40 lines left out (damaged): line 3, 9", "lacks 2 rows, the first of step 3"],
+        ["metrics.jsonl: 2 of 40 lines left out (damaged): line 3, 9", "lacks 2 rows, the first after step 2"],
         38,
     ),
     "not numbers": (
         replace_lines("metrics.jsonl", (5,), '{"train/step": 5, "train/lm_loss": "low"}'),
-        ["1 of 40 lines left out (damaged): line 5", "lacks 1 rows, the first of step 5"],
+        ["1 of 40 lines left out (damaged): line 5", "lacks 1 rows, the first after step 4"],
         39,
     ),
     "repeated": (
         replace_lines("metrics.jsonl", (6,), '{"train/step": 5, "train/lm_loss": 1.0}'),
-        ["1 of 40 lines left out (out of order, or repeated): line 6", "lacks 1 rows, the first of step 6"],
+        ["1 of 40 lines left out (out of order, or repeated): line 6", "lacks 1 rows, the first after step 5"],
         39,
     ),
     "NaN": (replace_lines("metrics.jsonl", (40,), '{"train/step": 40, "train/lm_loss": NaN}'), [], 40),
+    "hostile numbers": (
+        lambda run: [
+            replace_lines("metrics.jsonl", (place,), line)(run)
+            for place, line in (
+                (10, '{"train/step": NaN}'),
+                (20, '{"train/step": 1e999}'),
+                (25, "[" * 100_000),
+                (30, f'{{"train/step": 30, "train/loss": {"9" * 400}}}'),
+                (35, '{"train/step": 35.5}'),
+            )
+        ],
+        ["5 of 40 lines left out (damaged): line 10, 20, 25, 30, 35", "lacks 5 rows, the first after step 9"],
+        35,
+    ),
+    "a step far away": (
+        replace_lines("metrics.jsonl", (40,), '{"train/step": 1000000000000}'),
+        ["lacks 999999999960 rows, the first after step 39"],
+        40,
+    ),
     "no metrics": (without("metrics.jsonl"), ["metrics.jsonl cannot be read (No such file or directory)"], 0),
     "empty metrics": (lambda run: edit(run / "metrics.jsonl", lambda text: ""), ["no step was logged yet"], 0),
     "no histograms": (without("histograms.jsonl"), ["histograms.jsonl cannot be read"], 40),
@@ -96,6 +116,20 @@ DAMAGES = {
     "no configuration": (without("config.yaml"), ["config.yaml cannot be read"], 40),
     "another configuration": (
         lambda run: edit(run / "config.yaml", lambda text: text + "surplus: 1\n"), ["surplus"], 40,
+    ),
+    "damaged events": (
+        replace_lines("events.jsonl", (1,), '{"step": 8, "layer": "x", "expert": 1, "change": "added"}'),
+        ["events.jsonl: 1 of "],
+        40,
+    ),
+    "experts out of use": (
+        replace_lines(
+            "histograms.jsonl",
+            (1,),
+            '{"train/step": 4, "layers": {"0": {"experts_per_token": [1], "load": [1], "active": [0]}}}',
+        ),
+        ["histograms.jsonl: 1 of 10 lines left out (damaged): line 1"],
+        40,
     ),
     "no events": (without("events.jsonl"), [], 40),
     "outcome cut off": (lambda run: (run / "outcome.json").write_text("{"), ["outcome.json cannot be read"], 40),
@@ -129,6 +163,27 @@ def test_the_report_says_what_is_missing_and_shows_the_rest(run_dir, damage):
         assert escape(problem, quote=False) in page.replace("&#39;", "'").replace("&#34;", '"')
     assert ('id="figure-loss"' in page) == (num_rows > 0)
     assert ('id="figure-load_0"' in page) == (damage != "no histograms")
+
+
+def test_a_run_that_began_elsewhere_or_logged_at_another_interval_is_sound(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for steps in (range(20, 41), [*range(2, 20, 4), *range(20, 41)], [1, 40]):
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(rows[step - 1]) + "\n" for step in steps))
+        assert [problem for problem in read_run(run_dir).problems if "lacks" in problem] == (
+            ["metrics.jsonl lacks 38 rows, the first after step 1"] if steps == [1, 40] else []
+        )
+
+
+def test_the_headline_counts_experts_as_they_are(run_dir):
+    run = read_run(run_dir)
+    assert run.config is not None
+    for model, words in (
+        (["model.moe.experts_by_layer=[5,9]", "model.layers=2"], "5 to 9 experts in a layer, top_p router, finished"),
+        (["model.moe.experts=0"], "4 layers, dense, finished"),
+    ):
+        run.config = load_config(None, model)
+        write_report([run], run_dir / "report.html")
+        assert words in (run_dir / "report.html").read_text()
 
 
 def test_no_run_is_refused_in_one_line(tmp_path):
@@ -167,6 +222,8 @@ def test_the_command_writes_one_page_and_prints_where(run_dir, tmp_path, monkeyp
         (["{run}/nowhere"], "nowhere: holds no run"),
         (["{run}", "--output", "{run}/missing/x.html"], "missing is no directory; make it, or name another file"),
         (["tokens", "{run}", "--tokens", "0"], "--tokens=0: is too small"),
+        (["tokens", "{run}", "--output", "{run}/outcome.html"], "its data would go to outcome.json"),
+        (["tokens", "{run}", "--output", "{run}/x.json"], "name another file that ends in .html"),
         (["tokens", "{run}", "--text", "{run}/none.txt"], "none.txt: cannot be read"),
         (["tokens", "{run}"], "no undamaged checkpoint"),
         (["dashboard", "{run}/nowhere"], "config.yaml cannot be read"),

@@ -119,11 +119,19 @@ def test_the_page_carries_its_data_and_escapes_it(view, tmp_path):
 
 def test_texts_come_from_files_lines_and_standard_input(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "b.jsonl").write_text('{"text": "two", "source": "web"}\n\n{"text": "three"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "tw\u2028o", "source": "web"}\n\n{"text": "three"}\n')
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"vier\n")))
     texts = read_texts([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"), "-"])
-    assert texts == [Text("a.txt", "one"), Text("web", "two"), Text("b.jsonl", "three"),
+    assert texts == [Text("a.txt", "one"), Text("web", "tw\u2028o"), Text("b.jsonl", "three"),
                      Text("standard input", "vier\n")]  # fmt: skip
+
+
+def test_files_of_the_same_name_are_sources_of_their_own(tmp_path):
+    paths = [tmp_path / folder / "x.txt" for folder in ("en", "fr")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("text")
+    assert [text.source for text in read_texts([str(path) for path in paths])] == [str(path) for path in paths]
 
 
 @pytest.mark.parametrize(

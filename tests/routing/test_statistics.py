@@ -33,6 +33,7 @@ def test_figures_equal_a_count_over_the_maps(seed, tokens, experts, capacity):
     assert figures["tokens_all_dropped_frac"] == pytest.approx(
         sum(s > 0 and u == 0 for s, u in zip(selected, used, strict=True)) / tokens
     )
+    assert figures["selected_per_token_mean"] == pytest.approx(sum(selected) / tokens)
     assert figures["tokens_without_expert_frac"] == 0
     assert figures["tokens_at_ceiling_frac"] == pytest.approx(sum(u == experts for u in used) / tokens)
     assert figures["dropped_routes_frac"] == pytest.approx((sum(selected) - sum(used)) / sum(selected))

@@ -97,6 +97,35 @@ def test_metrics_and_events_are_cut_to_the_resumed_step_and_half_a_line_is_dropp
     assert [folder.name for folder in directory.traces.iterdir()] == ["step_00000002"]
 
 
+def test_a_view_that_fails_is_said_once_and_disturbs_nobody(tmp_path, capsys):
+    calls: list[str] = []
+
+    class Spy:
+        def __init__(self, name: str, fails_at: int = 0) -> None:
+            self.name, self.fails_at = name, fails_at
+
+        def log(self, row, histograms):
+            calls.append(self.name)
+            if row["train/step"] == self.fails_at:
+                raise OSError("the disk is full")
+
+        def close(self):
+            calls.append(f"{self.name} closed")
+            if self.fails_at:
+                raise SystemExit("the service is gone")
+
+    views = [Spy("early", fails_at=1), Spy("late", fails_at=9), Spy("sound")]
+    record = RunRecord(load_config(None, ["train.steps=3"]), RunDirectory(tmp_path), 0, views)
+    for step in (1, 2):
+        record.add_row({"train/step": step, "train/lm_loss": 1.5, "train/tokens_per_s": 1.0}, None)
+    record.close()
+    assert calls == ["early", "late", "sound", "late", "sound", "late closed", "sound closed"]
+    said = capsys.readouterr().out
+    assert said.count("early failed (the disk is full); training goes on, metrics.jsonl is complete") == 1
+    assert said.count("late failed (the service is gone)") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 def write_shard(directory: Path, text: str) -> list[Path]:
     import torch.distributed as dist
 

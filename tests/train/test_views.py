@@ -55,12 +55,13 @@ def row(step: int = 10, target: float | None = None, mean: float = 2.0, **of_lay
     """A row of two layers in good health, but for what is given of the second."""
     healthy = {
         "experts_per_token_mean": 2.0, "experts_per_token_p5": 1, "experts_per_token_p50": 2,
-        "experts_per_token_p95": 4, "active_experts": 8, "dead_experts": 0, "dropped_routes_frac": 0.05,
-        "load_max_over_mean": 1.5,
+        "experts_per_token_p95": 4, "selected_per_token_mean": 2.0, "active_experts": 8, "dead_experts": 0,
+        "dropped_routes_frac": 0.05, "load_max_over_mean": 1.5,
     }  # fmt: skip
     made = {f"moe/layer_0{layer}/{name}": value for layer in (0, 1) for name, value in healthy.items()}
     made |= {f"moe/layer_01/{name}": value for name, value in of_layer_1.items()}
-    made |= {"train/step": step, "train/lm_loss": 2.5, "train/tokens_per_s": 1000.0, "moe/experts_per_token_mean": mean}
+    made |= {"train/step": step, "train/lm_loss": 2.5, "train/tokens_per_s": 1000.0}
+    made |= {"moe/experts_per_token_mean": 2.0, "moe/selected_per_token_mean": mean}
     return made | ({} if target is None else {"moe/experts_per_token_target": target})
 
 
@@ -72,17 +73,17 @@ MEAN_HELD = dataclasses.replace(CONFIG, budget=BudgetConfig(scope="global"))
     ("sick", "kind", "sentence"),
     [
         (row(load_max_over_mean=7.4), ("collapse", 1), "layer 1 collapses: one expert computes 92% of its rows"),
-        (row(dead_experts=3), ("dead", 1), "layer 1: 3 of 8 experts were selected by no token"),
+        (row(dead_experts=3), ("dead", 1), "layer 1: 3 of 8 experts computed no token"),
         (row(dropped_routes_frac=0.2), ("drops", 1), "layer 1: 20% of the routes were dropped"),
         (
-            row(target=2.0, experts_per_token_mean=2.5),
+            row(target=2.0, selected_per_token_mean=2.5),
             ("budget", 1),
-            "layer 1: 2.50 experts per token where the budget",
+            "layer 1: 2.50 experts selected per token where the budget",
         ),
         (
-            row(target=2.0, experts_per_token_mean=1.5),
+            row(target=2.0, selected_per_token_mean=1.5),
             ("budget", 1),
-            "layer 1: 1.50 experts per token where the budget",
+            "layer 1: 1.50 experts selected per token where the budget",
         ),
     ],
 )
@@ -96,10 +97,10 @@ def test_a_trouble_is_told_when_it_begins_and_not_again(sick, kind, sentence):
 
 
 def test_a_budget_over_all_layers_is_looked_at_as_a_whole():
-    apart = row(target=2.0, experts_per_token_mean=3.0)
+    apart = row(target=2.0, selected_per_token_mean=3.0)
     assert troubles(apart, MEAN_HELD) == {}
     assert troubles(row(target=2.0, mean=2.5), MEAN_HELD) == {
-        ("budget", None): "2.50 experts per token where the budget is 2.00"
+        ("budget", None): "2.50 experts selected per token where the budget is 2.00"
     }
 
 
@@ -118,7 +119,7 @@ def test_the_console_shows_line_table_and_warning(capsys):
     console = RunConsole(steps=20, first_step=0)
     console.show(row(), 10)
     console.show_layers(row(dead_experts=3), 10)
-    console.warn("layer 1: 3 of 8 experts were selected by no token", 10)
+    console.warn("layer 1: 3 of 8 experts computed no token", 10)
     console.show_layers({"train/step": 10}, 10)
     console.close()
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -130,7 +131,7 @@ def test_the_console_shows_line_table_and_warning(capsys):
         ["0", "2.00", "1", "2", "4", "8", "0", "5.0%", "1.50"],
     ]
     assert lines[4] == ["1", "2.00", "1", "2", "4", "8", "3", "5.0%", "1.50"]
-    assert " ".join(lines[5]) == "warning: step 10: layer 1: 3 of 8 experts were selected by no token"
+    assert " ".join(lines[5]) == "warning: step 10: layer 1: 3 of 8 experts computed no token"
     assert len(lines) == 6
 
 
