@@ -47,9 +47,9 @@ def _shades(layers: int) -> list[str]:
     return plotly.colors.sample_colorscale(_DEPTH, [place / max(1, layers - 1) for place in range(layers)])
 
 
-def _line(x: list[Any], y: list[Any], name: str, colour: str, unit: str = "", **settings: Any) -> go.Scatter:
+def _line(x: list[Any], y: list[Any], name: str, colour: str, **settings: Any) -> go.Scatter:
     x, y = _thinned(x), _thinned(y)
-    hover = f"<b>{name}</b><br>%{{x:.6~g}}: %{{y:.4~g}}{unit}<extra></extra>"
+    hover = f"<b>{name}</b><br>%{{x:.6~g}}: %{{y:.4~g}}<extra></extra>"
     mode = "lines" if len(x) > 1 else "markers"  # a run of one row is a point
     return go.Scatter(x=x, y=y, name=name, mode=mode, line_color=colour, hovertemplate=hover, **settings)
 
@@ -86,7 +86,7 @@ def loss(runs: Sequence[Run]) -> go.Figure | None:
     return figure if rows_of_trace else None
 
 
-def by_layer(runs: Sequence[Run], figure_name: str, title: str, y_title: str, unit: str = "") -> go.Figure | None:
+def by_layer(runs: Sequence[Run], figure_name: str, title: str, y_title: str) -> go.Figure | None:
     """A figure of the MoE layers over training.
 
     One run: a line for each layer and their mean. Several: a line for each run, of the mean or of the layer that is
@@ -111,9 +111,7 @@ def by_layer(runs: Sequence[Run], figure_name: str, title: str, y_title: str, un
             else:
                 colour = _PALETTE[3] if shade is None else shades[shade]
                 settings = {"line_width": 3} if shade is None else {}
-            figure.add_trace(
-                _line(steps, values, f"{run.name}, {label}" if several else label, colour, unit, **settings)
-            )
+            figure.add_trace(_line(steps, values, f"{run.name}, {label}" if several else label, colour, **settings))
             shown_in.append(place)
     if several:
         # Only the traces of this function: whatever is drawn beside them stays.

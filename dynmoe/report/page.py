@@ -13,6 +13,7 @@ from plotly.offline import get_plotlyjs
 from dynmoe.report.pictures import sections
 from dynmoe.report.runs import Run
 from dynmoe.train.checkpoint import write_atomically
+from dynmoe.train.resume import flatten
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("dynmoe.report"), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -74,15 +75,8 @@ def _shown(run: Run, metric: str, form: str, factor: float) -> str:
 
 def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Fields of the configuration in which the runs differ."""
-    flat = [{} if run.config is None else _flatten(dataclasses.asdict(run.config)) for run in runs]
+    configs = [{} if run.config is None else dataclasses.asdict(run.config) for run in runs]
+    flat = [{name: str(value) for name, value in flatten(config)} for config in configs]
     names = sorted({name for own in flat for name in own})
     rows = [(name, [own.get(name, "?") for own in flat]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        own = _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
-        flat |= own
-    return flat

@@ -16,7 +16,7 @@ def refuse_changes(saved: dict[str, Any], current: dict[str, Any]) -> None:
     if saved["engine"] != current["engine"]:
         cure = f"keep it, or convert the run: python -m dynmoe.convert RUN --engine {current['engine']}"
         raise ConfigError("engine", current["engine"], f"the run's checkpoint is of {saved['engine']}", cure)
-    old, new = dict(_flatten(saved)), dict(_flatten(current))
+    old, new = dict(flatten(saved)), dict(flatten(current))
     for name in sorted(old.keys() | new.keys()):
         fixed = any(name == section or name.startswith(f"{section}.") for section in _FIXED)
         if fixed and name not in _FREE and old.get(name) != new.get(name):
@@ -24,9 +24,10 @@ def refuse_changes(saved: dict[str, Any], current: dict[str, Any]) -> None:
             raise ConfigError(name, new.get(name), f"the run's checkpoint has {old.get(name)!r}", cure)
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Name and value of every field of a nested configuration, such as ``model.router.p``."""
     flat: list[tuple[str, Any]] = []
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        flat += _flatten(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
+        flat += flatten(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
     return flat
