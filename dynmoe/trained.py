@@ -52,13 +52,13 @@ def open_trained(run: Path, device: torch.device | None = None) -> TrainedModel:
     Raises:
         UserError: no run, no undamaged checkpoint, or no tokenizer.
     """
-    config = load_config(run / "config.yaml")
-    path = RunDirectory(run).tokenizer
-    if not path.exists():
-        raise UserError(f"{path} is missing; copy it from the corpus that the run was trained on")
-    tokenizer = Tokenizer(path)
+    directory = RunDirectory(run)
+    config = load_config(directory.config)
+    if not directory.tokenizer.exists():
+        raise UserError(f"{directory.tokenizer} is missing; copy it from the corpus that the run was trained on")
+    tokenizer = Tokenizer(directory.tokenizer)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with _plain_checkpoint(run, config) as checkpoint:
+    with _plain_checkpoint(directory, config) as checkpoint:
         rows = plain_state.read_shape(checkpoint.path, "w_embed_VD")[0]
         decoder = Decoder(config.model, rows, config.train.seed)
         plain_state.load_weights(checkpoint.path, decoder, decoder.moe_layers)
@@ -66,11 +66,12 @@ def open_trained(run: Path, device: torch.device | None = None) -> TrainedModel:
 
 
 @contextmanager
-def _plain_checkpoint(run: Path, config: Config) -> Iterator[Checkpoint]:
+def _plain_checkpoint(directory: RunDirectory, config: Config) -> Iterator[Checkpoint]:
     """The newest sound checkpoint in the plain form; one of Megatron is converted, and forgotten afterwards."""
     if config.engine == "deepspeed":
-        yield newest_sound(run / "checkpoints")
+        yield newest_sound(directory.checkpoints)
         return
     with tempfile.TemporaryDirectory() as folder:
-        convert(run, Path(folder) / "plain", "deepspeed")
-        yield newest_sound(Path(folder) / "plain" / "checkpoints")
+        plain = RunDirectory(Path(folder) / "plain")
+        convert(directory.path, plain.path, "deepspeed")
+        yield newest_sound(plain.checkpoints)

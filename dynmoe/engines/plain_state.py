@@ -115,12 +115,10 @@ def load(directory: Path, entries: Iterable[Entry], buffers: dict[str, Tensor]) 
     for own in entries:
         values = {}
         for part in (MASTER, *MOMENTS):
+            values[part] = reader.read_part(own.name, part, own.shape, own.experts)
             if own.experts is None:
-                values[part] = reader.read(parameter_key(own.name, part), own.shape)
                 expected.add(parameter_key(own.name, part))
             else:
-                rows = [reader.read(parameter_key(own.name, part, e), own.shape[1:]) for e in own.experts]
-                values[part] = torch.stack(rows)
                 expected |= {parameter_key(own.name, part, e) for e in range(own.num_experts)}
         own.set(values)
     for name, buffer in buffers.items():
@@ -141,13 +139,8 @@ def load_weights(directory: Path, module: nn.Module, layers: Iterable[MoELayer])
     reader, ranges = _reader(directory), expert_ranges(layers)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            shape = tuple(parameter.shape)
-            if id(parameter) in ranges:
-                held, _ = ranges[id(parameter)]
-                rows = [reader.read(parameter_key(name, MASTER, expert), shape[1:]) for expert in held]
-                parameter.copy_(torch.stack(rows))
-            else:
-                parameter.copy_(reader.read(parameter_key(name, MASTER), shape))
+            experts, _ = ranges.get(id(parameter), (None, 0))
+            parameter.copy_(reader.read_part(name, MASTER, tuple(parameter.shape), experts))
         for name, buffer in module.named_buffers():
             buffer.copy_(reader.read(buffer_key(name), tuple(buffer.shape)))
 
@@ -182,6 +175,12 @@ class _Reader:
         if tuple(tensor.shape) != shape:
             raise UserError(f"checkpoint: tensor {name} has shape {tuple(tensor.shape)}, this model wants {shape}")
         return tensor
+
+    def read_part(self, name: str, part: str, shape: tuple[int, ...], experts: range | None) -> Tensor:
+        """A parameter's master or moment; of a stacked one the rows of ``experts``."""
+        if experts is None:
+            return self.read(parameter_key(name, part), shape)
+        return torch.stack([self.read(parameter_key(name, part, expert), shape[1:]) for expert in experts])
 
 
 def _reader(directory: Path) -> _Reader:

@@ -42,6 +42,11 @@ def _thinned(values: list[Any], most: int = _MAX_POINTS) -> list[Any]:
     return values[::-1][::stride][::-1] if stride > 1 else values
 
 
+def _colour(number: int) -> str:
+    """Of a run, by its place among those that are compared."""
+    return _PALETTE[number % len(_PALETTE)]
+
+
 def _shades(layers: int) -> list[str]:
     """A colour for each layer."""
     return plotly.colors.sample_colorscale(_DEPTH, [place / max(1, layers - 1) for place in range(layers)])
@@ -64,7 +69,7 @@ def loss(runs: Sequence[Run]) -> go.Figure | None:
     figure = _figure("Loss", "nats per token")
     rows_of_trace: list[list[dict[str, float]]] = []
     for number, run in enumerate(runs):
-        colour = _PALETTE[number % len(_PALETTE)]
+        colour = _colour(number)
         for metric, what in (("train/lm_loss", "training"), ("eval/loss", "validation")):
             rows = _thinned([row for row in run.rows if metric in row])
             if not rows:
@@ -107,7 +112,7 @@ def by_layer(runs: Sequence[Run], figure_name: str, title: str, y_title: str) ->
             if not steps:
                 continue
             if several:
-                colour, settings = _PALETTE[number % len(_PALETTE)], dict[str, Any](visible=place == 0)
+                colour, settings = _colour(number), dict[str, Any](visible=place == 0)
             else:
                 colour = _PALETTE[3] if shade is None else shades[shade]
                 settings = {"line_width": 3} if shade is None else {}
@@ -132,9 +137,7 @@ def experts_per_token(runs: Sequence[Run]) -> go.Figure | None:
         if figure is not None and steps and len(runs) == 1:
             figure.add_trace(_line(steps, targets, "budget", "#888", line_dash="dash"))
         elif figure is not None and steps:
-            figure.add_trace(
-                _line(steps, targets, f"{run.name}, budget", _PALETTE[number % len(_PALETTE)], opacity=0.5)
-            )
+            figure.add_trace(_line(steps, targets, f"{run.name}, budget", _colour(number), opacity=0.5))
     return figure
 
 
@@ -144,7 +147,7 @@ def over_time(runs: Sequence[Run], metric: str, title: str, y_title: str) -> go.
     for number, run in enumerate(runs):
         steps, values = run.series(metric)
         if steps:
-            figure.add_trace(_line(steps, values, run.name, _PALETTE[number % len(_PALETTE)], showlegend=len(runs) > 1))
+            figure.add_trace(_line(steps, values, run.name, _colour(number), showlegend=len(runs) > 1))
     return figure if figure.data else None
 
 

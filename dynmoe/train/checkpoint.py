@@ -79,16 +79,16 @@ def _verify(path: Path) -> str | None:
     return None
 
 
-def _complete(root: Path) -> list[Path]:
-    """Directories of complete checkpoints in ``root``, newest first."""
+def step_directories(root: Path) -> list[Path]:
+    """Directories in ``root`` that are named after a step, as complete checkpoints are; newest first."""
     if not root.is_dir():
         return []
     found = [path for path in root.iterdir() if path.is_dir() and _COMPLETE.fullmatch(path.name)]
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
-def _step_of(path: Path) -> int:
-    """Step of a complete checkpoint, from its directory's name."""
+def step_of(path: Path) -> int:
+    """The step that such a directory is named after."""
     return int(path.name.removeprefix("step_"))
 
 
@@ -114,7 +114,7 @@ def _commit(building: Path, final: Path, manifest: dict[str, Any]) -> None:
 
 def newest_complete(root: Path) -> Checkpoint | None:
     """The newest complete checkpoint in ``root``, by its name alone: to be referred to, not to be read."""
-    return next((Checkpoint(path, _step_of(path)) for path in _complete(root)), None)
+    return next((Checkpoint(path, step_of(path)) for path in step_directories(root)), None)
 
 
 def newest_sound(root: Path) -> Checkpoint:
@@ -123,10 +123,10 @@ def newest_sound(root: Path) -> Checkpoint:
     Raises:
         UserError: there is none.
     """
-    for path in _complete(root):
+    for path in step_directories(root):
         problem = _verify(path)
         if problem is None:
-            return Checkpoint(path, _step_of(path))
+            return Checkpoint(path, step_of(path))
         print(f"checkpoint {path}: {problem}; trying the one before", flush=True)
     raise UserError(f"{root}: no undamaged checkpoint; name the directory of a run that has one")
 
@@ -204,7 +204,7 @@ class CheckpointStore:
         dist.barrier()
 
     def _prune(self) -> None:
-        for old in _complete(self.root)[self.keep :]:
+        for old in step_directories(self.root)[self.keep :]:
             # Out of the way first: half a removal must not look like a checkpoint.
             doomed = old.rename(old.with_name(f"{old.name}.removed"))
             shutil.rmtree(doomed)
@@ -236,10 +236,10 @@ class CheckpointStore:
 
     def _choose(self) -> int | str | None:
         problems = []
-        for path in _complete(self.root):
+        for path in step_directories(self.root):
             problem = _verify(path)
             if problem is None:
-                return _step_of(path)
+                return step_of(path)
             problems.append(f"{path.name}: {problem}")
             path.rename(path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}"))
             print(f"checkpoint {path}: {problem}; put aside, trying the one before", flush=True)

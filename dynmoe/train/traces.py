@@ -17,7 +17,6 @@ dropped    list<int16>    experts that the router chose and that capacity or cei
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +27,7 @@ from torch import Tensor
 
 from dynmoe.data.batches import Batch
 from dynmoe.moe.trace import RoutingTrace, TracedPass
-
-_STEP = re.compile(r"step_(\d{8})")
+from dynmoe.train.checkpoint import step_directories, step_of
 
 
 def write_trace(
@@ -99,7 +97,6 @@ def _lists(map_TE: Tensor, values_N: Tensor, kind: Any) -> Any:
 
 def cut_traces(directory: Path, step: int) -> None:
     """Removes the traces of steps after ``step``: a resumed run writes them again."""
-    for folder in directory.glob("step_*"):
-        match = _STEP.fullmatch(folder.name)
-        if match and int(match.group(1)) > step:
+    for folder in step_directories(directory):
+        if step_of(folder) > step:
             shutil.rmtree(folder)
