@@ -8,7 +8,8 @@ from functools import partial
 
 from dynmoe.cli import run_tool
 from dynmoe.config import Config, describe_fields, load_config
-from dynmoe.launched import end_with_launcher
+from dynmoe.errors import UserError
+from dynmoe.launched import Ending, choose_interface, end_with_launcher, failure_to_repeat
 
 
 def parse_arguments() -> tuple[Config, bool]:
@@ -33,7 +34,7 @@ def parse_arguments() -> tuple[Config, bool]:
     return load_config(path, overrides), given.print_config
 
 
-def train(config: Config) -> None:
+def train(config: Config, ending: Ending) -> None:
     """Everything after the configuration is known to be sound."""
     # Heavy imports come late: a mistake in the configuration, then one in the data, is reported before them.
     from dynmoe.data.corpus import open_corpora
@@ -71,7 +72,7 @@ def train(config: Config) -> None:
             corpora, config.data.weights, config.data.sequence_length, config.train.seed, directory.data_index
         )
         views = partial(make_views, config, directory, pictures_of_run)
-        trainer = Trainer(config, engine, data, directory, vocab_size, views)
+        trainer = Trainer(config, engine, data, directory, vocab_size, views, ending)
         result = trainer.run()
         if result.status == "preempted":
             if first:
@@ -87,12 +88,16 @@ def train(config: Config) -> None:
 
 def main() -> None:
     end_with_launcher()
+    ending = Ending()
+    if (failure := failure_to_repeat()) is not None:
+        raise UserError(failure)
     config, print_only = parse_arguments()
     if print_only:
         print(config.to_yaml(), end="")
     else:
         config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
-        train(config)
+        choose_interface()
+        train(config, ending)
 
 
 if __name__ == "__main__":

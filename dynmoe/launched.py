@@ -1,13 +1,24 @@
-"""What a process owes to the launcher that started it."""
+"""What a process owes to the launcher that started it, and what it finds out about its host for it."""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import json
 import os
 import signal
+import socket
+import struct
 import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# Directory for the failures of ranks, set by the scripts in launch/.
+FAILURES = "DYNMOE_FAILURES"
 
 _PR_SET_PDEATHSIG = 1
+_SIOCGIFADDR = 0x8915
 
 
 def end_with_launcher() -> None:
@@ -23,3 +34,100 @@ def end_with_launcher() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != launcher:  # it died before the kernel knew
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Ending:
+    """Whether this process was told to end, by SIGTERM or by SIGUSR1 (what Slurm sends ahead of a time limit).
+
+    Made before anything slow, so that a signal that comes early is not lost: it then counts after the first step.
+    """
+
+    def __init__(self) -> None:
+        self.told = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.told = True
+
+
+def record_failure(text: str, by_user: bool) -> None:
+    """Leaves what ended this rank where its launcher looks for it; without a launcher of ours it does nothing.
+
+    Args:
+        text: one line where the user can mend it, else a traceback.
+        by_user: whether another start of the same command must fail in the same way.
+    """
+    directory = os.environ.get(FAILURES)
+    if directory is None:
+        return
+    failure = {
+        "rank": int(os.environ.get("RANK", "0")),
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "host": socket.gethostname(),
+        "attempt": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        "time": time.time(),
+        "by_user": by_user,
+        "text": text,
+    }
+    name = f"rank_{failure['rank']}.json"
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    (Path(directory) / f".{name}").write_text(json.dumps(failure))
+    (Path(directory) / f".{name}").rename(Path(directory) / name)
+
+
+def read_failures(directory: Path) -> list[dict[str, Any]]:
+    """What ranks left there, of their last attempt only, the first failure first."""
+    failures = [json.loads(path.read_text()) for path in directory.glob("rank_*.json")]
+    last = max((failure["attempt"] for failure in failures), default=0)
+    return sorted((one for one in failures if one["attempt"] == last), key=lambda one: one["time"])
+
+
+def failure_to_repeat() -> str | None:
+    """What ended an earlier attempt of this launch if it must end this one too: torchrun restarts whatever failed."""
+    directory = os.environ.get(FAILURES)
+    if directory is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    return next((failure["text"] for failure in read_failures(Path(directory)) if failure["by_user"]), None)
+
+
+def choose_interface() -> None:
+    """Names the network interface that reaches the first rank to gloo and NCCL, unless the user has named one.
+
+    gloo asks for the address of this host's own name, which on many machines is a loopback address; NCCL takes the
+    first interface that looks usable, which may be a bridge of containers. Both fail late, or hang.
+    """
+    master = os.environ.get("MASTER_ADDR")
+    names = [name for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name not in os.environ]
+    if master is None or not names or not sys.platform.startswith("linux"):
+        return
+    try:
+        interface = _interface_of(address_towards(master))
+    except OSError:  # IPv6, or a name that nobody knows: joining the others says so
+        return
+    if interface is not None:
+        os.environ.update(dict.fromkeys(names, interface))
+
+
+def address_towards(host: str) -> str:
+    """The address of this host that ``host`` sees: nothing is sent for finding it out.
+
+    Raises:
+        OSError: the name is unknown, or there is no way to it.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 1))
+        return probe.getsockname()[0]
+
+
+def _interface_of(address: str) -> str | None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+            except OSError:  # an interface without an address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None

@@ -5,12 +5,28 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
 from dynmoe.data.corpus import TOKENIZER
 from dynmoe.errors import UserError
 from dynmoe.train.checkpoint import write_atomically
+
+
+# A predecessor on another host may still be ending.
+_PATIENCE_S = 5.0
+
+
+def _lock(file: TextIO) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 class RunDirectory:
@@ -31,6 +47,9 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.data_index = path / "data_index"
         self.outcome = path / "outcome.json"
+        self.logs = path / "logs"
+        self.failures = self.logs / "failures"
+        self.starts = self.logs / "starts.jsonl"
         self._lock: TextIO | None = None
 
     def claim(self) -> None:
@@ -44,7 +63,7 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(self._lock)
         except BlockingIOError:
             raise UserError(f"run.name: another job trains in {self.path}; wait for it or use another name") from None
         except OSError as error:

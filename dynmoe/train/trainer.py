@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from dynmoe.config import Config
 from dynmoe.data.batches import PretrainingData
 from dynmoe.errors import ConfigError, UserError
+from dynmoe.launched import Ending
 from dynmoe.model.size import ModelSize
 from dynmoe.moe.adaptation import AdaptationEvent
 from dynmoe.moe.trace import RoutingTrace
@@ -73,6 +73,7 @@ class Trainer:
         vocab_size: rows of the model's embedding.
         make_views: makes the views of the metrics on the first rank, given the W&B id of an earlier start and the step
             that this one goes on from.
+        ending: tells whether this process was told to end.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Trainer:
         directory: RunDirectory,
         vocab_size: int,
         make_views: Callable[[str | None, int], tuple[list[View], str | None]],
+        ending: Ending,
     ) -> None:
         self.config, self.engine, self.data, self.directory = config, engine, data, directory
         self.size = ModelSize(config.model, vocab_size, config.data.sequence_length)
@@ -90,18 +92,17 @@ class Trainer:
         self.progress = Progress()
         self._make_views = make_views
         self._peak = peak_tflops(config.logging.peak_tflops)
-        self._terminated = False
+        self._ending = ending
         self._clock = time.perf_counter()
         self._start_interval()
 
     def run(self) -> Result:
-        """Resumes where a checkpoint is, trains to the last step or until SIGTERM, and leaves a checkpoint."""
+        """Resumes where a checkpoint is, trains to the last step or until it is told to end, and leaves a checkpoint."""
         train = self.config.train
         self._resume()
         self._check_validation()
         record = self._begin()
         row: Row = {} if record is None else record.last_row
-        previous = signal.signal(signal.SIGTERM, self._note_termination)
         self._clock = time.perf_counter()
         self._start_interval()
         try:
@@ -119,7 +120,6 @@ class Trainer:
             self.directory.write_outcome("failed", self.progress.step, error=f"{type(error).__name__}: {error}")
             raise
         finally:
-            signal.signal(signal.SIGTERM, previous)
             if record is not None:
                 record.close()
 
@@ -281,11 +281,8 @@ class Trainer:
         views, self.progress.wandb_id = self._make_views(self.progress.wandb_id, self.progress.step)
         return RunRecord(self.config, self.directory, self.progress.step, views)
 
-    def _note_termination(self, number: int, frame: Any) -> None:
-        self._terminated = True
-
     def _agree_to_end(self) -> bool:
         """Whether any rank was told to end: signals reach ranks in different steps."""
-        flag = torch.tensor([float(self._terminated)], device=self.engine.device)
+        flag = torch.tensor([float(self._ending.told)], device=self.engine.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())

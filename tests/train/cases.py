@@ -16,25 +16,30 @@ CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 TIMED = ("train/step_time_s", "train/tokens_per_s", "train/tflops_per_rank", "train/wall_clock_s", "memory/peak_gib")
 
 
-class TrainingProcess:
-    """``torchrun`` with two ranks on a tiny model; its ranks end with it.
+def tiny(corpus: Path, runs: Path) -> list[str]:
+    """Fields of a tiny run of 40 steps on two expert-parallel ranks.
 
     Experts come and go and a budget is held: the more state there is between steps, the more a restart can lose.
     """
+    return [
+        f"data.dirs=[{corpus}]", f"run.dir={runs}", "run.name=tiny", "data.sequence_length=32", "model.hidden=32",
+        "model.heads=2", "model.kv_heads=1", "model.layers=2", "model.moe.experts=4", "model.moe.expert_hidden=32",
+        "train.global_batch=4", "train.micro_batch=2", "train.steps=40", "parallel.expert=2",
+        "schedule.warmup_steps=4", "logging.interval=1", "checkpoint.interval=10", "eval.interval=20",
+        "eval.batches=2", "model.router.kind=top_any", "model.router.form=improved", "model.router.min_experts=0",
+        "model.router.initial_experts=1", "model.moe.active_at_start=2", "budget.method=loss_free",
+        "budget.experts_per_token=1.5", "adaptation.interval=8", "adaptation.window=5",
+        "adaptation.removal_share=0.8", "logging.histograms_every=4", "logging.trace_interval=8",
+        "logging.table_every=20",
+    ]  # fmt: skip
+
+
+class TrainingProcess:
+    """``torchrun`` with two ranks on a tiny model; its ranks end with it."""
 
     def __init__(self, corpus: Path, runs: Path, *overrides: str, ranks: int = 2) -> None:
         environment = os.environ | CPU | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        arguments = [
-            f"data.dirs=[{corpus}]", f"run.dir={runs}", "run.name=tiny", "data.sequence_length=32", "model.hidden=32",
-            "model.heads=2", "model.kv_heads=1", "model.layers=2", "model.moe.experts=4", "model.moe.expert_hidden=32",
-            "train.global_batch=4", "train.micro_batch=2", "train.steps=40", "parallel.expert=2",
-            "schedule.warmup_steps=4", "logging.interval=1", "checkpoint.interval=10", "eval.interval=20",
-            "eval.batches=2", "model.router.kind=top_any", "model.router.form=improved", "model.router.min_experts=0",
-            "model.router.initial_experts=1", "model.moe.active_at_start=2", "budget.method=loss_free",
-            "budget.experts_per_token=1.5", "adaptation.interval=8", "adaptation.window=5",
-            "adaptation.removal_share=0.8", "logging.histograms_every=4", "logging.trace_interval=8",
-            "logging.table_every=20", *overrides,
-        ]  # fmt: skip
+        arguments = [*tiny(corpus, runs), *overrides]
         self._output = (runs.parent / f"output-{time.monotonic_ns()}.txt").open("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",

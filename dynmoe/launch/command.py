@@ -1,0 +1,114 @@
+"""python -m dynmoe.launch: job scripts for Slurm, and what the scripts in launch/ ask before and after a start."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from dynmoe.config import Config, load_config
+from dynmoe.errors import UserError
+from dynmoe.launched import address_towards
+
+_USAGE = """%(prog)s slurm CONFIG --nodes N --gpus G --time T [key=value ...]   writes a job script
+       %(prog)s begin CONFIG --ranks N [--node I] [key=value ...]      checks and notes a start; for scripts
+       %(prog)s after CONFIG [key=value ...]                           why it ended, and what should follow
+       %(prog)s address HOST                                           the address of this host that HOST sees"""
+
+
+def main() -> None:
+    name = sys.argv[0] if Path(sys.argv[0]).name != "__main__.py" else "python -m dynmoe.launch"
+    parser = argparse.ArgumentParser(name, usage=_USAGE, description=__doc__, allow_abbrev=False)
+    verbs: dict[str, Callable[[str, list[str]], None]] = {
+        "slurm": _slurm, "begin": _begin, "after": _after, "address": _address,
+    }  # fmt: skip
+    parser.add_argument("verb", choices=verbs, help=argparse.SUPPRESS)
+    verb = parser.parse_args(sys.argv[1:2]).verb
+    verbs[verb](f"{name} {verb}", sys.argv[2:])
+
+
+def _parser(name: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(name, description=description, allow_abbrev=False)
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the configuration")
+    return parser
+
+
+def _load(given: argparse.Namespace) -> Config:
+    return load_config(given.config, given.overrides)
+
+
+def _slurm(name: str, arguments: list[str]) -> None:
+    parser = _parser(name, "Writes a job script after checking that the configuration fits nodes and ranks.")
+    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs of each node, a rank each; 0: see --ranks")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks of each node where --gpus is 0 (%(default)s)")
+    parser.add_argument("--time", required=True, help="limit of one start, like 24:00:00; the job is requeued")
+    parser.add_argument(
+        "--grace", type=int, default=300, metavar="S", help="seconds before the limit at which the run saves and ends; "
+        "more than its longest step, evaluation and checkpoint together (%(default)s)",
+    )  # fmt: skip
+    for option in ("partition", "account", "qos", "constraint", "exclude", "mem"):
+        parser.add_argument(f"--{option}", help=f"sbatch --{option}")
+    parser.add_argument("--output", type=Path, help="the script (run.name.sbatch)")
+    given = parser.parse_intermixed_args(arguments)
+    from dynmoe.launch.slurm import Resources, job_script
+
+    wanted = ("partition", "account", "qos", "constraint", "exclude", "mem")
+    options = {option: value for option in wanted if (value := getattr(given, option)) is not None}
+    resources = Resources(given.nodes, given.gpus, given.gpus or given.ranks, given.time, given.grace, options)
+    config = _load(given)
+    script = job_script(config, given.config, given.overrides, resources)
+    output = given.output or Path(f"{config.run.name}.sbatch")
+    try:
+        output.write_text(script)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror}); name another file") from None
+    print(f"{output}: {resources.nodes} nodes of {resources.ranks} ranks; start it with sbatch {output}")
+
+
+def _begin(name: str, arguments: list[str]) -> None:
+    parser = _parser(name, "Checks configuration, layout and data, notes the start and prints the run's directory.")
+    parser.add_argument("--ranks", type=int, required=True, help="of all nodes")
+    parser.add_argument("--node", type=int, default=0, help="number of this one")
+    parser.add_argument("--merged", type=Path, help="file for the merged configuration")
+    given = parser.parse_intermixed_args(arguments)
+    config = _load(given)
+    from dynmoe.launch.starts import begin
+
+    directory = begin(config, given.ranks, given.node)
+    if given.merged is not None:
+        given.merged.write_text(config.to_yaml())
+    print(directory.path)
+
+
+def _address(name: str, arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(name, description="Prints the address of this host that HOST sees.")
+    parser.add_argument("host", metavar="HOST", help="MASTER_ADDR of a launch")
+    host = parser.parse_args(arguments).host
+    try:
+        print(address_towards(host))
+    except OSError as error:
+        raise UserError(f"MASTER_ADDR {host}: {error.strerror}; give a name or IPv4 address known here") from None
+
+
+def _after(name: str, arguments: list[str]) -> None:
+    parser = _parser(
+        name, "Tells how a start ended, the first failing rank's traceback last. Exit status: 0 finished, 75 told to "
+        "end, 76 failed but another start may go on, 2 failed by configuration or data, 3 too often without progress.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--starts-without-progress", type=int, default=3, metavar="N", help="at most so many in a row (%(default)s)"
+    )
+    given = parser.parse_intermixed_args(arguments)
+    config = _load(given)
+    from dynmoe.launch.starts import FINISHED, TOLD_TO_END, after, describe_failures
+    from dynmoe.train.run_directory import RunDirectory
+
+    directory = RunDirectory(config.run.path)
+    verdict = after(directory, given.starts_without_progress)
+    print(f"{directory.path}: {verdict.reason}", flush=True)
+    if verdict.status not in (FINISHED, TOLD_TO_END) and (failures := describe_failures(directory)):
+        print(failures, file=sys.stderr, flush=True)
+    raise SystemExit(verdict.status)

@@ -1,0 +1,83 @@
+"""A job script for Slurm, for one configuration. What the job does is launch/slurm.sbatch."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import dynmoe
+from dynmoe.config import Config
+from dynmoe.errors import UserError
+
+_TIME = re.compile(r"(\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2})")
+_NAME = re.compile(r"[A-Za-z0-9_.:,=*%/+-]+")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job asks Slurm for.
+
+    Attributes:
+        nodes: their number.
+        gpus: of each node; 0: ``ranks`` processes on CPUs.
+        ranks: of each node.
+        time: limit, in Slurm's notation.
+        grace_s: seconds before the limit at which the run is told to save and end.
+        options: further options of sbatch, by name (partition, account, ...).
+    """
+
+    nodes: int
+    gpus: int
+    ranks: int
+    time: str
+    grace_s: int
+    options: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1 or self.ranks < 1:
+            raise UserError(f"--nodes {self.nodes}, {self.ranks} ranks each: use at least 1 of both")
+        if not _TIME.fullmatch(self.time):
+            raise UserError(f"--time {self.time}: is not Slurm's notation; write it like 24:00:00 or 2-12:00:00")
+        if not 0 < self.grace_s < 65536:
+            raise UserError(f"--grace {self.grace_s}: Slurm takes 1 to 65535 seconds")
+        for name, value in self.options.items():
+            if not _NAME.fullmatch(value):
+                raise UserError(f"--{name} {value!r}: cannot stand in a job script; use letters, digits and -_.:,=")
+
+
+def job_script(config: Config, path: str, overrides: Sequence[str], resources: Resources) -> str:
+    """The script: resources, then a call of launch/slurm.sbatch with this configuration.
+
+    Raises:
+        UserError: parallel sizes or batches that do not fit the ranks; the package lies outside its project.
+    """
+    config.check_world(resources.nodes * resources.ranks)
+    root = Path(dynmoe.__file__).resolve().parents[1]
+    if not (root / "launch" / "slurm.sbatch").exists():
+        raise UserError(f"{root}: holds no launch/slurm.sbatch; install the project with pip install --editable")
+    lines = {
+        "job-name": config.run.name,
+        "nodes": resources.nodes,
+        "ntasks-per-node": 1,
+        **({"gpus-per-node": resources.gpus} if resources.gpus else {"cpus-per-task": resources.ranks}),
+        "time": resources.time,
+        "signal": f"USR1@{resources.grace_s}",
+        "open-mode": "append",
+        "output": f"{config.run.name}-%j.out",
+        **resources.options,
+    }
+    header = "\n".join(f"#SBATCH --{name}={value}" for name, value in lines.items())
+    arguments = " ".join(shlex.quote(argument) for argument in (path, *overrides))
+    return f"""#!/usr/bin/env bash
+# {config.run.name}: {resources.nodes * resources.ranks} ranks. Written by python -m dynmoe.launch slurm.
+{header}
+#SBATCH --requeue
+
+export DYNMOE_ROOT={shlex.quote(str(root))}
+export NPROC_PER_NODE={resources.ranks}
+set -- {arguments}
+source "$DYNMOE_ROOT/launch/slurm.sbatch"
+"""

@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# Trains on one node or on several with torchrun: the same command on every node, in any order.
+#   launch/torchrun.sh CONFIG [key=value ...]
+# Paths are relative to the project's directory, which all nodes must see, and the run directory too.
+#   NNODES (1), NODE_RANK (0), MASTER_ADDR (127.0.0.1: name or address of node 0), MASTER_PORT (29500),
+#   NPROC_PER_NODE (the GPUs of a node, else 1)   the layout; in a Slurm job Slurm's variables give it
+#   HOSTS                  names of the nodes in the order of their ranks, for messages
+#   JOIN_TIMEOUT_S (600)   how long nodes wait for each other
+#   MAX_RESTARTS (3)       how often ranks that fail are started again in place, from the newest checkpoint
+#   RELAUNCH (1)           1: start again after that too, for as long as checkpoints get newer
+#   PYTHON                 the interpreter (.venv/bin/python where there is one)
+# Output of every rank: RUN/logs/node_N. On the screen: the first rank of each node.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+
+if [[ -n ${SLURM_JOB_ID:-} ]]; then
+    NNODES=${NNODES:-$SLURM_NNODES}
+    NODE_RANK=${NODE_RANK:-$SLURM_NODEID}
+    HOSTS=${HOSTS:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | xargs)}
+    MASTER_ADDR=${MASTER_ADDR:-${HOSTS%% *}}
+    MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))} # jobs that share a node keep apart
+    NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+fi
+NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
+gpus=$(count_gpus)
+NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+JOIN_TIMEOUT_S=${JOIN_TIMEOUT_S:-600} MAX_RESTARTS=${MAX_RESTARTS:-3} RELAUNCH=${RELAUNCH:-1}
+read -ra hosts <<<"${HOSTS:-}"
+set_environment "$NPROC_PER_NODE"
+
+# Slurm's signal ahead of a time limit is for the ranks, which save and end; torchrun would die of it.
+trap '' USR1
+rdzv=(--nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" --max-restarts "$MAX_RESTARTS" --rdzv-backend c10d
+    --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "dynmoe-$MASTER_PORT"
+    --rdzv-conf "is_host=$((NODE_RANK == 0)),join_timeout=$JOIN_TIMEOUT_S,read_timeout=$JOIN_TIMEOUT_S")
+if ((NNODES > 1)); then
+    # Under which other nodes find the first rank; a host's own idea of its name is often known to nobody else.
+    rdzv+=(--local-addr "$("$PYTHON" -m dynmoe.launch address "$MASTER_ADDR")")
+fi
+# Ranks near their GPU's memory: pages of another socket cost a copy across it.
+((gpus > 0 && $(count_numa_nodes) > 1)) && rdzv+=(--numa-binding node)
+
+# Says which nodes are not there: each touches a file for as long as it lives.
+name_missing_nodes() {
+    local node
+    for ((node = 0; node < NNODES; node++)); do
+        if [[ -z $(find "$nodes/$node" -newermt '-30 seconds' 2>/dev/null) ]]; then
+            echo "error: node $node (${hosts[node]:-$(cat "$nodes/$node" 2>/dev/null || echo 'name unknown')}) is not" \
+                "there, $JOIN_TIMEOUT_S s after the others began to wait; start this command on it" >&2
+        fi
+    done
+}
+
+while :; do
+    run=$("$PYTHON" -m dynmoe.launch begin --ranks $((NNODES * NPROC_PER_NODE)) --node "$NODE_RANK" "$@")
+    export DYNMOE_FAILURES=$run/logs/failures
+    nodes=$run/logs/nodes
+    mkdir -p "$nodes"
+    hostname >"$nodes/$NODE_RANK"
+    (while sleep 5 && kill -0 $$ 2>/dev/null; do touch "$nodes/$NODE_RANK"; done) &
+    heart=$!
+    "$PYTHON" -m torch.distributed.run "${rdzv[@]}" --log-dir "$run/logs/node_$NODE_RANK" --tee 3 \
+        --local-ranks-filter 0 train.py "$@" &
+    torchrun=$!
+    trap 'told=1; kill -TERM $torchrun' TERM INT
+    status=0 told=0
+    wait $torchrun || status=$?
+    # A signal ends the wait, not torchrun.
+    while kill -0 $torchrun 2>/dev/null; do wait $torchrun || status=$?; done
+    kill $heart
+    ((status == 0)) && exit 0
+    ((told)) || name_missing_nodes
+    # In a job, the job script judges: for all nodes, once.
+    [[ $RELAUNCH == 1 ]] || exit "$status"
+    verdict=0
+    "$PYTHON" -m dynmoe.launch after "$@" || verdict=$?
+    ((verdict == 76 && !told)) || exit "$verdict"
+done
