@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 
 from bench import (
+    data_prep,
     dispatch,
     end_to_end,
     gpu_layer,
@@ -34,7 +35,7 @@ from dynmoe.errors import UserError
 BENCHMARKS: dict[str, ModuleType] = {
     "layer": layer, "dispatch": dispatch, "growth": growth, "imbalance": imbalance, "memory": memory,
     "launches": launches, "wire": wire, "end_to_end": end_to_end, "router": router, "statistics": statistics,
-    "gpu_layer": gpu_layer, "gpu_smoke": gpu_smoke, "routing": routing,
+    "data_prep": data_prep, "gpu_layer": gpu_layer, "gpu_smoke": gpu_smoke, "routing": routing,
 }  # fmt: skip
 _OF_ALL = [name for name in BENCHMARKS if name not in ("gpu_smoke", "routing")]
 

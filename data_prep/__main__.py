@@ -1,4 +1,4 @@
-"""python -m data_prep [SOURCE ...] --out DIR, and python -m data_prep verify DIR."""
+"""python -m data_prep [SOURCE ...] --out DIR; beside it verify DIR, and adopt PREFIX for files of Megatron's tool."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_prep.build import Recipe, build, is_current
-from data_prep.sources import STDLIB
+from data_prep.adopt import adopt
+from data_prep.build import Nodes, Recipe, build, is_current
+from data_prep.sources import HUB, STDLIB
 from dynmoe.cli import run_tool
 from dynmoe.data.corpus import MANIFEST, Corpus
 from dynmoe.errors import UserError
@@ -17,8 +18,10 @@ from dynmoe.errors import UserError
 
 def main() -> None:
     arguments = sys.argv[1:]
-    if arguments and arguments[0] == "verify":
+    if arguments[:1] == ["verify"]:
         _verify(arguments[1:])
+    elif arguments[:1] == ["adopt"]:
+        _adopt(arguments[1:])
     else:
         _build(arguments)
 
@@ -34,42 +37,78 @@ def _verify(arguments: list[str]) -> None:
         print(f"{split}: {tokens.num_documents} documents, {tokens.num_tokens} tokens, sound")
 
 
+def _adopt(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m data_prep adopt",
+        description="A corpus from .bin/.idx files of Megatron-LM's own tool. Nothing is encoded again.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("train", type=Path, metavar="PREFIX", help="path of the files without .bin and .idx")
+    parser.add_argument("--validation", type=Path, metavar="PREFIX", help="those of the validation data; default: the "
+                        "last documents of the others")  # fmt: skip
+    parser.add_argument("--validation-fraction", type=float, default=0.02, help="share of documents for validation")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="the sentencepiece model that made the tokens")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the corpus")
+    given = parser.parse_args(arguments)
+    if given.out.exists():
+        raise UserError(f"--out {given.out}: exists; name another directory")
+    if not 0.0 < given.validation_fraction < 1.0:
+        raise UserError(f"--validation-fraction {given.validation_fraction}: use a number between 0 and 1")
+    _report(given.out, adopt(given.train, given.validation, given.validation_fraction, given.tokenizer, given.out))
+
+
 def _build(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "python -m data_prep",
-        description="Text to a tokenizer and Megatron .bin/.idx files. 'verify DIR' checks what it wrote.",
+        description="Text to a tokenizer and Megatron .bin/.idx files. 'verify DIR' checks what it "
+        "wrote; 'adopt PREFIX' takes files of Megatron-LM's own tool.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
         "sources", nargs="*", default=[STDLIB],
-        help="text files, folders, .jsonl (.gz, .zst), or 'stdlib': the source of the running Python's library",
+        help="text files, folders, .jsonl (.gz, .zst), .parquet, hf:DATASET[:CONFIGURATION[:SPLIT]] (streamed from the "
+        "Hugging Face hub), or 'stdlib': the source of the running Python's library",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("data/stdlib"), help="directory of the corpus")
-    parser.add_argument("--json-key", default="text", help="field of a JSONL line that holds the text")
+    parser.add_argument("--json-key", default="text", help="field or column that holds the text")
     parser.add_argument("--vocab-size", type=int, default=4096, help="pieces of the tokenizer to train")
     parser.add_argument("--tokenizer", help="an existing sentencepiece model, in place of training one")
     parser.add_argument("--tokenizer-mb", type=int, default=16, help="megabytes of text to train the tokenizer on")
     parser.add_argument("--validation-fraction", type=float, default=0.02, help="share of documents for validation")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--keep-copies", action="store_true", help="keep documents with the text of an earlier one")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes of this node")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes that prepare the corpus, each with this command")
+    parser.add_argument("--node", type=int, default=0, help="number of this one; node 0 puts the parts together")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus made in another way")
     given = parser.parse_args(arguments)
+    nodes = Nodes(given.nodes, given.node)
     recipe = Recipe(
-        given.sources, given.json_key, given.vocab_size, given.tokenizer, given.tokenizer_mb, given.validation_fraction
+        given.sources,
+        given.json_key,
+        given.vocab_size,
+        given.tokenizer,
+        given.tokenizer_mb,
+        given.validation_fraction,
+        not given.keep_copies,
     )
     if given.workers < 1:
         raise UserError(f"--workers {given.workers}: use at least 1")
     out: Path = given.out
     for source in given.sources:
-        if source != STDLIB and out.resolve().is_relative_to(Path(source).resolve()):
+        if source != STDLIB and not source.startswith(HUB) and out.resolve().is_relative_to(Path(source).resolve()):
             raise UserError(f"--out {out}: lies inside the source {source}, which would read it; name a place outside")
     if out.exists() and not (out / MANIFEST).exists():
         raise UserError(f"--out {out}: exists and is no corpus; name another directory")
     if out.exists() and not given.overwrite:
-        if is_current(recipe, out):
+        if is_current(recipe, out, given.workers):
             print(f"{out} is up to date")
             return
         raise UserError(f"--out {out}: holds a corpus made from other text or options; pass --overwrite to replace it")
-    _report(out, build(recipe, out, given.workers))
+    manifest = build(recipe, out, given.workers, nodes)
+    if manifest is None:
+        print(f"node {nodes.own} has done its part; node 0 writes {out}")
+    else:
+        _report(out, manifest)
 
 
 def _report(out: Path, manifest: dict[str, Any]) -> None:

@@ -1,16 +1,18 @@
-"""Builds a prepared corpus in one go: tokenizer, tokens, manifest."""
+"""Builds a prepared corpus: tokenizer, tokens, manifest. An interrupted build goes on where it was."""
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import io
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,16 @@ import sentencepiece
 from rich.console import Console
 from rich.progress import Progress
 
-from data_prep.encode import encode_in_order, tasks
-from data_prep.sources import RawDocument, RefusedError, read_documents, text_of
+from data_prep.encode import encode_all, hash_all, read_facts
+from data_prep.merge import Merged, merge
+from data_prep.sources import RefusedError, Unit, fingerprint, list_units, read_unit, stamp, text_of
 from dynmoe.data.corpus import FORMAT, MANIFEST, SPLITS, TOKENIZER, Corpus, sha256_of
-from dynmoe.data.indexed import check_indexed
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
 
-_NAMES_PER_REASON = 20
+_RECIPE = "recipe.json"
+_PARTS = "parts"
+_TOLD_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -39,36 +43,35 @@ class Recipe:
     tokenizer: str | None = None
     tokenizer_mb: int = 16
     validation_fraction: float = 0.02
+    deduplicate: bool = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.validation_fraction < 1.0:
             raise UserError(f"--validation-fraction {self.validation_fraction}: use a number between 0 and 1")
         if self.vocab_size < 300:
             raise UserError(f"--vocab-size {self.vocab_size}: use at least 300 (256 bytes and some pieces)")
+        if self.tokenizer_mb < 1:
+            raise UserError(f"--tokenizer-mb {self.tokenizer_mb}: use at least 1")
 
 
-@dataclass
-class SplitCounts:
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
+@dataclass(frozen=True)
+class Nodes:
+    """This node among those that prepare a corpus together, over one file system.
+
+    Attributes:
+        count: of all.
+        own: number of this one; node 0 trains the tokenizer and puts the parts together.
+    """
+
+    count: int = 1
+    own: int = 0
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or not 0 <= self.own < self.count:
+            raise UserError(f"--node {self.own}: with --nodes {self.count}, use 0 to {max(self.count, 1) - 1}")
 
 
-@dataclass
-class Refusals:
-    """Documents without text, counted by reason, the first of each by name."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    names: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, reason: str, name: str) -> None:
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        names = self.names.setdefault(reason, [])
-        if len(names) < _NAMES_PER_REASON:
-            names.append(name)
-
-
-def train_tokenizer(recipe: Recipe) -> bytes:
+def train_tokenizer(recipe: Recipe, units: Sequence[Unit]) -> bytes:
     """A BPE model with byte fallback; the bytes of a .model file.
 
     It gives every text back unchanged, but for U+2581, the character that stands for a space in its pieces.
@@ -79,7 +82,7 @@ def train_tokenizer(recipe: Recipe) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(recipe),
+            sentence_iterator=_lines(recipe, units),
             model_writer=model,
             model_type="bpe",
             vocab_size=recipe.vocab_size,
@@ -99,67 +102,20 @@ def train_tokenizer(recipe: Recipe) -> bytes:
     return model.getvalue()
 
 
-def _lines(recipe: Recipe) -> Iterator[str]:
-    budget = recipe.tokenizer_mb * 1_000_000
-    for document in read_documents(recipe.sources, recipe.json_key):
-        try:
-            text = text_of(document)
-        except RefusedError:
-            continue
-        yield from (line for line in text.split("\n") if line)
-        budget -= len(document.content)
-        if budget <= 0:
-            return
-
-
-def _encode_all(recipe: Recipe, directory: Path, workers: int) -> tuple[dict[str, SplitCounts], Refusals, str]:
-    # They take seconds to import: not for a refusal, nor for a corpus that is up to date.
-    import torch
-
-    from dynmoe.data.megatron import DType, IndexedDatasetBuilder
-
-    tokenizer = Tokenizer(directory / TOKENIZER)
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    builders = {split: IndexedDatasetBuilder(str(directory / f"{split}.bin"), dtype) for split in SPLITS}
-    counts, refusals = {split: SplitCounts() for split in SPLITS}, Refusals()
-    fingerprint = _Fingerprint()
-    documents = fingerprint.watch(read_documents(recipe.sources, recipe.json_key))
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("documents", total=None)
-        for group in encode_in_order(tasks(documents, recipe.validation_fraction), directory / TOKENIZER, workers):
-            for document in group:
-                if document.refused is not None or document.tokens is None:
-                    refusals.add(str(document.refused), document.name)
-                    continue
-                builders[document.split].add_item(torch.from_numpy(document.tokens))
-                builders[document.split].end_document()
-                count = counts[document.split]
-                count.documents += 1
-                count.tokens += len(document.tokens)
-                count.text_bytes += document.text_bytes
-            done = sum(count.text_bytes for count in counts.values())
-            progress.update(bar, advance=len(group), description=f"{done / 1e6:.1f} MB of text")
-    for split, builder in builders.items():
-        if counts[split].documents == 0:
-            raise UserError(f"no {split} document came out of {recipe.sources}; give more text or another fraction")
-        builder.finalize(str(directory / f"{split}.idx"))
-    return counts, refusals, fingerprint.digest()
-
-
-class _Fingerprint:
-    """SHA-256 over names and contents of all raw documents."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def watch(self, documents: Iterable[RawDocument]) -> Iterator[RawDocument]:
-        for document in documents:
-            self._hash.update(f"{document.name}\0{len(document.content)}\0".encode())
-            self._hash.update(document.content)
-            yield document
-
-    def digest(self) -> str:
-        return self._hash.hexdigest()
+def _lines(recipe: Recipe, units: Sequence[Unit]) -> Iterator[str]:
+    """Lines of ``tokenizer_mb`` megabytes of text: the beginning of every unit, as much of each."""
+    share = recipe.tokenizer_mb * 1_000_000 // len(units)
+    for unit in units:
+        budget = share
+        for document in read_unit(unit, recipe.json_key):
+            if budget <= 0:
+                break
+            try:
+                text = text_of(document)
+            except RefusedError:
+                continue
+            yield from (line for line in text.split("\n") if line)
+            budget -= len(document.content)
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
@@ -168,56 +124,161 @@ def unigram_entropy(counts: np.ndarray) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-def build(recipe: Recipe, out: Path, workers: int) -> dict[str, Any]:
-    """Writes the corpus into ``out`` and returns its manifest.
+def build(recipe: Recipe, out: Path, workers: int, nodes: Nodes | None = None) -> dict[str, Any] | None:
+    """Writes the corpus into ``out`` and returns its manifest; on nodes other than the first, this node's part alone.
 
-    Everything is written beside it and renamed when complete: an interrupted build leaves what was there before.
+    Everything is written beside ``out`` and renamed when complete: an interrupted build leaves what was there before,
+    and the same build again goes on from the units that were encoded.
 
     Raises:
-        UserError: unusable text or options.
+        UserError: unusable text or options, or this build is under way already.
     """
-    building = out.with_name(f"{out.name}.building-{os.getpid()}")
-    building.mkdir(parents=True)
-    try:
-        if recipe.tokenizer is None:
-            (building / TOKENIZER).write_bytes(train_tokenizer(recipe))
-        else:
-            Tokenizer(recipe.tokenizer)
-            shutil.copyfile(recipe.tokenizer, building / TOKENIZER)
-        counts, refusals, fingerprint = _encode_all(recipe, building, workers)
-        manifest = _manifest(recipe, building, counts, refusals, fingerprint)
-        (building / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-        Corpus.open(building)
+    nodes = nodes or Nodes()
+    units = list_units(recipe.sources)
+    building = out.with_name(f"{out.name}.building")
+    _enter(building, recipe_digest(recipe) + stamp(units), nodes)
+    with _claim(building / f"node_{nodes.own}.lock"):
+        _provide_tokenizer(recipe, units, building, nodes)
+        parts = [building / _PARTS / f"{number:08d}.npz" for number in range(len(units))]
+        _encode_own(recipe, units, parts, building, workers, nodes)
+        if nodes.own:
+            return None
+        _wait_for_parts(parts, nodes)
+        tokenizer = Tokenizer(building / TOKENIZER)
+        finished = building / "finished"
+        shutil.rmtree(finished, ignore_errors=True)
+        finished.mkdir()
+        merged = merge(parts, units, finished, tokenizer.vocab_size, recipe.deduplicate)
+        for split, count in merged.counts.items():
+            if count.documents == 0:
+                raise UserError(f"no {split} document came out of {recipe.sources}; give more text or another fraction")
+        shutil.copyfile(building / TOKENIZER, finished / TOKENIZER)
+        content = fingerprint(units, (read_facts(part, "content")[0] for part in parts))
+        manifest = _manifest(recipe, finished, tokenizer, merged, content)
+        (finished / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        Corpus.open(finished)
         if out.exists():
             shutil.rmtree(out)
-        building.rename(out)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        finished.rename(out)
+        shutil.rmtree(building)
     return manifest
 
 
-def _manifest(
-    recipe: Recipe, directory: Path, counts: dict[str, SplitCounts], refusals: Refusals, fingerprint: str
-) -> dict[str, Any]:
-    tokenizer = Tokenizer(directory / TOKENIZER)
-    files = [TOKENIZER, *(f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "idx"))]
+def _enter(building: Path, build_id: str, nodes: Nodes) -> None:
+    """Makes the directory of the build, or finds the one that an interrupted build of the same kind left."""
+    recipe = building / _RECIPE
+    if nodes.own:
+        # A build that node 0 is about to remove may lie there.
+        _wait_until(
+            lambda: recipe.exists() and recipe.read_text() == build_id,
+            lambda: f"node 0 to build from this text with these options in {building}",
+        )
+        return
+    if recipe.exists() and recipe.read_text() == build_id:
+        done = len(list((building / _PARTS).glob("[0-9]*.npz")))
+        print(f"{building}: going on with an interrupted build, {done} parts are there", flush=True)
+        return
+    if building.exists():
+        with _claim(building / "node_0.lock"):
+            shutil.rmtree(building)
+    (building / _PARTS).mkdir(parents=True)
+    _write(recipe, build_id.encode())
+
+
+@contextmanager
+def _claim(lock: Path) -> Iterator[None]:
+    with lock.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{lock.parent}: this build is under way; wait for it, or end it first") from None
+        yield
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_bytes(content)
+    temporary.rename(path)
+
+
+def _wait_until(condition: Callable[[], bool], what: Callable[[], str]) -> None:
+    """Waits for another node, and says for what now and then."""
+    told = time.monotonic()
+    while not condition():
+        if time.monotonic() > told + _TOLD_EVERY_S:
+            print(f"waiting for {what()}", flush=True)
+            told = time.monotonic()
+        time.sleep(0.2)
+
+
+def _provide_tokenizer(recipe: Recipe, units: Sequence[Unit], building: Path, nodes: Nodes) -> None:
+    path = building / TOKENIZER
+    if nodes.own:
+        _wait_until(path.exists, lambda: f"the tokenizer of node 0 in {building}")
+    elif not path.exists():
+        given = recipe.tokenizer
+        _write(path, train_tokenizer(recipe, units) if given is None else Tokenizer(given).content)
+
+
+def _encode_own(
+    recipe: Recipe, units: Sequence[Unit], parts: Sequence[Path], building: Path, workers: int, nodes: Nodes
+) -> None:
+    """Encodes this node's units, every ``nodes.count``-th, as far as they are not there."""
+    numbers = [number for number in range(nodes.own, len(units), nodes.count) if not parts[number].exists()]
+    tasks = [(units[number], recipe.json_key, recipe.validation_fraction, parts[number]) for number in numbers]
+    if not tasks:
+        return
+    started, documents, text_bytes = time.perf_counter(), 0, 0
+    workers = min(workers, len(tasks))
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("text", total=len(tasks))
+        for own_documents, own_bytes in encode_all(tasks, building / TOKENIZER, workers):
+            documents, text_bytes = documents + own_documents, text_bytes + own_bytes
+            speed = text_bytes / 1e6 / (time.perf_counter() - started)
+            progress.update(bar, advance=1, description=f"{text_bytes / 1e6:.1f} MB of text, {speed:.1f} MB/s")
+    seconds, megabytes = time.perf_counter() - started, text_bytes / 1e6
+    speed = megabytes / seconds
+    print(
+        f"encoded {documents} documents, {megabytes:.1f} MB of text, in {seconds:.1f} s: {speed:.1f} MB/s, "
+        f"{speed / workers:.1f} in each of {workers} processes"
+    )
+
+
+def _wait_for_parts(parts: Sequence[Path], nodes: Nodes) -> None:
+    def missing() -> list[int]:
+        return [number for number, part in enumerate(parts) if not part.exists()]
+
+    def what() -> str:
+        others = sorted({number % nodes.count for number in missing()})
+        return f"{len(missing())} parts of node(s) {', '.join(str(other) for other in others)}"
+
+    _wait_until(lambda: not missing(), what)
+
+
+def _manifest(recipe: Recipe, directory: Path, tokenizer: Tokenizer, merged: Merged, content: str) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "recipe": recipe_digest(recipe),
-        "input": fingerprint,
+        "input": content,
         "sources": [Path(source).name for source in recipe.sources],
         "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod},
         "splits": {
-            split: dataclasses.asdict(counts[split]) | _figures(directory, split, tokenizer) for split in SPLITS
+            split: dataclasses.asdict(merged.counts[split]) | figures(merged.occurrences[split]) for split in SPLITS
         },
-        "refused": {"counts": refusals.counts, "first_names": refusals.names},
-        "files": {name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_of(directory / name)}
-                  for name in files},
-    }  # fmt: skip
+        "refused": {"counts": merged.refusals.counts, "first_names": merged.refusals.names},
+        "files": describe_files(directory),
+    }
 
 
-def _figures(directory: Path, split: str, tokenizer: Tokenizer) -> dict[str, float]:
-    entropy = unigram_entropy(check_indexed(directory / split).counts(tokenizer.vocab_size))
+def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file of a corpus."""
+    files = [TOKENIZER, *(f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "idx"))]
+    return {name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_of(directory / name)} for name in files}
+
+
+def figures(occurrences: np.ndarray) -> dict[str, float]:
+    """What knowing nothing but token frequencies costs, given how often each token occurs."""
+    entropy = unigram_entropy(occurrences)
     return {"unigram_entropy_nats": round(entropy, 6), "unigram_perplexity": round(math.exp(entropy), 3)}
 
 
@@ -229,7 +290,7 @@ def recipe_digest(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def is_current(recipe: Recipe, out: Path) -> bool:
+def is_current(recipe: Recipe, out: Path, workers: int = 1) -> bool:
     """Whether ``out`` is an undamaged corpus made from this recipe and this text.
 
     Raises:
@@ -238,10 +299,8 @@ def is_current(recipe: Recipe, out: Path) -> bool:
     corpus = Corpus.open(out)
     if corpus.manifest.get("recipe") != recipe_digest(recipe):
         return False
-    fingerprint = _Fingerprint()
-    for _ in fingerprint.watch(read_documents(recipe.sources, recipe.json_key)):
-        pass
-    if corpus.manifest.get("input") != fingerprint.digest():
+    units = list_units(recipe.sources)
+    if corpus.manifest.get("input") != fingerprint(units, hash_all(units, recipe.json_key, workers)):
         return False
     corpus.verify()
     return True

@@ -1,32 +1,37 @@
-"""Where text comes from: raw documents in a fixed order, not yet decoded."""
+"""Where text comes from: sources, cut into units that workers read one at a time, and the documents of a unit."""
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import hashlib
 import json
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
 
-from dynmoe.errors import UserError
+from dynmoe.errors import UserError, first_line
 
 STDLIB = "stdlib"
-_JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+HUB = "hf:"
+_PACKED = (".jsonl.gz", ".jsonl.zst")
 # Not part of the library's own text: tests, installed packages, compiled files.
 _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_UNIT_BYTES = (4_000_000, 64_000_000)
+_UNITS_WANTED = 256
+_CURE = "name text files, folders, .jsonl or .parquet files, hf:DATASET or 'stdlib'"
 
 
 @dataclass(frozen=True)
 class RawDocument:
     """Bytes of one document; ``json_key`` names the field that holds the text of a JSONL line."""
 
-    name: str
     content: bytes
     json_key: str | None = None
 
@@ -36,6 +41,31 @@ class RefusedError(Exception):
     """Why a raw document has no text: ``not_utf8``, ``empty``, ``bad_json`` or ``missing_key``."""
 
     reason: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A share of the input that one worker prepares: the same whatever the number of workers and nodes.
+
+    Attributes:
+        kind: ``files`` (a document each), ``lines`` of a .jsonl file (those that begin at bytes ``start`` to ``stop``),
+            ``packed`` (a compressed one, whole), ``rows`` (row groups of a .parquet file) or ``hub`` (a shard of a
+            dataset).
+        names: of the files, relative to their source: the same text has the same names wherever it lies.
+        paths: of the files.
+        stamps: size and time of change of each file, by which a change in the middle of a build is found.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    paths: tuple[str, ...]
+    stamps: tuple[tuple[int, int], ...] = ()
+    start: int = 0
+    stop: int = 0
+
+    def document_name(self, number: int, before: int) -> str:
+        """What document ``number`` of this unit is called, with ``before`` documents of the same file before it."""
+        return self.names[number] if self.kind == "files" else f"{self.names[0]}:{before + number + 1}"
 
 
 def text_of(document: RawDocument) -> str:
@@ -66,24 +96,59 @@ def text_of(document: RawDocument) -> str:
     return text
 
 
-def read_documents(sources: list[str], json_key: str) -> Iterator[RawDocument]:
-    """Documents of all sources, in the order given; within a folder by path.
+def list_units(sources: Sequence[str]) -> list[Unit]:
+    """The units of all sources, in the order given; within a folder by path.
 
     Raises:
         UserError: a source that does not exist, cannot be read or holds no file.
     """
+    found: dict[str, list[tuple[str, Path, os.stat_result]]] = {}
     for source in sources:
+        if source.startswith(HUB):
+            continue
         root = Path(sysconfig.get_paths()["stdlib"]) if source == STDLIB else Path(source)
-        files = list(_stdlib_files(root)) if source == STDLIB else list(_files(root))
-        if not files:
-            raise UserError(f"source {source}: holds no file; name a text file, a folder, a .jsonl file or 'stdlib'")
-        for path in files:
-            # Names are relative, so that the same text gives the same manifest wherever it lies.
-            name = path.name if path == root else path.relative_to(root).as_posix()
-            try:
-                yield from _documents(path, name, json_key)
-            except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-                raise UserError(f"source {path}: cannot be read ({error}); mend or remove it") from None
+        paths = list(_stdlib_files(root) if source == STDLIB else _files(root))
+        if not paths:
+            raise UserError(f"source {source}: holds no file; {_CURE}")
+        found[source] = [(p.name if p == root else p.relative_to(root).as_posix(), p, p.stat()) for p in paths]
+    smallest, largest = _UNIT_BYTES
+    total = sum(facts.st_size for files in found.values() for *_, facts in files)
+    size = min(max(total // _UNITS_WANTED, smallest), largest)
+    return [
+        unit
+        for source in sources
+        for unit in (_hub_units(source) if source.startswith(HUB) else _units_of_files(found[source], size))
+    ]
+
+
+def _units_of_files(files: list[tuple[str, Path, os.stat_result]], size: int) -> list[Unit]:
+    units: list[Unit] = []
+    gathered: list[tuple[str, Path, os.stat_result]] = []
+
+    def close() -> None:
+        if gathered:
+            names, paths, facts = zip(*gathered, strict=True)
+            stamps = tuple((fact.st_size, fact.st_mtime_ns) for fact in facts)
+            units.append(Unit("files", names, tuple(str(path) for path in paths), stamps))
+            gathered.clear()
+
+    for name, path, facts in files:
+        alone = ((name,), (str(path),), ((facts.st_size, facts.st_mtime_ns),))
+        if path.suffix not in (".jsonl", ".parquet") and not path.name.endswith(_PACKED):
+            gathered.append((name, path, facts))
+            if sum(fact.st_size for *_, fact in gathered) >= size:
+                close()
+            continue
+        close()
+        if path.suffix == ".jsonl":
+            starts = range(0, max(facts.st_size, 1), size)
+            units += [Unit("lines", *alone, start, start + size) for start in starts]
+        elif path.suffix == ".parquet":
+            units += [Unit("rows", *alone, first, last) for first, last in _row_groups(path, size)]
+        else:
+            units.append(Unit("packed", *alone))
+    close()
+    return units
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -92,7 +157,7 @@ def _files(root: Path) -> Iterator[Path]:
     elif root.is_dir():
         yield from sorted(path for path in root.rglob("*") if path.is_file())
     else:
-        raise UserError(f"source {root}: does not exist; name a text file, a folder, a .jsonl file or 'stdlib'")
+        raise UserError(f"source {root}: does not exist; {_CURE}")
 
 
 def _stdlib_files(root: Path) -> Iterator[Path]:
@@ -103,21 +168,57 @@ def _stdlib_files(root: Path) -> Iterator[Path]:
                 yield Path(folder) / name
 
 
-def _documents(path: Path, name: str, json_key: str) -> Iterator[RawDocument]:
-    if not path.name.endswith(_JSONL):
-        yield RawDocument(name, path.read_bytes())
-        return
-    with path.open("rb") as stored:
-        lines: Iterable[bytes] = stored
-        if path.suffix == ".gz":
+def read_unit(unit: Unit, json_key: str) -> Iterator[RawDocument]:
+    """The documents of a unit, in their order.
+
+    Raises:
+        UserError: a file that cannot be read, or was changed since the units were listed.
+    """
+    for path, stamp in zip(unit.paths, unit.stamps, strict=False):
+        facts = os.stat(path)
+        if (facts.st_size, facts.st_mtime_ns) != stamp:
+            raise UserError(f"source {path}: was changed while it was read; start again")
+    try:
+        yield from _READERS[unit.kind](unit, json_key)
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise UserError(f"source {unit.paths[0]}: cannot be read ({error}); mend or remove it") from None
+
+
+def _read_files(unit: Unit, json_key: str) -> Iterator[RawDocument]:
+    for path in unit.paths:
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(f"source {path}: cannot be read ({error}); mend or remove it") from None
+        yield RawDocument(content)
+
+
+def _read_lines(unit: Unit, json_key: str) -> Iterator[RawDocument]:
+    if unit.stamps[0][0] == 0:
+        yield RawDocument(b"")  # to be counted as empty
+    with open(unit.paths[0], "rb") as stored:
+        if unit.start:
+            stored.seek(unit.start - 1)
+            stored.readline()  # the end of a line that belongs to the unit before
+        position = stored.tell()
+        for line in stored if position < unit.stop else ():
+            yield RawDocument(line, json_key)
+            position += len(line)
+            if position >= unit.stop:
+                return
+
+
+def _read_packed(unit: Unit, json_key: str) -> Iterator[RawDocument]:
+    with open(unit.paths[0], "rb") as stored:
+        lines: Iterable[bytes] = _lines(_decompressed(stored))
+        if unit.paths[0].endswith(".gz"):
             lines = gzip.GzipFile(fileobj=stored)
-        elif path.suffix == ".zst":
-            lines = _lines(_decompressed(stored))
-        number = 0
-        for number, line in enumerate(lines, start=1):
-            yield RawDocument(f"{name}:{number}", line, json_key)
-        if number == 0:
-            yield RawDocument(name, b"")  # to be counted as empty
+        empty = True
+        for line in lines:
+            empty = False
+            yield RawDocument(line, json_key)
+        if empty:
+            yield RawDocument(b"")
 
 
 def _decompressed(stored: BinaryIO) -> Iterator[bytes]:
@@ -145,3 +246,103 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
         yield from whole
     if rest:
         yield rest
+
+
+def _open_parquet(path: str | Path) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"source {path}: cannot be read ({first_line(error)}); mend or remove it") from None
+
+
+def _row_groups(path: Path, size: int) -> Iterator[tuple[int, int]]:
+    """Ranges of row groups, each of about ``size`` bytes of columns."""
+    metadata = _open_parquet(path).metadata
+    first = gathered = 0
+    for group in range(metadata.num_row_groups):
+        gathered += metadata.row_group(group).total_byte_size
+        if gathered >= size or group == metadata.num_row_groups - 1:
+            yield first, group + 1
+            first, gathered = group + 1, 0
+
+
+def _read_rows(unit: Unit, json_key: str) -> Iterator[RawDocument]:
+    import pyarrow
+
+    stored = _open_parquet(unit.paths[0])
+    if json_key not in stored.schema_arrow.names:
+        columns = ", ".join(stored.schema_arrow.names)
+        raise UserError(f"--json-key {json_key}: {unit.paths[0]} has the columns {columns}; name the one with text")
+    try:
+        groups = range(unit.start, unit.stop)
+        for batch in stored.iter_batches(batch_size=256, row_groups=groups, columns=[json_key]):
+            for value in batch.column(0).to_pylist():
+                yield _document_of(value)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"source {unit.paths[0]}: cannot be read ({first_line(error)}); mend or remove it") from None
+
+
+def _document_of(value: object) -> RawDocument:
+    """A document whose text is at hand; what is no text is refused as a line without its key would be."""
+    return RawDocument(value.encode("utf-8", "surrogatepass")) if isinstance(value, str) else RawDocument(b"{}", "text")
+
+
+def _open_hub(source: str) -> Any:
+    """A streamed dataset: hf:NAME, hf:NAME:CONFIGURATION or hf:NAME:CONFIGURATION:SPLIT (train)."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"source {source}: needs the package datasets; pip install 'dynmoe[hub]'") from None
+    name, configuration, split = (*source.removeprefix(HUB).split(":"), "", "")[:3]
+    try:
+        return datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
+    except Exception as error:
+        cure = "check its name, configuration and split (hf:NAME:CONFIGURATION:SPLIT) and the network"
+        raise UserError(f"source {source}: cannot be opened ({first_line(error)}); {cure}") from None
+
+
+def _hub_units(source: str) -> list[Unit]:
+    shards = _open_hub(source).num_shards
+    return [Unit("hub", (f"{source}#{number}",), (source,), start=number, stop=shards) for number in range(shards)]
+
+
+def _read_hub(unit: Unit, json_key: str) -> Iterator[RawDocument]:
+    shard = _open_hub(unit.paths[0]).shard(num_shards=unit.stop, index=unit.start)
+    try:
+        for row in shard:
+            yield _document_of(row.get(json_key))
+    except Exception as error:
+        raise UserError(f"source {unit.paths[0]}: cannot be read ({first_line(error)}); start again") from None
+
+
+_READERS = {"files": _read_files, "lines": _read_lines, "packed": _read_packed, "rows": _read_rows, "hub": _read_hub}
+
+
+def fingerprint(units: Sequence[Unit], digests: Iterable[str]) -> str:
+    """SHA-256 over names and contents of all units, given those of their documents (see :class:`ContentHash`)."""
+    facts = [[unit.kind, unit.names, unit.start, unit.stop, own] for unit, own in zip(units, digests, strict=True)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+class ContentHash:
+    """SHA-256 over the raw documents that pass by."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def watch(self, documents: Iterable[RawDocument]) -> Iterator[RawDocument]:
+        for document in documents:
+            self._hash.update(len(document.content).to_bytes(8, "little"))
+            self._hash.update(document.content)
+            yield document
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def stamp(units: Sequence[Unit]) -> str:
+    """SHA-256 of the units themselves, by which an interrupted build knows that its input is still the same."""
+    return hashlib.sha256(json.dumps([dataclasses.asdict(unit) for unit in units]).encode()).hexdigest()

@@ -25,10 +25,16 @@ def end_with_launcher() -> None:
     """Lets the kernel end this rank when its launcher dies, however that happens.
 
     torchrun gives each rank a session of its own: without this a SIGKILL to the launcher leaves ranks behind that go on
-    writing into the run directory beside their successors. Linux only; a process that was started by hand is not
-    touched. Call it before anything slow: what dies earlier goes unnoticed.
+    writing into the run directory beside their successors. A process that was started by hand is not touched. Call it
+    before anything slow: what dies earlier goes unnoticed.
     """
-    if "LOCAL_RANK" not in os.environ or not sys.platform.startswith("linux"):
+    if "LOCAL_RANK" in os.environ:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Lets the kernel end this process when the one that started it dies. Linux only; elsewhere it does nothing."""
+    if not sys.platform.startswith("linux"):
         return
     launcher = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -37,17 +43,20 @@ def end_with_launcher() -> None:
 
 
 class Ending:
-    """Whether this process was told to end, by SIGTERM or by SIGUSR1 (what Slurm sends ahead of a time limit).
+    """Whether this process was told to end: by SIGTERM, by SIGUSR1 (Slurm, ahead of a time limit) or from a terminal.
 
-    Made before anything slow, so that a signal that comes early is not lost: it then counts after the first step.
+    Made before anything slow, so that a signal that comes early is not lost: it then counts after the first step. The
+    second interrupt from a terminal ends the process at once.
     """
 
     def __init__(self) -> None:
         self.told = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
+        if self.told and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.told = True
 
 

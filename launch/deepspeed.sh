@@ -116,7 +116,8 @@ while :; do
         "$PYTHON" -m deepspeed.launcher.runner "${arguments[@]}" train.py "$config" \
         > >(tee -a "$run/logs/deepspeed.log") 2>&1 &
     launcher=$!
-    trap 'told=1; kill -TERM $launcher' TERM INT
+    trap 'told=1; kill -TERM $launcher 2>/dev/null' TERM
+    trap 'told=1' INT
     told=0
     wait $launcher || true
     while kill -0 $launcher 2>/dev/null; do wait $launcher || true; done

@@ -63,7 +63,9 @@ while :; do
     "$PYTHON" -m torch.distributed.run "${rdzv[@]}" --log-dir "$run/logs/node_$NODE_RANK" --tee 3 \
         --local-ranks-filter 0 train.py "$@" &
     torchrun=$!
-    trap 'told=1; kill -TERM $torchrun' TERM INT
+    # Of Slurm's signals torchrun has its own, and of those of a terminal; a second one would end it before its ranks.
+    trap 'told=1; [[ -n ${SLURM_JOB_ID:-} ]] || kill -TERM $torchrun 2>/dev/null' TERM
+    trap 'told=1' INT
     status=0 told=0
     wait $torchrun || status=$?
     # A signal ends the wait, not torchrun.

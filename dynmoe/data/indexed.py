@@ -8,6 +8,7 @@ is the tokens and nothing else.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,21 @@ _TOKEN_TYPES: dict[int, np.dtype[Any]] = {
     8: np.dtype("<u2"),
 }
 _TOKENS_PER_SCAN = 1 << 22
+_SEQUENCES_AT_A_TIME = 1 << 20
 
 
 @dataclass(frozen=True)
 class IndexedTokens:
-    """A checked .bin/.idx pair."""
+    """A checked .bin/.idx pair: tokens of each sequence, and the first sequence of each document, with the end."""
 
     prefix: Path
     dtype: np.dtype[Any]
     lengths: NDArray[np.int32]
-    num_documents: int
+    boundaries: NDArray[np.int64]
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.boundaries) - 1
 
     @property
     def num_tokens(self) -> int:
@@ -66,39 +72,89 @@ def _damaged(path: Path, problem: str) -> UserError:
     return UserError(f"{path}: {problem}; prepare the corpus again")
 
 
+def token_type(vocab_size: int) -> np.dtype[Any]:
+    """The type that Megatron's own tool gives to token ids of this vocabulary."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+def write_index(
+    prefix: Path, dtype: np.dtype[Any], lengths: NDArray[np.int32], boundaries: NDArray[np.int64] | None = None
+) -> None:
+    """Writes ``prefix``.idx for sequences of ``lengths`` tokens; the same bytes as Megatron's builder.
+
+    ``boundaries`` are the sequences at which documents start, and the end; without them each sequence is a document.
+    ``lengths`` may be a file in memory: it is read a block at a time.
+    """
+    code = next(code for code, known in _TOKEN_TYPES.items() if known == dtype)
+    count = len(lengths)
+    with prefix.with_suffix(".idx").open("wb") as stream:
+        stream.write(_HEADER.pack(_MAGIC, 1, code, count, count + 1 if boundaries is None else len(boundaries)))
+        for block, _ in _blocks(lengths):
+            stream.write(block.astype("<i4").tobytes())
+        for block, first in _blocks(lengths):
+            ends = block.cumsum(dtype=np.int64)
+            stream.write(((first + ends - block) * dtype.itemsize).astype("<i8").tobytes())
+        if boundaries is not None:
+            stream.write(boundaries.astype("<i8").tobytes())
+            return
+        for start in range(0, count + 1, _SEQUENCES_AT_A_TIME):
+            stream.write(np.arange(start, min(start + _SEQUENCES_AT_A_TIME, count + 1), dtype="<i8").tobytes())
+
+
+def _blocks(lengths: NDArray[np.int32]) -> Iterator[tuple[NDArray[np.int32], int]]:
+    """Blocks of ``lengths``, each with the tokens before it."""
+    tokens = 0
+    for start in range(0, len(lengths), _SEQUENCES_AT_A_TIME):
+        block = lengths[start : start + _SEQUENCES_AT_A_TIME]
+        yield block, tokens
+        tokens += int(block.sum(dtype=np.int64))
+
+
 def check_indexed(prefix: Path) -> IndexedTokens:
     """Checks magic, version, sizes, pointers and document boundaries of ``prefix``.bin and .idx; reads no token.
+
+    The index is read a block at a time, and stays a file in memory: it may have billions of sequences.
 
     Raises:
         UserError: naming the file and what is wrong with it.
     """
     idx, bin_ = prefix.with_suffix(".idx"), prefix.with_suffix(".bin")
     try:
-        content, bin_size = idx.read_bytes(), bin_.stat().st_size
+        bin_size, idx_size = bin_.stat().st_size, idx.stat().st_size
+        content = np.memmap(idx, np.uint8, "r") if idx_size else np.empty(0, np.uint8)
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; prepare the corpus with python -m data_prep") from None
-    if len(content) < _HEADER.size:
-        raise _damaged(idx, f"has {len(content)} bytes, less than its header")
-    magic, version, code, num_sequences, num_boundaries = _HEADER.unpack_from(content)
+    if idx_size < _HEADER.size:
+        raise _damaged(idx, f"has {idx_size} bytes, less than its header")
+    magic, version, code, num_sequences, num_boundaries = _HEADER.unpack(content[: _HEADER.size].tobytes())
     if magic != _MAGIC or version != 1:
         raise _damaged(idx, "is not a Megatron index of version 1")
     if code not in _TOKEN_TYPES:
         raise _damaged(idx, f"has the unknown token type code {code}")
     expected = _HEADER.size + num_sequences * (4 + 8) + num_boundaries * 8
-    if len(content) != expected:
-        raise _damaged(idx, f"has {len(content)} bytes where its counts ask for {expected}")
+    if idx_size != expected:
+        raise _damaged(idx, f"has {idx_size} bytes where its counts ask for {expected}")
     dtype = _TOKEN_TYPES[code]
     lengths = np.frombuffer(content, "<i4", num_sequences, _HEADER.size)
     pointers = np.frombuffer(content, "<i8", num_sequences, _HEADER.size + 4 * num_sequences)
     boundaries = np.frombuffer(content, "<i8", num_boundaries, _HEADER.size + 12 * num_sequences)
-    if (lengths < 0).any():
-        raise _damaged(idx, "has a sequence of negative length")
-    ends = lengths.cumsum(dtype=np.int64) * dtype.itemsize
-    if not np.array_equal(pointers, np.concatenate([[0], ends[:-1]]) if num_sequences else pointers[:0]):
-        raise _damaged(idx, "has pointers that do not follow from its sequence lengths")
-    if num_boundaries < 1 or boundaries[0] != 0 or boundaries[-1] != num_sequences or (np.diff(boundaries) < 0).any():
+    wanted = 0
+    for number, (block, first) in enumerate(_blocks(lengths)):
+        if (block < 0).any():
+            raise _damaged(idx, "has a sequence of negative length")
+        ends = block.cumsum(dtype=np.int64)
+        start = number * _SEQUENCES_AT_A_TIME
+        if not np.array_equal(pointers[start : start + len(block)], (first + ends - block) * dtype.itemsize):
+            raise _damaged(idx, "has pointers that do not follow from its sequence lengths")
+        wanted = (first + int(ends[-1])) * dtype.itemsize
+    if num_boundaries < 1 or boundaries[0] != 0 or boundaries[-1] != num_sequences or not _rises(boundaries):
         raise _damaged(idx, "has document boundaries that are not in order")
-    wanted = int(ends[-1]) if num_sequences else 0
     if bin_size != wanted:
         raise _damaged(bin_, f"has {bin_size} bytes where its index asks for {wanted}")
-    return IndexedTokens(prefix, dtype, lengths, num_boundaries - 1)
+    return IndexedTokens(prefix, dtype, lengths, boundaries)
+
+
+def _rises(numbers: NDArray[np.int64]) -> bool:
+    """Whether no number is smaller than the one before it."""
+    starts = range(0, len(numbers), _SEQUENCES_AT_A_TIME)
+    return all((np.diff(numbers[start : start + _SEQUENCES_AT_A_TIME + 1]) >= 0).all() for start in starts)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from functools import cached_property
 from pathlib import Path
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from dynmoe.errors import UserError
 
@@ -40,6 +43,26 @@ class Tokenizer:
     def piece(self, token: int) -> str:
         """The piece of text that a token stands for, spaces as such; <0xAB> for a byte of a character."""
         return self._model.id_to_piece(token).replace("\u2581", " ")
+
+    @cached_property
+    def splits_into_words(self) -> bool:
+        """Whether a text has the tokens of its words, one after the other (words: see ``data_prep.encode``).
+
+        True of byte-pair encodings that leave the text as it is and have no piece that reaches from one word into the
+        next. Others may only be applied to whole texts: unigram models add up scores from the beginning.
+        """
+        model = sentencepiece_model_pb2.ModelProto.FromString(self.content)
+        normalizer, trainer = model.normalizer_spec, model.trainer_spec
+        leaves_text = normalizer.escape_whitespaces and not (
+            normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces or normalizer.precompiled_charsmap
+        )
+        crossing = re.compile("[^\u2581]\u2581|[^\\n]\\n|\\n[^\\n]")
+        return (
+            trainer.model_type == trainer.BPE
+            and leaves_text
+            and not trainer.treat_whitespace_as_suffix
+            and not any(piece.type == piece.USER_DEFINED or crossing.search(piece.piece) for piece in model.pieces)
+        )
 
     @property
     def unique_identifiers(self) -> dict[str, str]:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import dynmoe
 from dynmoe.config import Config
 from dynmoe.errors import UserError
 
@@ -55,7 +54,7 @@ def job_script(config: Config, path: str, overrides: Sequence[str], resources: R
         UserError: parallel sizes or batches that do not fit the ranks; the package lies outside its project.
     """
     config.check_world(resources.nodes * resources.ranks)
-    root = Path(dynmoe.__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / "launch" / "slurm.sbatch").exists():
         raise UserError(f"{root}: holds no launch/slurm.sbatch; install the project with pip install --editable")
     lines = {

@@ -13,7 +13,6 @@ from dynmoe.data.corpus import TOKENIZER
 from dynmoe.errors import UserError
 from dynmoe.train.checkpoint import write_atomically
 
-
 # A predecessor on another host may still be ending.
 _PATIENCE_S = 5.0
 

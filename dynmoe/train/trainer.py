@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +41,8 @@ class Progress:
     """How far a run has come; part of every checkpoint.
 
     ``wall_clock_s`` is what its steps, evaluations and checkpoints took, over all starts; what a kill lost and the
-    time between starts are not in it.
+    time between starts are not in it. ``unlogged_bytes`` crossed between ranks since the last row of metrics, for
+    ``unlogged_tokens``.
     """
 
     step: int = 0
@@ -51,6 +51,8 @@ class Progress:
     routed_rows: dict[str, int] = field(default_factory=dict)
     wandb_id: str | None = None
     wall_clock_s: float = 0.0
+    unlogged_tokens: int = 0
+    unlogged_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Trainer:
         self._start_interval()
 
     def run(self) -> Result:
-        """Resumes where a checkpoint is, trains to the last step or until it is told to end, and leaves a checkpoint."""
+        """Resumes where a checkpoint is, trains to the last step or until told to end, and leaves a checkpoint."""
         train = self.config.train
         self._resume()
         self._check_validation()
@@ -136,12 +138,14 @@ class Trainer:
         progress.step = step
         progress.samples += config.train.global_batch
         progress.tokens += config.tokens_per_step
+        progress.unlogged_tokens += config.tokens_per_step
         self._interval_tokens += config.tokens_per_step
         if not logs:
             return None
         report = self._account()
         seconds = time.perf_counter() - self._interval_start
         row = self._row(report, lr, seconds)
+        progress.unlogged_tokens = progress.unlogged_bytes = 0
         if evaluates:
             loss = self.evaluate()
             row |= {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
@@ -169,7 +173,6 @@ class Trainer:
         self._interval_start = time.perf_counter()
         self._interval_tokens = 0
         self._interval_rows: dict[int, int] = {}
-        self._interval_bytes = 0
 
     def _read_clock(self) -> float:
         """Adds the time since the last reading to the run's, which it returns."""
@@ -184,7 +187,7 @@ class Trainer:
         for layer, rows in report.routed_rows.items():
             self.progress.routed_rows[str(layer)] = self.progress.routed_rows.get(str(layer), 0) + rows
             self._interval_rows[layer] = self._interval_rows.get(layer, 0) + rows
-        self._interval_bytes += report.sent_bytes
+        self.progress.unlogged_bytes += report.sent_bytes
         return report
 
     def _row(self, report: StepReport, lr: float, seconds: float) -> Row:
@@ -209,7 +212,9 @@ class Trainer:
                 self.size, self._interval_tokens, rows, seconds, self.engine.world_size, self._peak, float(router.k)
             ),
             **moe,
-            **({"moe/all_to_all_bytes_per_token": self._interval_bytes / self._interval_tokens} if spread else {}),
+            **(
+                {"moe/all_to_all_bytes_per_token": progress.unlogged_bytes / progress.unlogged_tokens} if spread else {}
+            ),
         }
 
     def _next_samples(self) -> list[range]:

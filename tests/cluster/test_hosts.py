@@ -1,4 +1,4 @@
-"""launch/torchrun.sh and launch/deepspeed.sh across two hosts: their training, a host that dies, one that never comes."""
+"""launch/torchrun.sh and launch/deepspeed.sh across two hosts: training, a host that dies, one that never comes."""
 
 from __future__ import annotations
 
@@ -128,7 +128,8 @@ def test_a_run_without_progress_ends_with_the_traceback_of_the_first_failing_ran
     assert first.wait(120) == second.wait(120) == 3
     for host in hosts:
         lines = job.output(host).read_text().splitlines()
-        assert lines[-1].startswith("safetensors._safetensors_rust.SafetensorError: Error while serializing: I/O error: File too large (os error 27)")
+        assert lines[-1].startswith("safetensors._safetensors_rust.SafetensorError: Error while serializing: ")
+        assert "File too large (os error 27)" in lines[-1]
         assert any("3 start(s) in a row got no further than step 0; not started again" in line for line in lines)
         (first_failure,) = [line for line in lines if line.startswith("first failure: rank ")]
         assert "on beta; output of all ranks: " in first_failure

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from data_prep.build import Recipe, build, is_current
-from data_prep.sources import STDLIB, RawDocument, RefusedError, read_documents, text_of
+from data_prep.sources import STDLIB, RawDocument, RefusedError, list_units, read_unit, text_of
 from dynmoe.data.corpus import Corpus
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
@@ -25,6 +25,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def recipe(source: Path, **options) -> Recipe:
     return Recipe([str(source)], **{"vocab_size": 400, "validation_fraction": 0.2, **options})
+
+
+def read_all(*sources: str) -> list[str]:
+    """The texts of all documents, through units."""
+    return [text_of(document) for unit in list_units(sources) for document in read_unit(unit, "text")]
 
 
 def test_the_same_text_gives_the_same_bytes_wherever_it_lies_and_with_any_workers(tmp_path):
@@ -91,15 +96,13 @@ def test_a_file_that_is_cut_off_is_named(tmp_path, suffix, compress):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(compress(lines)[:-200])
     with pytest.raises(UserError, match=rf"a\.jsonl\{suffix}: cannot be read"):
-        list(read_documents([str(path)], "text"))
+        read_all(str(path))
 
 
 def test_several_zstandard_frames_are_one_text(tmp_path):
     frames = [zstandard.compress((json.dumps({"text": f"frame {n}"}) + "\n").encode()) for n in range(3)]
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
-    assert [text_of(document) for document in read_documents([str(tmp_path / "a.jsonl.zst")], "text")] == [
-        "frame 0", "frame 1", "frame 2",
-    ]  # fmt: skip
+    assert read_all(str(tmp_path / "a.jsonl.zst")) == ["frame 0", "frame 1", "frame 2"]
 
 
 def test_a_directory_that_is_no_corpus_is_never_overwritten(tmp_path):
@@ -122,14 +125,14 @@ def test_text_that_is_not_utf8_is_counted(tmp_path):
 
 
 def test_a_document_without_text_says_why():
-    assert text_of(RawDocument("x", b'{"text": "hi"}', "text")) == "hi"
+    assert text_of(RawDocument(b'{"text": "hi"}', "text")) == "hi"
     with pytest.raises(RefusedError) as caught:
-        text_of(RawDocument("x", b"\xff"))
+        text_of(RawDocument(b"\xff"))
     assert caught.value.reason == "not_utf8"
 
 
 def test_the_standard_library_is_real_text_without_tests():
-    names = [document.name for document in read_documents([STDLIB], "text")]
+    names = [name for unit in list_units([STDLIB]) for name in unit.names]
     assert {"os.py", "json/decoder.py"} <= set(names)
     assert not [name for name in names if "/test/" in f"/{name}" or "site-packages" in name]
 
@@ -219,7 +222,6 @@ def kill_itself(task: object) -> None:
 def test_a_killed_worker_ends_the_build_with_one_line(tmp_path, corpus_dir, monkeypatch):
     from data_prep import encode
 
-    monkeypatch.setattr(encode, "encode", kill_itself)
-    work = [((RawDocument("x", b"text"),), 0.5)]
+    monkeypatch.setattr(encode, "encode_to_file", kill_itself)
     with pytest.raises(UserError, match="a worker was killed"):
-        list(encode.encode_in_order(work, corpus_dir / "tokenizer.model", workers=1))
+        list(encode.encode_all([(None, "text", 0.5, tmp_path)], corpus_dir / "tokenizer.model", workers=1))

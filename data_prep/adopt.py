@@ -1,0 +1,98 @@
+"""A corpus from .bin/.idx files that exist already, such as Megatron-LM's preprocess_data.py writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from data_prep.build import describe_files, figures
+from data_prep.merge import SplitCounts
+from dynmoe.data.corpus import FORMAT, MANIFEST, SPLITS, TOKENIZER, Corpus
+from dynmoe.data.indexed import IndexedTokens, check_indexed, write_index
+from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.errors import UserError
+
+_COPIED_AT_A_TIME = 1 << 24
+
+
+def adopt(train: Path, validation: Path | None, fraction: float, tokenizer: Path, out: Path) -> dict[str, Any]:
+    """Writes a corpus into ``out`` and returns its manifest. Tokens stay what they are, byte for byte.
+
+    Args:
+        train: prefix of the .bin and .idx files with the training data.
+        validation: that of the validation data; None: the last documents of ``train``.
+        fraction: of the documents that go to the validation data then.
+        tokenizer: the sentencepiece model that made the tokens.
+        out: a directory that does not exist.
+
+    Raises:
+        UserError: damaged files, or tokens outside the vocabulary.
+    """
+    model = Tokenizer(tokenizer)
+    building = out.with_name(f"{out.name}.building")
+    building.mkdir(parents=True)
+    try:
+        given = check_indexed(train)
+        if validation is not None:
+            for split, source in (("train", given), ("validation", check_indexed(validation))):
+                for suffix in (".bin", ".idx"):
+                    _link(source.prefix.with_suffix(suffix), building / f"{split}{suffix}")
+        else:
+            _split(given, given.num_documents - max(1, round(given.num_documents * fraction)), building)
+        shutil.copyfile(tokenizer, building / TOKENIZER)
+        splits = {split: check_indexed(building / split) for split in SPLITS}
+        for split, tokens in splits.items():
+            if tokens.num_tokens == 0:
+                raise UserError(f"no {split} document came out of {train}; give more text or another fraction")
+        manifest = {
+            "format": FORMAT,
+            "recipe": "adopted",
+            "input": hashlib.sha256(json.dumps(describe_files(building)).encode()).hexdigest(),
+            "sources": [prefix.name for prefix in (train, validation) if prefix is not None],
+            "tokenizer": {"sha256": model.sha256, "vocab_size": model.vocab_size, "eod": model.eod},
+            "splits": {
+                split: dataclasses.asdict(SplitCounts(tokens.num_documents, tokens.num_tokens))
+                | figures(tokens.counts(model.vocab_size))
+                for split, tokens in splits.items()
+            },
+            "refused": {"counts": {}, "first_names": {}},
+            "files": describe_files(building),
+        }
+        (building / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        Corpus.open(building)
+        building.rename(out)
+    except BaseException:
+        shutil.rmtree(building)
+        raise
+    return manifest
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name where the file system can, else a copy."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _split(tokens: IndexedTokens, first: int, directory: Path) -> None:
+    """Writes the documents before ``first`` as training data, the others as validation data."""
+    cut = int(tokens.boundaries[first])
+    ends = {"train": (0, cut, 0, first), "validation": (cut, len(tokens.lengths), first, tokens.num_documents)}
+    with tokens.prefix.with_suffix(".bin").open("rb") as stream:
+        for split, (start, stop, first_document, last_document) in ends.items():
+            lengths = tokens.lengths[start:stop]
+            write_index(
+                directory / split, tokens.dtype, lengths, tokens.boundaries[first_document : last_document + 1] - start
+            )
+            left = int(lengths.sum(dtype="int64")) * tokens.dtype.itemsize
+            with (directory / f"{split}.bin").open("wb") as written:
+                while left:
+                    block = stream.read(min(left, _COPIED_AT_A_TIME))
+                    written.write(block)
+                    left -= len(block)

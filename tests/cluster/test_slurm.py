@@ -1,0 +1,124 @@
+"""Jobs of launch/slurm.sbatch on a Slurm of two nodes: requeued where that helps, and with the same curve."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.hosts import wait_until
+from tests.cluster.slurm import SlurmCluster, why_no_slurm
+from tests.train.cases import CPU, ROOT, TrainingProcess, curve, parameter_hashes, read_rows, tiny
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(why_no_slurm() is not None, reason=why_no_slurm() or ""),
+]
+# Names that a shell would take apart.
+_FOLDER = "a 'strange' $HOME"
+_LONGER = ["train.steps=1500", "logging.trace_interval=0", "logging.interval=20", "eval.interval=0",
+           "checkpoint.interval=0", "logging.table_every=0"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+def _environment(**more: str) -> dict[str, str]:
+    # Both nodes are this machine.
+    return CPU | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "NPROC_PER_NODE": "1"} | more
+
+
+def _write_script(folder: Path, *arguments: str, time: str, grace: int) -> Path:
+    config, script = folder / "tiny.yaml", folder / "job.sbatch"
+    config.write_text("{}\n")
+    subprocess.run(
+        [sys.executable, "-m", "dynmoe.launch", "slurm", str(config), "--nodes", "2", "--gpus", "0", "--time", time,
+         "--grace", str(grace), "--output", str(script), *arguments], cwd=ROOT, check=True,
+    )  # fmt: skip
+    return script
+
+
+def test_a_job_over_both_nodes_goes_on_after_requeues_and_time_limits(slurm, corpus_dir, tmp_path):
+    folder = tmp_path / _FOLDER
+    folder.mkdir()
+    run, output = folder / "runs" / "tiny", folder / "output"
+    fields = [*tiny(corpus_dir, folder / "runs"), *_LONGER]
+    script = _write_script(folder, *fields, "logging.wandb=offline", time="1", grace=15)
+    job = slurm.submit(f"--output={output}", str(script), **_environment())
+    wait_until(lambda: len(read_rows(run / "metrics.jsonl")) > 5, 60, "row of step 120")
+    slurm.requeue(job)
+    assert slurm.wait(job, 400) == "COMPLETED", output.read_text()
+
+    reference = TrainingProcess(corpus_dir, tmp_path / "runs", *_LONGER)
+    assert reference.wait(200) == 0, reference.output()
+    assert curve(run / "metrics.jsonl") == curve(tmp_path / "runs" / "tiny" / "metrics.jsonl")
+    assert parameter_hashes(run, 1500) == parameter_hashes(tmp_path / "runs" / "tiny", 1500)
+
+    text = output.read_text()
+    starts = [row["step"] for row in read_rows(run / "logs" / "starts.jsonl")]
+    assert len(starts) >= 3, f"a requeue and a time limit at least: {text}"
+    assert starts == sorted(set(starts)), "each start goes on from a checkpoint of its own"
+    assert text.count("ended by Slurm") == 1
+    assert text.count("back into the queue") == len(starts) - 2
+    assert text.count("told to end; the same command goes on from step") == len(starts) - 2
+    assert text.rstrip().endswith("finished at step 1500")
+    assert {path.name for path in (run / "logs").glob("node_*")} == {"node_0", "node_1"}
+    ids = [re.search(r"offline-run-\d+_\d+-(\w+)$", path.name)[1] for path in (run / "wandb").glob("offline-run-*")]
+    assert len(ids) == len(starts)
+    assert len(set(ids)) == 1, "one W&B run"
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("train.global_batch=3", "error: train.global_batch=3: cannot be split evenly"),
+        ("model.router.p=7", "error: model.router.p=7"),
+        ("data.dirs=[nowhere]", "error: data.dirs: nowhere holds no prepared corpus"),
+    ],
+)
+def test_what_fails_by_configuration_is_not_requeued(slurm, corpus_dir, tmp_path, field, message):
+    output = tmp_path / "output"
+    (tmp_path / "tiny.yaml").write_text("{}\n")
+    options = ["--nodes=2", "--gpus-per-node=0", "--time=5", f"--output={output}", "launch/slurm.sbatch"]
+    arguments = [str(tmp_path / "tiny.yaml"), *tiny(corpus_dir, tmp_path / "runs"), field]
+    job = slurm.submit(*options, *arguments, **_environment())
+    assert slurm.wait(job, 90) == "FAILED"
+    assert slurm.facts(job)["Restarts"] == "0"
+    assert slurm.facts(job)["ExitCode"] == "2:0"
+    assert message in output.read_text()
+
+
+def test_a_run_that_gets_no_further_is_not_requeued_for_ever(slurm, corpus_dir, tmp_path):
+    """Its checkpoints find no room."""
+    output = tmp_path / "output"
+    (tmp_path / "tiny.yaml").write_text("{}\n")
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    (tmp_path / "runs" / "tiny" / "checkpoints").write_text("a file in the way")
+    options = ["--nodes=1", "--gpus-per-node=0", "--time=5", f"--output={output}", "launch/slurm.sbatch"]
+    arguments = [str(tmp_path / "tiny.yaml"), *tiny(corpus_dir, tmp_path / "runs"), "parallel.expert=1"]
+    job = slurm.submit(*options, *arguments, **_environment(MAX_RESTARTS="0", STARTS_WITHOUT_PROGRESS="2"))
+    assert slurm.wait(job, 180) == "FAILED"
+    assert slurm.facts(job)["Restarts"] == "1"
+    text = output.read_text()
+    assert "2 start(s) in a row got no further than step 0; not started again" in text
+    assert text.rstrip().splitlines()[-1].startswith("slurmstepd") or "Error: [Errno" in text
+
+
+def test_an_array_trains_several_runs(slurm, corpus_dir, tmp_path):
+    (tmp_path / "tiny.yaml").write_text("{}\n")
+    theirs = ("run.name", "model.router", "budget", "adaptation", "parallel", "model.moe.active")
+    fields = [field for field in tiny(corpus_dir, tmp_path / "runs") if not field.startswith(theirs)]
+    options = ["--gpus-per-node=0", "--time=5", f"--output={tmp_path}/output-%a", "launch/slurm_array.sbatch"]
+    job = slurm.submit(*options, str(tmp_path / "tiny.yaml"), *fields, **_environment())
+    for task in range(3):
+        assert slurm.wait(f"{job}_{task}", 180) == "COMPLETED", (tmp_path / f"output-{task}").read_text()
+    for name in ("router_top_k", "router_top_p", "router_top_any"):
+        assert json.loads((tmp_path / "runs" / name / "outcome.json").read_text())["status"] == "finished"
