@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test lint screenshots test-slow test-gpu clean
+.PHONY: quickstart test lint screenshots test-slow test-gpu test-cluster clean
 
 # Two ranks on the CPU, whatever else the machine has: the same training everywhere.
 quickstart: $(INSTALLED)
@@ -19,6 +19,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources launch/*.sh launch/*.sbatch .ci/run
+	$(BIN)/hadolint Dockerfile
 
 # Pictures of the quickstart's pages, for docs/.
 screenshots: $(INSTALLED)
@@ -29,6 +31,10 @@ test-slow: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
+
+# Several hosts and a Slurm on this machine, as root; what is missing for one of them is said.
+test-cluster: $(INSTALLED)
+	$(BIN)/python -m pytest -m cluster -rs tests/cluster
 
 # Without a GPU the CPU build of torch comes first, so that nothing draws in CUDA packages.
 $(INSTALLED): pyproject.toml

@@ -8,8 +8,7 @@ from functools import partial
 
 from dynmoe.cli import run_tool
 from dynmoe.config import Config, describe_fields, load_config
-from dynmoe.errors import UserError
-from dynmoe.launched import Ending, choose_interface, end_with_launcher, failure_to_repeat
+from dynmoe.launched import Ending, end_with_launcher
 
 
 def parse_arguments() -> tuple[Config, bool]:
@@ -88,16 +87,12 @@ def train(config: Config, ending: Ending) -> None:
 
 def main() -> None:
     end_with_launcher()
-    ending = Ending()
-    if (failure := failure_to_repeat()) is not None:
-        raise UserError(failure)
     config, print_only = parse_arguments()
     if print_only:
         print(config.to_yaml(), end="")
     else:
         config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
-        choose_interface()
-        train(config, ending)
+        train(config, Ending())
 
 
 if __name__ == "__main__":

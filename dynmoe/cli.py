@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 
 from dynmoe.errors import UserError
-from dynmoe.launched import record_failure
+from dynmoe.launched import failure_to_repeat, record_failure
 
 EXIT_USER_ERROR = 2
 _TIME_TO_SPEAK_S = 3.0
@@ -23,6 +23,8 @@ def run_tool(main: Callable[[], None]) -> None:
     for its launcher, which shows the first of them last.
     """
     try:
+        if (failure := failure_to_repeat()) is not None:
+            raise UserError(failure)
         main()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":

@@ -32,6 +32,7 @@ from dynmoe.engines import deepspeed_state
 from dynmoe.engines.device import take_gpu
 from dynmoe.engines.reports import describe_nonfinite, reduce_report
 from dynmoe.errors import UserError
+from dynmoe.launched import choose_interface
 from dynmoe.model import Decoder
 from dynmoe.moe import MoEContext, MoELayer
 from dynmoe.moe.adaptation import AdaptationEvent
@@ -221,6 +222,7 @@ class DeepSpeedEngine:
 
 def start_processes() -> torch.device:
     """Joins the process group of the launcher, or makes one of a single rank; returns this rank's device."""
+    choose_interface()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if "RANK" not in os.environ:

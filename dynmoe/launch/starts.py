@@ -60,11 +60,18 @@ def begin(config: Config, ranks: int, node: int) -> RunDirectory:
         os.environ[FAILURES] = str(directory.failures)
         record_failure(str(error), by_user=True)
         raise
-    if node == 0:
-        start = {"time": time.time(), "host": socket.gethostname(), "ranks": ranks, "step": _newest_step(directory)}
-        with directory.starts.open("a") as stream:
-            stream.write(json.dumps(start) + "\n")
+    else:
+        if node == 0:
+            _note(directory, ranks)
+    finally:
+        directory.release()  # to the ranks
     return directory
+
+
+def _note(directory: RunDirectory, ranks: int) -> None:
+    start = {"time": time.time(), "host": socket.gethostname(), "ranks": ranks, "step": _newest_step(directory)}
+    with directory.starts.open("a") as stream:
+        stream.write(json.dumps(start) + "\n")
 
 
 def after(directory: RunDirectory, most_without_progress: int) -> Verdict:

@@ -9,6 +9,22 @@ from dynmoe.errors import ConfigError
 
 
 @dataclass(frozen=True)
+class LayerSize:
+    """Parameters of one decoder layer, by what becomes of them when it is spread over ranks."""
+
+    attention: int
+    norms: int
+    dense: int = 0  # feed-forward of a layer that is no mixture
+    router: int = 0
+    shared: int = 0
+    experts: int = 0
+
+    @property
+    def without_experts(self) -> int:
+        return self.attention + self.norms + self.dense + self.router + self.shared
+
+
+@dataclass(frozen=True)
 class ModelSize:
     """Counts for a model of ``vocab_size`` rows trained on sequences of ``sequence_length`` tokens."""
 
@@ -17,7 +33,8 @@ class ModelSize:
     sequence_length: int
 
     @property
-    def _expert(self) -> int:
+    def expert(self) -> int:
+        """Parameters of one expert."""
         return 3 * self.model.hidden * self.model.moe.expert_hidden
 
     def _router(self, layer: int) -> int:
@@ -26,31 +43,35 @@ class ModelSize:
         scalars = (experts if router.kind == "top_any" else 0) + (1 if router.options.temperature == "learned" else 0)
         return self.model.hidden * rows + scalars
 
-    def _layer_without_routed(self, layer: int) -> int:
+    def layer(self, layer: int) -> LayerSize:
+        """Parameters of decoder layer ``layer``."""
         model = self.model
         attention = model.hidden * (2 * model.heads + 2 * model.kv_heads) * model.head_dim
+        norms = 2 * model.hidden
         if not model.is_moe_layer(layer):
-            return attention + 3 * model.hidden * model.ffn_hidden
-        return attention + self._router(layer) + 3 * model.hidden * model.moe.shared_hidden
+            return LayerSize(attention, norms, dense=3 * model.hidden * model.ffn_hidden)
+        shared, experts = 3 * model.hidden * model.moe.shared_hidden, model.experts_of(layer) * self.expert
+        return LayerSize(attention, norms, router=self._router(layer), shared=shared, experts=experts)
 
     @property
-    def _embedding(self) -> int:
+    def embedding(self) -> int:
+        """Parameters of the embedding; the output projection has as many where it is not the same."""
         return self.vocab_size * self.model.hidden
 
     @property
     def _outside_experts(self) -> int:
-        norms = (2 * self.model.layers + 1) * self.model.hidden
-        embeddings = self._embedding * (1 if self.model.tie_embeddings else 2)
-        return embeddings + norms + sum(self._layer_without_routed(layer) for layer in range(self.model.layers))
+        embeddings = self.embedding * (1 if self.model.tie_embeddings else 2)
+        layers = sum(self.layer(layer).without_experts for layer in range(self.model.layers))
+        return embeddings + layers + self.model.hidden  # the final norm
 
     @property
     def total_parameters(self) -> int:
         experts = sum(self.model.experts_of(layer) for layer in self.model.moe_layers)
-        return self._outside_experts + experts * self._expert
+        return self._outside_experts + experts * self.expert
 
     def active_parameters(self, experts_per_token: float) -> float:
         """Parameters that one token meets when it uses ``experts_per_token`` experts in the mean of MoE layers."""
-        return self._outside_experts + len(self.model.moe_layers) * experts_per_token * self._expert
+        return self._outside_experts + len(self.model.moe_layers) * experts_per_token * self.expert
 
     def flops(self, tokens: int, routed_rows: int) -> int:
         """Matrix-product FLOPs of training on ``tokens`` tokens whose MoE layers computed ``routed_rows`` rows in all.
@@ -59,13 +80,14 @@ class ModelSize:
         the embedding lookup, norms and the optimizer not counted; recomputation neither.
         """
         model = self.model
-        per_token = self._embedding + sum(self._layer_without_routed(layer) for layer in range(model.layers))
+        layers = [self.layer(layer) for layer in range(model.layers)]
+        per_token = self.embedding + sum(layer.without_experts - layer.norms for layer in layers)
         attention = model.layers * self.sequence_length * model.heads * model.head_dim
-        return 6 * (tokens * (per_token + attention) + routed_rows * self._expert)
+        return 6 * (tokens * (per_token + attention) + routed_rows * self.expert)
 
     def static_flops(self, tokens: int, experts_per_token: float) -> float:
         """The same with an assumed number of experts per token in place of the measured rows."""
-        return self.flops(tokens, 0) + 6 * tokens * len(self.model.moe_layers) * experts_per_token * self._expert
+        return self.flops(tokens, 0) + 6 * tokens * len(self.model.moe_layers) * experts_per_token * self.expert
 
 
 def embedding_rows(tokenizer_size: int, given: int | None) -> int:

@@ -71,6 +71,12 @@ class RunDirectory:
             ) from None
         shutil.rmtree(self.data_index, ignore_errors=True)
 
+    def release(self) -> None:
+        """Lets another process claim the directory."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def begin(self, config_yaml: str, tokenizer: bytes) -> None:
         """Keeps the configuration and the tokenizer, and forgets how an earlier start ended: only this one counts.
 

@@ -13,11 +13,13 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from dynmoe.config.parallel import ParallelConfig
 from dynmoe.engines.device import take_gpu
+from dynmoe.launched import choose_interface
 from dynmoe.moe import MoEContext
 
 
 def start_processes() -> torch.device:
     """Joins the process group of the launcher, or makes one of a single rank; returns this rank's device."""
+    choose_interface()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Each layer says that it does not know our MoE layer.
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)

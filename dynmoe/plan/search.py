@@ -1,0 +1,110 @@
+"""Layouts that fit, best first."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from dynmoe.config import Config
+from dynmoe.errors import ConfigError
+from dynmoe.plan.layout import Layout
+from dynmoe.plan.memory import Memory, memory_per_rank
+from dynmoe.plan.speed import Hardware, Speed, estimate
+
+# Of what a GPU has, the rest is for libraries, and for gaps between tensors of changing sizes.
+USABLE = 0.9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout with its memory at the expected and at the largest number of experts per token, and its speed."""
+
+    layout: Layout
+    expected: Memory
+    largest: Memory
+    speed: Speed
+
+    def fits(self, hardware: Hardware) -> bool:
+        """Whether the largest memory does, with a tenth left."""
+        return self.largest.total <= USABLE * hardware.memory_gib * 2**30
+
+
+def most_experts(config: Config) -> float:
+    """Experts per token at which memory is largest: the ceiling, else what the router can select."""
+    model = config.model
+    if not model.moe_layers:
+        return 0.0
+    router = model.router
+    most = router.k if router.kind in ("top_k", "null_experts") else router.max_experts or model.largest_layer
+    return float(min(most, model.moe.ceiling or most, model.largest_layer))
+
+
+def expected_experts(config: Config) -> float | None:
+    """Experts per token in the mean, where the configuration says how many."""
+    router = config.model.router
+    if not config.model.moe_layers:
+        return 0.0
+    if router.kind in ("top_k", "null_experts"):
+        return float(router.k)
+    return config.budget.experts_per_token
+
+
+def plan(layout: Layout, experts_per_token: float, hardware: Hardware, device: str = "cuda") -> Plan:
+    most = max(most_experts(layout.config), experts_per_token)
+    return Plan(
+        layout,
+        memory_per_rank(layout, experts_per_token, device),
+        memory_per_rank(layout, most, device),
+        estimate(layout, experts_per_token, hardware),
+    )
+
+
+def alternatives(layout: Layout, experts_per_token: float, hardware: Hardware) -> list[Plan]:
+    """Plans of the same training with other parallel sizes, passes and recomputation that fit, the fastest first.
+
+    Of layouts that differ in the size of a pass only, the best; of equally fast ones, the one with fewer passes, then
+    with less memory.
+    """
+    plans = [plan(other, experts_per_token, hardware) for other in _variants(layout)]
+    plans = sorted((one for one in plans if one.fits(hardware)), key=_order)
+    best: dict[tuple[object, ...], Plan] = {}
+    for one in plans:
+        config = one.layout.config
+        sizes = dataclasses.astuple(config.parallel)
+        best.setdefault((*sizes, config.train.recompute, config.deepspeed.zero_stage), one)
+    return list(best.values())
+
+
+def _order(one: Plan) -> tuple[float, int, float]:
+    """Differences below a hundredth are none in an estimate."""
+    return -round(math.log(one.speed.tokens_per_s), 2), one.layout.accumulation, one.expected.total
+
+
+def _variants(layout: Layout) -> Iterator[Layout]:
+    config, world = layout.config, layout.world_size
+    powers = [2**power for power in range(11) if 2**power <= world]
+    per_node = [size for size in powers if size <= layout.ranks_per_node]
+    megatron = config.engine == "megatron"
+    for expert, tensor, pipeline, micro_batch, recompute, stage in product(
+        powers,
+        per_node if megatron else [1],
+        powers if megatron else [1],
+        [2**power for power in range(config.train.global_batch.bit_length())],
+        ("none", "full"),  # selective saves next to nothing where attention keeps no scores
+        [0] if megatron else (0, 1, 2),
+    ):
+        given = copy.deepcopy(config)
+        given.parallel.expert, given.parallel.tensor, given.parallel.pipeline = expert, tensor, pipeline
+        given.parallel.virtual_pipeline = 1
+        given.train.micro_batch, given.train.recompute = micro_batch, recompute
+        given.deepspeed.zero_stage = config.deepspeed.zero_stage if megatron else stage
+        try:
+            given.__post_init__()
+            given.check_world(world)
+        except ConfigError:
+            continue
+        yield Layout(given, layout.nodes, layout.ranks_per_node, layout.vocab_size)

@@ -1,0 +1,275 @@
+"""What launchers ask before and after a start, failures that name themselves, and job scripts for Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dynmoe.cli import run_tool
+from dynmoe.config import load_config
+from dynmoe.errors import UserError
+from dynmoe.launch import starts
+from dynmoe.launch.slurm import Resources, job_script
+from dynmoe.launch.starts import FAILED, FAILED_BY_USER, FINISHED, NO_PROGRESS, TOLD_TO_END, after, begin
+from dynmoe.launched import (
+    FAILURES,
+    Ending,
+    address_towards,
+    choose_interface,
+    failure_to_repeat,
+    read_failures,
+    record_failure,
+)
+from dynmoe.train.run_directory import RunDirectory
+from tests.train.cases import ROOT, read_rows, tiny
+
+
+@pytest.fixture
+def config(corpus_dir, tmp_path):
+    return load_config(None, tiny(corpus_dir, tmp_path / "runs"))
+
+
+@pytest.fixture
+def rank(monkeypatch, tmp_path):
+    """Sets what a launcher tells a rank."""
+
+    def set_rank(number: int, attempt: int = 0) -> Path:
+        environment = {"RANK": number, "WORLD_SIZE": 4, "TORCHELASTIC_RESTART_COUNT": attempt, FAILURES: tmp_path / "f"}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, str(value))
+        return tmp_path / "f"
+
+    return set_rank
+
+
+def make_checkpoint(directory: RunDirectory, step: int) -> None:
+    (directory.checkpoints / f"step_{step:08d}").mkdir(parents=True)
+
+
+def test_a_start_is_noted_and_the_end_of_the_last_one_forgotten(config):
+    directory = begin(config, 2, 0)
+    assert directory.path == config.run.path
+    make_checkpoint(directory, 10)
+    directory.write_outcome("preempted", 10)
+    directory.failures.mkdir()
+    (directory.failures / "rank_0.json").write_text("{}")
+    begin(config, 2, 1)
+    assert directory.outcome.exists(), "only the first node forgets"
+    again = begin(config, 2, 0)
+    assert not again.outcome.exists()
+    assert not again.failures.exists()
+    assert [(row["step"], row["ranks"]) for row in read_rows(directory.starts)] == [(0, 2), (10, 2)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "field", "problem"),
+    [
+        (3, "train.steps=40", r"parallel\.expert=2: does not divide the ranks"),
+        (2, "train.global_batch=3", r"train\.global_batch=3: cannot be split evenly"),
+        (2, "data.dirs=[nowhere]", "nowhere holds no prepared corpus"),
+    ],
+)
+def test_what_cannot_run_is_refused_and_left_for_the_job_script(
+    corpus_dir, tmp_path, ranks, field, problem, monkeypatch
+):
+    monkeypatch.setenv(FAILURES, "")  # begin sets it, and monkeypatch puts it back
+    config = load_config(None, [*tiny(corpus_dir, tmp_path / "runs"), field])
+    with pytest.raises(UserError, match=problem):
+        begin(config, ranks, 0)
+    assert after(RunDirectory(config.run.path), 3).status == FAILED_BY_USER
+
+
+def test_a_running_job_is_left_alone(config, monkeypatch):
+    monkeypatch.setattr("dynmoe.train.run_directory._PATIENCE_S", 0.2)
+    directory = begin(config, 2, 0)
+    running = RunDirectory(directory.path)
+    running.claim()
+    running.write_outcome("preempted", 3)
+    with pytest.raises(UserError, match="another job trains in"):
+        begin(config, 2, 0)
+    assert running.outcome.exists()
+    assert len(read_rows(running.starts)) == 1
+
+
+def test_the_lock_of_one_that_is_ending_is_waited_for(config):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys, time\n"
+         "lock = open(sys.argv[1], 'w'); fcntl.flock(lock, fcntl.LOCK_EX); print('held', flush=True); time.sleep(1)",
+         str(begin(config, 2, 0).path / ".lock")], stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout.readline() == "held\n"
+    started = time.monotonic()
+    begin(config, 2, 0)
+    assert time.monotonic() - started > 0.3
+    holder.wait()
+
+
+def test_the_verdict_follows_from_what_a_start_left(config):
+    directory = begin(config, 2, 0)
+    assert after(directory, 3).status == FAILED
+    begin(config, 2, 0)
+    begin(config, 2, 0)
+    verdict = after(directory, 3)
+    assert verdict.status == NO_PROGRESS
+    assert verdict.reason == "3 start(s) in a row got no further than step 0; not started again"
+    make_checkpoint(directory, 10)
+    assert after(directory, 3).status == FAILED, "a newer checkpoint is progress"
+    begin(config, 2, 0)
+    assert after(directory, 1).status == NO_PROGRESS
+    directory.write_outcome("preempted", 10)
+    assert after(directory, 1).status == TOLD_TO_END
+    directory.write_outcome("finished", 40)
+    assert after(directory, 1) == starts.Verdict(FINISHED, "finished at step 40")
+
+
+def test_the_first_failure_is_told_and_who_left_none(config, rank, monkeypatch):
+    directory = begin(config, 2, 0)
+    for number, text in ((2, "Traceback\nOSError: disk"), (0, "Traceback\nConnection closed by peer")):
+        rank(number)
+        monkeypatch.setenv(FAILURES, str(directory.failures))
+        record_failure(text, by_user=False)
+        time.sleep(0.01)
+    lines = starts.describe_failures(directory).splitlines()
+    assert lines[0] == "rank(s) 1, 3 left no traceback: ended by a signal, or with their host"
+    assert lines[1].startswith("first failure: rank 2 on ")
+    assert lines[-1] == "OSError: disk"
+
+
+def test_only_the_last_attempt_counts(rank):
+    directory = rank(1, attempt=0)
+    record_failure("of the first attempt", by_user=False)
+    rank(0, attempt=1)
+    record_failure("of the second", by_user=False)
+    assert [failure["text"] for failure in read_failures(directory)] == ["of the second"]
+
+
+def test_a_rank_does_not_repeat_what_the_user_must_mend(rank, capsys):
+    directory = rank(1, attempt=0)
+    with pytest.raises(SystemExit):
+        run_tool(lambda: (_ for _ in ()).throw(UserError("p=7: too large; use less")))
+    assert [(failure["rank"], failure["by_user"]) for failure in read_failures(directory)] == [(1, True)]
+    assert failure_to_repeat() is None
+    rank(0, attempt=1)
+    with pytest.raises(SystemExit) as ended:
+        run_tool(lambda: pytest.fail("started again"))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: p=7: too large; use less\n" * 2
+
+
+def test_a_traceback_is_left_whole(rank):
+    directory = rank(3)
+    with pytest.raises(ZeroDivisionError):
+        run_tool(lambda: 1 / 0)
+    (failure,) = read_failures(directory)
+    assert failure["text"].startswith("Traceback (most recent call last):")
+    assert failure["text"].endswith("ZeroDivisionError: division by zero")
+    assert (failure["rank"], failure["ranks"], failure["by_user"]) == (3, 4, False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signals_are_noted_and_the_second_interrupt_ends(number):
+    program = (
+        "import os, signal, sys\nfrom dynmoe.launched import Ending\nending = Ending()\nassert not ending.told\n"
+        f"os.kill(os.getpid(), {int(number)})\nassert ending.told\nprint('noted', flush=True)\n"
+        f"os.kill(os.getpid(), {int(signal.SIGINT)})\nprint('not reached')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "noted\n"
+    assert "KeyboardInterrupt" in done.stderr
+    assert Ending.__doc__
+
+
+def test_the_interface_is_the_one_that_reaches_the_first_rank(monkeypatch):
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for name in names:
+        monkeypatch.setenv(name, "to be restored")
+        del os.environ[name]
+    choose_interface()
+    assert [os.environ[name] for name in names] == ["lo", "lo"]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
+    choose_interface()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "mine", "what the user sets stays"
+    assert address_towards("127.0.0.1") == "127.0.0.1"
+    del os.environ["NCCL_SOCKET_IFNAME"]
+    monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
+    choose_interface()
+    assert "NCCL_SOCKET_IFNAME" not in os.environ
+
+
+def script(config, *overrides: str, **options) -> str:
+    given = {"nodes": 2, "gpus": 8, "ranks": 8, "time": "24:00:00", "grace_s": 300, "options": {}} | options
+    return job_script(config, "my configs/it's.yaml", overrides, Resources(**given))
+
+
+def test_a_job_script_asks_for_what_was_named_and_quotes_names(tmp_path):
+    config = load_config(ROOT / "configs" / "paper_3.5b.yaml")
+    text = script(config, "run.dir=/a b/$HOME", options={"partition": "long", "account": "team-1"})
+    for line in ("--nodes=2", "--gpus-per-node=8", "--time=24:00:00", "--signal=USR1@300", "--partition=long",
+                 "--account=team-1", "--requeue", "--ntasks-per-node=1"):  # fmt: skip
+        assert f"#SBATCH {line}\n" in text
+    (call,) = [line for line in text.splitlines() if line.startswith("set -- ")]
+    assert shlex.split(call)[2:] == ["my configs/it's.yaml", "run.dir=/a b/$HOME"]
+    path = tmp_path / "job.sbatch"
+    path.write_text(text)
+    assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"nodes": 3}, r"train\.global_batch=256: cannot be split evenly"),
+        ({"nodes": 0}, "--nodes 0, 8 ranks each: use at least 1"),
+        ({"time": "a day"}, "--time a day: is not Slurm's notation"),
+        ({"grace_s": 0}, "--grace 0: Slurm takes"),
+        ({"options": {"partition": "a b"}}, "--partition 'a b': cannot stand in a job script"),
+    ],
+)
+def test_a_job_that_cannot_run_gets_no_script(options, problem):
+    with pytest.raises(UserError, match=problem):
+        script(load_config(ROOT / "configs" / "paper_3.5b.yaml"), **options)
+
+
+def test_the_command_writes_a_script_and_refuses_in_one_line(tmp_path):
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "dynmoe.launch", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+    output = tmp_path / "job.sbatch"
+    given = ["slurm", "configs/nodes_4x8.yaml", "--gpus", "8", "--time", "1-00", "--output", str(output)]
+    done = run(*given, "--nodes", "4", "run.name=long_run")
+    assert done.returncode == 0, done.stderr
+    assert "4 nodes of 8 ranks" in done.stdout
+    assert "#SBATCH --job-name=long_run" in output.read_text()
+    refused = run(*given, "--nodes", "3")
+    assert refused.returncode == 2
+    assert len(refused.stderr.splitlines()) == 1
+    assert run("address", "127.0.0.1").stdout == "127.0.0.1\n"
+    assert "MASTER_ADDR no.such.host.invalid" in run("address", "no.such.host.invalid").stderr
+
+
+@pytest.mark.slow
+def test_one_node_needs_no_more_than_the_script(corpus_dir, tmp_path):
+    """launch/torchrun.sh as on a laptop: output by rank, the outcome, and the run directory."""
+    (tmp_path / "tiny.yaml").write_text("{}\n")
+    fields = [*tiny(corpus_dir, tmp_path / "runs"), "train.steps=4", "checkpoint.interval=0",
+              "adaptation.interval=4", "adaptation.window=2"]  # fmt: skip
+    environment = {"NPROC_PER_NODE": "2", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
+                   "OMP_NUM_THREADS": "1"}  # fmt: skip
+    done = subprocess.run(
+        ["launch/torchrun.sh", str(tmp_path / "tiny.yaml"), *fields], cwd=ROOT, env=os.environ | environment,
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "runs" / "tiny"
+    assert json.loads((run / "outcome.json").read_text())["status"] == "finished"
+    assert "[0] step 4/4" in done.stdout
+    assert len(list(run.glob("logs/node_0/*/attempt_0/*/stdout.log"))) == 2

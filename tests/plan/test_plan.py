@@ -1,0 +1,204 @@
+"""The plan of a configuration: its sums, its memory against measured runs, and the configurations that come with us."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynmoe.config import load_config
+from dynmoe.errors import UserError
+from dynmoe.model import Decoder
+from dynmoe.plan.layout import Layout
+from dynmoe.plan.memory import memory_per_rank, ranks_per_token
+from dynmoe.plan.search import alternatives, expected_experts, most_experts, plan
+from dynmoe.plan.speed import Hardware, estimate
+from tests.train.cases import CPU, ROOT
+
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "quickstart")
+_TINY = [
+    "data.sequence_length=256", "train.micro_batch=1", "model.vocab_size=4096", "model.hidden=512", "model.layers=4",
+    "model.heads=8", "model.kv_heads=4", "model.moe.experts=8", "model.moe.expert_hidden=1024",
+    "model.router.kind=top_k", "model.router.k=2",
+]  # fmt: skip
+
+
+def layout(ranks: int, *fields: str, nodes: int = 1) -> Layout:
+    return Layout(load_config(None, [*_TINY, *fields]), nodes, ranks // nodes, 4096)
+
+
+def described(path: Path) -> tuple[int, int]:
+    """Nodes and GPUs of each, as the head of a configuration says."""
+    found = re.search(rf"python -m dynmoe\.plan configs/{path.name} --nodes (\d+) --gpus (\d+)", path.read_text())
+    assert found, f"{path} does not say what it is for"
+    return int(found[1]), int(found[2])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_is_what_it_says(path, summary):
+    """Built on the meta device; it fits the GPUs that it names, also at the most experts per token."""
+    config = load_config(path)
+    nodes, gpus = described(path)
+    rows = config.model.vocab_size
+    own = Layout(config, nodes, gpus, rows)
+    config.check_world(own.world_size)
+    with torch.device("meta"):
+        model = Decoder(config.model, rows, 0, recompute=config.train.recompute)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters == own.size.total_parameters
+    told = re.search(r"([\d.]+) B parameters", path.read_text())
+    assert float(told[1]) == pytest.approx(parameters / 1e9, rel=0.06)
+    tokens = re.search(r"([\d.,]+) B tokens", path.read_text())
+    assert float(tokens[1].replace(",", "")) == pytest.approx(
+        config.train.steps * config.tokens_per_step / 1e9, rel=0.03
+    )
+    held = expected_experts(config) or 2.0
+    one = plan(own, held, Hardware())
+    assert one.fits(Hardware()), f"{one.largest.total / 2**30:.1f} GiB"
+    summary.append(
+        f"{path.stem}: {parameters / 1e9:.2f} B parameters, {own.size.active_parameters(held) / 1e9:.2f} B active at "
+        f"{held:g}, {one.expected.total / 2**30:.1f} GiB a rank of {nodes} x {gpus} (at {most_experts(config):g}: "
+        f"{one.largest.total / 2**30:.1f}), {own.size.static_flops(1, held) / 1e9:.2f} GFLOPs a token"
+    )
+
+
+def test_ranks_of_a_token_are_those_of_a_count():
+    for experts, ranks, chosen in [(8, 4, 1), (8, 4, 2), (8, 2, 3), (6, 3, 4), (6, 6, 6)]:
+        per_rank = experts // ranks
+        sets = list(itertools.combinations(range(experts), chosen))
+        counted = sum(len({expert // per_rank for expert in one}) for one in sets) / len(sets)
+        assert ranks_per_token(chosen, experts, ranks) == pytest.approx(counted)
+    assert ranks_per_token(1.5, 8, 4) == pytest.approx((1 + ranks_per_token(2, 8, 4)) / 2)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [],
+        ["parallel.expert=4"],
+        ["engine=megatron", "parallel.pipeline=2", "parallel.expert=2"],
+        ["engine=megatron", "parallel.tensor=2", "model.moe.every=2"],
+    ],
+)
+def test_ranks_hold_the_whole_model_between_them(fields):
+    own = layout(8, *fields, "train.global_batch=32")
+    parallel = own.config.parallel
+    stages = range(parallel.pipeline)
+    experts = sum(own.expert_parameters(stage) for stage in stages) * parallel.expert
+    moe = [layer for layer in range(4) if own.config.model.is_moe_layer(layer)]
+    assert experts == len(moe) * 8 * 3 * 512 * 1024
+    dense = sum(own.dense_parameters(stage) for stage in stages)
+    if parallel.tensor == 1:
+        assert dense + experts == own.size.total_parameters
+    else:
+        assert dense < own.size.total_parameters - experts < 2 * dense
+
+
+def test_traffic_follows_the_links():
+    hardware = Hardware()
+    inside = estimate(layout(16, "parallel.expert=8", "train.global_batch=16", nodes=2), 2.0, hardware).traffic
+    across = estimate(layout(16, "parallel.expert=8", "train.global_batch=16", nodes=4), 2.0, hardware).traffic
+    tokens = "tokens to experts"
+    assert inside[tokens].between == 0 < inside[tokens].inside
+    assert across[tokens].between == pytest.approx(4 / 7 * inside[tokens].inside)
+    assert estimate(layout(1), 2.0, hardware).traffic_s == 0
+    one_pass = layout(8, "deepspeed.zero_stage=2", "train.global_batch=8")
+    four = layout(8, "deepspeed.zero_stage=2", "train.global_batch=32")
+    reduced = [estimate(own, 2.0, hardware).traffic["gradients and weights"].inside for own in (one_pass, four)]
+    assert reduced[1] == pytest.approx(2.5 * reduced[0])  # gradients of each pass, weights once
+
+
+def test_other_layouts_fit_and_are_sorted():
+    own = layout(8, "train.global_batch=64", "train.precision=bf16")
+    small = Hardware(memory_gib=0.8)
+    found = alternatives(own, 2.0, small)
+    assert 0 < len(found) < len(alternatives(own, 2.0, Hardware()))
+    assert all(one.fits(small) for one in found)
+    speeds = [one.speed.tokens_per_s for one in found]
+    assert all(later < 1.02 * earlier for earlier, later in itertools.pairwise(speeds))
+    assert len({one.layout.config.parallel.expert for one in found}) > 1
+
+
+def test_more_experts_per_token_need_more_memory():
+    own = layout(8, "train.micro_batch=8", "train.global_batch=64", "parallel.expert=4")
+    few, many = (memory_per_rank(own, experts, "cpu") for experts in (1.0, 8.0))
+    assert many.activations - few.activations > 4 * 7 * 8 * 256 * 2 * 1024 * 4
+    assert (few.parameters, few.gradients, few.optimizer) == (many.parameters, many.gradients, many.optimizer)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dynmoe.plan", *arguments], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+
+
+def test_the_command_tells_what_a_queue_would_find_out_later():
+    done = run("configs/one_node.yaml", "--nodes", "1", "--gpus", "8", "--layouts", "3")
+    assert done.returncode == 0, done.stderr
+    for part in ("2.93 B parameters", "memory per rank:", "at 4 experts per token", "tokens to experts:", "tokens/s"):
+        assert part in done.stdout
+    assert len(done.stdout[done.stdout.index("Layouts that fit") :].splitlines()) == 5
+    misfit = run("configs/one_node.yaml", "--nodes", "1", "--gpus", "6")
+    assert "own layout does not fit: parallel.expert=8: does not divide the ranks" in misfit.stdout
+    small = run("configs/one_node.yaml", "--memory-gib", "2")
+    assert small.returncode == 2
+    assert small.stderr == "error: no layout of 8 GPUs fits 2 GiB; use more of them\n"
+    assert "model.vocab_size=None" in run("configs/quickstart.yaml").stderr
+    assert "--efficiency 0.0: use a number above 0" in run("configs/one_node.yaml", "--efficiency", "0").stderr
+
+
+def test_a_plan_needs_whole_nodes():
+    with pytest.raises(UserError, match=r"train\.global_batch"):
+        load_config(ROOT / "configs" / "one_node.yaml").check_world(24)
+
+
+_PLAIN = str.maketrans(dict.fromkeys("[]' "))
+# Ranks and fields: both engines, ZeRO stages, precisions, accumulation, recomputation, expert, tensor and pipeline
+# parallelism; some with more activations than parameters.
+MEASURED = [
+    (1, ["deepspeed.zero_stage=0", "train.micro_batch=16"]),
+    (2, ["deepspeed.zero_stage=1", "parallel.expert=2", "train.micro_batch=8"]),
+    (2, ["deepspeed.zero_stage=1", "train.precision=bf16"]),
+    (2, ["deepspeed.zero_stage=2", "train.precision=bf16", "accumulate", "train.micro_batch=4"]),
+    (1, ["train.recompute=full", "train.micro_batch=8"]),
+    (2, ["engine=megatron", "parallel.expert=2", "train.micro_batch=8"]),
+    (2, ["engine=megatron", "parallel.tensor=2", "train.micro_batch=8"]),
+    (2, ["engine=megatron", "parallel.pipeline=2", "train.precision=bf16", "accumulate", "train.micro_batch=4"]),
+    (2, ["deepspeed.zero_stage=1", "model.moe.every=2", "model.moe.shared_hidden=1024", "train.micro_batch=8"]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "fields"), MEASURED, ids=lambda value: str(value).translate(_PLAIN))
+def test_memory_and_traffic_are_as_measured(tmp_path, summary, ranks, fields):
+    """Within 15% of the tensors that there are at once in a step of a run of these ranks."""
+    given = load_config(None, [*_TINY, *(field for field in fields if field != "accumulate")])
+    passes = ranks // given.parallel.model_parallel * (4 if "accumulate" in fields else 1)
+    fields = [field for field in fields if field != "accumulate"]
+    fields.append(f"train.global_batch={passes * given.train.micro_batch}")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",
+         "--rdzv-endpoint", "127.0.0.1:0", "-m", "tests.plan.measure", str(tmp_path / "result"), *_TINY, *fields],
+        cwd=ROOT, env=os.environ | CPU | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    measured = json.loads((tmp_path / "result").read_text())
+    own = layout(ranks, *fields)
+    planned = memory_per_rank(own, 2.0, "cpu")
+    peak = max(rank["peak"] for rank in measured)
+    kept = (planned.parameters + planned.gradients + planned.optimizer) / max(rank["static"] for rank in measured)
+    summary.append(
+        f"memory, {ranks} ranks, {' '.join(fields)}: planned {planned.total / 1e6:.0f} MB, measured {peak / 1e6:.0f} "
+        f"({planned.total / peak:.3f}); between steps {kept:.3f}"
+    )
+    assert planned.total == pytest.approx(peak, rel=0.15)
+    sent = estimate(own, 2.0, Hardware()).traffic["tokens to experts"].inside
+    assert sent == pytest.approx(sum(rank["sent"] for rank in measured) / ranks, rel=0.15)
