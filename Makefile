@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test lint screenshots test-slow test-gpu test-cluster clean
+.PHONY: quickstart test lint screenshots test-slow test-gpu test-cluster lock clean
 
 # Two ranks on the CPU, whatever else the machine has: the same training everywhere.
 quickstart: $(INSTALLED)
@@ -44,6 +44,15 @@ $(INSTALLED): pyproject.toml
 	command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
+
+# The versions of a fresh installation, for the images.
+lock:
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/python -m pip install --quiet torch==2.13.0
+	.venv-lock/bin/python -m pip install --quiet .
+	{ echo '# Versions that the tests ran with, for the images: pip install --constraint requirements.lock. Made by: make lock'; \
+		.venv-lock/bin/python -m pip freeze --exclude dynmoe | sed 's/+cpu$$//'; } > requirements.lock
+	rm -rf .venv-lock build
 
 # Runs and corpora stay: they are yours.
 clean:
