@@ -88,6 +88,16 @@ if [[ -z ${MASTER_ADDR:-} ]]; then
     [[ $MASTER_ADDR == 127.* && ${#hosts[@]} -gt 1 ]] && MASTER_ADDR=
 fi
 
+# Told to end: the ranks save at the end of their step, and the launch ends with them. The second time it ends at once.
+tell_ranks() {
+    ((++told == 1)) || { kill -TERM "$launcher" 2>/dev/null || true; return; }
+    local host
+    for host in "${hosts[@]}"; do
+        # The ranks alone: DeepSpeed's own process on the host has the same arguments.
+        on_host "$host" "pkill -USR1 -f -- '-u train\\.py .*[l]aunch-$name'" || true
+    done
+}
+
 while :; do
     wait_for_hosts
     set_environment 1
@@ -112,21 +122,18 @@ while :; do
     ((${#ssh_port[@]} == 0)) || arguments+=(--ssh_port "${ssh_port[0]}")
     # A host that vanishes without a word ends its connection within a minute.
     keepalive="-o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
+    # In a session of its own: DeepSpeed's launcher would answer Ctrl-C by killing ranks that could have saved.
     DS_ENV_FILE=$environment PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} $keepalive" \
-        "$PYTHON" -m deepspeed.launcher.runner "${arguments[@]}" train.py "$config" \
+        setsid "$PYTHON" -m deepspeed.launcher.runner "${arguments[@]}" train.py "$config" \
         > >(tee -a "$run/logs/deepspeed.log") 2>&1 &
     launcher=$!
-    trap 'told=1; kill -TERM $launcher 2>/dev/null' TERM
-    trap 'told=1' INT
     told=0
+    trap tell_ranks TERM INT
     wait $launcher || true
     while kill -0 $launcher 2>/dev/null; do wait $launcher || true; done
-    # ssh leaves what it started behind. Ranks that were told to end are given the time to save.
+    trap - TERM INT
+    # ssh leaves behind what it started.
     for host in "${hosts[@]}"; do
-        for ((second = 0; told && second < 60; second++)); do
-            on_host "$host" "pgrep -f '[l]aunch-$name'" >/dev/null || break
-            sleep 1
-        done
         on_host "$host" "pkill -KILL -f '[l]aunch-$name'" || true
     done
     verdict=0

@@ -116,6 +116,7 @@ class Trainer:
                 if ends and self.progress.step < train.steps:
                     if record is not None:
                         self.directory.write_outcome("preempted", self.progress.step)
+                    dist.barrier()  # before any launcher looks for the outcome
                     return Result("preempted", self.progress, row)
             return Result("finished", self.progress, row)
         except Exception as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +101,25 @@ def test_deepspeed_goes_on_from_the_checkpoint_after_a_host_died(hosts, job, und
     assert "finished at step 40" in job.output(alpha).read_text()
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_script_that_is_told_to_end_saves_first(hosts, job, undisturbed, launcher):
+    alpha, _ = hosts
+    processes = [job.torchrun(host) for host in hosts] if launcher == "torchrun" else [job.deepspeed(alpha)]
+    job.wait_for_row(5)
+    for process in processes:
+        (script,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(script), signal.SIGTERM)
+    for process in processes:
+        assert process.wait(90) == 75, job.output(alpha).read_text()
+    outcome = json.loads((job.run / "outcome.json").read_text())
+    assert outcome["status"] == "preempted"
+    assert "told to end; the same command goes on from step" in job.output(alpha).read_text()
+    again = job.deepspeed(alpha)
+    assert again.wait(120) == 0
+    job.is_the_undisturbed(undisturbed[0])
+    assert job.starts() == [0, outcome["step"]]
+
+
 def test_torchrun_names_the_host_that_never_comes(hosts, job):
     started = time.monotonic()
     process = job.torchrun(hosts[0], JOIN_TIMEOUT_S="10", RELAUNCH="0")
@@ -123,16 +144,16 @@ def test_deepspeed_names_the_host_that_never_comes(hosts, job):
 def test_a_run_without_progress_ends_with_the_traceback_of_the_first_failing_rank(hosts, job):
     """The second host cannot write files as large as a checkpoint's."""
     alpha, beta = hosts
-    first = job.torchrun(alpha, MAX_RESTARTS="0")
-    second = job.torchrun(beta, MAX_RESTARTS="0", LIMIT="ulimit -f 100")
-    assert first.wait(120) == second.wait(120) == 3
+    processes = [job.torchrun(alpha, MAX_RESTARTS="0"), job.torchrun(beta, MAX_RESTARTS="0", LIMIT="ulimit -f 100")]
+    assert [process.wait(120) for process in processes] == [3, 3]
     for host in hosts:
         lines = job.output(host).read_text().splitlines()
         assert lines[-1].startswith("safetensors._safetensors_rust.SafetensorError: Error while serializing: ")
         assert "File too large (os error 27)" in lines[-1]
         assert any("3 start(s) in a row got no further than step 0; not started again" in line for line in lines)
-        (first_failure,) = [line for line in lines if line.startswith("first failure: rank ")]
-        assert "on beta; output of all ranks: " in first_failure
+        first = [line for line in lines if line.startswith("first failure: rank ")]
+        assert len(first) == 3
+        assert all("on beta; output of all ranks: " in line for line in first)
     assert job.starts() == [0, 0, 0]
 
 
