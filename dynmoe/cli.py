@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -28,6 +29,9 @@ def run_tool(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
+            signal.signal(
+                signal.SIGTERM, signal.SIG_DFL
+            )  # whatever main has made of it: the launcher's word ends the wait
             time.sleep(_TIME_TO_SPEAK_S)
         record_failure(str(error), by_user=True)
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -6,7 +6,8 @@
 #   MASTER_ADDR           address of the first host for the others (what its name resolves to here)
 #   MASTER_PORT (29500)
 #   JOIN_TIMEOUT_S (600)  how long hosts, and then ranks, are waited for
-#   RELAUNCH (1)          1: start again after a failure, for as long as checkpoints get newer
+#   RELAUNCH (1)          1: start again after a failure, for as long as checkpoints get newer:
+#   STARTS_WITHOUT_PROGRESS (3)   so many in a row may end without a newer one
 #   PYTHON                the interpreter, at the same place on every host
 # Further variables for the ranks: lines like NAME=VALUE in ~/.deepspeed_env or ./.deepspeed_env.
 # Output of all ranks: on the screen and in RUN/logs/deepspeed.log.
@@ -137,6 +138,6 @@ while :; do
         on_host "$host" "pkill -KILL -f '[l]aunch-$name'" || true
     done
     verdict=0
-    "$PYTHON" -m dynmoe.launch after "$config" || verdict=$?
+    "$PYTHON" -m dynmoe.launch after --starts-without-progress "${STARTS_WITHOUT_PROGRESS:-3}" "$config" || verdict=$?
     ((verdict == 76 && !told)) && [[ ${RELAUNCH:-1} == 1 ]] || exit "$verdict"
 done

@@ -7,7 +7,8 @@
 #   HOSTS                  names of the nodes in the order of their ranks, for messages
 #   JOIN_TIMEOUT_S (600)   how long nodes wait for each other
 #   MAX_RESTARTS (3)       how often ranks that fail are started again in place, from the newest checkpoint
-#   RELAUNCH (1)           1: start again after that too, for as long as checkpoints get newer
+#   RELAUNCH (1)           1: start again after that too, for as long as checkpoints get newer:
+#   STARTS_WITHOUT_PROGRESS (3)   so many in a row may end without a newer one
 #   PYTHON                 the interpreter (.venv/bin/python where there is one)
 # Output of every rank: RUN/logs/node_N. On the screen: the first rank of each node.
 set -euo pipefail
@@ -22,10 +23,12 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
     MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))} # jobs that share a node keep apart
     NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
 fi
-NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
+NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
+MASTER_PORT=${MASTER_PORT:-$((NNODES > 1 ? 29500 : 0))} # alone, any free one
 gpus=$(count_gpus)
 NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 JOIN_TIMEOUT_S=${JOIN_TIMEOUT_S:-600} MAX_RESTARTS=${MAX_RESTARTS:-3} RELAUNCH=${RELAUNCH:-1}
+STARTS_WITHOUT_PROGRESS=${STARTS_WITHOUT_PROGRESS:-3}
 read -ra hosts <<<"${HOSTS:-}"
 set_environment "$NPROC_PER_NODE"
 
@@ -76,6 +79,7 @@ while :; do
     # In a job, the job script judges: for all nodes, once.
     [[ $RELAUNCH == 1 ]] || exit "$status"
     verdict=0
-    "$PYTHON" -m dynmoe.launch after "$@" || verdict=$?
+    "$PYTHON" -m dynmoe.launch after --node "$NODE_RANK" --starts-without-progress "$STARTS_WITHOUT_PROGRESS" "$@" \
+        || verdict=$?
     ((verdict == 76 && !told)) || exit "$verdict"
 done

@@ -101,13 +101,14 @@ def _after(name: str, arguments: list[str]) -> None:
     parser.add_argument(
         "--starts-without-progress", type=int, default=3, metavar="N", help="at most so many in a row (%(default)s)"
     )
+    parser.add_argument("--node", type=int, default=0, help="number of this one")
     given = parser.parse_intermixed_args(arguments)
     config = _load(given)
     from dynmoe.launch.starts import FINISHED, TOLD_TO_END, after, describe_failures
     from dynmoe.train.run_directory import RunDirectory
 
     directory = RunDirectory(config.run.path)
-    verdict = after(directory, given.starts_without_progress)
+    verdict = after(directory, given.starts_without_progress, given.node)
     print(f"{directory.path}: {verdict.reason}", flush=True)
     if verdict.status not in (FINISHED, TOLD_TO_END) and (failures := describe_failures(directory)):
         print(failures, file=sys.stderr, flush=True)

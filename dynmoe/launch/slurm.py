@@ -61,14 +61,15 @@ def job_script(config: Config, path: str, overrides: Sequence[str], resources: R
         "job-name": config.run.name,
         "nodes": resources.nodes,
         "ntasks-per-node": 1,
-        **({"gpus-per-node": resources.gpus} if resources.gpus else {"cpus-per-task": resources.ranks}),
+        **({"gpus-per-node": resources.gpus} if resources.gpus else {}),
         "time": resources.time,
         "signal": f"USR1@{resources.grace_s}",
         "open-mode": "append",
         "output": f"{config.run.name}-%j.out",
         **resources.options,
     }
-    header = "\n".join(f"#SBATCH --{name}={value}" for name, value in lines.items())
+    whole = ["#SBATCH --exclusive", *([] if "mem" in resources.options else ["#SBATCH --mem=0"])]
+    header = "\n".join([*(f"#SBATCH --{name}={value}" for name, value in lines.items()), *whole])
     arguments = " ".join(shlex.quote(argument) for argument in (path, *overrides))
     return f"""#!/usr/bin/env bash
 # {config.run.name}: {resources.nodes * resources.ranks} ranks. Written by python -m dynmoe.launch slurm.

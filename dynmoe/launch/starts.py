@@ -35,7 +35,7 @@ class Verdict:
 def begin(config: Config, ranks: int, node: int) -> RunDirectory:
     """Checks what can be checked without a rank, and opens the run directory for a start.
 
-    The first node takes note of the start and forgets how the last one ended.
+    Each node takes note of the start; the first one forgets how the last one ended.
 
     Args:
         config: of the run.
@@ -61,25 +61,25 @@ def begin(config: Config, ranks: int, node: int) -> RunDirectory:
         record_failure(str(error), by_user=True)
         raise
     else:
-        if node == 0:
-            _note(directory, ranks)
+        _note(directory, ranks, node)
     finally:
         directory.release()  # to the ranks
     return directory
 
 
-def _note(directory: RunDirectory, ranks: int) -> None:
+def _note(directory: RunDirectory, ranks: int, node: int) -> None:
     start = {"time": time.time(), "host": socket.gethostname(), "ranks": ranks, "step": _newest_step(directory)}
-    with directory.starts.open("a") as stream:
+    with directory.starts(node).open("a") as stream:
         stream.write(json.dumps(start) + "\n")
 
 
-def after(directory: RunDirectory, most_without_progress: int) -> Verdict:
+def after(directory: RunDirectory, most_without_progress: int, node: int = 0) -> Verdict:
     """What should follow a start that ended.
 
     Args:
         directory: of the run.
         most_without_progress: starts in a row that may end without a checkpoint newer than the one they began from.
+        node: number of the one that asks, which goes by its own starts: another may have begun the next one already.
     """
     failures = read_failures(directory.failures)
     if any(failure["by_user"] for failure in failures):
@@ -90,7 +90,7 @@ def after(directory: RunDirectory, most_without_progress: int) -> Verdict:
     step = _newest_step(directory)
     if outcome.get("status") == "preempted":
         return Verdict(TOLD_TO_END, f"told to end; the same command goes on from step {step}")
-    vain = _starts_in_vain(directory, step)
+    vain = _starts_in_vain(directory, step, node)
     if vain >= most_without_progress:
         problem = f"{vain} start(s) in a row got no further than step {step}"
         return Verdict(NO_PROGRESS, f"{problem}; not started again")
@@ -125,9 +125,10 @@ def _read_outcome(directory: RunDirectory) -> dict[str, Any]:
         return {}
 
 
-def _starts_in_vain(directory: RunDirectory, step: int) -> int:
+def _starts_in_vain(directory: RunDirectory, step: int, node: int) -> int:
     """Starts at the end of the list that began from ``step``, the newest checkpoint there is."""
-    lines = directory.starts.read_text().splitlines() if directory.starts.exists() else []
+    starts = directory.starts(node)
+    lines = starts.read_text().splitlines() if starts.exists() else []
     count = 0
     for line in reversed(lines):
         if json.loads(line)["step"] != step:

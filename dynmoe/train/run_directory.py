@@ -48,8 +48,12 @@ class RunDirectory:
         self.outcome = path / "outcome.json"
         self.logs = path / "logs"
         self.failures = self.logs / "failures"
-        self.starts = self.logs / "starts.jsonl"
+        self.wandb_id = path / "wandb_id"
         self._lock: TextIO | None = None
+
+    def starts(self, node: int) -> Path:
+        """Where node ``node`` takes note of its starts: each in a file of its own, which nobody else writes."""
+        return self.logs / f"starts_node_{node}.jsonl"
 
     def claim(self) -> None:
         """Makes the directory and holds it for this process until it ends.

@@ -14,7 +14,7 @@ import wandb
 from dynmoe.config import Config
 from dynmoe.data.corpus import MANIFEST
 from dynmoe.errors import first_line
-from dynmoe.train.checkpoint import newest_complete
+from dynmoe.train.checkpoint import newest_complete, write_atomically
 from dynmoe.train.metrics import Histograms, Pictures, Row
 from dynmoe.train.run_directory import RunDirectory
 
@@ -36,13 +36,16 @@ class WandbView:
         config: of the run.
         directory: of the run, which W&B's own files go into.
         pictures: draws the report's figures of a run directory, by name.
-        run_id: of an earlier start of the same run, to continue it; None for a new one.
+        run_id: of the checkpoint that the run goes on from; None where there is none. Then it is that of an earlier
+            start which ended before its first checkpoint, or a new one.
     """
 
     name = "W&B"
 
     def __init__(self, config: Config, directory: RunDirectory, pictures: Pictures, run_id: str | None) -> None:
-        self.run_id = run_id or secrets.token_hex(4)
+        stored = directory.wandb_id.read_text() if directory.wandb_id.exists() else None
+        self.run_id = run_id or stored or secrets.token_hex(4)
+        write_atomically(directory.wandb_id, self.run_id)
         self._directory, self._pictures, self._run_name = directory, pictures, config.run.name
         self._run = _start(config, self.run_id)
         self._run.define_metric("train/step")

@@ -67,7 +67,7 @@ class Job:
 
     def starts(self) -> list[int]:
         """Steps from which the run was started."""
-        return [row["step"] for row in read_rows(self.run / "logs" / "starts.jsonl")]
+        return [row["step"] for row in read_rows(self.run / "logs" / "starts_node_0.jsonl")]
 
 
 @pytest.mark.parametrize("victim", ["beta", "alpha, which holds the rendezvous"])

@@ -63,7 +63,7 @@ def test_a_job_over_both_nodes_goes_on_after_requeues_and_time_limits(slurm, cor
     assert parameter_hashes(run, 1500) == parameter_hashes(tmp_path / "runs" / "tiny", 1500)
 
     text = output.read_text()
-    starts = [row["step"] for row in read_rows(run / "logs" / "starts.jsonl")]
+    starts = [row["step"] for row in read_rows(run / "logs" / "starts_node_0.jsonl")]
     assert len(starts) >= 3, f"a requeue and a time limit at least: {text}"
     assert starts == sorted(set(starts)), "each start goes on from a checkpoint of its own"
     assert text.count("ended by Slurm") == 1

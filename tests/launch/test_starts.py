@@ -66,7 +66,9 @@ def test_a_start_is_noted_and_the_end_of_the_last_one_forgotten(config):
     again = begin(config, 2, 0)
     assert not again.outcome.exists()
     assert not again.failures.exists()
-    assert [(row["step"], row["ranks"]) for row in read_rows(directory.starts)] == [(0, 2), (10, 2)]
+    assert [(row["step"], row["ranks"]) for row in read_rows(directory.starts(0))] == [(0, 2), (10, 2)]
+    assert [row["step"] for row in read_rows(directory.starts(1))] == [10]
+    assert after(directory, 2, node=1).status == FAILED, "a node goes by its own starts"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,7 @@ def test_a_running_job_is_left_alone(config, monkeypatch):
     with pytest.raises(UserError, match="another job trains in"):
         begin(config, 2, 0)
     assert running.outcome.exists()
-    assert len(read_rows(running.starts)) == 1
+    assert len(read_rows(running.starts(0))) == 1
 
 
 def test_the_lock_of_one_that_is_ending_is_waited_for(config):

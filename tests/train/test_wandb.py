@@ -95,7 +95,7 @@ def test_an_offline_run_holds_every_row_and_a_resumed_one_keeps_its_id(tmp_path,
         first.log({"train/step": step, "moe/layer_00/experts_per_token_mean": 2.5})
     first.close()
     time.sleep(1.1)  # W&B names its directory by the second
-    second = open_view("offline", first.run_id)
+    second = open_view("offline")  # no checkpoint has told it the id
     second.log({"train/step": 3, "train/loss": 1.0})
     second.close()
     ids, rows = read_offline(tmp_path)
