@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import fcntl
 import json
@@ -53,6 +54,8 @@ class Ending:
         self.told = False
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
+        # While it shuts down, Python gives signals back their defaults, and a run that has finished would end as killed.
+        atexit.register(signal.signal, signal.SIGUSR1, signal.SIG_IGN)
 
     def _note(self, number: int, frame: Any) -> None:
         if self.told and number == signal.SIGINT:

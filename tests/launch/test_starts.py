@@ -176,6 +176,15 @@ def test_a_traceback_is_left_whole(rank):
     assert (failure["rank"], failure["ranks"], failure["by_user"]) == (3, 4, False)
 
 
+def test_a_signal_during_the_shutdown_of_python_is_ignored():
+    program = (
+        "import atexit, os, signal\nfrom dynmoe.launched import Ending\n"
+        "atexit.register(lambda: print(signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN))\nEnding()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_signals_are_noted_and_the_second_interrupt_ends(number):
     program = (
