@@ -1,9 +1,9 @@
 # CPU:   docker build -t dynmoe .
 # CUDA:  docker build -t dynmoe --build-arg BASE=IMAGE .   where IMAGE is one of NVIDIA's PyTorch images
-#        (nvcr.io/nvidia/pytorch), which bring CUDA, NCCL, Transformer Engine and their own torch: 2.11 to 2.13.
+#        (nvcr.io/nvidia/pytorch), which bring CUDA, NCCL, Transformer Engine and their own torch: above 2.11, below 2.14.
 # PIP_ARGS reaches pip when torch has to be installed, to name the index that offers the CPU build.
 # Run:   docker run --rm -it [--gpus all] --ipc host --ulimit memlock=-1 -v "$PWD/data:/opt/dynmoe/data" \
-#            -v "$PWD/runs:/opt/dynmoe/runs" dynmoe launch/torchrun.sh configs/one_gpu.yaml
+#            -v "$PWD/runs:/opt/dynmoe/runs" --user "$(id -u):$(id -g)" -e HOME=/tmp dynmoe launch/torchrun.sh configs/one_gpu.yaml
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
 ARG PIP_ARGS=""
@@ -13,7 +13,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # of the distribution are wanted, so their versions are not pinned.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends build-essential iproute2 openssh-client pdsh \
+    && apt-get install --yes --no-install-recommends build-essential numactl openssh-client pdsh procps \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/dynmoe

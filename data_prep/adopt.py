@@ -13,7 +13,7 @@ from typing import Any
 from data_prep.build import describe_files, figures
 from data_prep.merge import SplitCounts
 from dynmoe.data.corpus import FORMAT, MANIFEST, SPLITS, TOKENIZER, Corpus
-from dynmoe.data.indexed import IndexedTokens, check_indexed, write_index
+from dynmoe.data.indexed import IndexedTokens, check_indexed, with_ending, write_index
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
 
@@ -34,14 +34,14 @@ def adopt(train: Path, validation: Path | None, fraction: float, tokenizer: Path
         UserError: damaged files, or tokens outside the vocabulary.
     """
     model = Tokenizer(tokenizer)
-    building = out.with_name(f"{out.name}.building")
+    building = out.with_name(f"{out.name}.adopting-{os.getpid()}")
     building.mkdir(parents=True)
     try:
         given = check_indexed(train)
         if validation is not None:
             for split, source in (("train", given), ("validation", check_indexed(validation))):
                 for suffix in (".bin", ".idx"):
-                    _link(source.prefix.with_suffix(suffix), building / f"{split}{suffix}")
+                    _link(with_ending(source.prefix, suffix), building / f"{split}{suffix}")
         else:
             _split(given, given.num_documents - max(1, round(given.num_documents * fraction)), building)
         shutil.copyfile(tokenizer, building / TOKENIZER)
@@ -84,7 +84,7 @@ def _split(tokens: IndexedTokens, first: int, directory: Path) -> None:
     """Writes the documents before ``first`` as training data, the others as validation data."""
     cut = int(tokens.boundaries[first])
     ends = {"train": (0, cut, 0, first), "validation": (cut, len(tokens.lengths), first, tokens.num_documents)}
-    with tokens.prefix.with_suffix(".bin").open("rb") as stream:
+    with with_ending(tokens.prefix, ".bin").open("rb") as stream:
         for split, (start, stop, first_document, last_document) in ends.items():
             lengths = tokens.lengths[start:stop]
             write_index(

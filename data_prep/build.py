@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ from dynmoe.errors import UserError
 _RECIPE = "recipe.json"
 _PARTS = "parts"
 _TOLD_EVERY_S = 30.0
+_LONGEST_LINE = 1000  # characters; sentencepiece's limit is 4192 bytes
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,13 @@ def _lines(recipe: Recipe, units: Sequence[Unit]) -> Iterator[str]:
                 text = text_of(document)
             except RefusedError:
                 continue
-            yield from (line for line in text.split("\n") if line)
+            yield from (part for line in text.split("\n") for part in _parts(line))
             budget -= len(document.content)
+
+
+def _parts(line: str) -> Iterator[str]:
+    """A line in pieces that sentencepiece does not skip for their length; nothing of an empty one."""
+    yield from (line[start : start + _LONGEST_LINE] for start in range(0, len(line), _LONGEST_LINE))
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
@@ -157,8 +164,8 @@ def build(recipe: Recipe, out: Path, workers: int, nodes: Nodes | None = None) -
         manifest = _manifest(recipe, finished, tokenizer, merged, content)
         (finished / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         Corpus.open(finished)
-        if out.exists():
-            shutil.rmtree(out)
+        if out.exists():  # out of the way first: there is never half of a corpus
+            out.rename(building / f"replaced-{secrets.token_hex(4)}")
         finished.rename(out)
         shutil.rmtree(building)
     return manifest
@@ -208,7 +215,7 @@ def _wait_until(condition: Callable[[], bool], what: Callable[[], str]) -> None:
         if time.monotonic() > told + _TOLD_EVERY_S:
             print(f"waiting for {what()}", flush=True)
             told = time.monotonic()
-        time.sleep(0.2)
+        time.sleep(1.0)
 
 
 def _provide_tokenizer(recipe: Recipe, units: Sequence[Unit], building: Path, nodes: Nodes) -> None:

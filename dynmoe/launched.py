@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -54,7 +55,7 @@ class Ending:
         self.told = False
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
-        # While it shuts down, Python gives signals back their defaults, and a run that has finished would end as killed.
+        # Python gives signals back their defaults while it shuts down: a finished run would end as killed.
         atexit.register(signal.signal, signal.SIGUSR1, signal.SIG_IGN)
 
     def _note(self, number: int, frame: Any) -> None:
@@ -77,12 +78,13 @@ def record_failure(text: str, by_user: bool) -> None:
         "rank": int(os.environ.get("RANK", "0")),
         "ranks": int(os.environ.get("WORLD_SIZE", "1")),
         "host": socket.gethostname(),
-        "attempt": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        # Restarts in place find a new port: what the ranks of one attempt share, on hosts that came later too.
+        "attempt": ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")),
         "time": time.time(),
         "by_user": by_user,
         "text": text,
     }
-    name = f"rank_{failure['rank']}.json"
+    name = f"rank_{failure['rank']}-{failure['host']}-{os.getpid()}.json"
     Path(directory).mkdir(parents=True, exist_ok=True)
     (Path(directory) / f".{name}").write_text(json.dumps(failure))
     (Path(directory) / f".{name}").rename(Path(directory) / name)
@@ -90,15 +92,21 @@ def record_failure(text: str, by_user: bool) -> None:
 
 def read_failures(directory: Path) -> list[dict[str, Any]]:
     """What ranks left there, of their last attempt only, the first failure first."""
-    failures = [json.loads(path.read_text()) for path in directory.glob("rank_*.json")]
-    last = max((failure["attempt"] for failure in failures), default=0)
-    return sorted((one for one in failures if one["attempt"] == last), key=lambda one: one["time"])
+    failures = []
+    for path in directory.glob("rank_*.json"):
+        with contextlib.suppress(FileNotFoundError):  # another node begins the next start
+            failures.append(json.loads(path.read_text()))
+    failures.sort(key=lambda failure: failure["time"])
+    return [failure for failure in failures if failure["attempt"] == failures[-1]["attempt"]]
 
 
 def failure_to_repeat() -> str | None:
-    """What ended an earlier attempt of this launch if it must end this one too: torchrun restarts whatever failed."""
+    """What ended an earlier attempt of this launch if it must end this one too: torchrun restarts whatever failed.
+
+    Asked by ranks alone, before they do anything: what other launches left was removed before this one began.
+    """
     directory = os.environ.get(FAILURES)
-    if directory is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if directory is None or "RANK" not in os.environ:
         return None
     return next((failure["text"] for failure in read_failures(Path(directory)) if failure["by_user"]), None)
 

@@ -37,8 +37,10 @@ command -v pdsh >/dev/null || fail "pdsh is not installed, and DeepSpeed's launc
 
 # Hosts and ranks of each after the filters, by DeepSpeed's own rules.
 read_hosts() {
-    "$PYTHON" - "$hostfile" "${filters[@]}" 2>/dev/null <<'PYTHON'
-import argparse, sys
+    "$PYTHON" - "$hostfile" "${filters[@]}" <<'PYTHON'
+import argparse, os, sys
+answer = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # DeepSpeed logs to standard output when it is imported
 from deepspeed.launcher.runner import fetch_hostfile, parse_inclusion_exclusion
 parser = argparse.ArgumentParser()
 parser.add_argument("hostfile"), parser.add_argument("--include", default=""), parser.add_argument("--exclude", default="")
@@ -46,9 +48,9 @@ given = parser.parse_args()
 try:
     active = parse_inclusion_exclusion(fetch_hostfile(given.hostfile), given.include, given.exclude)
 except ValueError as error:
-    sys.exit(print("error:", error))
+    sys.exit(print("error:", error, file=answer))
 for host, slots in active.items():
-    print(host, len(slots))
+    print(host, len(slots), file=answer)
 PYTHON
 }
 JOIN_TIMEOUT_S=${JOIN_TIMEOUT_S:-600}
@@ -77,6 +79,8 @@ wait_for_hosts() {
             told=$answer
             sleep 2
         done
+        answer=${answer##*$'\n'} # a greeting may come before it
+        [[ $answer =~ ^[0-9]+$ ]] || fail "host ${hosts[number]}: nproc says '$answer' there; it should say a number"
         own=$((answer / slots[number]))
         ((cores > 0 && cores < own)) || cores=$((own > 0 ? own : 1))
     done
@@ -109,6 +113,7 @@ while :; do
     # other launch: what is left of this one is found by it.
     config=$run/logs/launch-$name.yaml environment=$run/logs/environment-$name
     mv "$merged" "$config"
+    (umask 077 && : >"$environment") # there may be keys among them
     {
         cat ~/.deepspeed_env .deepspeed_env 2>/dev/null | grep -E '^[A-Za-z_][A-Za-z_0-9]*=' || true
         for variable in OMP_NUM_THREADS PYTORCH_ALLOC_CONF NCCL_DEBUG PYTHONUNBUFFERED DS_ACCELERATOR; do
@@ -133,6 +138,7 @@ while :; do
     wait $launcher || true
     while kill -0 $launcher 2>/dev/null; do wait $launcher || true; done
     trap - TERM INT
+    rm -f "$environment"
     # ssh leaves behind what it started.
     for host in "${hosts[@]}"; do
         on_host "$host" "pkill -KILL -f '[l]aunch-$name'" || true

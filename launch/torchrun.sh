@@ -32,8 +32,6 @@ STARTS_WITHOUT_PROGRESS=${STARTS_WITHOUT_PROGRESS:-3}
 read -ra hosts <<<"${HOSTS:-}"
 set_environment "$NPROC_PER_NODE"
 
-# Slurm's signal ahead of a time limit is for the ranks, which save and end; torchrun would die of it.
-trap '' USR1
 rdzv=(--nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" --max-restarts "$MAX_RESTARTS" --rdzv-backend c10d
     --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "dynmoe-$MASTER_PORT"
     --rdzv-conf "is_host=$((NODE_RANK == 0)),join_timeout=$JOIN_TIMEOUT_S,read_timeout=$JOIN_TIMEOUT_S")
@@ -42,7 +40,18 @@ if ((NNODES > 1)); then
     rdzv+=(--local-addr "$("$PYTHON" -m dynmoe.launch address "$MASTER_ADDR")")
 fi
 # Ranks near their GPU's memory: pages of another socket cost a copy across it.
-((gpus > 0 && $(count_numa_nodes) > 1)) && rdzv+=(--numa-binding node)
+if ((gpus > 0 && $(count_numa_nodes) > 1)) && command -v numactl >/dev/null; then rdzv+=(--numa-binding node); fi
+
+# Told to end, by whatever signal: the ranks are, by one that torchrun ignores. It would give them 30 s to save, and Slurm
+# may signal nothing but this script. Before there are ranks it ends itself.
+told=0
+tell_ranks() {
+    local ranks
+    ranks=$(cat /proc/"$torchrun"/task/*/children 2>/dev/null) || true
+    # shellcheck disable=SC2086
+    if [[ -n ${ranks// /} ]]; then kill -USR1 $ranks 2>/dev/null || true; else kill -TERM "$torchrun" 2>/dev/null || true; fi
+}
+trap 'told=1' TERM INT USR1
 
 # Says which nodes are not there: each touches a file for as long as it lives.
 name_missing_nodes() {
@@ -56,30 +65,39 @@ name_missing_nodes() {
 }
 
 while :; do
-    run=$("$PYTHON" -m dynmoe.launch begin --ranks $((NNODES * NPROC_PER_NODE)) --node "$NODE_RANK" "$@")
+    # A job script has begun the start for all nodes.
+    run=${RUN:-$("$PYTHON" -m dynmoe.launch begin --ranks $((NNODES * NPROC_PER_NODE)) --node "$NODE_RANK" "$@")}
     export DYNMOE_FAILURES=$run/logs/failures
     nodes=$run/logs/nodes
     mkdir -p "$nodes"
     hostname >"$nodes/$NODE_RANK"
-    (while sleep 5 && kill -0 $$ 2>/dev/null; do touch "$nodes/$NODE_RANK"; done) &
+    (while sleep 5 && kill -0 $$ 2>/dev/null; do touch "$nodes/$NODE_RANK" || true; done) &
     heart=$!
-    "$PYTHON" -m torch.distributed.run "${rdzv[@]}" --log-dir "$run/logs/node_$NODE_RANK" --tee 3 \
-        --local-ranks-filter 0 train.py "$@" &
+    # In a session of its own: what a terminal sends is for this script.
+    (
+        trap '' USR1
+        exec setsid "$PYTHON" -m torch.distributed.run "${rdzv[@]}" --log-dir "$run/logs/node_$NODE_RANK" --tee 3 \
+            --local-ranks-filter 0 train.py "$@"
+    ) &
     torchrun=$!
-    # Of Slurm's signals torchrun has its own, and of those of a terminal; a second one would end it before its ranks.
-    trap 'told=1; [[ -n ${SLURM_JOB_ID:-} ]] || kill -TERM $torchrun 2>/dev/null' TERM
-    trap 'told=1' INT
-    status=0 told=0
+    status=0
     wait $torchrun || status=$?
-    # A signal ends the wait, not torchrun.
-    while kill -0 $torchrun 2>/dev/null; do wait $torchrun || status=$?; done
-    kill $heart
-    ((status == 0)) && exit 0
-    ((told)) || name_missing_nodes
+    # A signal ends the wait, not torchrun. Ranks are told again: one that is just starting may not listen yet.
+    while kill -0 $torchrun 2>/dev/null; do
+        if ((told)); then
+            tell_ranks
+            sleep 2 || true
+        else
+            wait $torchrun || status=$?
+        fi
+    done
+    kill $heart 2>/dev/null || true
+    if ((status == 0)); then exit 0; fi
+    if ((!told)); then name_missing_nodes; fi
     # In a job, the job script judges: for all nodes, once.
     [[ $RELAUNCH == 1 ]] || exit "$status"
     verdict=0
     "$PYTHON" -m dynmoe.launch after --node "$NODE_RANK" --starts-without-progress "$STARTS_WITHOUT_PROGRESS" "$@" \
         || verdict=$?
-    ((verdict == 76 && !told)) || exit "$verdict"
+    if ((verdict != 76 || told)); then exit "$verdict"; fi
 done

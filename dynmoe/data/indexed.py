@@ -55,7 +55,7 @@ class IndexedTokens:
         Raises:
             UserError: an id outside the vocabulary, naming file and position.
         """
-        path = self.prefix.with_suffix(".bin")
+        path = with_ending(self.prefix, ".bin")
         tokens = np.memmap(path, dtype=self.dtype, mode="r") if self.num_tokens else np.empty(0, self.dtype)
         total = np.zeros(vocab_size, dtype=np.int64)
         for start in range(0, len(tokens), _TOKENS_PER_SCAN):
@@ -66,6 +66,11 @@ class IndexedTokens:
                 raise _damaged(path, f"token {token} at position {place} is outside the vocabulary of {vocab_size}")
             total += np.bincount(block, minlength=vocab_size)
         return total
+
+
+def with_ending(prefix: Path, ending: str) -> Path:
+    """``prefix`` with ``ending`` at its end, whatever dots it has itself."""
+    return prefix.with_name(prefix.name + ending)
 
 
 def _damaged(path: Path, problem: str) -> UserError:
@@ -87,7 +92,7 @@ def write_index(
     """
     code = next(code for code, known in _TOKEN_TYPES.items() if known == dtype)
     count = len(lengths)
-    with prefix.with_suffix(".idx").open("wb") as stream:
+    with with_ending(prefix, ".idx").open("wb") as stream:
         stream.write(_HEADER.pack(_MAGIC, 1, code, count, count + 1 if boundaries is None else len(boundaries)))
         for block, _ in _blocks(lengths):
             stream.write(block.astype("<i4").tobytes())
@@ -118,7 +123,7 @@ def check_indexed(prefix: Path) -> IndexedTokens:
     Raises:
         UserError: naming the file and what is wrong with it.
     """
-    idx, bin_ = prefix.with_suffix(".idx"), prefix.with_suffix(".bin")
+    idx, bin_ = with_ending(prefix, ".idx"), with_ending(prefix, ".bin")
     try:
         bin_size, idx_size = bin_.stat().st_size, idx.stat().st_size
         content = np.memmap(idx, np.uint8, "r") if idx_size else np.empty(0, np.uint8)

@@ -59,6 +59,7 @@ class Tokenizer:
         crossing = re.compile("[^\u2581]\u2581|[^\\n]\\n|\\n[^\\n]")
         return (
             trainer.model_type == trainer.BPE
+            and trainer.byte_fallback  # else unknown characters in a row become one token, across words
             and leaves_text
             and not trainer.treat_whitespace_as_suffix
             and not any(piece.type == piece.USER_DEFINED or crossing.search(piece.piece) for piece in model.pieces)

@@ -72,12 +72,15 @@ def _begin(name: str, arguments: list[str]) -> None:
     parser = _parser(name, "Checks configuration, layout and data, notes the start and prints the run's directory.")
     parser.add_argument("--ranks", type=int, required=True, help="of all nodes")
     parser.add_argument("--node", type=int, default=0, help="number of this one")
+    parser.add_argument(
+        "--patience", type=float, default=5.0, metavar="S", help="for another job in the directory to end"
+    )
     parser.add_argument("--merged", type=Path, help="file for the merged configuration")
     given = parser.parse_intermixed_args(arguments)
     config = _load(given)
     from dynmoe.launch.starts import begin
 
-    directory = begin(config, given.ranks, given.node)
+    directory = begin(config, given.ranks, given.node, given.patience)
     if given.merged is not None:
         given.merged.write_text(config.to_yaml())
     print(directory.path)

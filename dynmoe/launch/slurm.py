@@ -40,11 +40,26 @@ class Resources:
             raise UserError(f"--nodes {self.nodes}, {self.ranks} ranks each: use at least 1 of both")
         if not _TIME.fullmatch(self.time):
             raise UserError(f"--time {self.time}: is not Slurm's notation; write it like 24:00:00 or 2-12:00:00")
+        if self.grace_s >= _seconds(self.time):
+            raise UserError(f"--grace {self.grace_s}: is no less than --time {self.time}; the job would end at once")
         if not 0 < self.grace_s < 65536:
             raise UserError(f"--grace {self.grace_s}: Slurm takes 1 to 65535 seconds")
         for name, value in self.options.items():
             if not _NAME.fullmatch(value):
                 raise UserError(f"--{name} {value!r}: cannot stand in a job script; use letters, digits and -_.:,=")
+
+
+def _seconds(time: str) -> int:
+    """Slurm's notation: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, (*parts, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def job_script(config: Config, path: str, overrides: Sequence[str], resources: Resources) -> str:
@@ -70,7 +85,8 @@ def job_script(config: Config, path: str, overrides: Sequence[str], resources: R
     }
     whole = ["#SBATCH --exclusive", *([] if "mem" in resources.options else ["#SBATCH --mem=0"])]
     header = "\n".join([*(f"#SBATCH --{name}={value}" for name, value in lines.items()), *whole])
-    arguments = " ".join(shlex.quote(argument) for argument in (path, *overrides))
+    # The job runs in the project's directory, whatever the one is in which this script is written.
+    arguments = " ".join(shlex.quote(argument) for argument in (str(Path(path).resolve()), *overrides))
     return f"""#!/usr/bin/env bash
 # {config.run.name}: {resources.nodes * resources.ranks} ranks. Written by python -m dynmoe.launch slurm.
 {header}

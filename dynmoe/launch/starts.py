@@ -6,7 +6,6 @@ Every launcher asks the same two questions here, so that torchrun, DeepSpeed and
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import time
@@ -15,10 +14,9 @@ from typing import Any
 
 from dynmoe.config import Config
 from dynmoe.data.corpus import open_corpora
-from dynmoe.errors import UserError
-from dynmoe.launched import FAILURES, read_failures, record_failure
+from dynmoe.launched import read_failures
 from dynmoe.train.checkpoint import newest_complete
-from dynmoe.train.run_directory import RunDirectory
+from dynmoe.train.run_directory import PATIENCE_S, RunDirectory
 
 # Exit statuses of ``after``, for shell scripts; torchrun and others hide those of the ranks.
 FINISHED, FAILED_BY_USER, NO_PROGRESS, TOLD_TO_END, FAILED = 0, 2, 3, 75, 76
@@ -32,7 +30,7 @@ class Verdict:
     reason: str
 
 
-def begin(config: Config, ranks: int, node: int) -> RunDirectory:
+def begin(config: Config, ranks: int, node: int, patience_s: float = PATIENCE_S) -> RunDirectory:
     """Checks what can be checked without a rank, and opens the run directory for a start.
 
     Each node takes note of the start; the first one forgets how the last one ended.
@@ -41,6 +39,7 @@ def begin(config: Config, ranks: int, node: int) -> RunDirectory:
         config: of the run.
         ranks: of all nodes.
         node: number of this node.
+        patience_s: how long another job in the directory is waited for.
 
     Raises:
         UserError: parallel sizes or batches that do not fit the ranks, a missing or damaged corpus, a directory that
@@ -48,19 +47,13 @@ def begin(config: Config, ranks: int, node: int) -> RunDirectory:
     """
     directory = RunDirectory(config.run.path)
     if node == 0:
-        directory.claim()
+        directory.claim(patience_s)
         shutil.rmtree(directory.failures, ignore_errors=True)
         directory.outcome.unlink(missing_ok=True)
     directory.logs.mkdir(parents=True, exist_ok=True)
     try:
         config.check_world(ranks)
         open_corpora(config.data.dirs, config.data.sequence_length)
-    except UserError as error:
-        # For the job script, which learns no more than that this start failed.
-        os.environ[FAILURES] = str(directory.failures)
-        record_failure(str(error), by_user=True)
-        raise
-    else:
         _note(directory, ranks, node)
     finally:
         directory.release()  # to the ranks

@@ -95,7 +95,7 @@ def estimate(layout: Layout, experts_per_token: float, hardware: Hardware) -> Sp
 def _spread(layout: Layout, size: int, stride: int) -> tuple[int, int]:
     """Members of a group on one node, and nodes that it spans; ranks of the group are ``stride`` apart."""
     here = min(size, max(1, layout.ranks_per_node // stride))
-    return here, size // here
+    return here, -(-size // here)
 
 
 def _ring(layout: Layout, bytes_: float, size: int, stride: int) -> Traffic:
@@ -154,5 +154,5 @@ def _pipeline(layout: Layout) -> Traffic:
         return Traffic()
     crossings = 2 * layout.accumulation * parallel.virtual_pipeline
     sent = layout.tokens * layout.config.model.hidden * layout.element * crossings
-    stride = layout.world_size // parallel.pipeline
-    return Traffic(sent, 0.0) if stride < layout.ranks_per_node else Traffic(0.0, sent)
+    # Ranks of a stage are neighbours: on one node as long as the whole pipeline is.
+    return Traffic(sent, 0.0) if layout.nodes == 1 else Traffic(0.0, sent)

@@ -14,11 +14,11 @@ from dynmoe.errors import UserError
 from dynmoe.train.checkpoint import write_atomically
 
 # A predecessor on another host may still be ending.
-_PATIENCE_S = 5.0
+PATIENCE_S = 5.0
 
 
-def _lock(file: TextIO) -> None:
-    deadline = time.monotonic() + _PATIENCE_S
+def _lock(file: TextIO, patience_s: float) -> None:
+    deadline = time.monotonic() + patience_s
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,8 +55,8 @@ class RunDirectory:
         """Where node ``node`` takes note of its starts: each in a file of its own, which nobody else writes."""
         return self.logs / f"starts_node_{node}.jsonl"
 
-    def claim(self) -> None:
-        """Makes the directory and holds it for this process until it ends.
+    def claim(self, patience_s: float = PATIENCE_S) -> None:
+        """Makes the directory and holds it for this process until it ends; waits ``patience_s`` for another to end.
 
         Megatron's index files are removed: one that a kill cut short would be trusted, and they are soon made again.
 
@@ -66,7 +66,7 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
-            _lock(self._lock)
+            _lock(self._lock, patience_s)
         except BlockingIOError:
             raise UserError(f"run.name: another job trains in {self.path}; wait for it or use another name") from None
         except OSError as error:

@@ -81,7 +81,11 @@ class SlurmCluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._run(["scancel", "--state=PENDING,RUNNING", "--user=root"], check=False)
+        for state in ("PENDING", "RUNNING"):
+            self._run(["scancel", f"--state={state}", "--user=root"], check=False)
+        deadline = time.monotonic() + 60
+        while self._run(["squeue", "-h"], check=False).strip() and time.monotonic() < deadline:
+            time.sleep(0.5)
         for name in ("slurmd.n1.pid", "slurmd.n2.pid", "slurmctld.pid", "munge/pid"):
             file = self._folder / name
             if file.exists():

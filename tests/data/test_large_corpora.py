@@ -30,6 +30,7 @@ from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
 from tests.data.test_data_prep import contents, read_all, recipe, run
 from tests.texts import make_text, write_texts
+from tests.train.cases import is_running
 
 TEXTS = [make_text(number) for number in range(120)]
 
@@ -170,6 +171,7 @@ def test_word_by_word_gives_the_tokens_of_sentencepiece(corpus_dir, text):
     "options",
     [
         {"model_type": "unigram"},
+        {"byte_fallback": False},
         {"add_dummy_prefix": True},
         {"normalization_rule_name": "nmt_nfkc"},
         {"split_by_whitespace": False},
@@ -220,7 +222,7 @@ def test_a_killed_build_goes_on_and_gives_the_same_bytes(tmp_path):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    while any(Path(f"/proc/{child}/stat").exists() for child in children):
+    while any(is_running(int(child)) for child in children):
         assert time.monotonic() < deadline, "workers outlived the build"
         time.sleep(0.02)
     there = finished_parts(tmp_path / "killed")
@@ -283,13 +285,13 @@ def write_as_megatron_does(prefix: Path, tokenizer: Tokenizer, texts: list[str])
 
 def test_files_of_megatrons_tool_are_taken_unchanged(tmp_path, corpus_dir):
     tokenizer = Tokenizer(corpus_dir / "tokenizer.model")
-    for name, texts in (("my_text_document", TEXTS[:100]), ("other_text_document", TEXTS[100:])):
+    for name, texts in (("my.en_text_document", TEXTS[:100]), ("other_text_document", TEXTS[100:])):
         write_as_megatron_does(tmp_path / name, tokenizer, texts)
-    model, prefix = str(corpus_dir / "tokenizer.model"), str(tmp_path / "my_text_document")
+    model, prefix = str(corpus_dir / "tokenizer.model"), str(tmp_path / "my.en_text_document")
     done = run("adopt", prefix, "--validation", str(tmp_path / "other_text_document"), "--tokenizer", model,
                "--out", str(tmp_path / "two"))  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for split, name in (("train", "my_text_document"), ("validation", "other_text_document")):
+    for split, name in (("train", "my.en_text_document"), ("validation", "other_text_document")):
         for suffix in (".bin", ".idx"):
             assert (tmp_path / "two" / f"{split}{suffix}").read_bytes() == (tmp_path / f"{name}{suffix}").read_bytes()
     assert run("adopt", prefix, "--tokenizer", model, "--out", str(tmp_path / "one")).returncode == 0

@@ -21,7 +21,6 @@ from dynmoe.launch.slurm import Resources, job_script
 from dynmoe.launch.starts import FAILED, FAILED_BY_USER, FINISHED, NO_PROGRESS, TOLD_TO_END, after, begin
 from dynmoe.launched import (
     FAILURES,
-    Ending,
     address_towards,
     choose_interface,
     failure_to_repeat,
@@ -42,7 +41,7 @@ def rank(monkeypatch, tmp_path):
     """Sets what a launcher tells a rank."""
 
     def set_rank(number: int, attempt: int = 0) -> Path:
-        environment = {"RANK": number, "WORLD_SIZE": 4, "TORCHELASTIC_RESTART_COUNT": attempt, FAILURES: tmp_path / "f"}
+        environment = {"RANK": number, "WORLD_SIZE": 4, "MASTER_PORT": 1000 + attempt, FAILURES: tmp_path / "f"}
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
         return tmp_path / "f"
@@ -79,24 +78,21 @@ def test_a_start_is_noted_and_the_end_of_the_last_one_forgotten(config):
         (2, "data.dirs=[nowhere]", "nowhere holds no prepared corpus"),
     ],
 )
-def test_what_cannot_run_is_refused_and_left_for_the_job_script(
-    corpus_dir, tmp_path, ranks, field, problem, monkeypatch
-):
-    monkeypatch.setenv(FAILURES, "")  # begin sets it, and monkeypatch puts it back
+def test_what_cannot_run_is_refused_before_a_start_is_noted(corpus_dir, tmp_path, ranks, field, problem):
     config = load_config(None, [*tiny(corpus_dir, tmp_path / "runs"), field])
     with pytest.raises(UserError, match=problem):
         begin(config, ranks, 0)
-    assert after(RunDirectory(config.run.path), 3).status == FAILED_BY_USER
+    assert not RunDirectory(config.run.path).starts(0).exists()
+    begin(load_config(None, tiny(corpus_dir, tmp_path / "runs")), 2, 0)  # and the directory is free again
 
 
-def test_a_running_job_is_left_alone(config, monkeypatch):
-    monkeypatch.setattr("dynmoe.train.run_directory._PATIENCE_S", 0.2)
+def test_a_running_job_is_left_alone(config):
     directory = begin(config, 2, 0)
     running = RunDirectory(directory.path)
     running.claim()
     running.write_outcome("preempted", 3)
     with pytest.raises(UserError, match="another job trains in"):
-        begin(config, 2, 0)
+        begin(config, 2, 0, patience_s=0.2)
     assert running.outcome.exists()
     assert len(read_rows(running.starts(0))) == 1
 
@@ -132,6 +128,15 @@ def test_the_verdict_follows_from_what_a_start_left(config):
     assert after(directory, 1) == starts.Verdict(FINISHED, "finished at step 40")
 
 
+def test_what_the_user_must_mend_ends_the_launch(config, rank, monkeypatch):
+    directory = begin(config, 2, 0)
+    rank(1)
+    monkeypatch.setenv(FAILURES, str(directory.failures))
+    record_failure("data.dirs: gone", by_user=True)
+    assert after(directory, 3).status == FAILED_BY_USER
+    assert starts.describe_failures(directory).splitlines()[-1] == "error: data.dirs: gone"
+
+
 def test_the_first_failure_is_told_and_who_left_none(config, rank, monkeypatch):
     directory = begin(config, 2, 0)
     for number, text in ((2, "Traceback\nOSError: disk"), (0, "Traceback\nConnection closed by peer")):
@@ -158,8 +163,8 @@ def test_a_rank_does_not_repeat_what_the_user_must_mend(rank, capsys):
     with pytest.raises(SystemExit):
         run_tool(lambda: (_ for _ in ()).throw(UserError("p=7: too large; use less")))
     assert [(failure["rank"], failure["by_user"]) for failure in read_failures(directory)] == [(1, True)]
-    assert failure_to_repeat() is None
     rank(0, attempt=1)
+    assert failure_to_repeat() == "p=7: too large; use less"
     with pytest.raises(SystemExit) as ended:
         run_tool(lambda: pytest.fail("started again"))
     assert ended.value.code == 2
@@ -195,7 +200,6 @@ def test_signals_are_noted_and_the_second_interrupt_ends(number):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout == "noted\n"
     assert "KeyboardInterrupt" in done.stderr
-    assert Ending.__doc__
 
 
 def test_the_interface_is_the_one_that_reaches_the_first_rank(monkeypatch):
@@ -228,7 +232,7 @@ def test_a_job_script_asks_for_what_was_named_and_quotes_names(tmp_path):
                  "--account=team-1", "--requeue", "--ntasks-per-node=1"):  # fmt: skip
         assert f"#SBATCH {line}\n" in text
     (call,) = [line for line in text.splitlines() if line.startswith("set -- ")]
-    assert shlex.split(call)[2:] == ["my configs/it's.yaml", "run.dir=/a b/$HOME"]
+    assert shlex.split(call)[2:] == [str(Path("my configs/it's.yaml").resolve()), "run.dir=/a b/$HOME"]
     path = tmp_path / "job.sbatch"
     path.write_text(text)
     assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
@@ -241,6 +245,8 @@ def test_a_job_script_asks_for_what_was_named_and_quotes_names(tmp_path):
         ({"nodes": 0}, "--nodes 0, 8 ranks each: use at least 1"),
         ({"time": "a day"}, "--time a day: is not Slurm's notation"),
         ({"grace_s": 0}, "--grace 0: Slurm takes"),
+        ({"time": "5"}, "--grace 300: is no less than --time 5"),
+        ({"time": "0-00:05"}, "--grace 300: is no less than"),
         ({"options": {"partition": "a b"}}, "--partition 'a b': cannot stand in a job script"),
     ],
 )

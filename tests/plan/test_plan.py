@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from dynmoe.config import load_config
-from dynmoe.errors import UserError
 from dynmoe.model import Decoder
 from dynmoe.plan.layout import Layout
 from dynmoe.plan.memory import memory_per_rank, ranks_per_token
@@ -154,9 +153,23 @@ def test_the_command_tells_what_a_queue_would_find_out_later():
     assert "--efficiency 0.0: use a number above 0" in run("configs/one_node.yaml", "--efficiency", "0").stderr
 
 
-def test_a_plan_needs_whole_nodes():
-    with pytest.raises(UserError, match=r"train\.global_batch"):
-        load_config(ROOT / "configs" / "one_node.yaml").check_world(24)
+def test_groups_of_odd_sizes_cross_nodes_too():
+    own = layout(12, "parallel.expert=4", "train.global_batch=12", "model.moe.experts=8", nodes=2)
+    assert estimate(own, 2.0, Hardware()).traffic["gradients and weights"].between > 0
+
+
+def test_a_pipeline_keeps_what_is_under_way():
+    fields = ["engine=megatron", "train.recompute=full", "train.global_batch=32", "train.micro_batch=4"]
+    one, four = (
+        memory_per_rank(layout(4, *fields, f"parallel.pipeline={stages}"), 2.0, "cpu").activations for stages in (1, 4)
+    )
+    tokens = 4 * 256
+    # The first stage: its layer's input for four passes, and one layer that is computed again; the others' and the
+    # head's are the last stage's.
+    assert four < one + 4 * tokens * 512 * 4
+    interleaved = layout(4, *fields[:1], *fields[2:], "parallel.pipeline=2", "parallel.virtual_pipeline=2")
+    plain = layout(4, *fields[:1], *fields[2:], "parallel.pipeline=2")
+    assert memory_per_rank(interleaved, 2.0).activations > memory_per_rank(plain, 2.0).activations
 
 
 _PLAIN = str.maketrans(dict.fromkeys("[]' "))
