@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import verdict
-from data_prep.build import Recipe, train_tokenizer
 from data_prep.encode import WordEncoder, encode_unit
+from data_prep.recipe import Recipe
 from data_prep.sources import STDLIB, RefusedError, list_units, read_unit, text_of
+from data_prep.vocabulary import train_tokenizer
 from dynmoe.data.tokenizer import Tokenizer
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.adopt import adopt
-from data_prep.build import Nodes, Recipe, build, is_current
-from data_prep.sources import HUB, STDLIB
+from data_prep.build import build, is_current
+from data_prep.recipe import Nodes, Recipe
+from data_prep.sources import STDLIB
+from data_prep.tables import HUB
 from dynmoe.cli import run_tool
 from dynmoe.data.corpus import MANIFEST, Corpus
 from dynmoe.errors import UserError

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
-import io
 import json
 import math
 import secrets
@@ -13,18 +11,19 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 from rich.console import Console
 from rich.progress import Progress
 
 from data_prep.encode import encode_all, hash_all, read_facts
 from data_prep.merge import Merged, merge
-from data_prep.sources import RefusedError, Unit, fingerprint, list_units, read_unit, stamp, text_of
+from data_prep.recipe import Nodes, Recipe, recipe_digest
+from data_prep.sources import fingerprint, list_units, stamp
+from data_prep.units import Unit
+from data_prep.vocabulary import train_tokenizer
 from dynmoe.data.corpus import FORMAT, MANIFEST, SPLITS, TOKENIZER, Corpus, sha256_of
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
@@ -32,97 +31,7 @@ from dynmoe.errors import UserError
 _RECIPE = "recipe.json"
 _PARTS = "parts"
 _TOLD_EVERY_S = 30.0
-_LONGEST_LINE = 1000  # characters; sentencepiece's limit is 4192 bytes
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the bytes of a corpus, besides the text itself."""
-
-    sources: list[str]
-    json_key: str = "text"
-    vocab_size: int = 4096
-    tokenizer: str | None = None
-    tokenizer_mb: int = 16
-    validation_fraction: float = 0.02
-    deduplicate: bool = True
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.validation_fraction < 1.0:
-            raise UserError(f"--validation-fraction {self.validation_fraction}: use a number between 0 and 1")
-        if self.vocab_size < 300:
-            raise UserError(f"--vocab-size {self.vocab_size}: use at least 300 (256 bytes and some pieces)")
-        if self.tokenizer_mb < 1:
-            raise UserError(f"--tokenizer-mb {self.tokenizer_mb}: use at least 1")
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """This node among those that prepare a corpus together, over one file system.
-
-    Attributes:
-        count: of all.
-        own: number of this one; node 0 trains the tokenizer and puts the parts together.
-    """
-
-    count: int = 1
-    own: int = 0
-
-    def __post_init__(self) -> None:
-        if self.count < 1 or not 0 <= self.own < self.count:
-            raise UserError(f"--node {self.own}: with --nodes {self.count}, use 0 to {max(self.count, 1) - 1}")
-
-
-def train_tokenizer(recipe: Recipe, units: Sequence[Unit]) -> bytes:
-    """A BPE model with byte fallback; the bytes of a .model file.
-
-    It gives every text back unchanged, but for U+2581, the character that stands for a space in its pieces.
-
-    Raises:
-        UserError: too little text for the vocabulary.
-    """
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(recipe, units),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=recipe.vocab_size,
-            byte_fallback=True,
-            character_coverage=0.9999,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            num_threads=1,  # the order of threads must not decide the vocabulary
-            minloglevel=2,
-        )
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"--vocab-size {recipe.vocab_size}: no tokenizer ({reason}); use less or more text") from None
-    return model.getvalue()
-
-
-def _lines(recipe: Recipe, units: Sequence[Unit]) -> Iterator[str]:
-    """Lines of ``tokenizer_mb`` megabytes of text: the beginning of every unit, as much of each."""
-    share = recipe.tokenizer_mb * 1_000_000 // len(units)
-    for unit in units:
-        budget = share
-        for document in read_unit(unit, recipe.json_key):
-            if budget <= 0:
-                break
-            try:
-                text = text_of(document)
-            except RefusedError:
-                continue
-            yield from (part for line in text.split("\n") for part in _parts(line))
-            budget -= len(document.content)
-
-
-def _parts(line: str) -> Iterator[str]:
-    """A line in pieces that sentencepiece does not skip for their length; nothing of an empty one."""
-    yield from (line[start : start + _LONGEST_LINE] for start in range(0, len(line), _LONGEST_LINE))
+_CLOCKS_DIFFER_S = 10.0
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
@@ -141,9 +50,26 @@ def build(recipe: Recipe, out: Path, workers: int, nodes: Nodes | None = None) -
         UserError: unusable text or options, or this build is under way already.
     """
     nodes = nodes or Nodes()
+    started = time.time()
+    try:
+        return _build(recipe, out, workers, nodes)
+    except FileNotFoundError:
+        # Node 0 found every part there, of an earlier build, and has finished before this one looked.
+        if nodes.own and _written_since(out, started):
+            return None
+        raise
+
+
+def _written_since(out: Path, moment: float) -> bool:
+    """Whether the corpus was written after a moment of this host's clock, from which the file system's may differ."""
+    manifest = out / MANIFEST
+    return manifest.exists() and manifest.stat().st_mtime > moment - _CLOCKS_DIFFER_S
+
+
+def _build(recipe: Recipe, out: Path, workers: int, nodes: Nodes) -> dict[str, Any] | None:
     units = list_units(recipe.sources)
     building = out.with_name(f"{out.name}.building")
-    _enter(building, recipe_digest(recipe) + stamp(units), nodes)
+    _enter(building, recipe_digest(recipe) + stamp(units), nodes, out)
     with _claim(building / f"node_{nodes.own}.lock"):
         _provide_tokenizer(recipe, units, building, nodes)
         parts = [building / _PARTS / f"{number:08d}.npz" for number in range(len(units))]
@@ -171,15 +97,19 @@ def build(recipe: Recipe, out: Path, workers: int, nodes: Nodes | None = None) -
     return manifest
 
 
-def _enter(building: Path, build_id: str, nodes: Nodes) -> None:
+def _enter(building: Path, build_id: str, nodes: Nodes, out: Path) -> None:
     """Makes the directory of the build, or finds the one that an interrupted build of the same kind left."""
     recipe = building / _RECIPE
     if nodes.own:
-        # A build that node 0 is about to remove may lie there.
-        _wait_until(
-            lambda: recipe.exists() and recipe.read_text() == build_id,
-            lambda: f"node 0 to build from this text with these options in {building}",
-        )
+        started = time.time()
+
+        def is_this_build() -> bool:
+            # A build that node 0 is about to remove may lie there; or it was complete, and all is done.
+            if not recipe.exists() and _written_since(out, started):
+                raise FileNotFoundError(recipe)
+            return recipe.exists() and recipe.read_text() == build_id
+
+        _wait_until(is_this_build, lambda: f"node 0 to build from this text with these options in {building}")
         return
     if recipe.exists() and recipe.read_text() == build_id:
         done = len(list((building / _PARTS).glob("[0-9]*.npz")))
@@ -221,7 +151,13 @@ def _wait_until(condition: Callable[[], bool], what: Callable[[], str]) -> None:
 def _provide_tokenizer(recipe: Recipe, units: Sequence[Unit], building: Path, nodes: Nodes) -> None:
     path = building / TOKENIZER
     if nodes.own:
-        _wait_until(path.exists, lambda: f"the tokenizer of node 0 in {building}")
+
+        def is_there() -> bool:
+            if not building.exists():
+                raise FileNotFoundError(building)
+            return path.exists()
+
+        _wait_until(is_there, lambda: f"the tokenizer of node 0 in {building}")
     elif not path.exists():
         given = recipe.tokenizer
         _write(path, train_tokenizer(recipe, units) if given is None else Tokenizer(given).content)
@@ -287,14 +223,6 @@ def figures(occurrences: np.ndarray) -> dict[str, float]:
     """What knowing nothing but token frequencies costs, given how often each token occurs."""
     entropy = unigram_entropy(occurrences)
     return {"unigram_entropy_nats": round(entropy, 6), "unigram_perplexity": round(math.exp(entropy), 3)}
-
-
-def recipe_digest(recipe: Recipe) -> str:
-    """SHA-256 of the options; an existing tokenizer counts by its content."""
-    facts = dataclasses.asdict(recipe) | {"sources": [Path(source).name for source in recipe.sources]}
-    if recipe.tokenizer is not None:
-        facts["tokenizer"] = Tokenizer(recipe.tokenizer).sha256
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def is_current(recipe: Recipe, out: Path, workers: int = 1) -> bool:

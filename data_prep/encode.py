@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.sources import ContentHash, RefusedError, Unit, read_unit, text_of
+from data_prep.sources import ContentHash, RefusedError, read_unit, text_of
+from data_prep.units import Unit
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
 from dynmoe.launched import end_with_parent

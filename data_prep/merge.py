@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.encode import Part, read_facts
-from data_prep.sources import Unit
+from data_prep.units import Unit
 from dynmoe.data.corpus import SPLITS
 from dynmoe.data.indexed import token_type, write_index
 

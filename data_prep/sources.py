@@ -12,14 +12,15 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import zstandard
 
-from dynmoe.errors import UserError, first_line
+from data_prep.tables import HUB, hub_units, read_hub, read_rows, row_groups
+from data_prep.units import RawDocument, Unit
+from dynmoe.errors import UserError
 
 STDLIB = "stdlib"
-HUB = "hf:"
 _PACKED = (".jsonl.gz", ".jsonl.zst")
 # Not part of the library's own text: tests, installed packages, compiled files.
 _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -29,43 +30,10 @@ _CURE = "name text files, folders, .jsonl or .parquet files, hf:DATASET or 'stdl
 
 
 @dataclass(frozen=True)
-class RawDocument:
-    """Bytes of one document; ``json_key`` names the field that holds the text of a JSONL line."""
-
-    content: bytes
-    json_key: str | None = None
-
-
-@dataclass(frozen=True)
 class RefusedError(Exception):
     """Why a raw document has no text: ``not_utf8``, ``empty``, ``bad_json`` or ``missing_key``."""
 
     reason: str
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A share of the input that one worker prepares: the same whatever the number of workers and nodes.
-
-    Attributes:
-        kind: ``files`` (a document each), ``lines`` of a .jsonl file (those that begin at bytes ``start`` to ``stop``),
-            ``packed`` (a compressed one, whole), ``rows`` (row groups of a .parquet file) or ``hub`` (a shard of a
-            dataset).
-        names: of the files, relative to their source: the same text has the same names wherever it lies.
-        paths: of the files.
-        stamps: size and time of change of each file, by which a change in the middle of a build is found.
-    """
-
-    kind: str
-    names: tuple[str, ...]
-    paths: tuple[str, ...]
-    stamps: tuple[tuple[int, int], ...] = ()
-    start: int = 0
-    stop: int = 0
-
-    def document_name(self, number: int, before: int) -> str:
-        """What document ``number`` of this unit is called, with ``before`` documents of the same file before it."""
-        return self.names[number] if self.kind == "files" else f"{self.names[0]}:{before + number + 1}"
 
 
 def text_of(document: RawDocument) -> str:
@@ -117,7 +85,7 @@ def list_units(sources: Sequence[str]) -> list[Unit]:
     return [
         unit
         for source in sources
-        for unit in (_hub_units(source) if source.startswith(HUB) else _units_of_files(found[source], size))
+        for unit in (hub_units(source) if source.startswith(HUB) else _units_of_files(found[source], size))
     ]
 
 
@@ -144,7 +112,7 @@ def _units_of_files(files: list[tuple[str, Path, os.stat_result]], size: int) ->
             starts = range(0, max(facts.st_size, 1), size)
             units += [Unit("lines", *alone, start, start + size) for start in starts]
         elif path.suffix == ".parquet":
-            units += [Unit("rows", *alone, first, last) for first, last in _row_groups(path, size)]
+            units += [Unit("rows", *alone, first, last) for first, last in row_groups(path, size)]
         else:
             units.append(Unit("packed", *alone))
     close()
@@ -248,77 +216,7 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
         yield rest
 
 
-def _open_parquet(path: str | Path) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"source {path}: cannot be read ({first_line(error)}); mend or remove it") from None
-
-
-def _row_groups(path: Path, size: int) -> Iterator[tuple[int, int]]:
-    """Ranges of row groups, each of about ``size`` bytes of columns."""
-    metadata = _open_parquet(path).metadata
-    first = gathered = 0
-    for group in range(metadata.num_row_groups):
-        gathered += metadata.row_group(group).total_byte_size
-        if gathered >= size or group == metadata.num_row_groups - 1:
-            yield first, group + 1
-            first, gathered = group + 1, 0
-
-
-def _read_rows(unit: Unit, json_key: str) -> Iterator[RawDocument]:
-    import pyarrow
-
-    stored = _open_parquet(unit.paths[0])
-    if json_key not in stored.schema_arrow.names:
-        columns = ", ".join(stored.schema_arrow.names)
-        raise UserError(f"--json-key {json_key}: {unit.paths[0]} has the columns {columns}; name the one with text")
-    try:
-        groups = range(unit.start, unit.stop)
-        for batch in stored.iter_batches(batch_size=256, row_groups=groups, columns=[json_key]):
-            for value in batch.column(0).to_pylist():
-                yield _document_of(value)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"source {unit.paths[0]}: cannot be read ({first_line(error)}); mend or remove it") from None
-
-
-def _document_of(value: object) -> RawDocument:
-    """A document whose text is at hand; what is no text is refused as a line without its key would be."""
-    return RawDocument(value.encode("utf-8", "surrogatepass")) if isinstance(value, str) else RawDocument(b"{}", "text")
-
-
-def _open_hub(source: str) -> Any:
-    """A streamed dataset: hf:NAME, hf:NAME:CONFIGURATION or hf:NAME:CONFIGURATION:SPLIT (train)."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"source {source}: needs the package datasets; pip install 'dynmoe[hub]'") from None
-    name, configuration, split = (*source.removeprefix(HUB).split(":"), "", "")[:3]
-    try:
-        return datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
-    except Exception as error:
-        cure = "check its name, configuration and split (hf:NAME:CONFIGURATION:SPLIT) and the network"
-        raise UserError(f"source {source}: cannot be opened ({first_line(error)}); {cure}") from None
-
-
-def _hub_units(source: str) -> list[Unit]:
-    shards = _open_hub(source).num_shards
-    return [Unit("hub", (f"{source}#{number}",), (source,), start=number, stop=shards) for number in range(shards)]
-
-
-def _read_hub(unit: Unit, json_key: str) -> Iterator[RawDocument]:
-    shard = _open_hub(unit.paths[0]).shard(num_shards=unit.stop, index=unit.start)
-    try:
-        for row in shard:
-            yield _document_of(row.get(json_key))
-    except Exception as error:
-        raise UserError(f"source {unit.paths[0]}: cannot be read ({first_line(error)}); start again") from None
-
-
-_READERS = {"files": _read_files, "lines": _read_lines, "packed": _read_packed, "rows": _read_rows, "hub": _read_hub}
+_READERS = {"files": _read_files, "lines": _read_lines, "packed": _read_packed, "rows": read_rows, "hub": read_hub}
 
 
 def fingerprint(units: Sequence[Unit], digests: Iterable[str]) -> str:

@@ -65,7 +65,8 @@ def four_ranks() -> Iterator[WorkerPool]:
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small corpus of made-up text, prepared by data_prep."""
-    from data_prep.build import Recipe, build
+    from data_prep.build import build
+    from data_prep.recipe import Recipe
     from tests.texts import write_texts
 
     root = tmp_path_factory.mktemp("corpus")

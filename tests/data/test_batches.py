@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep.build import Recipe, build
+from data_prep.build import build
+from data_prep.recipe import Recipe
 from dynmoe.data.batches import PretrainingData
 from dynmoe.data.corpus import open_corpora
 from dynmoe.errors import UserError

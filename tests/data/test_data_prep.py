@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from data_prep.build import Recipe, build, is_current
-from data_prep.sources import STDLIB, RawDocument, RefusedError, list_units, read_unit, text_of
+from data_prep.build import build, is_current
+from data_prep.recipe import Recipe
+from data_prep.sources import STDLIB, RefusedError, list_units, read_unit, text_of
+from data_prep.units import RawDocument
 from dynmoe.data.corpus import Corpus
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError

@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import sources
-from data_prep.build import Nodes, Recipe, build
+from data_prep.build import build
 from data_prep.encode import WordEncoder
 from data_prep.merge import find_copies
+from data_prep.recipe import Nodes, Recipe
 from data_prep.sources import list_units, read_unit
 from dynmoe.data.batches import PretrainingData
 from dynmoe.data.corpus import Corpus, open_corpora
@@ -259,6 +260,19 @@ def test_nodes_share_the_work_and_give_the_same_bytes(tmp_path):
     assert contents(tmp_path / "one" / "out") == contents(tmp_path / "three" / "out")
     with pytest.raises(UserError, match="--node 3: with --nodes 3, use 0 to 2"):
         Nodes(3, 3)
+
+
+def test_a_node_that_comes_late_finds_all_done(tmp_path):
+    """Every part was there, and node 0 has put them together in the meantime."""
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    late = start(tmp_path, "--nodes", "2", "--node", "1")
+    time.sleep(2.0)
+    assert late.poll() is None, "it waits for node 0"
+    build(recipe(tmp_path / "a.jsonl"), tmp_path / "built", workers=1)
+    (tmp_path / "built").rename(tmp_path / "out")
+    output, _ = late.communicate(timeout=30)
+    assert late.returncode == 0, output
+    assert "node 1 has done its part" in output
 
 
 def test_an_index_has_the_bytes_of_megatrons_own_builder(tmp_path):
