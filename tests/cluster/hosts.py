@@ -12,6 +12,7 @@ from pathlib import Path
 
 _TOOLS = ("ip", "unshare", "nsenter", "sshd", "ssh", "ssh-keygen", "pdsh")
 _NETWORK = "10.87.0"
+_SSH = Path("~root/.ssh").expanduser()  # where sshd looks, whatever HOME says
 
 
 def why_no_hosts() -> str | None:
@@ -40,7 +41,7 @@ class Host:
             set -e
             hostname {self.name}
             mount -t tmpfs tmpfs /run && mkdir /run/sshd
-            mount --bind {self._folder}/ssh /root/.ssh
+            mount --bind {self._folder}/ssh {_SSH}
             mount --bind {self._folder}/hosts /etc/hosts
             $(command -v sshd) -f {self._folder}/sshd_config -E {self._folder}/sshd_{self.name}.log
             echo up
@@ -75,7 +76,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._made_ssh = not Path("/root/.ssh").exists()
+        self._made_ssh = not _SSH.exists()
         self.hosts = [Host(name, f"{_NETWORK}.{number}", folder) for number, name in enumerate(("alpha", "beta"), 1)]
 
     def __enter__(self) -> list[Host]:
@@ -90,7 +91,7 @@ class Cluster:
         )
         names = [f"{host.address} {host.name}" for host in self.hosts]
         (self._folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *names, ""]))
-        Path("/root/.ssh").mkdir(mode=0o700, exist_ok=True)
+        _SSH.mkdir(mode=0o700, exist_ok=True)
         spaces = [host._space for host in self.hosts]
         for space in spaces:
             subprocess.run(["ip", "netns", "add", space], check=True)
@@ -109,7 +110,7 @@ class Cluster:
             host.kill()
             subprocess.run(["ip", "netns", "delete", host._space], check=False)
         if self._made_ssh:
-            Path("/root/.ssh").rmdir()
+            _SSH.rmdir()
 
 
 def wait_until(condition: object, timeout_s: float, what: str) -> None:
