@@ -161,9 +161,9 @@ def hash_unit(task: tuple[Unit, str]) -> str:
 _encoder: tuple[WordEncoder, int]
 
 
-def _start_encoder(tokenizer_path: str) -> None:
+def _start_encoder(parent: int, tokenizer_path: str) -> None:
     global _encoder  # noqa: PLW0603  (one per worker process, set by the pool)
-    end_with_parent()
+    end_with_parent(parent)
     tokenizer = Tokenizer(tokenizer_path)
     _encoder = WordEncoder(tokenizer), tokenizer.eod
 
@@ -206,7 +206,8 @@ def _in_processes(
     """Results in the order of the tasks. A bounded number is under way: memory does not grow with the corpus."""
     pending: deque[Future[Done]] = deque()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, start, arguments) as pool:
+    # The parent is named: one that dies while a worker is still importing would not be noticed.
+    with ProcessPoolExecutor(workers, context, start, (os.getpid(), *arguments)) as pool:
         try:
             for task in tasks:
                 pending.append(pool.submit(work, task))

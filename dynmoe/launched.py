@@ -31,14 +31,13 @@ def end_with_launcher() -> None:
     before anything slow: what dies earlier goes unnoticed.
     """
     if "LOCAL_RANK" in os.environ:
-        end_with_parent()
+        end_with_parent(os.getppid())
 
 
-def end_with_parent() -> None:
-    """Lets the kernel end this process when the one that started it dies. Linux only; elsewhere it does nothing."""
+def end_with_parent(launcher: int) -> None:
+    """Lets the kernel end this process when ``launcher``, which started it, dies, or has died. Linux only."""
     if not sys.platform.startswith("linux"):
         return
-    launcher = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != launcher:  # it died before the kernel knew
         os.kill(os.getpid(), signal.SIGKILL)
