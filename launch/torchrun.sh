@@ -66,7 +66,7 @@ name_missing_nodes() {
 
 while :; do
     # A job script has begun the start for all nodes.
-    run=${RUN:-$("$PYTHON" -m dynmoe.launch begin --ranks $((NNODES * NPROC_PER_NODE)) --node "$NODE_RANK" "$@")}
+    run=${DYNMOE_RUN:-$("$PYTHON" -m dynmoe.launch begin --ranks $((NNODES * NPROC_PER_NODE)) --node "$NODE_RANK" "$@")}
     export DYNMOE_FAILURES=$run/logs/failures
     nodes=$run/logs/nodes
     mkdir -p "$nodes"

@@ -16,6 +16,9 @@ _USAGE = """%(prog)s slurm CONFIG --nodes N --gpus G --time T [key=value ...]   
        %(prog)s after CONFIG [key=value ...]                           why it ended, and what should follow
        %(prog)s address HOST                                           the address of this host that HOST sees"""
 
+# Taken over into the job script as they are.
+_SBATCH_OPTIONS = ("partition", "account", "qos", "constraint", "exclude", "mem")
+
 
 def main() -> None:
     name = sys.argv[0] if Path(sys.argv[0]).name != "__main__.py" else "python -m dynmoe.launch"
@@ -49,14 +52,13 @@ def _slurm(name: str, arguments: list[str]) -> None:
         "--grace", type=int, default=300, metavar="S", help="seconds before the limit at which the run saves and ends; "
         "more than its longest step, evaluation and checkpoint together (%(default)s)",
     )  # fmt: skip
-    for option in ("partition", "account", "qos", "constraint", "exclude", "mem"):
+    for option in _SBATCH_OPTIONS:
         parser.add_argument(f"--{option}", help=f"sbatch --{option}")
     parser.add_argument("--output", type=Path, help="the script (run.name.sbatch)")
     given = parser.parse_intermixed_args(arguments)
     from dynmoe.launch.slurm import Resources, job_script
 
-    wanted = ("partition", "account", "qos", "constraint", "exclude", "mem")
-    options = {option: value for option in wanted if (value := getattr(given, option)) is not None}
+    options = {option: value for option in _SBATCH_OPTIONS if (value := getattr(given, option)) is not None}
     resources = Resources(given.nodes, given.gpus, given.gpus or given.ranks, given.time, given.grace, options)
     config = _load(given)
     script = job_script(config, given.config, given.overrides, resources)

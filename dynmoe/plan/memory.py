@@ -121,15 +121,15 @@ def _activations(layout: Layout, stage: int, experts_per_token: float, device: s
     parallel, hidden = config.parallel, config.model.hidden
     layers, tokens = layout.layers(stage), layout.tokens
     if config.train.recompute == "full":
-        each, once = float(tokens * hidden * element * len(layers)), _recomputed(layout, stage, experts_per_token)
+        each = float(tokens * hidden * element * len(layers))
     else:
-        each, once = sum(_layer(layout, layer, experts_per_token) for layer in layers), 0.0
+        each = sum(_layer(layout, layer, experts_per_token) for layer in layers)
     # 1F1B: a stage has as many passes under way as there are stages from it on; interleaved ones have more (Megatron's
     # warm-up of 2 (p - s - 1) + (v - 1) p parts, and the one that is computed).
     under_way = float(parallel.pipeline - stage)
     if parallel.virtual_pipeline > 1:
         under_way = parallel.pipeline + (parallel.pipeline - 2 * stage - 1) / parallel.virtual_pipeline
-    kept = each * min(under_way, layout.accumulation) + once
+    kept = each * min(under_way, layout.accumulation) + _recomputed(layout, stage, experts_per_token)
     last_moe = [layer for layer in layers if config.model.is_moe_layer(layer)]
     transient = 0.0
     if last_moe:
