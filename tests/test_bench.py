@@ -19,8 +19,8 @@ from bench import end_to_end
 from bench.__main__ import main
 from bench.cases import DTYPES, Method, Shape, spread_plan
 from bench.layer import check
+from bench.processes import CPU
 from bench.timing import Passes, interleave, median_ratio, peak_bytes, saved_bytes
-from tests.train.cases import CPU
 
 
 def run_benchmark(folder: Path, *arguments: str) -> tuple[list[dict[str, Any]], str]:

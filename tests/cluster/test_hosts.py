@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.processes import CPU
 from tests.cluster.hosts import Cluster, Host, wait_until, why_no_hosts
-from tests.train.cases import CPU, curve, parameter_hashes, read_rows, tiny
+from tests.train.cases import curve, parameter_hashes, read_rows, tiny
 
 pytestmark = [
     pytest.mark.cluster,

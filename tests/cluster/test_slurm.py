@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.processes import CPU, ROOT
 from tests.cluster.hosts import wait_until
 from tests.cluster.slurm import SlurmCluster, why_no_slurm
-from tests.train.cases import CPU, ROOT, TrainingProcess, curve, parameter_hashes, read_rows, tiny
+from tests.train.cases import TrainingProcess, curve, parameter_hashes, read_rows, tiny
 
 pytestmark = [
     pytest.mark.cluster,

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.processes import is_running
 from data_prep import sources
 from data_prep.build import build
 from data_prep.encode import WordEncoder
@@ -31,7 +32,6 @@ from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
 from tests.data.test_data_prep import contents, read_all, recipe, run
 from tests.texts import make_text, write_texts
-from tests.train.cases import is_running
 
 TEXTS = [make_text(number) for number in range(120)]
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from bench.processes import CPU, ROOT
 from dynmoe.config.routing import RouterConfig
 from dynmoe.errors import UserError
 from dynmoe.moe.initialization import named_normal
-from tests.train.cases import CPU, ROOT
 
 KINDS = {
     "top_k": RouterConfig(kind="top_k", k=2, z_loss=1e-2),

@@ -8,9 +8,10 @@ import sys
 import pandas as pd
 import pytest
 
+from bench.processes import ROOT
 from tests.engines.cases import GLOBAL_BATCH, LENGTH, batch_of_step
 from tests.engines.routing_cases import train_and_keep
-from tests.train.cases import ROOT, read_rows
+from tests.train.cases import read_rows
 
 STEPS = 1  # from the same weights: later ones depend on the accumulation, by the balance over passes so far
 MEGATRON = "engine=megatron"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.processes import ROOT
 from dynmoe.cli import run_tool
 from dynmoe.config import load_config
 from dynmoe.errors import UserError
@@ -28,7 +29,7 @@ from dynmoe.launched import (
     record_failure,
 )
 from dynmoe.train.run_directory import RunDirectory
-from tests.train.cases import ROOT, read_rows, tiny
+from tests.train.cases import read_rows, tiny
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.processes import CPU, ROOT
 from dynmoe.config import load_config
 from dynmoe.model import Decoder
 from dynmoe.plan.layout import Layout
 from dynmoe.plan.memory import memory_per_rank, ranks_per_token
 from dynmoe.plan.search import alternatives, expected_experts, most_experts, plan
 from dynmoe.plan.speed import Hardware, estimate
-from tests.train.cases import CPU, ROOT
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "quickstart")
 _TINY = [

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-# What makes a process run on the CPU, whatever the machine has.
-CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+from bench.processes import Prepare, Training, WarmTraining
+
 TIMED = ("train/step_time_s", "train/tokens_per_s", "train/tflops_per_rank", "train/wall_clock_s", "memory/peak_gib")
 
 
@@ -34,54 +31,40 @@ def tiny(corpus: Path, runs: Path) -> list[str]:
     ]  # fmt: skip
 
 
-class TrainingProcess:
-    """``torchrun`` with two ranks on a tiny model; its ranks end with it."""
+class TrainingProcess(WarmTraining):
+    """A tiny run on two ranks; they end with their launcher.
 
-    def __init__(self, corpus: Path, runs: Path, *overrides: str, ranks: int = 2) -> None:
-        environment = os.environ | CPU | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        arguments = [*tiny(corpus, runs), *overrides]
-        self._output = (runs.parent / f"output-{time.monotonic_ns()}.txt").open("w+")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",
-             "--rdzv-endpoint", "127.0.0.1:0", "train.py", *arguments],
-            cwd=ROOT, env=environment, stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+    Args:
+        corpus: prepared.
+        runs: directory of run directories.
+        overrides: fields beside those of :func:`tiny`.
+        ranks: how many.
+        restarts: in place, of ranks that fail.
+        environment: variables to add.
+        prepare: called in every rank, with its number, before train.py.
+    """
 
-    def wait(self, timeout_s: float = 120.0) -> int:
-        try:
-            return self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self.kill_launcher()
-            raise AssertionError(f"did not end within {timeout_s} s: {self.output()}") from None
+    def __init__(
+        self, corpus: Path, runs: Path, *overrides: str, ranks: int = 2, restarts: int = 0,
+        environment: Mapping[str, str] | None = None, prepare: Prepare | None = None,
+    ) -> None:  # fmt: skip
+        output = runs.parent / f"output-{time.monotonic_ns()}.txt"
+        super().__init__([*tiny(corpus, runs), *overrides], ranks, restarts, output, environment or {}, prepare)
 
     def wait_for_row(self, metrics: Path, step: int, timeout_s: float = 120.0) -> None:
         """Returns when the row of ``step`` is written."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if any(row["train/step"] >= step for row in read_rows(metrics)):
-                return
-            assert self._process.poll() is None, self.output()
-            time.sleep(0.02)
-        raise TimeoutError(f"step {step} was not reached: {self.output()}")
+        wait_for_row(self, metrics, step, timeout_s)
 
-    def ranks(self) -> list[int]:
-        """Process ids of the training ranks."""
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text()
-        return [int(pid) for pid in children.split()]
 
-    def signal(self, number: int) -> None:
-        self._process.send_signal(number)
-
-    def kill_launcher(self) -> list[int]:
-        """SIGKILL to the launcher alone; returns its ranks, which the kernel should end."""
-        ranks = self.ranks()
-        self._process.kill()
-        self._process.wait()
-        return ranks
-
-    def output(self) -> str:
-        self._output.seek(0)
-        return self._output.read()
+def wait_for_row(training: Training, metrics: Path, step: int, timeout_s: float = 120.0) -> None:
+    """Returns when the row of ``step`` is written."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if any(row["train/step"] >= step for row in read_rows(metrics)):
+            return
+        assert training.poll() is None, training.output()
+        time.sleep(0.005)
+    raise TimeoutError(f"step {step} was not reached: {training.output()}")
 
 
 def evaluation_loss(run: Path, cache: Path) -> float:
@@ -100,14 +83,6 @@ def evaluation_loss(run: Path, cache: Path) -> float:
     with torch.no_grad():
         batches = [data.validation_batch(samples[start : start + 4]) for start in samples[::4]]
         return torch.stack([model.decoder(batch.tokens_BS, batch.labels_BS) for batch in batches]).mean().item()
-
-
-def is_running(pid: int) -> bool:
-    """Whether the process exists and is no zombie, which nobody may be there to reap."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def read_rows(metrics: Path) -> list[dict[str, Any]]:

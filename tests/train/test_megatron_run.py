@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.processes import ROOT
 from dynmoe.compact import compact
 from dynmoe.config import load_config
 from dynmoe.convert import convert
 from dynmoe.train.checkpoint import newest_sound
 from tests.engines.comparisons import read_plain
-from tests.train.cases import ROOT, TrainingProcess, curve, evaluation_loss, parameter_hashes, read_rows
+from tests.train.cases import TrainingProcess, curve, evaluation_loss, parameter_hashes, read_rows
 
 PIPELINE = ["engine=megatron", "parallel.expert=1", "parallel.pipeline=2"]
 STEPS = 12

@@ -12,7 +12,8 @@ import time
 import pandas as pd
 import pytest
 
-from tests.train.cases import TrainingProcess, curve, is_running, parameter_hashes, read_rows
+from bench.processes import is_running
+from tests.train.cases import TrainingProcess, curve, parameter_hashes, read_rows
 
 
 def test_a_run_leaves_what_it_promises(undisturbed):
