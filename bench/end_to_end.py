@@ -27,6 +27,7 @@ from bench.report import verdict
 from dynmoe.config import Config, load_config
 from dynmoe.data.batches import Batch
 from dynmoe.errors import UserError
+from dynmoe.train.engine import take_step
 
 # DeepSpeed's gate makes the gates of a token sum to 1, and so shall ours here: how fast a short run learns hangs on it.
 _HELD_TOP_P = ["model.router.kind=top_p", "model.router.renormalize=true", "budget.method=pi",
@@ -169,9 +170,9 @@ def _ours(config: Config, vocab_size: int) -> tuple[TrainStep, list[nn.Module]]:
     engine = make_engine(config, vocab_size)
 
     def step(batch: Batch, lr: float) -> tuple[float, float]:
-        engine.train_step([batch], lr, record=False)
+        gradients, _ = take_step(engine, [batch], lr)
         report = engine.report()
-        return report.lm_loss, statistics.mean(report.routed_rows.values()) / config.tokens_per_step
+        return gradients.lm_loss, statistics.mean(report.routed_rows.values()) / config.tokens_per_step
 
     return step, list(engine.layers)  # type: ignore[attr-defined]
 

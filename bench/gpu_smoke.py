@@ -16,6 +16,7 @@ from dynmoe.engines import make_engine
 from dynmoe.errors import UserError
 from dynmoe.model import ModelSize
 from dynmoe.ops.host_memory import keep_freed_memory
+from dynmoe.train.engine import take_step
 from dynmoe.train.metrics import peak_memory_gib
 
 _VOCAB = 32000
@@ -75,10 +76,10 @@ def _train(config: Config) -> dict[str, Any]:
     for step in range(config.train.steps):
         batches = _batches(config, step)
         start = time.perf_counter()
-        engine.train_step(batches, config.optimizer.lr, record=False)
+        gradients, _ = take_step(engine, batches, config.optimizer.lr)
         report = engine.report()  # waits for the device
         seconds = time.perf_counter() - start
-        losses.append(report.lm_loss)
+        losses.append(gradients.lm_loss)
         if step < config.train.steps // 10:
             continue
         rows = sum(report.routed_rows.values())

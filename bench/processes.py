@@ -119,7 +119,7 @@ class TorchrunTraining(Training):
                 [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--max-restarts",
                  str(restarts), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--monitor-interval", "0.1",
                  "train.py", *arguments],
-                cwd=ROOT, env=os.environ | CPU | restarting | {"PYTHONUNBUFFERED": "1"} | environment,
+                cwd=ROOT, env=os.environ | CPU | restarting | {"PYTHONUNBUFFERED": "1"} | dict(environment),
                 stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         super().__init__(self._process.pid, output)

@@ -82,7 +82,7 @@ def _measure(config: Config, views: dict[str, View | None], repeats: int) -> dic
         taken += 1
         if method != "off":
             vectors = torch.stack([layer.take_statistics() for layer in model.moe_layers]).cpu()
-            report = StepReport(0.0, 0.0, {}, 0, dict(zip(config.model.moe_layers, vectors, strict=True)))
+            report = StepReport({}, 0, dict(zip(config.model.moe_layers, vectors, strict=True)))
             row, drawn = moe_row(report, alone, taken), histograms(report, alone, taken)
             if (view := views[method]) is not None:
                 view.log({"train/step": taken, **row}, drawn)

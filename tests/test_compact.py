@@ -13,6 +13,7 @@ from dynmoe.__main__ import VERBS
 from dynmoe.compact import compact, slots_to_keep
 from dynmoe.config import load_config
 from dynmoe.errors import UserError
+from dynmoe.train.engine import take_step
 from tests.train.cases import TrainingProcess, read_rows
 
 
@@ -42,7 +43,7 @@ def logits_of(run: str, vocab_size: int) -> dict[str, torch.Tensor]:
     before = engine.logits(tokens).clone()
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
     for _ in range(2):
-        engine.train_step([batch, batch], 1e-2, record=False)
+        take_step(engine, [batch, batch], 1e-2)
     size = torch.tensor(sum(parameter.numel() for parameter in engine.module.parameters()))
     return {"before": before, "after": engine.logits(tokens).clone(), "size": size}
 

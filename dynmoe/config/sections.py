@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from dynmoe.config.control import AdaptationConfig, BudgetConfig
 from dynmoe.config.fields import Section, check_multiple_of_8, option
+from dynmoe.config.guard import GuardConfig
 from dynmoe.config.logging import LoggingConfig
 from dynmoe.config.parallel import DeepSpeedConfig, ParallelConfig
 from dynmoe.config.routing import MoEConfig, RouterConfig
@@ -208,6 +209,8 @@ class CheckpointConfig(Section):
 
     interval: int = option(200, "steps between checkpoints (0: only at the end and on SIGTERM)", at_least=0)
     keep: int = option(2, "newest checkpoints that are kept", at_least=2)
+    milestones: int = option(0, "checkpoints of a step that is a multiple of it are kept too (0: none)", at_least=0)
+    asynchronous: bool = option(False, "write checkpoints beside the steps that follow, from a copy in host memory")
 
 
 @dataclass
@@ -223,6 +226,7 @@ class Config(Section):
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

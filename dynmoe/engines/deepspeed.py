@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
 import sys
 import warnings
@@ -30,14 +32,14 @@ from dynmoe.config import Config, ModelConfig
 from dynmoe.data.batches import Batch
 from dynmoe.engines import deepspeed_state
 from dynmoe.engines.device import take_gpu
-from dynmoe.engines.reports import describe_nonfinite, reduce_report
-from dynmoe.errors import UserError
+from dynmoe.engines.nonfinite import GradientWatch, describe_nonfinite
+from dynmoe.engines.reports import reduce_report
 from dynmoe.launched import choose_interface
 from dynmoe.model import Decoder
 from dynmoe.moe import MoEContext, MoELayer
 from dynmoe.moe.adaptation import AdaptationEvent
 from dynmoe.moe.control import RoutingControl
-from dynmoe.train.engine import StepReport
+from dynmoe.train.engine import Gradients, Snapshot, StepReport
 from dynmoe.train.optimizer import parameter_groups
 
 _BUCKET_ELEMENTS = 500_000_000
@@ -98,10 +100,10 @@ class DeepSpeedEngine:
         self.state = deepspeed_state.OptimizerState(self._optimizer, self._adam)
         self.layers = self.module.moe_layers
         self._control = RoutingControl(config, self.layers, self.context, self.state)
-        self._steps = 0
-        self._lm_loss = torch.zeros((), device=self.device)
-        self._grad_norm = torch.zeros((), device=self.device)
-        self._recorded = False
+        self._watch = GradientWatch(self.module.named_parameters(), self.layers)
+        self.step = 0  # kept on the host: the optimizer's count waits for the device
+        self._local_loss = torch.zeros((), device=self.device)
+        self._grad_norm, self._recorded = 0.0, False
 
     def _deepspeed_config(self) -> dict[str, Any]:
         train, stage = self.config.train, self.config.deepspeed.zero_stage
@@ -111,7 +113,7 @@ class DeepSpeedEngine:
         return {
             "train_micro_batch_size_per_gpu": train.micro_batch,
             "gradient_accumulation_steps": self.config.accumulation(self.world_size),
-            "gradient_clipping": 0.0,  # see _clip
+            "gradient_clipping": 0.0,  # ours, see update
             "zero_optimization": {
                 "stage": stage,
                 "overlap_comm": False,
@@ -125,12 +127,13 @@ class DeepSpeedEngine:
             "steps_per_print": sys.maxsize,
         }
 
-    def train_step(self, batches: Sequence[Batch], lr: float, record: bool) -> list[AdaptationEvent]:
-        step = self._steps + 1
+    def compute_gradients(self, batches: Sequence[Batch], record: bool) -> Gradients:
+        self.step += 1
         self.module.train()
         if self._control.needs_calibration:
             self._calibrate(batches[0])
-        self._control.begin_step(step)
+        self._control.begin_step(self.step)
+        self._watch.begin_step()
         self.context.recording = self._recorded = record
         self.context.loss_scale = 1.0 / len(batches)
         losses = []
@@ -141,17 +144,41 @@ class DeepSpeedEngine:
             losses.append(loss.detach())
             if batch is not batches[-1]:
                 self._engine.step()  # not a boundary: counts the micro-batch
-        self._lm_loss = torch.stack(losses).mean()
-        self._grad_norm = self._clip(self.config.optimizer.clip_grad)
-        if not torch.isfinite(self._grad_norm):  # the same on every rank; parameters and moments are untouched
-            norm = self._grad_norm.item()
-            raise UserError(describe_nonfinite(self.config.model, self.layers, step, norm, self.device))
+        self.context.recording = False
+        self._local_loss = torch.stack(losses).mean()
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        for gradient, copies in self._gradients():
+            squares += gradient.float().square().sum(dtype=torch.float64) / copies
+        sums = torch.stack([squares, self._local_loss.double() / self.world_size])
+        dist.all_reduce(sums)
+        square, lm_loss = sums.tolist()
+        self._grad_norm = math.sqrt(square)
+        return Gradients(lm_loss, self._grad_norm)
+
+    def update(self, lr: float) -> list[AdaptationEvent]:
+        ceiling = self.config.optimizer.clip_grad
+        factor = min(1.0, ceiling / (self._grad_norm + 1e-6)) if ceiling > 0 else 1.0
+        if factor < 1:
+            for gradient, _ in self._gradients():
+                gradient.mul_(factor)
         for group in self._adam.param_groups:
             group["lr"] = lr * group["lr_factor"]
         self._engine.step()
-        self._steps = step  # kept on the host: the optimizer's count waits for the device
-        self.context.recording = False
-        return self._control.end_step(step)
+        return self._control.end_step(self.step)
+
+    def skip(self) -> list[AdaptationEvent]:
+        optimizer = self._optimizer
+        if isinstance(optimizer, DeepSpeedZeroOptimizer):
+            optimizer._release_preflattened_grad_buffers()
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
+        with _stepping_does_nothing(optimizer):
+            self._engine.step()  # counts the step and clears gradients
+        return self._control.skip_step(self.step)
+
+    def describe_nonfinite(self) -> str:
+        finite = bool(torch.isfinite(self._local_loss))
+        return describe_nonfinite(self.config.model, self.layers, self._watch, self.step, finite, self._grad_norm)
 
     @torch.no_grad()
     def _calibrate(self, batch: Batch) -> None:
@@ -162,20 +189,6 @@ class DeepSpeedEngine:
         self.context.calibrating = True
         self.module.hidden(batch.tokens_BS.to(self.device))
         self.context.calibrating = False
-
-    def _clip(self, ceiling: float) -> Tensor:
-        """Scales the gradient to a global norm of at most ``ceiling`` (0: leaves it) and returns the norm before."""
-        gradients = list(self._gradients())
-        squares = torch.zeros((), dtype=torch.float64, device=self.device)
-        for gradient, copies in gradients:
-            squares += gradient.float().square().sum(dtype=torch.float64) / copies
-        dist.all_reduce(squares)
-        norm = squares.sqrt()
-        if ceiling > 0:
-            factor = (ceiling / (norm + 1e-6)).clamp(max=1.0)
-            for gradient, _ in gradients:
-                gradient.mul_(factor.to(gradient.dtype))
-        return norm
 
     def _gradients(self) -> Iterator[tuple[Tensor, int]]:
         """Reduced gradients that this rank holds, each with the number of ranks that hold the same one."""
@@ -195,8 +208,7 @@ class DeepSpeedEngine:
 
     def report(self) -> StepReport:
         recorded, self._recorded = self._recorded, False
-        loss, norm = self._lm_loss.item() / self.world_size, self._grad_norm.item()
-        return reduce_report(self.config.model, self.layers, loss, norm, recorded, self.device)
+        return reduce_report(self.config.model, self.layers, recorded, self.device)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:
@@ -212,12 +224,22 @@ class DeepSpeedEngine:
         self.module.eval()
         return self.module(tokens_BS.to(self.device))
 
-    def save(self, directory: Path) -> list[Path]:
-        return deepspeed_state.save(directory, self.module, self.state, self.context)
+    def snapshot(self, directory: Path) -> Snapshot:
+        return deepspeed_state.snapshot(directory, self.module, self.state, self.context)
 
     def load(self, directory: Path) -> None:
         deepspeed_state.load(directory, self.module, self.state)
-        self._steps = self.state.step
+        self.step = self.state.step
+
+
+@contextlib.contextmanager
+def _stepping_does_nothing(optimizer: Any) -> Iterator[None]:
+    step = optimizer.step
+    optimizer.step = lambda *arguments, **options: None
+    try:
+        yield
+    finally:
+        optimizer.step = step
 
 
 def start_processes() -> torch.device:

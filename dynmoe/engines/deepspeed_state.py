@@ -20,10 +20,11 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from dynmoe.engines import plain_state
-from dynmoe.engines.random_state import restore_random_state, save_random_state
+from dynmoe.engines.random_state import copy_random_state, restore_random_state
 from dynmoe.engines.state_names import MASTER, MOMENTS
 from dynmoe.model import Decoder
 from dynmoe.moe import MoEContext
+from dynmoe.train.engine import Snapshot
 
 
 class OptimizerState:
@@ -105,18 +106,19 @@ def _entries(module: Decoder, state: OptimizerState) -> list[plain_state.Entry]:
     ]
 
 
-def save(directory: Path, module: Decoder, state: OptimizerState, context: MoEContext) -> list[Path]:
-    """Writes this rank's share into ``directory``: rank 0 the dense state, one replica of each expert its experts."""
+def snapshot(directory: Path, module: Decoder, state: OptimizerState, context: MoEContext) -> Snapshot:
+    """This rank's share: rank 0 writes the dense state, one replica of each expert its experts."""
     rank = dist.get_rank()
     # Consecutive ranks form an expert-parallel group: the first of them holds one replica of every expert.
     writes_experts = rank < context.expert_parallel
     entries, buffers = _entries(module, state), dict(module.named_buffers())
-    files = plain_state.save(directory, entries, buffers, state.step, rank == 0, writes_experts)
-    return [*files, save_random_state(directory)]
+    write_state = plain_state.copy(directory, entries, buffers, state.step, rank == 0, writes_experts)
+    write_random_state = copy_random_state(directory)
+    return Snapshot(lambda: [*write_state(), write_random_state()])
 
 
 def load(directory: Path, module: Decoder, state: OptimizerState) -> None:
-    """Restores what :func:`save` wrote, for this rank's share of the present layout.
+    """Restores what :func:`snapshot` wrote, for this rank's share of the present layout.
 
     Raises:
         UserError: tensors that are missing, surplus or of another shape, by name.

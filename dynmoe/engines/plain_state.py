@@ -62,15 +62,15 @@ def entry(
     return Entry(name, tuple(parameter.shape), experts, num_experts, get, put)
 
 
-def save(
+def copy(
     directory: Path,
     entries: Iterable[Entry],
     buffers: dict[str, Tensor],
     step: int,
     writes_dense: bool = True,
     writes_experts: bool = True,
-) -> list[Path]:
-    """Writes this rank's share into ``directory``; returns the files.
+) -> Callable[[], list[Path]]:
+    """Copies this rank's share to host memory; what is returned writes it into ``directory``, and returns the files.
 
     Args:
         directory: of the checkpoint.
@@ -84,28 +84,33 @@ def save(
     for own in entries:
         for part, value in own.get().items():
             if own.experts is None and writes_dense:
-                dense[parameter_key(own.name, part)] = value.cpu().contiguous()
+                dense[parameter_key(own.name, part)] = _copy(value)
             elif own.experts is not None and writes_experts:
-                cpu = value.cpu()
-                rows = {parameter_key(own.name, part, e): cpu[i].contiguous() for i, e in enumerate(own.experts)}
-                experts |= rows
-    files = []
+                rows = zip(own.experts, _copy(value), strict=True)
+                experts |= {parameter_key(own.name, part, expert): row for expert, row in rows}
+    files = {}
     if writes_dense:
         dense[OPTIMIZER_STEP] = torch.tensor(step)
-        dense |= {buffer_key(name): buffer.cpu() for name, buffer in buffers.items()}
-        files.append(_write(directory / _DENSE, dense))
+        dense |= {buffer_key(name): _copy(buffer) for name, buffer in buffers.items()}
+        files[directory / _DENSE] = dense
     if experts:
-        files.append(_write(directory / f"experts_{dist.get_rank():05d}.safetensors", experts))
-    return files
+        files[directory / f"experts_{dist.get_rank():05d}.safetensors"] = experts
+
+    def write() -> list[Path]:
+        for path, tensors in files.items():
+            save_file(tensors, path)
+        return list(files)
+
+    return write
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> Path:
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
-    return path
+def _copy(value: Tensor) -> Tensor:
+    """In host memory, whole: what the optimizer changes in place must not change it."""
+    return torch.empty(value.shape, dtype=value.dtype).copy_(value)
 
 
 def load(directory: Path, entries: Iterable[Entry], buffers: dict[str, Tensor]) -> int:
-    """Restores what :func:`save` wrote, for this rank's share of the present layout; returns the optimizer's step.
+    """Restores what :func:`copy` wrote, for this rank's share of the present layout; returns the optimizer's step.
 
     Raises:
         UserError: tensors that are missing, surplus or of another shape, by name.

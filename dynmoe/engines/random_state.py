@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,11 +15,16 @@ def _path(directory: Path) -> Path:
     return directory / f"random_{dist.get_rank():05d}.safetensors"
 
 
-def save_random_state(directory: Path) -> Path:
-    """Writes this rank's generators."""
+def copy_random_state(directory: Path) -> Callable[[], Path]:
+    """Copies this rank's generators; what is returned writes them into ``directory``, and returns the file."""
     cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
-    save_file({"cpu": torch.get_rng_state(), **cuda}, _path(directory))
-    return _path(directory)
+    state, path = {"cpu": torch.get_rng_state(), **cuda}, _path(directory)
+
+    def write() -> Path:
+        save_file(state, path)
+        return path
+
+    return write
 
 
 def restore_random_state(directory: Path) -> None:

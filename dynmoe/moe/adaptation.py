@@ -109,26 +109,31 @@ class Adaptation:
 
     @torch.no_grad()
     def update(
-        self, layers: Sequence[MoELayer], observations: Sequence[Observation], step: int
+        self, layers: Sequence[MoELayer], observations: Sequence[Observation] | None, step: int
     ) -> list[AdaptationEvent]:
-        """Adds what step ``step`` saw to the window; at its end changes the experts and says how."""
+        """Adds what step ``step`` saw to the window; at its end changes the experts and says how.
+
+        A step without ``observations`` was skipped, and adds nothing.
+        """
         if not self.records(step):
             return []
         events = []
-        for layer, observation in zip(layers, observations, strict=True):
-            assert observation.unclaimed is not None
-            assert observation.unclaimed_D is not None
+        for number, layer in enumerate(layers):
             router = layer.router
             assert isinstance(router, TopAnyRouter)
-            sums = {
-                router.window_tokens: observation.tokens,
-                router.window_selected_E: observation.selected_E,
-                router.window_unclaimed: observation.unclaimed,
-                router.window_unclaimed_D: observation.unclaimed_D,
-            }
-            for window, seen in sums.items():
-                # From zero at a window's first step, whatever an earlier start with another interval left there.
-                window.copy_(seen if self._is_first(step) else window + seen)
+            windows = (
+                router.window_tokens, router.window_selected_E, router.window_unclaimed, router.window_unclaimed_D,
+            )  # fmt: skip
+            if self._is_first(step):  # whatever an earlier start with another interval left there
+                for window in windows:
+                    window.zero_()
+            if observations is not None:
+                seen = observations[number]
+                assert seen.unclaimed is not None
+                assert seen.unclaimed_D is not None
+                sums = (seen.tokens, seen.selected_E, seen.unclaimed, seen.unclaimed_D)
+                for window, own in zip(windows, sums, strict=True):
+                    window.add_(own)
             if self.changes_at(step):
                 events += self._change(layer, step)
         return events

@@ -85,6 +85,18 @@ class RoutingControl:
             self._budget.update([layer.router for layer in self._layers], observations, step)
         if self._averages:
             self._average(observations)
+        return self._adapt(observations, step)
+
+    def skip_step(self, step: int) -> list[AdaptationEvent]:
+        """Forgets what step ``step`` saw, whose update was left out; collective. A window may still end with it."""
+        wanted, self._context.observing = self._context.observing, None
+        if wanted is None:
+            return []
+        for layer in self._layers:
+            layer.take_observed()
+        return self._adapt(None, step)
+
+    def _adapt(self, observations: Sequence[Observation] | None, step: int) -> list[AdaptationEvent]:
         events = self._adaptation.update(self._layers, observations, step)
         if not self._adaptation.changes_at(step):
             return events

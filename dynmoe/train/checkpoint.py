@@ -13,20 +13,22 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from dynmoe.config import Config
 from dynmoe.data.corpus import TOKENIZER, sha256_of
 from dynmoe.errors import UserError
 
-_MANIFEST = "manifest.json"
-_TRAINER = "trainer.json"
+MANIFEST = "manifest.json"
+TRAINER = "trainer.json"
+# Beside complete ones, which are named after their step alone.
+UNFINISHED, DAMAGED, _REMOVED = ".tmp-", ".damaged-", ".removed"
 _COMPLETE = re.compile(r"step_\d{8}")
+_HASHED_AT_A_TIME = 8
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Checkpoint:
 
     @property
     def trainer_state(self) -> dict[str, Any]:
-        """What the trainer gave to :meth:`CheckpointStore.save`."""
-        return json.loads((self.path / _TRAINER).read_text())
+        """What the trainer gave along (see :class:`dynmoe.train.checkpoint_store.CheckpointStore`)."""
+        return json.loads((self.path / TRAINER).read_text())
 
 
 def _sync(path: Path) -> None:
@@ -61,22 +63,41 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     _sync(path.parent)
 
 
-def _verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint directory; None where every file is as its manifest says."""
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint directory; None where it is missing, damaged or another one's."""
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-        files = manifest["files"]
-        if f"step_{manifest['step']:08d}" != path.name or _TRAINER not in files:
-            return f"{_MANIFEST} is not this checkpoint's"
-        for name, facts in files.items():
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != facts["bytes"] or sha256_of(file) != facts["sha256"]:
-                return f"{name} is damaged"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{_MANIFEST} is missing or damaged"
-    return None
+        manifest = json.loads((path / MANIFEST).read_text())
+        named = manifest["step"] == step_of(path) and TRAINER in manifest["files"]
+        for name, facts in manifest["files"].items():
+            inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+            named = named and inside and isinstance(facts["bytes"], int) and isinstance(facts["sha256"], str)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return manifest if named else None
+
+
+def problem_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint directory; None where every file is as its manifest says."""
+    manifest = read_manifest(path)
+    if manifest is None:
+        return f"{MANIFEST} is missing, damaged or not this checkpoint's"
+    return problem_of_files(path, manifest["files"])
+
+
+def problem_of_files(root: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The first of ``files`` (sizes and hashes by name) that is not below ``root`` as it should be, and why."""
+
+    def look(name: str) -> str | None:
+        file, facts = root / name, files[name]
+        try:
+            if file.stat().st_size == facts["bytes"] and sha256_of(file) == facts["sha256"]:
+                return None
+        except OSError as error:
+            return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}"
+        return f"{name} is damaged"
+
+    with ThreadPoolExecutor(_HASHED_AT_A_TIME) as pool:  # hashing leaves Python to the others
+        return next((problem for problem in pool.map(look, files) if problem is not None), None)
 
 
 def step_directories(root: Path) -> list[Path]:
@@ -92,7 +113,7 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _hashes(files: list[Path], root: Path) -> dict[str, dict[str, Any]]:
+def hashes(files: list[Path], root: Path) -> dict[str, dict[str, Any]]:
     """Sizes and hashes for a manifest, of files below ``root`` that have reached the disk with their directories."""
     hashed = {}
     for file in files:
@@ -103,13 +124,37 @@ def _hashes(files: list[Path], root: Path) -> dict[str, dict[str, Any]]:
     return hashed
 
 
-def _commit(building: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Makes a directory of files a checkpoint: manifest, rename, and a look at what is there then."""
-    write_atomically(building / _MANIFEST, json.dumps(manifest, indent=1))
+def commit(building: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Makes a directory of files a checkpoint: by its manifest, and then by its name."""
+    write_atomically(building / MANIFEST, json.dumps(manifest, indent=1))
     building.rename(final)
     _sync(final.parent)
-    if problem := _verify(final):
-        raise OSError(f"{final}: {problem} right after it was written; older checkpoints are kept")
+
+
+def remove(path: Path) -> None:
+    """Removes a checkpoint: out of the way first, as half a removal must not look like one."""
+    shutil.rmtree(path.rename(path.with_name(f"{path.name}{_REMOVED}")))
+
+
+def leftovers(root: Path) -> list[Path]:
+    """What saves and removals that were interrupted left in ``root``."""
+    return sorted(path for pattern in (f"step_*{UNFINISHED}*", f"step_*{_REMOVED}") for path in root.glob(pattern))
+
+
+def put_aside(path: Path) -> Path:
+    """Renames a damaged checkpoint, so that it is not looked at again; returns where it is then."""
+    return path.rename(path.with_name(f"{path.name}{DAMAGED}{secrets.token_hex(4)}"))
+
+
+def beyond(paths: Sequence[Path], keep: int, milestones: int) -> list[Path]:
+    """Of checkpoint directories, newest first, those that need not stay.
+
+    Args:
+        paths: of one run.
+        keep: newest ones that stay.
+        milestones: those of a step that is a multiple of it stay too; 0: none.
+    """
+    return [path for path in paths[keep:] if not milestones or step_of(path) % milestones]
 
 
 def newest_complete(root: Path) -> Checkpoint | None:
@@ -124,7 +169,7 @@ def newest_sound(root: Path) -> Checkpoint:
         UserError: there is none.
     """
     for path in step_directories(root):
-        problem = _verify(path)
+        problem = problem_of(path)
         if problem is None:
             return Checkpoint(path, step_of(path))
         print(f"checkpoint {path}: {problem}; trying the one before", flush=True)
@@ -144,15 +189,15 @@ def write_run(source: Checkpoint, config: Config, output: Path, write: Callable[
     state["config"] = dataclasses.asdict(config)
     state["progress"]["wandb_id"] = None  # another run
     facts = {"ranks": 1, "parallel": state["config"]["parallel"], "config": config.digest(), "data": state["data"]}
-    building = output.with_name(f"{output.name}.tmp-{secrets.token_hex(4)}")
+    building = output.with_name(f"{output.name}{UNFINISHED}{secrets.token_hex(4)}")
     checkpoint = building / "checkpoints" / source.path.name
     unfinished = checkpoint.with_name(f"{checkpoint.name}.tmp")
     unfinished.mkdir(parents=True)
     try:
         write(unfinished)
-        (unfinished / _TRAINER).write_text(json.dumps(state))
+        (unfinished / TRAINER).write_text(json.dumps(state))
         files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-        _commit(unfinished, checkpoint, {"step": source.step, **facts, "files": _hashes(files, unfinished)})
+        commit(unfinished, checkpoint, {"step": source.step, **facts, "files": hashes(files, unfinished)})
         write_atomically(building / "config.yaml", config.to_yaml())
         tokenizer = source.path.parents[1] / TOKENIZER
         if tokenizer.exists():
@@ -161,89 +206,3 @@ def write_run(source: Checkpoint, config: Config, output: Path, write: Callable[
     except BaseException:
         shutil.rmtree(building)
         raise
-
-
-class CheckpointStore:
-    """The checkpoints of one run, in ``root``. Methods are collective.
-
-    Args:
-        root: directory, shared by all ranks.
-        keep: newest checkpoints that stay.
-    """
-
-    def __init__(self, root: Path, keep: int) -> None:
-        self.root, self.keep = root, keep
-        self._is_first = dist.get_rank() == 0
-
-    def save(
-        self, step: int, write: Callable[[Path], list[Path]], trainer_state: dict[str, Any], facts: dict[str, Any]
-    ) -> None:
-        """Saves step ``step``: ``write`` puts this rank's files into the directory it is given and returns them.
-
-        ``facts`` go into the manifest, for whoever looks at it: parallel sizes, hashes of configuration and data.
-        """
-        name = [secrets.token_hex(4)]
-        dist.broadcast_object_list(name, src=0)
-        final = self.root / f"step_{step:08d}"
-        building = final.with_name(f"{final.name}.tmp-{name[0]}")
-        if self._is_first:
-            building.mkdir(parents=True)
-        dist.barrier()
-        files = write(building)
-        if self._is_first:
-            state = building / _TRAINER
-            state.write_text(json.dumps(trainer_state))
-            files = [*files, state]
-        hashed = _hashes(files, building)
-        gathered: list[dict[str, Any] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, hashed)
-        if self._is_first:
-            everything = {name: fact for part in gathered if part for name, fact in part.items()}
-            _commit(building, final, {"step": step, **facts, "files": everything})
-            self._prune()
-        dist.barrier()
-
-    def _prune(self) -> None:
-        for old in step_directories(self.root)[self.keep :]:
-            # Out of the way first: half a removal must not look like a checkpoint.
-            doomed = old.rename(old.with_name(f"{old.name}.removed"))
-            shutil.rmtree(doomed)
-
-    def remove_leftovers(self) -> None:
-        """Removes what interrupted saves and removals left behind."""
-        if self._is_first and self.root.is_dir():
-            for pattern in ("step_*.tmp-*", "step_*.removed"):
-                for leftover in self.root.glob(pattern):
-                    shutil.rmtree(leftover)
-        dist.barrier()
-
-    def newest(self) -> Checkpoint | None:
-        """The newest checkpoint whose every hash is right; None in a run that has none yet.
-
-        Damaged ones are renamed to ``step_N.damaged-<id>`` and reported.
-
-        Raises:
-            UserError: there are checkpoints, and all of them are damaged.
-        """
-        chosen: list[Any] = [None]
-        if self._is_first:
-            chosen = [self._choose()]
-        dist.broadcast_object_list(chosen, src=0)
-        result = chosen[0]
-        if isinstance(result, str):
-            raise UserError(result)
-        return None if result is None else Checkpoint(self.root / f"step_{result:08d}", result)
-
-    def _choose(self) -> int | str | None:
-        problems = []
-        for path in step_directories(self.root):
-            problem = _verify(path)
-            if problem is None:
-                return step_of(path)
-            problems.append(f"{path.name}: {problem}")
-            path.rename(path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}"))
-            print(f"checkpoint {path}: {problem}; put aside, trying the one before", flush=True)
-        if problems or any(self.root.glob("step_*.damaged-*")):
-            why = "; ".join(problems) or "all were found damaged before"
-            return f"{self.root}: no checkpoint is undamaged ({why}); restore one, or start anew with another run.name"
-        return None

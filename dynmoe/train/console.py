@@ -44,7 +44,8 @@ class RunConsole:
 
     def show(self, row: Row, step: int) -> None:
         per_step = (time.perf_counter() - self._start) / max(1, step - self._first)
-        parts = [f"step {step}/{self._steps}", f"loss {row['train/lm_loss']:.3f}"]
+        parts = [f"step {step}/{self._steps}"]
+        parts += [f"loss {row['train/lm_loss']:.3f}"] if "train/lm_loss" in row else ["loss not finite"]
         parts += [f"validation {row['eval/loss']:.3f}"] if "eval/loss" in row else []
         parts += [f"{row['train/tokens_per_s']:.0f} tokens/s"]
         if "moe/experts_per_token_mean" in row:

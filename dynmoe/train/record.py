@@ -17,7 +17,8 @@ from dynmoe.train.traces import cut_traces
 
 
 class RunRecord:
-    """``metrics.jsonl``, ``histograms.jsonl`` and their views, ``events.jsonl`` (experts that came and went), console.
+    """``metrics.jsonl``, ``histograms.jsonl`` and their views, ``events.jsonl`` (experts that came and went),
+    ``incidents.jsonl`` (steps that were left out, ranks that are slow), console.
 
     Whatever an earlier start wrote beyond ``first_step`` is cut off.
 
@@ -33,6 +34,7 @@ class RunRecord:
         self._metrics = StepLog(directory.metrics, "train/step", first_step)
         self._histograms = StepLog(directory.histograms, "train/step", first_step)
         self._events = StepLog(directory.events, "step", first_step)
+        self._incidents = StepLog(directory.incidents, "step", first_step)
         cut_traces(directory.traces, first_step)
         self._views, self._console = list(views), RunConsole(config.train.steps, first_step)
 
@@ -57,9 +59,14 @@ class RunRecord:
         for event in events:
             self._events.append(dataclasses.asdict(event))
 
+    def add_incident(self, step: int, kind: str, text: str) -> None:
+        """``kind``: not finite, spike or straggler."""
+        self._incidents.append({"step": step, "kind": kind, "text": text})
+        self._console.warn(text, step)
+
     def close(self) -> None:
         self._console.close()
-        for log in (self._metrics, self._histograms, self._events):
+        for log in (self._metrics, self._histograms, self._events, self._incidents):
             log.close()
         self._on_views(lambda view: view.close())
 

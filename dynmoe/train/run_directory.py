@@ -42,6 +42,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.histograms = path / "histograms.jsonl"
         self.events = path / "events.jsonl"
+        self.incidents = path / "incidents.jsonl"
         self.traces = path / "traces"
         self.checkpoints = path / "checkpoints"
         self.data_index = path / "data_index"

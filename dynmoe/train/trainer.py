@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,41 +17,16 @@ from dynmoe.launched import Ending
 from dynmoe.model.size import ModelSize
 from dynmoe.moe.adaptation import AdaptationEvent
 from dynmoe.moe.trace import RoutingTrace
-from dynmoe.train.checkpoint import CheckpointStore
-from dynmoe.train.engine import Engine, StepReport
-from dynmoe.train.metrics import (
-    Row,
-    View,
-    histograms,
-    moe_row,
-    peak_memory_gib,
-    peak_tflops,
-    throughput_row,
-)
+from dynmoe.train.accounting import Account, Progress
+from dynmoe.train.checkpoint_store import CheckpointStore
+from dynmoe.train.engine import Engine, Gradients
+from dynmoe.train.guard import StepGuard
+from dynmoe.train.metrics import Row, View, histograms
 from dynmoe.train.record import RunRecord
 from dynmoe.train.resume import refuse_changes
 from dynmoe.train.run_directory import RunDirectory
 from dynmoe.train.schedule import learning_rate
 from dynmoe.train.traces import write_trace
-
-
-@dataclass
-class Progress:
-    """How far a run has come; part of every checkpoint.
-
-    ``wall_clock_s`` is what its steps, evaluations and checkpoints took, over all starts; what a kill lost and the
-    time between starts are not in it. ``unlogged_bytes`` crossed between ranks since the last row of metrics, for
-    ``unlogged_tokens``.
-    """
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    routed_rows: dict[str, int] = field(default_factory=dict)
-    wandb_id: str | None = None
-    wall_clock_s: float = 0.0
-    unlogged_tokens: int = 0
-    unlogged_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,13 +64,11 @@ class Trainer:
     ) -> None:
         self.config, self.engine, self.data, self.directory = config, engine, data, directory
         self.size = ModelSize(config.model, vocab_size, config.data.sequence_length)
-        self.checkpoints = CheckpointStore(directory.checkpoints, config.checkpoint.keep)
+        kept = config.checkpoint
+        self.checkpoints = CheckpointStore(directory.checkpoints, kept.keep, kept.milestones)
         self.progress = Progress()
         self._make_views = make_views
-        self._peak = peak_tflops(config.logging.peak_tflops)
         self._ending = ending
-        self._clock = time.perf_counter()
-        self._start_interval()
 
     def run(self) -> Result:
         """Resumes where a checkpoint is, trains to the last step or until told to end, and leaves a checkpoint."""
@@ -105,19 +77,21 @@ class Trainer:
         self._check_validation()
         record = self._begin()
         row: Row = {} if record is None else record.last_row
-        self._clock = time.perf_counter()
-        self._start_interval()
+        self._guard = StepGuard(self.config.guard, self.progress.guard)
+        self._account = Account(self.config, self.engine, self.size, self.progress)
         try:
             while self.progress.step < train.steps:
                 row = self._step(record) or row
-                ends = self._agree_to_end()
+                ends = self._agree()
                 if ends or self._due(self.config.checkpoint.interval) or self.progress.step == train.steps:
                     self._save()
                 if ends and self.progress.step < train.steps:
+                    self.checkpoints.wait()
                     if record is not None:
                         self.directory.write_outcome("preempted", self.progress.step)
                     dist.barrier()  # before any launcher looks for the outcome
                     return Result("preempted", self.progress, row)
+            self.checkpoints.wait()
             return Result("finished", self.progress, row)
         except Exception as error:
             self.directory.write_outcome("failed", self.progress.step, error=f"{type(error).__name__}: {error}")
@@ -128,95 +102,58 @@ class Trainer:
 
     def _step(self, record: RunRecord | None) -> Row | None:
         """One optimizer step, and its row of metrics where one is due."""
-        config, progress = self.config, self.progress
-        step = progress.step + 1
+        config = self.config
+        step = self.progress.step + 1
         evaluates = step == config.train.steps or (config.eval.interval and step % config.eval.interval == 0)
         logs = bool(evaluates) or step % config.logging.interval == 0
         lr = learning_rate(step, config.train.steps, config.optimizer, config.schedule)
-        events = self._train_step(step, lr, record=logs)
+        gradients = self._compute_gradients(step, record=logs)
+        events = self._use(gradients, step, lr, record)
         if record is not None:
             record.add_events(events)
-        progress.step = step
-        progress.samples += config.train.global_batch
-        progress.tokens += config.tokens_per_step
-        progress.unlogged_tokens += config.tokens_per_step
-        self._interval_tokens += config.tokens_per_step
+        self._account.add_step()
         if not logs:
             return None
-        report = self._account()
-        seconds = time.perf_counter() - self._interval_start
-        row = self._row(report, lr, seconds)
-        progress.unlogged_tokens = progress.unlogged_bytes = 0
+        report = self._account.take_report()
+        row = self._account.row(report, gradients, lr)
         if evaluates:
             loss = self.evaluate()
             row |= {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
         if record is not None:
-            draws = config.logging.draws_histograms(step) or step == config.train.steps
+            draws = gradients.finite and (config.logging.draws_histograms(step) or step == config.train.steps)
             record.add_row(row, histograms(report, config, step) if draws else None)
-        self._start_interval()
+        self._account.start_interval()
         return row
 
-    def _train_step(self, step: int, lr: float, record: bool) -> list[AdaptationEvent]:
-        """The step itself, and its trace where one is due."""
+    def _compute_gradients(self, step: int, record: bool) -> Gradients:
+        """Forward and backward passes of a step, and their trace where one is due."""
         samples = self._next_samples()
         batches = [self.data.train_batch(numbers) for numbers in samples]
         if not self.config.logging.traces(step):
-            return self.engine.train_step(batches, lr, record)
+            return self.engine.compute_gradients(batches, record)
         trace = self.engine.context.trace = RoutingTrace()
-        events = self.engine.train_step(batches, lr, record)
+        gradients = self.engine.compute_gradients(batches, record)
         self.engine.context.trace = None
         positions_P = self.engine.positions(self.config.data.sequence_length)
         write_trace(self.directory.traces, step, self.engine.rank, trace, samples, batches, positions_P)
-        return events
+        return gradients
 
-    def _start_interval(self) -> None:
-        """Throughput is taken from here on; evaluations and saves are not part of it."""
-        self._interval_start = time.perf_counter()
-        self._interval_tokens = 0
-        self._interval_rows: dict[int, int] = {}
-
-    def _read_clock(self) -> float:
-        """Adds the time since the last reading to the run's, which it returns."""
-        now = time.perf_counter()
-        self.progress.wall_clock_s += now - self._clock
-        self._clock = now
-        return self.progress.wall_clock_s
-
-    def _account(self) -> StepReport:
-        """Adds the rows computed since the last report to the run's total."""
-        report = self.engine.report()
-        for layer, rows in report.routed_rows.items():
-            self.progress.routed_rows[str(layer)] = self.progress.routed_rows.get(str(layer), 0) + rows
-            self._interval_rows[layer] = self._interval_rows.get(layer, 0) + rows
-        self.progress.unlogged_bytes += report.sent_bytes
-        return report
-
-    def _row(self, report: StepReport, lr: float, seconds: float) -> Row:
-        progress = self.progress
-        moe = moe_row(report, self.config, progress.step)
-        steps = self._interval_tokens // self.config.tokens_per_step
-        router = self.config.model.router
-        spread = self.config.parallel.expert > 1
-        rows, total_rows = sum(self._interval_rows.values()), sum(progress.routed_rows.values())
-        return {
-            "train/step": progress.step,
-            "train/loss": report.lm_loss + moe.get("moe/auxiliary_loss", 0.0) * len(self.config.model.moe_layers),
-            "train/lm_loss": report.lm_loss,
-            "train/grad_norm": report.grad_norm,
-            "train/learning_rate": lr,
-            "train/tokens": progress.tokens,
-            "train/step_time_s": seconds / steps,
-            "train/wall_clock_s": self._read_clock(),
-            "train/cumulative_flops": self.size.flops(progress.tokens, total_rows),
-            "memory/peak_gib": peak_memory_gib(),
-            **throughput_row(
-                self.size, self._interval_tokens, rows, seconds, self.engine.world_size, self._peak, float(router.k)
-            ),
-            **moe,
-            **(
-                {"moe/all_to_all_bytes_per_token": progress.unlogged_bytes / progress.unlogged_tokens} if spread else {}
-            ),
-        }
+    def _use(self, gradients: Gradients, step: int, lr: float, record: RunRecord | None) -> list[AdaptationEvent]:
+        """Lets the optimizer have a step's gradients, unless they would spoil the model."""
+        guard = self._guard
+        if guard.is_bad(gradients):
+            text, count = self.engine.describe_nonfinite(), guard.state.bad_in_a_row
+            if guard.gives_up:
+                cure = "go on from a checkpoint with a lower optimizer.lr or another train.seed"
+                raise UserError(f"step {step}: {text}; guard.bad_steps={count} in a row were not finite; {cure}")
+            kind, text = "not finite", f"{text}; left out ({count} in a row, guard.bad_steps={guard.config.bad_steps})"
+        elif (spike := guard.spike(gradients)) is not None:
+            kind, text = "spike", spike
+        else:
+            return self.engine.update(lr)
+        if record is not None:
+            record.add_incident(step, kind, text)
+        return self.engine.skip()
 
     def _next_samples(self) -> list[range]:
         """Of each micro-batch of this rank its samples: consecutive ones go round the ranks, then to the next pass."""
@@ -254,8 +191,8 @@ class Trainer:
         return interval > 0 and self.progress.step % interval == 0
 
     def _save(self) -> None:
-        self._account()
-        self._read_clock()
+        self._account.take_report()
+        self._account.read_clock()
         data, config = [corpus.fingerprint for corpus in self.data.corpora], dataclasses.asdict(self.config)
         state = {"progress": dataclasses.asdict(self.progress), "config": config, "data": data}
         facts = {
@@ -264,8 +201,10 @@ class Trainer:
             "config": self.config.digest(),
             "data": data,
         }
-        self.checkpoints.save(self.progress.step, self.engine.save, state, facts)
-        self._start_interval()
+        self.checkpoints.begin(self.progress.step, self.engine.snapshot, state, facts)
+        if not self.config.checkpoint.asynchronous:
+            self.checkpoints.wait()
+        self._account.start_interval()
 
     def _resume(self) -> None:
         self.checkpoints.remove_leftovers()
@@ -277,7 +216,8 @@ class Trainer:
         if state["data"] != [corpus.fingerprint for corpus in self.data.corpora]:
             raise UserError("data.dirs: not the text that this run was trained on; restore it or use another run.name")
         self.engine.load(checkpoint.path)
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress.of(state["progress"])
+        self.engine.step = self.progress.step
 
     def _begin(self) -> RunRecord | None:
         """Opens the record on the first rank, which alone keeps the W&B id: it writes the trainer's state."""
@@ -287,8 +227,11 @@ class Trainer:
         views, self.progress.wandb_id = self._make_views(self.progress.wandb_id, self.progress.step)
         return RunRecord(self.config, self.directory, self.progress.step, views)
 
-    def _agree_to_end(self) -> bool:
-        """Whether any rank was told to end: signals reach ranks in different steps."""
-        flag = torch.tensor([float(self._ending.told)], device=self.engine.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+    def _agree(self) -> bool:
+        """Whether any rank was told to end: signals reach ranks in different steps. A save goes on where all can."""
+        flags = torch.tensor([float(self._ending.told), float(self.checkpoints.busy)], device=self.engine.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        told, busy = flags.tolist()
+        if self.checkpoints.saving and not busy:
+            self.checkpoints.advance()
+        return bool(told)

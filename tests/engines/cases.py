@@ -15,6 +15,7 @@ from dynmoe.data.batches import Batch
 from dynmoe.engines import make_engine
 from dynmoe.errors import UserError
 from dynmoe.model import Decoder
+from dynmoe.train.engine import take_step
 from dynmoe.train.optimizer import parameter_groups
 
 VOCAB, LENGTH, GLOBAL_BATCH = 64, 24, 8
@@ -65,11 +66,12 @@ def train(overrides: list[str], first: int, last: int, load: str = "", save: str
     for step in range(first, last):
         batches = micro_batches(config, step, engine.data_rank, engine.data_size)
         with patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as attention:
-            events += engine.train_step(batches, config.optimizer.lr, record=True)
+            gradients, changes = take_step(engine, batches, config.optimizer.lr, record=True)
+            events += changes
         attentions += attention.call_count
         report = engine.report()
-        losses.append(report.lm_loss)
-        norms.append(report.grad_norm)
+        losses.append(gradients.lm_loss)
+        norms.append(gradients.grad_norm)
         rows.append(report.routed_rows)
         statistics.append({layer: vector.tolist() for layer, vector in report.statistics.items()})
     if save:
@@ -100,7 +102,10 @@ def refusal(overrides: list[str], load: str) -> str:
 def save_state(engine: Any, directory: str) -> None:
     Path(directory).mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    engine.save(Path(directory))
+    made = engine.snapshot(Path(directory))
+    made.write()
+    dist.barrier()
+    made.finish()
     dist.barrier()
 
 
@@ -139,7 +144,7 @@ def train_into_nan(overrides: list[str], layer: int, rank: int) -> tuple[str, bo
     state is as it was before that step."""
     engine = make_engine(config_for(*overrides), VOCAB)
     for step in range(2):
-        take_step(engine, step)
+        step_once(engine, step)
     if dist.get_rank() == rank:
         (router,) = (own.router for own in engine.layers if own.layer == layer)
         router.register_forward_pre_hook(lambda module, inputs: (inputs[0] * float("nan"),))
@@ -151,15 +156,15 @@ def step_that_fails(overrides: list[str]) -> tuple[str, bool]:
     return failing_step(make_engine(config_for(*overrides), VOCAB), 0)
 
 
-def take_step(engine: Any, step: int) -> None:
+def step_once(engine: Any, step: int) -> None:
     batches = micro_batches(engine.config, step, engine.data_rank, engine.data_size)
-    engine.train_step(batches, engine.config.optimizer.lr, record=False)
+    take_step(engine, batches, engine.config.optimizer.lr)
 
 
 def failing_step(engine: Any, step: int) -> tuple[str, bool]:
     before = whole_state(engine)
     try:
-        take_step(engine, step)
+        step_once(engine, step)
     except UserError as error:
         after = whole_state(engine)
         return str(error), all(torch.equal(value, after[name]) for name, value in before.items())

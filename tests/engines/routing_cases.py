@@ -10,6 +10,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from dynmoe.engines import make_engine
 from dynmoe.moe.trace import RoutingTrace
+from dynmoe.train.engine import take_step
 from dynmoe.train.metrics import histograms, moe_row
 from dynmoe.train.traces import write_trace
 from tests.engines.cases import GLOBAL_BATCH, VOCAB, config_for, micro_batches, place
@@ -50,7 +51,7 @@ def train_and_keep(overrides: list[str], steps: int, traces: str = "") -> dict[s
         plans.clear()
         # A recomputation usually ends where the last saved tensor is there again: here it goes through to the end.
         with set_checkpoint_early_stop(False):
-            engine.train_step(batches, config.optimizer.lr, record=step == steps)
+            take_step(engine, batches, config.optimizer.lr, record=step == steps)
         report = engine.report()
     if trace is not None:
         size = config.train.micro_batch

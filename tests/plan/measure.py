@@ -14,6 +14,7 @@ from bench.timing import peak_bytes
 from dynmoe.config import load_config
 from dynmoe.data.batches import Batch
 from dynmoe.engines import make_engine
+from dynmoe.train.engine import take_step
 
 
 def bytes_of_tensors() -> int:
@@ -38,10 +39,10 @@ def main() -> None:
     tokens = torch.randint(0, vocab_size, (config.train.micro_batch, config.data.sequence_length + 1))
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     batches = [batch] * config.accumulation(engine.world_size)
-    engine.train_step(batches, 1e-4, record=False)
+    take_step(engine, batches, 1e-4)
     engine.report()
     static = bytes_of_tensors()
-    peak = static + peak_bytes(lambda: engine.train_step(batches, 1e-4, record=False))
+    peak = static + peak_bytes(lambda: take_step(engine, batches, 1e-4))
     sent = engine.report().sent_bytes / engine.world_size
     gathered: list[dict[str, float] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, {"static": static, "peak": peak, "sent": sent})

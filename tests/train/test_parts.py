@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from dynmoe.config import OptimizerConfig, ScheduleConfig, load_config
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.model import Decoder
 from dynmoe.moe.adaptation import AdaptationEvent
-from dynmoe.train.checkpoint import CheckpointStore
+from dynmoe.train.checkpoint_store import CheckpointStore
+from dynmoe.train.engine import Snapshot
 from dynmoe.train.optimizer import parameter_groups
 from dynmoe.train.record import RunRecord
 from dynmoe.train.resume import refuse_changes
@@ -126,12 +128,17 @@ def test_a_view_that_fails_is_said_once_and_disturbs_nobody(tmp_path, capsys):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def write_shard(directory: Path, text: str) -> list[Path]:
+def shard(directory: Path, text: str) -> Snapshot:
+    """State of a rank that is a line of text."""
     import torch.distributed as dist
 
     path = directory / f"shard_{dist.get_rank()}"
-    path.write_text(text)
-    return [path]
+
+    def write() -> list[Path]:
+        path.write_text(text)
+        return [path]
+
+    return Snapshot(write)
 
 
 def store_scenario(root: str) -> dict[str, object]:
@@ -141,9 +148,8 @@ def store_scenario(root: str) -> dict[str, object]:
     store = CheckpointStore(Path(root), keep=2)
     found: dict[str, object] = {"empty": store.newest()}
     for step in (1, 2, 3):
-        store.save(
-            step, lambda directory, step=step: write_shard(directory, f"state {step}"), {"step": step}, {"ranks": 2}
-        )
+        store.begin(step, partial(shard, text=f"state {step}"), {"step": step}, {"ranks": 2})
+        store.wait()
     found["kept"] = sorted(path.name for path in Path(root).iterdir())
     newest = store.newest()
     assert newest is not None
@@ -175,7 +181,7 @@ def test_checkpoints_are_kept_verified_put_aside_and_never_silently_lost(two_ran
         assert found["kept"] == ["step_00000002", "step_00000003"]
         assert found["newest"] == (3, {"step": 3})
         assert found["fallback"] == 2
-        assert "no checkpoint is undamaged (step_00000002: manifest.json is missing" in str(found["error"])
+        assert "no checkpoint is undamaged (step_00000002: manifest.json is missing, damaged" in str(found["error"])
         assert found["left"] == ["step_00000002.damaged", "step_00000003.damaged"]
 
 

@@ -7,21 +7,25 @@ import queue
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 
 from dynmoe.config import Config
 from dynmoe.engines import plain_state
+from dynmoe.engines.megatron.safe_loading import tensors_only
 from dynmoe.engines.megatron.weights import Weight, weights
-from dynmoe.engines.random_state import restore_random_state, save_random_state
+from dynmoe.engines.random_state import copy_random_state, restore_random_state
 from dynmoe.engines.state_names import MASTER, parameter_key
 from dynmoe.errors import UserError
+from dynmoe.train.engine import Snapshot
 
 if TYPE_CHECKING:
     from dynmoe.engines.megatron.engine import MegatronEngine
@@ -42,7 +46,7 @@ def _sharded(engine: MegatronEngine, loading: bool) -> dict[str, Any]:
         f"model{number}": model.sharded_state_dict(metadata=metadata) for number, model in enumerate(engine.models)
     }
     optimizer = engine.optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
-    return {**state, "optimizer": optimizer, "step": engine.steps}
+    return {**state, "optimizer": optimizer, "step": engine.updates}
 
 
 class _InProcess(TorchDistSaveShardedStrategy):
@@ -51,13 +55,20 @@ class _InProcess(TorchDistSaveShardedStrategy):
     Megatron forks writers and keeps a server for their results, which outlive a rank that is killed.
     """
 
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
+    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
         filesystem_async._results_queue = queue.Queue()
-        request = self.async_save(sharded_state_dict, checkpoint_dir)
-        if request.async_fn is not None:
-            transforms, *_ = request.async_fn.args
-            request = request._replace(async_fn=functools.partial(_write, transforms))
-        request.execute_sync()
+        request = super().async_save(sharded_state_dict, checkpoint_dir)
+        if request.async_fn is None:  # nothing of this rank's
+            return request
+        transforms, *_ = request.async_fn.args
+        rank, buckets, results = request.async_fn_args
+        buckets = [(path, name, (items, _copy(tensors))) for path, name, (items, tensors) in buckets]
+        return request._replace(async_fn=functools.partial(_write, transforms, rank, buckets, results))
+
+
+def _copy(tensors: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
+    """In host memory; Megatron leaves tensors of a CPU where they are, to be changed by the next step."""
+    return [(item, torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)) for item, tensor in tensors]
 
 
 def _write(transforms: list[Any], rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
@@ -74,36 +85,55 @@ def _write(transforms: list[Any], rank: int, buckets: list[Any], results: queue.
     results.put(found)
 
 
-def save(directory: Path, engine: MegatronEngine) -> list[Path]:
-    """Writes this rank's share into ``directory``; returns the files it answers for."""
+@torch.no_grad()
+def snapshot(directory: Path, engine: MegatronEngine) -> Snapshot:
+    """This rank's share: shards of everything that is spread, and what all ranks have in common on the first."""
     folder = directory / _FOLDER
     if dist.get_rank() == 0:
         folder.mkdir()
     dist.barrier()
-    dist_checkpointing.save(_sharded(engine, loading=False), folder, _InProcess("torch_dist", 1, thread_count=1))
-    dist.barrier()
-    own = sorted(folder.glob(f"__{dist.get_rank()}_*"))
-    if dist.get_rank() == 0:
-        own += sorted(path for path in folder.iterdir() if not path.name.startswith("__"))
-    return [*own, save_random_state(directory)]
+    request = dist_checkpointing.save(
+        _sharded(engine, loading=False), folder, _InProcess("torch_dist", 1, thread_count=1), async_sharded_save=True
+    )
+    assert request is not None
+    write_random_state = copy_random_state(directory)
+
+    def write() -> list[Path]:
+        if request.async_fn is not None:
+            request.async_fn()
+        return [*sorted(folder.glob(f"__{dist.get_rank()}_*")), write_random_state()]
+
+    def finish() -> list[Path]:
+        for function in request.finalize_fns:
+            function()
+        if dist.get_rank() != 0:
+            return []
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("__"))
+
+    return Snapshot(write, finish)
 
 
 def load(directory: Path, engine: MegatronEngine) -> None:
-    """Restores what :func:`save` wrote, for this rank's share of the present layout.
+    """Restores what :func:`snapshot` wrote, for this rank's share of the present layout.
 
     Raises:
         UserError: tensors that are missing, surplus or of another shape, by name.
     """
     folder = directory / _FOLDER
     wanted = _sharded(engine, loading=True)
-    _check(folder, wanted)
-    state = dist_checkpointing.load(wanted, folder)
+    with tensors_only(folder):
+        _check(folder, wanted)
+        state = dist_checkpointing.load(wanted, folder)
     for number, model in enumerate(engine.models):
         model.load_state_dict(state[f"model{number}"])
     _load_optimizer(engine, state["optimizer"])
-    engine.steps = state["step"]
-    engine.state.set_step(engine.steps)
+    _set_updates(engine, state["step"])
     restore_random_state(directory)
+
+
+def _set_updates(engine: MegatronEngine, count: int) -> None:
+    engine.step = engine.updates = count
+    engine.state.set_step(count)
 
 
 def _load_optimizer(engine: MegatronEngine, state: Any) -> None:
@@ -152,18 +182,20 @@ def to_plain(config: Config, source: Path, target: Path) -> None:
         source: directory of the checkpoint.
         target: directory to write into.
     """
-    found = dist_checkpointing.load_tensors_metadata(source / _FOLDER)
+    with tensors_only(source / _FOLDER):
+        found = dist_checkpointing.load_tensors_metadata(source / _FOLDER)
     engine = _engine(config, found["embedding.word_embeddings.weight"].global_shape[0])
     load(source, engine)
-    plain_state.save(target, _entries(engine), _buffers(engine), engine.steps)
+    plain_state.copy(target, _entries(engine), _buffers(engine), engine.updates)()
 
 
 def from_plain(config: Config, source: Path, target: Path) -> None:
     """The way back of :func:`to_plain`."""
     engine = _engine(config, plain_state.read_tensor(source, parameter_key("w_embed_VD", MASTER)).shape[0])
-    engine.steps = plain_state.load(source, _entries(engine), _buffers(engine))
-    engine.state.set_step(engine.steps)
-    save(target, engine)
+    _set_updates(engine, plain_state.load(source, _entries(engine), _buffers(engine)))
+    made = snapshot(target, engine)
+    made.write()
+    made.finish()
 
 
 def _engine(config: Config, vocab_size: int) -> MegatronEngine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,13 @@ from dynmoe.engines.megatron import checkpoint
 from dynmoe.engines.megatron.groups import context_positions, make_context, make_groups, start_processes
 from dynmoe.engines.megatron.model import build_chunks
 from dynmoe.engines.megatron.optimizer import OptimizerState, clip, make_optimizer, set_learning_rate
-from dynmoe.engines.megatron.weights import moe_layers
-from dynmoe.engines.reports import describe_nonfinite, reduce_report
-from dynmoe.errors import ConfigError, UserError
+from dynmoe.engines.megatron.weights import moe_layers, weights
+from dynmoe.engines.nonfinite import GradientWatch, describe_nonfinite
+from dynmoe.engines.reports import reduce_report
+from dynmoe.errors import ConfigError
 from dynmoe.moe.adaptation import AdaptationEvent
 from dynmoe.moe.control import RoutingControl
-from dynmoe.train.engine import StepReport
+from dynmoe.train.engine import Gradients, Snapshot, StepReport
 
 
 class MegatronEngine:
@@ -65,16 +65,19 @@ class MegatronEngine:
         self.layers = [layer for model in self.models for layer in moe_layers(model)]
         self._control = RoutingControl(config, self.layers, self.context, self.state)
         self._vocab_size, self._context_rank = vocab_size, parallel_state.get_context_parallel_rank()
-        self.steps = 0
-        self._lm_loss = torch.zeros((), device=self.device)
+        named = ((own.name, own.parameter) for model in self.models for own in weights(model, config.model))
+        self._watch = GradientWatch(named, self.layers)
+        self.step = self.updates = 0  # steps, and those that the optimizer took
+        self._local_loss = torch.zeros((), device=self.device)
         self._grad_norm, self._recorded = 0.0, False
 
-    def train_step(self, batches: Sequence[Batch], lr: float, record: bool) -> list[AdaptationEvent]:
-        step = self.steps + 1
+    def compute_gradients(self, batches: Sequence[Batch], record: bool) -> Gradients:
+        self.step += 1
         self._set_mode(training=True)
         if self._control.needs_calibration:
             self._calibrate(batches[0])
-        self._control.begin_step(step)
+        self._control.begin_step(self.step)
+        self._watch.begin_step()
         self.context.recording = self._recorded = record
         # Tensor-parallel ranks have different tokens; gradients of what is not spread over them are added up.
         self.context.loss_scale = 1.0 / (len(batches) * self.config.parallel.tensor)
@@ -82,18 +85,27 @@ class MegatronEngine:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = self._run(batches, forward_only=False)
-        self._lm_loss = torch.stack(losses).mean() if losses else torch.zeros((), device=self.device)
+        self.context.recording = False
         self.optimizer.prepare_grads()
         self._grad_norm = float(self.optimizer.get_grad_norm())
-        if not math.isfinite(self._grad_norm):  # on every rank; parameters and moments are untouched
-            model = self.config.model
-            raise UserError(describe_nonfinite(model, self.layers, step, self._grad_norm, self.device))
+        self._local_loss = torch.stack(losses).mean() if losses else torch.zeros((), device=self.device)
+        lm_loss = self._local_loss.double() / self._ranks_with_loss
+        dist.all_reduce(lm_loss)
+        return Gradients(lm_loss.item(), self._grad_norm)
+
+    def update(self, lr: float) -> list[AdaptationEvent]:
         clip(self.optimizer, self.config.optimizer.clip_grad, self._grad_norm)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step_with_ready_grads()
-        self.steps = step
-        self.context.recording = False
-        return self._control.end_step(step)
+        self.updates += 1
+        return self._control.end_step(self.step)
+
+    def skip(self) -> list[AdaptationEvent]:
+        return self._control.skip_step(self.step)  # gradients are cleared before the next step
+
+    def describe_nonfinite(self) -> str:
+        finite = bool(torch.isfinite(self._local_loss))
+        return describe_nonfinite(self.config.model, self.layers, self._watch, self.step, finite, self._grad_norm)
 
     def _set_mode(self, training: bool) -> None:
         for chunk in self._chunks:
@@ -164,8 +176,7 @@ class MegatronEngine:
 
     def report(self) -> StepReport:
         recorded, self._recorded = self._recorded, False
-        loss = self._lm_loss.item() / self._ranks_with_loss
-        return reduce_report(self.config.model, self.layers, loss, self._grad_norm, recorded, self.device)
+        return reduce_report(self.config.model, self.layers, recorded, self.device)
 
     @property
     def _ranks_with_loss(self) -> int:
@@ -200,8 +211,8 @@ class MegatronEngine:
         dist.broadcast(whole_BSV, last, group=parallel_state.get_pipeline_model_parallel_group())
         return whole_BSV[:, :length]
 
-    def save(self, directory: Path) -> list[Path]:
-        return checkpoint.save(directory, self)
+    def snapshot(self, directory: Path) -> Snapshot:
+        return checkpoint.snapshot(directory, self)
 
     def load(self, directory: Path) -> None:
         checkpoint.load(directory, self)

@@ -1,0 +1,65 @@
+"""Megatron's checkpoints without their code: two of their parts are pickles, and a pickle can call anything.
+
+``.metadata`` (which tensors lie where) is read by ``pickle.load``, state of layers that is no tensor by ``torch.load``
+without its restriction. Hashes show that a file is as it was written, not who wrote it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata, planner
+
+from dynmoe.errors import UserError, first_line
+
+# What the description of a checkpoint is made of: records without methods of their own that pickle would call.
+_RECORDS = {
+    (kind.__module__, kind.__name__)
+    for kind in (
+        metadata.BytesStorageMetadata, metadata.ChunkStorageMetadata, metadata.Metadata, metadata.MetadataIndex,
+        metadata.StorageMeta, metadata.TensorProperties, metadata.TensorStorageMetadata, metadata._MEM_FORMAT_ENCODING,
+        planner.BytesIOWriteData, planner.SavePlan, planner.TensorWriteData, planner.WriteItem, planner.WriteItemType,
+        filesystem._StorageInfo,
+    )
+} | {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}  # fmt: skip
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_type or (module, name) in _RECORDS:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+@contextlib.contextmanager
+def tensors_only(folder: Path) -> Iterator[None]:
+    """While Megatron loads from ``folder``: nothing in there can execute code.
+
+    Raises:
+        UserError: a file that is more than tensors and their description.
+    """
+    described = folder / ".metadata"
+    before = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        with described.open("rb") as stream:
+            _Unpickler(stream).load()
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"checkpoint {error.filename}: is missing; go on from another checkpoint") from None
+    except pickle.UnpicklingError as error:
+        problem = f"is not only tensors and their description ({first_line(error)})"
+        raise UserError(f"checkpoint {folder}: {problem}; it was not read, as it could execute code") from None
+    finally:
+        if before is None:
+            del os.environ[_FORCE]
+        else:
+            os.environ[_FORCE] = before
