@@ -58,10 +58,11 @@ def train(config: Config, ending: Ending) -> None:
     from dynmoe.train.summary import describe, describe_start, facts, write_sample
     from dynmoe.train.trainer import Trainer
     from dynmoe.train.views import make_views
+    from dynmoe.train.watchdog import Watchdog
 
     keep_freed_memory()
-    tokenizer = corpora[0].tokenizer
-    vocab_size = embedding_rows(tokenizer.vocab_size, config.model.vocab_size)
+    watchdog = Watchdog(directory.hangs, config.guard.hang_timeout_s)
+    vocab_size = embedding_rows(corpora[0].tokenizer.vocab_size, config.model.vocab_size)
     engine = make_engine(config, vocab_size)
     try:
         start = describe_start(config, engine.device)
@@ -71,17 +72,18 @@ def train(config: Config, ending: Ending) -> None:
             corpora, config.data.weights, config.data.sequence_length, config.train.seed, directory.data_index
         )
         views = partial(make_views, config, directory, pictures_of_run)
-        trainer = Trainer(config, engine, data, directory, vocab_size, views, ending)
+        trainer = Trainer(config, engine, data, directory, vocab_size, views, ending, watchdog)
         result = trainer.run()
         if result.status == "preempted":
             if first:
                 print(f"Told to end: checkpoint saved at step {result.progress.step}; the same command goes on.")
             return
-        text = write_sample(engine, tokenizer, config.data.sequence_length)
+        text = write_sample(engine, corpora[0].tokenizer, config.data.sequence_length)
         if first:
             directory.write_outcome("finished", result.progress.step, **facts(result))
             print(describe(config, trainer.size, result, corpora, text))
     finally:
+        watchdog.close()
         dist.destroy_process_group()
 
 

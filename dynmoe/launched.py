@@ -12,6 +12,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 # Directory for the failures of ranks, set by the scripts in launch/.
 FAILURES = "DYNMOE_FAILURES"
 
+_TIME_TO_HEAR_S = 3.0
 _PR_SET_PDEATHSIG = 1
 _SIOCGIFADDR = 0x8915
 
@@ -51,11 +53,27 @@ class Ending:
     """
 
     def __init__(self) -> None:
-        self.told = False
+        self.told, self._starting = False, True
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
+        received, sent = os.pipe()
+        os.set_blocking(sent, False)
+        signal.set_wakeup_fd(sent, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(received,), name="ending", daemon=True).start()
         # Python gives signals back their defaults while it shuts down: a finished run would end as killed.
         atexit.register(signal.signal, signal.SIGUSR1, signal.SIG_IGN)
+
+    def has_state_to_save(self) -> None:
+        """From now on a signal is answered at the end of a step, however long that takes."""
+        self._starting = False
+
+    def _listen(self, received: int) -> None:
+        """Ends a start whose SIGTERM nobody hears: it waits, outside Python, for a rank that will not come."""
+        while number := os.read(received, 1):
+            if number[0] == signal.SIGTERM:
+                time.sleep(_TIME_TO_HEAR_S)
+                if self._starting and not self.told:
+                    os._exit(128 + signal.SIGTERM)
 
     def _note(self, number: int, frame: Any) -> None:
         if self.told and number == signal.SIGINT:

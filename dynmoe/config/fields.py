@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from dynmoe.errors import ConfigError
 
 Choices = tuple[str, ...]
+_BEYOND = 2**63
 
 
 def option(
@@ -55,8 +56,14 @@ def _check_value(name: str, value: Any, bounds: Any) -> None:
     choices: Choices | None = bounds.get("choices")
     if choices is not None and value not in choices:
         raise ConfigError(name, value, "is not a known choice", f"use one of {', '.join(choices)}")
+    if isinstance(value, (list, dict)):
+        raise ConfigError(name, value, "is within the list", "give plain values")
+    if isinstance(value, str) and not value.isprintable():
+        raise ConfigError(name, value, "has characters that cannot be printed", "leave them out")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
+    if isinstance(value, int) and abs(value) >= _BEYOND:
+        raise ConfigError(name, value, "is too large", "use a number of 64 bits")
     if not math.isfinite(value):
         raise ConfigError(name, value, "is not a finite number", "give a finite number")
     at_least, above, at_most = bounds.get("at_least"), bounds.get("above"), bounds.get("at_most")

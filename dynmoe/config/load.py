@@ -13,8 +13,11 @@ from typing import Any, get_args, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dynmoe.config.plain_yaml import parse_yaml
 from dynmoe.config.sections import Config
 from dynmoe.errors import UserError, first_line
+
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
 
 def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -25,48 +28,66 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
     """
     merged = OmegaConf.structured(Config)
     if path is not None:
-        merged = _merge(merged, _read_yaml(Path(path)), str(path))
+        merged = _merge(merged, "", _read_yaml(Path(path)), _shown(path))
     for override in overrides:
-        key, separator, _ = override.partition("=")
-        if not separator or not key:
-            raise UserError(f"{override!r} is not an override; write it as key=value, such as train.steps=100")
-        try:
-            given = OmegaConf.from_dotlist([override])
-        except Exception as error:
-            raise UserError(f"{override!r} cannot be read: {first_line(error)}; check quotes and brackets") from None
-        merged = _merge(merged, given, "the command line")
+        merged = _merge(merged, *_read_override(override), "the command line")
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     return config
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def _read_yaml(path: Path) -> dict[Any, Any]:
     try:
-        loaded = OmegaConf.load(path)
+        loaded = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"configuration {path} cannot be read: {error.strerror}; check the path") from None
-    except Exception as error:
-        raise UserError(f"configuration {path} is not YAML: {first_line(error)}; mend the file") from None
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"configuration {path} must be a mapping of sections; see train.py --help")
-    return loaded
+        raise UserError(f"configuration {_shown(path)} cannot be read: {error.strerror}; check the path") from None
+    except ValueError as error:
+        raise UserError(f"configuration {_shown(path)} is not YAML: {first_line(error)}; mend the file") from None
+    if not isinstance(loaded, dict | None):
+        raise UserError(f"configuration {_shown(path)} must be a mapping of sections; see train.py --help")
+    return loaded or {}
 
 
-def _merge(base: DictConfig, given: DictConfig, source: str) -> DictConfig:
-    for key, value in _leaves(OmegaConf.to_container(given, resolve=False)):
-        if isinstance(value, str) and ("${" in value or value == "???"):
-            raise UserError(f"{key} in {source}: {value!r} is interpolation, which is not supported; write the value")
+def _read_override(override: str) -> tuple[str, Any]:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"{override!r} is not an override; write it as key=value, such as train.steps=100")
     try:
-        merged = OmegaConf.merge(base, given)
+        return key, parse_yaml(value)
+    except ValueError as error:
+        raise UserError(f"{override!r} cannot be read: {first_line(error)}; check quotes and brackets") from None
+
+
+def _merge(base: DictConfig, key: str, given: Any, source: str) -> DictConfig:
+    """``base`` with what is ``given`` for ``key``, a section or a field; an empty key stands for all."""
+    for name, value in _leaves(given, key):
+        _check_leaf(name, value, source)
+    tree = given
+    for name in reversed(key.split(".") if key else []):
+        tree = {name: tree}
+    try:
+        merged = OmegaConf.merge(base, tree)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
-        key = getattr(error, "full_key", None) or next(_leaves(OmegaConf.to_container(given)), (source, None))[0]
-        known = [name for name, *_ in describe_fields()]
-        if "not in" in str(error) or "Unknown key" in str(error):
-            hint = _closest(str(key), known)
-            raise UserError(f"{key} in {source}: no such field{hint}; train.py --help lists them all") from None
-        raise UserError(f"{key} in {source}: {first_line(error)}; train.py --help gives its type") from None
+        at = getattr(error, "full_key", None) or next(_leaves(given, key), (source, None))[0]
+        raise UserError(f"{at} in {source}: {first_line(error)}; train.py --help gives its type") from None
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _check_leaf(key: str, value: Any, source: str) -> None:
+    """Refuses what OmegaConf would look up elsewhere, or take for something else."""
+    kinds, where = {name: kind for name, kind, *_ in describe_fields()}, f"{_shown(key)} in {source}"
+    if not any(name == key or name.startswith(f"{key}.") for name in kinds):
+        raise UserError(f"{where}: no such field{_closest(key, list(kinds))}; train.py --help lists them all")
+    if isinstance(value, str) and ("${" in value or value == "???"):
+        raise UserError(f"{where}: {value!r} is interpolation, which is not supported; write the value")
+    if kinds.get(key, "").startswith("bool") and isinstance(value, str) and value.lower() not in _BOOLEANS:
+        raise UserError(f"{where}: {value!r} is neither true nor false; write one of them")
+
+
+def _shown(name: object) -> str:
+    """A name as it fits into one line."""
+    return str(name) if str(name).isprintable() else repr(str(name))
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

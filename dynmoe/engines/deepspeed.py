@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import, which chooses
@@ -99,6 +99,7 @@ class DeepSpeedEngine:
         )
         self.state = deepspeed_state.OptimizerState(self._optimizer, self._adam)
         self.layers = self.module.moe_layers
+        self.local_modules: Sequence[nn.Module] = [layer.get_submodule("attention") for layer in self.module.layers]
         self._control = RoutingControl(config, self.layers, self.context, self.state)
         self._watch = GradientWatch(self.module.named_parameters(), self.layers)
         self.step = 0  # kept on the host: the optimizer's count waits for the device

@@ -12,11 +12,11 @@ import json
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 from dynmoe.config import Config
@@ -133,7 +133,7 @@ def commit(building: Path, final: Path, manifest: dict[str, Any]) -> None:
 
 def remove(path: Path) -> None:
     """Removes a checkpoint: out of the way first, as half a removal must not look like one."""
-    shutil.rmtree(path.rename(path.with_name(f"{path.name}{_REMOVED}")))
+    rmtree(path.rename(path.with_name(f"{path.name}{_REMOVED}")))
 
 
 def leftovers(root: Path) -> list[Path]:
@@ -204,5 +204,5 @@ def write_run(source: Checkpoint, config: Config, output: Path, write: Callable[
             write_atomically(building / TOKENIZER, tokenizer.read_bytes())
         building.rename(output)
     except BaseException:
-        shutil.rmtree(building)
+        rmtree(building)
         raise

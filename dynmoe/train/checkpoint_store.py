@@ -14,7 +14,9 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import threading
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,9 @@ from dynmoe.train.checkpoint import (
     step_of,
 )
 from dynmoe.train.engine import Snapshot
+
+# How long a network file system may take to show a file that another host has made.
+_SIGHT_S = 5.0
 
 Job = Callable[[], Any]
 # What another start would meet again.
@@ -193,6 +198,35 @@ class CheckpointStore:
     def _prune(self) -> None:
         for old in beyond(step_directories(self.root), self.keep, self.milestones):
             remove(old)
+
+    def check_shared(self) -> None:
+        """Refuses a directory that is not the same one for every rank: half a checkpoint would lie on each host.
+
+        Raises:
+            UserError: naming the ranks that look elsewhere.
+        """
+        mark = [f".shared-{secrets.token_hex(4)}"]
+        dist.broadcast_object_list(mark, src=0)
+        path = self.root / mark[0]
+
+        def make() -> None:
+            self.root.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+        self._together(make if self._is_first else lambda: None)
+        deadline = time.monotonic() + _SIGHT_S
+        while not (seen := path.exists()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            with contextlib.suppress(OSError):
+                os.listdir(self.root)  # network file systems remember that a file was not there
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, None if seen else socket.gethostname())
+        if self._is_first:
+            path.unlink()
+        blind = [f"{rank} (on {host})" for rank, host in enumerate(everywhere) if host is not None]
+        if blind:
+            problem = f"{self.root.resolve()} of rank 0 is not seen by rank {', '.join(blind)}"
+            raise UserError(f"run.dir: {problem}; name a directory that all hosts share, by its whole path")
 
     def remove_leftovers(self) -> None:
         """Removes what interrupted saves and removals left behind."""

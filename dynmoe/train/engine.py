@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynmoe.data.batches import Batch
 from dynmoe.errors import UserError
@@ -68,7 +68,8 @@ class Engine(Protocol):
     """A model, its optimizer and its process groups. Every method is collective unless it says otherwise.
 
     ``context`` is what all MoE layers of this rank share; ``data_rank`` of ``data_size`` says which sequences it reads;
-    ``step`` is the number of the latest step, those included that were skipped.
+    ``step`` is the number of the latest step, those included that were skipped; ``local_modules`` take part in every
+    forward pass with the same shapes on every rank, and no collective lies in them.
     """
 
     context: MoEContext
@@ -78,6 +79,7 @@ class Engine(Protocol):
     data_rank: int
     data_size: int
     step: int
+    local_modules: Sequence[nn.Module]
 
     def compute_gradients(self, batches: Sequence[Batch], record: bool) -> Gradients:
         """The next step over the micro-batches of this rank; with ``record`` MoE statistics are collected.

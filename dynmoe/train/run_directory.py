@@ -49,6 +49,7 @@ class RunDirectory:
         self.outcome = path / "outcome.json"
         self.logs = path / "logs"
         self.failures = self.logs / "failures"
+        self.hangs = self.logs / "hangs"
         self.wandb_id = path / "wandb_id"
         self._lock: TextIO | None = None
 

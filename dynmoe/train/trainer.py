@@ -26,7 +26,9 @@ from dynmoe.train.record import RunRecord
 from dynmoe.train.resume import refuse_changes
 from dynmoe.train.run_directory import RunDirectory
 from dynmoe.train.schedule import learning_rate
+from dynmoe.train.speed import SpeedComparison
 from dynmoe.train.traces import write_trace
+from dynmoe.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Trainer:
         make_views: makes the views of the metrics on the first rank, given the W&B id of an earlier start and the step
             that this one goes on from.
         ending: tells whether this process was told to end.
+        watchdog: is told of progress.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Trainer:
         vocab_size: int,
         make_views: Callable[[str | None, int], tuple[list[View], str | None]],
         ending: Ending,
+        watchdog: Watchdog,
     ) -> None:
         self.config, self.engine, self.data, self.directory = config, engine, data, directory
         self.size = ModelSize(config.model, vocab_size, config.data.sequence_length)
@@ -68,7 +72,8 @@ class Trainer:
         self.checkpoints = CheckpointStore(directory.checkpoints, kept.keep, kept.milestones)
         self.progress = Progress()
         self._make_views = make_views
-        self._ending = ending
+        self._ending, self._watchdog = ending, watchdog
+        self._speed = SpeedComparison(config.guard, engine.local_modules, engine.device)
 
     def run(self) -> Result:
         """Resumes where a checkpoint is, trains to the last step or until told to end, and leaves a checkpoint."""
@@ -79,6 +84,7 @@ class Trainer:
         row: Row = {} if record is None else record.last_row
         self._guard = StepGuard(self.config.guard, self.progress.guard)
         self._account = Account(self.config, self.engine, self.size, self.progress)
+        self._ending.has_state_to_save()
         try:
             while self.progress.step < train.steps:
                 row = self._step(record) or row
@@ -109,14 +115,18 @@ class Trainer:
         lr = learning_rate(step, config.train.steps, config.optimizer, config.schedule)
         gradients = self._compute_gradients(step, record=logs)
         events = self._use(gradients, step, lr, record)
+        slow = self._speed.after_step(step)
         if record is not None:
             record.add_events(events)
+            for text in slow:
+                record.add_incident(step, "straggler", text)
         self._account.add_step()
         if not logs:
             return None
         report = self._account.take_report()
         row = self._account.row(report, gradients, lr)
         if evaluates:
+            self._watchdog.progress(f"the evaluation after step {step}")
             loss = self.evaluate()
             row |= {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
         if record is not None:
@@ -127,8 +137,10 @@ class Trainer:
 
     def _compute_gradients(self, step: int, record: bool) -> Gradients:
         """Forward and backward passes of a step, and their trace where one is due."""
-        samples = self._next_samples()
-        batches = [self.data.train_batch(numbers) for numbers in samples]
+        self._watchdog.progress(f"step {step}")
+        with self._speed.loading():
+            samples = self._next_samples()
+            batches = [self.data.train_batch(numbers) for numbers in samples]
         if not self.config.logging.traces(step):
             return self.engine.compute_gradients(batches, record)
         trace = self.engine.context.trace = RoutingTrace()
@@ -191,6 +203,7 @@ class Trainer:
         return interval > 0 and self.progress.step % interval == 0
 
     def _save(self) -> None:
+        self._watchdog.progress(f"the checkpoint of step {self.progress.step}")
         self._account.take_report()
         self._account.read_clock()
         data, config = [corpus.fingerprint for corpus in self.data.corpora], dataclasses.asdict(self.config)
@@ -207,6 +220,8 @@ class Trainer:
         self._account.start_interval()
 
     def _resume(self) -> None:
+        self._watchdog.progress("the resumption")
+        self.checkpoints.check_shared()
         self.checkpoints.remove_leftovers()
         checkpoint = self.checkpoints.newest()
         if checkpoint is None:

@@ -190,7 +190,7 @@ def test_a_dense_model_reports_no_moe_figures():
     from dynmoe.train.metrics import moe_row
 
     config = load_config(None, ["model.moe.experts=0"])
-    assert moe_row(StepReport(1.0, 1.0, {}, 0, {}), config, 1) == {}
+    assert moe_row(StepReport({}, 0, {}), config, 1) == {}
 
 
 def test_a_ceiling_may_be_another_one_after_a_resume():

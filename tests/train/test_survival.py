@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-import signal
-import time
 
 import pandas as pd
 import pytest
 
-from bench.processes import is_running
-from tests.train.cases import TrainingProcess, curve, parameter_hashes, read_rows
+from tests.train.cases import TrainingProcess, curve, read_rows
 
 
 def test_a_run_leaves_what_it_promises(undisturbed):
@@ -53,50 +48,6 @@ def test_a_finished_run_says_so_when_started_again(undisturbed, corpus_dir):
         assert part in process.output()
     assert json.loads((run / "outcome.json").read_text())["eval/loss"] > 0
     assert (run / "metrics.jsonl").read_bytes() == before
-
-
-@pytest.mark.parametrize("victim", ["rank", "launcher"])
-def test_sigkill_at_a_random_step_leaves_the_curve_bitwise(undisturbed, corpus_dir, tmp_path, victim):
-    reference, _ = undisturbed
-    step = random.SystemRandom().randint(3, 37)
-    process = TrainingProcess(corpus_dir, tmp_path / "runs")
-    metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
-    process.wait_for_row(metrics, step)
-    if victim == "rank":
-        os.kill(random.SystemRandom().choice(process.ranks()), signal.SIGKILL)
-        assert process.wait() != 0
-    else:
-        deadline = time.monotonic() + 30
-        ranks = process.kill_launcher()
-        while any(is_running(rank) for rank in ranks):
-            assert time.monotonic() < deadline, "ranks outlived their launcher"
-            time.sleep(0.05)
-    again = TrainingProcess(corpus_dir, tmp_path / "runs")
-    assert again.wait() == 0, f"killed after step {step}: {again.output()}"
-    assert curve(metrics) == curve(reference / "metrics.jsonl"), f"killed after step {step}"
-    for name in ("events.jsonl", "histograms.jsonl"):
-        texts = [(run / name).read_text() for run in (metrics.parent, reference)]
-        assert texts[0] == texts[1], f"{name}, killed after step {step}"
-    traces = [pd.read_parquet(run / "traces") for run in (metrics.parent, reference)]
-    assert traces[0].equals(traces[1]), f"killed after step {step}"
-    assert parameter_hashes(metrics.parent, 40) == parameter_hashes(reference, 40)
-
-
-def test_sigterm_saves_at_the_end_of_the_step(undisturbed, corpus_dir, tmp_path):
-    reference, _ = undisturbed
-    process = TrainingProcess(corpus_dir, tmp_path / "runs")
-    run = tmp_path / "runs" / "tiny"
-    process.wait_for_row(run / "metrics.jsonl", 13)
-    process.signal(signal.SIGTERM)
-    process.wait()
-    outcome = json.loads((run / "outcome.json").read_text())
-    assert outcome["status"] == "preempted"
-    step = outcome["step"]
-    assert 13 <= step < 40
-    assert (run / "checkpoints" / f"step_{step:08d}").is_dir()
-    again = TrainingProcess(corpus_dir, tmp_path / "runs")
-    assert again.wait() == 0, again.output()
-    assert curve(run / "metrics.jsonl") == curve(reference / "metrics.jsonl")
 
 
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_loads(undisturbed, corpus_dir, tmp_path):

@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynmoe.config import Config
 from dynmoe.data.batches import Batch
@@ -63,6 +63,10 @@ class MegatronEngine:
         settings.grad_scale_func = self.optimizer.scale_loss
         self.state = OptimizerState(self.optimizer)
         self.layers = [layer for model in self.models for layer in moe_layers(model)]
+        # Projections around it have collectives under tensor parallelism.
+        self.local_modules: Sequence[nn.Module] = [
+            layer.self_attention.core_attention for m in self.models for layer in m.decoder.layers
+        ]
         self._control = RoutingControl(config, self.layers, self.context, self.state)
         self._vocab_size, self._context_rank = vocab_size, parallel_state.get_context_parallel_rank()
         named = ((own.name, own.parameter) for model in self.models for own in weights(model, config.model))
