@@ -24,7 +24,7 @@ from data_prep.recipe import Nodes, Recipe, recipe_digest
 from data_prep.sources import fingerprint, list_units, stamp
 from data_prep.units import Unit
 from data_prep.vocabulary import train_tokenizer
-from dynmoe.data.corpus import FORMAT, MANIFEST, SPLITS, TOKENIZER, Corpus, sha256_of
+from dynmoe.data.corpus import FILES, FORMAT, MANIFEST, SPLITS, TOKENIZER, Corpus, sha256_of
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
 
@@ -215,8 +215,7 @@ def _manifest(recipe: Recipe, directory: Path, tokenizer: Tokenizer, merged: Mer
 
 def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of each file of a corpus."""
-    files = [TOKENIZER, *(f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "idx"))]
-    return {name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_of(directory / name)} for name in files}
+    return {name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_of(directory / name)} for name in FILES}
 
 
 def figures(occurrences: np.ndarray) -> dict[str, float]:

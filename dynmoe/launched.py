@@ -20,7 +20,7 @@ from typing import Any
 # Directory for the failures of ranks, set by the scripts in launch/.
 FAILURES = "DYNMOE_FAILURES"
 
-_TIME_TO_HEAR_S = 3.0
+_TIME_TO_START_S = 5.0
 _PR_SET_PDEATHSIG = 1
 _SIOCGIFADDR = 0x8915
 
@@ -68,11 +68,11 @@ class Ending:
         self._starting = False
 
     def _listen(self, received: int) -> None:
-        """Ends a start whose SIGTERM nobody hears: it waits, outside Python, for a rank that will not come."""
+        """Ends a start that SIGTERM does not: it waits, outside Python, for a rank that will not come."""
         while number := os.read(received, 1):
             if number[0] == signal.SIGTERM:
-                time.sleep(_TIME_TO_HEAR_S)
-                if self._starting and not self.told:
+                time.sleep(_TIME_TO_START_S)
+                if self._starting:
                     os._exit(128 + signal.SIGTERM)
 
     def _note(self, number: int, frame: Any) -> None:

@@ -18,7 +18,11 @@ torch.set_num_threads(1)
 settings.register_profile(
     "project", max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
-settings.load_profile("project")
+# make test-faults: other inputs each time, and the line that gives a failing one again.
+settings.register_profile(
+    "fuzz", max_examples=10_000, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "project"))
 
 
 _SUMMARY: list[str] = []

@@ -7,6 +7,7 @@ import difflib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -42,7 +43,7 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     except OSError as error:
         raise UserError(f"configuration {_shown(path)} cannot be read: {error.strerror}; check the path") from None
     except ValueError as error:
-        raise UserError(f"configuration {_shown(path)} is not YAML: {first_line(error)}; mend the file") from None
+        raise UserError(f"configuration {_shown(path)} is not YAML: {error}; mend the file") from None
     if not isinstance(loaded, dict | None):
         raise UserError(f"configuration {_shown(path)} must be a mapping of sections; see train.py --help")
     return loaded or {}
@@ -55,7 +56,7 @@ def _read_override(override: str) -> tuple[str, Any]:
     try:
         return key, parse_yaml(value)
     except ValueError as error:
-        raise UserError(f"{override!r} cannot be read: {first_line(error)}; check quotes and brackets") from None
+        raise UserError(f"{override!r} cannot be read: {error}; check quotes and brackets") from None
 
 
 def _merge(base: DictConfig, key: str, given: Any, source: str) -> DictConfig:
@@ -69,20 +70,26 @@ def _merge(base: DictConfig, key: str, given: Any, source: str) -> DictConfig:
         merged = OmegaConf.merge(base, tree)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         at = getattr(error, "full_key", None) or next(_leaves(given, key), (source, None))[0]
-        raise UserError(f"{at} in {source}: {first_line(error)}; train.py --help gives its type") from None
+        raise UserError(f"{at} in {source}: {_shown(first_line(error))}; train.py --help gives its type") from None
     assert isinstance(merged, DictConfig)
     return merged
 
 
 def _check_leaf(key: str, value: Any, source: str) -> None:
     """Refuses what OmegaConf would look up elsewhere, or take for something else."""
-    kinds, where = {name: kind for name, kind, *_ in describe_fields()}, f"{_shown(key)} in {source}"
+    kinds, where = _kinds(), f"{_shown(key)} in {source}"
     if not any(name == key or name.startswith(f"{key}.") for name in kinds):
         raise UserError(f"{where}: no such field{_closest(key, list(kinds))}; train.py --help lists them all")
     if isinstance(value, str) and ("${" in value or value == "???"):
         raise UserError(f"{where}: {value!r} is interpolation, which is not supported; write the value")
     if kinds.get(key, "").startswith("bool") and isinstance(value, str) and value.lower() not in _BOOLEANS:
         raise UserError(f"{where}: {value!r} is neither true nor false; write one of them")
+
+
+@cache
+def _kinds() -> dict[str, str]:
+    """The type of every field, in words."""
+    return {name: kind for name, kind, *_ in describe_fields()}
 
 
 def _shown(name: object) -> str:

@@ -45,7 +45,7 @@ class DataConfig(Section):
 
     dirs: list[str] = option(["data/stdlib"], "prepared corpora (directories written by data_prep), one or several")
     weights: list[float] = option(
-        [], "share of each corpus in the blend; empty: in proportion to their tokens", above=0
+        [], "share of each corpus in the blend; empty: in proportion to their tokens", at_least=1e-9, at_most=1e9
     )
     sequence_length: int = option(512, "tokens of one training sequence", at_least=1)
     verify: bool = option(True, "check every hash and token id of the corpora before the first step")
@@ -63,7 +63,7 @@ class DataConfig(Section):
 class ModelConfig(Section):
     _section: ClassVar[str] = "model"
 
-    layers: int = option(4, "decoder layers", at_least=1)
+    layers: int = option(4, "decoder layers", at_least=1, at_most=10_000)
     hidden: int = option(256, "model dimension", at_least=1)
     heads: int = option(4, "attention heads", at_least=1)
     kv_heads: int = option(2, "key-value heads (grouped-query attention)", at_least=1)
@@ -210,6 +210,9 @@ class CheckpointConfig(Section):
     interval: int = option(200, "steps between checkpoints (0: only at the end and on SIGTERM)", at_least=0)
     keep: int = option(2, "newest checkpoints that are kept", at_least=2)
     milestones: int = option(0, "checkpoints of a step that is a multiple of it are kept too (0: none)", at_least=0)
+    accept_changes: list[str] = option(
+        [], "fields, or sections, in which this start may differ from the checkpoint that it goes on from"
+    )
     asynchronous: bool = option(False, "write checkpoints beside the steps that follow, from a copy in host memory")
 
 

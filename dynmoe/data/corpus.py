@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from dynmoe.errors import UserError
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 SPLITS = ("train", "validation")
+FILES = (TOKENIZER, *(f"{split}.{ending}" for split in SPLITS for ending in ("bin", "idx")))
 FORMAT = 1
 _KEYS = {"files", "input", "recipe", "refused", "sources", "splits", "tokenizer"}
 
@@ -54,10 +56,10 @@ class Corpus:
         except FileNotFoundError:
             cure = f"prepare one with python -m data_prep --out {path}"
             raise UserError(f"data.dirs: {path} holds no prepared corpus ({MANIFEST} is missing); {cure}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path / MANIFEST} cannot be read: {error}; prepare the corpus again") from None
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or _KEYS - manifest.keys():
-            raise UserError(f"{path / MANIFEST} is not of format {FORMAT}; prepare the corpus again")
+        if not _is_manifest(manifest):
+            raise UserError(f"{path / MANIFEST} is no manifest of format {FORMAT}; prepare the corpus again")
         tokenizer = Tokenizer(path / TOKENIZER)
         if tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
             raise UserError(f"{path / TOKENIZER} is not the tokenizer of the manifest; prepare the corpus again")
@@ -65,6 +67,9 @@ class Corpus:
         for name, facts in manifest["files"].items():
             if (path / name).stat().st_size != facts["bytes"]:
                 raise UserError(f"{path / name}: its size is not the manifest's; prepare the corpus again")
+        for split, tokens in splits.items():
+            if manifest["splits"][split]["tokens"] != tokens.num_tokens:
+                raise UserError(f"{path / split}.idx: its tokens are not the manifest's; prepare the corpus again")
         return cls(path, manifest, tokenizer, splits)
 
     @property
@@ -83,6 +88,22 @@ class Corpus:
                 raise UserError(f"{self.path / name}: its SHA-256 is not the manifest's; prepare the corpus again")
         for tokens in self.splits.values():
             tokens.counts(self.tokenizer.vocab_size)
+
+
+def _is_manifest(manifest: Any) -> bool:
+    """Whether it has what is read of a manifest, now or at the end of a training."""
+    try:
+        return (
+            manifest["format"] == FORMAT
+            and not _KEYS - manifest.keys()
+            and manifest["files"].keys() == set(FILES)
+            and all({"bytes", "sha256"} <= facts.keys() for facts in manifest["files"].values())
+            and isinstance(manifest["tokenizer"]["sha256"], str)
+            and all(math.isfinite(manifest["splits"][split]["unigram_entropy_nats"]) for split in SPLITS)
+            and all("tokens" in manifest["splits"][split] for split in SPLITS)
+        )
+    except (AttributeError, LookupError, TypeError, OverflowError):
+        return False
 
 
 def open_corpora(dirs: Sequence[str], sequence_length: int) -> list[Corpus]:

@@ -6,8 +6,10 @@ import hashlib
 import re
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from dynmoe.errors import UserError
@@ -24,15 +26,22 @@ class Tokenizer:
         try:
             self.content = Path(path).read_bytes()
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self.content)
+            are_texts = all(isinstance(piece.piece, str) for piece in self._proto.pieces)
         except OSError as error:
             raise UserError(f"tokenizer {path} cannot be read: {error.strerror}; prepare the corpus again") from None
-        except RuntimeError:
-            raise UserError(f"tokenizer {path} is not a sentencepiece model; prepare the corpus again") from None
+        except (RuntimeError, ValueError, DecodeError):  # the second: its words on what is wrong are not UTF-8
+            are_texts = False
+        if not are_texts:
+            raise UserError(f"tokenizer {path} is not a sentencepiece model; prepare the corpus again")
         self.sha256 = hashlib.sha256(self.content).hexdigest()
         self.eod: int = self._model.eos_id()
         self.vocab_size: int = self._model.vocab_size()
         if self.eod < 0:
             raise UserError(f"tokenizer {path} has no end-of-sentence piece; train it with one (data_prep does)")
+
+    @property
+    def _proto(self) -> Any:
+        return sentencepiece_model_pb2.ModelProto.FromString(self.content)
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
@@ -51,7 +60,7 @@ class Tokenizer:
         True of byte-pair encodings that leave the text as it is and have no piece that reaches from one word into the
         next. Others may only be applied to whole texts: unigram models add up scores from the beginning.
         """
-        model = sentencepiece_model_pb2.ModelProto.FromString(self.content)
+        model = self._proto
         normalizer, trainer = model.normalizer_spec, model.trainer_spec
         leaves_text = normalizer.escape_whitespaces and not (
             normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces or normalizer.precompiled_charsmap

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from dynmoe.errors import ConfigError
@@ -12,16 +13,23 @@ _FIXED = ("model", "data.weights", "data.sequence_length", "train.seed")
 
 
 def refuse_changes(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises a ConfigError that shows what differs in a field that a resumed run must keep."""
+    """Raises a ConfigError that shows what differs in a field that a resumed run must keep.
+
+    What is named in ``checkpoint.accept_changes`` may differ, as far as the tensors fit.
+    """
     if saved["engine"] != current["engine"]:
         cure = f"keep it, or convert the run: python -m dynmoe.convert RUN --engine {current['engine']}"
         raise ConfigError("engine", current["engine"], f"the run's checkpoint is of {saved['engine']}", cure)
     old, new = dict(flatten(saved)), dict(flatten(current))
+    free = [*_FREE, *current["checkpoint"]["accept_changes"]]
     for name in sorted(old.keys() | new.keys()):
-        fixed = any(name == section or name.startswith(f"{section}.") for section in _FIXED)
-        if fixed and name not in _FREE and old.get(name) != new.get(name):
-            cure = "keep it, or start anew with another run.name"
+        if _is_in(name, _FIXED) and not _is_in(name, free) and old.get(name) != new.get(name):
+            cure = "keep it, start anew with another run.name, or name it in checkpoint.accept_changes"
             raise ConfigError(name, new.get(name), f"the run's checkpoint has {old.get(name)!r}", cure)
+
+
+def _is_in(name: str, sections: Sequence[str]) -> bool:
+    return any(name == section or name.startswith(f"{section}.") for section in sections)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

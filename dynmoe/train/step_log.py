@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,9 +20,9 @@ class StepLog:
     """
 
     def __init__(self, path: Path, key: str, step: int) -> None:
-        lines = [line for line in _complete_lines(path, key) if json.loads(line)[key] <= step]
-        write_atomically(path, "".join(f"{line}\n" for line in lines))
-        self.last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+        kept = [(line, entry) for line, entry in _sound_lines(path, key) if entry[key] <= step]
+        write_atomically(path, b"".join(line + b"\n" for line, _ in kept))
+        self.last: dict[str, Any] = kept[-1][1] if kept else {}
         self._stream: TextIO = path.open("a")
 
     def append(self, entry: Mapping[str, Any]) -> None:
@@ -34,15 +34,12 @@ class StepLog:
         self._stream.close()
 
 
-def _complete_lines(path: Path, key: str) -> list[str]:
-    """Lines of ``path`` that hold a whole object: a kill may leave half of the last one."""
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text().splitlines():
+def _sound_lines(path: Path, key: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Lines of ``path`` and their objects; without what has no step: a kill may leave half of the last line."""
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
-            if key in json.loads(line):
-                lines.append(line)
-        except ValueError:
+            entry = json.loads(line.decode())
+        except (ValueError, RecursionError):
             continue
-    return lines
+        if isinstance(entry, dict) and isinstance(entry.get(key), (int, float)):
+            yield line, entry

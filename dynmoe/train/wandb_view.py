@@ -103,7 +103,8 @@ def _start(config: Config, run_id: str) -> Any:
         "project": config.logging.wandb_project, "name": config.run.name, "group": config.run.name, "dir": directory,
         "config": dataclasses.asdict(config), "id": run_id, "resume": "allow",
         "settings": wandb.Settings(
-            init_timeout=_INIT_TIMEOUT_S, finish_timeout=_FINISH_TIMEOUT_S, silent=True, console="off"
+            init_timeout=_INIT_TIMEOUT_S, finish_timeout=_FINISH_TIMEOUT_S, silent=True, console="off",
+            git_remote="",  # the commit, not the address it is fetched from: that may hold a token
         ),
     }  # fmt: skip
     mode = config.logging.wandb

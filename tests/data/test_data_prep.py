@@ -162,38 +162,6 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
-DAMAGE = {
-    "a flipped token": ("train.bin", lambda path: flip(path, 100), "SHA-256"),
-    "a cut .bin": ("train.bin", lambda path: path.write_bytes(path.read_bytes()[:-2]), "its index asks for"),
-    "a missing .bin": ("train.bin", Path.unlink, "No such file"),
-    "wrong magic": ("train.idx", lambda path: flip(path, 0), "not a Megatron index"),
-    "an unknown type": ("train.idx", lambda path: flip(path, 17), "type code"),
-    "a cut .idx": ("train.idx", lambda path: path.write_bytes(path.read_bytes()[:-8]), "its counts ask for"),
-    "an empty .idx": ("train.idx", lambda path: path.write_bytes(b""), "less than its header"),
-    "a wrong length": ("train.idx", lambda path: flip(path, 34), "pointers|index asks"),
-    "a wrong document": ("train.idx", lambda path: flip(path, -3), "document boundaries"),
-    "a broken manifest": ("manifest.json", lambda path: path.write_text("{"), "cannot be read"),
-    "another tokenizer": ("tokenizer.model", lambda path: path.write_bytes(b"x"), "not a sentencepiece model"),
-}
-
-
-@pytest.mark.parametrize("damage", sorted(DAMAGE))
-def test_damage_is_found_and_named(tmp_path, damage):
-    write_texts(tmp_path / "text", documents=20)
-    build(recipe(tmp_path / "text"), tmp_path / "out", workers=1)
-    name, harm, problem = DAMAGE[damage]
-    harm(tmp_path / "out" / name)
-    with pytest.raises(UserError, match=problem) as caught:
-        Corpus.open(tmp_path / "out").verify()
-    assert name in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_token_outside_the_vocabulary_is_found_without_hashes(corpus_dir):
-    with pytest.raises(UserError, match="outside the vocabulary of 300"):
-        Corpus.open(corpus_dir).splits["train"].counts(300)
-
-
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "data_prep", *arguments], capture_output=True, text=True, check=False, timeout=120

@@ -7,36 +7,14 @@ import os
 import random
 import signal
 import time
-from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from bench.processes import is_running
 from dynmoe.train.checkpoint import problem_of, step_directories
+from tests.faults.cases import MEGATRON, is_undisturbed
 from tests.faults.injection import KillInTurn, Strike, replace
-from tests.train.cases import TrainingProcess, curve, parameter_hashes, read_rows
-
-MEGATRON = ["engine=megatron", "parallel.expert=1", "parallel.pipeline=2"]
-
-
-def is_undisturbed(run: Path, reference: Path, step: int = 40) -> None:
-    """Rows, events, histograms, traces and final parameters are those of ``reference``, bit by bit."""
-    assert curve(run / "metrics.jsonl") == curve(reference / "metrics.jsonl")
-    for name in ("events.jsonl", "histograms.jsonl", "incidents.jsonl"):
-        assert (run / name).read_text() == (reference / name).read_text(), name
-    assert pd.read_parquet(run / "traces").equals(pd.read_parquet(reference / "traces"))
-    assert parameter_hashes(run, step) == parameter_hashes(reference, step)
-
-
-@pytest.fixture(scope="session")
-def undisturbed_pipeline(corpus_dir, tmp_path_factory) -> Path:
-    """A finished run of Megatron over two pipeline stages."""
-    runs = tmp_path_factory.mktemp("pipeline") / "runs"
-    process = TrainingProcess(corpus_dir, runs, *MEGATRON)
-    assert process.wait() == 0, process.output()
-    return runs / "tiny"
-
+from tests.train.cases import TrainingProcess, read_rows
 
 # Phases of a step, and calls of two layers or one that come between two checkpoints, of ten steps.
 STRIKES = {

@@ -65,19 +65,6 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_loads(undisturbed,
     assert curve(run / "metrics.jsonl")[:30] == curve(undisturbed[0] / "metrics.jsonl")[:30]
 
 
-@pytest.mark.slow  # what is refused on resume is tested without processes in test_parts
-def test_another_model_on_resume_is_refused_with_the_difference(undisturbed, corpus_dir):
-    run, _ = undisturbed
-    process = TrainingProcess(corpus_dir, run.parent, "train.steps=50", "model.moe.experts=8")
-    assert process.wait() != 0
-    lines = [line for line in process.output().splitlines() if line.startswith("error: ")]
-    assert json.loads((run / "outcome.json").read_text())["status"] == "finished"
-    assert "experts: 4" in (run / "config.yaml").read_text()
-    assert lines == [
-        "error: model.moe.experts=8: the run's checkpoint has 4; keep it, or start anew with another run.name"
-    ]
-
-
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
@@ -98,17 +85,6 @@ def test_train_refuses_bad_input_in_one_line(corpus_dir, tmp_path, overrides, na
     lines = [line for line in process.output().splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, process.output()
     assert named in lines[0]
-
-
-def test_a_second_job_in_the_same_directory_is_refused(corpus_dir, tmp_path):
-    first = TrainingProcess(corpus_dir, tmp_path / "runs", "train.steps=100000")
-    try:
-        first.wait_for_row(tmp_path / "runs" / "tiny" / "metrics.jsonl", 1)
-        second = TrainingProcess(corpus_dir, tmp_path / "runs", "train.steps=100000")
-        assert second.wait() != 0
-        assert "error: run.name: another job trains in" in second.output()
-    finally:
-        first.kill_launcher()
 
 
 def test_a_corpus_with_flipped_tokens_is_refused_before_the_first_step(corpus_dir, tmp_path):

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata, planner
+from torch.distributed.checkpoint import CheckpointException, filesystem, metadata, planner
 
 from dynmoe.errors import UserError, first_line
 
@@ -39,6 +40,16 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
+def _refusal(error: BaseException) -> str | None:
+    """What a pickle wanted that it does not get, on whichever rank; None where that was not the trouble."""
+    causes = [error] if not isinstance(error, CheckpointException) else [cause for cause, _ in error.failures.values()]
+    refused = next((cause for cause in causes if isinstance(cause, pickle.UnpicklingError)), None)
+    if refused is None:
+        return None
+    named = re.search(r"GLOBAL (\S+)", str(refused))
+    return f"it names {named.group(1)}" if named else first_line(refused)
+
+
 @contextlib.contextmanager
 def tensors_only(folder: Path) -> Iterator[None]:
     """While Megatron loads from ``folder``: nothing in there can execute code.
@@ -55,8 +66,11 @@ def tensors_only(folder: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {error.filename}: is missing; go on from another checkpoint") from None
-    except pickle.UnpicklingError as error:
-        problem = f"is not only tensors and their description ({first_line(error)})"
+    except (pickle.UnpicklingError, CheckpointException) as error:
+        cause = _refusal(error)
+        if cause is None:
+            raise
+        problem = f"is not only tensors and their description ({cause})"
         raise UserError(f"checkpoint {folder}: {problem}; it was not read, as it could execute code") from None
     finally:
         if before is None:

@@ -1,0 +1,58 @@
+"""Damage as it happens to files, and what must follow from it: what was meant, or a refusal in one line."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from hypothesis import strategies as st
+
+from dynmoe.errors import UserError
+
+Result = TypeVar("Result")
+_PATIENCE_S = 20.0  # of an input that takes milliseconds, on a machine that computes other things
+
+
+@contextmanager
+def in_bounded_time() -> Iterator[None]:
+    """Raises a TimeoutError in whatever is still under way after the patience."""
+
+    def too_late(*_: Any) -> None:
+        raise TimeoutError(f"still under way after {_PATIENCE_S:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def attempt(action: Callable[[], Result]) -> Result | None:
+    """What an action gives; None where it is refused, as users must be told: in one line."""
+    try:
+        with in_bounded_time():
+            return action()
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1, str(error)
+        return None
+
+
+@st.composite
+def damaged(draw: st.DrawFn, content: bytes, words: Sequence[bytes] = (b"\0", b"\xff\xff\xff\xff")) -> bytes:
+    """``content`` after one to four blows: bytes flipped, cut off, taken out, swapped or written over; words added."""
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(content)))
+        stop = min(len(content), start + draw(st.sampled_from((1, 1, 2, 4, 8, 60, 1000))))
+        before, hit, after = content[:start], content[start:stop], content[stop:]
+        word = draw(st.sampled_from(words) | st.binary(max_size=8))
+        other = draw(st.integers(0, len(content)))
+        content = draw(st.sampled_from((
+            before + bytes(byte ^ 1 << start % 8 for byte in hit) + after, before, before + after, before + word + hit + after,
+            before + word + after[len(word) - len(hit) :], before + content[other : other + 40] + after,
+            after + hit + before,
+        )))  # fmt: skip
+    return content

@@ -1,0 +1,311 @@
+"""F6 to F9, F20, F24, F27: what happens to files, and what must not be read from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynmoe.train.checkpoint import step_directories
+from tests.faults.cases import MEGATRON, errors, is_undisturbed
+from tests.train.cases import TrainingProcess, read_rows
+
+
+def limit_files(rank: int, size: int) -> None:
+    """No file of this process may grow beyond ``size``, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+@pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
+def test_f06_a_disk_that_fills_up_while_saving(
+    undisturbed, undisturbed_pipeline, corpus_dir, tmp_path, engine, asynchronous
+):
+    run = tmp_path / "runs" / "tiny"
+    overrides = [f"checkpoint.asynchronous={asynchronous}", *(MEGATRON if engine == "megatron" else [])]
+    first = TrainingProcess(corpus_dir, tmp_path / "runs", *overrides)
+    first.wait_for_row(run / "metrics.jsonl", 18)
+    first.kill_tree()
+    process = TrainingProcess(corpus_dir, tmp_path / "runs", *overrides, prepare=partial(limit_files, size=100_000))
+    assert process.wait() != 0
+    (line,) = set(errors(process))
+    for part in (str(run / "checkpoints" / "step_00000020.tmp-"), "large", "the one before is intact"):
+        assert part in line, process.output()
+    assert json.loads((run / "outcome.json").read_text())["status"] == "failed"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000010"], "space is not given back"
+    last = TrainingProcess(corpus_dir, tmp_path / "runs", *overrides)
+    assert last.wait() == 0, last.output()
+    is_undisturbed(run, undisturbed_pipeline if engine == "megatron" else undisturbed[0])
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mounts file systems, by the options of ``mount``; needs root."""
+    mounted = []
+
+    def make(name: str, *options: str) -> Path:
+        path = tmp_path / name
+        path.mkdir(exist_ok=True)
+        done = subprocess.run(["mount", *options, str(path)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"cannot mount: {done.stderr.strip()}")
+        mounted.append(path)
+        return path
+
+    yield make
+    for path in reversed(mounted):
+        subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.faults
+def test_f06_a_file_system_without_room(corpus_dir, mount):
+    disk = mount("disk", "-t", "tmpfs", "-o", "size=3m", "tmpfs")
+    process = TrainingProcess(corpus_dir, disk / "runs", "checkpoint.interval=5", "checkpoint.keep=9")
+    assert process.wait() != 0
+    (line,) = set(errors(process))
+    assert "No space left on device" in line
+    assert str(disk / "runs" / "tiny" / "checkpoints") in line
+    kept = step_directories(disk / "runs" / "tiny" / "checkpoints")
+    assert kept, "one fits"
+    subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+    again = TrainingProcess(corpus_dir, disk / "runs", "checkpoint.interval=5", "checkpoint.keep=9")
+    assert again.wait() == 0, again.output()
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def garble(path: Path) -> None:
+    path.write_text('{"step": [')
+
+
+DAMAGES = {
+    "flipped": (flip, "experts_00001.safetensors"),
+    "cut off": (cut, "dense.safetensors"),
+    "empty": (empty, "random_00000.safetensors"),
+    "missing": (Path.unlink, "experts_00000.safetensors"),
+    "state": (flip, "trainer.json"),
+    "manifest": (garble, "manifest.json"),
+    "no manifest": (Path.unlink, "manifest.json"),
+}
+MEGATRONS = {
+    "flipped": (flip, "megatron/__1_0.distcp"),
+    "metadata": (flip, "megatron/.metadata"),
+    "common": (cut, "megatron/common.pt"),
+    "missing": (Path.unlink, "megatron/__0_0.distcp"),
+}
+CASES = [("deepspeed", name) for name in DAMAGES] + [("megatron", name) for name in MEGATRONS]
+
+
+@pytest.mark.parametrize(("engine", "damage"), CASES)
+def test_f07_damage_is_named_and_the_checkpoint_before_is_taken(
+    undisturbed, undisturbed_pipeline, two_ranks, tmp_path, engine, damage
+):
+    source = undisturbed_pipeline if engine == "megatron" else undisturbed[0]
+    root = tmp_path / "checkpoints"
+    shutil.copytree(source / "checkpoints", root)
+    harm, name = (MEGATRONS if engine == "megatron" else DAMAGES)[damage]
+    harm(root / "step_00000040" / name)
+    for found in two_ranks.run(newest_of, str(root)):
+        assert found["step"] == 30
+    named = name if name != "manifest.json" else "manifest.json is missing, damaged"
+    assert named in two_ranks_said(tmp_path)
+    assert [path.name[:21] for path in sorted(root.iterdir())] == ["step_00000030", "step_00000040.damaged"]
+    harm(root / "step_00000030" / name)
+    for found in two_ranks.run(newest_of, str(root)):
+        assert "no checkpoint is undamaged" in found["error"]
+        assert "step_00000030" in found["error"]
+    for found in two_ranks.run(newest_of, str(root)):
+        assert "all were found damaged before" in found["error"], "never silently from scratch"
+
+
+def newest_of(root: str) -> dict[str, Any]:
+    """What every rank of a pool gets from a directory of checkpoints; what is said goes into a file beside it."""
+    import contextlib
+
+    from dynmoe.errors import UserError
+    from dynmoe.train.checkpoint_store import CheckpointStore
+
+    with (Path(root).parent / "said.txt").open("a") as stream, contextlib.redirect_stdout(stream):
+        try:
+            checkpoint = CheckpointStore(Path(root), keep=2).newest()
+        except UserError as error:
+            return {"error": str(error)}
+    return {"step": None if checkpoint is None else checkpoint.step}
+
+
+def two_ranks_said(folder: Path) -> str:
+    return (folder / "said.txt").read_text()
+
+
+@pytest.mark.parametrize("content", ["", "step_00000099", "\x00garbage\n", "../../elsewhere"])
+def test_f08_pointers_to_the_latest_checkpoint_are_not_believed(undisturbed, two_ranks, tmp_path, content):
+    root = tmp_path / "checkpoints"
+    root.mkdir()
+    for path in step_directories(undisturbed[0] / "checkpoints"):
+        os.symlink(path, root / path.name)
+    for name in ("latest", "latest_checkpointed_iteration.txt"):
+        (root / name).write_text(content)
+    assert [found["step"] for found in two_ranks.run(newest_of, str(root))] == [40, 40]
+    (root / "step_00000040").unlink()
+    assert [found["step"] for found in two_ranks.run(newest_of, str(root))] == [30, 30]
+
+
+def test_f09_a_run_directory_that_is_a_file(corpus_dir, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    process = TrainingProcess(corpus_dir, tmp_path / "runs")
+    assert process.wait() != 0
+    assert [line.split(";")[0] for line in errors(process)] == [
+        f"error: run.dir: {tmp_path / 'runs' / 'tiny'} cannot be written (Not a directory)"
+    ]
+
+
+def test_f09_a_second_job_in_the_same_directory(corpus_dir, tmp_path):
+    first = TrainingProcess(corpus_dir, tmp_path / "runs", "train.steps=100000")
+    try:
+        first.wait_for_row(tmp_path / "runs" / "tiny" / "metrics.jsonl", 1)
+        second = TrainingProcess(corpus_dir, tmp_path / "runs", "train.steps=100000")
+        assert second.wait() != 0
+        assert "error: run.name: another job trains in" in second.output()
+    finally:
+        first.kill_tree()
+
+
+@pytest.mark.faults
+def test_f09_a_directory_that_is_read_only(corpus_dir, mount):
+    disk = mount("disk", "-t", "tmpfs", "-o", "ro", "tmpfs")
+    process = TrainingProcess(corpus_dir, disk.parent, f"run.dir={disk / 'runs'}")
+    assert process.wait() != 0
+    (line,) = errors(process)
+    assert "Read-only file system" in line
+    assert str(disk / "runs") in line
+
+
+def test_f20_another_model_is_refused_with_the_difference_unless_asked_for(undisturbed, corpus_dir, tmp_path):
+    run = tmp_path / "runs" / "tiny"
+    shutil.copytree(undisturbed[0], run)
+    changes = ["train.steps=42", "model.moe.experts=8", "adaptation.removal_share=0.7"]
+    refused = TrainingProcess(corpus_dir, tmp_path / "runs", *changes)
+    assert refused.wait() != 0
+    assert errors(refused) == [
+        "error: model.moe.experts=8: the run's checkpoint has 4; keep it, start anew with another run.name, or name it "
+        "in checkpoint.accept_changes"
+    ]
+    assert json.loads((run / "outcome.json").read_text())["status"] == "finished"
+    accepted = "checkpoint.accept_changes=[model.moe.experts]"
+    misshapen = TrainingProcess(corpus_dir, tmp_path / "runs", *changes, accepted)
+    assert misshapen.wait() != 0
+    assert "has shape" in errors(misshapen)[0], "what does not fit is refused by tensor"
+    coefficient = ["model.router.simplicity_loss=0.02", "checkpoint.accept_changes=[model.router]"]
+    again = TrainingProcess(corpus_dir, tmp_path / "runs", "train.steps=42", *coefficient)
+    assert again.wait() == 0, again.output()
+    assert [row["train/step"] for row in read_rows(run / "metrics.jsonl")] == list(range(1, 43))
+
+
+class Bomb:
+    """A pickle of it makes a directory when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def bytes_of_bomb(path: Path, as_torch: bool) -> bytes:
+    import io
+
+    import torch
+
+    if not as_torch:
+        return pickle.dumps(Bomb(path))
+    stream = io.BytesIO()
+    torch.save({"state": Bomb(path)}, stream)
+    return stream.getvalue()
+
+
+def replace_extra_state(folder: Path, bomb: bytes) -> None:
+    """Puts ``bomb`` in place of the state of a layer that is no tensor."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    description = pickle.loads((folder / ".metadata").read_bytes())
+    index = next(index for index in description.storage_data if "_extra_state" in index.fqn)
+    shard = folder / description.storage_data[index].relative_path
+    offset = shard.stat().st_size
+    with shard.open("ab") as stream:
+        stream.write(bomb)
+    description.storage_data[index] = _StorageInfo(shard.name, offset, len(bomb))
+    (folder / ".metadata").write_bytes(pickle.dumps(description))
+
+
+@pytest.mark.parametrize("place", [".metadata", "common.pt", "state of a layer"])
+def test_f24_a_checkpoint_never_executes_code(one_rank, undisturbed_pipeline, tmp_path, place):
+    """Its hashes may be right: whoever made the file made the manifest too."""
+    checkpoint = tmp_path / "step_00000040"
+    shutil.copytree(undisturbed_pipeline / "checkpoints" / checkpoint.name, checkpoint)
+    folder, exploded = checkpoint / "megatron", tmp_path / "exploded"
+    bomb = bytes_of_bomb(exploded, as_torch=place != ".metadata")
+    if place == "state of a layer":
+        replace_extra_state(folder, bomb)
+    else:
+        (folder / place).write_bytes(bomb)
+    (said,) = one_rank.run(load_and_say, str(undisturbed_pipeline / "config.yaml"), str(checkpoint))
+    assert not exploded.exists(), "code of a checkpoint was executed"
+    assert "could execute code" in said
+    assert len(said.splitlines()) == 1
+
+
+def load_and_say(config: str, checkpoint: str) -> str:
+    """What loading a checkpoint is refused with, in one process."""
+    import dataclasses
+
+    from dynmoe.config import load_config
+    from dynmoe.config.parallel import ParallelConfig
+    from dynmoe.engines.megatron.checkpoint import to_plain
+    from dynmoe.errors import UserError
+
+    alone = dataclasses.replace(load_config(config), parallel=ParallelConfig())
+    try:
+        to_plain(alone, Path(checkpoint), Path(checkpoint).parent)
+    except UserError as error:
+        return str(error)
+    return "nothing was said"
+
+
+def test_f27_a_checkpoint_directory_that_hosts_do_not_share(corpus_dir, tmp_path):
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    process = TrainingProcess(
+        corpus_dir, here / "runs", "run.dir=runs", prepare=partial(two_directories, here=here, elsewhere=elsewhere)
+    )
+    assert process.wait() != 0
+    line = errors(process)[0]
+    assert f"run.dir: {here / 'runs' / 'tiny' / 'checkpoints'} of rank 0 is not seen by rank 1" in line
+    assert "name a directory that all hosts share" in line
+    assert not read_rows(here / "runs" / "tiny" / "metrics.jsonl"), "a step was taken"
+
+
+def two_directories(rank: int, here: Path, elsewhere: Path) -> None:
+    """The second rank is on a host with a directory of the same name that is not the same directory."""
+    elsewhere.mkdir(exist_ok=True)
+    os.chdir(elsewhere if rank else here)

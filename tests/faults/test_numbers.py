@@ -1,0 +1,229 @@
+"""F13 and F14: losses and gradients that are no numbers, and losses that leap, never reach the optimizer."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dynmoe.config.guard import GuardConfig
+from dynmoe.train.engine import Gradients
+from dynmoe.train.guard import GuardState, StepGuard
+from tests.engines.cases import VOCAB, config_for, make_engine, micro_batches, whole_state
+from tests.faults.cases import errors
+from tests.faults.injection import replace
+from tests.train.cases import TrainingProcess, curve, parameter_hashes, read_rows
+
+WHOLE, HALF = "train.micro_batch=2", "train.micro_batch=1"
+LAYOUTS = {
+    "DeepSpeed EP 2": ["parallel.expert=2", HALF],
+    "DeepSpeed EP 2 ZeRO 0": ["parallel.expert=2", "deepspeed.zero_stage=0", HALF],
+    "DeepSpeed DP 2 ZeRO 2": ["deepspeed.zero_stage=2", HALF],
+    "DeepSpeed EP 2 bf16": ["parallel.expert=2", "train.precision=bf16", HALF],
+    "DeepSpeed EP 2 bf16 ZeRO 0": ["parallel.expert=2", "train.precision=bf16", "deepspeed.zero_stage=0", HALF],
+    "Megatron EP 2": ["engine=megatron", "parallel.expert=2", HALF],
+    "Megatron PP 2": ["engine=megatron", "parallel.pipeline=2", WHOLE],
+}
+TOP_ANY = ["model.router.kind=top_any", "budget.method=loss_free", "budget.experts_per_token=2"]
+
+
+def poison(engine: Any, rank: int, fault: str, value: float) -> tuple[str, Any]:
+    """Lets one rank meet ``value`` in its next step; the parameter that is to be named, and what ends it."""
+    config = engine.config.model
+    if engine.config.engine == "megatron":
+        from dynmoe.engines.megatron.weights import weights
+
+        own = {weight.name: weight.parameter for model in engine.models for weight in weights(model, config)}
+    else:
+        own = dict(engine.module.named_parameters())
+    name = {"dense": "layers.1.attention.w_out", "expert": "layers.1.moe.experts.w_down_EHD"}.get(fault, "")
+    name = next((known for known in own if name and known.startswith(name.rsplit("_", 1)[0])), "")
+    if dist.get_rank() != rank:
+        return name, None
+    if fault == "scores":
+        router = next(layer.router for layer in engine.layers if layer.layer == 1)
+        return "", router.register_forward_pre_hook(lambda module, inputs: (inputs[0] * value,))
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        spoilt = gradient.clone()
+        spoilt[-1] = value
+        return spoilt
+
+    parameter: nn.Parameter = own[name]
+    hooks, handle = parameter._backward_hooks, parameter.register_hook(spoil)
+    *watching, spoiling = hooks.items()
+    hooks.clear()
+    hooks.update([spoiling, *watching])  # what watches over gradients is to see the fault
+    return name, handle
+
+
+def meet(overrides: list[str], rank: int, fault: str, value: float) -> dict[str, Any]:
+    """Two sound steps, one with the fault that is left out, one more; what was said and what changed."""
+    engine = make_engine(config_for(*overrides), VOCAB)
+    config = engine.config
+
+    def gradients(step: int) -> Gradients:
+        batches = micro_batches(config, step, engine.data_rank, engine.data_size)
+        return engine.compute_gradients(batches, record=False)
+
+    for step in range(2):
+        gradients(step)
+        engine.update(config.optimizer.lr)
+    before = whole_state(engine)
+    name, handle = poison(engine, rank, fault, value)
+    bad = gradients(2)
+    text = engine.describe_nonfinite()
+    engine.skip()
+    after = whole_state(engine)
+    if handle is not None:
+        handle.remove()
+    report = engine.report()
+    sound = gradients(3)
+    engine.update(config.optimizer.lr)
+    return {
+        "finite": bad.finite, "text": text, "name": name, "sound": sound.finite, "rows": report.routed_rows,
+        "untouched": all(torch.equal(value, after[key]) for key, value in before.items()),
+        "moved": any(not torch.equal(value, after[key]) for key, value in whole_state(engine).items()),
+        "next": (sound.lm_loss, sound.grad_norm),
+    }  # fmt: skip
+
+
+def without_the_step(overrides: list[str]) -> tuple[float, float]:
+    """What the step after the fault comes to where the one before it never was."""
+    engine = make_engine(config_for(*overrides), VOCAB)
+    for step in (0, 1, 3):
+        batches = micro_batches(engine.config, step, engine.data_rank, engine.data_size)
+        gradients = engine.compute_gradients(batches, record=False)
+        engine.update(engine.config.optimizer.lr)
+    return gradients.lm_loss, gradients.grad_norm
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_f13_a_step_that_is_not_finite_is_left_out_on_every_rank(two_ranks, layout):
+    overrides = [*LAYOUTS[layout], *TOP_ANY]
+    expected = two_ranks.run(without_the_step, overrides)[0]
+    holder = 1  # in a pipeline, of the second layer
+    for fault, value in (("scores", math.nan), ("dense", math.inf), ("expert", math.nan), ("dense", -math.inf)):
+        results = two_ranks.run(meet, overrides, holder, fault, value)
+        first = results[0]
+        for result in results:
+            assert not result["finite"], fault
+            assert result["text"] == first["text"], "the same words everywhere"
+            assert result["untouched"], fault
+            assert result["sound"], fault
+            assert result["moved"], "the next step is taken"
+            assert result["next"] == expected, "nothing of the step is left"
+        named = results[holder]["name"]
+        if fault == "scores":
+            assert f"router scores are not finite in layer 1 on rank {holder}" in first["text"]
+        elif fault == "expert":
+            assert f"{named} (expert " in first["text"]
+            assert first["text"].endswith(f"on rank {holder}"), first["text"]
+        else:
+            assert f"the first gradient that is not finite is that of {named} on rank {holder}" in first["text"]
+
+
+def spoil_losses(rank: int, steps: dict[int, float]) -> None:
+    """Of each step in ``steps`` the loss, as every rank sees it, is what stands there."""
+
+    def make(function: Any) -> Any:
+        @functools.wraps(function)
+        def compute(engine: Any, batches: Any, record: bool) -> Gradients:
+            gradients = function(engine, batches, record)
+            return Gradients(steps.get(engine.step, gradients.lm_loss), gradients.grad_norm)
+
+        return compute
+
+    replace("dynmoe.engines.deepspeed:DeepSpeedEngine.compute_gradients", make)
+
+
+def test_f13_several_in_a_row_end_the_run_with_the_reason(corpus_dir, tmp_path):
+    steps = {5: math.nan, 6: math.inf, 9: math.nan, 10: math.nan, 11: math.nan}
+    process = TrainingProcess(
+        corpus_dir, tmp_path / "runs", "checkpoint.interval=4", prepare=functools.partial(spoil_losses, steps=steps)
+    )
+    assert process.wait() != 0
+    run = tmp_path / "runs" / "tiny"
+    (line,) = set(errors(process))
+    assert line.startswith("error: step 11: ")
+    assert "guard.bad_steps=3 in a row were not finite" in line
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert outcome["status"] == "failed"
+    assert "guard.bad_steps=3" in outcome["error"]
+    incidents = read_rows(run / "incidents.jsonl")
+    assert [(entry["step"], entry["kind"]) for entry in incidents] == [(step, "not finite") for step in (5, 6, 9, 10)]
+    rows = {row["train/step"]: row for row in read_rows(run / "metrics.jsonl")}
+    assert rows[8]["train/skipped_steps"] == 2
+    assert "train/lm_loss" not in rows[5]
+    assert "NaN" not in (run / "metrics.jsonl").read_text(), "JSON that anyone can read"
+    assert "step 5/40  loss not finite" in process.output()
+
+
+GUARD = GuardConfig(spike_window=8, spike_deviations=4.0, spike_skips=2)
+
+
+def judge(guard: StepGuard, losses: list[float]) -> list[str]:
+    """For each loss whether its step is taken (t), left out as a spike (s) or as no number (n)."""
+    verdicts = []
+    for loss in losses:
+        gradients = Gradients(loss, 1.0)
+        verdicts.append("n" if guard.is_bad(gradients) else "s" if guard.spike(gradients) else "t")
+    return verdicts
+
+
+def test_f14_a_spike_is_left_out_and_the_window_stays_clean():
+    calm = [2.0, 2.1, 1.9, 2.0, 2.05, 1.95, 2.0, 2.1]
+    guard = StepGuard(GUARD, GuardState())
+    assert judge(guard, [9.0, *calm]) == ["t"] * 9, "there is no window yet"
+    window = list(guard.state.losses)
+    assert judge(guard, [9.0, math.nan, math.inf, 8.0]) == ["s", "n", "n", "s"]
+    assert guard.state.losses == window, "neither a spike nor what is no number is in the window"
+    assert guard.state.skipped_steps == 4
+    assert judge(guard, [7.0]) == ["t"], "at most two of a spike"
+    assert guard.state.losses == [7.0], "the loss is where it is"
+    assert judge(guard, [7.1, 6.9, 7.0, 7.2, 6.8, 7.0, 7.1, 7.0]) == ["t"] * 8
+    assert judge(guard, [2.0]) == ["t"], "a fall is no spike"
+
+
+def test_f14_a_window_survives_a_resume():
+    losses = [2.0, 2.1, 1.9, 2.0, 2.05, 1.95, 2.0, 2.1, 9.0, 2.0, math.nan, 8.0, 7.0, 6.0, 2.0, 2.0]
+    whole = judge(StepGuard(GUARD, GuardState()), losses)
+    assert "s" in whole
+    for cut in range(len(losses)):
+        first = StepGuard(GUARD, GuardState())
+        verdicts = judge(first, losses[:cut])
+        saved = json.loads(json.dumps(asdict(first.state)))
+        assert verdicts + judge(StepGuard(GUARD, GuardState(**saved)), losses[cut:]) == whole, cut
+
+
+def test_f14_equal_losses_make_no_spike_of_noise():
+    guard = StepGuard(GUARD, GuardState())
+    assert judge(guard, [2.0] * 8 + [2.004, 2.0, 2.1]) == ["t"] * 10 + ["s"]
+
+
+def test_f14_a_run_with_spikes_resumes_bitwise(corpus_dir, tmp_path):
+    overrides = ["guard.spike_window=8", "guard.spike_skips=2", "checkpoint.interval=6"]
+    prepare = functools.partial(spoil_losses, steps={15: 90.0, 18: 80.0, 19: 80.0, 20: 80.0, 33: 70.0})
+    made = []
+    for kills in ([], [16, 19]):  # before, within and after a spike
+        runs = tmp_path / f"{len(kills)} kills" / "runs"
+        runs.parent.mkdir()
+        for step in kills:
+            process = TrainingProcess(corpus_dir, runs, *overrides, prepare=prepare)
+            process.wait_for_row(runs / "tiny" / "metrics.jsonl", step)
+            process.kill_tree()
+        process = TrainingProcess(corpus_dir, runs, *overrides, prepare=prepare)
+        assert process.wait() == 0, process.output()
+        incidents = (runs / "tiny" / "incidents.jsonl").read_text()
+        made.append((curve(runs / "tiny" / "metrics.jsonl"), parameter_hashes(runs / "tiny", 40), incidents))
+    assert made[0] == made[1]
+    kinds = [(entry["step"], entry["kind"]) for entry in map(json.loads, made[0][2].splitlines())]
+    assert kinds == [(step, "spike") for step in (15, 18, 19, 33)], "the third of a spike is taken"
+    assert float.fromhex(made[0][0][-1]["train/skipped_steps"]) == 4
