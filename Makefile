@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test lint screenshots test-slow test-gpu test-cluster lock clean
+.PHONY: quickstart test lint screenshots test-slow test-gpu test-cluster test-faults lock clean
 
 # Two ranks on the CPU, whatever else the machine has: the same training everywhere.
 quickstart: $(INSTALLED)
@@ -35,6 +35,12 @@ test-gpu: $(INSTALLED)
 # Several hosts and a Slurm on this machine, as root; what is missing for one of them is said.
 test-cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -m cluster -rs tests/cluster
+
+# Every row of the fault matrix (docs/log.md): as root what mounts file systems, starts hosts or a Slurm; then fuzzing with
+# 10,000 inputs each.
+test-faults: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not gpu" -rs -k "test_f0 or test_f1 or test_f2" --ignore-glob 'tests/faults/test_fuzz_*'
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -m "not gpu" tests/faults/test_fuzz_*.py
 
 # Without a GPU the CPU build of torch comes first, so that nothing draws in CUDA packages.
 $(INSTALLED): pyproject.toml

@@ -15,6 +15,7 @@ from bench import (
     data_prep,
     dispatch,
     end_to_end,
+    faults,
     gpu_layer,
     gpu_smoke,
     growth,
@@ -31,13 +32,13 @@ from bench.report import Rows, machine, markdown, print_table
 from dynmoe.cli import run_tool
 from dynmoe.errors import UserError
 
-# In the order of docs/performance.md; the last two are trainings of their own.
+# In the order of docs/performance.md; those without a section there are trainings of their own.
 BENCHMARKS: dict[str, ModuleType] = {
     "layer": layer, "dispatch": dispatch, "growth": growth, "imbalance": imbalance, "memory": memory,
     "launches": launches, "wire": wire, "end_to_end": end_to_end, "router": router, "statistics": statistics,
-    "data_prep": data_prep, "gpu_layer": gpu_layer, "gpu_smoke": gpu_smoke, "routing": routing,
+    "data_prep": data_prep, "faults": faults, "gpu_layer": gpu_layer, "gpu_smoke": gpu_smoke, "routing": routing,
 }  # fmt: skip
-_OF_ALL = [name for name in BENCHMARKS if name not in ("gpu_smoke", "routing")]
+_OF_ALL = [name for name in BENCHMARKS if name not in ("faults", "gpu_smoke", "routing")]
 
 
 def main() -> None:

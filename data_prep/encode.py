@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from data_prep.sources import ContentHash, RefusedError, read_unit, text_of
 from data_prep.units import Unit
 from dynmoe.data.tokenizer import Tokenizer
-from dynmoe.errors import UserError
+from dynmoe.errors import UserError, first_line
 from dynmoe.launched import end_with_parent
 
 Task = TypeVar("Task")
@@ -110,16 +111,31 @@ class Part:
 
     @classmethod
     def read(cls, path: Path) -> Part:
-        with np.load(path) as stored:
-            facts = json.loads(stored["facts"].tobytes())
+        """Raises a UserError where the part is damaged."""
+        with _opened(path) as (stored, facts):
             return cls(**{name: stored[name] for name in stored.files if name != "facts"}, **facts)
 
 
 def read_facts(path: Path, *names: str) -> list[Any]:
-    """Single fields of a part, without reading its tokens."""
-    with np.load(path) as stored:
-        facts = json.loads(stored["facts"].tobytes())
+    """Single fields of a part, without reading its tokens.
+
+    Raises:
+        UserError: the part is damaged.
+    """
+    with _opened(path) as (stored, facts):
         return [facts[name] if name in facts else stored[name] for name in names]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Arrays of a part, checked by their CRC when they are read, and its facts."""
+    try:
+        with np.load(path) as stored:
+            yield stored, json.loads(stored["facts"].tobytes())
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever zip, numpy and JSON make of it
+        raise UserError(f"{path}: is damaged ({first_line(error)}); remove it, and start the build again") from None
 
 
 def encode_unit(unit: Unit, json_key: str, validation_fraction: float, encoder: WordEncoder, eod: int) -> Part:

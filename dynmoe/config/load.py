@@ -27,7 +27,7 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
     Raises:
         UserError: an unreadable file, an unknown key, a wrong type or a value that cannot be used.
     """
-    merged = OmegaConf.structured(Config)
+    merged = _defaults()
     if path is not None:
         merged = _merge(merged, "", _read_yaml(Path(path)), _shown(path))
     for override in overrides:
@@ -84,6 +84,12 @@ def _check_leaf(key: str, value: Any, source: str) -> None:
         raise UserError(f"{where}: {value!r} is interpolation, which is not supported; write the value")
     if kinds.get(key, "").startswith("bool") and isinstance(value, str) and value.lower() not in _BOOLEANS:
         raise UserError(f"{where}: {value!r} is neither true nor false; write one of them")
+
+
+@cache
+def _defaults() -> DictConfig:
+    """What others are merged into; a merge leaves it as it is."""
+    return OmegaConf.structured(Config)
 
 
 @cache

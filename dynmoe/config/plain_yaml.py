@@ -38,7 +38,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep)
+        mapping = yaml.constructor.BaseConstructor.construct_mapping(self, node, deep)  # SafeLoader's merges mappings
         if len(mapping) < len(node.value):
             ((key, _),) = Counter(self.construct_object(key) for key, _ in node.value).most_common(1)
             raise yaml.MarkedYAMLError(problem=f"{key!r} is there twice", problem_mark=node.start_mark)

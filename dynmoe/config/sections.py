@@ -12,6 +12,7 @@ from typing import ClassVar, Optional
 
 from omegaconf import OmegaConf
 
+from dynmoe.config.checkpoint import CheckpointConfig
 from dynmoe.config.control import AdaptationConfig, BudgetConfig
 from dynmoe.config.fields import Section, check_multiple_of_8, option
 from dynmoe.config.guard import GuardConfig
@@ -201,19 +202,6 @@ class EvalConfig(Section):
 
     interval: int = option(100, "steps between evaluations (0: only at the end)", at_least=0)
     batches: int = option(10, "global batches of one evaluation", at_least=1)
-
-
-@dataclass
-class CheckpointConfig(Section):
-    _section: ClassVar[str] = "checkpoint"
-
-    interval: int = option(200, "steps between checkpoints (0: only at the end and on SIGTERM)", at_least=0)
-    keep: int = option(2, "newest checkpoints that are kept", at_least=2)
-    milestones: int = option(0, "checkpoints of a step that is a multiple of it are kept too (0: none)", at_least=0)
-    accept_changes: list[str] = option(
-        [], "fields, or sections, in which this start may differ from the checkpoint that it goes on from"
-    )
-    asynchronous: bool = option(False, "write checkpoints beside the steps that follow, from a copy in host memory")
 
 
 @dataclass

@@ -18,6 +18,7 @@ from dynmoe.train.metrics import Histograms, Row
 from dynmoe.train.run_directory import RunDirectory
 
 _LARGEST = 2**63
+_LONGEST_NAME = 200  # of a metric; some hold the number of a layer, which Python reads up to a limit only
 
 
 @dataclass
@@ -139,7 +140,9 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_row(entry: Any) -> bool:
-    return isinstance(entry, dict) and _is_count(entry.get("train/step")) and all(map(_is_number, entry.values()))
+    if not isinstance(entry, dict) or not _is_count(entry.get("train/step")):
+        return False
+    return all(len(name) <= _LONGEST_NAME and _is_number(value) for name, value in entry.items())
 
 
 def _is_counts(value: Any) -> bool:

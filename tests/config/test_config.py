@@ -204,6 +204,7 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" fo
         ("train: {stepps: 3}\n", "train.stepps"),
         ("train: !!python/object/apply:os.system ['touch executed']\n", "is not YAML: could not determine"),
         ("train: !!python/name:os.system\n", "is not YAML: could not determine"),
+        ("train: {!!merge m: {steps: 3}}\n", "is not YAML: could not determine"),
         ("run: {name: !!binary aGk=}\n", "is not YAML: could not determine"),
         ("run: {name: '${oc.env:DYNMOE_MARKER}'}\n", "interpolation"),
         ("run: {name: '${oc.decode:${oc.env:DYNMOE_MARKER}}'}\n", "interpolation"),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from hypothesis import currently_in_test_context, event, settings
 from hypothesis import strategies as st
 
 from dynmoe.errors import UserError
@@ -33,12 +34,23 @@ def in_bounded_time() -> Iterator[None]:
 
 def attempt(action: Callable[[], Result]) -> Result | None:
     """What an action gives; None where it is refused, as users must be told: in one line."""
+    told = None
     try:
         with in_bounded_time():
-            return action()
+            result = action()
     except UserError as error:
-        assert len(str(error).splitlines()) == 1, str(error)
-        return None
+        told = str(error)
+    if currently_in_test_context():
+        event("accepted" if told is None else "refused")
+    if told is None:
+        return result
+    assert len(told.splitlines()) == 1, told
+    return None
+
+
+def fuzz(examples: int) -> settings:
+    """So many inputs, always the same; with HYPOTHESIS_PROFILE=fuzz 10,000 others."""
+    return settings(max_examples=examples) if settings.get_current_profile_name() == "project" else settings()
 
 
 @st.composite
@@ -50,9 +62,16 @@ def damaged(draw: st.DrawFn, content: bytes, words: Sequence[bytes] = (b"\0", b"
         before, hit, after = content[:start], content[start:stop], content[stop:]
         word = draw(st.sampled_from(words) | st.binary(max_size=8))
         other = draw(st.integers(0, len(content)))
+        flipped = bytes(byte ^ 1 << start % 8 for byte in hit)
         content = draw(st.sampled_from((
-            before + bytes(byte ^ 1 << start % 8 for byte in hit) + after, before, before + after, before + word + hit + after,
-            before + word + after[len(word) - len(hit) :], before + content[other : other + 40] + after,
+            before + flipped + after, before, before + after, before + word + hit + after,
+            before + word + content[start + len(word) :], before + content[other : other + 40] + after,
             after + hit + before,
         )))  # fmt: skip
     return content
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.sampled_from((10**400, 2**64)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=6,
+)  # fmt: skip

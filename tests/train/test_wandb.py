@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -202,3 +203,36 @@ def test_a_missing_or_malformed_key_means_offline(tmp_path, open_view, monkeypat
     view.close()
     assert "logging offline" in capsys.readouterr().out
     assert logged_steps(read_offline(tmp_path)[1]) == ["1"]
+
+
+SECRETS = {
+    "WANDB_API_KEY": "5ec7e7" * 6 + "f00d",
+    "HF_TOKEN": "hf_5ec7e7OfTheHub",
+    "AWS_SECRET_ACCESS_KEY": "5ec7e7/Of/The/Bucket",
+    "HTTPS_PROXY": "http://user:5ec7e7OfTheProxy@127.0.0.1:9",
+}
+
+
+@pytest.mark.parametrize("remote", ["5ec7e7OfGit:x-oauth-basic@", "user:5ec7e7OfGit@", "5ec7e7OfGit@"])
+def test_f25_no_secret_reaches_the_disk(tmp_path, open_view, monkeypatch, remote):
+    """Neither of the environment nor of the repository that train.py lies in; its commit is kept."""
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    monkeypatch.chdir(repository)
+    for arguments in (
+        ["init", "-q"], ["remote", "add", "origin", f"https://{remote}127.0.0.1/x.git"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "first"],
+    ):  # fmt: skip
+        subprocess.run(["git", *arguments], check=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True).stdout.strip()
+    for name, secret in SECRETS.items():
+        monkeypatch.setenv(name, secret)
+    view = open_view("offline")
+    view.log({"train/step": 1})
+    view.close()
+    run = tmp_path / "run"
+    RunDirectory(run).write_outcome("finished", 1)
+    contents = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert {"config.yaml", "outcome.json", "debug.log"} <= {path.name for path in contents}
+    assert [path for path, content in contents.items() if b"5ec7e7" in content] == []
+    assert any(commit in content for path, content in contents.items() if path.suffix == ".wandb")

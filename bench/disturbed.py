@@ -1,0 +1,178 @@
+"""What the benchmarks of faults share: a tiny run on two ranks, its curve, and the faults that strike it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import sysconfig
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.processes import Prepare, TorchrunTraining, Training, WarmTraining, is_running
+from dynmoe.errors import UserError
+from dynmoe.train.checkpoint import problem_of, step_directories
+
+# Figures of a row that depend on the time.
+_TIMED = ("train/step_time_s", "train/tokens_per_s", "train/tflops_per_rank", "train/wall_clock_s", "memory/peak_gib")
+_RESTARTS = 1_000_000
+# Experts come and go and a budget is held: the more state there is between steps, the more a restart can lose.
+_FIELDS = [
+    "run.name=run", "data.sequence_length=32", "model.hidden=32", "model.heads=2", "model.kv_heads=1",
+    "model.layers=2", "model.moe.experts=4", "model.moe.expert_hidden=32", "train.global_batch=4",
+    "train.micro_batch=2", "schedule.kind=constant", "schedule.warmup_steps=4", "checkpoint.interval=10",
+    "eval.interval=50", "eval.batches=2", "model.router.kind=top_any", "model.router.form=improved",
+    "model.router.min_experts=0", "model.router.initial_experts=1", "model.moe.active_at_start=2",
+    "budget.method=loss_free", "budget.experts_per_token=1.5", "adaptation.interval=8", "adaptation.window=5",
+    "adaptation.removal_share=0.8", "logging.warn_budget_deviation=1e9", "logging.warn_expert_share=1",
+    "guard.straggler_interval=0",
+]  # fmt: skip
+ENGINES = {
+    "deepspeed": ["parallel.expert=2"],
+    "megatron": ["engine=megatron", "parallel.pipeline=2"],
+}
+
+
+def make_corpus(folder: Path) -> Path:
+    """A small corpus of source text that every Python has."""
+    from data_prep.build import build
+    from data_prep.recipe import Recipe
+
+    texts = folder / "text"
+    texts.mkdir(parents=True)
+    for source in sorted((Path(sysconfig.get_paths()["stdlib"]) / "asyncio").glob("*.py")):
+        (texts / f"{source.stem}.txt").write_text(source.read_text())
+    build(Recipe([str(texts)], vocab_size=400, validation_fraction=0.2), folder / "corpus", workers=1)
+    return folder / "corpus"
+
+
+class DisturbedRun:
+    """A run of ``train.py`` on two ranks that is struck, and started again by the same command.
+
+    Args:
+        folder: for the run and what it prints.
+        corpus: prepared.
+        arguments: beside those of the tiny run.
+        launcher: ``warm``, which forks ranks that have imported everything, or ``torchrun``.
+        prepare: called in every rank of a warm launcher.
+    """
+
+    def __init__(
+        self, folder: Path, corpus: Path, arguments: Sequence[str], launcher: str, prepare: Prepare | None = None
+    ) -> None:
+        folder.mkdir(parents=True)
+        self.folder, self.path = folder, folder / "run"
+        self.checkpoints, self.metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
+        fields = [f"data.dirs=[{corpus}]", f"run.dir={folder}", *_FIELDS, *arguments]
+        self._start: Callable[[Path], Training] = (
+            (lambda output: WarmTraining(fields, 2, _RESTARTS, output, {}, prepare))
+            if launcher == "warm"
+            else (lambda output: TorchrunTraining(fields, 2, _RESTARTS, output, {}))
+        )
+        self.starts, self._reader = 0, _LastStep(self.metrics)
+        self.start()
+
+    def start(self) -> None:
+        """The same command again."""
+        self.training = self._start(self.folder / f"output_{self.starts}.txt")
+        self.starts += 1
+
+    @property
+    def step(self) -> int:
+        """The last step that a row was written of; 0 before the first."""
+        return self._reader.read()
+
+    def wait(self, until: Callable[[], bool], timeout_s: float) -> bool:
+        """Whether that came to hold before the run ended.
+
+        Raises:
+            UserError: it took too long, or the launcher failed.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not until():
+            status = self.training.poll()
+            if status == 0:
+                return False
+            if status is not None or time.monotonic() > deadline:
+                self.training.kill_tree()
+                why = f"nothing happened in {timeout_s:g} s" if status is None else f"it ended with status {status}"
+                raise UserError(f"{self.path}: {why}; see {self.folder / f'output_{self.starts - 1}.txt'}")
+            time.sleep(0.0005)
+        return True
+
+    def kill(self, victim: str, draw: random.Random) -> None:
+        """SIGKILL to one ``rank``, to the ``launcher`` or to the ``tree``; what a launcher ends is seen to end.
+
+        Raises:
+            UserError: ranks outlived their launcher, or half a checkpoint is named like a whole one.
+        """
+        ranks = self.training.ranks()
+        if victim == "rank":
+            if ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(draw.choice(ranks), signal.SIGKILL)
+        else:
+            ranks = self.training.kill_launcher() if victim == "launcher" else self.training.kill_tree()
+        deadline = time.monotonic() + 30
+        while any(is_running(pid) for pid in ranks):
+            if time.monotonic() > deadline:
+                raise UserError(f"{self.path}: rank(s) {ranks} outlived the kill of {victim}")
+            time.sleep(0.001)
+
+    def check_checkpoints(self) -> None:
+        """Raises a UserError where something is named like a checkpoint and is none."""
+        for path in step_directories(self.checkpoints):
+            if (problem := problem_of(path)) is not None and path.exists():
+                raise UserError(f"{path}: {problem}, though it is named like a whole one")
+
+    def result(self) -> dict[str, Any]:
+        """What must be the same as in an undisturbed run: every row, every event, the final parameters."""
+        rows = {}
+        for line in self.metrics.read_text().splitlines():
+            row = json.loads(line)
+            rows[int(row["train/step"])] = {
+                name: float(value).hex() for name, value in row.items() if not name.startswith(_TIMED)
+            }
+        files = json.loads((step_directories(self.checkpoints)[0] / "manifest.json").read_text())["files"]
+        tensors = {name: own["sha256"] for name, own in files.items() if name.endswith((".safetensors", ".distcp"))}
+        events = hashlib.sha256((self.path / "events.jsonl").read_bytes()).hexdigest()
+        return {"rows": rows, "tensors": tensors, "events": events}
+
+
+def steps_lost(result: dict[str, Any], reference: dict[str, Any]) -> int:
+    """Rows of the undisturbed run that are missing or differ in any bit, and those there are beside them.
+
+    Where rows agree and events or parameters do not, all steps are.
+    """
+    rows, wanted = result["rows"], reference["rows"]
+    lost = sum(rows.get(step) != wanted.get(step) for step in rows.keys() | wanted.keys())
+    same = all(result[part] == reference[part] for part in ("tensors", "events"))
+    return lost if lost or same else len(wanted)
+
+
+class _LastStep:
+    """Reads the last step of a growing file of rows, from where it read before."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._inode, self._offset, self._step = path, 0, 0, 0
+
+    def read(self) -> int:
+        try:
+            stat = self._path.stat()
+        except FileNotFoundError:
+            return 0
+        if (stat.st_ino, stat.st_size) == (self._inode, self._offset):
+            return self._step
+        if stat.st_ino != self._inode:  # a start that resumes writes the file anew
+            self._inode, self._offset, self._step = stat.st_ino, 0, 0
+        with self._path.open() as stream:
+            stream.seek(self._offset)
+            while (line := stream.readline()).endswith("\n"):
+                self._step = int(json.loads(line)["train/step"])
+                self._offset += len(line)
+        return self._step
