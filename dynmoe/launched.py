@@ -111,7 +111,8 @@ def read_failures(directory: Path) -> list[dict[str, Any]]:
     """What ranks left there, of their last attempt only, the first failure first."""
     failures = []
     for path in directory.glob("rank_*.json"):
-        with contextlib.suppress(FileNotFoundError):  # another node begins the next start
+        # Gone where another node begins the next start, damaged where a host died.
+        with contextlib.suppress(FileNotFoundError, ValueError):
             failures.append(json.loads(path.read_text()))
     failures.sort(key=lambda failure: failure["time"])
     return [failure for failure in failures if failure["attempt"] == failures[-1]["attempt"]]

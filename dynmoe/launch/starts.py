@@ -113,9 +113,10 @@ def _newest_step(directory: RunDirectory) -> int:
 
 def _read_outcome(directory: RunDirectory) -> dict[str, Any]:
     try:
-        return json.loads(directory.outcome.read_text())
-    except FileNotFoundError:
+        outcome = json.loads(directory.outcome.read_text())
+    except (FileNotFoundError, ValueError):  # damaged: then the other files decide
         return {}
+    return outcome if isinstance(outcome, dict) else {}
 
 
 def _starts_in_vain(directory: RunDirectory, step: int, node: int) -> int:
@@ -124,7 +125,11 @@ def _starts_in_vain(directory: RunDirectory, step: int, node: int) -> int:
     lines = starts.read_text().splitlines() if starts.exists() else []
     count = 0
     for line in reversed(lines):
-        if json.loads(line)["step"] != step:
+        try:
+            began_from = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):  # half a line, of a host that died
+            continue
+        if began_from != step:
             break
         count += 1
     return count
