@@ -9,6 +9,7 @@ from dynmoe.cli import run_tool
 from dynmoe.errors import UserError
 
 VERBS = {
+    "checkpoint": "list, verify, show and prune the checkpoints of a run",
     "compact": "write a run's checkpoint without the experts that adaptation removed",
     "convert": "write a run's checkpoint for the other engine",
     "launch": "write a Slurm job for a configuration; what the scripts in launch/ ask before and after a start",
@@ -21,7 +22,7 @@ def main() -> None:
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in ("-h", "--help"):
         print("usage: dynmoe VERB ...; dynmoe VERB --help says more\n")
-        print("\n".join(f"  {name:10} {phrase}" for name, phrase in VERBS.items()))
+        print("\n".join(f"  {name:11}{phrase}" for name, phrase in VERBS.items()))
         return
     if verb not in VERBS:
         raise UserError(f"dynmoe {verb}: no such verb; use one of {', '.join(VERBS)}")

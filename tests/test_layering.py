@@ -19,7 +19,7 @@ LAYERS = [
     {"engines"},
     {"cli"},
     {"convert"},  # the verbs: python -m dynmoe.VERB
-    {"compact", "launch", "plan", "trained"},
+    {"checkpoint", "compact", "launch", "plan", "trained"},
     {"report"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
