@@ -10,13 +10,13 @@ import random
 import signal
 import sysconfig
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.processes import Prepare, TorchrunTraining, Training, WarmTraining, is_running
 from dynmoe.errors import UserError
-from dynmoe.train.checkpoint import problem_of, step_directories
+from dynmoe.train.checkpoint import problem_of, read_manifest, step_directories
 
 # Figures of a row that depend on the time.
 _TIMED = ("train/step_time_s", "train/tokens_per_s", "train/tflops_per_rank", "train/wall_clock_s", "memory/peak_gib")
@@ -135,13 +135,23 @@ class DisturbedRun:
         rows = {}
         for line in self.metrics.read_text().splitlines():
             row = json.loads(line)
-            rows[int(row["train/step"])] = {
-                name: float(value).hex() for name, value in row.items() if not name.startswith(_TIMED)
-            }
-        files = json.loads((step_directories(self.checkpoints)[0] / "manifest.json").read_text())["files"]
-        tensors = {name: own["sha256"] for name, own in files.items() if name.endswith((".safetensors", ".distcp"))}
+            rows[int(row["train/step"])] = without_times(row)
+        tensors = tensor_hashes(step_directories(self.checkpoints)[0])
         events = hashlib.sha256((self.path / "events.jsonl").read_bytes()).hexdigest()
         return {"rows": rows, "tensors": tensors, "events": events}
+
+
+def without_times(row: Mapping[str, float]) -> dict[str, str]:
+    """A row without the figures that depend on time, floats as hexadecimal: equal means bitwise equal."""
+    return {name: float(value).hex() for name, value in row.items() if not name.startswith(_TIMED)}
+
+
+def tensor_hashes(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of the files of a checkpoint that hold tensors, by name."""
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None, checkpoint
+    tensors = (".safetensors", ".distcp")
+    return {name: facts["sha256"] for name, facts in manifest["files"].items() if name.endswith(tensors)}
 
 
 def steps_lost(result: dict[str, Any], reference: dict[str, Any]) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 from bench.disturbed import ENGINES, DisturbedRun, make_corpus, steps_lost
 from bench.report import Rows
+from dynmoe.train.checkpoint import newest_complete
 
 _TIMEOUT_S = 120.0
 _VICTIMS = ("rank", "rank", "launcher", "tree")
@@ -121,18 +122,14 @@ class Campaign:
         run.check_checkpoints()
         if victim != "rank":
             run.start()
-        resumed = _newest(run.checkpoints)
+        newest = newest_complete(run.checkpoints)
+        resumed = 0 if newest is None else newest.step
         run.wait(lambda: run.step < before or resumed == before, _TIMEOUT_S)  # rows beyond the checkpoint are cut
         run.wait(lambda: run.step > resumed, _TIMEOUT_S)
         recovery.append(time.monotonic() - killed)
         counts["replayed"] += before - resumed
         counts["most"] = max(counts["most"], before - resumed)
         return True
-
-
-def _newest(checkpoints: Path) -> int:
-    names = (path.name.removeprefix("step_") for path in checkpoints.glob("step_*"))
-    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def _phases(checkpoints: Path) -> list[str]:

@@ -7,16 +7,27 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 from dynmoe.cli import run_tool
 from dynmoe.errors import UserError
+from dynmoe.train.checkpoint import (
+    Checkpoint,
+    beyond,
+    damaged,
+    leftovers,
+    problem_of,
+    read_manifest,
+    remove,
+    step_directories,
+    step_of,
+)
+from dynmoe.train.run_directory import RunDirectory
 
 
 def describe(root: Path) -> list[str]:
     """A line for each directory of a checkpoint in ``root``, the newest first; nothing is hashed or changed."""
-    from dynmoe.train.checkpoint import DAMAGED, leftovers, read_manifest, step_directories
-
     lines = []
     for path in step_directories(root):
         manifest = read_manifest(path)
@@ -24,15 +35,13 @@ def describe(root: Path) -> list[str]:
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         made_by = "no manifest: not a checkpoint" if manifest is None else f"{manifest.get('ranks', '?')} rank(s)"
         lines.append(f"{path.name}  {_size(size):>9}  {when}  {made_by}")
-    lines += [f"{path.name}  put aside as damaged" for path in sorted(root.glob(f"step_*{DAMAGED}*"))]
+    lines += [f"{path.name}  put aside as damaged" for path in damaged(root)]
     lines += [f"{path.name}  left over from an interrupted save or removal" for path in leftovers(root)]
     return lines
 
 
 def verify(root: Path, step: int | None = None) -> dict[str, str | None]:
     """What is wrong with each checkpoint in ``root``, or with that of ``step``; None: every hash is right."""
-    from dynmoe.train.checkpoint import problem_of
-
     return {path.name: problem_of(path) for path in _chosen(root, step)}
 
 
@@ -42,8 +51,6 @@ def show(root: Path, step: int | None = None) -> dict[str, Any]:
     Raises:
         UserError: it is damaged.
     """
-    from dynmoe.train.checkpoint import Checkpoint, problem_of, read_manifest, step_of
-
     path = _chosen(root, step)[0]
     if (problem := problem_of(path)) is not None:
         raise UserError(f"checkpoint {path}: {problem}; look at another one with --step")
@@ -64,11 +71,6 @@ def prune(run: Path, keep: int, milestones: int, dry: bool) -> list[Path]:
     Raises:
         UserError: a job trains in the run, or one of those that would stay is damaged.
     """
-    from shutil import rmtree
-
-    from dynmoe.train.checkpoint import DAMAGED, beyond, leftovers, problem_of, remove, step_directories
-    from dynmoe.train.run_directory import RunDirectory
-
     root, directory = run / "checkpoints", RunDirectory(run)
     _chosen(root, None)
     directory.claim()
@@ -78,7 +80,7 @@ def prune(run: Path, keep: int, milestones: int, dry: bool) -> list[Path]:
         for path in paths[:keep] if old else ():
             if (problem := problem_of(path)) is not None:
                 raise UserError(f"checkpoint {path}: {problem}; nothing was removed, as an older one may be needed")
-        rest = [*leftovers(root), *sorted(root.glob(f"step_*{DAMAGED}*"))]
+        rest = [*leftovers(root), *damaged(root)]
         for path in () if dry else old:
             remove(path)
         for path in () if dry else rest:
@@ -89,8 +91,6 @@ def prune(run: Path, keep: int, milestones: int, dry: bool) -> list[Path]:
 
 
 def _chosen(root: Path, step: int | None) -> Sequence[Path]:
-    from dynmoe.train.checkpoint import step_directories, step_of
-
     paths = [path for path in step_directories(root) if step is None or step_of(path) == step]
     if not paths:
         which = "no checkpoint" if step is None else f"no checkpoint of step {step}"

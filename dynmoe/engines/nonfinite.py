@@ -29,10 +29,10 @@ class GradientWatch:
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], layers: Sequence[MoELayer]) -> None:
-        self._parameters, self._ranges = dict(parameters), expert_ranges(layers)
+        ranges, nothing = expert_ranges(layers), (None, 0)
+        self._parameters = [(name, own, ranges.get(id(own), nothing)[0]) for name, own in parameters]
         self._sums: list[tuple[str, range | None, Tensor]] = []
-        for name, parameter in self._parameters.items():
-            experts, _ = self._ranges.get(id(parameter), (None, 0))
+        for name, parameter, experts in self._parameters:
             parameter.register_hook(functools.partial(self._see, name, experts))
 
     def _see(self, name: str, experts: range | None, gradient: Tensor) -> None:
@@ -48,8 +48,7 @@ class GradientWatch:
 
     def first_bad_weight(self) -> str | None:
         """Name of the first parameter that is not finite itself."""
-        for name, parameter in self._parameters.items():
-            experts, _ = self._ranges.get(id(parameter), (None, 0))
+        for name, parameter, experts in self._parameters:
             flat = parameter.detach().flatten(0 if experts is None else 1)
             if not torch.isfinite(flat).all():
                 return _name(name, experts, torch.where(torch.isfinite(flat), 0.0, torch.inf).sum(dim=-1))

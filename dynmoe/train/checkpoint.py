@@ -26,7 +26,7 @@ from dynmoe.errors import UserError
 MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
 # Beside complete ones, which are named after their step alone.
-UNFINISHED, DAMAGED, _REMOVED = ".tmp-", ".damaged-", ".removed"
+UNFINISHED, _DAMAGED, _REMOVED = ".tmp-", ".damaged-", ".removed"
 _COMPLETE = re.compile(r"step_\d{8}")
 _HASHED_AT_A_TIME = 8
 
@@ -141,9 +141,14 @@ def leftovers(root: Path) -> list[Path]:
     return sorted(path for pattern in (f"step_*{UNFINISHED}*", f"step_*{_REMOVED}") for path in root.glob(pattern))
 
 
+def damaged(root: Path) -> list[Path]:
+    """What :func:`put_aside` has renamed in ``root``."""
+    return sorted(root.glob(f"step_*{_DAMAGED}*"))
+
+
 def put_aside(path: Path) -> Path:
     """Renames a damaged checkpoint, so that it is not looked at again; returns where it is then."""
-    return path.rename(path.with_name(f"{path.name}{DAMAGED}{secrets.token_hex(4)}"))
+    return path.rename(path.with_name(f"{path.name}{_DAMAGED}{secrets.token_hex(4)}"))
 
 
 def beyond(paths: Sequence[Path], keep: int, milestones: int) -> list[Path]:

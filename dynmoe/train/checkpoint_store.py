@@ -25,12 +25,12 @@ import torch.distributed as dist
 
 from dynmoe.errors import UserError, first_line
 from dynmoe.train.checkpoint import (
-    DAMAGED,
     TRAINER,
     UNFINISHED,
     Checkpoint,
     beyond,
     commit,
+    damaged,
     hashes,
     leftovers,
     problem_of,
@@ -259,7 +259,7 @@ class CheckpointStore:
             problems.append(f"{path.name}: {problem}")
             put_aside(path)
             print(f"checkpoint {path}: {problem}; put aside, trying the one before", flush=True)
-        if problems or any(self.root.glob(f"step_*{DAMAGED}*")):
+        if problems or damaged(self.root):
             why = "; ".join(problems) or "all were found damaged before"
             return f"{self.root}: no checkpoint is undamaged ({why}); restore one, or start anew with another run.name"
         return None

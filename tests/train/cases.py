@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.processes import Prepare, Training, WarmTraining
-
-TIMED = ("train/step_time_s", "train/tokens_per_s", "train/tflops_per_rank", "train/wall_clock_s", "memory/peak_gib")
+from bench.disturbed import tensor_hashes, without_times
+from bench.processes import Prepare, WarmTraining
 
 
 def tiny(corpus: Path, runs: Path) -> list[str]:
@@ -53,18 +52,13 @@ class TrainingProcess(WarmTraining):
 
     def wait_for_row(self, metrics: Path, step: int, timeout_s: float = 120.0) -> None:
         """Returns when the row of ``step`` is written."""
-        wait_for_row(self, metrics, step, timeout_s)
-
-
-def wait_for_row(training: Training, metrics: Path, step: int, timeout_s: float = 120.0) -> None:
-    """Returns when the row of ``step`` is written."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if any(row["train/step"] >= step for row in read_rows(metrics)):
-            return
-        assert training.poll() is None, training.output()
-        time.sleep(0.005)
-    raise TimeoutError(f"step {step} was not reached: {training.output()}")
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if any(row["train/step"] >= step for row in read_rows(metrics)):
+                return
+            assert self.poll() is None, self.output()
+            time.sleep(0.005)
+        raise TimeoutError(f"step {step} was not reached: {self.output()}")
 
 
 def evaluation_loss(run: Path, cache: Path) -> float:
@@ -97,16 +91,11 @@ def read_rows(metrics: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def curve(metrics: Path) -> list[dict[str, Any]]:
-    """Rows without the figures that depend on time, floats as hexadecimal: equal means bitwise equal."""
-    return [
-        {name: float(value).hex() for name, value in row.items() if not name.startswith(TIMED)}
-        for row in read_rows(metrics)
-    ]
+def curve(metrics: Path) -> list[dict[str, str]]:
+    """Rows without the figures that depend on time; equal means bitwise equal."""
+    return [without_times(row) for row in read_rows(metrics)]
 
 
 def parameter_hashes(run: Path, step: int) -> dict[str, str]:
     """SHA-256 of the state in the checkpoint of ``step``, by file."""
-    manifest = json.loads((run / "checkpoints" / f"step_{step:08d}" / "manifest.json").read_text())
-    tensors = (".safetensors", ".distcp")
-    return {name: facts["sha256"] for name, facts in manifest["files"].items() if name.endswith(tensors)}
+    return tensor_hashes(run / "checkpoints" / f"step_{step:08d}")
