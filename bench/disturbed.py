@@ -16,6 +16,7 @@ from typing import Any
 
 from bench.processes import Prepare, TorchrunTraining, Training, WarmTraining, is_running
 from dynmoe.errors import UserError
+from dynmoe.train import checkpoint
 from dynmoe.train.checkpoint import problem_of, read_manifest, step_directories
 
 # Figures of a row that depend on the time.
@@ -141,15 +142,29 @@ class DisturbedRun:
         return {"rows": rows, "tensors": tensors, "events": events}
 
 
+def slow_disk(rank: int) -> None:
+    """For ``prepare``: directories take 5 ms to reach the disk, as on disks that turn.
+
+    A fast disk is between a checkpoint's manifest and its name for microseconds, and nothing could strike there.
+    """
+    sync = checkpoint._sync
+
+    def slow(path: Path) -> None:
+        sync(path)
+        time.sleep(0.005)
+
+    checkpoint._sync = slow
+
+
 def without_times(row: Mapping[str, float]) -> dict[str, str]:
     """A row without the figures that depend on time, floats as hexadecimal: equal means bitwise equal."""
     return {name: float(value).hex() for name, value in row.items() if not name.startswith(_TIMED)}
 
 
-def tensor_hashes(checkpoint: Path) -> dict[str, str]:
+def tensor_hashes(saved: Path) -> dict[str, str]:
     """SHA-256 of the files of a checkpoint that hold tensors, by name."""
-    manifest = read_manifest(checkpoint)
-    assert manifest is not None, checkpoint
+    manifest = read_manifest(saved)
+    assert manifest is not None, saved
     tensors = (".safetensors", ".distcp")
     return {name: facts["sha256"] for name, facts in manifest["files"].items() if name.endswith(tensors)}
 

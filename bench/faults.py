@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bench.disturbed import ENGINES, DisturbedRun, make_corpus, steps_lost
+from bench.disturbed import ENGINES, DisturbedRun, make_corpus, slow_disk, steps_lost
 from bench.report import Rows
 from dynmoe.train.checkpoint import newest_complete
 
@@ -25,7 +25,7 @@ _VICTIMS = ("rank", "rank", "launcher", "tree")
 # checkpoint by its name, what is left of the oldest one.
 _MOMENTS = (
     ("step_*.tmp-*", 0.05),
-    ("step_*.tmp-*/*manifest.json*", 0.002),
+    ("step_*.tmp-*/manifest.json", 0.005),
     ("step_" + "[0-9]" * 8, 0.02),
     ("step_*.removed", 0.0),
 )
@@ -73,7 +73,7 @@ class Campaign:
             *ENGINES[self._engine], f"train.steps={self._given.steps}", "logging.interval=1",
             f"checkpoint.asynchronous={str(asynchronous).lower()}",
         ]  # fmt: skip
-        return DisturbedRun(self._folder / name, self._corpus, arguments, self._given.launcher)
+        return DisturbedRun(self._folder / name, self._corpus, arguments, self._given.launcher, slow_disk)
 
     def _mode(self, saving: str, kills: int, wanted: dict[str, Any]) -> dict[str, Any]:
         counts, recovery, starts = Counter[str](), list[float](), 0

@@ -112,5 +112,5 @@ def test_the_command_lists_its_verbs_and_names_an_unknown_one(capsys, monkeypatc
     shown = capsys.readouterr().out
     assert all(verb in shown for verb in VERBS)
     monkeypatch.setattr("sys.argv", ["dynmoe", "shrink"])
-    with pytest.raises(UserError, match="dynmoe shrink: no such verb; use one of compact"):
+    with pytest.raises(UserError, match="dynmoe shrink: no such verb; use one of checkpoint, "):
         main()
