@@ -25,6 +25,8 @@ from bench import (
     memory,
     router,
     routing,
+    saving,
+    soak,
     statistics,
     wire,
 )
@@ -36,9 +38,10 @@ from dynmoe.errors import UserError
 BENCHMARKS: dict[str, ModuleType] = {
     "layer": layer, "dispatch": dispatch, "growth": growth, "imbalance": imbalance, "memory": memory,
     "launches": launches, "wire": wire, "end_to_end": end_to_end, "router": router, "statistics": statistics,
-    "data_prep": data_prep, "faults": faults, "gpu_layer": gpu_layer, "gpu_smoke": gpu_smoke, "routing": routing,
+    "saving": saving, "data_prep": data_prep, "faults": faults, "gpu_layer": gpu_layer, "gpu_smoke": gpu_smoke,
+    "routing": routing, "soak": soak,
 }  # fmt: skip
-_OF_ALL = [name for name in BENCHMARKS if name not in ("faults", "gpu_smoke", "routing")]
+_OF_ALL = [name for name in BENCHMARKS if name not in ("faults", "gpu_smoke", "routing", "soak")]
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ class DisturbedRun:
             if launcher == "warm"
             else (lambda output: TorchrunTraining(fields, 2, _RESTARTS, output, {}))
         )
-        self.starts, self._reader = 0, _LastStep(self.metrics)
+        self.starts, self._reader = 0, LastStep(self.metrics)
         self.start()
 
     def start(self) -> None:
@@ -88,8 +88,8 @@ class DisturbedRun:
         """The last step that a row was written of; 0 before the first."""
         return self._reader.read()
 
-    def wait(self, until: Callable[[], bool], timeout_s: float) -> bool:
-        """Whether that came to hold before the run ended.
+    def wait(self, until: Callable[[], bool], timeout_s: float, every_s: float = 0.0005) -> bool:
+        """Whether that came to hold before the run ended; looked at every ``every_s`` seconds.
 
         Raises:
             UserError: it took too long, or the launcher failed.
@@ -103,7 +103,7 @@ class DisturbedRun:
                 self.training.kill_tree()
                 why = f"nothing happened in {timeout_s:g} s" if status is None else f"it ended with status {status}"
                 raise UserError(f"{self.path}: {why}; see {self.folder / f'output_{self.starts - 1}.txt'}")
-            time.sleep(0.0005)
+            time.sleep(every_s)
         return True
 
     def kill(self, victim: str, draw: random.Random) -> None:
@@ -124,9 +124,6 @@ class DisturbedRun:
             if time.monotonic() > deadline:
                 raise UserError(f"{self.path}: rank(s) {ranks} outlived the kill of {victim}")
             time.sleep(0.001)
-
-    def check_checkpoints(self) -> None:
-        """Raises a UserError where something is named like a checkpoint and is none."""
         for path in step_directories(self.checkpoints):
             if (problem := problem_of(path)) is not None and path.exists():
                 raise UserError(f"{path}: {problem}, though it is named like a whole one")
@@ -180,7 +177,7 @@ def steps_lost(result: dict[str, Any], reference: dict[str, Any]) -> int:
     return lost if lost or same else len(wanted)
 
 
-class _LastStep:
+class LastStep:
     """Reads the last step of a growing file of rows, from where it read before."""
 
     def __init__(self, path: Path) -> None:

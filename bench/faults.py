@@ -119,7 +119,6 @@ class Campaign:
         counts.update({"kills": 1, victim: 1})
         for phase in _phases(run.checkpoints):
             counts[phase] += 1
-        run.check_checkpoints()
         if victim != "rank":
             run.start()
         newest = newest_complete(run.checkpoints)

@@ -144,7 +144,7 @@ class WarmTraining(Training):
         environment: Mapping[str, str],
         prepare: Prepare | None = None,
     ) -> None:
-        _start_server()
+        start_server()
         context = multiprocessing.get_context("forkserver")
         self._process = context.Process(
             target=_launch, args=(list(arguments), ranks, restarts, output, dict(environment), prepare), daemon=True
@@ -158,7 +158,7 @@ class WarmTraining(Training):
         return self._process.exitcode
 
 
-def _start_server() -> None:
+def start_server() -> None:
     """Starts the process that everything is forked from, once; it ends with this one."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(_WARM)
     given = {name: os.environ.get(name) for name in (*CPU, "PYTHONPATH")}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import wandb
 
 from dynmoe.config import Config
@@ -21,6 +24,7 @@ from dynmoe.train.run_directory import RunDirectory
 # With what W&B needs to give up, start anew offline and say so, a run starts at most 10 s later.
 _INIT_TIMEOUT_S = 5.5
 _FINISH_TIMEOUT_S = 60.0
+_SERVICE = "wandb-core"
 _MOST_BINS = 512  # W&B refuses more; tokens of more experts are not in its histogram
 
 
@@ -28,7 +32,7 @@ class WandbView:
     """A W&B run, offline or online; online and unreachable, it goes on offline within 10 s and says so.
 
     Rows are logged as they are. Beside them, on the steps that have histograms: experts per token of each layer as
-    histograms, the load of every expert as a table. Configuration, tokenizer and manifests of the corpora are an
+    histograms, the load of every expert as a picture. Configuration, tokenizer and manifests of the corpora are an
     artifact of the run's start; a reference to the newest checkpoint is one of its end, and so are the report's
     pictures.
 
@@ -59,11 +63,31 @@ class WandbView:
         self._run.log({**row, **drawn})
 
     def close(self) -> None:
-        """Ends the run; when it returns, every row is uploaded or in the offline file."""
+        """Ends the run; when it returns, every row is uploaded or in a file that ``wandb sync`` uploads later."""
         self._attempt(self._keep_outputs, "the run is without its pictures")
-        self._run.finish()
-        # finish only asks W&B's service to close the run's file; the end of the service is waited for.
-        wandb.teardown()
+        failures: list[BaseException] = []
+        finishing = threading.Thread(target=self._finish, args=(failures,), name="W&B", daemon=True)
+        finishing.start()
+        # Whatever its timeout says, finish waits without end for artifacts that a server which is gone does not take.
+        finishing.join(1.5 * _FINISH_TIMEOUT_S)
+        if finishing.is_alive():
+            for child in psutil.Process().children():
+                if child.name() == _SERVICE:
+                    child.kill()
+            finishing.join()
+            with contextlib.suppress(Exception):  # there is nothing left to take down
+                wandb.teardown()
+            print(f"W&B did not take all of the run; wandb sync {self._run.settings.sync_dir} uploads it", flush=True)
+        elif failures:
+            raise failures[0]
+
+    def _finish(self, failures: list[BaseException]) -> None:
+        try:
+            self._run.finish()
+            # finish only asks W&B's service to close the run's file; the end of the service is waited for.
+            wandb.teardown()
+        except BaseException as error:
+            failures.append(error)
 
     def _keep_inputs(self, corpora: Sequence[str]) -> None:
         artifact = wandb.Artifact(f"{self._run_name}-inputs", type="inputs")
@@ -122,13 +146,22 @@ def _start(config: Config, run_id: str) -> Any:
 
 
 def _media(histograms: Histograms) -> dict[str, Any]:
-    """Experts per token of each layer as histograms, and the load of every expert of all layers as a table."""
+    """Experts per token of each layer as histograms, and the load of every expert of all layers as a picture.
+
+    A table of W&B's own is an artifact: while a server does not answer, each would cost the training 19 s.
+    """
+    import plotly.graph_objects as go
+
     drawn: dict[str, Any] = {}
-    load = wandb.Table(columns=["step", "layer", "expert", "tokens", "in_use"])
+    layers, loads = [], []
     for layer, own in histograms["layers"].items():
         counts = np.trim_zeros(np.array(own["experts_per_token"]), "b")[:_MOST_BINS]
         edges = np.arange(len(counts) + 1) - 0.5
         drawn[f"moe/layer_{int(layer):02d}/experts_per_token"] = wandb.Histogram(np_histogram=(counts, edges))
-        for expert, (tokens, active) in enumerate(zip(own["load"], own["active"], strict=True)):
-            load.add_data(histograms["train/step"], int(layer), expert, tokens, bool(active))
-    return {**drawn, "moe/load": load} if drawn else {}
+        layers.append(f"layer {layer}")
+        loads.append([tokens if active else None for tokens, active in zip(own["load"], own["active"], strict=True)])
+    if drawn:
+        figure = go.Figure(go.Heatmap(z=loads, y=layers, colorscale="Viridis", colorbar_title="tokens"))
+        figure.update_layout(title=f"tokens of each expert, step {histograms['train/step']}", xaxis_title="expert")
+        drawn["moe/load"] = wandb.Plotly(figure)
+    return drawn

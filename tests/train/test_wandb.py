@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,8 @@ import pytest
 
 from dynmoe.config import load_config
 from dynmoe.train.run_directory import RunDirectory
-from tests.train.cases import TrainingProcess, read_rows
+from tests.train.cases import TrainingProcess, curve, parameter_hashes, read_rows
+from tests.train.wandb_server import WandbServer
 
 _FILE_HEADER, _RECORD_HEADER, _BLOCK = 7, struct.Struct("<IHB"), 32768
 
@@ -109,7 +112,7 @@ def test_histograms_pictures_and_artifacts_are_in_the_run(tmp_path, open_view):
     import plotly.graph_objects as go
 
     view = open_view("offline", pictures=lambda path: {"loss": go.Figure(go.Scatter(x=[1], y=[2]))})
-    layer = {"experts_per_token": [0, 5, 3], "load": [8, 3], "active": [1, 1]}
+    layer = {"experts_per_token": [0, 5, 3], "load": [8, 0], "active": [1, 0]}
     view.log({"train/step": 10}, {"train/step": 10, "layers": {"3": layer}})
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000010"
     checkpoint.mkdir(parents=True)
@@ -118,9 +121,9 @@ def test_histograms_pictures_and_artifacts_are_in_the_run(tmp_path, open_view):
     _, rows = read_offline(tmp_path)
     histogram = [json.loads(rows[0][f"moe/layer_03/experts_per_token/{part}"]) for part in ("values", "bins")]
     assert histogram == [[0, 5, 3], [-0.5, 0.5, 1.5, 2.5]]
-    assert (rows[0]["moe/load/_type"], rows[1]["report/loss/_type"]) == ('"table-file"', '"plotly-file"')
-    table = json.loads(next(tmp_path.rglob("moe/load_*.table.json")).read_text())
-    assert table["data"] == [[10, 3, 0, 8, True], [10, 3, 1, 3, True]]
+    assert rows[0]["moe/load/_type"] == rows[1]["report/loss/_type"] == '"plotly-file"'
+    picture = json.loads(next(tmp_path.rglob("moe/load_*.plotly.json")).read_text())
+    assert (picture["data"][0]["z"], picture["data"][0]["y"]) == ([[8, None]], ["layer 3"])
     found = artifacts(tmp_path)
     assert sorted(found["inputs"]) == ["config.yaml", "corpus_0_manifest.json", "tokenizer.model"]
     assert found["checkpoint"] == [f"file://{checkpoint.resolve()}/manifest.json"]
@@ -160,7 +163,7 @@ def dead_server(monkeypatch):
         yield
 
 
-def test_a_server_that_does_not_answer_costs_ten_seconds_and_no_row(tmp_path, open_view, dead_server, capsys):
+def test_f23_a_server_that_does_not_answer_costs_ten_seconds_and_no_row(tmp_path, open_view, dead_server, capsys):
     start = time.monotonic()
     view = open_view("online")
     assert time.monotonic() - start < 10
@@ -172,7 +175,7 @@ def test_a_server_that_does_not_answer_costs_ten_seconds_and_no_row(tmp_path, op
     assert logged_steps(rows) == ["1"]
 
 
-def test_a_run_whose_server_is_dead_loses_no_step(tmp_path, corpus_dir, monkeypatch):
+def test_f23_a_run_whose_server_is_dead_loses_no_step(tmp_path, corpus_dir, monkeypatch):
     """The whole of it: train.py, rows, histograms, pictures, artifacts."""
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
@@ -192,6 +195,46 @@ def test_a_run_whose_server_is_dead_loses_no_step(tmp_path, corpus_dir, monkeypa
         -1
     ].keys()
     assert {"inputs", "checkpoint"} <= artifacts(run).keys()
+
+
+def give_up_soon(rank: int) -> None:
+    """For whoever waits at the end of a run whose server is gone: two seconds instead of a minute."""
+    from dynmoe.train import wandb_view
+
+    wandb_view._FINISH_TIMEOUT_S = 2.0
+
+
+@pytest.mark.parametrize(
+    "vanishes_at",
+    [pytest.param(13, id="in the middle"), pytest.param(40, id="at the end", marks=pytest.mark.slow)],
+)
+def test_f23_a_server_that_vanishes_costs_no_step_and_the_run_can_be_synced_later(
+    tmp_path, corpus_dir, undisturbed, vanishes_at
+):
+    with WandbServer() as server:
+        environment = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
+        process = TrainingProcess(
+            corpus_dir, tmp_path / "runs", "logging.wandb=online", environment=environment, prepare=give_up_soon
+        )
+        run = tmp_path / "runs" / "tiny"
+        process.wait_for_row(run / "metrics.jsonl", vanishes_at)
+        server.vanish()
+        assert process.wait() == 0, process.output()
+        assert "logging offline" not in process.output()
+        assert f"; wandb sync {run.resolve()}/wandb/run-" in process.output()
+        assert curve(run / "metrics.jsonl") == curve(undisturbed[0] / "metrics.jsonl")
+        assert parameter_hashes(run, 40) == parameter_hashes(undisturbed[0], 40)
+        assert len(server.rows) < 40, "it vanished too late"
+
+        server.come_back()
+        (stored,) = (run / "wandb").glob("run-*")
+        subprocess.run(
+            [sys.executable, "-m", "wandb", "sync", "--include-online", str(stored)],
+            env=os.environ | environment, check=True, timeout=60,
+        )  # fmt: skip
+        synced = [row for row in server.rows if "train/lm_loss" in row]
+        rows = read_rows(run / "metrics.jsonl")
+        assert [{name: row[name] for name in own} for row, own in zip(synced, rows, strict=True)] == rows
 
 
 @pytest.mark.parametrize("key", ["", "short"])

@@ -1,0 +1,293 @@
+"""An hour of training on two ranks with a fault every minute: the same curve, flat memory, nothing left behind.
+
+The run is slowed to a pace, so that an undisturbed one of as many steps is there for comparison after a fraction of the
+time. Memory and file descriptors of each rank are looked at all along; growth counts within the life of a process,
+after its warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import random
+import resource
+import signal
+import statistics
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from bench.disturbed import ENGINES, DisturbedRun, LastStep, make_corpus, steps_lost
+from bench.processes import Prepare, start_server
+from bench.report import Rows, verdict
+from dynmoe.errors import UserError
+from dynmoe.train.checkpoint import step_directories
+
+_TIMEOUT_S = 120.0
+_FIELDS = [
+    "logging.interval=25", "checkpoint.interval=50", "checkpoint.asynchronous=true", "eval.interval=500",
+    "logging.wandb=offline", "logging.tensorboard=true",
+]  # fmt: skip
+_LOOK_S = 0.5
+_WARM_UP_STEPS = 200  # of each process
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, default=60.0, help="of the disturbed run, without the time it loses")
+    parser.add_argument("--every", type=float, default=60.0, help="seconds from one fault to the next")
+    parser.add_argument("--pace", type=float, default=0.12, help="seconds of a step of the disturbed run, at least")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engine", default="deepspeed", choices=list(ENGINES))
+    parser.add_argument("--folder", type=Path, help="keep the runs there; default: a temporary folder")
+
+
+def run(given: argparse.Namespace) -> Rows:
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans become children of this process
+    start_server()
+    known = set(psutil.Process().children(recursive=True))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or Path(temporary)
+        corpus = make_corpus(folder)
+        steps = round(given.minutes * 60 / given.pace)
+        fields = [*ENGINES[given.engine], *_FIELDS, f"train.steps={steps}"]
+
+        def start(name: str, prepare: Prepare | None) -> DisturbedRun:
+            return DisturbedRun(folder / name, corpus, fields, "warm", prepare)
+
+        soak = Soak(start("disturbed", Paced(given.pace)), given.every, random.Random(given.seed))
+        begun = time.monotonic()
+        memory, faults = soak.last()
+        lasted_s = time.monotonic() - begun
+        undisturbed = start("undisturbed", None)
+        with MemoryWatch(undisturbed) as undisturbed_memory:
+            undisturbed.wait(lambda: False, 60 + 2 * lasted_s, every_s=_LOOK_S)
+        lost = steps_lost(soak.run.result(), undisturbed.result())
+    left = set(psutil.Process().children(recursive=True)) - known
+    _, alive = psutil.wait_procs(left, timeout=10)
+    return [
+        {
+            "engine": given.engine, "minutes": lasted_s / 60, "steps": steps, "faults": faults.total(),
+            **{name: faults[name] for name in FAULTS}, "processes": memory.lives, "lost": lost,
+            "mb_per_1000_steps": memory.slope(), "descriptors": memory.descriptors_gained(), "left": len(alive),
+            "undisturbed_mb_per_1000_steps": undisturbed_memory.slope(),
+            "undisturbed_descriptors": undisturbed_memory.descriptors_gained(),
+        }
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Paced:
+    """For ``prepare``: a step takes ``step_s`` seconds or more."""
+
+    step_s: float
+
+    def __call__(self, rank: int) -> None:
+        from dynmoe.train.trainer import Trainer
+
+        plain = Trainer._step
+
+        def paced(trainer: Trainer, *arguments: object) -> object:
+            begun = time.monotonic()
+            row = plain(trainer, *arguments)  # type: ignore[arg-type]
+            time.sleep(max(0.0, begun + self.step_s - time.monotonic()))
+            return row
+
+        Trainer._step = paced  # type: ignore[assignment,method-assign]
+
+
+class Soak:
+    """A run that meets a fault every ``every_s`` seconds.
+
+    Args:
+        run: begun.
+        every_s: from one fault to the next.
+        draw: which fault, and where it strikes.
+    """
+
+    def __init__(self, run: DisturbedRun, every_s: float, draw: random.Random) -> None:
+        self.run, self._every_s, self._draw = run, every_s, draw
+
+    def last(self) -> tuple[MemoryWatch, Counter[str]]:
+        """Until the run is through: what its ranks used, and the faults it met by name."""
+        faults, due = Counter[str](), time.monotonic()
+        with MemoryWatch(self.run) as memory:
+            while self._lives_until(due := due + self._every_s):
+                name = self._draw.choice(list(FAULTS))
+                before = self.run.step
+                FAULTS[name](self)
+                faults[name] += 1
+                if not self._goes_on(before):
+                    break
+                print(f"fault {faults.total()}, {name}: step {before}, goes on at {self.run.step}", flush=True)
+        return memory, faults
+
+    def _lives_until(self, due: float) -> bool:
+        return self.run.wait(lambda: time.monotonic() > due, self._every_s + _TIMEOUT_S, every_s=_LOOK_S)
+
+    def _goes_on(self, before: int) -> bool:
+        return self.run.wait(lambda: self.run.step > before, _TIMEOUT_S, every_s=_LOOK_S)
+
+    def kill_rank(self) -> None:
+        self.run.kill("rank", self._draw)
+
+    def kill_launcher(self) -> None:
+        self.run.kill("launcher", self._draw)
+        self.run.start()
+
+    def kill_tree(self) -> None:
+        self.run.kill("tree", self._draw)
+        self.run.start()
+
+    def preempt(self) -> None:
+        """SIGTERM to the launcher; the run saves, ends, and is started again."""
+        self.run.training.signal(signal.SIGTERM)
+        self.run.training.wait(30)
+        outcome = json.loads((self.run.path / "outcome.json").read_text())
+        if outcome["status"] not in ("preempted", "finished"):
+            raise UserError(f"{self.run.path}: told to end, it says {outcome}")
+        self.run.start()
+
+    def stop_rank(self) -> None:
+        """A rank does nothing for some seconds, the other waits."""
+        with contextlib.suppress(IndexError, ProcessLookupError):
+            pid = self._draw.choice(self.run.training.ranks())
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(self._draw.uniform(1, 5))
+            os.kill(pid, signal.SIGCONT)
+
+    def damage_checkpoint(self) -> None:
+        """A file of the newest checkpoint is flipped, cut short or gone after the tree was killed."""
+        self.run.kill("tree", self._draw)
+        newest = step_directories(self.run.checkpoints)[0]
+        path = self._draw.choice(sorted(file for file in newest.rglob("*") if file.is_file()))
+        content = bytearray(path.read_bytes())
+        place = self._draw.randrange(len(content))
+        how = self._draw.choice(("flip", "cut", "remove"))
+        if how == "remove":
+            path.unlink()
+        elif how == "cut":
+            path.write_bytes(content[:place])
+        else:
+            content[place] ^= 1 << self._draw.randrange(8)
+            path.write_bytes(content)
+        self.run.start()
+
+    def tear_files(self) -> None:
+        """The tree is killed in the middle of writing a row, an event and a checkpoint."""
+        self.run.kill("tree", self._draw)
+        for name in ("metrics.jsonl", "events.jsonl"):
+            with (self.run.path / name).open("a") as stream:
+                stream.write('{"train/step": 9')
+        half = self.run.checkpoints / f"step_{self.run.step + 7:08d}.tmp-0badcafe"
+        half.mkdir()
+        (half / "manifest.json").write_text("{")
+        self.run.start()
+
+    def fill_disk(self) -> None:
+        """A rank can write no file beyond 4 KiB any more, as on a full disk: it fails, and the ranks start again."""
+        with contextlib.suppress(IndexError, ProcessLookupError):
+            pid = self._draw.choice(self.run.training.ranks())
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, 4096))
+            self.run.wait(lambda: pid not in self.run.training.ranks(), _TIMEOUT_S, every_s=_LOOK_S)
+
+
+FAULTS = {
+    fault.__name__: fault
+    for fault in (
+        Soak.kill_rank, Soak.kill_launcher, Soak.kill_tree, Soak.preempt, Soak.stop_rank, Soak.damage_checkpoint,
+        Soak.tear_files, Soak.fill_disk,
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Look:
+    step: int
+    resident_mb: float
+    descriptors: int
+
+
+class MemoryWatch(threading.Thread):
+    """Looks at the ranks of a run twice a second, as long as its context lasts."""
+
+    def __init__(self, run: DisturbedRun) -> None:
+        super().__init__(name="memory", daemon=True)
+        self._run, self._last_step = run, LastStep(run.metrics)
+        self._looks: dict[int, list[_Look]] = defaultdict(list)
+        self._end = threading.Event()
+
+    def __enter__(self) -> MemoryWatch:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self._end.wait(_LOOK_S):
+            step = self._last_step.read()
+            for pid in self._run.training.ranks():
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                    process = psutil.Process(pid)
+                    look = _Look(step, process.memory_info().rss / 1e6, process.num_fds())
+                    self._looks[pid].append(look)
+
+    @property
+    def lives(self) -> int:
+        """Processes that were seen."""
+        return len(self._looks)
+
+    def slope(self) -> float:
+        """MB by which the resident memory of a process grows in 1,000 steps: one slope for all, an offset for each."""
+        return 1000 * _common_slope(
+            [(look.step, look.resident_mb) for look in looks] for looks in self._after_warm_up()
+        )
+
+    def descriptors_gained(self) -> int:
+        """The most that open files (the fewest of a half) grew from the first half of a life to the second."""
+        gained = [0]
+        for looks in self._after_warm_up():
+            halves = looks[: len(looks) // 2], looks[len(looks) // 2 :]
+            first, second = (min(look.descriptors for look in half) for half in halves)
+            gained.append(second - first)
+        return max(gained)
+
+    def _after_warm_up(self) -> list[list[_Look]]:
+        lives = []
+        for looks in self._looks.values():
+            warm = [look for look in looks if look.step >= looks[0].step + _WARM_UP_STEPS]
+            if len(warm) >= 4:
+                lives.append(warm)
+        return lives
+
+
+def _common_slope(groups: Iterable[list[tuple[float, float]]]) -> float:
+    """Least squares over groups of points (x, y): each has its own offset."""
+    products, squares = 0.0, 0.0
+    for points in groups:
+        middle_x, middle_y = (statistics.fmean(values) for values in zip(*points, strict=True))
+        products += sum((x - middle_x) * (y - middle_y) for x, y in points)
+        squares += sum((x - middle_x) ** 2 for x, _ in points)
+    return products / squares if squares else float("nan")
+
+
+def verdicts(rows: Rows) -> list[str]:
+    (row,) = rows
+    nothing = row["lost"] == row["left"] == row["descriptors"] == row["undisturbed_descriptors"] == 0
+    return [
+        verdict("growth of a rank's memory, MB in 1,000 steps", row["mb_per_1000_steps"], 1.0),
+        verdict("the same in the undisturbed run", row["undisturbed_mb_per_1000_steps"], 1.0),
+        f"{row['faults']} faults: {row['lost']} steps lost, {row['descriptors']} descriptors gained, {row['left']} "
+        f"processes left behind: {'as asked' if nothing else 'NOT as asked'}",
+    ]
