@@ -111,7 +111,8 @@ class _Measured:
         """Seconds of the steps from the beginning of a save to its end, as the trainer takes them."""
         start = time.perf_counter()
         self._save()
-        seconds, begun = [], time.perf_counter() - start
+        begun = time.perf_counter() - start
+        seconds: list[float] = []
         while self._store.saving or len(seconds) < 2:
             own = self._step()
             start = time.perf_counter()

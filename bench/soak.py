@@ -34,18 +34,19 @@ from dynmoe.train.checkpoint import step_directories
 
 _TIMEOUT_S = 120.0
 _FIELDS = [
-    "logging.interval=25", "checkpoint.interval=50", "checkpoint.asynchronous=true", "eval.interval=500",
-    "logging.wandb=offline", "logging.tensorboard=true",
+    "logging.interval=25", "logging.histograms_every=4", "checkpoint.interval=50", "checkpoint.asynchronous=true",
+    "eval.interval=100", "logging.wandb=offline", "logging.tensorboard=true",
 ]  # fmt: skip
 _LOOK_S = 0.5
-_WARM_UP_STEPS = 200  # of each process
+# Of each process: allocators and caches settle.
+_WARM_UP_STEPS = 1000
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="of the disturbed run, without the time it loses")
     parser.add_argument("--every", type=float, default=60.0, help="seconds from one fault to the next")
-    parser.add_argument("--pace", type=float, default=0.12, help="seconds of a step of the disturbed run, at least")
+    parser.add_argument("--pace", type=float, default=0.09, help="seconds of a step of the disturbed run, at least")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", default="deepspeed", choices=list(ENGINES))
     parser.add_argument("--folder", type=Path, help="keep the runs there; default: a temporary folder")
@@ -77,7 +78,8 @@ def run(given: argparse.Namespace) -> Rows:
     return [
         {
             "engine": given.engine, "minutes": lasted_s / 60, "steps": steps, "faults": faults.total(),
-            **{name: faults[name] for name in FAULTS}, "processes": memory.lives, "lost": lost,
+            "kinds": ", ".join(f"{faults[name]} {name}" for name in FAULTS), "lost": lost,
+            "processes": memory.lives, "measured": memory.measured,
             "mb_per_1000_steps": memory.slope(), "descriptors": memory.descriptors_gained(), "left": len(alive),
             "undisturbed_mb_per_1000_steps": undisturbed_memory.slope(),
             "undisturbed_descriptors": undisturbed_memory.descriptors_gained(),
@@ -165,11 +167,34 @@ class Soak:
             time.sleep(self._draw.uniform(1, 5))
             os.kill(pid, signal.SIGCONT)
 
+    def make_rank_stutter(self) -> None:
+        with contextlib.suppress(IndexError, ProcessLookupError):
+            pid = self._draw.choice(self.run.training.ranks())
+            for _ in range(20):
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(self._draw.uniform(0, 0.2))
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(self._draw.uniform(0, 0.2))
+
+    def rot_old_checkpoint(self) -> None:
+        """A file of the oldest checkpoint changes while the run goes on."""
+        with contextlib.suppress(FileNotFoundError):  # it was its time to go
+            self._damage(step_directories(self.run.checkpoints)[-1])
+
+    def leave_rubbish(self) -> None:
+        """Files that are none of its own appear among the checkpoints."""
+        (self.run.checkpoints / "latest").write_text("step_99999999")
+        (self.run.checkpoints / f"step_{self._draw.randrange(10**8):08d}").touch()
+        (self.run.checkpoints / f"step_00000001.tmp-{self._draw.randrange(10**8):08d}").mkdir()
+
     def damage_checkpoint(self) -> None:
         """A file of the newest checkpoint is flipped, cut short or gone after the tree was killed."""
         self.run.kill("tree", self._draw)
-        newest = step_directories(self.run.checkpoints)[0]
-        path = self._draw.choice(sorted(file for file in newest.rglob("*") if file.is_file()))
+        self._damage(step_directories(self.run.checkpoints)[0])
+        self.run.start()
+
+    def _damage(self, checkpoint: Path) -> None:
+        path = self._draw.choice(sorted(file for file in checkpoint.rglob("*") if file.is_file()))
         content = bytearray(path.read_bytes())
         place = self._draw.randrange(len(content))
         how = self._draw.choice(("flip", "cut", "remove"))
@@ -180,7 +205,6 @@ class Soak:
         else:
             content[place] ^= 1 << self._draw.randrange(8)
             path.write_bytes(content)
-        self.run.start()
 
     def tear_files(self) -> None:
         """The tree is killed in the middle of writing a row, an event and a checkpoint."""
@@ -204,8 +228,8 @@ class Soak:
 FAULTS = {
     fault.__name__: fault
     for fault in (
-        Soak.kill_rank, Soak.kill_launcher, Soak.kill_tree, Soak.preempt, Soak.stop_rank, Soak.damage_checkpoint,
-        Soak.tear_files, Soak.fill_disk,
+        Soak.kill_rank, Soak.kill_launcher, Soak.kill_tree, Soak.preempt, Soak.stop_rank, Soak.make_rank_stutter,
+        Soak.rot_old_checkpoint, Soak.leave_rubbish, Soak.damage_checkpoint, Soak.tear_files, Soak.fill_disk,
     )
 }  # fmt: skip
 
@@ -247,6 +271,11 @@ class MemoryWatch(threading.Thread):
     def lives(self) -> int:
         """Processes that were seen."""
         return len(self._looks)
+
+    @property
+    def measured(self) -> int:
+        """Processes that lived longer than their warm-up."""
+        return len(self._after_warm_up())
 
     def slope(self) -> float:
         """MB by which the resident memory of a process grows in 1,000 steps: one slope for all, an offset for each."""
