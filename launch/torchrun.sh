@@ -30,6 +30,8 @@ NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 JOIN_TIMEOUT_S=${JOIN_TIMEOUT_S:-600} MAX_RESTARTS=${MAX_RESTARTS:-3} RELAUNCH=${RELAUNCH:-1}
 STARTS_WITHOUT_PROGRESS=${STARTS_WITHOUT_PROGRESS:-3}
 read -ra hosts <<<"${HOSTS:-}"
+port=()
+if ((NODE_RANK == 0)); then port=(--port "$MASTER_PORT"); fi
 set_environment "$NPROC_PER_NODE"
 
 rdzv=(--nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" --max-restarts "$MAX_RESTARTS" --rdzv-backend c10d
@@ -66,7 +68,8 @@ name_missing_nodes() {
 
 while :; do
     # A job script has begun the start for all nodes.
-    run=${DYNMOE_RUN:-$("$PYTHON" -m dynmoe.launch begin --ranks $((NNODES * NPROC_PER_NODE)) --node "$NODE_RANK" "$@")}
+    run=${DYNMOE_RUN:-$("$PYTHON" -m dynmoe.launch begin --ranks $((NNODES * NPROC_PER_NODE)) --node "$NODE_RANK" \
+        "${port[@]}" "$@")}
     export DYNMOE_FAILURES=$run/logs/failures
     nodes=$run/logs/nodes
     mkdir -p "$nodes"

@@ -28,8 +28,8 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
         UserError: an unreadable file, an unknown key, a wrong type or a value that cannot be used.
     """
     merged = _defaults()
-    if path is not None:
-        merged = _merge(merged, "", _read_yaml(Path(path)), _shown(path))
+    if path is not None and (given := _read_yaml(Path(path))):
+        merged = _merge(merged, "", given, _shown(path))
     for override in overrides:
         merged = _merge(merged, *_read_override(override), "the command line")
     config = OmegaConf.to_object(merged)

@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dynmoe.engines.state_names import MASTER, MOMENTS, OPTIMIZER_STEP, buffer_key, parameter_key
-from dynmoe.errors import UserError
+from dynmoe.errors import UserError, first_line
 from dynmoe.moe import MoELayer
 
 _DENSE = "dense.safetensors"
@@ -152,21 +153,28 @@ def load_weights(directory: Path, module: nn.Module, layers: Iterable[MoELayer])
 
 def read_shape(directory: Path, name: str) -> tuple[int, ...]:
     """Shape of a parameter that all ranks share, by its name in the plain model."""
-    with safe_open(directory / _DENSE, framework="pt") as file:
+    with _open(directory / _DENSE) as file:
         return tuple(file.get_slice(parameter_key(name, MASTER)).get_shape())
 
 
 def read_tensor(directory: Path, key: str) -> Tensor:
     """A tensor that all ranks share, by its key."""
-    with safe_open(directory / _DENSE, framework="pt") as file:
+    with _open(directory / _DENSE) as file:
         return file.get_tensor(key)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"checkpoint {path}: {first_line(error)}; go on from another checkpoint") from None
 
 
 class _Reader:
     """Tensors by name over several safetensors files, read one at a time."""
 
     def __init__(self, paths: list[Path]) -> None:
-        self._files = [safe_open(path, framework="pt") for path in paths]
+        self._files = [_open(path) for path in paths]
         self._file_of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
 
     @property

@@ -77,11 +77,14 @@ def _begin(name: str, arguments: list[str]) -> None:
     parser.add_argument(
         "--patience", type=float, default=5.0, metavar="S", help="for another job in the directory to end"
     )
+    parser.add_argument("--port", type=int, help="on which the first rank of all nodes will listen, on this one")
     parser.add_argument("--merged", type=Path, help="file for the merged configuration")
     given = parser.parse_intermixed_args(arguments)
     config = _load(given)
-    from dynmoe.launch.starts import begin
+    from dynmoe.launch.starts import begin, check_port
 
+    if given.port is not None:
+        check_port(given.port, given.patience)
     directory = begin(config, given.ranks, given.node, given.patience)
     if given.merged is not None:
         given.merged.write_text(config.to_yaml())

@@ -14,6 +14,7 @@ from typing import Any
 
 from dynmoe.config import Config
 from dynmoe.data.corpus import open_corpora
+from dynmoe.errors import UserError
 from dynmoe.launched import read_failures
 from dynmoe.train.checkpoint import newest_complete
 from dynmoe.train.run_directory import PATIENCE_S, RunDirectory
@@ -58,6 +59,26 @@ def begin(config: Config, ranks: int, node: int, patience_s: float = PATIENCE_S)
     finally:
         directory.release()  # to the ranks
     return directory
+
+
+def check_port(port: int, patience_s: float = PATIENCE_S) -> None:
+    """Refuses a port of this host on which somebody listens after ``patience_s``: a launch that ends may let it go.
+
+    Raises:
+        UserError: naming it.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+                return
+            except OSError as error:
+                problem = error.strerror
+        if time.monotonic() > deadline:
+            raise UserError(f"MASTER_PORT={port}: {problem} on this host; give another one, the same on every node")
+        time.sleep(0.2)
 
 
 def _note(directory: RunDirectory, ranks: int, node: int) -> None:

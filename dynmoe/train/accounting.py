@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dynmoe.config import Config
+from dynmoe.errors import UserError
 from dynmoe.model.size import ModelSize
 from dynmoe.train.engine import Engine, Gradients, StepReport
 from dynmoe.train.guard import GuardState
@@ -34,8 +35,26 @@ class Progress:
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> Progress:
-        """The progress that a checkpoint has as a dictionary."""
-        return cls(**{**saved, "guard": GuardState(**saved.get("guard", {}))})
+        """The progress that a checkpoint has as a dictionary.
+
+        Raises:
+            UserError: it is none.
+        """
+        try:
+            guard = GuardState(**saved["guard"])
+            progress = cls(**{**saved, "guard": guard})
+            counts = [
+                progress.step, progress.samples, progress.tokens, progress.unlogged_tokens, progress.unlogged_bytes,
+                guard.skipped_steps, guard.bad_in_a_row, guard.spikes_in_a_row, *progress.routed_rows.values(),
+            ]  # fmt: skip
+            sound = all(isinstance(count, int) and count >= 0 for count in counts)
+            sound = sound and all(isinstance(number, float) for number in (progress.wall_clock_s, *guard.losses))
+            sound = sound and isinstance(progress.wandb_id, str | None)
+        except (KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise UserError("checkpoint: its progress is not that of a run; go on from another checkpoint")
+        return progress
 
 
 class Account:

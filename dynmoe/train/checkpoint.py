@@ -8,6 +8,7 @@ read, and puts a damaged one aside. Directories are never reused.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -40,8 +41,20 @@ class Checkpoint:
 
     @property
     def trainer_state(self) -> dict[str, Any]:
-        """What the trainer gave along (see :class:`dynmoe.train.checkpoint_store.CheckpointStore`)."""
-        return json.loads((self.path / TRAINER).read_text())
+        """What the trainer gave along: its ``progress``, the run's ``config``, fingerprints of its ``data``.
+
+        Raises:
+            UserError: the file is something else.
+        """
+        path = self.path / TRAINER
+        try:
+            state = json.loads(path.read_text())
+            parts = [type(state[name]) for name in ("progress", "config", "data")]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            parts = []
+        if parts != [dict, dict, list]:
+            raise UserError(f"checkpoint {path}: is not the state of a run; go on from another checkpoint")
+        return state
 
 
 def _sync(path: Path) -> None:
@@ -63,11 +76,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     _sync(path.parent)
 
 
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint directory; None where it is missing, damaged or another one's."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         named = manifest["step"] == step_of(path) and TRAINER in manifest["files"]
+        named = named and manifest["sha256"] == _own_hash(manifest)
         for name, facts in manifest["files"].items():
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts
             named = named and inside and isinstance(facts["bytes"], int) and isinstance(facts["sha256"], str)
@@ -125,8 +144,8 @@ def hashes(files: list[Path], root: Path) -> dict[str, dict[str, Any]]:
 
 
 def commit(building: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Makes a directory of files a checkpoint: by its manifest, and then by its name."""
-    write_atomically(building / MANIFEST, json.dumps(manifest, indent=1))
+    """Makes a directory of files a checkpoint: by its manifest, which hashes itself too, and then by its name."""
+    write_atomically(building / MANIFEST, json.dumps({**manifest, "sha256": _own_hash(manifest)}, indent=1))
     building.rename(final)
     _sync(final.parent)
 

@@ -17,9 +17,9 @@ def refuse_changes(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
     What is named in ``checkpoint.accept_changes`` may differ, as far as the tensors fit.
     """
-    if saved["engine"] != current["engine"]:
+    if saved.get("engine") != current["engine"]:
         cure = f"keep it, or convert the run: python -m dynmoe.convert RUN --engine {current['engine']}"
-        raise ConfigError("engine", current["engine"], f"the run's checkpoint is of {saved['engine']}", cure)
+        raise ConfigError("engine", current["engine"], f"the run's checkpoint is of {saved.get('engine')}", cure)
     old, new = dict(flatten(saved)), dict(flatten(current))
     free = [*_FREE, *current["checkpoint"]["accept_changes"]]
     for name in sorted(old.keys() | new.keys()):

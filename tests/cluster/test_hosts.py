@@ -142,7 +142,7 @@ def test_deepspeed_names_the_host_that_never_comes(hosts, job):
     assert not job.run.exists()
 
 
-def test_a_run_without_progress_ends_with_the_traceback_of_the_first_failing_rank(hosts, job):
+def test_f28_a_run_without_progress_ends_with_the_traceback_of_the_first_failing_rank(hosts, job):
     """The second host cannot write files as large as a checkpoint's."""
     alpha, beta = hosts
     processes = [job.torchrun(alpha, MAX_RESTARTS="0"), job.torchrun(beta, MAX_RESTARTS="0", LIMIT="ulimit -f 100")]

@@ -47,7 +47,7 @@ def _write_script(folder: Path, *arguments: str, time: str, grace: int) -> Path:
     return script
 
 
-def test_a_job_over_both_nodes_goes_on_after_requeues_and_time_limits(slurm, corpus_dir, tmp_path):
+def test_f05_a_job_over_both_nodes_goes_on_after_requeues_and_time_limits(slurm, corpus_dir, tmp_path):
     folder = tmp_path / _FOLDER
     folder.mkdir()
     run, output = folder / "runs" / "tiny", folder / "output"
@@ -85,7 +85,7 @@ def test_a_job_over_both_nodes_goes_on_after_requeues_and_time_limits(slurm, cor
         ("data.dirs=[nowhere]", "error: data.dirs: nowhere holds no prepared corpus"),
     ],
 )
-def test_what_fails_by_configuration_is_not_requeued(slurm, corpus_dir, tmp_path, field, message):
+def test_f05_what_fails_by_configuration_is_not_requeued(slurm, corpus_dir, tmp_path, field, message):
     output = tmp_path / "output"
     (tmp_path / "tiny.yaml").write_text("{}\n")
     options = ["--nodes=2", "--gpus-per-node=0", "--time=5", f"--output={output}", "launch/slurm.sbatch"]
@@ -97,7 +97,7 @@ def test_what_fails_by_configuration_is_not_requeued(slurm, corpus_dir, tmp_path
     assert message in output.read_text()
 
 
-def test_a_run_that_gets_no_further_is_not_requeued_for_ever(slurm, corpus_dir, tmp_path):
+def test_f05_a_run_that_gets_no_further_is_not_requeued_for_ever(slurm, corpus_dir, tmp_path):
     """Its checkpoints find no room."""
     output = tmp_path / "output"
     (tmp_path / "tiny.yaml").write_text("{}\n")

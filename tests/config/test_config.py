@@ -241,6 +241,13 @@ def test_f25_a_bad_file_gets_one_line(tmp_path, monkeypatch, content, named):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("content", ["", "{}\n", "# nothing yet\n", "---\n"])
+def test_a_file_without_a_field_changes_nothing(tmp_path, content):
+    path = tmp_path / "a.yaml"
+    path.write_text(content)
+    assert load_config(path, []) == load_config(None, [])
+
+
 @pytest.mark.parametrize(
     ("typed", "field", "meant"),
     [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.engines.cases import refusal, step_that_fails, train, train_into_nan
-from tests.engines.comparisons import maps_of_all_ranks
+from tests.engines.comparisons import maps_of_all_ranks, read_plain
 from tests.moe.cases import BASELINES, ROUTERS
 
 STEPS = 20
@@ -123,14 +123,26 @@ def test_zero_stages_agree_and_resume_bitwise(two_ranks, tmp_path, stage, precis
     assert straight[0]["losses"] == pytest.approx(reference["losses"], rel=tolerance)
 
 
-def test_a_checkpoint_fits_other_layouts(one_rank, two_ranks, tmp_path):
-    saved = str(tmp_path / "saved")
-    two_ranks.run(train, [*HALF, "parallel.expert=2", "deepspeed.zero_stage=2"], 0, 5, "", saved)
-    (alone,) = one_rank.run(train, [*ONE, "deepspeed.zero_stage=0"], 5, 10, saved)
-    for stage, expert_parallel in ((1, 1), (1, 2)):
-        overrides = [*HALF, f"parallel.expert={expert_parallel}", f"deepspeed.zero_stage={stage}"]
-        result = two_ranks.run(train, overrides, 5, 10, saved)[0]
-        assert result["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+@pytest.fixture(scope="module")
+def whole_run(one_rank):
+    return one_rank.run(train, [*ONE, "deepspeed.zero_stage=0"], 0, 55)[0]["losses"]
+
+
+@pytest.mark.parametrize("after", [(0, 0), (1, 1), (1, 2)], ids=["one rank", "DP 2", "EP 2, another stage"])
+def test_f19_a_checkpoint_fits_other_layouts(whole_run, one_rank, two_ranks, tmp_path, after):
+    """Written by EP 2 under ZeRO 2: rewritten it has the same bits, and training goes on as on one rank."""
+    saved, again = tmp_path / "saved", tmp_path / "again"
+    two_ranks.run(train, [*HALF, "parallel.expert=2", "deepspeed.zero_stage=2"], 0, 5, "", str(saved))
+    stage, expert_parallel = after
+    pool = two_ranks if expert_parallel else one_rank
+    layout = [*HALF, f"parallel.expert={expert_parallel}"] if expert_parallel else ONE
+    overrides = [*layout, f"deepspeed.zero_stage={stage}"]
+    pool.run(train, overrides, 5, 5, str(saved), str(again))
+    tensors = read_plain(saved)
+    assert {name.split("|")[-1] for name in tensors} >= {"param", "exp_avg", "exp_avg_sq"}
+    assert tensors.keys() == read_plain(again).keys()
+    assert all(torch.equal(value, tensors[name]) for name, value in read_plain(again).items())
+    assert pool.run(train, overrides, 5, 55, str(saved))[0]["losses"] == pytest.approx(whole_run[5:], rel=1e-4)
 
 
 def test_recomputation_changes_nothing(two_ranks):
@@ -179,7 +191,7 @@ def test_expert_times_data_parallelism_trains_like_one_process(one_rank, four_ra
 
 
 @pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
-def test_a_passed_ceiling_stops_every_rank_before_the_optimizer_and_names_the_knobs(two_ranks, engine):
+def test_f17_a_passed_ceiling_stops_every_rank_before_the_optimizer_and_names_the_knobs(two_ranks, engine):
     overrides = [f"engine={engine}", *HALF, "parallel.expert=2", "model.router.p=0.9", "model.moe.ceiling=1"]
     for message, untouched in two_ranks.run(step_that_fails, overrides):
         assert message.startswith(

@@ -13,7 +13,7 @@ from dynmoe.routing import top_any, top_k, top_p
 from tests import oracles
 from tests.engines.cases import GLOBAL_BATCH, LENGTH
 from tests.faults.routing_cases import PREFERENCES, steered_pass, train_steered
-from tests.moe.cases import BASELINES, ROUTERS, expert_parallel_equals_local, spread_router, tiny_model
+from tests.moe.cases import BASELINES, ROUTERS, expert_parallel_equals_local, no_losses, spread_router, tiny_model
 
 TOKENS = GLOBAL_BATCH * LENGTH
 ALONE = ["train.micro_batch=2"]
@@ -69,12 +69,19 @@ def test_f15_every_token_goes_to_one_rank(two_ranks, alone, engine, kind):
     assert all(TOKENS <= count <= 2 * TOKENS for count in rows)
 
 
-@pytest.mark.parametrize("kind", sorted(ROUTERS))
-@pytest.mark.parametrize("tokens", [[7, 0], [0, 0]], ids=["one", "all"])
-def test_f15_ranks_without_tokens(two_ranks, kind, tokens):
-    losses = [f"model.router.{name}_loss=0" for name in ("balance", "diversity", "simplicity", "efficiency")]
-    losses = losses if kind == "top_any" else ["model.router.balance_loss=0", "model.router.entropy_loss=0"]
-    for differences in two_ranks.run(expert_parallel_equals_local, [*ROUTERS[kind], *losses], tokens, None):
+@pytest.mark.parametrize(
+    ("kind", "tokens", "steer_to"),
+    [
+        *((kind, [7, 0], None) for kind in sorted(ROUTERS)),  # a rank without tokens
+        *((kind, [0, 0], None) for kind in sorted(ROUTERS)),
+        ("top_k", [6, 6], 0),  # every token's best expert on the first rank
+        ("top_p", [6, 3], 3),  # every token on one expert of the second rank; the first computes nothing
+    ],
+)
+def test_f15_a_spread_layer_equals_one_process(two_ranks, kind, tokens, steer_to):
+    """Output and every gradient, which there is for every parameter."""
+    overrides = [*ROUTERS[kind], *no_losses(kind), "model.moe.shared_hidden=8"]
+    for differences in two_ranks.run(expert_parallel_equals_local, overrides, tokens, steer_to):
         assert max(differences.values()) < 1e-4, differences
 
 

@@ -138,7 +138,7 @@ def test_what_the_user_must_mend_ends_the_launch(config, rank, monkeypatch):
     assert starts.describe_failures(directory).splitlines()[-1] == "error: data.dirs: gone"
 
 
-def test_the_first_failure_is_told_and_who_left_none(config, rank, monkeypatch):
+def test_f28_the_first_failure_is_told_and_who_left_none(config, rank, monkeypatch):
     directory = begin(config, 2, 0)
     for number, text in ((2, "Traceback\nOSError: disk"), (0, "Traceback\nConnection closed by peer")):
         rank(number)

@@ -35,6 +35,15 @@ def tiny_model(*overrides: str) -> ModelConfig:
     return load_config(None, [*base, *overrides]).model
 
 
+def no_losses(kind: str) -> list[str]:
+    """Fields that switch the auxiliary losses of a router off."""
+    names = ("balance", "diversity", "simplicity", "efficiency") if "top_any" in kind else ("balance",)
+    names += ("entropy",) if kind in ("top_k", "top_p", "null_experts") else ()
+    if kind in ("relu", "expert_threshold"):
+        names = ()
+    return [f"model.router.{name}_loss=0" for name in names]
+
+
 def spread_router(layer: MoELayer, seed: int = 0) -> None:
     """Gives the router weights that tell tokens apart, so that K varies."""
     generator = torch.Generator().manual_seed(seed)

@@ -25,7 +25,7 @@ def test_capacity_refuses_what_makes_no_sense():
     st.integers(0, 10**6), st.integers(0, 14), st.integers(1, 6), st.integers(1, 8),
     st.sampled_from(["probs", "position"]), st.booleans(),
 )  # fmt: skip
-def test_drops_equal_a_brute_force_count(seed, tokens, experts, capacity, policy, ties):
+def test_f18_drops_equal_a_brute_force_count(seed, tokens, experts, capacity, policy, ties):
     logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed))
     plan = top_p(logits.round() if ties else logits, 0.7)
     limited = apply_capacity(plan, capacity, policy)

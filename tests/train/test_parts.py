@@ -148,12 +148,13 @@ def store_scenario(root: str) -> dict[str, object]:
     store = CheckpointStore(Path(root), keep=2)
     found: dict[str, object] = {"empty": store.newest()}
     for step in (1, 2, 3):
-        store.begin(step, partial(shard, text=f"state {step}"), {"step": step}, {"ranks": 2})
+        state = {"progress": {"step": step}, "config": {}, "data": []}
+        store.begin(step, partial(shard, text=f"state {step}"), state, {"ranks": 2})
         store.wait()
     found["kept"] = sorted(path.name for path in Path(root).iterdir())
     newest = store.newest()
     assert newest is not None
-    found["newest"] = (newest.step, newest.trainer_state)
+    found["newest"] = (newest.step, newest.trainer_state["progress"])
     dist.barrier()
     if dist.get_rank() == 0:
         (Path(root) / "step_00000003" / "shard_1").write_text("state ?")

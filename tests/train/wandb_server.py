@@ -91,6 +91,13 @@ class WandbServer:
                 files = [{"name": name, "uploadUrl": f"{self.url}/{name}"} for name in given["files"]]
                 return {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
             case "Viewer":
-                viewer = {"id": "u", "entity": "us", "username": "us", "email": "", "flags": "{}", "teams": {"edges": []}}
+                viewer = {
+                    "id": "u",
+                    "entity": "us",
+                    "username": "us",
+                    "email": "",
+                    "flags": "{}",
+                    "teams": {"edges": []},
+                }
                 return {"data": {"viewer": viewer}}
         return {"data": {}}

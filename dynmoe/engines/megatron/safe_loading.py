@@ -50,6 +50,18 @@ def _refusal(error: BaseException) -> str | None:
     return f"it names {named.group(1)}" if named else first_line(refused)
 
 
+def _look_at(described: Path) -> None:
+    """Reads a description and forgets it: afterwards it is known to be one."""
+    with described.open("rb") as stream:
+        try:
+            _Unpickler(stream).load()
+        except pickle.UnpicklingError:
+            raise
+        except Exception as error:  # whatever bytes that are no pickle, or another one, come to
+            problem = f"does not describe tensors ({first_line(error)})"
+            raise UserError(f"checkpoint {described}: {problem}; go on from another checkpoint") from None
+
+
 @contextlib.contextmanager
 def tensors_only(folder: Path) -> Iterator[None]:
     """While Megatron loads from ``folder``: nothing in there can execute code.
@@ -61,8 +73,7 @@ def tensors_only(folder: Path) -> Iterator[None]:
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:
-        with described.open("rb") as stream:
-            _Unpickler(stream).load()
+        _look_at(described)
         yield
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {error.filename}: is missing; go on from another checkpoint") from None

@@ -1,0 +1,138 @@
+"""F7 and F24 by chance: a checkpoint is read as it was written, or refused in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save
+from torch import nn
+
+from dynmoe.checkpoint import describe, show, verify
+from dynmoe.config import Config, load_config
+from dynmoe.engines.megatron.safe_loading import tensors_only
+from dynmoe.engines.plain_state import load_weights
+from dynmoe.engines.state_names import MASTER, parameter_key
+from dynmoe.train.accounting import Progress
+from dynmoe.train.checkpoint import (
+    MANIFEST,
+    TRAINER,
+    Checkpoint,
+    commit,
+    hashes,
+    newest_sound,
+)
+from dynmoe.train.resume import refuse_changes
+from tests.faults.hostile import JSON, attempt, damaged, fuzz
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return load_config(None, ["run.name=a"])
+
+
+@pytest.fixture(scope="module")
+def content(config) -> dict[str, bytes]:
+    """The files of a checkpoint, but for its manifest."""
+    module = nn.Linear(3, 2)
+    tensors = {parameter_key(name, MASTER): value.detach() for name, value in module.named_parameters()}
+    state = {"progress": dataclasses.asdict(Progress(step=2)), "config": dataclasses.asdict(config), "data": ["f" * 64]}
+    return {TRAINER: json.dumps(state).encode(), "dense.safetensors": save(tensors)}
+
+
+def write(root: Path, step: int, content: dict[str, bytes]) -> Path:
+    """A checkpoint of these files whose hashes are right."""
+    building, final = root / "building", root / f"step_{step:08d}"
+    building.mkdir(parents=True)
+    for name, own in content.items():
+        (building / name).write_bytes(own)
+    files = hashes([building / name for name in content], building)
+    commit(building, final, {"step": step, "ranks": 1, "files": files})
+    return final
+
+
+@fuzz(100)
+@given(data=st.data())
+def test_f07_fuzz_damaged_checkpoints(tmp_path, content, data):
+    """What is taken for sound has every byte that was written, its manifest included; and an older one is there."""
+    root = tmp_path / "checkpoints"
+    shutil.rmtree(root, ignore_errors=True)
+    older, newer = (write(root, step, content) for step in (1, 2))
+    written = {path.name: path.read_bytes() for path in newer.iterdir()}
+    others = st.sampled_from(sorted(written)).map(written.__getitem__)
+    for name in data.draw(st.lists(st.sampled_from(sorted(written)), min_size=1, max_size=2, unique=True)):
+        hit = data.draw(st.none() | damaged(written[name]) | others)
+        if hit is None:
+            (newer / name).unlink()
+        else:
+            (newer / name).write_bytes(hit)
+    found = attempt(lambda: newest_sound(root))
+    for look in (describe, show, verify):
+        attempt(lambda look=look: look(root))
+    assert found is not None
+    if found.step == 2:
+        manifests = json.loads(written.pop(MANIFEST)), json.loads((newer / MANIFEST).read_bytes())
+        assert manifests[0] == manifests[1]
+        assert {name: (newer / name).read_bytes() for name in written} == written
+    else:
+        assert found.path == older
+
+
+@fuzz(100)
+@given(data=st.data())
+def test_f24_fuzz_states_whose_hashes_are_right(tmp_path, config, content, data):
+    """Whoever made the files made the manifest too: what is read of them is usable, or they are refused."""
+    shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+    state = json.loads(content[TRAINER])
+    progress = state["progress"]
+    part = data.draw(st.sampled_from((state, progress, progress["guard"], state["config"])))
+    key = data.draw(st.sampled_from(sorted(part)) | st.text(max_size=4))
+    if data.draw(st.booleans()):
+        part[key] = data.draw(JSON)
+    else:
+        part.pop(key, None)
+    written = data.draw(st.just(json.dumps(state).encode()) | damaged(content[TRAINER]))
+    checkpoint = Checkpoint(write(tmp_path / "checkpoints", 2, {**content, TRAINER: written}), 2)
+
+    def resume() -> Progress:
+        found = checkpoint.trainer_state
+        refuse_changes(found["config"], dataclasses.asdict(config))
+        return Progress.of(found["progress"])
+
+    progress = attempt(resume)
+    if progress is not None:
+        assert progress.step + progress.samples + progress.guard.bad_in_a_row >= 0
+        json.dumps(dataclasses.asdict(progress))
+
+
+@fuzz(100)
+@given(data=st.data())
+def test_f24_fuzz_tensors_whose_hashes_are_right(tmp_path, content, data):
+    name = "dense.safetensors"
+    (tmp_path / name).write_bytes(data.draw(damaged(content[name])))
+    module = nn.Linear(3, 2)
+    attempt(lambda: load_weights(tmp_path, module, []))
+
+
+@pytest.fixture(scope="module")
+def description(undisturbed_pipeline) -> bytes:
+    return (undisturbed_pipeline / "checkpoints" / "step_00000040" / "megatron" / ".metadata").read_bytes()
+
+
+@fuzz(100)
+@given(data=st.data())
+def test_f24_fuzz_descriptions_whose_hashes_are_right(tmp_path, description, data):
+    """Megatron's description of a checkpoint is a pickle."""
+    words = (b"cposix\nsystem\n", b"\x8c\x05posix\x8c\x06system\x93", b"R", b"\x81", b"b", b".")
+    (tmp_path / ".metadata").write_bytes(data.draw(damaged(description[:4000], words) | damaged(description, words)))
+
+    def read() -> None:
+        with tensors_only(tmp_path):
+            pass
+
+    attempt(read)

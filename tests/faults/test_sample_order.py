@@ -1,0 +1,66 @@
+"""F12: the order of the samples, over kills, epochs and other numbers of ranks."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.faults.test_corpora import store
+from tests.train.cases import TrainingProcess
+
+LENGTH, SAMPLES = 32, 70  # of an epoch; 40 steps of 4 samples are two epochs and a part of the third
+TWO = ["parallel.expert=2"]
+ONE = ["parallel.expert=1"]
+
+
+@pytest.fixture(scope="module")
+def sequences() -> np.ndarray:
+    return np.random.default_rng(5).integers(5, 400, (SAMPLES, LENGTH))
+
+
+@pytest.fixture(scope="module")
+def small_corpus(corpus_dir, tmp_path_factory, sequences) -> Path:
+    """One document of so many sequences, and the token that the last one predicts."""
+    corpus = Path(shutil.copytree(corpus_dir, tmp_path_factory.mktemp("small") / "prepared"))
+    store(corpus, "train", [*sequences.flatten().tolist(), 5])
+    return corpus
+
+
+def samples(run: Path) -> list[list[tuple[int, tuple[int, ...]]]]:
+    """Of each step its samples, by number: the tokens that the first layer was given."""
+    traced = pd.read_parquet(run / "traces")
+    traced = traced[traced["layer"] == 0].sort_values(["step", "sample", "position"])
+    assert traced.groupby(["step", "sample"])["position"].apply(list).map(lambda own: own == [*range(LENGTH)]).all()
+    tokens = traced.groupby(["step", "sample"])["token"].apply(tuple)
+    steps = sorted(traced["step"].unique())
+    assert steps == [*range(1, 41)]
+    return [[(int(number), own) for number, own in tokens[step].items()] for step in steps]
+
+
+def test_f12_killed_and_resumed_over_epochs_on_other_ranks(small_corpus, tmp_path, sequences):
+    """Two ranks, one, and two again, killed in the first and in the second epoch."""
+    fields = ["logging.trace_interval=1", "checkpoint.interval=5"]
+    runs, killed = tmp_path / "runs", tmp_path / "killed"
+    whole = TrainingProcess(small_corpus, runs, *fields, *TWO)
+    for overrides, ranks, step in ((TWO, 2, 13), (ONE, 1, 28)):
+        process = TrainingProcess(small_corpus, killed, *fields, *overrides, ranks=ranks)
+        process.wait_for_row(killed / "tiny" / "metrics.jsonl", step)
+        process.kill_tree()
+    last = TrainingProcess(small_corpus, killed, *fields, *TWO)
+    for process in (whole, last):
+        assert process.wait() == 0, process.output()
+
+    order = samples(killed / "tiny")
+    assert order == samples(runs / "tiny")
+    seen = [sample for step in order for sample in step]
+    assert [number for number, _ in seen] == [*range(160)], "a sample was repeated or skipped"
+    epochs = [[own for number, own in seen if number // SAMPLES == epoch] for epoch in range(3)]
+    corpus = sorted(map(tuple, sequences.tolist()))
+    assert sorted(epochs[0]) == sorted(epochs[1]) == corpus, "not each sequence once"
+    assert epochs[0] != epochs[1]
+    assert set(epochs[2]) < set(corpus)
+    assert len(set(epochs[2])) == 160 - 2 * SAMPLES

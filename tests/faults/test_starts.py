@@ -1,0 +1,57 @@
+"""F28: what keeps a run from starting is the last thing on the screen."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.processes import CPU, ROOT
+from tests.train.cases import tiny
+
+
+def launch(corpus: Path, folder: Path, *fields: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """launch/torchrun.sh with two ranks, which are started once."""
+    (folder / "tiny.yaml").write_text("{}\n")
+    given = {"NPROC_PER_NODE": "2", "MAX_RESTARTS": "0", "STARTS_WITHOUT_PROGRESS": "1", **environment}
+    return subprocess.run(
+        ["launch/torchrun.sh", str(folder / "tiny.yaml"), *tiny(corpus, folder / "runs"), *fields], cwd=ROOT,
+        env=os.environ | CPU | given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        timeout=120,
+    )  # fmt: skip
+
+
+def test_f28_an_import_that_fails(corpus_dir, tmp_path):
+    (tmp_path / "deepspeed.py").write_text('raise ImportError("libcudart.so.13: no such file")\n')
+    done = launch(corpus_dir, tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 3, done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "ImportError: libcudart.so.13: no such file"
+    first = next(number for number, line in enumerate(lines) if line.startswith("first failure: rank "))
+    assert lines[first + 1] == "Traceback (most recent call last):"
+
+
+def test_f28_memory_that_is_not_there(corpus_dir, tmp_path):
+    done = launch(corpus_dir, tmp_path, "model.moe.expert_hidden=2000000000")
+    assert done.returncode == 3, done.stdout
+    assert "can't allocate memory: you tried to allocate 512000000000 bytes" in done.stdout.splitlines()[-1]
+
+
+@pytest.fixture
+def busy_port() -> Iterator[str]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield str(listener.getsockname()[1])
+
+
+def test_f28_a_port_in_use(corpus_dir, tmp_path, busy_port):
+    done = launch(corpus_dir, tmp_path, MASTER_PORT=busy_port)
+    assert done.returncode == 2, done.stdout
+    assert done.stdout.splitlines()[-1] == (
+        f"error: MASTER_PORT={busy_port}: Address already in use on this host; give another one, the same on every node"
+    )
