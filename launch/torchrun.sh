@@ -66,6 +66,8 @@ name_missing_nodes() {
     done
 }
 
+another_gave_up() { [[ $nodes/gave_up -nt $nodes/start_$NODE_RANK ]]; }
+
 while :; do
     # A job script has begun the start for all nodes.
     run=${DYNMOE_RUN:-$("$PYTHON" -m dynmoe.launch begin --ranks $((NNODES * NPROC_PER_NODE)) --node "$NODE_RANK" \
@@ -74,8 +76,7 @@ while :; do
     nodes=$run/logs/nodes
     mkdir -p "$nodes"
     hostname >"$nodes/$NODE_RANK"
-    (while sleep 5 && kill -0 $$ 2>/dev/null; do touch "$nodes/$NODE_RANK" || true; done) &
-    heart=$!
+    touch "$nodes/start_$NODE_RANK"
     # In a session of its own: what a terminal sends is for this script.
     (
         trap '' USR1
@@ -83,6 +84,12 @@ while :; do
             --local-ranks-filter 0 train.py "$@"
     ) &
     torchrun=$!
+    # Ranks would wait for those of a node that has given up until their collectives time out.
+    (while sleep 5 && kill -0 $$ 2>/dev/null; do
+        touch "$nodes/$NODE_RANK" || true
+        if another_gave_up; then kill -TERM $torchrun 2>/dev/null || true; fi
+    done) &
+    heart=$!
     status=0
     wait $torchrun || status=$?
     # A signal ends the wait, not torchrun. Ranks are told again: one that is just starting may not listen yet.
@@ -102,5 +109,7 @@ while :; do
     verdict=0
     "$PYTHON" -m dynmoe.launch after --node "$NODE_RANK" --starts-without-progress "$STARTS_WITHOUT_PROGRESS" "$@" \
         || verdict=$?
+    if another_gave_up; then exit "$(<"$nodes/gave_up")"; fi
+    if ((verdict == 2 || verdict == 3)); then echo "$verdict" >"$nodes/gave_up"; fi
     if ((verdict != 76 || told)); then exit "$verdict"; fi
 done
