@@ -17,7 +17,7 @@ from typing import Any
 from bench.processes import Prepare, TorchrunTraining, Training, WarmTraining, is_running
 from dynmoe.errors import UserError
 from dynmoe.train import checkpoint
-from dynmoe.train.checkpoint import problem_of, read_manifest, step_directories
+from dynmoe.train.checkpoint import newest_complete, problem_of, read_manifest, step_directories
 
 # Figures of a row that depend on the time.
 _TIMED = ("train/step_time_s", "train/tokens_per_s", "train/tflops_per_rank", "train/wall_clock_s", "memory/peak_gib")
@@ -129,14 +129,27 @@ class DisturbedRun:
                 raise UserError(f"{path}: {problem}, though it is named like a whole one")
 
     def result(self) -> dict[str, Any]:
-        """What must be the same as in an undisturbed run: every row, every event, the final parameters."""
-        rows = {}
-        for line in self.metrics.read_text().splitlines():
+        return result_of(self.path)
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    """What must be the same as in an undisturbed run: every row, every event, the final parameters.
+
+    Raises:
+        UserError: there is no run, or it has no checkpoint.
+    """
+    rows = {}
+    try:
+        for line in (run / "metrics.jsonl").read_text().splitlines():
             row = json.loads(line)
             rows[int(row["train/step"])] = without_times(row)
-        tensors = tensor_hashes(step_directories(self.checkpoints)[0])
-        events = hashlib.sha256((self.path / "events.jsonl").read_bytes()).hexdigest()
-        return {"rows": rows, "tensors": tensors, "events": events}
+        events = hashlib.sha256((run / "events.jsonl").read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; name the directory of a run that has ended") from None
+    newest = newest_complete(run / "checkpoints")
+    if newest is None:
+        raise UserError(f"{run}: no checkpoint; name the directory of a run that has ended")
+    return {"rows": rows, "tensors": tensor_hashes(newest.path), "events": events}
 
 
 def slow_disk(rank: int) -> None:
@@ -159,9 +172,14 @@ def without_times(row: Mapping[str, float]) -> dict[str, str]:
 
 
 def tensor_hashes(saved: Path) -> dict[str, str]:
-    """SHA-256 of the files of a checkpoint that hold tensors, by name."""
+    """SHA-256 of the files of a checkpoint that hold tensors, by name.
+
+    Raises:
+        UserError: it is damaged.
+    """
     manifest = read_manifest(saved)
-    assert manifest is not None, saved
+    if manifest is None:
+        raise UserError(f"{saved}: its manifest is damaged; compare another run")
     tensors = (".safetensors", ".distcp")
     return {name: facts["sha256"] for name, facts in manifest["files"].items() if name.endswith(tensors)}
 

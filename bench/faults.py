@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bench.disturbed import ENGINES, DisturbedRun, make_corpus, slow_disk, steps_lost
+from bench.disturbed import ENGINES, DisturbedRun, make_corpus, result_of, slow_disk, steps_lost
 from bench.report import Rows
 from dynmoe.train.checkpoint import newest_complete
 
@@ -38,9 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=300, help="of one run; there are as many runs as kills need")
     parser.add_argument("--launcher", default="warm", choices=("warm", "torchrun"), help="warm: without imports")
     parser.add_argument("--folder", type=Path, help="keep the runs there; default: a temporary folder")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("RUN", "UNDISTURBED"), help="kill nothing: you have disturbed RUN"
+    )
 
 
 def run(given: argparse.Namespace) -> Rows:
+    if given.compare:
+        disturbed, wanted = (result_of(path) for path in given.compare)
+        return [{"run": str(given.compare[0]), "steps": len(wanted["rows"]), "lost": steps_lost(disturbed, wanted)}]
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
         corpus = make_corpus(folder)
@@ -139,5 +145,6 @@ def _phases(checkpoints: Path) -> list[str]:
 
 
 def verdicts(rows: Rows) -> list[str]:
-    kills, lost = sum(row["kills"] for row in rows), sum(row["lost"] for row in rows)
-    return [f"{kills} kills, {lost} steps lost: {'as asked' if lost == 0 else 'NOT as asked'}"]
+    kills, lost = sum(row.get("kills", 0) for row in rows), sum(row["lost"] for row in rows)
+    struck = f"{kills} kills, " if kills else ""
+    return [f"{struck}{lost} steps lost: {'as asked' if lost == 0 else 'NOT as asked'}"]

@@ -18,6 +18,10 @@ from dynmoe.train.metrics import Histograms, Row
 from dynmoe.train.run_directory import RunDirectory
 
 _LARGEST = 2**63
+_INCIDENTS = {
+    "not finite": "steps left out as not finite", "spike": "steps left out as spikes of the loss",
+    "straggler": "intervals with a slow rank",
+}  # fmt: skip
 _LONGEST_NAME = 200  # of a metric; some hold the number of a layer, which Python reads up to a limit only
 
 
@@ -93,6 +97,8 @@ def read_run(path: Path) -> Run:
         run.histograms = _read_lines(run, directory.histograms, _is_histograms, "train/step")
     if directory.events.exists():  # a run whose experts stay has nothing to say there
         run.events = _read_lines(run, directory.events, _is_event)
+    if directory.incidents.exists():
+        _tell_incidents(run, _read_lines(run, directory.incidents, _is_incident))
     _read_outcome(run, directory.outcome)
     _find_gaps(run)
     return run
@@ -164,6 +170,20 @@ def _is_event(entry: Any) -> bool:
     return isinstance(entry, dict) and "change" in entry and all(
         _is_count(entry.get(name)) for name in ("step", "layer", "expert")
     )  # fmt: skip
+
+
+def _is_incident(entry: Any) -> bool:
+    return isinstance(entry, dict) and _is_count(entry.get("step")) and all(
+        isinstance(entry.get(name), str) for name in ("kind", "text")
+    )  # fmt: skip
+
+
+def _tell_incidents(run: Run, incidents: list[dict[str, Any]]) -> None:
+    """A sentence for each kind of incident, with the first of them."""
+    for kind, count in Counter(incident["kind"] for incident in incidents).items():
+        first = next(incident for incident in incidents if incident["kind"] == kind)
+        what = _INCIDENTS.get(kind, kind)
+        run.problems.append(f"{what}: {count}, the first at step {first['step']} ({first['text']})")
 
 
 def _read_outcome(run: Run, path: Path) -> None:

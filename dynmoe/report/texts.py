@@ -65,7 +65,7 @@ def _read_lines(name: str, text: str, source_of_file: str) -> Iterator[Text]:
         try:
             record = json.loads(line)
             content, source = record["text"], record.get("source", source_of_file)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             content = source = None
         if not isinstance(content, str) or not isinstance(source, str):
             raise UserError(f"--text {name}: line {number} has no text; write objects with the fields text and source")

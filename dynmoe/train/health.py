@@ -7,7 +7,7 @@ import re
 from dynmoe.config import Config
 from dynmoe.train.metrics import Row
 
-_LAYER = re.compile(r"moe/layer_(\d+)/active_experts")
+_LAYER = re.compile(r"moe/layer_([0-9]+)/active_experts")
 
 
 def layers_of(row: Row) -> list[int]:

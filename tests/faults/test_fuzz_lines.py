@@ -111,6 +111,7 @@ ROWS = [
 LAYER = {"experts_per_token": [0, 3, 5], "load": [1, 2, 3, 4], "active": [1, 1, 1, 0]}
 HISTOGRAMS = [{"train/step": step, "layers": {"0": LAYER}} for step in (2, 4, 6, 8)]
 EVENTS = [{"step": step, "layer": 0, "expert": 1, "rank": 0, "change": "added", "reason": "wanted"} for step in (3, 6)]
+INCIDENTS = [{"step": step, "kind": "spike", "text": "the loss is 9.0"} for step in (2, 5)]
 
 
 @fuzz(200)
@@ -141,17 +142,19 @@ LAYER_BEYOND_COUNTING = b'{"train/step": 1, "moe/layer_%s/active_experts": 1.0}'
 
 @fuzz(200)
 @example(
-    metrics=(LAYER_BEYOND_COUNTING, []), histograms=(b"", []), events=(b"", []), config=CONFIG, outcome=b"",
+    metrics=(LAYER_BEYOND_COUNTING, []), histograms=(b"", []), events=(b"", []), incidents=(b"", []), config=CONFIG,
+    outcome=b"",
 )  # fmt: skip
 @given(
-    metrics=logs(ROWS), histograms=logs(HISTOGRAMS), events=logs(EVENTS), config=st.just(CONFIG) | damaged(CONFIG),
+    metrics=logs(ROWS), histograms=logs(HISTOGRAMS), events=logs(EVENTS), incidents=logs(INCIDENTS),
+    config=st.just(CONFIG) | damaged(CONFIG),
     outcome=st.binary(max_size=9) | OUTCOMES.map(lambda outcome: json.dumps(outcome).encode()),
 )  # fmt: skip
-def test_f10_fuzz_runs_that_are_looked_at(tmp_path, metrics, histograms, events, config, outcome):
+def test_f10_fuzz_runs_that_are_looked_at(tmp_path, metrics, histograms, events, incidents, config, outcome):
     """Whatever lies in its directory, a run is read; sound rows are there unless a damaged one stands in their way."""
     files = {
         "config.yaml": config, "metrics.jsonl": metrics[0], "histograms.jsonl": histograms[0],
-        "events.jsonl": events[0], "outcome.json": outcome,
+        "events.jsonl": events[0], "incidents.jsonl": incidents[0], "outcome.json": outcome,
     }  # fmt: skip
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)

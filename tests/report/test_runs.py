@@ -36,6 +36,18 @@ def test_a_finished_run_has_no_problem(run_dir):
     assert run.layers == [0, 1]
 
 
+def test_incidents_are_told_by_kind_with_the_first_of_them(run_dir):
+    bad = "not finite"
+    entries = [(3, bad, "rank 1 was first"), (7, "spike", "loss 9"), (8, bad, "rank 0 was first"), (9, 1, "")]
+    lines = [json.dumps({"step": step, "kind": kind, "text": text}) for step, kind, text in entries]
+    (run_dir / "incidents.jsonl").write_text("\n".join(lines) + "\n")
+    assert read_run(run_dir).problems == [
+        "incidents.jsonl: 1 of 4 lines left out (damaged): line 4",
+        "steps left out as not finite: 2, the first at step 3 (rank 1 was first)",
+        "steps left out as spikes of the loss: 1, the first at step 7 (loss 9)",
+    ]
+
+
 def edit(path: Path, change) -> None:
     path.write_text(change(path.read_text()))
 
