@@ -24,6 +24,7 @@ from dynmoe.train.run_directory import RunDirectory
 # With what W&B needs to give up, start anew offline and say so, a run starts at most 10 s later.
 _INIT_TIMEOUT_S = 5.5
 _FINISH_TIMEOUT_S = 60.0
+_FLUSH_S = 1.0  # of rows may be lost with W&B's service, which a scheduler ends with the ranks; by default 15
 _SERVICE = "wandb-core"
 _MOST_BINS = 512  # W&B refuses more; tokens of more experts are not in its histogram
 
@@ -70,16 +71,17 @@ class WandbView:
         finishing.start()
         # Whatever its timeout says, finish waits without end for artifacts that a server which is gone does not take.
         finishing.join(1.5 * _FINISH_TIMEOUT_S)
-        if finishing.is_alive():
+        if given_up := finishing.is_alive():
             for child in psutil.Process().children():
                 if child.name() == _SERVICE:
                     child.kill()
             finishing.join()
-            with contextlib.suppress(Exception):  # there is nothing left to take down
-                wandb.teardown()
             print(f"W&B did not take all of the run; wandb sync {self._run.settings.sync_dir} uploads it", flush=True)
-        elif failures:
-            raise failures[0]
+        if failures:
+            with contextlib.suppress(Exception):  # the service is gone, which Python's exit would tell at length
+                wandb.teardown()
+            if not given_up:
+                raise failures[0]
 
     def _finish(self, failures: list[BaseException]) -> None:
         try:
@@ -128,6 +130,7 @@ def _start(config: Config, run_id: str) -> Any:
         "config": dataclasses.asdict(config), "id": run_id, "resume": "allow",
         "settings": wandb.Settings(
             init_timeout=_INIT_TIMEOUT_S, finish_timeout=_FINISH_TIMEOUT_S, silent=True, console="off",
+            x_transaction_log_flush_interval=_FLUSH_S,
             git_remote="",  # the commit, not the address it is fetched from: that may hold a token
         ),
     }  # fmt: skip

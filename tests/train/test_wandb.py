@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dynmoe.config import load_config
@@ -137,6 +138,19 @@ def test_what_cannot_be_drawn_costs_its_picture_and_nothing_else(tmp_path, open_
     view.log({"train/step": 1})
     view.close()
     assert "W&B failed (no picture today); the run is without its pictures" in capsys.readouterr().out
+    assert logged_steps(read_offline(tmp_path)[1]) == ["1"]
+
+
+def test_f23_a_service_that_is_killed_loses_a_second_of_rows(tmp_path, open_view):
+    """A scheduler that ends a job signals W&B's process too."""
+    view = open_view("offline")
+    view.log({"train/step": 1})
+    time.sleep(2.5)
+    (service,) = [child for child in psutil.Process().children() if child.name() == "wandb-core"]
+    service.terminate()
+    service.wait(10)
+    with pytest.raises(Exception, match=r"Connection lost|abandoned|^$"):
+        view.close()
     assert logged_steps(read_offline(tmp_path)[1]) == ["1"]
 
 
