@@ -87,6 +87,7 @@ class _Measured:
         self._store.wait()
         beside, first, whole, at_once, lengths = [], [], [], [], []
         for _ in range(saves):
+            self._step()  # each save is of a step of its own
             saving = self._steps_of_a_save()
             plain = [self._step() for _ in saving]
             step = statistics.median(plain)
