@@ -8,7 +8,6 @@ engine; the others are ours. Tokens per second are those of the median step.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -23,6 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from bench.processes import join_ranks
 from bench.report import verdict
 from dynmoe.config import Config, load_config
 from dynmoe.data.batches import Batch
@@ -94,13 +94,7 @@ def _serve(rank: int, given: argparse.Namespace, folder: str) -> None:
 
     torch.set_num_threads(1)
     keep_freed_memory()
-    ranks = str(given.ranks)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    store = dist.FileStore(f"{folder}/store", given.ranks)
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(rank)
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=given.ranks)
+    join_ranks(rank, given.ranks, Path(folder))
     configs = {name: _config(given, name) for name in given.methods}
     first = next(iter(configs.values()))
     corpora = open_corpora(first.data.dirs, first.data.sequence_length)

@@ -264,3 +264,17 @@ def _signal_all(pids: set[int], number: int) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def join_ranks(rank: int, ranks: int, folder: Path) -> None:
+    """Makes this process one of ``ranks`` on this host, which meet in ``folder``, each with its GPU if any."""
+    import torch
+    import torch.distributed as dist
+
+    count = str(ranks)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(rank)
+    store = dist.FileStore(str(folder / "store"), ranks)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks)

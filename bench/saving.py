@@ -8,7 +8,6 @@ save when the run waits for it.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import statistics
 import tempfile
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from bench.processes import join_ranks
 from bench.report import Rows, verdict
 from dynmoe.config import load_config
 from dynmoe.data.batches import Batch
@@ -52,10 +52,7 @@ def _serve(_: int, given: argparse.Namespace, name: str, folder: Path) -> None:
 
     torch.set_num_threads(given.threads)
     keep_freed_memory()
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    cuda = torch.cuda.is_available()
-    store = dist.FileStore(str(folder / "store"), 1)
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=0, world_size=1)
+    join_ranks(0, 1, folder)
     config = load_config(given.config, [f"engine={name}", "parallel.expert=1", *given.overrides])
     engine = make_engine(config, _VOCAB)
     tokens = torch.randint(_VOCAB, (config.train.micro_batch, config.data.sequence_length + 1))

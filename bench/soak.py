@@ -15,18 +15,16 @@ import os
 import random
 import resource
 import signal
-import statistics
 import tempfile
-import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from bench.disturbed import ENGINES, DisturbedRun, LastStep, make_corpus, steps_lost
+from bench.disturbed import ENGINES, DisturbedRun, make_corpus, steps_lost
+from bench.memory_watch import MemoryWatch
 from bench.processes import Prepare, start_server
 from bench.report import Rows, verdict
 from dynmoe.errors import UserError
@@ -38,8 +36,6 @@ _FIELDS = [
     "eval.interval=100", "logging.wandb=offline", "logging.tensorboard=true",
 ]  # fmt: skip
 _LOOK_S = 0.5
-# Of each process: allocators and caches settle.
-_WARM_UP_STEPS = 1000
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -232,83 +228,6 @@ FAULTS = {
         Soak.rot_old_checkpoint, Soak.leave_rubbish, Soak.damage_checkpoint, Soak.tear_files, Soak.fill_disk,
     )
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Look:
-    step: int
-    resident_mb: float
-    descriptors: int
-
-
-class MemoryWatch(threading.Thread):
-    """Looks at the ranks of a run twice a second, as long as its context lasts."""
-
-    def __init__(self, run: DisturbedRun) -> None:
-        super().__init__(name="memory", daemon=True)
-        self._run, self._last_step = run, LastStep(run.metrics)
-        self._looks: dict[int, list[_Look]] = defaultdict(list)
-        self._end = threading.Event()
-
-    def __enter__(self) -> MemoryWatch:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self.join()
-
-    def run(self) -> None:
-        while not self._end.wait(_LOOK_S):
-            step = self._last_step.read()
-            for pid in self._run.training.ranks():
-                with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                    process = psutil.Process(pid)
-                    look = _Look(step, process.memory_info().rss / 1e6, process.num_fds())
-                    self._looks[pid].append(look)
-
-    @property
-    def lives(self) -> int:
-        """Processes that were seen."""
-        return len(self._looks)
-
-    @property
-    def measured(self) -> int:
-        """Processes that lived longer than their warm-up."""
-        return len(self._after_warm_up())
-
-    def slope(self) -> float:
-        """MB by which the resident memory of a process grows in 1,000 steps: one slope for all, an offset for each."""
-        return 1000 * _common_slope(
-            [(look.step, look.resident_mb) for look in looks] for looks in self._after_warm_up()
-        )
-
-    def descriptors_gained(self) -> int:
-        """The most that open files (the fewest of a half) grew from the first half of a life to the second."""
-        gained = [0]
-        for looks in self._after_warm_up():
-            halves = looks[: len(looks) // 2], looks[len(looks) // 2 :]
-            first, second = (min(look.descriptors for look in half) for half in halves)
-            gained.append(second - first)
-        return max(gained)
-
-    def _after_warm_up(self) -> list[list[_Look]]:
-        lives = []
-        for looks in self._looks.values():
-            warm = [look for look in looks if look.step >= looks[0].step + _WARM_UP_STEPS]
-            if len(warm) >= 4:
-                lives.append(warm)
-        return lives
-
-
-def _common_slope(groups: Iterable[list[tuple[float, float]]]) -> float:
-    """Least squares over groups of points (x, y): each has its own offset."""
-    products, squares = 0.0, 0.0
-    for points in groups:
-        middle_x, middle_y = (statistics.fmean(values) for values in zip(*points, strict=True))
-        products += sum((x - middle_x) * (y - middle_y) for x, y in points)
-        squares += sum((x - middle_x) ** 2 for x, _ in points)
-    return products / squares if squares else float("nan")
 
 
 def verdicts(rows: Rows) -> list[str]:

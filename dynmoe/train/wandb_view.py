@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import psutil
-
 import wandb
+
 from dynmoe.config import Config
 from dynmoe.data.corpus import MANIFEST
 from dynmoe.errors import first_line

@@ -1,4 +1,4 @@
-"""F1 to F4, F12, F26: killed, told to end or with a clock that jumps, a run has the curve of an undisturbed one."""
+"""F1 to F4, F26: killed, told to end or with a clock that jumps, a run has the curve of an undisturbed one."""
 
 from __future__ import annotations
 

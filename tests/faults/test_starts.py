@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -10,24 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from bench.processes import CPU, ROOT
-from tests.train.cases import tiny
+from tests.train.cases import launch
 
 
-def launch(corpus: Path, folder: Path, *fields: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """launch/torchrun.sh with two ranks, which are started once."""
-    (folder / "tiny.yaml").write_text("{}\n")
-    given = {"NPROC_PER_NODE": "2", "MAX_RESTARTS": "0", "STARTS_WITHOUT_PROGRESS": "1", **environment}
-    return subprocess.run(
-        ["launch/torchrun.sh", str(folder / "tiny.yaml"), *tiny(corpus, folder / "runs"), *fields], cwd=ROOT,
-        env=os.environ | CPU | given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-        timeout=120,
-    )  # fmt: skip
+def launch_once(corpus: Path, folder: Path, *fields: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return launch(corpus, folder, *fields, MAX_RESTARTS="0", STARTS_WITHOUT_PROGRESS="1", **environment)
 
 
 def test_f28_an_import_that_fails(corpus_dir, tmp_path):
     (tmp_path / "deepspeed.py").write_text('raise ImportError("libcudart.so.13: no such file")\n')
-    done = launch(corpus_dir, tmp_path, PYTHONPATH=str(tmp_path))
+    done = launch_once(corpus_dir, tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 3, done.stdout
     lines = done.stdout.splitlines()
     assert lines[-1] == "ImportError: libcudart.so.13: no such file"
@@ -36,7 +27,7 @@ def test_f28_an_import_that_fails(corpus_dir, tmp_path):
 
 
 def test_f28_memory_that_is_not_there(corpus_dir, tmp_path):
-    done = launch(corpus_dir, tmp_path, "model.moe.expert_hidden=2000000000")
+    done = launch_once(corpus_dir, tmp_path, "model.moe.expert_hidden=2000000000")
     assert done.returncode == 3, done.stdout
     assert "can't allocate memory: you tried to allocate 512000000000 bytes" in done.stdout.splitlines()[-1]
 
@@ -50,7 +41,7 @@ def busy_port() -> Iterator[str]:
 
 
 def test_f28_a_port_in_use(corpus_dir, tmp_path, busy_port):
-    done = launch(corpus_dir, tmp_path, MASTER_PORT=busy_port)
+    done = launch_once(corpus_dir, tmp_path, MASTER_PORT=busy_port)
     assert done.returncode == 2, done.stdout
     assert done.stdout.splitlines()[-1] == (
         f"error: MASTER_PORT={busy_port}: Address already in use on this host; give another one, the same on every node"

@@ -29,7 +29,7 @@ from dynmoe.launched import (
     record_failure,
 )
 from dynmoe.train.run_directory import RunDirectory
-from tests.train.cases import read_rows, tiny
+from tests.train.cases import launch, read_rows, tiny
 
 
 @pytest.fixture
@@ -277,16 +277,9 @@ def test_the_command_writes_a_script_and_refuses_in_one_line(tmp_path):
 @pytest.mark.slow
 def test_one_node_needs_no_more_than_the_script(corpus_dir, tmp_path):
     """launch/torchrun.sh as on a laptop: output by rank, the outcome, and the run directory."""
-    (tmp_path / "tiny.yaml").write_text("{}\n")
-    fields = [*tiny(corpus_dir, tmp_path / "runs"), "train.steps=4", "checkpoint.interval=0",
-              "adaptation.interval=4", "adaptation.window=2"]  # fmt: skip
-    environment = {"NPROC_PER_NODE": "2", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
-                   "OMP_NUM_THREADS": "1"}  # fmt: skip
-    done = subprocess.run(
-        ["launch/torchrun.sh", str(tmp_path / "tiny.yaml"), *fields], cwd=ROOT, env=os.environ | environment,
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    fields = ["train.steps=4", "checkpoint.interval=0", "adaptation.interval=4", "adaptation.window=2"]
+    done = launch(corpus_dir, tmp_path, *fields, MASTER_PORT="0")
+    assert done.returncode == 0, done.stdout
     run = tmp_path / "runs" / "tiny"
     assert json.loads((run / "outcome.json").read_text())["status"] == "finished"
     assert "[0] step 4/4" in done.stdout

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bench.disturbed import tensor_hashes, without_times
-from bench.processes import Prepare, WarmTraining
+from bench.processes import CPU, ROOT, Prepare, WarmTraining
 
 
 def tiny(corpus: Path, runs: Path) -> list[str]:
@@ -59,6 +61,16 @@ class TrainingProcess(WarmTraining):
             assert self.poll() is None, self.output()
             time.sleep(0.005)
         raise TimeoutError(f"step {step} was not reached: {self.output()}")
+
+
+def launch(corpus: Path, folder: Path, *fields: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """launch/torchrun.sh with the tiny run on two ranks; what it prints, and errors among it."""
+    (folder / "tiny.yaml").write_text("{}\n")
+    return subprocess.run(
+        ["launch/torchrun.sh", str(folder / "tiny.yaml"), *tiny(corpus, folder / "runs"), *fields], cwd=ROOT,
+        env=os.environ | CPU | {"NPROC_PER_NODE": "2", **environment}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, check=False, timeout=120,
+    )  # fmt: skip
 
 
 def evaluation_loss(run: Path, cache: Path) -> float:

@@ -244,7 +244,7 @@ def test_f23_a_server_that_vanishes_costs_no_step_and_the_run_can_be_synced_late
         (stored,) = (run / "wandb").glob("run-*")
         subprocess.run(
             [sys.executable, "-m", "wandb", "sync", "--include-online", str(stored)],
-            env=os.environ | environment, check=True, timeout=60,
+            cwd=tmp_path, env=os.environ | environment, check=True, timeout=60,
         )  # fmt: skip
         synced = [row for row in server.rows if "train/lm_loss" in row]
         rows = read_rows(run / "metrics.jsonl")
