@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +52,16 @@ def _sharded(engine: MegatronEngine, loading: bool) -> dict[str, Any]:
     return {**state, "optimizer": optimizer, "step": engine.updates}
 
 
+@contextmanager
+def _older_objects_left_alone() -> Iterator[None]:
+    """Megatron collects garbage twice for a snapshot, which takes longer than the snapshot: of what this makes, only."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 class _InProcess(TorchDistSaveShardedStrategy):
     """Megatron's format, written by this process alone.
 
@@ -92,9 +105,10 @@ def snapshot(directory: Path, engine: MegatronEngine) -> Snapshot:
     if dist.get_rank() == 0:
         folder.mkdir()
     dist.barrier()
-    request = dist_checkpointing.save(
-        _sharded(engine, loading=False), folder, _InProcess("torch_dist", 1, thread_count=1), async_sharded_save=True
-    )
+    with _older_objects_left_alone():
+        state = _sharded(engine, loading=False)
+    strategy = _InProcess("torch_dist", 1, thread_count=1)
+    request = dist_checkpointing.save(state, folder, strategy, async_sharded_save=True)
     assert request is not None
     write_random_state = copy_random_state(directory)
 
