@@ -12,8 +12,10 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m dynmoe.report runs/quickstart
 	$(BIN)/python -m dynmoe.report tokens runs/quickstart --device cpu
 
+FAST = not gpu and not slow and not cluster and not faults
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "$(FAST) and alone"
+	$(BIN)/python -m pytest -m "$(FAST) and not alone" --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

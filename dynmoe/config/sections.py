@@ -68,6 +68,11 @@ class ModelConfig(Section):
     hidden: int = option(256, "model dimension", at_least=1)
     heads: int = option(4, "attention heads", at_least=1)
     kv_heads: int = option(2, "key-value heads (grouped-query attention)", at_least=1)
+    head_dim: Optional[int] = option(None, "width of one attention head; null: model.hidden / model.heads", at_least=2)
+    qk_norm: Optional[str] = option(
+        None, "RMSNorm of queries and keys before rotation: of each head, or of all heads together. null: none",
+        choices=("head", "projection"),
+    )  # fmt: skip
     ffn_hidden: int = option(1024, "width of a dense SwiGLU layer", at_least=1)
     vocab_size: Optional[int] = option(None, "rows of the embedding; null: the tokenizer's, padded", at_least=1)
     norm_eps: float = option(1e-5, "epsilon of RMSNorm", above=0)
@@ -81,11 +86,15 @@ class ModelConfig(Section):
         super().__post_init__()
         for name in ("hidden", "ffn_hidden"):
             check_multiple_of_8(f"model.{name}", getattr(self, name))
-        if self.hidden % self.heads or self.head_dim % 2:
+        if self.head_dim is None and (self.hidden % self.heads or self.width_of_head % 2):
             raise ConfigError(
                 "model.heads", self.heads, f"must divide model.hidden ({self.hidden}) into even head dimensions",
-                "change one of them",
+                "change one of them, or set model.head_dim",
             )  # fmt: skip
+        if self.width_of_head % 2:
+            raise ConfigError(
+                "model.head_dim", self.head_dim, "must be even for rotary positions", "use an even number"
+            )
         if self.heads % self.kv_heads:
             cure = "use a divisor of it"
             raise ConfigError("model.kv_heads", self.kv_heads, f"must divide model.heads ({self.heads})", cure)
@@ -123,8 +132,8 @@ class ModelConfig(Section):
             raise ConfigError("model.moe.at_ceiling", moe.at_ceiling, "there is no ceiling", "set model.moe.ceiling")
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
+    def width_of_head(self) -> int:
+        return self.head_dim or self.hidden // self.heads
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.moe.experts > 0 and layer % self.moe.every == 0

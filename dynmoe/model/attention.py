@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dynmoe.config import ModelConfig
+from dynmoe.model.cache import LayerCache
 from dynmoe.moe.experts import down_std
 from dynmoe.moe.initialization import named_normal
 
@@ -27,14 +28,39 @@ def rotate(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
     return (x_BHSd * cos_Sd + turned * sin_Sd).to(x_BHSd.dtype)
 
 
-def causal_attention(q_BHSd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor) -> Tensor:
-    """Softmax attention in which H query heads share K key-value heads in consecutive groups; [B, H, S, d]."""
-    grouped = q_BHSd.shape[1] != k_BKSd.shape[1]
-    return F.scaled_dot_product_attention(q_BHSd, k_BKSd, v_BKSd, is_causal=True, enable_gqa=grouped)
+def causal_attention(q_BHSd: Tensor, k_BKPd: Tensor, v_BKPd: Tensor, mask_B1SP: Tensor | None = None) -> Tensor:
+    """Softmax attention in which H query heads share K key-value heads in consecutive groups; [B, H, S, d].
+
+    Each position sees itself and those before it, or what the mask has True.
+    """
+    grouped = q_BHSd.shape[1] != k_BKPd.shape[1]
+    return F.scaled_dot_product_attention(
+        q_BHSd, k_BKPd, v_BKPd, mask_B1SP, is_causal=mask_B1SP is None, enable_gqa=grouped
+    )
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm of each head by itself, with one weight for all of them."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model.width_of_head, model.norm_eps)
+
+
+class ProjectionNorm(nn.RMSNorm):
+    """RMSNorm of ``heads`` heads together."""
+
+    def __init__(self, model: ModelConfig, heads: int) -> None:
+        super().__init__(heads * model.width_of_head, model.norm_eps)
+
+    def forward(self, x_BHSd: Tensor) -> Tensor:
+        x_BSHd = x_BHSd.transpose(1, 2)
+        return super().forward(x_BSHd.flatten(2)).view_as(x_BSHd).transpose(1, 2)
 
 
 class Attention(nn.Module):
     """Query, key and value in one projection (rows in that order), softmax attention by SDPA.
+
+    Queries and keys may be normalized before they are rotated (``model.qk_norm``; arXiv 2010.04245).
 
     Args:
         model: heads and initial scale.
@@ -47,18 +73,33 @@ class Attention(nn.Module):
     def __init__(self, model: ModelConfig, seed: int, name: str, recompute: bool = False) -> None:
         super().__init__()
         self.recompute = recompute
-        self.heads, self.kv_heads, self.head_dim = model.heads, model.kv_heads, model.head_dim
-        rows = (model.heads + 2 * model.kv_heads) * model.head_dim
+        self.heads, self.kv_heads, self.head_dim = model.heads, model.kv_heads, model.width_of_head
+        rows, width = (model.heads + 2 * model.kv_heads) * self.head_dim, model.heads * self.head_dim
         self.w_qkv = nn.Parameter(named_normal((rows, model.hidden), model.init_std, seed, f"{name}.w_qkv"))
-        self.w_out = nn.Parameter(named_normal((model.hidden, model.hidden), down_std(model), seed, f"{name}.w_out"))
+        self.w_out = nn.Parameter(named_normal((model.hidden, width), down_std(model), seed, f"{name}.w_out"))
+        self.q_norm, self.k_norm = (
+            {None: None, "head": HeadNorm(model), "projection": ProjectionNorm(model, heads)}[model.qk_norm]
+            for heads in (model.heads, model.kv_heads)
+        )
 
-    def forward(self, x_BSD: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
-        batch, positions, hidden = x_BSD.shape
+    def forward(self, x_BSD: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """[B, S, D] to the same.
+
+        Args:
+            x_BSD: of the latest positions.
+            cos_Sd, sin_Sd: of their angles, alike for all sequences, or [B, 1, S, d].
+            cache: of the positions before; None where ``x`` is all there is.
+        """
+        batch, positions, _ = x_BSD.shape
         qkv = F.linear(x_BSD, self.w_qkv).view(batch, positions, -1, self.head_dim).transpose(1, 2)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos_Sd, sin_Sd), rotate(k, cos_Sd, sin_Sd)
-        if self.recompute and torch.is_grad_enabled():
+        if cache is not None:
+            out_BHSd = causal_attention(q, *cache.extend(k, v), cache.mask_B1SP)
+        elif self.recompute and torch.is_grad_enabled():
             out_BHSd = checkpoint(causal_attention, q, k, v, use_reentrant=False, preserve_rng_state=False)
         else:
             out_BHSd = causal_attention(q, k, v)
-        return F.linear(out_BHSd.transpose(1, 2).reshape(batch, positions, hidden), self.w_out)
+        return F.linear(out_BHSd.transpose(1, 2).reshape(batch, positions, -1), self.w_out)

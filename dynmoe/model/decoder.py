@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dynmoe.config import ModelConfig
 from dynmoe.model.attention import Attention, rotary_tables
+from dynmoe.model.cache import KeyValueCache, LayerCache
 from dynmoe.model.cross_entropy import linear_cross_entropy
 from dynmoe.moe import MoEContext, MoELayer
 from dynmoe.moe.experts import SwiGLU
@@ -42,8 +43,8 @@ class DecoderLayer(nn.Module):
         else:
             self.ffn = SwiGLU(model, model.ffn_hidden, seed, f"layers.{layer}.ffn")
 
-    def forward(self, x_BSD: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_Sd, sin_Sd)
+    def forward(self, x_BSD: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, cache: LayerCache | None = None) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_Sd, sin_Sd, cache)
         feed_forward = self.moe if self.moe is not None else self.ffn
         assert feed_forward is not None
         return x_BSD + feed_forward(self.ffn_norm(x_BSD))
@@ -89,15 +90,20 @@ class Decoder(nn.Module):
     def moe_layers(self) -> list[MoELayer]:
         return [module for module in self.modules() if isinstance(module, MoELayer)]
 
-    def hidden(self, tokens_BS: Tensor) -> Tensor:
-        """Output of the last layer after the final norm, [B, S, D]."""
-        settings = self.settings
+    def hidden(self, tokens_BS: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Output of the last layer after the final norm, [B, S, D]; with a cache ``tokens_BS`` follow what it has."""
+        settings, num_positions = self.settings, tokens_BS.shape[1] + (0 if cache is None else cache.length)
         cos_Sd, sin_Sd = rotary_tables(
-            tokens_BS.shape[1], settings.head_dim, settings.rope_theta, self.w_embed_VD.device
+            num_positions, settings.width_of_head, settings.rope_theta, self.w_embed_VD.device
         )
+        if cache is not None:
+            position_BS = cache.advance(tokens_BS.shape[1])
+            cos_Sd, sin_Sd = cos_Sd[position_BS].unsqueeze(1), sin_Sd[position_BS].unsqueeze(1)
         x_BSD = F.embedding(tokens_BS, self.w_embed_VD)
-        for layer in self.layers:
-            if self.recompute == "full" and torch.is_grad_enabled():
+        for number, layer in enumerate(self.layers):
+            if cache is not None:
+                x_BSD = layer(x_BSD, cos_Sd, sin_Sd, cache.layers[number])
+            elif self.recompute == "full" and torch.is_grad_enabled():
                 x_BSD = checkpoint(
                     layer, x_BSD, cos_Sd, sin_Sd,
                     use_reentrant=False, preserve_rng_state=False, context_fn=self.context.checkpoint_contexts,
@@ -105,6 +111,10 @@ class Decoder(nn.Module):
             else:
                 x_BSD = layer(x_BSD, cos_Sd, sin_Sd)
         return self.norm(x_BSD)
+
+    def next_logits(self, tokens_BS: Tensor, cache: KeyValueCache) -> Tensor:
+        """Logits [B, V] of what follows the last of ``tokens_BS``, which follow what the cache has."""
+        return F.linear(self.hidden(tokens_BS, cache)[:, -1], self.output_weight_VD)
 
     def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
         """Logits [B, S, V]; with labels (the next tokens) the mean cross-entropy in nats, without the logits."""

@@ -43,11 +43,17 @@ class ModelSize:
         scalars = (experts if router.kind == "top_any" else 0) + (1 if router.options.temperature == "learned" else 0)
         return self.model.hidden * rows + scalars
 
+    @property
+    def _qk_norms(self) -> int:
+        model = self.model
+        heads = {None: 0, "head": 2, "projection": model.heads + model.kv_heads}[model.qk_norm]
+        return heads * model.width_of_head
+
     def layer(self, layer: int) -> LayerSize:
         """Parameters of decoder layer ``layer``."""
         model = self.model
-        attention = model.hidden * (2 * model.heads + 2 * model.kv_heads) * model.head_dim
-        norms = 2 * model.hidden
+        attention = model.hidden * (2 * model.heads + 2 * model.kv_heads) * model.width_of_head
+        norms = 2 * model.hidden + self._qk_norms
         if not model.is_moe_layer(layer):
             return LayerSize(attention, norms, dense=3 * model.hidden * model.ffn_hidden)
         shared, experts = 3 * model.hidden * model.moe.shared_hidden, model.experts_of(layer) * self.expert
@@ -82,7 +88,7 @@ class ModelSize:
         model = self.model
         layers = [self.layer(layer) for layer in range(model.layers)]
         per_token = self.embedding + sum(layer.without_experts - layer.norms for layer in layers)
-        attention = model.layers * self.sequence_length * model.heads * model.head_dim
+        attention = model.layers * self.sequence_length * model.heads * model.width_of_head
         return 6 * (tokens * (per_token + attention) + routed_rows * self.expert)
 
     def static_flops(self, tokens: int, experts_per_token: float) -> float:

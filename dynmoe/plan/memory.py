@@ -146,8 +146,11 @@ def _layer(layout: Layout, layer: int, experts_per_token: float) -> float:
     model, parallel, element, tokens = layout.config.model, layout.config.parallel, layout.element, layout.tokens
     # Residual streams, their norms' outputs, queries and what attention gives; keys and values; softmax statistics.
     # Tensor-parallel attention works on whole sequences with its share of the heads.
-    hidden = model.hidden
-    kept: float = tokens * (6 * hidden * element + 2 * model.kv_heads * model.head_dim * element + 4 * model.heads)
+    hidden, width = model.hidden, model.width_of_head
+    heads = model.heads + model.kv_heads
+    kept: float = tokens * ((4 * hidden + 2 * heads * width) * element + 4 * model.heads)
+    if model.qk_norm is not None:  # queries and keys as they were before, and a factor for each head or for all
+        kept += tokens * heads * (width * element + 4)
     if parallel.tensor > 1:  # the norm's output, gathered for the projections
         kept += tokens * hidden * element * (parallel.tensor - 1)
     if not model.is_moe_layer(layer):

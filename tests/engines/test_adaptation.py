@@ -30,7 +30,7 @@ LAYOUTS = {
     for expert_parallel in (1, 2)
     for stage in (0, 1, 2)
 } | {"Megatron DP 2": [MEGATRON], "Megatron EP 2": [MEGATRON, "parallel.expert=2"], "Megatron PP 2": PIPELINE}
-FAST = ("DeepSpeed EP 2 ZeRO 2", "Megatron EP 2", "Megatron PP 2")
+FAST = ("DeepSpeed EP 2 ZeRO 2", "Megatron PP 2")
 
 
 def experts_are_spread(overrides: list[str]) -> bool:

@@ -38,7 +38,7 @@ SPREAD = {
 }
 FAST = {
     ("top_p", "one", "alone"), ("top_p", "half", "PP 2"), ("top_any", "half", "alone"),
-    ("top_any improved", "one", "alone"), ("top_any loss-free", "half", "alone"),
+    ("top_any improved", "one", "alone"),
 }  # fmt: skip
 BOTH_SIDES = [
     pytest.param(

@@ -20,6 +20,11 @@ LOSSES = {
     "top_p": ["model.router.z_loss=1e-3"],
     "top_any": ["model.router.balance_loss=1e-2"],
 }
+# By what is in the first column of the table.
+MODELS = {kind: [*ROUTERS[kind], *losses] for kind, losses in LOSSES.items()} | {
+    "top_p, heads normalized": [*ROUTERS["top_p"], "model.qk_norm=head", "model.head_dim=24"],
+    "top_p, projections normalized": [*ROUTERS["top_p"], "model.qk_norm=projection"],
+}
 WHOLE, HALF = ["train.micro_batch=2"], ["train.micro_batch=1"]
 MEGATRON = "engine=megatron"
 LAYOUTS = {
@@ -43,8 +48,8 @@ def table(summary):
 @pytest.fixture(scope="module")
 def plain(one_rank):
     @functools.cache
-    def run(kind: str):
-        (result,) = one_rank.run(train_plainly, [*COMMON, *ROUTERS[kind], *LOSSES[kind], *WHOLE], STEPS)
+    def run(name: str):
+        (result,) = one_rank.run(train_plainly, [*COMMON, *MODELS[name], *WHOLE], STEPS)
         return result
 
     return run
@@ -54,27 +59,30 @@ def relative(ours: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
-# The fast tests try one router in a layout of each kind of parallelism.
-FAST = ("DeepSpeed EP 2", "Megatron TP 2", "Megatron PP 2 interleaved", "Megatron EP 2")
+# The fast tests try one router in a layout of each kind of parallelism, and another attention where it is spread.
+FAST = {
+    (layout, "top_p") for layout in ("DeepSpeed EP 2", "Megatron TP 2", "Megatron PP 2 interleaved", "Megatron EP 2")
+}
+FAST.add(("Megatron TP 2", "top_p, projections normalized"))
 CASES = [
-    pytest.param(layout, kind, marks=() if layout in FAST and kind == "top_p" else pytest.mark.slow)
+    pytest.param(layout, name, marks=() if (layout, name) in FAST else pytest.mark.slow)
     for layout in LAYOUTS
-    for kind in sorted(ROUTERS)
+    for name in MODELS
 ]
 
 
-@pytest.mark.parametrize(("layout", "kind"), CASES)
+@pytest.mark.parametrize(("layout", "name"), CASES)
 def test_training_does_not_depend_on_engine_or_layout(
-    table, plain, one_rank, two_ranks, four_ranks, tmp_path: Path, layout, kind
+    table, plain, one_rank, two_ranks, four_ranks, tmp_path: Path, layout, name
 ):
     ranks, overrides = LAYOUTS[layout]
-    overrides = [*COMMON, *ROUTERS[kind], *LOSSES[kind], *overrides]
+    overrides = [*COMMON, *MODELS[name], *overrides]
     pool = {2: two_ranks, 4: four_ranks}[ranks]
-    expected, saved = plain(kind), str(tmp_path / "saved")
+    expected, saved = plain(name), str(tmp_path / "saved")
     first = pool.run(train, overrides, 0, 1, "", saved)
     results = pool.run(train, overrides, 1, STEPS, saved)
     if MEGATRON in overrides:
-        one_rank.run(to_plain, [*COMMON, *ROUTERS[kind], *LOSSES[kind]], saved, str(tmp_path / "plain"))
+        one_rank.run(to_plain, [*COMMON, *MODELS[name]], saved, str(tmp_path / "plain"))
         saved = str(tmp_path / "plain")
     moments = {name: value for name, value in read_plain(Path(saved)).items() if name.endswith("|exp_avg")}
 
@@ -85,7 +93,7 @@ def test_training_does_not_depend_on_engine_or_layout(
         largest_difference(moments, expected["moments"]),
         relative(losses, expected["losses"]),
     ]
-    table(layout, kind, row=differences)
+    table(layout, name, row=differences)
     assert min(expected["norms"]) > 1.0, "clipping is not in force"
     assert expected["losses"][-1] < expected["losses"][0] - 0.3, "nothing was learnt: the comparison says little"
     assert max(differences[:3]) <= 1e-5

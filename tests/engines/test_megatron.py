@@ -40,7 +40,7 @@ def plain(one_rank):
         pytest.param(EP2, ALONE, id="EP 2 to 1"),
         pytest.param(ALONE, EP2, id="EP 1 to 2", marks=pytest.mark.slow),
         pytest.param(PP2, ALONE, id="PP 2 to 1", marks=pytest.mark.slow),
-        pytest.param(ALONE, TP2, id="TP 1 to 2"),
+        pytest.param(ALONE, TP2, id="TP 1 to 2", marks=pytest.mark.slow),
         pytest.param(ALONE, DP2, id="DP 1 to 2", marks=pytest.mark.slow),
         pytest.param(EP2, INTERLEAVED, id="EP 2 to PP 2 interleaved", marks=pytest.mark.slow),
     ],
@@ -246,10 +246,10 @@ def test_weights_lie_as_megatron_groups_them():
     from dynmoe.engines.megatron.weights import _gate_and_up, _query_key_value
 
     model = config_for("model.hidden=32", "model.heads=4", "model.kv_heads=2").model
-    plain = torch.arange(8).repeat_interleave(model.head_dim)[:, None].float()  # q0 q1 q2 q3 k0 k1 v0 v1
+    plain = torch.arange(8).repeat_interleave(model.width_of_head)[:, None].float()  # q0 q1 q2 q3 k0 k1 v0 v1
     layout = _query_key_value(model)
     parts = layout.split(plain, 2)
-    assert [part[:: model.head_dim, 0].tolist() for part in parts] == [[0, 1, 4, 6], [2, 3, 5, 7]]
+    assert [part[:: model.width_of_head, 0].tolist() for part in parts] == [[0, 1, 4, 6], [2, 3, 5, 7]]
     assert torch.equal(layout.join(parts), plain)
     gate_up = torch.arange(8.0)[:, None]
     parts = _gate_and_up().split(gate_up, 2)

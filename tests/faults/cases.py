@@ -5,9 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from tests.train.cases import TrainingProcess, curve, parameter_hashes
 
+# Engine, and whether it saves asynchronously.
+BOTH_WAYS = [
+    ("deepspeed", "true"), ("megatron", "false"),
+    *(pytest.param(*way, marks=pytest.mark.slow) for way in (("deepspeed", "false"), ("megatron", "true"))),
+]  # fmt: skip
 MEGATRON = ["engine=megatron", "parallel.expert=1", "parallel.pipeline=2"]
 
 

@@ -23,6 +23,8 @@ from dynmoe.train.speed import SpeedComparison
 from tests.faults.injection import replace
 from tests.train.cases import TrainingProcess, read_rows
 
+pytestmark = pytest.mark.alone
+
 TIMEOUT_S = 3.0
 
 

@@ -105,7 +105,9 @@ def without_the_step(overrides: list[str]) -> tuple[float, float]:
     return gradients.lm_loss, gradients.grad_norm
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow if "bf16" in name else ()) for name in LAYOUTS]
+)
 def test_f13_a_step_that_is_not_finite_is_left_out_on_every_rank(two_ranks, layout):
     overrides = [*LAYOUTS[layout], *TOP_ANY]
     expected = two_ranks.run(without_the_step, overrides)[0]

@@ -26,6 +26,7 @@ def test_f28_an_import_that_fails(corpus_dir, tmp_path):
     assert lines[first + 1] == "Traceback (most recent call last):"
 
 
+@pytest.mark.slow
 def test_f28_memory_that_is_not_there(corpus_dir, tmp_path):
     done = launch_once(corpus_dir, tmp_path, "model.moe.expert_hidden=2000000000")
     assert done.returncode == 3, done.stdout

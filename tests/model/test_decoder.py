@@ -10,9 +10,10 @@ from dynmoe.config import load_config
 from dynmoe.errors import ConfigError
 from dynmoe.model import Decoder, ModelSize, sample
 from dynmoe.model import cross_entropy as cross_entropy_module
+from dynmoe.model.cache import KeyValueCache
 from dynmoe.model.cross_entropy import linear_cross_entropy
 from dynmoe.model.size import embedding_rows
-from tests.moe.cases import ROUTERS, tiny_model
+from tests.moe.cases import BASELINES, ROUTERS, tiny_model
 
 VOCAB = 48
 
@@ -39,6 +40,45 @@ def test_positions_are_relative():
     q, k = torch.randn(1, 1, 1, 8).expand(1, 1, 10, 8), torch.randn(1, 1, 1, 8).expand(1, 1, 10, 8)
     scores = (rotate(q, cos, sin) @ rotate(k, cos, sin).transpose(-1, -2))[0, 0]
     torch.testing.assert_close(scores[:-1, :-1], scores[1:, 1:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["head", "projection"])
+def test_normalized_queries_and_keys_have_no_scale(norm):
+    """RMSNorm of each head, or of all heads together, takes away what is common to what it norms."""
+    overrides = [
+        f"model.qk_norm={norm}",
+        "model.heads=4",
+        "model.kv_heads=2",
+        "model.head_dim=6",
+        "model.norm_eps=1e-9",
+    ]
+    model = Decoder(tiny_model(*overrides), VOCAB, seed=0)
+    before = model(tokens())
+    projection, rows = model.layers[0].attention.w_qkv, slice(6, 12)  # of the second query head
+    with torch.no_grad():
+        projection[:36] *= 3.0  # queries and keys, of all heads
+        torch.testing.assert_close(model(tokens()), before, rtol=1e-4, atol=1e-5)
+        projection[rows] *= 3.0
+        same = torch.allclose(model(tokens()), before, rtol=1e-4, atol=1e-5)
+    assert same == (norm == "head")
+
+
+CACHED = {**ROUTERS, **BASELINES, "heads": ["model.qk_norm=head"], "projections": ["model.qk_norm=projection"]}
+
+
+@pytest.mark.parametrize("kind", sorted(CACHED))
+def test_cached_positions_of_padded_texts_give_the_logits_of_each_text_alone(kind):
+    model = Decoder(tiny_model(*CACHED[kind]), VOCAB, seed=0).eval()
+    texts, longest = [tokens(1, 9, seed=1), tokens(1, 5, seed=2)], 9
+    padding = [longest - text.shape[1] for text in texts]
+    batch = torch.cat([F.pad(text, (missing, 0)) for text, missing in zip(texts, padding, strict=True)])
+    cache = KeyValueCache(2, torch.tensor(padding))
+    with torch.no_grad():
+        parts = [model.next_logits(part, cache) for part in (batch[:, :6], batch[:, 6:7], batch[:, 7:])]
+        whole = [model(text)[0] for text in texts]
+    for end, logits in zip((6, 7, 9), parts, strict=True):
+        for own, text, missing in zip(logits, whole, padding, strict=True):
+            torch.testing.assert_close(own, text[end - missing - 1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", sorted(ROUTERS))
@@ -112,7 +152,8 @@ def test_initial_weights_depend_on_seed_and_name_alone():
     "overrides",
     [
         [], ["model.router.kind=top_any"], ["model.tie_embeddings=true", "model.moe.every=2"],
-        ["model.moe.shared_hidden=8"], ["model.moe.experts=0"],
+        ["model.moe.shared_hidden=8"], ["model.moe.experts=0"], ["model.qk_norm=head", "model.head_dim=4"],
+        ["model.qk_norm=projection", "model.heads=4", "model.head_dim=6", "model.kv_heads=2"],
     ],
 )  # fmt: skip
 def test_parameters_are_counted_right(overrides):

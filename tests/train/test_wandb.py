@@ -20,6 +20,8 @@ from dynmoe.train.run_directory import RunDirectory
 from tests.train.cases import TrainingProcess, curve, parameter_hashes, read_rows
 from tests.train.wandb_server import WandbServer
 
+pytestmark = pytest.mark.alone
+
 _FILE_HEADER, _RECORD_HEADER, _BLOCK = 7, struct.Struct("<IHB"), 32768
 
 
@@ -218,9 +220,10 @@ def give_up_soon(rank: int) -> None:
     wandb_view._FINISH_TIMEOUT_S = 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "vanishes_at",
-    [pytest.param(13, id="in the middle"), pytest.param(40, id="at the end", marks=pytest.mark.slow)],
+    [pytest.param(13, id="in the middle"), pytest.param(40, id="at the end")],
 )
 def test_f23_a_server_that_vanishes_costs_no_step_and_the_run_can_be_synced_later(
     tmp_path, corpus_dir, undisturbed, vanishes_at

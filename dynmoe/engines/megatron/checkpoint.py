@@ -54,7 +54,7 @@ def _sharded(engine: MegatronEngine, loading: bool) -> dict[str, Any]:
 
 @contextmanager
 def _older_objects_left_alone() -> Iterator[None]:
-    """Megatron collects garbage twice for a snapshot, which takes longer than the snapshot: of what this makes, only."""
+    """Megatron collects garbage twice for a snapshot, which takes longer than all else: here only what is new."""
     gc.freeze()
     try:
         yield

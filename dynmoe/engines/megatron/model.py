@@ -15,6 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import make_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -34,6 +35,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         hidden_size=model.hidden,
         num_attention_heads=model.heads,
         num_query_groups=model.kv_heads,
+        kv_channels=model.width_of_head,
         ffn_hidden_size=model.ffn_hidden,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
@@ -78,6 +80,29 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class ProjectionNorm(MegatronModule):
+    """RMSNorm of all queries, or keys, together, of which each tensor-parallel rank has some heads."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, *, heads: int) -> None:
+        super().__init__(config)
+        self._width, self._eps = heads * hidden_size, eps
+        self.weight = nn.Parameter(torch.ones(self._width // config.tensor_model_parallel_size))
+
+    def forward(self, x_SBHd: Tensor) -> Tensor:
+        squares_SB1 = x_SBHd.float().square().sum(dim=(2, 3)).unsqueeze(-1)
+        # The sum over ranks counts on each of them, and so does its gradient.
+        region = tensor_parallel.reduce_from_tensor_model_parallel_region(squares_SB1)
+        mean_SB1 = tensor_parallel.copy_to_tensor_model_parallel_region(region) / self._width
+        normal = x_SBHd.float().flatten(2) * torch.rsqrt(mean_SB1 + self._eps)
+        return (normal * self.weight.float()).to(x_SBHd.dtype).view_as(x_SBHd)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, ShardedTensor]:
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
 
 
 class CoreAttention(MegatronModule):
@@ -155,12 +180,20 @@ def _layer_spec(config: Config, layer: int, context: MoEContext) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     parts = spec.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    if config.model.qk_norm == "head":
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    elif config.model.qk_norm == "projection":
+        attention.q_layernorm, attention.k_layernorm = (
+            ModuleSpec(module=ProjectionNorm, params={"heads": heads})
+            for heads in (config.model.heads, config.model.kv_heads)
+        )
     if config.parallel.context == 1:
-        parts.self_attention.submodules.core_attention = CoreAttention
+        attention.core_attention = CoreAttention
     else:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-        parts.self_attention.submodules.core_attention = TEDotProductAttention
+        attention.core_attention = TEDotProductAttention
     if config.model.is_moe_layer(layer):
         settings = {"model": config.model, "layer": layer, "seed": config.train.seed, "context": context}
         parts.mlp = ModuleSpec(module=MegatronMoELayer, params=settings)

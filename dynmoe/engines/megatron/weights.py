@@ -54,7 +54,7 @@ def _gate_and_up() -> Layout:
 
 def _query_key_value(model: ModelConfig) -> Layout:
     """For each key-value head the rows of its queries, of its key and of its value; heads spread over ranks."""
-    groups, size = model.kv_heads, model.head_dim
+    groups, size = model.kv_heads, model.width_of_head
     queries = model.heads // groups * size
 
     def split(whole: Tensor, n: int) -> list[Tensor]:
@@ -91,6 +91,10 @@ def weights(chunk: GPTModel, model: ModelConfig) -> Iterator[Weight]:
         yield Weight(f"{name}.attention_norm.weight", layer.input_layernorm.weight, _WHOLE)
         yield Weight(f"{name}.attention.w_qkv", attention.linear_qkv.weight, _query_key_value(model))
         yield Weight(f"{name}.attention.w_out", attention.linear_proj.weight, _spread(1))
+        if model.qk_norm is not None:
+            layout = _WHOLE if model.qk_norm == "head" else _spread(0)
+            yield Weight(f"{name}.attention.q_norm.weight", attention.q_layernorm.weight, layout)
+            yield Weight(f"{name}.attention.k_norm.weight", attention.k_layernorm.weight, layout)
         yield Weight(f"{name}.ffn_norm.weight", layer.pre_mlp_layernorm.weight, _WHOLE)
         if isinstance(layer.mlp, MoELayer):
             for own, parameter in layer.mlp.named_parameters():
