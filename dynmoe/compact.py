@@ -57,7 +57,7 @@ def _compact_plain(run: Path, output: Path, multiple: int, named: Path) -> tuple
     """The same for a run whose checkpoints are in the plain form; ``named`` is what the user calls it."""
     from dynmoe.engines.plain_state import read_tensor
     from dynmoe.engines.state_names import buffer_key
-    from dynmoe.train.checkpoint import newest_sound, write_run
+    from dynmoe.train.checkpoint import continue_run, newest_sound
 
     config = load_config(run / "config.yaml")
     checkpoint = newest_sound(run / "checkpoints")
@@ -79,7 +79,7 @@ def _compact_plain(run: Path, output: Path, multiple: int, named: Path) -> tuple
         for file in sorted(checkpoint.path.glob("*.safetensors")):
             _rewrite_file(file, target / file.name, kept)
 
-    write_run(checkpoint, new, output, write)
+    continue_run(checkpoint, new, output, write)
     return new, kept
 
 

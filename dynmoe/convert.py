@@ -30,7 +30,7 @@ def convert(run: Path, output: Path, engine: str, parallel: ParallelConfig | Non
         UserError: no checkpoint, one of that engine already, or an output that exists.
     """
     from dynmoe.engines.megatron import checkpoint as megatron
-    from dynmoe.train.checkpoint import newest_sound, write_run
+    from dynmoe.train.checkpoint import continue_run, newest_sound
 
     if output.exists():
         raise UserError(f"--output: {output} exists; name a new directory")
@@ -41,7 +41,7 @@ def convert(run: Path, output: Path, engine: str, parallel: ParallelConfig | Non
     new = _configuration(config, output, engine, parallel)
     alone = dataclasses.replace(config, engine="megatron", parallel=ParallelConfig())
     write = megatron.to_plain if engine == "deepspeed" else megatron.from_plain
-    write_run(source, new, output, lambda target: write(alone, source.path, target))
+    continue_run(source, new, output, lambda target: write(alone, source.path, target))
     return new
 
 

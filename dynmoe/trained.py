@@ -1,22 +1,28 @@
-"""A trained model, whole, in this process: what looks at one, or uses it, begins here."""
+"""A trained model, whole, in this process: what looks at one, or uses it, begins here; and runs that begin with one."""
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from dynmoe.config import Config, load_config
+from dynmoe.config.parallel import ParallelConfig
 from dynmoe.convert import convert
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.engines import plain_state
+from dynmoe.engines.state_names import MASTER
 from dynmoe.errors import UserError
 from dynmoe.model import Decoder
-from dynmoe.train.checkpoint import Checkpoint, newest_sound
+from dynmoe.train.accounting import Progress
+from dynmoe.train.checkpoint import Checkpoint, newest_sound, write_run
 from dynmoe.train.run_directory import RunDirectory
 
 
@@ -63,6 +69,44 @@ def open_trained(run: Path, device: torch.device | None = None) -> TrainedModel:
         decoder = Decoder(config.model, rows, config.train.seed)
         plain_state.load_weights(checkpoint.path, decoder, decoder.moe_layers)
     return TrainedModel(config, checkpoint.step, decoder.to(device).eval(), tokenizer, device)
+
+
+def begin_run(config: Config, decoder: Decoder, tokenizer: bytes | None, output: Path) -> None:
+    """Makes the run directory ``output``, whose first step starts from the weights of ``decoder``.
+
+    Args:
+        config: of the run, for either engine.
+        decoder: whole, with fp32 weights.
+        tokenizer: sentencepiece's file, where it is known.
+        output: must not exist.
+
+    Raises:
+        UserError: it does.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists; name a new directory")
+    if config.engine == "megatron":
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
+            plain = dataclasses.replace(config, engine="deepspeed", parallel=ParallelConfig())
+            begin_run(plain, decoder, tokenizer, Path(folder) / "plain")
+            convert(Path(folder) / "plain", output, "megatron", config.parallel)
+        return
+    ranges = plain_state.expert_ranges(decoder.moe_layers)
+    entries = [
+        plain_state.entry(name, parameter, ranges, partial(_master, parameter), lambda values: None)
+        for name, parameter in decoder.named_parameters()
+    ]
+    buffers = dict(decoder.named_buffers())
+
+    def write(directory: Path) -> None:
+        plain_state.copy(directory, entries, buffers, step=0)()
+
+    write_run(config, output, 0, dataclasses.asdict(Progress()), [], tokenizer, write)
+
+
+def _master(parameter: nn.Parameter) -> dict[str, Tensor]:
+    return {MASTER: parameter.detach()}
 
 
 @contextmanager

@@ -20,13 +20,14 @@ LAYERS = [
     {"cli"},
     {"convert"},  # the verbs: python -m dynmoe.VERB
     {"checkpoint", "compact", "launch", "plan", "trained"},
-    {"report"},
+    {"hf", "report"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Each engine's package has one place; datasets are the exception that the design names.
 OWNERS = {
     "deepspeed": "dynmoe/engines/deepspeed",
     "megatron": ("dynmoe/engines/megatron/", "dynmoe/data/megatron.py"),
+    "transformers": "dynmoe/hf/",
     "wandb": ("dynmoe/train/wandb_", "dynmoe/report/dashboard.py"),
 }
 MODULES = sorted(path for folder in ("dynmoe", "data_prep") for path in (ROOT / folder).rglob("*.py"))

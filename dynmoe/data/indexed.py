@@ -49,6 +49,16 @@ class IndexedTokens:
     def num_tokens(self) -> int:
         return int(self.lengths.sum(dtype=np.int64))
 
+    def documents(self) -> Iterator[list[int]]:
+        """Tokens of one document after the other."""
+        if not self.num_tokens:
+            return
+        tokens = np.memmap(with_ending(self.prefix, ".bin"), dtype=self.dtype, mode="r")
+        end = 0
+        for first, last in zip(self.boundaries[:-1], self.boundaries[1:], strict=True):
+            start, end = end, end + int(self.lengths[first:last].sum(dtype=np.int64))
+            yield tokens[start:end].tolist()
+
     def counts(self, vocab_size: int) -> NDArray[np.int64]:
         """Occurrences of each token id, [vocab_size].
 

@@ -40,6 +40,22 @@ class Tokenizer:
             raise UserError(f"tokenizer {path} has no end-of-sentence piece; train it with one (data_prep does)")
 
     @property
+    def begin(self) -> int | None:
+        """Id of the piece that begins a sentence, which we never use; None: there is none."""
+        found: int = self._model.bos_id()
+        return found if found >= 0 else None
+
+    @property
+    def unknown(self) -> int:
+        """Id of the piece for what has none."""
+        return self._model.unk_id()
+
+    @property
+    def has_bytes(self) -> bool:
+        """Whether characters without a piece are written as bytes; the unknown piece is then never used."""
+        return self._proto.trainer_spec.byte_fallback
+
+    @property
     def _proto(self) -> Any:
         return sentencepiece_model_pb2.ModelProto.FromString(self.content)
 

@@ -1,8 +1,8 @@
 """Model and optimizer state in the plain model's names and layout, as safetensors files that fit any layout.
 
 Every fp32 master and moment is written whole under its parameter's name, each expert for itself under its global
-index. DeepSpeed runs keep their checkpoints so (its own pickle, know experts by one name pattern and fit one layout);
-what turns other checkpoints into these is ``dynmoe.convert``.
+index; before the first step there are no moments. DeepSpeed runs keep their checkpoints so (its own pickle, know
+experts by one name pattern and fit one layout); what turns other checkpoints into these is ``dynmoe.convert``.
 """
 
 from __future__ import annotations
@@ -84,18 +84,21 @@ def copy(
     experts: dict[str, Tensor] = {}
     for own in entries:
         for part, value in own.get().items():
+            if step == 0 and part != MASTER:
+                continue  # moments of zeros
             if own.experts is None and writes_dense:
                 dense[parameter_key(own.name, part)] = _copy(value)
             elif own.experts is not None and writes_experts:
                 rows = zip(own.experts, _copy(value), strict=True)
                 experts |= {parameter_key(own.name, part, expert): row for expert, row in rows}
     files = {}
+    rank = dist.get_rank() if dist.is_initialized() else 0
     if writes_dense:
         dense[OPTIMIZER_STEP] = torch.tensor(step)
         dense |= {buffer_key(name): _copy(buffer) for name, buffer in buffers.items()}
         files[directory / _DENSE] = dense
     if experts:
-        files[directory / f"experts_{dist.get_rank():05d}.safetensors"] = experts
+        files[directory / f"experts_{rank:05d}.safetensors"] = experts
 
     def write() -> list[Path]:
         for path, tensors in files.items():
@@ -117,10 +120,11 @@ def load(directory: Path, entries: Iterable[Entry], buffers: dict[str, Tensor]) 
         UserError: tensors that are missing, surplus or of another shape, by name.
     """
     reader = _reader(directory)
+    step = int(reader.read(OPTIMIZER_STEP, ()))
     expected: set[str] = {OPTIMIZER_STEP}
     for own in entries:
-        values = {}
-        for part in (MASTER, *MOMENTS):
+        values = {moment: torch.zeros(own.shape) for moment in MOMENTS}
+        for part in (MASTER, *MOMENTS) if step > 0 else (MASTER,):
             values[part] = reader.read_part(own.name, part, own.shape, own.experts)
             if own.experts is None:
                 expected.add(parameter_key(own.name, part))
@@ -133,7 +137,7 @@ def load(directory: Path, entries: Iterable[Entry], buffers: dict[str, Tensor]) 
     surplus = sorted(reader.names - expected)
     if surplus:
         raise UserError(f"checkpoint {directory}: has tensors that this model lacks, such as {surplus[0]}")
-    return int(reader.read(OPTIMIZER_STEP, ()))
+    return step
 
 
 def load_weights(directory: Path, module: nn.Module, layers: Iterable[MoELayer]) -> None:

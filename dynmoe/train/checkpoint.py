@@ -200,7 +200,7 @@ def newest_sound(root: Path) -> Checkpoint:
     raise UserError(f"{root}: no undamaged checkpoint; name the directory of a run that has one")
 
 
-def write_run(source: Checkpoint, config: Config, output: Path, write: Callable[[Path], None]) -> None:
+def continue_run(source: Checkpoint, config: Config, output: Path, write: Callable[[Path], None]) -> None:
     """A new run directory with one checkpoint, which goes on from another run's; for tools, of one process.
 
     Args:
@@ -209,23 +209,46 @@ def write_run(source: Checkpoint, config: Config, output: Path, write: Callable[
         output: its directory, which does not exist; half of one is never left there.
         write: puts all files of the model into the directory it is given.
     """
-    state = source.trainer_state
-    state["config"] = dataclasses.asdict(config)
+    state, tokenizer = source.trainer_state, source.path.parents[1] / TOKENIZER
     state["progress"]["wandb_id"] = None  # another run
-    facts = {"ranks": 1, "parallel": state["config"]["parallel"], "config": config.digest(), "data": state["data"]}
+    content = tokenizer.read_bytes() if tokenizer.exists() else None
+    write_run(config, output, source.step, state["progress"], state["data"], content, write)
+
+
+def write_run(
+    config: Config,
+    output: Path,
+    step: int,
+    progress: dict[str, Any],
+    data: list[str],
+    tokenizer: bytes | None,
+    write: Callable[[Path], None],
+) -> None:
+    """A new run directory with the checkpoint of ``step``; for tools, of one process.
+
+    Args:
+        config: of the run.
+        output: its directory, which does not exist; half of one is never left there.
+        step: of the checkpoint.
+        progress: how far the run has come, as a dictionary.
+        data: fingerprints of the corpora it has read.
+        tokenizer: the file, where there is one.
+        write: puts all files of the model into the directory it is given.
+    """
+    settings = dataclasses.asdict(config)
+    facts = {"ranks": 1, "parallel": settings["parallel"], "config": config.digest(), "data": data}
     building = output.with_name(f"{output.name}{UNFINISHED}{secrets.token_hex(4)}")
-    checkpoint = building / "checkpoints" / source.path.name
+    checkpoint = building / "checkpoints" / f"step_{step:08d}"
     unfinished = checkpoint.with_name(f"{checkpoint.name}.tmp")
     unfinished.mkdir(parents=True)
     try:
         write(unfinished)
-        (unfinished / TRAINER).write_text(json.dumps(state))
+        (unfinished / TRAINER).write_text(json.dumps({"progress": progress, "config": settings, "data": data}))
         files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-        commit(unfinished, checkpoint, {"step": source.step, **facts, "files": hashes(files, unfinished)})
+        commit(unfinished, checkpoint, {"step": step, **facts, "files": hashes(files, unfinished)})
         write_atomically(building / "config.yaml", config.to_yaml())
-        tokenizer = source.path.parents[1] / TOKENIZER
-        if tokenizer.exists():
-            write_atomically(building / TOKENIZER, tokenizer.read_bytes())
+        if tokenizer is not None:
+            write_atomically(building / TOKENIZER, tokenizer)
         building.rename(output)
     except BaseException:
         rmtree(building)

@@ -10,20 +10,24 @@ from dynmoe.errors import ConfigError
 # A resumed run may differ from its checkpoint in everything but the latter.
 _FREE = ("model.moe.ceiling", "model.moe.at_ceiling")
 _FIXED = ("model", "data.weights", "data.sequence_length", "train.seed")
+# Before the first sample the data may still be chosen.
+_FIXED_BEFORE = ("model",)
 
 
-def refuse_changes(saved: dict[str, Any], current: dict[str, Any]) -> None:
+def refuse_changes(saved: dict[str, Any], current: dict[str, Any], has_begun: bool = True) -> None:
     """Raises a ConfigError that shows what differs in a field that a resumed run must keep.
 
-    What is named in ``checkpoint.accept_changes`` may differ, as far as the tensors fit.
+    Less is kept by one that has read nothing yet (``has_begun`` is False). What is named in
+    ``checkpoint.accept_changes`` may differ, as far as the tensors fit.
     """
     if saved.get("engine") != current["engine"]:
         cure = f"keep it, or convert the run: python -m dynmoe.convert RUN --engine {current['engine']}"
         raise ConfigError("engine", current["engine"], f"the run's checkpoint is of {saved.get('engine')}", cure)
     old, new = dict(flatten(saved)), dict(flatten(current))
+    fixed = _FIXED if has_begun else _FIXED_BEFORE
     free = [*_FREE, *current["checkpoint"]["accept_changes"]]
     for name in sorted(old.keys() | new.keys()):
-        if _is_in(name, _FIXED) and not _is_in(name, free) and old.get(name) != new.get(name):
+        if _is_in(name, fixed) and not _is_in(name, free) and old.get(name) != new.get(name):
             cure = "keep it, start anew with another run.name, or name it in checkpoint.accept_changes"
             raise ConfigError(name, new.get(name), f"the run's checkpoint has {old.get(name)!r}", cure)
 

@@ -227,11 +227,16 @@ class Trainer:
         if checkpoint is None:
             return
         state = checkpoint.trainer_state
-        refuse_changes(state["config"], dataclasses.asdict(self.config))
-        if state["data"] != [corpus.fingerprint for corpus in self.data.corpora]:
-            raise UserError("data.dirs: not the text that this run was trained on; restore it or use another run.name")
-        self.engine.load(checkpoint.path)
         self.progress = Progress.of(state["progress"])
+        has_begun = self.progress.samples > 0
+        refuse_changes(state["config"], dataclasses.asdict(self.config), has_begun)
+        if has_begun and state["data"] != [corpus.fingerprint for corpus in self.data.corpora]:
+            raise UserError("data.dirs: not the text that this run was trained on; restore it or use another run.name")
+        tokenizer = self.directory.tokenizer
+        if not has_begun and tokenizer.exists() and tokenizer.read_bytes() != self.data.tokenizer.content:
+            cure = f"prepare them with --tokenizer {tokenizer}"
+            raise UserError(f"data.dirs: encoded by another tokenizer than the weights were trained with; {cure}")
+        self.engine.load(checkpoint.path)
         self.engine.step = self.progress.step
 
     def _begin(self) -> RunRecord | None:

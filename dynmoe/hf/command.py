@@ -1,0 +1,54 @@
+"""The two commands: models out, and in."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+_EXPORT = "Writes a run's newest checkpoint as a model of transformers."
+_IMPORT = "Makes a run that begins from a checkpoint of somebody else."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m dynmoe.hf", description="Models in and out of Hugging Face's formats.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    out = verbs.add_parser("export", help=_EXPORT, description=_EXPORT)
+    out.add_argument("run", type=Path, metavar="RUN", help="directory of the run, of either engine")
+    out.add_argument("output", type=Path, metavar="OUT", help="directory of the model")
+    out.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    out.add_argument(
+        "--own-code", action="store_true",
+        help="our modeling code, with experts per token in its outputs, also where transformers has the architecture",
+    )  # fmt: skip
+    into = verbs.add_parser("import", help=_IMPORT, description=_IMPORT)
+    into.add_argument("source", type=Path, metavar="DIR", help="directory with config.json and .safetensors")
+    into.add_argument("run", type=Path, metavar="RUN", help="directory of the new run")
+    into.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="engine=megatron, data.dirs=[...] and the like")
+    given = parser.parse_args()
+    if given.verb == "export":
+        _export(given)
+    else:
+        _import(given)
+
+
+def _export(given: argparse.Namespace) -> None:
+    import torch
+
+    from dynmoe.hf.export import export
+
+    done = export(given.run, given.output, getattr(torch, given.dtype), given.own_code)
+    code = ", trust_remote_code=True" if done.architecture == "dynmoe" else ""
+    print(f"{given.output}: {done.parameters / 1e6:.1f} M parameters as {done.architecture}.")
+    if done.texts:
+        print(f"The tokenizer gives sentencepiece's ids on {done.texts} documents of the validation text.")
+    else:
+        print("The tokenizer was not compared with sentencepiece: the corpora of data.dirs are not here.")
+    print(f'Read it with: AutoModelForCausalLM.from_pretrained("{given.output}"{code})')
+
+
+def _import(given: argparse.Namespace) -> None:
+    from dynmoe.hf.importing import import_checkpoint
+
+    maker, config = import_checkpoint(given.source, given.run, given.overrides)
+    print(f"{given.run}: a run of {config.engine} that begins with the weights of {given.source} ({maker}).")
+    print(f"Train it with: torchrun train.py {given.run / 'config.yaml'}")

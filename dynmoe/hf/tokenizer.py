@@ -1,0 +1,68 @@
+"""Our sentencepiece model as a fast tokenizer of transformers that gives the same ids."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.errors import UserError
+
+
+def padding(tokenizer: Tokenizer) -> int:
+    """Id of the piece that fills batches up.
+
+    Where bytes stand for unknown characters the unknown piece is free: what pads is left out of losses, and the end of
+    a text is to be learnt.
+    """
+    return tokenizer.unknown if tokenizer.has_bytes else tokenizer.eod
+
+
+def write_tokenizer(tokenizer: Tokenizer, directory: Path, positions: int, texts: Iterable[str]) -> int:
+    """Writes ``tokenizer.json`` and its configuration, and sentencepiece's own file beside them.
+
+    Text is text: ``</s>`` in it is four characters, as it was in training. Padding comes on the left, where generation
+    wants it.
+
+    Args:
+        tokenizer: of the run.
+        directory: of the export.
+        positions: tokens of a training sequence.
+        texts: to be encoded by both.
+
+    Returns:
+        How many texts were compared.
+
+    Raises:
+        UserError: ids of one of them differ.
+    """
+    from transformers import TokenizersBackend
+
+    pieces = {"eos_token": tokenizer.eod, "unk_token": tokenizer.unknown, "bos_token": tokenizer.begin}
+    special = {name: tokenizer.piece(token) for name, token in pieces.items() if token is not None}
+    special["pad_token"] = tokenizer.piece(padding(tokenizer))
+    settings = {
+        "tokenizer_class": "TokenizersBackend", "model_max_length": positions, "padding_side": "left",
+        "split_special_tokens": True, "clean_up_tokenization_spaces": False, **special,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "tokenizer.model").write_bytes(tokenizer.content)
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings))
+        fast = TokenizersBackend.from_pretrained(folder)
+    fast.save_pretrained(directory)
+    (directory / "tokenizer.model").write_bytes(tokenizer.content)
+    compared = 0
+    for text in texts:
+        ours, theirs = tokenizer.encode(text), fast(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if ours != theirs:
+            place = next(
+                n for n, pair in enumerate(zip([*ours, None], [*theirs, None], strict=False)) if pair[0] != pair[1]
+            )
+            near = tokenizer.decode(ours[max(0, place - 3) : place + 4])
+            raise UserError(
+                f"tokenizer: transformers gives other ids than sentencepiece from token {place} on ({near!r})"
+            )
+        compared += 1
+    return compared

@@ -1,0 +1,87 @@
+"""Tiny runs to be exported, and what their models compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dynmoe.config import Config, load_config
+from dynmoe.data.corpus import TOKENIZER
+from dynmoe.model import Decoder
+from dynmoe.trained import begin_run
+from tests.moe.cases import BASELINES, ROUTERS
+
+TOP_K = ["model.router.kind=top_k", "model.router.k=2"]
+# Architectures of ours and what transformers calls them.
+STANDARD = {
+    "llama": ["model.moe.experts=0", "model.head_dim=12"],
+    "mixtral": [*TOP_K, "model.router.renormalize=true"],
+    "olmoe": [*TOP_K, "model.qk_norm=projection"],
+    "qwen2_moe": TOP_K,
+    "qwen2_moe, shared and dense": [
+        *TOP_K, "model.moe.shared_hidden=16", "model.moe.every=2", "model.router.renormalize=true",
+    ],
+    "qwen3_moe": [*TOP_K, "model.qk_norm=head", "model.head_dim=12", "model.tie_embeddings=true"],
+    "qwen3_moe, dense": [*TOP_K, "model.qk_norm=head", "model.moe.every=2"],
+}  # fmt: skip
+OWN = {
+    **{name: fields for name, fields in (ROUTERS | BASELINES).items() if name != "top_k"},
+    "top_k, biased": TOP_K,
+    "top_p released": ["model.router.kind=top_p", "model.router.form=released", "model.router.max_experts=3"],
+    "everything": [
+        "model.router.kind=top_p", "model.qk_norm=projection", "model.moe.shared_hidden=16", "model.moe.every=2",
+        "model.tie_embeddings=true", "model.router.renormalize=true",
+    ],
+}  # fmt: skip
+BATCH, LENGTH = 2, 13
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that has not begun, and its model."""
+
+    path: Path
+    config: Config
+    decoder: Decoder
+
+
+def begin(corpus: Path, path: Path, overrides: Sequence[str]) -> Begun:
+    """A run of a tiny model whose routers have seen something of life, if it was so named."""
+    config = load_config(None, [
+        f"data.dirs=[{corpus}]", "data.sequence_length=64", "model.hidden=16", "model.heads=2", "model.kv_heads=1",
+        "model.layers=3", "model.ffn_hidden=32", "model.moe.experts=4", "model.moe.expert_hidden=24",
+        "model.init_std=0.3", *overrides, f"run.dir={path.parent}", f"run.name={path.name}",
+    ])  # fmt: skip
+    tokenizer = (corpus / TOKENIZER).read_bytes()
+    decoder = Decoder(config.model, 448, seed=0).eval()
+    generator = torch.Generator().manual_seed(0)
+    for layer in decoder.moe_layers:
+        for name, buffer in layer.router.named_buffers():
+            if name == "offset_E" or (name == "bias_E" and "biased" in path.name):
+                buffer.add_(0.02 * torch.randn(buffer.shape, generator=generator))
+    begin_run(config, decoder, tokenizer, path)
+    return Begun(path, config, decoder)
+
+
+def some_tokens(vocab_size: int = 400) -> Tensor:
+    return torch.randint(3, vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def run_decoder(decoder: Decoder, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits, and the routing map of each MoE layer, [B, S, E]."""
+    maps: list[Tensor] = []
+    hooks = [
+        layer.router.register_forward_hook(
+            lambda module, inputs, plan: maps.append(plan.routing_map_TE.view(*tokens_BS.shape, -1))
+        )
+        for layer in decoder.moe_layers
+    ]
+    logits = decoder.eval()(tokens_BS)
+    for hook in hooks:
+        hook.remove()
+    return logits, maps

@@ -1,0 +1,253 @@
+"""An exported model computes in transformers what ours computes, and does there what models do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynmoe.errors import UserError
+from dynmoe.hf.export import export
+from tests.hf.cases import BATCH, LENGTH, OWN, STANDARD, begin, run_decoder, some_tokens
+
+
+def read(path: Path, **settings):
+    from transformers import AutoModelForCausalLM
+
+    settings = {"trust_remote_code": True, **settings}
+    model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **settings)
+    assert not any(found.values()), found
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def top_p(tmp_path_factory, corpus_dir):
+    """A run with top-p, and its export."""
+    folder = tmp_path_factory.mktemp("export")
+    run = begin(corpus_dir, folder / "run", OWN["top_p"])
+    done = export(run.path, folder / "out")
+    assert done.texts > 0
+    return run, folder / "out"
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_logits_and_routing_of_every_router(corpus_dir, tmp_path, name):
+    run = begin(corpus_dir, tmp_path / name.replace(" ", "_").replace(",", ""), OWN[name])
+    assert export(run.path, tmp_path / "out").architecture == "dynmoe"
+    model, tokens = read(tmp_path / "out"), some_tokens()
+    expected, maps = run_decoder(run.decoder, tokens)
+    with torch.no_grad():
+        found = model(tokens, output_router_logits=True)
+    torch.testing.assert_close(found.logits, expected, rtol=0, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(found.routing_maps, maps, strict=True))
+    assert torch.equal(found.experts_per_token, torch.stack([routed.sum(dim=-1) for routed in maps]))
+    assert all(logits.shape[:2] == (BATCH, LENGTH) for logits in found.router_logits)
+    assert found.experts_per_token.float().std() > 0 or name.startswith("top_k"), "nothing is dynamic here"
+
+
+@pytest.mark.parametrize("name", STANDARD)
+def test_a_fixed_number_of_experts_needs_no_code(corpus_dir, tmp_path, name):
+    run = begin(corpus_dir, tmp_path / "run", STANDARD[name])
+    assert export(run.path, tmp_path / "out").architecture == name.split(",")[0]
+    assert not list((tmp_path / "out").glob("*.py"))
+    model, tokens = read(tmp_path / "out", trust_remote_code=False), some_tokens()
+    assert type(model).__module__.startswith("transformers.models.")
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, run_decoder(run.decoder, tokens)[0], rtol=0, atol=1e-5)
+
+
+def test_generation_with_a_cache_and_padding_on_the_left(top_p):
+    from transformers import AutoTokenizer
+
+    run, path = top_p
+    model, tokenizer = read(path), AutoTokenizer.from_pretrained(path)
+    texts = ["the quick", "a much longer beginning of a text than the other one"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    assert batch["attention_mask"][0, 0] == 0, "padding is on the right"
+    written = model.generate(**batch, max_new_tokens=8, do_sample=False)
+    for text, own in zip(texts, written, strict=True):
+        tokens = tokenizer(text)["input_ids"]
+        for _ in range(8):  # one whole pass of ours for each token
+            logits, _ = run_decoder(run.decoder, torch.tensor([tokens]))
+            tokens.append(int(logits[0, -1].argmax()))
+            if tokens[-1] == tokenizer.eos_token_id:
+                break
+        begins = len(own) - 8 - len(tokenizer(text)["input_ids"])
+        assert own[begins : begins + len(tokens)].tolist() == tokens
+
+
+def test_padding_changes_no_loss_and_counts_nowhere(top_p):
+    _, path = top_p
+    model, tokens = read(path), some_tokens()
+    padded = torch.cat([torch.zeros(BATCH, 4, dtype=torch.int64), tokens], dim=1)
+    mask = torch.cat([torch.zeros(BATCH, 4, dtype=torch.int64), torch.ones_like(tokens)], dim=1)
+    labels = padded.masked_fill(mask == 0, -100)
+    labels[:, 4] = -100  # which nothing comes before
+    with torch.no_grad():
+        alone = model(tokens, labels=tokens, output_router_logits=True)
+        filled = model(padded, attention_mask=mask, labels=labels, output_router_logits=True)
+        without = model(tokens, labels=tokens)
+    torch.testing.assert_close(filled.loss, alone.loss)
+    torch.testing.assert_close(filled.aux_loss, alone.aux_loss)
+    torch.testing.assert_close(alone.loss, without.loss + alone.aux_loss)
+    assert torch.equal(filled.experts_per_token[..., 4:], alone.experts_per_token)
+
+
+@pytest.mark.parametrize(
+    "name", ["top_p", "top_any", "top_any released", "top_any improved", "null_experts", "sigmoid"]
+)
+def test_the_routers_own_losses_are_those_of_training(corpus_dir, tmp_path, name):
+    run = begin(corpus_dir, tmp_path / "run", OWN[name])
+    export(run.path, tmp_path / "out")
+    model, tokens, totals = read(tmp_path / "out").train(), some_tokens(), []
+    for layer in run.decoder.train().moe_layers:
+        layer.router.register_forward_hook(lambda module, inputs, plan: totals.append(_weighted(module, plan)))
+    run.decoder(tokens)
+    torch.testing.assert_close(model(tokens, output_router_logits=True).aux_loss, torch.stack(totals).sum())
+
+
+def _weighted(router, plan):
+    return sum(router.loss_coefficients[name] * value for name, value in router.losses(plan).items())
+
+
+def test_bf16_keeps_the_state_of_the_routers(corpus_dir, tmp_path):
+    run = begin(corpus_dir, tmp_path / "run", OWN["sigmoid"])
+    export(run.path, tmp_path / "out", torch.bfloat16)
+    model = read(tmp_path / "out", dtype=torch.bfloat16)
+    router = model.model.layers[0].mlp.router
+    assert router.weight.dtype == torch.bfloat16
+    assert torch.equal(router.offset, run.decoder.moe_layers[0].router.offset_E)
+    assert torch.equal(read(tmp_path / "out").to(torch.bfloat16).model.layers[0].mlp.router.offset, router.offset)
+    expected, _ = run_decoder(run.decoder, some_tokens())
+    with torch.no_grad():
+        found = model(some_tokens()).logits.float()
+    assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.99
+
+
+def test_checkpointed_gradients_are_the_same(top_p):
+    _, path = top_p
+    gradients = []
+    for checkpoints in (False, True):
+        model = read(path).train()
+        if checkpoints:
+            model.gradient_checkpointing_enable()
+        model(some_tokens(), labels=some_tokens(), output_router_logits=True).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+    assert gradients[0]["model.layers.0.mlp.router.weight"].abs().sum() > 0
+
+
+def test_attention_may_be_changed_and_looked_at(top_p):
+    run, path = top_p
+    model = read(path)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        found = model(some_tokens(), output_attentions=True, output_hidden_states=True)
+    torch.testing.assert_close(found.logits, run_decoder(run.decoder, some_tokens())[0], rtol=0, atol=1e-5)
+    assert [weights.shape for weights in found.attentions] == [(BATCH, 2, LENGTH, LENGTH)] * 3
+    assert len(found.hidden_states) == 4
+
+
+def test_a_saved_model_is_read_again(top_p, tmp_path):
+    _, path = top_p
+    model = read(path)
+    model.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(read(tmp_path / "again")(some_tokens()).logits, model(some_tokens()).logits)
+
+
+def test_the_tokenizer_gives_the_ids_of_the_whole_corpus(top_p, corpus_dir):
+    from transformers import AutoTokenizer
+
+    from dynmoe.data.corpus import Corpus
+
+    fast, corpus, count = AutoTokenizer.from_pretrained(top_p[1]), Corpus.open(corpus_dir), 0
+    for split in corpus.splits.values():
+        for tokens in split.documents():
+            assert tokens.pop() == corpus.tokenizer.eod == fast.eos_token_id
+            text = corpus.tokenizer.decode(tokens)
+            assert fast(text)["input_ids"] == tokens
+            assert fast.decode(tokens) == text
+            count += 1
+    assert count == 60
+    for text in ("", " ", "</s> is text", "tabs\tand\n\n  lines", "\u2581", "caf\u00e9 \u6c49\u5b57 \U0001f600 \x00"):
+        assert fast(text)["input_ids"] == corpus.tokenizer.encode(text)
+
+
+def test_a_sequence_classifier_reads_the_last_token(top_p):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(top_p[1], trust_remote_code=True, num_labels=3).eval()
+    tokens = some_tokens()
+    padded = torch.cat([tokens, torch.zeros(BATCH, 2, dtype=torch.int64)], dim=1)
+    mask = (torch.arange(LENGTH + 2) < LENGTH).long().expand(BATCH, -1)
+    with torch.no_grad():
+        alone, filled = model(tokens), model(padded, attention_mask=mask, labels=torch.tensor([0, 2]))
+    torch.testing.assert_close(alone.logits, filled.logits)
+    torch.testing.assert_close(filled.loss, torch.nn.functional.cross_entropy(filled.logits, torch.tensor([0, 2])))
+
+
+def test_what_travels_needs_nothing_of_ours(top_p, tmp_path):
+    """Generation and one epoch with Trainer, in an interpreter that cannot import this project or its engines."""
+    _, path = top_p
+    missing = ["dynmoe", "data_prep", "bench", "deepspeed", "megatron", "sentencepiece", "omegaconf"]
+    script = tmp_path / "use.py"
+    script.write_text(f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n" + _USE)
+    done = subprocess.run(
+        [sys.executable, str(script), str(path), str(tmp_path / "tuned")], cwd=tmp_path, check=False, text=True,
+        capture_output=True, timeout=300, env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after, experts = json.loads(done.stdout.splitlines()[-1])
+    assert after < before - 0.5
+    assert 1 <= experts <= 4
+
+
+_USE = """
+import json, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import DataCollatorForLanguageModeling
+
+path, tuned = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+texts = [f"the number {n} comes before {n + 1}" for n in range(64)]
+data = [tokenizer(text) for text in texts]
+arguments = TrainingArguments(
+    tuned, num_train_epochs=1, per_device_train_batch_size=4, learning_rate=3e-2, report_to=[], use_cpu=True,
+    gradient_checkpointing=True, logging_steps=1000, save_strategy="no", disable_tqdm=True,
+)
+trainer = Trainer(
+    model, arguments, train_dataset=data, eval_dataset=data[:16],
+    data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+)
+before = trainer.evaluate()["eval_loss"]
+trainer.train()
+after = trainer.evaluate()["eval_loss"]
+trainer.save_model(tuned)
+model = AutoModelForCausalLM.from_pretrained(tuned, trust_remote_code=True).eval()
+batch = tokenizer(["the number", "the"], return_tensors="pt", padding=True)
+assert model.generate(**batch, max_new_tokens=5).shape[0] == 2
+experts = model(**batch, output_router_logits=True).experts_per_token.float().mean().item()
+print(json.dumps([before, after, experts]))
+"""
+
+
+def test_an_export_that_cannot_be_made_leaves_nothing(corpus_dir, tmp_path, monkeypatch):
+    run = begin(corpus_dir, tmp_path / "run", OWN["top_p"])
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match=r"OUT: .*there exists; name a new directory"):
+        export(run.path, tmp_path / "there")
+    monkeypatch.setattr("dynmoe.hf.export._save", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(run.path, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "there"]
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        export(tmp_path / "nothing", tmp_path / "out")
