@@ -16,6 +16,7 @@ VERBS = {
     "launch": "write a Slurm job for a configuration; what the scripts in launch/ ask before and after a start",
     "plan": "memory, traffic and speed of a configuration on so many GPUs, and layouts that fit",
     "report": "write pages about runs: curves and loads, tokens with their experts, a W&B dashboard",
+    "warmstart": "begin a run from a dense or a top-k one",
 }
 
 

@@ -63,9 +63,12 @@ class TopPRouter(BudgetController, LogitRouter):
         self.register_controller()
 
     def route(self, x_TD: Tensor) -> RoutingPlan:
+        return self.choose(self.logits_TE(x_TD))
+
+    def choose(self, logits_TE: Tensor) -> RoutingPlan:
+        """The plan of tokens with these logits, at the present p."""
         form = "released" if self.settings.form == "released" else "paper"
-        renormalize = self.options.renormalize
-        return top_p(self.logits_TE(x_TD), self.p, form=form, renormalize=renormalize, **self._limits())
+        return top_p(logits_TE, self.p, form=form, renormalize=self.options.renormalize, **self._limits())
 
     @property
     def control(self) -> Tensor:

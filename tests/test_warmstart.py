@@ -1,0 +1,156 @@
+"""A run that begins from a trained one of another kind begins where that was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.processes import WarmTraining
+from dynmoe.config import load_config
+from dynmoe.errors import UserError
+from dynmoe.model import Decoder
+from dynmoe.moe.experts import SwiGLU
+from dynmoe.moe.upcycling import copy_experts
+from dynmoe.trained import open_trained
+from dynmoe.warmstart import warm_start
+from tests.hf.cases import begin
+from tests.moe.cases import tiny_model
+from tests.train.cases import read_rows
+
+DENSE = ["model.moe.experts=0", "model.ffn_hidden=64"]
+TOP_K, TOP_P, TOP_ANY, SIGMOID = (
+    [f"model.router.kind={kind}"] for kind in ("top_k", "top_p", "top_any", "sigmoid")
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory, corpus_dir) -> Path:
+    return begin(corpus_dir, tmp_path_factory.mktemp("dense") / "run", DENSE).path
+
+
+@pytest.mark.parametrize("router", [TOP_K, TOP_P, TOP_ANY, SIGMOID], ids=" ".join)
+@pytest.mark.parametrize("extra", [[], ["model.moe.every=2"]], ids=["every layer", "every second"])
+def test_copies_leave_the_output_as_it_was(dense, tmp_path, router, extra):
+    done = warm_start(dense, tmp_path / "run", experts=4, overrides=[*router, *extra])
+    assert done.difference <= 1e-5
+    assert done.loss == pytest.approx(done.loss_before, abs=1e-6)
+    assert len(done.experts_per_token) == (2 if extra else 3)
+    assert all(1 <= count <= 4 for count in done.experts_per_token)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        [*TOP_K, "model.router.k=2"], [*TOP_K, "model.router.k=4"], TOP_ANY,
+        [*TOP_ANY, "model.router.form=improved", "model.router.initial_experts=null"], [*TOP_P, "model.router.p=1"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_slices_that_are_chosen_together_leave_the_output_as_it_was(dense, tmp_path, router):
+    done = warm_start(dense, tmp_path / "run", experts=8, granularity=2, overrides=router)
+    assert done.difference <= 1e-5
+    assert done.config.model.moe.expert_hidden == 32
+    assert all(count >= 2 for count in done.experts_per_token)
+
+
+def test_slices_are_those_of_the_dense_layer():
+    model = tiny_model("model.ffn_hidden=48", "model.moe.experts=4", "model.moe.expert_hidden=24")
+    dense, layer = SwiGLU(model, 48, 0, "dense"), Decoder(model, 32, 0).moe_layers[0]
+    copy_experts(dense, layer.experts, granularity=2, seed=0, symmetry_break=0.0)
+    up, down = layer.experts.w_up_EHD, layer.experts.w_down_EDF
+    for expert, rows in ((0, range(24)), (1, range(24, 48)), (2, range(24)), (3, range(24, 48))):
+        assert torch.equal(up[expert], dense.w_up_HD[[*rows, *(48 + row for row in rows)]])
+        assert torch.equal(down[expert], 2 * dense.w_down_DF[:, list(rows)])
+
+
+@pytest.mark.parametrize("symmetry_break", [0.0, 0.1])
+def test_experts_part_only_when_their_symmetry_is_broken(symmetry_break):
+    """All experts take all tokens at one gate: plain copies then stay copies for ever."""
+    model = tiny_model(*TOP_ANY, "model.router.initial_experts=null", "model.moe.expert_hidden=48", "model.layers=1")
+    decoder = Decoder(model, 32, 0)
+    (layer,) = decoder.moe_layers
+    copy_experts(SwiGLU(model, 48, 0, "dense"), layer.experts, 1, seed=0, symmetry_break=symmetry_break)
+    with torch.no_grad():
+        layer.router.thresholds_E.fill_(-20.0)
+    experts = [layer.experts.w_up_EHD, layer.experts.w_down_EDF]
+    optimizer = torch.optim.Adam(experts, lr=1e-2)
+    tokens = torch.randint(32, (4, 17), generator=torch.Generator().manual_seed(0))
+    for _ in range(5):
+        optimizer.zero_grad()
+        decoder(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+    x = torch.randn(64, model.hidden, generator=torch.Generator().manual_seed(1))
+    gate, up = torch.einsum("td,ehd->eth", x, experts[0]).chunk(2, dim=2)
+    outputs = torch.einsum("etf,edf->etd", torch.nn.functional.silu(gate) * up, experts[1])
+    apart = float(((outputs[0] - outputs[1]).norm() / outputs[0].norm()).detach())
+    assert apart < 1e-5 if symmetry_break == 0 else apart > 1e-3
+
+
+def test_top_p_begins_with_the_experts_per_token_of_top_k(corpus_dir, tmp_path):
+    for renormalize in ("false", "true"):
+        fields = [*TOP_K, "model.router.k=2", f"model.router.renormalize={renormalize}", "model.moe.experts=8"]
+        run = begin(corpus_dir, tmp_path / f"top_k_{renormalize}", fields)
+        done = warm_start(run.path, tmp_path / f"top_p_{renormalize}", overrides=TOP_P)
+        assert done.experts_per_token == pytest.approx([2.0] * 3, rel=0.01)
+        assert done.loss == pytest.approx(done.loss_before, rel=0.02)
+        assert str(done.config.model.router.options.renormalize).lower() == renormalize
+        layers = open_trained(tmp_path / f"top_p_{renormalize}").decoder.moe_layers
+        assert len({float(layer.router.p) for layer in layers}) == 3, "each layer has its own"
+
+
+def test_p_may_be_fitted_to_another_number(dense, tmp_path):
+    done = warm_start(dense, tmp_path / "run", experts=8, experts_per_token=3.0, overrides=TOP_P)
+    assert done.experts_per_token == pytest.approx([3.0] * 3, rel=0.01)
+    assert done.difference <= 1e-5
+
+
+@pytest.mark.parametrize("engine", [["parallel.expert=2"], ["engine=megatron", "parallel.pipeline=2"]], ids=" ".join)
+def test_training_goes_on_from_there(corpus_dir, tmp_path, engine):
+    run = begin(corpus_dir, tmp_path / "dense", ["model.layers=4", *DENSE]).path
+    fields = [
+        "data.sequence_length=32", "train.global_batch=4", "train.micro_batch=2", "train.steps=20", "optimizer.lr=1e-2",
+        "schedule.warmup_steps=0", "logging.interval=1", "eval.batches=2",
+    ]  # fmt: skip
+    losses = []
+    warm_start(run, tmp_path / "warm", experts=4, overrides=[*TOP_P, *fields, *engine])
+    for name in ("dense", "warm"):
+        process = WarmTraining(
+            [str(tmp_path / name / "config.yaml"), *fields], 2, 0, tmp_path / f"{name}.txt", {}, None
+        )  # fmt: skip
+        assert process.wait() == 0, process.output()
+        losses.append([row["train/lm_loss"] for row in read_rows(tmp_path / name / "metrics.jsonl")])
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-5)
+    assert losses[1][-1] < losses[1][0] - 0.5
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "words"),
+    [
+        ("dense", {}, "--experts: .* is dense; say how many"),
+        ("dense", {"experts": 6, "granularity": 4}, "--granularity=4: cannot slice 6 experts evenly"),
+        ("dense", {"experts": 4, "granularity": 16}, "--granularity=16"),
+        ("dense", {"experts": 4, "overrides": ["model.hidden=32"]}, "model.hidden=32: the weights are of 16"),
+        ("dense", {"experts": 4, "experts_per_token": 2.0, "overrides": TOP_ANY}, "--experts-per-token=2.0"),
+        ("dense", {"experts": 4, "overrides": ["data.dirs=[nowhere]"]}, "nowhere holds no prepared corpus"),
+        ("top_p", {"overrides": TOP_ANY}, "model.router.kind=top_any: top_p becomes no top_any"),
+        ("top_p", {"experts": 4}, "has experts already"),
+    ],
+)
+def test_what_cannot_be_is_refused(corpus_dir, dense, tmp_path, source, arguments, words):
+    run = dense if source == "dense" else begin(corpus_dir, tmp_path / "top_p", TOP_P).path
+    with pytest.raises(UserError, match=words):
+        warm_start(run, tmp_path / "run", **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_says_what_became_of_the_model(dense, tmp_path, monkeypatch, capsys):
+    from dynmoe.warmstart import main
+
+    arguments = [str(dense), str(tmp_path / "run"), "--experts", "4", "--granularity", "2", *TOP_K]
+    monkeypatch.setattr("sys.argv", ["warmstart", *arguments])
+    main()
+    text = capsys.readouterr().out
+    assert "2.00 experts per token (by layer: 2.00, 2.00, 2.00)" in text
+    assert load_config(tmp_path / "run" / "config.yaml").model.moe.experts == 4
