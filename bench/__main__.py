@@ -13,6 +13,7 @@ import torch
 
 from bench import (
     data_prep,
+    decoding,
     dispatch,
     end_to_end,
     faults,
@@ -38,8 +39,8 @@ from dynmoe.errors import UserError
 BENCHMARKS: dict[str, ModuleType] = {
     "layer": layer, "dispatch": dispatch, "growth": growth, "imbalance": imbalance, "memory": memory,
     "launches": launches, "wire": wire, "end_to_end": end_to_end, "router": router, "statistics": statistics,
-    "saving": saving, "data_prep": data_prep, "faults": faults, "gpu_layer": gpu_layer, "gpu_smoke": gpu_smoke,
-    "routing": routing, "soak": soak,
+    "saving": saving, "decoding": decoding, "data_prep": data_prep, "faults": faults, "gpu_layer": gpu_layer,
+    "gpu_smoke": gpu_smoke, "routing": routing, "soak": soak,
 }  # fmt: skip
 _OF_ALL = [name for name in BENCHMARKS if name not in ("faults", "gpu_smoke", "routing", "soak")]
 

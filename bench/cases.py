@@ -13,7 +13,7 @@ from bench.timing import Passes, peak_bytes, saved_bytes, time_passes
 from dynmoe.config import ModelConfig, load_config
 from dynmoe.moe import MoEContext, MoELayer
 from dynmoe.moe.routers.softmax import TopPRouter
-from dynmoe.routing import RoutingPlan, top_p
+from dynmoe.routing import RoutingPlan
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,13 +102,7 @@ def calibrate(layer: MoELayer, mean_k: float, x_TD: Tensor) -> None:
     assert isinstance(router, TopPRouter)
     with torch.no_grad():
         router.weight_ED.normal_(0.0, 2.0 / x_TD.shape[1] ** 0.5)
-        logits_TE = router.logits_TE(x_TD).cpu()
-    low, high = 0.0, 1.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        mean = top_p(logits_TE, middle).experts_per_token_T.float().mean().item()
-        low, high = (middle, high) if mean < mean_k else (low, middle)
-    router.p.fill_(high)
+        router.fit(router.logits_TE(x_TD), mean_k)
 
 
 def spread_plan(

@@ -204,15 +204,7 @@ def fit_p(decoder: Decoder, tokens_BS: Tensor, experts_per_token: float) -> None
             decoder.hidden(tokens_BS)
         logits_TE = plans[0].logits_TE
         assert logits_TE is not None
-        low, high = 0.0, 1.0
-        for _ in range(30):
-            router.p.fill_((low + high) / 2)
-            chosen = router.choose(logits_TE).routing_map_TE.sum()
-            if float(chosen) < experts_per_token * tokens_BS.numel():
-                low = float(router.p)
-            else:
-                high = float(router.p)
-        router.p.fill_(high)
+        router.fit(logits_TE, experts_per_token)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -41,7 +42,8 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
             return
         function, arguments = task
         try:
-            connection.send((True, function(*arguments)))
+            # By value: torch would send a file descriptor for each tensor.
+            connection.send_bytes(pickle.dumps((True, function(*arguments))))
         except Exception:
             connection.send((False, traceback.format_exc()))
 

@@ -31,8 +31,8 @@ def test_f06_a_disk_that_fills_up_while_saving(
 ):
     run = tmp_path / "runs" / "tiny"
     overrides = [f"checkpoint.asynchronous={asynchronous}", *(MEGATRON if engine == "megatron" else [])]
-    first = TrainingProcess(corpus_dir, tmp_path / "runs", *overrides)
-    first.wait_for_row(run / "metrics.jsonl", 18)
+    first = TrainingProcess(corpus_dir, tmp_path / "runs", *overrides, "checkpoint.asynchronous=false")
+    first.wait_for_row(run / "metrics.jsonl", 18)  # the checkpoint of step 10 is there
     first.kill_tree()
     process = TrainingProcess(corpus_dir, tmp_path / "runs", *overrides, prepare=partial(limit_files, size=100_000))
     assert process.wait() != 0

@@ -70,6 +70,17 @@ class TopPRouter(BudgetController, LogitRouter):
         form = "released" if self.settings.form == "released" else "paper"
         return top_p(logits_TE, self.p, form=form, renormalize=self.options.renormalize, **self._limits())
 
+    @torch.no_grad()
+    def fit(self, logits_TE: Tensor, experts_per_token: float) -> None:
+        """Sets p to the smallest at which tokens with these logits use ``experts_per_token`` in the mean, or more."""
+        low, high = 0.0, 1.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            self.p.fill_(middle)
+            enough = float(self.choose(logits_TE).routing_map_TE.sum()) >= experts_per_token * len(logits_TE)
+            low, high = (low, middle) if enough else (middle, high)
+        self.p.fill_(high)
+
     @property
     def control(self) -> Tensor:
         return self.p
