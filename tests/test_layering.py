@@ -20,7 +20,7 @@ LAYERS = [
     {"cli"},
     {"convert"},  # the verbs: python -m dynmoe.VERB
     {"checkpoint", "compact", "launch", "plan", "trained"},
-    {"hf", "report", "warmstart"},
+    {"generate", "hf", "report", "warmstart"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Each engine's package has one place; datasets are the exception that the design names.

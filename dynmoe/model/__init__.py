@@ -1,7 +1,6 @@
 """The decoder as plain PyTorch modules; no engine is known here."""
 
 from dynmoe.model.decoder import Decoder
-from dynmoe.model.sampling import sample
 from dynmoe.model.size import ModelSize
 
-__all__ = ["Decoder", "ModelSize", "sample"]
+__all__ = ["Decoder", "ModelSize"]

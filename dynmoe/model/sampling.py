@@ -1,39 +1,94 @@
-"""Text from a model, the plain way: one full forward pass per token."""
+"""Text from a model, token by token."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dynmoe.model.cache import KeyValueCache
+from dynmoe.model.decoder import Decoder
+
+# Maps the latest tokens [B, S] to the logits [B, V] of what follows them; knows those before.
+NextLogits = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn: from the ``top_k`` likeliest of the tokens that reach the mass ``top_p``.
+
+    ``temperature`` 0 takes the likeliest, ``top_k`` 0 all.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 1.0
+
+    def draw(self, logits_BV: Tensor, generator: torch.Generator) -> Tensor:
+        """One token for each row of fp32 logits on the CPU, int64 [B]."""
+        if self.temperature == 0:
+            return logits_BV.argmax(dim=1)
+        sorted_BV, order_BV = (logits_BV / self.temperature).sort(dim=1, descending=True, stable=True)
+        probs_BV = sorted_BV.softmax(dim=1)
+        better_BV = probs_BV.cumsum(dim=1) - probs_BV
+        left_out_BV = better_BV >= self.top_p
+        if self.top_k:
+            left_out_BV[:, self.top_k :] = True
+        left_out_BV[:, 0] = False
+        drawn_B1 = torch.multinomial(probs_BV.masked_fill(left_out_BV, 0.0), 1, generator=generator)
+        return order_BV.gather(1, drawn_B1).squeeze(1)
+
 
 @torch.no_grad()
 def sample(
-    logits_of: Callable[[Tensor], Tensor],
-    prompt: list[int],
+    next_logits: NextLogits,
+    prompts_BS: Tensor,
     num_tokens: int,
     *,
     vocab_size: int,
-    sequence_length: int,
-    temperature: float = 0.8,
-    top_k: int = 40,
+    sampling: Sampling = Sampling(),
     seed: int = 0,
-) -> list[int]:
-    """Continues ``prompt`` by ``num_tokens`` tokens.
+) -> Iterator[Tensor]:
+    """Yields the tokens [B] that continue ``prompts_BS``, ``num_tokens`` times.
 
     Args:
-        logits_of: maps tokens [1, S] to logits [1, S, V]; with expert parallelism every rank must sample alike, which
-            the seeded generator on the CPU sees to.
+        next_logits: :func:`whole_context` or :func:`with_cache`; with expert parallelism every rank must sample alike,
+            which the seeded generator on the CPU sees to.
+        prompts_BS: tokens, padded on the left.
+        num_tokens: of each continuation.
         vocab_size: ids at or above it (padding rows of the embedding) are never drawn.
-        sequence_length: the context is cut to its last ``sequence_length`` tokens.
+        sampling: how tokens are drawn.
+        seed: of the generator.
     """
     generator = torch.Generator().manual_seed(seed)
-    tokens = list(prompt)
+    latest_BS = prompts_BS
     for _ in range(num_tokens):
-        context = torch.tensor([tokens[-sequence_length:]])
-        logits_V = logits_of(context)[0, -1, :vocab_size].float().cpu() / temperature
-        floor = logits_V.topk(min(top_k, vocab_size)).values[-1]
-        probs_V = logits_V.masked_fill(logits_V < floor, float("-inf")).softmax(dim=0)
-        tokens.append(int(torch.multinomial(probs_V, 1, generator=generator)))
-    return tokens[len(prompt) :]
+        drawn_B = sampling.draw(next_logits(latest_BS)[:, :vocab_size].float().cpu(), generator)
+        yield drawn_B
+        latest_BS = drawn_B[:, None].to(prompts_BS.device)
+
+
+def whole_context(logits_of: Callable[[Tensor], Tensor], sequence_length: int) -> NextLogits:
+    """One full pass for each token, over the last ``sequence_length``; for whatever gives logits [B, S, V]."""
+    so_far: list[Tensor] = []
+
+    def next_logits(latest_BS: Tensor) -> Tensor:
+        so_far[:] = [torch.cat([*so_far, latest_BS], dim=1)[:, -sequence_length:]]
+        return logits_of(so_far[0])[:, -1]
+
+    return next_logits
+
+
+def with_cache(decoder: Decoder, padding_B: Tensor) -> NextLogits:
+    """Each token computed once; ``padding_B`` positions at the beginning of each sequence are padding."""
+    cache = KeyValueCache(len(decoder.layers), padding_B)
+    return lambda latest_BS: decoder.next_logits(latest_BS, cache)
+
+
+def pad_left(prompts: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """Prompts as one tensor [B, S], and how many positions of each are padding."""
+    longest = max(len(prompt) for prompt in prompts)
+    rows = [[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    return torch.tensor(rows), torch.tensor([longest - len(prompt) for prompt in prompts])

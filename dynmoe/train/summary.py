@@ -10,7 +10,7 @@ import torch
 from dynmoe.config import Config
 from dynmoe.data.corpus import Corpus
 from dynmoe.data.tokenizer import Tokenizer
-from dynmoe.model.sampling import sample
+from dynmoe.model.sampling import sample, whole_context
 from dynmoe.model.size import ModelSize
 from dynmoe.ops import pick_backend
 from dynmoe.train.engine import Engine
@@ -27,7 +27,9 @@ def validation_unigram_entropy(corpora: list[Corpus]) -> float:
 def write_sample(engine: Engine, tokenizer: Tokenizer, sequence_length: int, num_tokens: int = 96) -> str:
     """A text that the model writes from the beginning of a document. Collective."""
     prompt = [tokenizer.eod, *tokenizer.encode("def ")]
-    tokens = sample(engine.logits, prompt, num_tokens, vocab_size=tokenizer.vocab_size, sequence_length=sequence_length)
+    next_logits = whole_context(engine.logits, sequence_length)
+    drawn = sample(next_logits, torch.tensor([prompt]), num_tokens, vocab_size=tokenizer.vocab_size)
+    tokens = [int(token_B) for token_B in drawn]
     if tokenizer.eod in tokens:
         tokens = tokens[: tokens.index(tokenizer.eod)]
     return tokenizer.decode(prompt[1:] + tokens)

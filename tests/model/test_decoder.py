@@ -8,10 +8,11 @@ import torch.nn.functional as F
 
 from dynmoe.config import load_config
 from dynmoe.errors import ConfigError
-from dynmoe.model import Decoder, ModelSize, sample
+from dynmoe.model import Decoder, ModelSize
 from dynmoe.model import cross_entropy as cross_entropy_module
 from dynmoe.model.cache import KeyValueCache
 from dynmoe.model.cross_entropy import linear_cross_entropy
+from dynmoe.model.sampling import Sampling, pad_left, sample, whole_context, with_cache
 from dynmoe.model.size import embedding_rows
 from tests.moe.cases import BASELINES, ROUTERS, tiny_model
 
@@ -192,10 +193,45 @@ def test_embedding_rows_are_padded_or_as_given():
 
 def test_sampling_is_repeatable_and_stays_in_the_vocabulary():
     model = Decoder(tiny_model(), VOCAB, seed=0).eval()
-    drawn = [sample(model, [1, 2], 20, vocab_size=40, sequence_length=8, seed=seed) for seed in (0, 0, 1)]
+    prompt = torch.tensor([[1, 2]])
+    drawn = [
+        [int(token) for token in sample(whole_context(model, 8), prompt, 20, vocab_size=40, seed=seed)]
+        for seed in (0, 0, 1)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(drawn[0]) == 20
     assert max(drawn[0]) < 40
+
+
+def test_sampling_of_a_batch_with_a_cache_is_that_of_each_text_alone():
+    model = Decoder(tiny_model(), VOCAB, seed=0).eval()
+    prompts = [[1, 2, 3, 4, 5], [7, 8]]
+    greedy = Sampling(temperature=0)
+    batch, padding = pad_left(prompts, 0)
+    assert batch.tolist() == [[1, 2, 3, 4, 5], [0, 0, 0, 7, 8]]
+    together = torch.stack(list(sample(with_cache(model, padding), batch, 6, vocab_size=VOCAB, sampling=greedy)), dim=1)
+    for own, prompt in zip(together, prompts, strict=True):
+        alone = sample(whole_context(model, 100), torch.tensor([prompt]), 6, vocab_size=VOCAB, sampling=greedy)
+        assert own.tolist() == [int(token) for token in alone]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "allowed"),
+    [
+        (Sampling(temperature=1, top_k=2), {1, 3}),
+        (Sampling(temperature=1, top_k=0, top_p=0.55), {1, 3}),
+        (Sampling(temperature=1, top_k=0, top_p=0.45), {1}),
+        (Sampling(temperature=1, top_k=0, top_p=1e-9), {1}),
+        (Sampling(temperature=1, top_k=0), {0, 1, 2, 3}),
+        (Sampling(temperature=0), {1}),
+    ],
+)
+def test_tokens_are_drawn_from_those_that_are_allowed(sampling, allowed):
+    logits = torch.tensor([0.1, 0.5, 0.1, 0.3]).log().expand(400, 4)
+    drawn = sampling.draw(logits, torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == allowed
+    if len(allowed) == 4:
+        assert (drawn == 1).float().mean() == pytest.approx(0.5, abs=0.1)
 
 
 def test_loss_at_the_start_is_that_of_a_guess():

@@ -1,0 +1,183 @@
+"""Continues texts with a run's model: python -m dynmoe.generate RUN --prompt TEXT"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynmoe.cli import run_tool
+from dynmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dynmoe.model.sampling import Sampling
+    from dynmoe.trained import TrainedModel
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one more pass brings for each text.
+
+    Attributes:
+        tokens: drawn, or None where a text has ended.
+        experts_LBS: experts of the tokens that the pass computed, int64 [MoE layers, B, S]: in the first pass of the
+            prompts, padded on the left, then of the tokens drawn before.
+    """
+
+    tokens: list[int | None]
+    experts_LBS: Tensor
+
+
+def generate(
+    model: TrainedModel, prompts: Sequence[str], num_tokens: int, sampling: Sampling, seed: int = 0
+) -> Iterator[Step]:
+    """Continues all prompts together, each until its document ends or ``num_tokens`` are drawn.
+
+    A prompt stands at the beginning of a document.
+
+    Raises:
+        UserError: a prompt and its continuation are longer than the sequences of the training.
+    """
+    import torch
+
+    from dynmoe.model.sampling import pad_left, sample, with_cache
+
+    tokenizer, longest = model.tokenizer, model.config.data.sequence_length
+    encoded = [[tokenizer.eod, *tokenizer.encode(prompt)] for prompt in prompts]
+    for prompt in encoded:
+        if len(prompt) + num_tokens > longest:
+            problem = f"with a prompt of {len(prompt)} is more than the {longest} of data.sequence_length"
+            raise UserError(f"--tokens={num_tokens}: {problem}, and positions beyond were never trained; use fewer")
+    tokens_BS, padding_B = pad_left(encoded, tokenizer.eod)
+    tokens_BS, padding_B = tokens_BS.to(model.device), padding_B.to(model.device)
+    counts: list[Tensor] = []
+    hooks = [
+        layer.router.register_forward_hook(lambda module, inputs, plan: counts.append(plan.experts_per_token_T.cpu()))
+        for layer in model.decoder.moe_layers
+    ]
+    ended = [False] * len(encoded)
+    try:
+        next_logits = with_cache(model.decoder, padding_B)
+        for drawn_B in sample(
+            next_logits, tokens_BS, num_tokens, vocab_size=tokenizer.vocab_size, sampling=sampling, seed=seed
+        ):
+            ended = [over or token == tokenizer.eod for over, token in zip(ended, drawn_B.tolist(), strict=True)]
+            experts_LBS = torch.stack(counts).view(len(counts), len(encoded), -1) if counts else drawn_B.new_zeros(0)
+            counts.clear()
+            yield Step([None if over else t for over, t in zip(ended, drawn_B.tolist(), strict=True)], experts_LBS)
+            if all(ended):
+                return
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Text:
+    """A text as it grows, given out in parts that are whole characters."""
+
+    def __init__(self, model: TrainedModel, prompt: str) -> None:
+        self._tokenizer = model.tokenizer
+        self.tokens = model.tokenizer.encode(prompt)
+        self._shown = 0
+
+    def more(self) -> str:
+        """What is new since the last call; bytes of a character that is not complete wait for the next."""
+        text = self._tokenizer.decode(self.tokens)
+        end = len(text.rstrip("\ufffd"))
+        new, self._shown = text[self._shown : end], max(self._shown, end)
+        return new
+
+
+def stream(model: TrainedModel, prompt: str, steps: Iterator[Step]) -> Iterator[str]:
+    """One text as it is written, the prompt first."""
+    text = _Text(model, prompt)
+    yield text.more()
+    for step in steps:
+        (token,) = step.tokens
+        if token is not None:
+            text.tokens.append(token)
+            yield text.more()
+
+
+def stream_with_experts(model: TrainedModel, prompt: str, steps: Iterator[Step]) -> Iterator[str]:
+    """Each piece of the text, with the experts that it used in the mean of the layers behind it: ``the[2.25]``.
+
+    A piece is known when it is drawn, its experts when the pass after has computed it; the last one has none.
+    """
+    waiting = list(model.tokenizer.encode(prompt))
+    for step in steps:
+        mean_S = step.experts_LBS[:, 0].float().mean(dim=0).tolist()[-len(waiting) :] if waiting else []
+        for token, mean in zip(waiting, mean_S, strict=True):
+            yield f"{model.tokenizer.piece(token)}[{mean:.2f}]"
+        waiting = [token for token in step.tokens if token is not None]
+    yield from (model.tokenizer.piece(token) for token in waiting)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m dynmoe.generate", description="Continues texts with a run's model.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of the run, of either engine")
+    parser.add_argument("--prompt", action="append", default=[], help="a beginning; several are continued together")
+    parser.add_argument("--file", type=Path, help="a file with a beginning in each line")
+    parser.add_argument("--tokens", type=int, default=96, help="to write, at most (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=40, help="likeliest tokens to draw from; 0: all (default: 40)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="mass of the tokens to draw from (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--show-experts", action="store_true", help="experts of each token behind it, mean over layers")
+    parser.add_argument("--device", help="cpu or cuda; default: a GPU where there is one")
+    given = parser.parse_args()
+    prompts = _prompts(given)
+    _check(given, len(prompts))
+    import torch
+
+    from dynmoe.model.sampling import Sampling
+    from dynmoe.trained import open_trained
+
+    model = open_trained(given.run, None if given.device is None else torch.device(given.device))
+    if given.show_experts and not model.decoder.moe_layers:
+        raise UserError(f"--show-experts: the model of {given.run} is dense; leave it out")
+    sampling = Sampling(given.temperature, given.top_k, given.top_p)
+    steps = generate(model, prompts, given.tokens, sampling, given.seed)
+    if len(prompts) == 1:
+        show = stream_with_experts if given.show_experts else stream
+        for part in show(model, prompts[0], steps):
+            print(part, end="", flush=True)
+        print()
+        return
+    texts = [_Text(model, prompt) for prompt in prompts]
+    for step in steps:
+        for text, token in zip(texts, step.tokens, strict=True):
+            text.tokens += [] if token is None else [token]
+    for number, text in enumerate(texts, 1):
+        print(f"--- {number}\n{text.more()}")
+
+
+def _prompts(given: argparse.Namespace) -> list[str]:
+    prompts = list(given.prompt)
+    if given.file is not None:
+        try:
+            prompts += given.file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--file: {given.file} cannot be read: {error}; name a text file") from None
+    return prompts or [""]
+
+
+def _check(given: argparse.Namespace, prompts: int) -> None:
+    """Refuses numbers that mean nothing."""
+    limits = {"tokens": (1, 10**9), "temperature": (0.0, 1e9), "top_k": (0, 10**9)}
+    for name, (least, most) in limits.items():
+        value = getattr(given, name)
+        if not least <= value <= most:
+            raise UserError(f"--{name.replace('_', '-')}={value}: is less than {least}; use {least} or more")
+    if not 0 < given.top_p <= 1:
+        raise UserError(f"--top-p={given.top_p}: is no share; use a number above 0 and at most 1")
+    if given.show_experts and prompts > 1:
+        raise UserError(f"--show-experts: shows one text, and there are {prompts}; give one --prompt")
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,125 @@
+"""Texts that a run's model writes, and the experts that their tokens used."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+import torch
+
+from dynmoe.errors import UserError
+from dynmoe.generate import _Text, generate, main, stream, stream_with_experts
+from dynmoe.model.sampling import Sampling
+from dynmoe.trained import open_trained
+from tests.hf.cases import begin, run_decoder
+
+GREEDY = Sampling(temperature=0)
+PROMPTS = ["the quick brown", "a", "some other text that is longer"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, corpus_dir):
+    return begin(corpus_dir, tmp_path_factory.mktemp("generate") / "run", ["model.router.p=0.5"]).path
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return open_trained(run, torch.device("cpu"))
+
+
+def continued(model, prompt: str, num_tokens: int) -> list[int]:
+    """Tokens by one whole pass for each."""
+    tokens = [model.tokenizer.eod, *model.tokenizer.encode(prompt)]
+    for _ in range(num_tokens):
+        logits, _ = run_decoder(model.decoder, torch.tensor([tokens]))
+        tokens.append(int(logits[0, -1, : model.tokenizer.vocab_size].argmax()))
+        if tokens[-1] == model.tokenizer.eod:
+            break
+    return tokens
+
+
+def test_a_text_is_streamed_as_it_is_written(model):
+    tokens = continued(model, PROMPTS[0], 12)
+    parts = list(stream(model, PROMPTS[0], generate(model, PROMPTS[:1], 12, GREEDY)))
+    assert parts[0] == PROMPTS[0]
+    assert len(parts) > 2
+    whole = model.tokenizer.decode([token for token in tokens if token != model.tokenizer.eod])
+    assert "".join(parts) == whole.rstrip("\ufffd")
+
+
+def test_texts_that_are_continued_together_are_those_of_each_alone(model):
+    steps = list(generate(model, PROMPTS, 10, GREEDY))
+    for place, prompt in enumerate(PROMPTS):
+        drawn = [step.tokens[place] for step in steps]
+        expected = continued(model, prompt, 10)[1 + len(model.tokenizer.encode(prompt)) :]
+        assert [token for token in drawn if token is not None] == [t for t in expected if t != model.tokenizer.eod]
+        if None in drawn:
+            assert set(drawn[drawn.index(None) :]) == {None}, "a text goes on after its end"
+
+
+def test_experts_of_each_token_are_those_of_a_whole_pass(model):
+    tokens = continued(model, PROMPTS[0], 12)
+    _, maps = run_decoder(model.decoder, torch.tensor([tokens]))
+    mean = torch.stack([routed[0].sum(dim=-1) for routed in maps]).float().mean(dim=0)
+    text = "".join(stream_with_experts(model, PROMPTS[0], generate(model, PROMPTS[:1], 12, GREEDY)))
+    shown = [float(number) for number in re.findall(r"\[(\d\.\d\d)\]", text)]
+    known = [token for token in tokens[1:] if token != model.tokenizer.eod]
+    last = tokens[-1] != model.tokenizer.eod  # drawn, and never computed
+    assert shown == pytest.approx(mean[1 : 1 + len(known) - last].tolist(), abs=0.006)
+    assert len(set(shown)) > 1, "nothing is dynamic here"
+
+
+def test_characters_of_several_tokens_wait_until_they_are_whole(model):
+    text = _Text(model, "")
+    shown = []
+    for token in model.tokenizer.encode("a\U0001f600\u6c49b"):
+        text.tokens.append(token)
+        shown.append(text.more())
+    assert "".join(shown) == "a\U0001f600\u6c49b"
+    assert "" in shown, "no character has several tokens"
+    assert not any("\ufffd" in part for part in shown)
+
+
+def call(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate", *arguments])
+    main()
+
+
+def test_the_command(run, monkeypatch, capsys, tmp_path):
+    call(monkeypatch, str(run), "--prompt", "the quick", "--tokens", "5", "--device", "cpu")
+    first = capsys.readouterr().out
+    assert first.startswith("the quick")
+    call(monkeypatch, str(run), "--prompt", "the quick", "--tokens", "5", "--device", "cpu")
+    assert capsys.readouterr().out == first, "the seed does not decide it"
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    call(monkeypatch, str(run), "--file", str(tmp_path / "prompts.txt"), "--tokens", "3", "--temperature", "0")
+    assert re.fullmatch(r"--- 1\none(.|\n)*\n--- 2\ntwo(.|\n)*\n", capsys.readouterr().out)
+    call(monkeypatch, str(run), "--prompt", "the quick", "--tokens", "5", "--show-experts")
+    assert re.match(r"the\[\d\.\d\d\]|t\[", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tokens", "64"], "--tokens=64: with a prompt of 1 is more than the 64 of data.sequence_length"),
+        (["--tokens", "0"], "--tokens=0: is less than 1"),
+        (["--temperature", "-1"], "--temperature=-1.0: is less than 0"),
+        (["--temperature", "nan"], "--temperature=nan"),
+        (["--top-k", "-1"], "--top-k=-1: is less than 0"),
+        (["--top-p", "1.5"], "--top-p=1.5: is no share"),
+        (["--prompt", "a", "--prompt", "b", "--show-experts"], "--show-experts: shows one text, and there are 2"),
+        (["--file", "nowhere.txt"], "--file: nowhere.txt cannot be read"),
+    ],
+)
+def test_what_means_nothing_is_refused(run, monkeypatch, arguments, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        call(monkeypatch, str(run), *arguments)
+
+
+def test_a_dense_model_has_no_experts_to_show(corpus_dir, tmp_path, monkeypatch, capsys):
+    path = begin(corpus_dir, tmp_path / "dense", ["model.moe.experts=0"]).path
+    call(monkeypatch, str(path), "--prompt", "a", "--tokens", "3")
+    assert capsys.readouterr().out.startswith("a")
+    with pytest.raises(UserError, match=r"--show-experts: the model of .* is dense"):
+        call(monkeypatch, str(path), "--show-experts", "--tokens", "3")
