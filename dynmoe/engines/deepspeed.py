@@ -84,7 +84,7 @@ class DeepSpeedEngine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.data_rank, self.data_size = self.rank, self.world_size
         torch.manual_seed(config.train.seed * self.world_size + self.rank)
-        self.context = _make_context(config.parallel.expert, config.train.moe_backend)
+        self.context = make_context(config.parallel.expert, config.train.moe_backend)
         self.module = Decoder(
             config.model, vocab_size, config.train.seed, self.context, config.train.recompute, DeepSpeedMoELayer
         )
@@ -261,7 +261,8 @@ def start_processes() -> torch.device:
     return device
 
 
-def _make_context(expert_parallel: int, backend: str) -> MoEContext:
+def make_context(expert_parallel: int, backend: str = "auto") -> MoEContext:
+    """Groups and step state for the MoE layers of a model whose experts are spread over ``expert_parallel`` ranks."""
     name = _group_name(expert_parallel)
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(expert_parallel)

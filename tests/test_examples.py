@@ -1,0 +1,42 @@
+"""The examples that stand alone do what they say; those of an engine or of traces are tested with these."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from bench.processes import CPU, ROOT
+
+
+def run_example(*command: str, timeout_s: float) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, check=False, text=True, capture_output=True, timeout=timeout_s,
+        env=os.environ | CPU | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_our_layer_in_a_plain_model():
+    said = run_example("examples/your_own_layer.py", timeout_s=120)
+    losses = [float(value) for value in re.findall(r"loss ([\d.]+)", said)]
+    experts = [float(value) for value in re.findall(r"([\d.]+) experts per token", said)]
+    assert losses[-1] < losses[0] / 5
+    assert all(1 < count < 8 for count in experts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_vision_model_reads_digits_with_experts_that_come_and_go(ranks):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",
+                "--rdzv-endpoint", "127.0.0.1:0"] if ranks > 1 else []  # fmt: skip
+    said = run_example(*launcher, "examples/vit_digits.py", timeout_s=600)
+    accuracy = re.search(r"test accuracy ([\d.]+) on 360 digits", said)
+    assert accuracy is not None, said
+    assert float(accuracy[1]) >= 0.97
+    in_use = re.findall(r"in use (\[.*\])", said)
+    assert in_use[0] != in_use[-1], "no expert came or went"
