@@ -28,6 +28,7 @@ from transformers.utils import can_return_tuple
 from dynmoe.hf.attention_dynmoe import DynMoEAttention
 from dynmoe.hf.configuration_dynmoe import DynMoEConfig
 from dynmoe.hf.moe_dynmoe import DynMoEBlock, DynMoEExperts, DynMoEMLP, DynMoERouter
+from dynmoe.routing import RoutingPlan  # noqa: F401 (transformers 5.6 takes along what this file names, and no more)
 
 # transformers renamed the argument and the field during version 5.
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
