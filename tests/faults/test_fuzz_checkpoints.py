@@ -21,6 +21,7 @@ from dynmoe.config import Config, load_config
 from dynmoe.engines.megatron.safe_loading import tensors_only
 from dynmoe.engines.plain_state import load_weights
 from dynmoe.engines.state_names import MASTER, parameter_key
+from dynmoe.errors import UserError
 from dynmoe.train.accounting import Progress
 from dynmoe.train.checkpoint import (
     MANIFEST,
@@ -141,3 +142,10 @@ def test_f24_fuzz_descriptions_whose_hashes_are_right(tmp_path, description, dat
             pass
 
     attempt(read)
+
+
+def test_f24_a_description_that_asks_for_memory_is_refused(tmp_path):
+    """Found by fuzzing: an index in six bytes, for which unpickling makes room, gigabytes of it."""
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02Nr\x00\x00\x00\x40.")
+    with pytest.raises(UserError, match="does not describe tensors"), tensors_only(tmp_path):
+        pass

@@ -7,8 +7,10 @@ without its restriction. Hashes show that a file is as it was written, not who w
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
+import pickletools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,11 +52,20 @@ def _refusal(error: BaseException) -> str | None:
     return f"it names {named.group(1)}" if named else first_line(refused)
 
 
+def _check_memo(content: bytes) -> None:
+    """Refuses a pickle that makes room for more objects than it has bytes: six of them can ask for gigabytes."""
+    for opcode, place, _ in pickletools.genops(content):
+        if opcode.name.endswith("PUT") and isinstance(place, int) and place > len(content):
+            raise ValueError(f"place {place} of {len(content)} bytes")
+
+
 def _look_at(described: Path) -> None:
     """Reads a description and forgets it: afterwards it is known to be one."""
     with described.open("rb") as stream:
         try:
-            _Unpickler(stream).load()
+            content = stream.read()
+            _check_memo(content)
+            _Unpickler(io.BytesIO(content)).load()
         except pickle.UnpicklingError:
             raise
         except Exception as error:  # whatever bytes that are no pickle, or another one, come to
