@@ -61,6 +61,14 @@ def test_a_fixed_number_of_experts_needs_no_code(corpus_dir, tmp_path, name):
         torch.testing.assert_close(model(tokens).logits, run_decoder(run.decoder, tokens)[0], rtol=0, atol=1e-5)
 
 
+def test_a_run_of_megatron_is_exported_too(corpus_dir, tmp_path):
+    run = begin(corpus_dir, tmp_path / "run", ["engine=megatron", *OWN["top_any improved"]])
+    export(run.path, tmp_path / "out")
+    with torch.no_grad():
+        found = read(tmp_path / "out")(some_tokens()).logits
+    torch.testing.assert_close(found, run_decoder(run.decoder, some_tokens())[0], rtol=0, atol=1e-5)
+
+
 def test_generation_with_a_cache_and_padding_on_the_left(top_p):
     from transformers import AutoTokenizer
 
