@@ -92,9 +92,8 @@ class ModelConfig(Section):
                 "change one of them, or set model.head_dim",
             )  # fmt: skip
         if self.width_of_head % 2:
-            raise ConfigError(
-                "model.head_dim", self.head_dim, "must be even for rotary positions", "use an even number"
-            )
+            problem, cure = "must be even for rotary positions", "use an even number"
+            raise ConfigError("model.head_dim", self.head_dim, problem, cure)
         if self.heads % self.kv_heads:
             cure = "use a divisor of it"
             raise ConfigError("model.kv_heads", self.kv_heads, f"must divide model.heads ({self.heads})", cure)

@@ -160,18 +160,20 @@ class DynMoEModel(DynMoEPreTrainedModel):
         counted_T = None
         if wanted and attention_mask is not None and attention_mask.dim() == 2:
             counted_T = attention_mask[:, -positions:].bool().flatten()
-        angles, states, all_weights, all_routing = self._angles(position_ids), [x_BSD], [], []
+        angles, states, all_weights, all_routing = self._angles(position_ids), [], [], []
         for layer in self.layers:
+            if keeps:
+                states.append(x_BSD)
             x_BSD, weights, routing = layer(x_BSD, angles, mask, counted_T, wanted, cache=cache)
-            states.append(x_BSD)
-            all_weights.append(weights)
+            if attends:
+                all_weights.append(weights)
             if routing:
                 all_routing.append(routing)
         x_BSD = self.norm(x_BSD)
         losses, logits, maps = zip(*all_routing, strict=True) if all_routing else ((), (), ())
         return DynMoEModelOutput(
             last_hidden_state=x_BSD,
-            hidden_states=(*states[:-1], x_BSD) if keeps else None,
+            hidden_states=(*states, x_BSD) if keeps else None,
             attentions=tuple(all_weights) if attends else None,
             router_logits=logits or None,
             routing_maps=maps or None,

@@ -21,14 +21,17 @@ def gated_activation(h_N2F: Tensor, gates_N: Tensor) -> Tensor:
     """g * silu(h1) * h2 for each row, [N, F]."""
     width = h_N2F.shape[1] // 2
     chunks = _chunks(h_N2F[:, :width])
-    if len(chunks) == 1:
-        h1, h2 = h_N2F.float().chunk(2, dim=1)
-        return F.silu(h1).mul_(h2).mul_(gates_N[:, None]).to(h_N2F.dtype)
+    if len(chunks) == 1:  # a few rows, whose time is that of the calls
+        return _gated(h_N2F, gates_N).to(h_N2F.dtype)
     out_NF = h_N2F.new_empty(h_N2F.shape[0], width)
     for rows in chunks:
-        h1, h2 = h_N2F[rows].float().split(width, dim=1)
-        out_NF[rows] = F.silu(h1).mul_(h2).mul_(gates_N[rows, None])
+        out_NF[rows] = _gated(h_N2F[rows], gates_N[rows])
     return out_NF
+
+
+def _gated(h_N2F: Tensor, gates_N: Tensor) -> Tensor:
+    h1, h2 = h_N2F.float().chunk(2, dim=1)
+    return F.silu(h1).mul_(h2).mul_(gates_N[:, None])
 
 
 def gated_activation_backward(h_N2F: Tensor, gates_N: Tensor, grad_NF: Tensor) -> Tensor:
