@@ -45,6 +45,7 @@ def generate(
     import torch
 
     from dynmoe.model.sampling import pad_left, sample, with_cache
+    from dynmoe.moe.observation import keeping_plans
 
     tokenizer, longest = model.tokenizer, model.config.data.sequence_length
     encoded = [[tokenizer.eod, *tokenizer.encode(prompt)] for prompt in prompts]
@@ -54,26 +55,19 @@ def generate(
             raise UserError(f"--tokens={num_tokens}: {problem}, and positions beyond were never trained; use fewer")
     tokens_BS, padding_B = pad_left(encoded, tokenizer.eod)
     tokens_BS, padding_B = tokens_BS.to(model.device), padding_B.to(model.device)
-    counts: list[Tensor] = []
-    hooks = [
-        layer.router.register_forward_hook(lambda module, inputs, plan: counts.append(plan.experts_per_token_T.cpu()))
-        for layer in model.decoder.moe_layers
-    ]
     ended = [False] * len(encoded)
-    try:
+    with keeping_plans(model.decoder.moe_layers) as plans:
         next_logits = with_cache(model.decoder, padding_B)
         for drawn_B in sample(
             next_logits, tokens_BS, num_tokens, vocab_size=tokenizer.vocab_size, sampling=sampling, seed=seed
         ):
             ended = [over or token == tokenizer.eod for over, token in zip(ended, drawn_B.tolist(), strict=True)]
-            experts_LBS = torch.stack(counts).view(len(counts), len(encoded), -1) if counts else drawn_B.new_zeros(0)
-            counts.clear()
+            counts = [plan.experts_per_token_T.cpu().view(len(encoded), -1) for plan in plans]
+            plans.clear()
+            experts_LBS = torch.stack(counts) if counts else drawn_B.new_zeros(0)
             yield Step([None if over else t for over, t in zip(ended, drawn_B.tolist(), strict=True)], experts_LBS)
             if all(ended):
                 return
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class _Text:

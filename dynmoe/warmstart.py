@@ -7,8 +7,7 @@ python -m dynmoe.warmstart RUN OUT model.router.kind=top_p
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 
     from dynmoe.model import Decoder
     from dynmoe.moe.experts import SwiGLU
-    from dynmoe.moe.routers import Router
-    from dynmoe.routing import RoutingPlan
 
 _BREAK = 0.1
 _SEQUENCES = 8
@@ -77,6 +74,7 @@ def warm_start(
     import torch
 
     from dynmoe.model import Decoder
+    from dynmoe.moe.observation import keeping_plans
     from dynmoe.moe.upcycling import copy_experts, share_rows
     from dynmoe.trained import begin_run, open_trained
 
@@ -99,7 +97,7 @@ def warm_start(
             share_rows(layer, granularity)
     if experts_per_token is not None:
         fit_p(decoder, tokens_BS, experts_per_token)
-    with _keeping(*(layer.router for layer in decoder.moe_layers)) as plans:
+    with keeping_plans(decoder.moe_layers) as plans:
         loss_before, loss, difference = _compare(model.decoder, decoder, tokens_BS)
     begin_run(config, decoder, model.tokenizer.content, output)
     layers, tokens = len(decoder.moe_layers), tokens_BS.numel()
@@ -195,28 +193,17 @@ def fit_p(decoder: Decoder, tokens_BS: Tensor, experts_per_token: float) -> None
     """Sets p of each top-p layer, from the first to the last, to ``experts_per_token`` in the mean over the tokens."""
     import torch
 
+    from dynmoe.moe.observation import keeping_plans
     from dynmoe.moe.routers import TopPRouter
 
     for layer in decoder.moe_layers:
         router = layer.router
         assert isinstance(router, TopPRouter)
-        with _keeping(router) as plans, torch.no_grad():
+        with keeping_plans([layer]) as plans, torch.no_grad():
             decoder.hidden(tokens_BS)
         logits_TE = plans[0].logits_TE
         assert logits_TE is not None
         router.fit(logits_TE, experts_per_token)
-
-
-@contextmanager
-def _keeping(*routers: Router) -> Iterator[list[RoutingPlan]]:
-    """The plans that routers make meanwhile."""
-    plans: list[RoutingPlan] = []
-    hooks = [router.register_forward_hook(lambda module, inputs, plan: plans.append(plan)) for router in routers]
-    try:
-        yield plans
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _compare(old: Decoder, new: Decoder, tokens_BS: Tensor) -> tuple[float, float, float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -110,3 +111,15 @@ def read_observation(vector: Tensor, num_experts: int, wanted: Wanted) -> Observ
     if wanted.histogram:
         bins_EB = rest.view(num_experts, NUM_BINS)
     return Observation(tokens, selected_E, mean_E, variance_E, count, total_D, bins_EB)
+
+
+@contextmanager
+def keeping_plans(layers: Sequence[MoELayer]) -> Iterator[list[RoutingPlan]]:
+    """The plans that the routers of these layers make meanwhile, in their order; their reader may clear the list."""
+    plans: list[RoutingPlan] = []
+    hooks = [layer.router.register_forward_hook(lambda module, inputs, plan: plans.append(plan)) for layer in layers]
+    try:
+        yield plans
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dynmoe.errors import UserError
+from dynmoe.moe.observation import keeping_plans
 from dynmoe.report.page import write_page
 from dynmoe.report.texts import Text
 from dynmoe.routing import RoutingPlan
@@ -58,16 +59,8 @@ def view_tokens(model: TrainedModel, texts: Sequence[Text], num_tokens: int) -> 
 @torch.no_grad()
 def _run_window(model: TrainedModel, ids: list[int], source: int) -> list[dict[str, Any]]:
     """One forward pass over the end of a document and ``ids``; what the routers chose for each of these."""
-    plans: list[RoutingPlan] = []
-    hooks = [
-        layer.router.register_forward_hook(lambda module, inputs, plan: plans.append(plan))
-        for layer in model.decoder.moe_layers
-    ]
-    try:
+    with keeping_plans(model.decoder.moe_layers) as plans:
         model.decoder.hidden(torch.tensor([[model.tokenizer.eod, *ids]], device=model.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
     chosen = [_routes(plan) for plan in plans]
     return [
         {
