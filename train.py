@@ -40,7 +40,10 @@ def train(config: Config, ending: Ending) -> None:
 
     corpora, first = open_corpora(config.data.dirs, config.data.sequence_length), os.environ.get("RANK", "0") == "0"
 
+    from dynmoe.evaluate.training import TrainingScores
     from dynmoe.train.run_directory import RunDirectory
+
+    scores = TrainingScores(config, corpora)
 
     directory = RunDirectory(config.run.path)
     if first:
@@ -72,7 +75,8 @@ def train(config: Config, ending: Ending) -> None:
             corpora, config.data.weights, config.data.sequence_length, config.train.seed, directory.data_index
         )
         views = partial(make_views, config, directory, pictures_of_run)
-        trainer = Trainer(config, engine, data, directory, vocab_size, views, ending, watchdog)
+        score = partial(scores.row, engine, vocab_size, directory.data_index, watchdog.progress)
+        trainer = Trainer(config, engine, data, directory, vocab_size, views, ending, watchdog, score)
         result = trainer.run()
         if result.status == "preempted":
             if first:

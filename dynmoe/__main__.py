@@ -12,6 +12,7 @@ VERBS = {
     "checkpoint": "list, verify, show and prune the checkpoints of a run",
     "compact": "write a run's checkpoint without the experts that adaptation removed",
     "convert": "write a run's checkpoint for the other engine",
+    "evaluate": "score a run on tasks and domains, with the experts of each",
     "generate": "continue texts, with the experts of each token",
     "hf": "write a run as a model of Hugging Face, or begin a run from one",
     "launch": "write a Slurm job for a configuration; what the scripts in launch/ ask before and after a start",

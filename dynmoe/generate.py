@@ -42,29 +42,37 @@ def generate(
     Raises:
         UserError: a prompt and its continuation are longer than the sequences of the training.
     """
-    import torch
-
-    from dynmoe.model.sampling import pad_left, sample, with_cache
-    from dynmoe.moe.observation import keeping_plans
-
     tokenizer, longest = model.tokenizer, model.config.data.sequence_length
     encoded = [[tokenizer.eod, *tokenizer.encode(prompt)] for prompt in prompts]
     for prompt in encoded:
         if len(prompt) + num_tokens > longest:
             problem = f"with a prompt of {len(prompt)} is more than the {longest} of data.sequence_length"
             raise UserError(f"--tokens={num_tokens}: {problem}, and positions beyond were never trained; use fewer")
-    tokens_BS, padding_B = pad_left(encoded, tokenizer.eod)
+    yield from continue_tokens(model, encoded, num_tokens, sampling, seed)
+
+
+def continue_tokens(
+    model: TrainedModel, prompts: Sequence[Sequence[int]], num_tokens: int, sampling: Sampling, seed: int = 0
+) -> Iterator[Step]:
+    """Continues prompts of tokens, none of them empty, together (see :func:`generate`)."""
+    import torch
+
+    from dynmoe.model.sampling import pad_left, sample, with_cache
+    from dynmoe.moe.observation import keeping_plans
+
+    tokenizer = model.tokenizer
+    tokens_BS, padding_B = pad_left(prompts, tokenizer.eod)
     tokens_BS, padding_B = tokens_BS.to(model.device), padding_B.to(model.device)
-    ended = [False] * len(encoded)
+    ended = [False] * len(prompts)
     with keeping_plans(model.decoder.moe_layers) as plans:
         next_logits = with_cache(model.decoder, padding_B)
         for drawn_B in sample(
             next_logits, tokens_BS, num_tokens, vocab_size=tokenizer.vocab_size, sampling=sampling, seed=seed
         ):
             ended = [over or token == tokenizer.eod for over, token in zip(ended, drawn_B.tolist(), strict=True)]
-            counts = [plan.experts_per_token_T.cpu().view(len(encoded), -1) for plan in plans]
+            counts = [plan.experts_per_token_T.cpu().view(len(prompts), -1) for plan in plans]
             plans.clear()
-            experts_LBS = torch.stack(counts) if counts else drawn_B.new_zeros(0)
+            experts_LBS = torch.stack(counts) if counts else drawn_B.new_zeros(0, len(prompts), 0)
             yield Step([None if over else t for over, t in zip(ended, drawn_B.tolist(), strict=True)], experts_LBS)
             if all(ended):
                 return

@@ -21,12 +21,14 @@ LAYERS = [
     {"convert"},  # the verbs: python -m dynmoe.VERB
     {"checkpoint", "compact", "launch", "plan", "trained"},
     {"generate", "hf", "report", "warmstart"},
+    {"evaluate"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Each engine's package has one place; datasets are the exception that the design names.
 OWNERS = {
     "deepspeed": "dynmoe/engines/deepspeed",
     "megatron": ("dynmoe/engines/megatron/", "dynmoe/data/megatron.py"),
+    "lm_eval": "dynmoe/evaluate/harness.py",
     "transformers": "dynmoe/hf/",
     "wandb": ("dynmoe/train/wandb_", "dynmoe/report/dashboard.py"),
 }

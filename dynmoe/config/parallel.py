@@ -49,6 +49,11 @@ class ParallelConfig(Section):
         """Ranks that work on the same sequences."""
         return self.tensor * self.pipeline * self.context
 
+    @property
+    def sequence_parts(self) -> int:
+        """Equal parts that sequences are cut into: their length is a multiple of it."""
+        return self.tensor * (2 * self.context if self.context > 1 else 1)
+
     def check_deepspeed(self) -> None:
         """Refuses what DeepSpeed cannot do."""
         for name in _MEGATRON_ONLY:
@@ -68,9 +73,8 @@ class ParallelConfig(Section):
         spread = {"model.kv_heads": model.kv_heads, "model.ffn_hidden": model.ffn_hidden}
         for field, value in spread.items():
             _check_divides("parallel.tensor", self.tensor, self.tensor, field, value)
-        chunks = self.tensor * (2 * self.context if self.context > 1 else 1)
-        name = "context" if self.context > 1 else "tensor"
-        _check_divides(f"parallel.{name}", getattr(self, name), chunks, "data.sequence_length", sequence_length)
+        name, parts = "context" if self.context > 1 else "tensor", self.sequence_parts
+        _check_divides(f"parallel.{name}", getattr(self, name), parts, "data.sequence_length", sequence_length)
 
     def check_experts(self, model: ModelConfig) -> None:
         """Refuses an expert-parallel size that does not divide the experts of every layer."""

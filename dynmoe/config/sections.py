@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from dynmoe.config.checkpoint import CheckpointConfig
 from dynmoe.config.control import AdaptationConfig, BudgetConfig
+from dynmoe.config.evaluation import EvalConfig
 from dynmoe.config.fields import Section, check_multiple_of_8, option
 from dynmoe.config.guard import GuardConfig
 from dynmoe.config.logging import LoggingConfig
@@ -205,14 +206,6 @@ class ScheduleConfig(Section):
 
 
 @dataclass
-class EvalConfig(Section):
-    _section: ClassVar[str] = "eval"
-
-    interval: int = option(100, "steps between evaluations (0: only at the end)", at_least=0)
-    batches: int = option(10, "global batches of one evaluation", at_least=1)
-
-
-@dataclass
 class Config(Section):
     engine: str = option("deepspeed", "what runs the training", choices=("deepspeed", "megatron"))
     run: RunConfig = field(default_factory=RunConfig)
@@ -270,6 +263,7 @@ class Config(Section):
         """
         self.parallel.check_world(world_size)
         self.logging.check_installed()
+        self.eval.check_installed()
         per_pass = self.train.micro_batch * self.data_parallel(world_size)
         if self.train.global_batch % per_pass:
             cure = f"use a multiple of train.micro_batch x data-parallel ranks ({per_pass})"

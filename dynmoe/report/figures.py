@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 
 from dynmoe.report.runs import Run
 from dynmoe.train.metrics import Histograms
+from dynmoe.train.scores import EXPERTS, figures_of
 
 _MAX_POINTS, _MAX_FRAMES = 2000, 60
 _PALETTE = plotly.colors.qualitative.D3
@@ -149,6 +150,43 @@ def over_time(runs: Sequence[Run], metric: str, title: str, y_title: str) -> go.
         if steps:
             figure.add_trace(_line(steps, values, run.name, _colour(number), showlegend=len(runs) > 1))
     return figure if figure.data else None
+
+
+def experts_by_task(runs: Sequence[Run]) -> go.Figure | None:
+    """Experts per token of every task and domain, as newest scored."""
+    figure = _figure("Experts per token by task", "experts per token", "")
+    for number, run in enumerate(runs):
+        experts = {name: scores[EXPERTS] for name, scores in run.scores.items() if EXPERTS in scores}
+        if experts:
+            figure.add_trace(go.Bar(
+                x=list(experts), y=list(experts.values()), name=run.name, marker_color=_colour(number),
+                showlegend=len(runs) > 1, hovertemplate=f"<b>{run.name}</b><br>%{{x}}: %{{y:.3f}}<extra></extra>",
+            ))  # fmt: skip
+    figure.update_xaxes(tickangle=-30, automargin=True)
+    return figure if figure.data else None
+
+
+def scores(runs: Sequence[Run]) -> go.Figure | None:
+    """Scores over training, of the task and figure that is chosen; nothing where each was scored once only."""
+    figure = _figure("Scores", "score")
+    chosen = {
+        f"{name} {own}": f"eval/{name}/{own}"
+        for run in runs for name, scores in run.scores.items() for own in figures_of(scores)
+    }  # fmt: skip
+    shown_in: list[str] = []
+    for label, metric in chosen.items():
+        for number, run in enumerate(runs):
+            steps, values = run.series(metric)
+            if steps:
+                colour, visible = _colour(number), label == next(iter(chosen))
+                figure.add_trace(_line(steps, values, run.name, colour, visible=visible, showlegend=len(runs) > 1))
+                figure.data[-1].update(mode="lines+markers")
+                shown_in.append(label)
+    figure.update_layout(updatemenus=_menu([
+        {"label": label, "method": "restyle", "args": [{"visible": [own == label for own in shown_in]}]}
+        for label in chosen
+    ]))  # fmt: skip
+    return figure if any(len(trace.x) > 1 for trace in figure.data) else None
 
 
 def load(run: Run) -> go.Figure | None:

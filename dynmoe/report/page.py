@@ -14,6 +14,7 @@ from dynmoe.report.pictures import sections
 from dynmoe.report.runs import Run
 from dynmoe.train.checkpoint import write_atomically
 from dynmoe.train.resume import flatten
+from dynmoe.train.scores import figures_of, shown_score
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("dynmoe.report"), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -54,7 +55,7 @@ def write_report(runs: Sequence[Run], output: Path) -> None:
         "report.html.j2", output, runs=runs, sections=drawn, plotly=get_plotlyjs(), headline=_headline,
         summary=[(heading, [_shown(run, metric, form, factor) for run in runs])
                  for heading, metric, form, factor in _SUMMARY],
-        differences=_differences(runs),
+        scores=_scores(runs), differences=_differences(runs),
     )  # fmt: skip
 
 
@@ -71,6 +72,18 @@ def _headline(run: Run) -> str:
 def _shown(run: Run, metric: str, form: str, factor: float) -> str:
     value = run.last(metric)
     return "–" if value is None else form.format(value * factor)
+
+
+def _scores(runs: Sequence[Run]) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Task or domain, figure, and of each run its value and experts per token."""
+    found = [run.scores for run in runs]
+    rows = {(name, figure): None for own in found for name, scores in own.items() for figure in figures_of(scores)}
+    return [
+        (name, figure, [
+            shown_score(own[name], figure) if figure in own.get(name, {}) else ("–", "–") for own in found
+        ])
+        for name, figure in rows
+    ]  # fmt: skip
 
 
 def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -48,6 +48,9 @@ def sections(runs: Sequence[Run]) -> dict[str, dict[str, go.Figure]]:
             "experts_per_token": figures.experts_per_token(runs),
             **{f"histogram_{number}": figures.histogram(run) for number, run in enumerate(runs)},
         },
+        "Tasks and domains": {
+            "experts_by_task": figures.experts_by_task(runs), "scores": figures.scores(runs),
+        },
         "Load of the experts": {
             **{f"load_{number}": figures.load(run) for number, run in enumerate(runs)},
             **{name: figures.by_layer(runs, name, title, y) for name, title, y in _LOAD},

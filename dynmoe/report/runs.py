@@ -16,6 +16,7 @@ from dynmoe.errors import UserError
 from dynmoe.train.health import layers_of
 from dynmoe.train.metrics import Histograms, Row
 from dynmoe.train.run_directory import RunDirectory
+from dynmoe.train.scores import Scores, newest_scores
 
 _LARGEST = 2**63
 _INCIDENTS = {
@@ -59,6 +60,15 @@ class Run:
         found = [(row["train/step"], row[metric]) for row in self.rows if metric in row]
         values = [value if math.isfinite(value) else None for _, value in found]
         return [step for step, _ in found], values
+
+    @property
+    def scores(self) -> dict[str, Scores]:
+        """Newest figures of every task and domain, those that are no finite number left out."""
+        finite = {
+            name: {figure: value for figure, value in scores.items() if math.isfinite(value)}
+            for name, scores in newest_scores(self.rows).items()
+        }
+        return {name: scores for name, scores in finite.items() if scores}
 
     def last(self, metric: str) -> float | None:
         """The newest value of ``metric``."""

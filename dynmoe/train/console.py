@@ -11,6 +11,7 @@ from rich.text import Text
 
 from dynmoe.train.health import layers_of
 from dynmoe.train.metrics import Row
+from dynmoe.train.scores import figures_of, scores_of, shown_score
 
 # Columns of the table of the layers: heading, name among the metrics, format.
 _COLUMNS = (
@@ -29,6 +30,20 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def print_scores(row: Row, title: str, console: Console | None = None) -> None:
+    """A table of the tasks and domains of a row; nothing where it has none."""
+    found = scores_of(row)
+    if not found:
+        return
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for heading, side in (("scored on", "left"), ("figure", "left"), ("value", "left"), ("experts/token", "right")):
+        table.add_column(heading, justify=side)  # type: ignore[arg-type]
+    for name, scores in found.items():
+        for figure in figures_of(scores):
+            table.add_row(name, figure, *shown_score(scores, figure))
+    (console or Console(soft_wrap=True, highlight=False)).print(table)
 
 
 class RunConsole:
@@ -56,6 +71,7 @@ class RunConsole:
             self._console.print(text)
         else:
             self._live.update(text, refresh=True)
+        print_scores(row, f"step {step}", self._console)
 
     def show_layers(self, row: Row, step: int) -> None:
         """A table of the layers; nothing for a dense model."""

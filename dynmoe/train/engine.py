@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dynmoe.data.batches import Batch
 from dynmoe.errors import UserError
-from dynmoe.moe import MoEContext
+from dynmoe.moe import MoEContext, MoELayer
 from dynmoe.moe.adaptation import AdaptationEvent
 
 
@@ -68,8 +68,9 @@ class Engine(Protocol):
     """A model, its optimizer and its process groups. Every method is collective unless it says otherwise.
 
     ``context`` is what all MoE layers of this rank share; ``data_rank`` of ``data_size`` says which sequences it reads;
-    ``step`` is the number of the latest step, those included that were skipped; ``local_modules`` take part in every
-    forward pass with the same shapes on every rank, and no collective lies in them.
+    ``step`` is the number of the latest step, those included that were skipped; ``layers`` are the MoE layers of this
+    rank, in their order; ``local_modules`` take part in every forward pass with the same shapes on every rank, and no
+    collective lies in them.
     """
 
     context: MoEContext
@@ -79,6 +80,7 @@ class Engine(Protocol):
     data_rank: int
     data_size: int
     step: int
+    layers: list[MoELayer]
     local_modules: Sequence[nn.Module]
 
     def compute_gradients(self, batches: Sequence[Batch], record: bool) -> Gradients:
@@ -116,7 +118,7 @@ class Engine(Protocol):
         """Mean cross-entropy over the batches of all ranks; every rank gives as many sequences."""
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
-        """Logits [B, S, V] in evaluation; every rank gives the same tokens."""
+        """Logits [B, S, V] in evaluation; ranks of different ``data_rank`` may give different tokens."""
 
     def snapshot(self, directory: Path) -> Snapshot:
         """Copies model, optimizer and random state, to be written into ``directory``, which exists."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,11 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+
+
+def perplexity(loss: float) -> float:
+    """Of a loss in nats per token; one that is too large for a float is the largest that is not."""
+    return math.exp(min(loss, 700.0))
 
 
 def moe_row(report: StepReport, config: Config, step: int) -> Row:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ from dynmoe.train.accounting import Account, Progress
 from dynmoe.train.checkpoint_store import CheckpointStore
 from dynmoe.train.engine import Engine, Gradients
 from dynmoe.train.guard import StepGuard
-from dynmoe.train.metrics import Row, View, histograms
+from dynmoe.train.metrics import Row, View, histograms, perplexity
 from dynmoe.train.record import RunRecord
 from dynmoe.train.resume import refuse_changes
 from dynmoe.train.run_directory import RunDirectory
@@ -53,6 +52,7 @@ class Trainer:
             that this one goes on from.
         ending: tells whether this process was told to end.
         watchdog: is told of progress.
+        score: gives the scores of tasks and domains as metrics, the same on every rank; collective.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Trainer:
         make_views: Callable[[str | None, int], tuple[list[View], str | None]],
         ending: Ending,
         watchdog: Watchdog,
+        score: Callable[[], Row],
     ) -> None:
         self.config, self.engine, self.data, self.directory = config, engine, data, directory
         self.size = ModelSize(config.model, vocab_size, config.data.sequence_length)
@@ -72,7 +73,7 @@ class Trainer:
         self.checkpoints = CheckpointStore(directory.checkpoints, kept.keep, kept.milestones)
         self.progress = Progress()
         self._make_views = make_views
-        self._ending, self._watchdog = ending, watchdog
+        self._ending, self._watchdog, self._score = ending, watchdog, score
         self._speed = SpeedComparison(config.guard, engine.local_modules, engine.device)
 
     def run(self) -> Result:
@@ -110,8 +111,8 @@ class Trainer:
         """One optimizer step, and its row of metrics where one is due."""
         config = self.config
         step = self.progress.step + 1
-        evaluates = step == config.train.steps or (config.eval.interval and step % config.eval.interval == 0)
-        logs = bool(evaluates) or step % config.logging.interval == 0
+        evaluates, scores = (due(step, config.train.steps) for due in (config.eval.evaluates, config.eval.scores))
+        logs = evaluates or scores or step % config.logging.interval == 0
         lr = learning_rate(step, config.train.steps, config.optimizer, config.schedule)
         gradients = self._compute_gradients(step, record=logs)
         events = self._use(gradients, step, lr, record)
@@ -128,7 +129,10 @@ class Trainer:
         if evaluates:
             self._watchdog.progress(f"the evaluation after step {step}")
             loss = self.evaluate()
-            row |= {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+            row |= {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
+        if scores:
+            self._watchdog.progress(f"the scores after step {step}")
+            row |= self._score()
         if record is not None:
             draws = gradients.finite and (config.logging.draws_histograms(step) or step == config.train.steps)
             record.add_row(row, histograms(report, config, step) if draws else None)

@@ -201,9 +201,7 @@ class MegatronEngine:
     def logits(self, tokens_BS: Tensor) -> Tensor:
         self._set_mode(training=False)
         parallel, (rows, length) = self.config.parallel, tokens_BS.shape
-        # A multiple of what sequences are spread over; no position sees what comes after it.
-        chunks = parallel.tensor * (2 * parallel.context if parallel.context > 1 else 1)
-        padded_BS = F.pad(tokens_BS, (0, -length % chunks))
+        padded_BS = F.pad(tokens_BS, (0, -length % parallel.sequence_parts))  # no position sees what comes after it
         made = self._run([Batch(padded_BS, padded_BS)], forward_only=True, logits=True)
         whole_BSV = torch.empty(rows, padded_BS.shape[1], self._vocab_size, device=self.device)
         if made:

@@ -1,0 +1,5 @@
+"""What a model is worth: tasks of lm-evaluation-harness and domains, each with the experts that its tokens used."""
+
+from dynmoe.evaluate.command import main
+
+__all__ = ["main"]
