@@ -88,3 +88,14 @@ def undisturbed(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     process = TrainingProcess(corpus_dir, runs, "logging.tensorboard=true")
     assert process.wait() == 0, process.output()
     return runs / "tiny", process.output()
+
+
+@pytest.fixture(scope="session")
+def away_from_the_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Code that travels with weights is copied below HF_HOME: not into the user's; and nothing is asked of the hub."""
+    from transformers import dynamic_module_utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("hf") / "modules"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield

@@ -40,12 +40,6 @@ class Tokenizer:
             raise UserError(f"tokenizer {path} has no end-of-sentence piece; train it with one (data_prep does)")
 
     @property
-    def begin(self) -> int | None:
-        """Id of the piece that begins a sentence, which we never use; None: there is none."""
-        found: int = self._model.bos_id()
-        return found if found >= 0 else None
-
-    @property
     def unknown(self) -> int:
         """Id of the piece for what has none."""
         return self._model.unk_id()

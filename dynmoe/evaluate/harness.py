@@ -175,13 +175,14 @@ def open_tasks(names: Sequence[str], field: str, *, folder: Path | None = None, 
     Args:
         names: of them; a file's ``data_files`` are looked for from the working directory.
         field: what the names were given by, for messages.
-        folder: of more YAML files, whose tasks are known by name.
+        folder: of more YAML files, whose tasks are known by name. Where all names are files, the harness's own tasks
+            are not.
         generation: tasks that write text are allowed.
 
     Raises:
         UserError: an unknown name, data that cannot be read, or a task that cannot be scored here.
     """
-    # Thousands of files are read to know the harness's own names.
+    # To know the harness's own names thousands of files are read.
     manager = TaskManager(include_path=folder, include_defaults=not all(Path(name).is_file() for name in names))
     roots: list[Task | Group] = []
     for name in names:

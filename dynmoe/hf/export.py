@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from shutil import rmtree
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dynmoe.data.corpus import Corpus
+from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
 from dynmoe.hf.bundle import write_code
 from dynmoe.hf.formats import standard_architecture, to_transformers
@@ -63,8 +65,7 @@ def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code
         config["dtype"] = str(dtype).removeprefix("torch.")
         _write_json(building / "config.json", config)
         texts = write_tokenizer(model.tokenizer, building, positions, _texts(model))
-        ids = {"bos_token_id": model.tokenizer.eod, "eos_token_id": model.tokenizer.eod}
-        _write_json(building / "generation_config.json", ids | {"pad_token_id": padding(model.tokenizer)})
+        _write_json(building / "generation_config.json", _generation(model.tokenizer, rows))
         if maker == "dynmoe":
             write_code(building)
         _save(tensors, building)
@@ -73,6 +74,13 @@ def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code
         rmtree(building)
         raise
     return Export(maker, sum(tensor.numel() for tensor in tensors.values()), texts)
+
+
+def _generation(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
+    """Begin, end and padding of a text; rows of the embedding that stand for no piece are never drawn."""
+    ids = {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod, "pad_token_id": padding(tokenizer)}
+    unused = list(range(tokenizer.vocab_size, rows))
+    return ids | ({"suppress_tokens": unused} if unused else {})
 
 
 def _is_biased(model: TrainedModel) -> bool:

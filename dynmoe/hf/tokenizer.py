@@ -40,9 +40,9 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, positions: int, texts
     """
     from transformers import TokenizersBackend
 
-    pieces = {"eos_token": tokenizer.eod, "unk_token": tokenizer.unknown, "bos_token": tokenizer.begin}
-    special = {name: tokenizer.piece(token) for name, token in pieces.items() if token is not None}
-    special["pad_token"] = tokenizer.piece(padding(tokenizer))
+    # A document begins where another ends: a piece for beginnings, where there is one, was never trained.
+    pieces = {"bos_token": tokenizer.eod, "eos_token": tokenizer.eod, "unk_token": tokenizer.unknown}
+    special = {name: tokenizer.piece(token) for name, token in (pieces | {"pad_token": padding(tokenizer)}).items()}
     settings = {
         "tokenizer_class": "TokenizersBackend", "model_max_length": positions, "padding_side": "left",
         "split_special_tokens": True, "clean_up_tokenization_spaces": False, **special,

@@ -30,6 +30,11 @@ _PANELS: dict[str, list[tuple[str, str, list[str] | str]]] = {
         ("95th percentile by layer", _STEP, "moe/layer_.*/experts_per_token_p95"),
         ("Tokens without any expert", _STEP, "moe/layer_.*/tokens_without_expert_frac"),
     ],
+    "Tasks and domains": [
+        ("Accuracy by task", _STEP, "eval/tasks/.*/acc"),
+        ("Loss by domain", _STEP, "eval/domains/.*/loss"),
+        ("Experts per token by task and domain", _STEP, "eval/(tasks|domains)/.*/experts_per_token_mean"),
+    ],
     "Load": [
         ("Busiest expert over the mean", _STEP, "moe/layer_.*/load_max_over_mean"),
         ("Busiest expert-parallel rank over the mean", _STEP, "moe/layer_.*/ep_rank_load_max_over_mean"),
@@ -61,7 +66,7 @@ def build(project: str, entity: str) -> Any:
         return panels.LinePlot(title=title, x=x, **which)
 
     sections = [
-        workspaces.Section(name=name, panels=[panel(*own) for own in content], is_open=place < 3)
+        workspaces.Section(name=name, panels=[panel(*own) for own in content], is_open=place < 4)
         for place, (name, content) in enumerate(_PANELS.items())
     ]
     media = ("moe/load", "report/load_0", "report/histogram_0", "report/experts_per_token")

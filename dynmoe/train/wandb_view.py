@@ -52,7 +52,7 @@ class WandbView:
         self.run_id = run_id or stored or secrets.token_hex(4)
         write_atomically(directory.wandb_id, self.run_id)
         self._directory, self._pictures, self._run_name = directory, pictures, config.run.name
-        self._run = _start(config, self.run_id)
+        self._run = _start(config, str(directory.path), self.run_id)
         self._run.define_metric("train/step")
         self._run.define_metric("*", step_metric="train/step")
         self._attempt(lambda: self._keep_inputs(config.data.dirs), "the run is without its artifact of inputs")
@@ -123,8 +123,7 @@ class WandbView:
             print(f"W&B failed ({first_line(error)}); {consequence}", flush=True)
 
 
-def _start(config: Config, run_id: str) -> Any:
-    directory = str(config.run.path)
+def _start(config: Config, directory: str, run_id: str) -> Any:
     arguments: dict[str, Any] = {
         "project": config.logging.wandb_project, "name": config.run.name, "group": config.run.name, "dir": directory,
         "config": dataclasses.asdict(config), "id": run_id, "resume": "allow",

@@ -82,7 +82,7 @@ def test_generation_with_a_cache_and_padding_on_the_left(top_p):
         tokens = tokenizer(text)["input_ids"]
         for _ in range(8):  # one whole pass of ours for each token
             logits, _ = run_decoder(run.decoder, torch.tensor([tokens]))
-            tokens.append(int(logits[0, -1].argmax()))
+            tokens.append(int(logits[0, -1, : len(tokenizer)].argmax()))  # further rows stand for no piece
             if tokens[-1] == tokenizer.eos_token_id:
                 break
         begins = len(own) - 8 - len(tokenizer(text)["input_ids"])

@@ -10,6 +10,7 @@ import pytest
 from dynmoe.config import load_config
 from dynmoe.report import dashboard
 from dynmoe.report.dashboard import publish
+from dynmoe.train.scores import EXPERTS, scores_row
 from tests.train.cases import read_rows
 
 # Of runs that this one is not: on a GPU of known peak.
@@ -29,10 +30,12 @@ def definition(tmp_path, monkeypatch):
 def test_without_an_account_the_definition_is_written(definition, undisturbed):
     assert (definition["project"], definition["displayName"]) == ("mine", "DynMoE")
     sections = definition["spec"]["section"]["panelBankConfig"]["sections"]
-    assert [section["name"] for section in sections] == ["Loss", "Experts per token", "Load", "Router", "Speed",
-                                                         "Pictures"]  # fmt: skip
+    assert [section["name"] for section in sections] == [
+        "Loss", "Experts per token", "Tasks and domains", "Load", "Router", "Speed", "Pictures",
+    ]  # fmt: skip
     rows = read_rows(undisturbed[0] / "metrics.jsonl")
-    known = {name for row in rows for name in row}
+    scored = scores_row({"sums": {"acc": 1.0, EXPERTS: 2.0}}, {"here": {"loss": 3.0, EXPERTS: 2.0}})
+    known = {name for row in [*rows, scored] for name in row}
     panels = [panel["config"] for section in sections[:-1] for panel in section["panels"]]
     assert len(panels) > 15
     for panel in panels:
