@@ -6,15 +6,16 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from bench.processes import CPU, ROOT
 
 
-def run_example(*command: str, timeout_s: float) -> str:
+def run_example(*command: str, timeout_s: float, cwd: Path = ROOT) -> str:
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, check=False, text=True, capture_output=True, timeout=timeout_s,
+        [sys.executable, *command], cwd=cwd, check=False, text=True, capture_output=True, timeout=timeout_s,
         env=os.environ | CPU | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -40,3 +41,21 @@ def test_a_vision_model_reads_digits_with_experts_that_come_and_go(ranks):
     assert float(accuracy[1]) >= 0.97
     in_use = re.findall(r"in use (\[.*\])", said)
     assert in_use[0] != in_use[-1], "no expert came or went"
+
+
+@pytest.mark.slow
+def test_exported_models_learn_to_classify(tmp_path):
+    """In a folder of its own, as it makes models there."""
+    for name in ("train.py", "configs", "dynmoe", "data_prep"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    said = run_example(str(ROOT / "examples" / "finetune_classification.py"), cwd=tmp_path, timeout_s=1200)
+    commonest = float(re.search(r"([\d.]+) of them of one package", said)[1])
+    found = re.findall(
+        r"(\S+)_exported: .* accuracy ([\d.]+), ([\d.]+) experts.* below ([\d.]+), .* above ([\d.]+)\)", said
+    )
+    assert [name for name, *_ in found] == ["top_k_1", "top_k_2", "top_any"]
+    assert all(float(accuracy) > commonest + 0.2 for _, accuracy, *_ in found)
+    for (_, _, *experts), k in zip(found, (1, 2), strict=False):
+        assert [float(value) for value in experts] == [k] * 3
+    mean, low, high = (float(value) for value in found[-1][2:])
+    assert 1 <= low < mean < high <= 8

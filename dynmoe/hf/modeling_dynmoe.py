@@ -84,6 +84,19 @@ class DynMoECausalLMOutput(MoeCausalLMOutputWithPast):
     experts_per_token: Tensor | None = None
 
 
+@dataclass
+class DynMoESequenceClassifierOutput(SequenceClassifierOutputWithPast):
+    """See :class:`DynMoEModelOutput`."""
+
+    router_logits: tuple[Tensor, ...] | None = None
+    routing_maps: tuple[Tensor, ...] | None = None
+    experts_per_token: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+_SHARED = ("hidden_states", "attentions", "router_logits", "routing_maps", "experts_per_token", "aux_loss")
+
+
 class DynMoEPreTrainedModel(PreTrainedModel):
     config_class = DynMoEConfig
     base_model_prefix = "model"
@@ -220,17 +233,7 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
             if out.aux_loss is not None:
                 loss = loss + out.aux_loss.to(loss.device)
-        return DynMoECausalLMOutput(
-            loss=loss,
-            logits=logits,
-            aux_loss=out.aux_loss,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
-            router_logits=out.router_logits,
-            routing_maps=out.routing_maps,
-            experts_per_token=out.experts_per_token,
-            **{_CACHE: out.get(_CACHE)},
-        )
+        return DynMoECausalLMOutput(loss=loss, logits=logits, **{name: out.get(name) for name in (*_SHARED, _CACHE)})
 
 
 class DynMoEForSequenceClassification(DynMoEPreTrainedModel):
@@ -251,7 +254,7 @@ class DynMoEForSequenceClassification(DynMoEPreTrainedModel):
         labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutputWithPast:
+    ) -> DynMoESequenceClassifierOutput:
         kwargs["use_cache"] = False
         out: DynMoEModelOutput = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         states_BSD = out.last_hidden_state
@@ -265,6 +268,4 @@ class DynMoEForSequenceClassification(DynMoEPreTrainedModel):
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
             if out.aux_loss is not None:
                 loss = loss + out.aux_loss
-        return SequenceClassifierOutputWithPast(
-            loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions
-        )
+        return DynMoESequenceClassifierOutput(loss=loss, logits=logits, **{name: out.get(name) for name in _SHARED})

@@ -15,6 +15,8 @@ from dynmoe.errors import UserError
 from dynmoe.hf.export import export
 from tests.hf.cases import BATCH, LENGTH, OWN, STANDARD, begin, run_decoder, some_tokens
 
+USE = Path(__file__).with_name("use_export.py")
+
 
 def read(path: Path, **settings):
     from transformers import AutoModelForCausalLM
@@ -73,7 +75,7 @@ def test_generation_with_a_cache_and_padding_on_the_left(top_p):
     from transformers import AutoTokenizer
 
     run, path = top_p
-    model, tokenizer = read(path), AutoTokenizer.from_pretrained(path)
+    model, tokenizer = read(path), AutoTokenizer.from_pretrained(path, trust_remote_code=True)
     texts = ["the quick", "a much longer beginning of a text than the other one"]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     assert batch["attention_mask"][0, 0] == 0, "padding is on the right"
@@ -200,52 +202,27 @@ def test_a_sequence_classifier_reads_the_last_token(top_p):
         alone, filled = model(tokens), model(padded, attention_mask=mask, labels=torch.tensor([0, 2]))
     torch.testing.assert_close(alone.logits, filled.logits)
     torch.testing.assert_close(filled.loss, torch.nn.functional.cross_entropy(filled.logits, torch.tensor([0, 2])))
+    with torch.no_grad():
+        routed = model(padded, attention_mask=mask, labels=torch.tensor([0, 2]), output_router_logits=True)
+        whole = model.model(tokens, output_router_logits=True)
+    assert torch.equal(routed.experts_per_token[..., :LENGTH], whole.experts_per_token)
+    torch.testing.assert_close(routed.aux_loss, whole.aux_loss)
+    torch.testing.assert_close(routed.loss, filled.loss + whole.aux_loss)
 
 
 def test_what_travels_needs_nothing_of_ours(top_p, tmp_path):
     """Generation and one epoch with Trainer, in an interpreter that cannot import this project or its engines."""
     _, path = top_p
     missing = ["dynmoe", "data_prep", "bench", "deepspeed", "megatron", "sentencepiece", "omegaconf"]
-    script = tmp_path / "use.py"
-    script.write_text(f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n" + _USE)
+    script = f"import runpy, sys; sys.modules.update(dict.fromkeys({missing})); runpy.run_path(sys.argv[1])"
     done = subprocess.run(
-        [sys.executable, str(script), str(path), str(tmp_path / "tuned")], cwd=tmp_path, check=False, text=True,
+        [sys.executable, "-c", script, str(USE), str(path), str(tmp_path / "tuned")], cwd=tmp_path, check=False, text=True,
         capture_output=True, timeout=300, env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     before, after, experts = json.loads(done.stdout.splitlines()[-1])
     assert after < before - 0.5
     assert 1 <= experts <= 4
-
-
-_USE = """
-import json, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
-from transformers import DataCollatorForLanguageModeling
-
-path, tuned = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-texts = [f"the number {n} comes before {n + 1}" for n in range(64)]
-data = [tokenizer(text) for text in texts]
-arguments = TrainingArguments(
-    tuned, num_train_epochs=1, per_device_train_batch_size=4, learning_rate=3e-2, report_to=[], use_cpu=True,
-    gradient_checkpointing=True, logging_steps=1000, save_strategy="no", disable_tqdm=True,
-)
-trainer = Trainer(
-    model, arguments, train_dataset=data, eval_dataset=data[:16],
-    data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-)
-before = trainer.evaluate()["eval_loss"]
-trainer.train()
-after = trainer.evaluate()["eval_loss"]
-trainer.save_model(tuned)
-model = AutoModelForCausalLM.from_pretrained(tuned, trust_remote_code=True).eval()
-batch = tokenizer(["the number", "the"], return_tensors="pt", padding=True)
-assert model.generate(**batch, max_new_tokens=5).shape[0] == 2
-experts = model(**batch, output_router_logits=True).experts_per_token.float().mean().item()
-print(json.dumps([before, after, experts]))
-"""
 
 
 def test_an_export_that_cannot_be_made_leaves_nothing(corpus_dir, tmp_path, monkeypatch):
