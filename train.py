@@ -58,7 +58,7 @@ def train(config: Config, ending: Ending) -> None:
     from dynmoe.model.size import embedding_rows
     from dynmoe.ops.host_memory import keep_freed_memory
     from dynmoe.report.pictures import pictures_of_run
-    from dynmoe.train.summary import describe, describe_start, facts, write_sample
+    from dynmoe.train.summary import conclude, describe_start
     from dynmoe.train.trainer import Trainer
     from dynmoe.train.views import make_views
     from dynmoe.train.watchdog import Watchdog
@@ -77,15 +77,7 @@ def train(config: Config, ending: Ending) -> None:
         views = partial(make_views, config, directory, pictures_of_run)
         score = partial(scores.row, engine, vocab_size, directory.data_index, watchdog.progress)
         trainer = Trainer(config, engine, data, directory, vocab_size, views, ending, watchdog, score)
-        result = trainer.run()
-        if result.status == "preempted":
-            if first:
-                print(f"Told to end: checkpoint saved at step {result.progress.step}; the same command goes on.")
-            return
-        text = write_sample(engine, corpora[0].tokenizer, config.data.sequence_length)
-        if first:
-            directory.write_outcome("finished", result.progress.step, **facts(result))
-            print(describe(config, trainer.size, result, corpora, text))
+        conclude(config, engine, trainer.size, trainer.run(), corpora, directory)
     finally:
         watchdog.close()
         dist.destroy_process_group()

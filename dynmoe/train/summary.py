@@ -14,6 +14,7 @@ from dynmoe.model.sampling import sample, whole_context
 from dynmoe.model.size import ModelSize
 from dynmoe.ops import pick_backend
 from dynmoe.train.engine import Engine
+from dynmoe.train.run_directory import RunDirectory
 from dynmoe.train.trainer import Result
 
 
@@ -46,6 +47,21 @@ def describe_start(config: Config, device: torch.device) -> str:
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     backend = pick_backend(config.train.moe_backend, device, dtype)
     return f"Experts are computed in {config.train.precision} on {device} by the {backend.name} backend."
+
+
+def conclude(
+    config: Config, engine: Engine, size: ModelSize, result: Result, corpora: list[Corpus], directory: RunDirectory
+) -> None:
+    """The last words of a start, and the outcome of a finished run, by the first rank. Collective."""
+    first = engine.rank == 0
+    if result.status == "preempted":
+        if first:
+            print(f"Told to end: checkpoint saved at step {result.progress.step}; the same command goes on.")
+        return
+    text = write_sample(engine, corpora[0].tokenizer, config.data.sequence_length)
+    if first:
+        directory.write_outcome("finished", result.progress.step, **facts(result))
+        print(describe(config, size, result, corpora, text))
 
 
 def describe(config: Config, size: ModelSize, result: Result, corpora: list[Corpus], text: str) -> str:

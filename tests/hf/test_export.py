@@ -178,10 +178,11 @@ def test_the_tokenizer_gives_the_ids_of_the_whole_corpus(top_p, corpus_dir):
 
     from dynmoe.data.corpus import Corpus
 
-    fast, corpus, count = AutoTokenizer.from_pretrained(top_p[1]), Corpus.open(corpus_dir), 0
+    fast = AutoTokenizer.from_pretrained(top_p[1], trust_remote_code=True)
+    corpus, count = Corpus.open(corpus_dir), 0
     for split in corpus.splits.values():
         for tokens in split.documents():
-            assert tokens.pop() == corpus.tokenizer.eod == fast.eos_token_id
+            assert tokens.pop() == corpus.tokenizer.eod == fast.eos_token_id == fast.bos_token_id
             text = corpus.tokenizer.decode(tokens)
             assert fast(text)["input_ids"] == tokens
             assert fast.decode(tokens) == text
@@ -216,8 +217,9 @@ def test_what_travels_needs_nothing_of_ours(top_p, tmp_path):
     missing = ["dynmoe", "data_prep", "bench", "deepspeed", "megatron", "sentencepiece", "omegaconf"]
     script = f"import runpy, sys; sys.modules.update(dict.fromkeys({missing})); runpy.run_path(sys.argv[1])"
     done = subprocess.run(
-        [sys.executable, "-c", script, str(USE), str(path), str(tmp_path / "tuned")], cwd=tmp_path, check=False, text=True,
-        capture_output=True, timeout=300, env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+        [sys.executable, "-c", script, str(USE), str(path), str(tmp_path / "tuned")], cwd=tmp_path, check=False,
+        text=True, capture_output=True, timeout=300,
+        env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     before, after, experts = json.loads(done.stdout.splitlines()[-1])
