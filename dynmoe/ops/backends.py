@@ -82,6 +82,18 @@ def looped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
     return out
 
 
+def _one_token(
+    x_1D: Tensor, gates_1E: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, permutation: Permutation
+) -> tuple[Tensor, Tensor]:
+    """The same for one token, as in generation: each call that is left out counts there."""
+    experts = permutation.route_N.tolist()
+    h_N2F = torch.cat([F.linear(x_1D, w_up_EHD[expert]) for expert in experts])
+    activation_NF = gated_activation(h_N2F, permutation.of_rows(gates_1E))
+    split = zip(activation_NF.split(1), experts, strict=True)
+    rows = [F.linear(row_1F, w_down_EDF[expert]) for row_1F, expert in split]
+    return torch.cat(rows).sum(dim=0, keepdim=True), h_N2F
+
+
 class PackedBackend:
     """Grouped products over the routed rows, with ``product`` as their one building block."""
 
@@ -95,6 +107,8 @@ class PackedBackend:
     def forward(
         self, x_TD: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, permutation: Permutation
     ) -> tuple[Tensor, Tensor]:
+        if len(x_TD) == 1 and x_TD.device.type == "cpu" and len(permutation.route_N) > 0:
+            return _one_token(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
         ends_E = permutation.ends_E
         h_N2F = self._product(gather(x_TD, permutation), w_up_EHD.transpose(1, 2), ends_E)
         activation_NF = gated_activation(h_N2F, permutation.of_rows(gates_TE))

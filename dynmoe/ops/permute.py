@@ -7,6 +7,7 @@ memory row by row and sum in a fixed order, so that they are deterministic on ev
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,11 @@ class Permutation:
     def _of_few(cls, routing_map_TE: Tensor) -> Permutation:
         """The same by NumPy, whose calls cost a third of torch's: they are all that there is to few tokens."""
         map_TE = routing_map_TE.numpy()
+        if len(map_TE) == 1:  # in generation, all the time
+            (routes,) = map_TE[0].nonzero()
+            zeros_N, places_N, offsets_2 = _indices_of_one(len(routes))
+            ends_E = torch.from_numpy(map_TE[0].cumsum(dtype=np.int32))
+            return cls(zeros_N, torch.from_numpy(routes), places_N, offsets_2, ends_E)
         expert_N, token_N = (np.ascontiguousarray(index_N) for index_N in map_TE.T.nonzero())
         token_offsets_T1 = np.zeros(len(map_TE) + 1, np.int64)
         map_TE.sum(axis=1).cumsum(out=token_offsets_T1[1:])
@@ -94,6 +100,13 @@ class Permutation:
     def of_routes(self, values_N: Tensor, like_TE: Tensor) -> Tensor:
         """The way back: [T, E] with 0 where nothing is routed."""
         return torch.zeros_like(like_TE).flatten().index_copy_(0, self.route_N, values_N).view_as(like_TE)
+
+
+@cache
+@torch.inference_mode(False)  # they may be saved for a backward pass later
+def _indices_of_one(num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``token_N``, ``row_N`` and ``token_offsets_T1`` of one token; nobody writes to them."""
+    return torch.zeros(num_rows, dtype=torch.int64), torch.arange(num_rows), torch.tensor([0, num_rows])
 
 
 def gather(x_TD: Tensor, permutation: Permutation) -> Tensor:

@@ -134,3 +134,14 @@ def test_logits_in_fp32_of_bf16_operands():
     for ours, plain in zip(*results, strict=True):
         assert ours.dtype == plain.dtype
         torch.testing.assert_close(ours, plain)
+
+
+def test_one_token_can_be_learnt_from_after_it_was_generated_with():
+    """Its indices are shared by all calls, and tensors of inference mode cannot be kept for a backward pass."""
+    routing_map, upstream, leaves = random_case(0, 1, 5, 0.7)
+    backend = pick_backend("grouped_mm", DEVICE, torch.float32)
+    with torch.inference_mode():
+        generated = routed_experts(*leaves, Permutation.of(routing_map), backend)
+    learnt = with_gradients(lambda *a: routed_experts(*a, Permutation.of(routing_map), backend), leaves, upstream)
+    torch.testing.assert_close(learnt[0], generated)
+    assert all(bool(gradient.any()) for gradient in learnt[1:])
