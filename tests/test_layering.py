@@ -28,7 +28,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 OWNERS = {
     "deepspeed": "dynmoe/engines/deepspeed",
     "megatron": ("dynmoe/engines/megatron/", "dynmoe/data/megatron.py"),
-    "lm_eval": "dynmoe/evaluate/harness.py",
+    "lm_eval": "dynmoe/evaluate/harness",
     "transformers": "dynmoe/hf/",
     "wandb": ("dynmoe/train/wandb_", "dynmoe/report/dashboard.py"),
 }

@@ -106,7 +106,13 @@ def test_p_may_be_fitted_to_another_number(dense, tmp_path):
     assert done.difference <= 1e-5
 
 
-@pytest.mark.parametrize("engine", [["parallel.expert=2"], ["engine=megatron", "parallel.pipeline=2"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(["parallel.expert=2"], id="EP 2"),
+        pytest.param(["engine=megatron", "parallel.pipeline=2"], id="Megatron PP 2", marks=pytest.mark.slow),
+    ],
+)
 def test_training_goes_on_from_there(corpus_dir, tmp_path, engine):
     run = begin(corpus_dir, tmp_path / "dense", ["model.layers=4", *DENSE]).path
     fields = [

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class TrainingScores:
-    """What ``eval.tasks`` and ``eval.domains`` ask for; the tasks and their data are read when it is made.
+    """What ``eval.tasks`` and ``eval.domains`` ask for; the tasks are read and rehearsed when it is made.
 
     Args:
         config: of the run.
@@ -31,9 +31,10 @@ class TrainingScores:
         self._config, self._corpora = config, corpora
         self._tasks = None
         if config.eval.tasks:
-            from dynmoe.evaluate.harness import open_tasks  # only who wants tasks needs the harness
+            from dynmoe.evaluate.harness import open_tasks, rehearse  # only who wants tasks needs the harness
 
             self._tasks = open_tasks(config.eval.tasks, "eval.tasks", generation=False)
+            rehearse(self._tasks, corpora[0].tokenizer, config.data.sequence_length, config.eval.limit)
 
     def row(self, engine: Engine, vocab_size: int, cache: Path, progress: Callable[[str], None]) -> Row:
         """Scores the engine's model; collective, and those of tasks are on the first rank of each host alone.

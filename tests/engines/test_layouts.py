@@ -59,10 +59,8 @@ def relative(ours: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
-# The fast tests try one router in a layout of each kind of parallelism, and another attention where it is spread.
-FAST = {
-    (layout, "top_p") for layout in ("DeepSpeed EP 2", "Megatron TP 2", "Megatron PP 2 interleaved", "Megatron EP 2")
-}
+# The fast tests try one router in a layout of each kind of parallelism, with another attention where that is spread.
+FAST = {(layout, "top_p") for layout in ("DeepSpeed EP 2", "Megatron PP 2 interleaved", "Megatron EP 2")}
 FAST.add(("Megatron TP 2", "top_p, projections normalized"))
 CASES = [
     pytest.param(layout, name, marks=() if (layout, name) in FAST else pytest.mark.slow)

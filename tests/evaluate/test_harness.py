@@ -16,7 +16,8 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
 from dynmoe.errors import UserError
-from dynmoe.evaluate.harness import HarnessModel, open_tasks, score_tasks
+from dynmoe.evaluate.harness import open_tasks, score_tasks
+from dynmoe.evaluate.harness_model import HarnessModel
 from dynmoe.evaluate.models import WholeModel
 from dynmoe.hf.export import export
 from dynmoe.train.scores import EXPERTS
@@ -87,7 +88,7 @@ def test_texts_are_those_that_the_exported_model_writes(exported, monkeypatch):
     # Of bytes that are no UTF-8, transformers makes other signs.
     tokenizer = exported.model.tokenizer
     monkeypatch.setattr(model, "tok_decode", lambda tokens, **options: tokenizer.decode(tokens) or "</s>")
-    mine = HarnessModel(exported.model, nothing)
+    mine = HarnessModel(tokenizer, 64, scorer=None, model=exported.model, progress=nothing)
     written = mine.generate_until(task.instances)
     assert written == model.generate_until(task.instances, disable_tqdm=True)
     assert len(set(written)) > 1
@@ -189,13 +190,19 @@ def test_a_continuation_that_becomes_part_of_the_context_is_refused(exported, tm
 
 
 def test_tasks_that_cannot_be_scored_are_refused_by_name(exported, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"--tasks: 'hellaswagg' is no task; did you mean .*hellaswag"):
-        open_tasks(["hellaswagg"], "--tasks")
     gone = rewritten(exported, "choices", tmp_path, dataset_kwargs={"data_files": {"test": "gone.jsonl"}})
     with pytest.raises(UserError, match=r"--tasks: .*changed.yaml cannot be loaded \(.*gone.jsonl.*\); mend it"):
         open_tasks([gone], "--tasks")
     with pytest.raises(UserError, match=r"eval.tasks: writing lets the model write.*python -m dynmoe.evaluate"):
         open_tasks([exported.tasks["writing"]], "eval.tasks", generation=False)
+    with pytest.raises(UserError, match=r"--tasks: Duplicate task 'choices': found in both .*; name it once"):
+        open_tasks(["both", "choices"], "--tasks", folder=Path(exported.tasks["both"]).parent)
     unsafe = rewritten(exported, "choices", tmp_path, unsafe_code=True)
     with pytest.raises(UserError, match="choices runs code that the model writes"):
         open_tasks([unsafe], "--tasks")
+
+
+@pytest.mark.slow  # all of the harness's own tasks are read
+def test_an_unknown_task_is_told_with_those_of_like_names():
+    with pytest.raises(UserError, match=r"--tasks: 'hellaswagg' is no task; did you mean .*hellaswag"):
+        open_tasks(["hellaswagg"], "--tasks")

@@ -152,10 +152,20 @@ def test_scores_while_training_are_those_of_the_checkpoint_and_change_nothing(
     assert f"{inside['tasks/choices'][EXPERTS]:.2f}" in process.output()
 
 
-def test_tasks_that_cannot_be_scored_while_training_are_told_before_it_begins(corpus_dir, tasks, tmp_path):
-    process = TrainingProcess(corpus_dir, tmp_path / "runs", f"eval.tasks=[{tasks['writing']}]")
+@pytest.mark.parametrize(
+    ("name", "length", "words"),
+    [
+        ("writing", 32, "error: eval.tasks: writing lets the model write, which takes too long while training"),
+        ("choices", 2, "error: task choices: a continuation has 3 tokens, and data.sequence_length is 2"),
+    ],
+)
+def test_tasks_that_cannot_be_scored_while_training_are_told_before_it_begins(
+    corpus_dir, tasks, tmp_path, name, length, words
+):
+    fields = [f"eval.tasks=[{tasks[name]}]", f"data.sequence_length={length}"]
+    process = TrainingProcess(corpus_dir, tmp_path / "runs", *fields)
     assert process.wait() != 0
-    assert "error: eval.tasks: writing lets the model write, which takes too long while training" in process.output()
+    assert words in process.output()
     assert not (tmp_path / "runs" / "tiny").exists()
 
 

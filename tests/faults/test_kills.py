@@ -36,7 +36,7 @@ STRIKES = {
 }
 
 
-@pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
+@pytest.mark.parametrize("engine", ["deepspeed", pytest.param("megatron", marks=pytest.mark.slow)])
 def test_f01_a_rank_killed_in_any_phase_of_a_step(undisturbed, undisturbed_pipeline, corpus_dir, tmp_path, engine):
     kills = KillInTurn(STRIKES[engine], tmp_path)
     overrides = MEGATRON if engine == "megatron" else []
@@ -93,7 +93,7 @@ def test_f02_a_rank_killed_in_any_phase_of_a_save(
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000036", "step_00000040"]
 
 
-@pytest.mark.parametrize("victim", ["launcher", "tree"])
+@pytest.mark.parametrize("victim", ["launcher", pytest.param("tree", marks=pytest.mark.slow)])
 def test_f03_a_launcher_or_the_whole_tree_killed(undisturbed, corpus_dir, tmp_path, victim):
     step = random.SystemRandom().randint(3, 37)
     process = TrainingProcess(corpus_dir, tmp_path / "runs")
@@ -154,6 +154,7 @@ def jumping_clock(rank: int) -> None:
     replace("time:time", lambda function: lambda: now() + draw.choice([-1, 1]) * draw.randint(0, 10**8))
 
 
+@pytest.mark.slow
 def test_f26_a_clock_that_jumps_changes_nothing(undisturbed, corpus_dir, tmp_path):
     run = tmp_path / "runs" / "tiny"
     kills = TrainingProcess(corpus_dir, tmp_path / "runs", prepare=jumping_clock)

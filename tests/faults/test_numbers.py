@@ -210,6 +210,7 @@ def test_f14_equal_losses_make_no_spike_of_noise():
     assert judge(guard, [2.0] * 8 + [2.004, 2.0, 2.1]) == ["t"] * 10 + ["s"]
 
 
+@pytest.mark.slow
 def test_f14_a_run_with_spikes_resumes_bitwise(corpus_dir, tmp_path):
     overrides = ["guard.spike_window=8", "guard.spike_skips=2", "checkpoint.interval=6"]
     prepare = functools.partial(spoil_losses, steps={15: 90.0, 18: 80.0, 19: 80.0, 20: 80.0, 33: 70.0})

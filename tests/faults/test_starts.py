@@ -16,6 +16,7 @@ def launch_once(corpus: Path, folder: Path, *fields: str, **environment: str) ->
     return launch(corpus, folder, *fields, MAX_RESTARTS="0", STARTS_WITHOUT_PROGRESS="1", **environment)
 
 
+@pytest.mark.slow
 def test_f28_an_import_that_fails(corpus_dir, tmp_path):
     (tmp_path / "deepspeed.py").write_text('raise ImportError("libcudart.so.13: no such file")\n')
     done = launch_once(corpus_dir, tmp_path, PYTHONPATH=str(tmp_path))

@@ -190,7 +190,13 @@ def test_files_that_are_none_are_refused(tmp_path):
         import_checkpoint(source, tmp_path / "run")
 
 
-@pytest.mark.parametrize("engine", [["parallel.expert=2"], ["engine=megatron", "parallel.tensor=2"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(["parallel.expert=2"], id="EP 2", marks=pytest.mark.slow),
+        pytest.param(["engine=megatron", "parallel.tensor=2"], id="Megatron TP 2"),
+    ],
+)
 def test_a_training_begins_with_what_was_imported(corpus_dir, tmp_path, engine):
     """In either engine the loss of the first step is that of the imported weights, and it falls."""
     begun = begin(corpus_dir, tmp_path / "origin", [*STANDARD["mixtral"], "model.kv_heads=2"])

@@ -61,6 +61,7 @@ def test_another_engine_is_refused_with_the_way_to_it(trained, corpus_dir):
     assert "python -m dynmoe.convert" in process.output()
 
 
+@pytest.mark.slow
 def test_a_converted_run_goes_on_as_if_nothing_had_happened(one_rank, trained, corpus_dir, tmp_path):
     """Eight steps of Megatron in a pipeline, four of DeepSpeed; then back, bit by bit."""
     early = tmp_path / "runs" / "early"
