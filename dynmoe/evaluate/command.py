@@ -169,6 +169,7 @@ def _write(content: dict[str, Any], path: Path) -> None:
 def _record(config: Config, directory: RunDirectory, step: int, row: Row) -> None:
     """Puts the scores into the run's metrics and their views."""
     from dynmoe.report.pictures import pictures_of_run
+    from dynmoe.train.record import on_views
     from dynmoe.train.step_log import merge
     from dynmoe.train.views import make_views
 
@@ -176,9 +177,8 @@ def _record(config: Config, directory: RunDirectory, step: int, row: Row) -> Non
     try:
         merge(directory.metrics, "train/step", step, row)
         views, _ = make_views(config, directory, pictures_of_run, None, step)
-        for view in views:
-            view.log({"train/step": step, **row}, None)
-            view.close()
+        on_views(views, lambda view: view.log({"train/step": step, **row}, None))
+        on_views(views, lambda view: view.close())
     finally:
         directory.release()
     print(f"They are in {directory.metrics}; python -m dynmoe.report {directory.path} shows them.")

@@ -16,6 +16,16 @@ from dynmoe.train.step_log import StepLog
 from dynmoe.train.traces import cut_traces
 
 
+def on_views(views: list[View], action: Callable[[View], None]) -> None:
+    """Each view on its own: one that fails is said and left out from then on, and disturbs nobody."""
+    for view in list(views):
+        try:
+            action(view)
+        except (Exception, SystemExit) as error:  # W&B leaves by sys.exit when its service failed
+            views.remove(view)
+            print(f"{view.name} failed ({first_line(error)}); it is left out, metrics.jsonl is complete", flush=True)
+
+
 class RunRecord:
     """``metrics.jsonl``, ``histograms.jsonl`` and their views, ``events.jsonl`` (experts that came and went),
     ``incidents.jsonl`` (steps that were left out, ranks that are slow), console.
@@ -48,7 +58,7 @@ class RunRecord:
         self._metrics.append(row)
         if histograms is not None:
             self._histograms.append(histograms)
-        self._on_views(lambda view: view.log(row, histograms))
+        on_views(self._views, lambda view: view.log(row, histograms))
         self._console.show(row, step)
         if self._config.logging.shows_table(step):
             self._console.show_layers(row, step)
@@ -68,15 +78,4 @@ class RunRecord:
         self._console.close()
         for log in (self._metrics, self._histograms, self._events, self._incidents):
             log.close()
-        self._on_views(lambda view: view.close())
-
-    def _on_views(self, action: Callable[[View], None]) -> None:
-        """Each view on its own: one that fails is said and left out from then on, and disturbs nobody."""
-        for view in list(self._views):
-            try:
-                action(view)
-            except (Exception, SystemExit) as error:  # W&B leaves by sys.exit when its service failed
-                self._views.remove(view)
-                print(
-                    f"{view.name} failed ({first_line(error)}); training goes on, metrics.jsonl is complete", flush=True
-                )
+        on_views(self._views, lambda view: view.close())

@@ -20,6 +20,7 @@ from dynmoe.train.record import RunRecord
 from dynmoe.train.resume import refuse_changes
 from dynmoe.train.run_directory import RunDirectory
 from dynmoe.train.schedule import learning_rate
+from dynmoe.train.step_log import merge
 
 
 def rates(kind: str, steps: int = 20, **options) -> list[float]:
@@ -99,6 +100,18 @@ def test_metrics_and_events_are_cut_to_the_resumed_step_and_half_a_line_is_dropp
     assert [folder.name for folder in directory.traces.iterdir()] == ["step_00000002"]
 
 
+def test_later_figures_join_the_row_of_their_step_or_make_one_in_its_place(tmp_path):
+    log = tmp_path / "log.jsonl"
+    merge(log, "step", 4, {"loss": 1.0})
+    merge(log, "step", 2, {"score": 2.0})
+    with log.open("a") as stream:
+        stream.write('{"step": 6, "lo')
+    merge(log, "step", 4, {"score": 3.0, "loss": 0.5})
+    assert [json.loads(line) for line in log.read_text().splitlines()] == [
+        {"step": 2, "score": 2.0}, {"step": 4, "loss": 0.5, "score": 3.0},
+    ]  # fmt: skip
+
+
 def test_a_view_that_fails_is_said_once_and_disturbs_nobody(tmp_path, capsys):
     calls: list[str] = []
 
@@ -123,7 +136,7 @@ def test_a_view_that_fails_is_said_once_and_disturbs_nobody(tmp_path, capsys):
     record.close()
     assert calls == ["early", "late", "sound", "late", "sound", "late closed", "sound closed"]
     said = capsys.readouterr().out
-    assert said.count("early failed (the disk is full); training goes on, metrics.jsonl is complete") == 1
+    assert said.count("early failed (the disk is full); it is left out, metrics.jsonl is complete") == 1
     assert said.count("late failed (the service is gone)") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
