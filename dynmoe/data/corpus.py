@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,3 +125,15 @@ def open_corpora(dirs: Sequence[str], sequence_length: int) -> list[Corpus]:
                     "not enough for one sequence; use a shorter sequence or more text"
                 )
     return corpora
+
+
+def source_names(paths: Sequence[str]) -> dict[str, str]:
+    """What each file or folder is called: its own name, or its whole path where several share the name."""
+    count = Counter(Path(path).name for path in set(paths))
+    return {path: Path(path).name if count[Path(path).name] == 1 else path for path in paths}
+
+
+def by_domain(corpora: Sequence[Corpus]) -> dict[str, Corpus]:
+    """Corpora by the names of their domains; one that a blend names twice is one domain."""
+    names = source_names([str(corpus.path) for corpus in corpora])
+    return {names[str(corpus.path)]: corpus for corpus in corpora}

@@ -133,15 +133,13 @@ def _claim(directory: RunDirectory) -> None:
 
 def _open_corpora(config: Config, given: Sequence[str] | None) -> dict[str, Corpus]:
     """The corpora by the names of their domains."""
-    from dynmoe.data.corpus import open_corpora
-    from dynmoe.report.texts import source_names
+    from dynmoe.data.corpus import by_domain, open_corpora
 
     dirs = config.data.dirs if given is None else given
     try:
-        corpora = open_corpora(dirs, config.data.sequence_length)
+        return by_domain(open_corpora(dirs, config.data.sequence_length))
     except UserError as error:
         raise UserError(f"{error}; or name others by --corpora, or leave domains out by --no-domains") from None
-    return dict(zip(source_names(dirs).values(), corpora, strict=True))
 
 
 @contextmanager

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynmoe.config import Config
-from dynmoe.data.corpus import Corpus
-from dynmoe.report.texts import source_names
-from dynmoe.train.metrics import Row
-from dynmoe.train.scores import scores_row
+from dynmoe.data.corpus import Corpus, by_domain
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # it is made before anything heavy is loaded
     from dynmoe.train.engine import Engine
+    from dynmoe.train.metrics import Row
 
 
 class TrainingScores:
@@ -47,6 +45,7 @@ class TrainingScores:
         """
         from dynmoe.evaluate.domains import score_domains
         from dynmoe.evaluate.models import ModelInTraining
+        from dynmoe.train.scores import scores_row
 
         model = ModelInTraining(engine, self._config, self._corpora[0].tokenizer, vocab_size)
 
@@ -59,7 +58,5 @@ class TrainingScores:
 
             tasks = score_tasks(model, self._tasks, tell, limit=self._config.eval.limit, bootstrap=0).scores
         if self._config.eval.domains:
-            names = source_names(self._config.data.dirs)
-            corpora = {names[path]: corpus for path, corpus in zip(names, self._corpora, strict=True)}
-            domains = score_domains(model, corpora, cache, tell)
+            domains = score_domains(model, by_domain(self._corpora), cache, tell)
         return scores_row(tasks, domains)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dynmoe.data.corpus import Corpus
+from dynmoe.data.corpus import Corpus, source_names
 from dynmoe.errors import UserError
 from dynmoe.trained import TrainedModel
 
@@ -35,12 +34,6 @@ def read_texts(names: Sequence[str]) -> list[Text]:
     """
     sources = source_names(names)
     return [text for name in names for text in _read(name, sources[name])]
-
-
-def source_names(paths: Sequence[str]) -> dict[str, str]:
-    """What each file or folder is called: its own name, or its whole path where several share the name."""
-    count = Counter(Path(path).name for path in set(paths))
-    return {path: Path(path).name if count[Path(path).name] == 1 else path for path in paths}
 
 
 def _read(name: str, source: str) -> list[Text]:

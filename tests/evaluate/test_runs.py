@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
 
+from dynmoe.data.corpus import Corpus, by_domain
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.evaluate import main
 from dynmoe.evaluate.harness import open_tasks, score_tasks
@@ -179,6 +181,20 @@ def test_tasks_that_cannot_be_scored_while_training_are_told_before_it_begins(
 def test_fields_that_mean_nothing_are_refused(fields, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         config_for(*fields)
+
+
+def test_a_corpus_that_is_named_twice_is_one_domain(corpus_dir, tmp_path):
+    twice = [Corpus.open(corpus_dir), Corpus.open(corpus_dir)]
+    assert list(by_domain(twice)) == ["prepared"]
+    shutil.copytree(corpus_dir, tmp_path / "prepared")
+    namesakes = [*twice, Corpus.open(tmp_path / "prepared")]
+    assert list(by_domain(namesakes)) == [str(corpus_dir), str(tmp_path / "prepared")]
+
+
+def test_a_training_without_scores_loads_nothing_heavy_for_them():
+    script = "import sys, dynmoe.evaluate.training; print([n for n in ('torch', 'lm_eval') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert done.stdout == "[]\n"
 
 
 def test_tasks_need_the_harness(monkeypatch):
