@@ -1,4 +1,4 @@
-"""A pool of gloo ranks that lives for the whole test session: imports are paid for once per world size."""
+"""A pool of gloo ranks that lives for the whole test session; all pools share one import of torch and the engines."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ import dataclasses
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from bench.processes import free_port, start_server
+
 _START_TIMEOUT_S = 120.0
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
@@ -74,7 +69,7 @@ def _keep_groups_of_layouts() -> None:
 
 
 class WorkerPool:
-    """``world_size`` processes in one gloo group; started at the first call, and anew after a failure."""
+    """``world_size`` processes in one gloo group; forked at the first call, and again after a failure."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -82,7 +77,8 @@ class WorkerPool:
         self._connections: list[Connection] = []
 
     def _start(self) -> None:
-        context, port = multiprocessing.get_context("spawn"), _free_port()
+        start_server()
+        context, port = multiprocessing.get_context("forkserver"), free_port()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)

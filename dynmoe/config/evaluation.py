@@ -21,6 +21,7 @@ class EvalConfig(Section):
     )
     domains: bool = option(False, "validation loss of each corpus by itself, with its experts per token")
     scores_interval: int = option(0, "steps between scores of tasks and domains (0: only at the end)", at_least=0)
+    sample_tokens: int = option(96, "tokens of the text that a finished run writes (0: none)", at_least=0)
     limit: Optional[int] = option(None, "documents of each task that are scored; null: all", at_least=1)
 
     def __post_init__(self) -> None:

@@ -25,8 +25,10 @@ def validation_unigram_entropy(corpora: list[Corpus]) -> float:
     return sum(split["unigram_entropy_nats"] * split["tokens"] for split in splits) / tokens
 
 
-def write_sample(engine: Engine, tokenizer: Tokenizer, sequence_length: int, num_tokens: int = 96) -> str:
-    """A text that the model writes from the beginning of a document. Collective."""
+def write_sample(engine: Engine, tokenizer: Tokenizer, sequence_length: int, num_tokens: int) -> str:
+    """A text of at most ``num_tokens`` that the model writes from the beginning of a document. Collective."""
+    if not num_tokens:
+        return ""
     prompt = [tokenizer.eod, *tokenizer.encode("def ")]
     next_logits = whole_context(engine.logits, sequence_length)
     drawn = sample(next_logits, torch.tensor([prompt]), num_tokens, vocab_size=tokenizer.vocab_size)
@@ -58,7 +60,7 @@ def conclude(
         if first:
             print(f"Told to end: checkpoint saved at step {result.progress.step}; the same command goes on.")
         return
-    text = write_sample(engine, corpora[0].tokenizer, config.data.sequence_length)
+    text = write_sample(engine, corpora[0].tokenizer, config.data.sequence_length, config.eval.sample_tokens)
     if first:
         directory.write_outcome("finished", result.progress.step, **facts(result))
         print(describe(config, size, result, corpora, text))

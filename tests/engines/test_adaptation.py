@@ -17,6 +17,7 @@ ADAPTIVE = [
     "model.router.min_experts=0", "model.moe.experts=8", "model.moe.active_at_start=4", "adaptation.interval=20",
     "adaptation.window=10", "adaptation.removal_share=0.3", "train.micro_batch=4",
 ]  # fmt: skip
+SHORT = ["adaptation.interval=10", "adaptation.window=5"]
 MEGATRON = "engine=megatron"
 PIPELINE = [MEGATRON, "parallel.pipeline=2"]
 
@@ -57,7 +58,7 @@ def whole_part(results, rank: int, name: str, part: str, overrides: list[str]) -
     "overrides", [pytest.param(v, id=k, marks=() if k in FAST else pytest.mark.slow) for k, v in LAYOUTS.items()]
 )
 def test_replicas_stay_bitwise_equal_through_removals_and_additions(two_ranks, overrides):
-    first, second = two_ranks.run(train, [*ADAPTIVE, *overrides], 0, 200)
+    first, second = two_ranks.run(train, [*ADAPTIVE, *SHORT, *overrides], 0, 100)
     assert {event.change for event in first["events"]} == {"removed", "added"}
     assert first["events"] == second["events"]
     assert {event.layer for event in first["events"]} == {0, 1}
@@ -88,8 +89,11 @@ def test_replicas_of_spread_experts_stay_bitwise_equal(four_ranks, stage, precis
 @pytest.mark.parametrize(
     ("overrides", "precision"),
     [
-        (layout(1, 1), "fp32"), (layout(2, 0), "bf16"), (layout(2, 1), "bf16"), (layout(2, 2), "fp32"),
-        (LAYOUTS["Megatron DP 2"], "bf16"), (LAYOUTS["Megatron EP 2"], "bf16"), (PIPELINE, "fp32"),
+        (layout(2, 1), "bf16"), (layout(2, 2), "fp32"), (LAYOUTS["Megatron EP 2"], "bf16"), (PIPELINE, "fp32"),
+        *(
+            pytest.param(*other, marks=pytest.mark.slow)
+            for other in ((layout(1, 1), "fp32"), (layout(2, 0), "bf16"), (LAYOUTS["Megatron DP 2"], "bf16"))
+        ),
     ],
 )  # fmt: skip
 def test_a_new_expert_has_fresh_weights_fresh_masters_and_no_moments(two_ranks, overrides, precision):
@@ -134,11 +138,11 @@ def test_a_new_expert_has_fresh_weights_fresh_masters_and_no_moments(two_ranks, 
     ],
 )
 def test_a_run_resumed_within_a_window_decides_as_if_it_had_not_stopped(two_ranks, tmp_path, overrides):
-    overrides = [*ADAPTIVE, *overrides]
-    straight = two_ranks.run(train, overrides, 0, 45)
-    half = two_ranks.run(train, overrides, 0, 35, "", str(tmp_path / "saved"))
-    resumed = two_ranks.run(train, overrides, 35, 45, str(tmp_path / "saved"))
-    assert any(event.step == 40 for event in straight[0]["events"])
+    overrides = [*ADAPTIVE, *SHORT, *overrides]
+    straight = two_ranks.run(train, overrides, 0, 22)
+    half = two_ranks.run(train, overrides, 0, 17, "", str(tmp_path / "saved"))
+    resumed = two_ranks.run(train, overrides, 17, 22, str(tmp_path / "saved"))
+    assert any(event.step == 20 for event in straight[0]["events"])
     for whole, before, after in zip(straight, half, resumed, strict=True):
         assert before["events"] + after["events"] == whole["events"]
         assert all(torch.equal(value, after["state"][name]) for name, value in whole["state"].items())
@@ -146,12 +150,12 @@ def test_a_run_resumed_within_a_window_decides_as_if_it_had_not_stopped(two_rank
 
 def test_layouts_take_the_same_decisions(one_rank, two_ranks):
     """One process, data parallelism and expert parallelism: by slot where the rank does not choose it."""
-    overrides = [*ADAPTIVE, "adaptation.policy=released", "adaptation.removal_share=0"]
-    (alone,) = one_rank.run(train, [*overrides, "train.micro_batch=8"], 0, 41)
+    overrides = [*ADAPTIVE, *SHORT, "adaptation.policy=released", "adaptation.removal_share=0"]
+    (alone,) = one_rank.run(train, [*overrides, "train.micro_batch=8"], 0, 21)
     wanted = [(event.step, event.layer, event.expert, event.change) for event in alone["events"]]
     assert wanted
     for expert_parallel in (1, 2):
-        spread = two_ranks.run(train, [*overrides, *layout(expert_parallel, 1)], 0, 41)[0]
+        spread = two_ranks.run(train, [*overrides, *layout(expert_parallel, 1)], 0, 21)[0]
         assert [(event.step, event.layer, event.expert, event.change) for event in spread["events"]] == wanted
 
 

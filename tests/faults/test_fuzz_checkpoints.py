@@ -60,7 +60,7 @@ def write(root: Path, step: int, content: dict[str, bytes]) -> Path:
     return final
 
 
-@fuzz(100)
+@fuzz(50)
 @given(data=st.data())
 def test_f07_fuzz_damaged_checkpoints(tmp_path, content, data):
     """What is taken for sound has every byte that was written, its manifest included; and an older one is there."""
@@ -87,7 +87,7 @@ def test_f07_fuzz_damaged_checkpoints(tmp_path, content, data):
         assert found.path == older
 
 
-@fuzz(100)
+@fuzz(50)
 @given(data=st.data())
 def test_f24_fuzz_states_whose_hashes_are_right(tmp_path, config, content, data):
     """Whoever made the files made the manifest too: what is read of them is usable, or they are refused."""
@@ -114,7 +114,7 @@ def test_f24_fuzz_states_whose_hashes_are_right(tmp_path, config, content, data)
         json.dumps(dataclasses.asdict(progress))
 
 
-@fuzz(100)
+@fuzz(50)
 @given(data=st.data())
 def test_f24_fuzz_tensors_whose_hashes_are_right(tmp_path, content, data):
     name = "dense.safetensors"
@@ -130,7 +130,7 @@ def description(tmp_path_factory) -> bytes:
     return (folder / ".metadata").read_bytes()
 
 
-@fuzz(100)
+@fuzz(50)
 @given(data=st.data())
 def test_f24_fuzz_descriptions_whose_hashes_are_right(tmp_path, description, data):
     """Megatron's description of a checkpoint is a pickle."""

@@ -110,7 +110,7 @@ def gives_itself_again(config: Config, path: Path) -> None:
     assert load_config(path) == config
 
 
-@fuzz(150)
+@fuzz(75)
 @given(given_fields=fields())
 def test_f25_fuzz_overrides(tmp_path, monkeypatch, given_fields):
     monkeypatch.setenv("DYNMOE_MARKER", SECRET)
@@ -126,7 +126,7 @@ ODD = st.builds(
 )
 
 
-@fuzz(200)
+@fuzz(100)
 @given(overrides=st.lists(st.text() | ODD, min_size=1, max_size=3))
 def test_f25_fuzz_overrides_of_anything(tmp_path, monkeypatch, overrides):
     monkeypatch.setenv("DYNMOE_MARKER", SECRET)
@@ -148,7 +148,7 @@ def flow(tree: dict[str, Any]) -> str:
     return "{" + ", ".join(f"{key}: {flow(v) if isinstance(v, dict) else v}" for key, v in tree.items()) + "}"
 
 
-@fuzz(150)
+@fuzz(75)
 @given(given_fields=fields(), write=st.sampled_from((block, flow)))
 def test_f25_fuzz_files(tmp_path, monkeypatch, given_fields, write):
     monkeypatch.setenv("DYNMOE_MARKER", SECRET)
@@ -169,7 +169,7 @@ def test_f25_fuzz_files(tmp_path, monkeypatch, given_fields, write):
 SOUND_FILES = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
 
 
-@fuzz(200)
+@fuzz(100)
 @given(content=st.sampled_from(SOUND_FILES).flatmap(lambda sound: damaged(sound, YAML_WORDS)) | st.binary(max_size=40))
 def test_f25_fuzz_damaged_files(tmp_path, monkeypatch, content):
     """What is accepted is what a reader of YAML without types finds in the file."""

@@ -59,7 +59,7 @@ def open_written(folder: Path, content: dict[str, bytes]) -> Corpus | None:
     return attempt(open_and_verify)
 
 
-@fuzz(150)
+@fuzz(75)
 @given(data=st.data())
 def test_f10_fuzz_corpora(tmp_path, sound, data):
     """A corpus that is opened and verified has the bytes that were prepared."""
@@ -71,7 +71,7 @@ def test_f10_fuzz_corpora(tmp_path, sound, data):
         assert {name: content[name] for name in FILES} == {name: sound[name] for name in FILES}
 
 
-@fuzz(150)
+@fuzz(75)
 @given(data=st.data())
 def test_f10_fuzz_manifests(tmp_path, sound, data):
     """What is read of a manifest is there, also what is read at the end of a training only."""
@@ -81,7 +81,7 @@ def test_f10_fuzz_manifests(tmp_path, sound, data):
         assert math.isfinite(validation_unigram_entropy([corpus]))
 
 
-@fuzz(150)
+@fuzz(75)
 @given(data=st.data())
 def test_f10_fuzz_parts_of_an_interrupted_build(tmp_path, data):
     """A part from which a build goes on has what was written into it."""
@@ -118,7 +118,7 @@ def damaged_index(draw: st.DrawFn, content: bytes) -> bytes:
     return content[:place] + number.to_bytes(width, "little") + content[place + width :]
 
 
-@fuzz(200)
+@fuzz(100)
 @given(pair=indexed(), data=st.data())
 def test_f10_fuzz_indexed_files(tmp_path, pair, data):
     """Where structure alone is checked: what is accepted is what Megatron reads, within the file."""
@@ -160,7 +160,7 @@ def is_what_megatron_reads(found: IndexedTokens, content: bytes) -> None:
         assert counts.tolist() == [int((stored == token).sum()) for token in range(10)]
 
 
-@fuzz(200)
+@fuzz(100)
 @given(data=st.data())
 def test_f10_fuzz_tokenizers(tmp_path, sound, data):
     """A model that is taken can encode, and every id is within its vocabulary."""

@@ -51,7 +51,7 @@ def read_documents(path: Path) -> list[str]:
     return found
 
 
-@fuzz(200)
+@fuzz(100)
 @given(written=json_lines(), size=st.integers(1, 60), end=st.sampled_from((b"", b"\n")))
 def test_f10_fuzz_json_lines(tmp_path, monkeypatch, written, size, end):
     """Sound lines give their texts, whatever stands beside them, however they are packed and wherever units are cut."""
@@ -77,7 +77,7 @@ def test_f10_fuzz_json_lines(tmp_path, monkeypatch, written, size, end):
             assert found == (text if text.strip() else "refused: empty")
 
 
-@fuzz(200)
+@fuzz(100)
 @given(data=st.data(), pack=st.sampled_from((gzip.compress, zstandard.ZstdCompressor(write_checksum=True).compress)))
 def test_f10_fuzz_packed_files(tmp_path, data, pack):
     """A damaged file is refused, or what was damaged did not matter."""
@@ -114,7 +114,7 @@ EVENTS = [{"step": step, "layer": 0, "expert": 1, "rank": 0, "change": "added", 
 INCIDENTS = [{"step": step, "kind": "spike", "text": "the loss is 9.0"} for step in (2, 5)]
 
 
-@fuzz(200)
+@fuzz(100)
 @given(written=logs(ROWS), step=st.integers(0, 9))
 @example(written=(b'{"train/step": "1"}\n7\n"train/step"\n{"train/step": null}\n\xff', []), step=9)
 @example(written=(b'\r{"train/step": 1}\n', []), step=9)
@@ -142,7 +142,7 @@ OUTCOMES = JSON | st.sampled_from(({"status": "failed"}, {"status": "preempted",
 LAYER_BEYOND_COUNTING = b'{"train/step": 1, "moe/layer_%s/active_experts": 1.0}' % (b"9" * 5000)
 
 
-@fuzz(200)
+@fuzz(100)
 @example(
     metrics=(LAYER_BEYOND_COUNTING, []), histograms=(b"", []), events=(b"", []), incidents=(b"", []), config=CONFIG,
     outcome=b"",

@@ -12,7 +12,7 @@ import pytest
 
 from bench.processes import is_running
 from dynmoe.train.checkpoint import problem_of, step_directories
-from tests.faults.cases import BOTH_WAYS, MEGATRON, is_undisturbed
+from tests.faults.cases import MEGATRON, both_ways, is_undisturbed
 from tests.faults.injection import KillInTurn, Strike, replace
 from tests.train.cases import TrainingProcess, read_rows
 
@@ -73,7 +73,7 @@ class KillInSaves(KillInTurn):
         super().__call__(rank)
 
 
-@pytest.mark.parametrize(("engine", "asynchronous"), BOTH_WAYS)
+@pytest.mark.parametrize(("engine", "asynchronous"), both_ways(fast=("deepspeed", "true")))
 def test_f02_a_rank_killed_in_any_phase_of_a_save(
     undisturbed, undisturbed_pipeline, corpus_dir, tmp_path, engine, asynchronous
 ):

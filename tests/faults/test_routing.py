@@ -55,15 +55,22 @@ def trains_like_one_process(pool, engine: str, where: str, router: list[str], al
     return list(expected["rows"][0].values())
 
 
-@pytest.mark.parametrize("where", ["an expert of the first rank", "an expert of the second rank"])
 @pytest.mark.parametrize("kind", sorted(ONE))
-@pytest.mark.parametrize("engine", sorted(SPREAD))
+@pytest.mark.parametrize(
+    ("engine", "where"),
+    [
+        ("deepspeed", "an expert of the first rank"),
+        ("megatron", "an expert of the second rank"),
+        pytest.param("deepspeed", "an expert of the second rank", marks=pytest.mark.slow),
+        pytest.param("megatron", "an expert of the first rank", marks=pytest.mark.slow),
+    ],
+)
 def test_f15_every_token_goes_to_one_expert(two_ranks, alone, engine, kind, where):
     assert trains_like_one_process(two_ranks, engine, where, ONE[kind], alone) == [TOKENS] * 2
 
 
 @pytest.mark.parametrize("kind", sorted(ROUTERS))
-@pytest.mark.parametrize("engine", sorted(SPREAD))
+@pytest.mark.parametrize("engine", ["deepspeed", pytest.param("megatron", marks=pytest.mark.slow)])
 def test_f15_every_token_goes_to_one_rank(two_ranks, alone, engine, kind):
     rows = trains_like_one_process(two_ranks, engine, "the experts of one rank", ROUTERS[kind], alone)
     assert all(TOKENS <= count <= 2 * TOKENS for count in rows)
@@ -127,7 +134,7 @@ def test_f16_a_token_that_selects_nobody_gets_its_best_expert_where_one_is_asked
 
 
 @pytest.mark.parametrize("kind", sorted(ALL))
-@pytest.mark.parametrize("engine", sorted(SPREAD))
+@pytest.mark.parametrize("engine", ["deepspeed", pytest.param("megatron", marks=pytest.mark.slow)])
 def test_f17_every_token_selects_every_expert(two_ranks, alone, engine, kind):
     assert trains_like_one_process(two_ranks, engine, "everybody", ALL[kind], alone) == [4 * TOKENS] * 2
 

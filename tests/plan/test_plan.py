@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from bench.processes import CPU, ROOT
+from dynmoe.__main__ import console_script
+from dynmoe.cli import EXIT_USER_ERROR
 from dynmoe.config import load_config
 from dynmoe.model import Decoder
 from dynmoe.plan.layout import Layout
@@ -132,25 +134,29 @@ def test_more_experts_per_token_need_more_memory():
     assert (few.parameters, few.gradients, few.optimizer) == (many.parameters, many.gradients, many.optimizer)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "dynmoe.plan", *arguments], capture_output=True, text=True, check=False, cwd=ROOT
-    )
+def test_the_command_tells_what_a_queue_would_find_out_later(monkeypatch, capsys):
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dynmoe", "plan", *arguments])
+        status = 0
+        try:
+            console_script()
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
 
-
-def test_the_command_tells_what_a_queue_would_find_out_later():
-    done = run("configs/one_node.yaml", "--nodes", "1", "--gpus", "8", "--layouts", "3")
-    assert done.returncode == 0, done.stderr
+    one_node = str(ROOT / "configs/one_node.yaml")
+    status, told, _ = run(one_node, "--nodes", "1", "--gpus", "8", "--layouts", "3")
+    assert status == 0
     for part in ("2.93 B parameters", "memory per rank:", "at 4 experts per token", "tokens to experts:", "tokens/s"):
-        assert part in done.stdout
-    assert len(done.stdout[done.stdout.index("Layouts that fit") :].splitlines()) == 5
-    misfit = run("configs/one_node.yaml", "--nodes", "1", "--gpus", "6")
-    assert "own layout does not fit: parallel.expert=8: does not divide the ranks" in misfit.stdout
-    small = run("configs/one_node.yaml", "--memory-gib", "2")
-    assert small.returncode == 2
-    assert small.stderr == "error: no layout of 8 GPUs fits 2 GiB; use more of them\n"
-    assert "model.vocab_size=None" in run("configs/quickstart.yaml").stderr
-    assert "--efficiency 0.0: use a number above 0" in run("configs/one_node.yaml", "--efficiency", "0").stderr
+        assert part in told
+    assert len(told[told.index("Layouts that fit") :].splitlines()) == 5
+    _, told, _ = run(one_node, "--nodes", "1", "--gpus", "6")
+    assert "own layout does not fit: parallel.expert=8: does not divide the ranks" in told
+    status, _, problem = run(one_node, "--memory-gib", "2")
+    assert status == EXIT_USER_ERROR
+    assert problem == "error: no layout of 8 GPUs fits 2 GiB; use more of them\n"
+    assert "model.vocab_size=None" in run(str(ROOT / "configs/quickstart.yaml"))[2]
+    assert "--efficiency 0.0: use a number above 0" in run(one_node, "--efficiency", "0")[2]
 
 
 def test_groups_of_odd_sizes_cross_nodes_too():

@@ -28,7 +28,7 @@ def tiny(corpus: Path, runs: Path) -> list[str]:
         "model.router.initial_experts=1", "model.moe.active_at_start=2", "budget.method=loss_free",
         "budget.experts_per_token=1.5", "adaptation.interval=8", "adaptation.window=5",
         "adaptation.removal_share=0.8", "logging.histograms_every=4", "logging.trace_interval=8",
-        "logging.table_every=20",
+        "logging.table_every=20", "eval.sample_tokens=4",
     ]  # fmt: skip
 
 

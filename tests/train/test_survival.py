@@ -50,6 +50,7 @@ def test_a_finished_run_says_so_when_started_again(undisturbed, corpus_dir):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow  # which one is chosen: tests/faults/test_checkpoints.py
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_loads(undisturbed, corpus_dir, tmp_path):
     run = tmp_path / "runs" / "tiny"
     shutil.copytree(undisturbed[0], run)
