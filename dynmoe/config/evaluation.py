@@ -15,7 +15,11 @@ class EvalConfig(Section):
     _section: ClassVar[str] = "eval"
 
     interval: int = option(100, "steps between evaluations (0: only at the end)", at_least=0)
-    batches: int = option(10, "global batches of one evaluation", at_least=1)
+    batches: int = option(10, "global batches of one evaluation, over all corpora together", at_least=1)
+    weighting: Optional[str] = option(
+        None, "what weights the corpora in eval/loss: their shares in training (blend) or of the validation tokens "
+        "(tokens); null: what the run began with, blend for a new one", choices=("blend", "tokens"),
+    )  # fmt: skip
     tasks: list[str] = option(
         [], "tasks of lm-evaluation-harness that are scored while training, by name or YAML file (no generation)"
     )

@@ -73,7 +73,7 @@ class PretrainingData:
     def _size_of_weighted_pass(self) -> int | None:
         if self.weights is None:
             return None
-        samples = [(corpus.splits["train"].num_tokens - 1) // self.sequence_length for corpus in self.corpora]
+        samples = [corpus.sequences("train", self.sequence_length) for corpus in self.corpora]
         size = math.floor(min(count / weight for count, weight in zip(samples, self.weights, strict=True)))
         if size < 1:
             raise UserError("data.weights: a pass over this blend holds no sequence; give small corpora less weight")

@@ -78,6 +78,10 @@ class Corpus:
         """SHA-256 that stands for every file of the corpus."""
         return hashlib.sha256(json.dumps(self.manifest["files"], sort_keys=True).encode()).hexdigest()
 
+    def sequences(self, split: str, length: int) -> int:
+        """Sequences of ``length`` tokens in a split, each with a token to predict after it."""
+        return (self.splits[split].num_tokens - 1) // length
+
     def verify(self) -> None:
         """Checks every hash and every token id.
 

@@ -212,13 +212,14 @@ class DeepSpeedEngine:
         return reduce_report(self.config.model, self.layers, recorded, self.device)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> float:
+    def evaluate(self, batches: Sequence[Batch], texts: Sequence[int], per_rank: Sequence[float]) -> list[float]:
         self.module.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in batches:
-            total += self.module(batch.tokens_BS.to(self.device), batch.labels_BS.to(self.device)) / len(batches)
-        dist.all_reduce(total)
-        return total.item() / self.world_size
+        totals = torch.zeros(len(per_rank), dtype=torch.float64, device=self.device)
+        for batch, text in zip(batches, texts, strict=True):
+            loss = self.module(batch.tokens_BS.to(self.device), batch.labels_BS.to(self.device))
+            totals[text] += loss / per_rank[text]
+        dist.all_reduce(totals)
+        return [total / self.world_size for total in totals.tolist()]
 
     @torch.no_grad()
     def logits(self, tokens_BS: Tensor) -> Tensor:

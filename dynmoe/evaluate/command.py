@@ -51,7 +51,7 @@ def main() -> None:
     if given.output is None:
         _claim(directory)
         directory.release()  # scoring may take long, and a training comes first
-    corpora = {} if given.no_domains else _open_corpora(config, given.corpora)
+    corpora, sequences = ({}, None) if given.no_domains else _open_corpora(config, given.corpora)
     tasks = None
     if names:
         _check_installed()
@@ -59,11 +59,16 @@ def main() -> None:
 
         tasks = open_tasks(names, "--tasks", folder=given.include)
 
-    _score(given, config, directory, corpora, tasks)
+    _score(given, config, directory, corpora, sequences, tasks)
 
 
 def _score(
-    given: argparse.Namespace, config: Config, directory: RunDirectory, corpora: dict[str, Corpus], tasks: Tasks | None
+    given: argparse.Namespace,
+    config: Config,
+    directory: RunDirectory,
+    corpora: dict[str, Corpus],
+    sequences: dict[str, int] | None,
+    tasks: Tasks | None,
 ) -> None:
     """Scores, shows and keeps."""
     import torch
@@ -81,7 +86,7 @@ def _score(
             raise UserError(f"--corpora: {name} is encoded by another tokenizer than the run's; {cure}")
     model, done = WholeModel(trained), None
     with tempfile.TemporaryDirectory() as cache, _shown("domains") as progress:
-        domains = score_domains(model, corpora, Path(cache), progress)
+        domains = score_domains(model, corpora, Path(cache), progress, sequences)
     if tasks is not None:
         from dynmoe.evaluate.harness import score_tasks
 
@@ -131,13 +136,16 @@ def _claim(directory: RunDirectory) -> None:
         raise UserError(f"{problem}; wait for it, or leave the run as it is: --output FILE") from None
 
 
-def _open_corpora(config: Config, given: Sequence[str] | None) -> dict[str, Corpus]:
-    """The corpora by the names of their domains."""
+def _open_corpora(config: Config, given: Sequence[str] | None) -> tuple[dict[str, Corpus], dict[str, int] | None]:
+    """The corpora by the names of their domains; and for a run's own blend the sequences that its evaluations read."""
     from dynmoe.data.corpus import by_domain, open_corpora
+    from dynmoe.data.validation import is_weighted, sequences_by_domain
 
     dirs = config.data.dirs if given is None else given
     try:
-        return by_domain(open_corpora(dirs, config.data.sequence_length))
+        corpora = open_corpora(dirs, config.data.sequence_length)
+        own_blend = given is None and is_weighted(config, corpora)
+        return by_domain(corpora), sequences_by_domain(config, corpora) if own_blend else None
     except UserError as error:
         raise UserError(f"{error}; or name others by --corpora, or leave domains out by --no-domains") from None
 

@@ -14,23 +14,26 @@ from dynmoe.train.scores import Scores
 
 
 def score_domains(
-    model: ScoredModel, corpora: Mapping[str, Corpus], cache: Path, progress: Progress
+    model: ScoredModel,
+    corpora: Mapping[str, Corpus],
+    cache: Path,
+    progress: Progress,
+    sequences: Mapping[str, int] | None = None,
 ) -> dict[str, Scores]:
     """Mean loss in nats per token, perplexity and experts per token of each corpus, on its validation sequences.
-
-    These are as many as ``eval.batches`` asks for, or as there are; of a run on one corpus its ``eval/loss`` is over
-    the same.
 
     Args:
         model: the model.
         corpora: by the name of their domain; with the tokenizer of the model.
         cache: directory of Megatron's index files, shared by all ranks.
         progress: is told of each pass.
+        sequences: how many of each are read, as far as there are so many; as ``eval.batches`` says by default.
     """
     config, scores = model.config, {}
+    wanted = sequences or dict.fromkeys(corpora, config.eval.batches * config.train.global_batch)
     for name, corpus in corpora.items():
         data = PretrainingData([corpus], [], config.data.sequence_length, config.train.seed, cache)
-        samples = min(config.eval.batches * config.train.global_batch, data.validation_samples)
+        samples = min(wanted[name], data.validation_samples)
         rows, use, total = rows_of_pass(model, config.data.sequence_length), ExpertUse(), 0.0
         for done, passages in _parts(data, name, samples, rows * model.data_size):
             total -= sum(own.log_prob for own in score(model, passages, use, lambda done, of: None))

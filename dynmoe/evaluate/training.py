@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,14 @@ class TrainingScores:
             self._tasks = open_tasks(config.eval.tasks, "eval.tasks", generation=False)
             rehearse(self._tasks, corpora[0].tokenizer, config.data.sequence_length, config.eval.limit)
 
-    def row(self, engine: Engine, vocab_size: int, cache: Path, progress: Callable[[str], None]) -> Row:
+    def row(
+        self,
+        engine: Engine,
+        vocab_size: int,
+        cache: Path,
+        progress: Callable[[str], None],
+        sequences: Mapping[str, int],
+    ) -> Row:
         """Scores the engine's model; collective, and those of tasks are on the first rank of each host alone.
 
         Args:
@@ -42,6 +49,7 @@ class TrainingScores:
             vocab_size: rows of the model's embedding.
             cache: directory of Megatron's index files, shared by all ranks.
             progress: is told of every pass, so that a long evaluation is not taken for a hang.
+            sequences: how many of each domain are read.
         """
         from dynmoe.evaluate.domains import score_domains
         from dynmoe.evaluate.models import ModelInTraining
@@ -58,5 +66,5 @@ class TrainingScores:
 
             tasks = score_tasks(model, self._tasks, tell, limit=self._config.eval.limit, bootstrap=0).scores
         if self._config.eval.domains:
-            domains = score_domains(model, by_domain(self._corpora), cache, tell)
+            domains = score_domains(model, by_domain(self._corpora), cache, tell, sequences)
         return scores_row(tasks, domains)

@@ -75,7 +75,9 @@ def loss(runs: Sequence[Run]) -> go.Figure | None:
             rows = _thinned([row for row in run.rows if metric in row])
             if not rows:
                 continue
-            name = f"{run.name}, {what}" if len(runs) > 1 else what
+            weighted = what == "validation" and "eval/loss_by_tokens" in rows[-1]
+            what_kind = f"{what}, weighted as training" if weighted else what
+            name = f"{run.name}, {what_kind}" if len(runs) > 1 else what_kind
             x, y = [row["train/step"] for row in rows], [row[metric] for row in rows]
             trace = _line(x, y, name, colour)
             if what == "validation":

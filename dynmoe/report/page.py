@@ -20,12 +20,15 @@ _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("dynmoe.report"), autoescape=True, undefined=jinja2.StrictUndefined,
     trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
+# Only where eval/loss weights several corpora as training does.
+_BY_TOKENS = "eval/loss_by_tokens"
 # Rows of the summary: heading, name among the metrics, format, factor.
 _SUMMARY = (
     ("step", "train/step", "{:.0f}", 1.0),
     ("tokens (M)", "train/tokens", "{:.2f}", 1e-6),
     ("training loss", "train/lm_loss", "{:.3f}", 1.0),
     ("validation loss", "eval/loss", "{:.3f}", 1.0),
+    ("validation loss by tokens", _BY_TOKENS, "{:.3f}", 1.0),
     ("experts per token", "moe/experts_per_token_mean", "{:.2f}", 1.0),
     ("activated FLOPs (P)", "train/cumulative_flops", "{:.4g}", 1e-15),
     ("tokens/s", "train/tokens_per_s", "{:.0f}", 1.0),
@@ -54,7 +57,8 @@ def write_report(runs: Sequence[Run], output: Path) -> None:
     write_page(
         "report.html.j2", output, runs=runs, sections=drawn, plotly=get_plotlyjs(), headline=_headline,
         summary=[(heading, [_shown(run, metric, form, factor) for run in runs])
-                 for heading, metric, form, factor in _SUMMARY],
+                 for heading, metric, form, factor in _SUMMARY
+                 if metric != _BY_TOKENS or any(run.last(metric) is not None for run in runs)],
         scores=_scores(runs), differences=_differences(runs),
     )  # fmt: skip
 

@@ -114,8 +114,14 @@ class Engine(Protocol):
     def report(self) -> StepReport:
         """Reduces the figures of the latest step over all ranks, in one collective."""
 
-    def evaluate(self, batches: Sequence[Batch]) -> float:
-        """Mean cross-entropy over the batches of all ranks; every rank gives as many sequences."""
+    def evaluate(self, batches: Sequence[Batch], texts: Sequence[int], per_rank: Sequence[float]) -> list[float]:
+        """Mean cross-entropy of each text over the batches of all ranks, in one reduction.
+
+        Args:
+            batches: of this rank; every rank gives as many, of the same shape.
+            texts: which text each of them is of.
+            per_rank: of each text, how many batches a data-parallel rank has of it in the mean.
+        """
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """Logits [B, S, V] in evaluation; ranks of different ``data_rank`` may give different tokens."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from dynmoe.config import Config
 from dynmoe.errors import ConfigError
 
 # A resumed run may differ from its checkpoint in everything but the latter.
@@ -30,6 +32,17 @@ def refuse_changes(saved: dict[str, Any], current: dict[str, Any], has_begun: bo
         if _is_in(name, fixed) and not _is_in(name, free) and old.get(name) != new.get(name):
             cure = "keep it, start anew with another run.name, or name it in checkpoint.accept_changes"
             raise ConfigError(name, new.get(name), f"the run's checkpoint has {old.get(name)!r}", cure)
+
+
+def with_weighting(config: Config, saved: dict[str, Any] | None) -> Config:
+    """The configuration with ``eval.weighting`` settled: a run keeps the one that it began with, unless one is given.
+
+    Args:
+        config: of this start.
+        saved: that of the checkpoint; None where the run begins. Runs that know no weighting count tokens.
+    """
+    began = "blend" if saved is None else dict(flatten(saved)).get("eval.weighting") or "tokens"
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, weighting=config.eval.weighting or began))
 
 
 def _is_in(name: str, sections: Sequence[str]) -> bool:

@@ -35,10 +35,11 @@ def scores_of(row: Row) -> dict[str, Scores]:
 
 
 def newest_scores(rows: Sequence[Row]) -> dict[str, Scores]:
-    """Of every task and domain the figures of the newest row that has it."""
+    """Of every task and domain each figure as in the newest row that has it."""
     newest: dict[str, Scores] = {}
     for row in rows:
-        newest |= scores_of(row)
+        for name, scores in scores_of(row).items():
+            newest.setdefault(name, {}).update(scores)
     return newest
 
 

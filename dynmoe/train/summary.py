@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from dynmoe.config import Config
-from dynmoe.data.corpus import Corpus
+from dynmoe.data.corpus import Corpus, by_domain
 from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.validation import training_shares, validation_shares
 from dynmoe.model.sampling import sample, whole_context
 from dynmoe.model.size import ModelSize
 from dynmoe.ops import pick_backend
 from dynmoe.train.engine import Engine
+from dynmoe.train.metrics import Row
 from dynmoe.train.run_directory import RunDirectory
 from dynmoe.train.trainer import Result
 
 
-def validation_unigram_entropy(corpora: list[Corpus]) -> float:
-    """Unigram entropy of the validation text in nats per token; of several corpora the mean by tokens."""
-    splits = [corpus.manifest["splits"]["validation"] for corpus in corpora]
-    tokens = sum(split["tokens"] for split in splits)
-    return sum(split["unigram_entropy_nats"] * split["tokens"] for split in splits) / tokens
+def validation_unigram_entropy(corpora: list[Corpus], shares: Mapping[str, float]) -> float:
+    """Unigram entropy of the validation text in nats per token; of several domains the mean by their ``shares``."""
+    splits = {name: corpus.manifest["splits"]["validation"] for name, corpus in by_domain(corpora).items()}
+    return sum(share * splits[name]["unigram_entropy_nats"] for name, share in shares.items())
 
 
 def write_sample(engine: Engine, tokenizer: Tokenizer, sequence_length: int, num_tokens: int) -> str:
@@ -87,17 +89,27 @@ def describe(config: Config, size: ModelSize, result: Result, corpora: list[Corp
             at_end = (f"layer {i}: {row[f'moe/layer_{i:02d}/experts_per_token_mean']:.2f}" for i in per_layer)
             lines.append(f"Experts per token at the end: {', '.join(at_end)}.")
     if "eval/loss" in row:
-        entropy = validation_unigram_entropy(corpora)
-        gain = entropy - row["eval/loss"]
-        verdict = "better" if gain > 0 else "worse"
-        lines.append(
-            f"Validation loss {row['eval/loss']:.3f} nats per token (perplexity {math.exp(row['eval/loss']):.1f}); "
-            f"token frequencies alone would give {entropy:.3f}: {abs(gain):.3f} nats {verdict}."
-        )
+        lines.append(_validation(config, row, corpora))
     if text:
         lines += ["A sample of what it writes:", *(f"    {line}" for line in text.splitlines())]
     lines.append(f"Run directory: {config.run.path}")
     return "\n".join(lines)
+
+
+def _validation(config: Config, row: Row, corpora: list[Corpus]) -> str:
+    """The validation loss, and what it means."""
+    if "eval/loss_by_tokens" in row:
+        shares, weighting = training_shares(corpora, config.data.weights), ", corpora weighted as in training"
+        others = f"; {row['eval/loss_by_tokens']:.3f} weighted by their validation tokens"
+    else:
+        shares, weighting, others = validation_shares(corpora), "", ""
+    loss, entropy = row["eval/loss"], validation_unigram_entropy(corpora, shares)
+    gain = entropy - loss
+    verdict = "better" if gain > 0 else "worse"
+    return (
+        f"Validation loss {loss:.3f} nats per token{weighting} (perplexity {math.exp(loss):.1f}{others}); "
+        f"token frequencies alone would give {entropy:.3f}: {abs(gain):.3f} nats {verdict}."
+    )
 
 
 def _layout(config: Config) -> str:
@@ -108,5 +120,8 @@ def _layout(config: Config) -> str:
 
 def facts(result: Result) -> dict[str, Any]:
     """Figures for outcome.json."""
-    names = ("eval/loss", "eval/perplexity", "train/lm_loss", "moe/experts_per_token_mean", "train/cumulative_flops")
+    names = (
+        "eval/loss", "eval/perplexity", "eval/loss_by_tokens", "train/lm_loss", "moe/experts_per_token_mean",
+        "train/cumulative_flops",
+    )  # fmt: skip
     return {name: result.last_row[name] for name in names if name in result.last_row}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from dynmoe.config import Config
 from dynmoe.data.batches import PretrainingData
-from dynmoe.errors import ConfigError, UserError
+from dynmoe.errors import UserError
 from dynmoe.launched import Ending
 from dynmoe.model.size import ModelSize
 from dynmoe.moe.adaptation import AdaptationEvent
@@ -19,10 +20,11 @@ from dynmoe.moe.trace import RoutingTrace
 from dynmoe.train.accounting import Account, Progress
 from dynmoe.train.checkpoint_store import CheckpointStore
 from dynmoe.train.engine import Engine, Gradients
+from dynmoe.train.evaluation import Evaluation
 from dynmoe.train.guard import StepGuard
-from dynmoe.train.metrics import Row, View, histograms, perplexity
+from dynmoe.train.metrics import Row, View, histograms
 from dynmoe.train.record import RunRecord
-from dynmoe.train.resume import refuse_changes
+from dynmoe.train.resume import refuse_changes, with_weighting
 from dynmoe.train.run_directory import RunDirectory
 from dynmoe.train.schedule import learning_rate
 from dynmoe.train.speed import SpeedComparison
@@ -52,7 +54,8 @@ class Trainer:
             that this one goes on from.
         ending: tells whether this process was told to end.
         watchdog: is told of progress.
-        score: gives the scores of tasks and domains as metrics, the same on every rank; collective.
+        score: gives the scores of tasks and domains as metrics, the same on every rank, where it is told how many
+            sequences of each domain to read; collective.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class Trainer:
         make_views: Callable[[str | None, int], tuple[list[View], str | None]],
         ending: Ending,
         watchdog: Watchdog,
-        score: Callable[[], Row],
+        score: Callable[[Mapping[str, int]], Row],
     ) -> None:
         self.config, self.engine, self.data, self.directory = config, engine, data, directory
         self.size = ModelSize(config.model, vocab_size, config.data.sequence_length)
@@ -79,8 +82,8 @@ class Trainer:
     def run(self) -> Result:
         """Resumes where a checkpoint is, trains to the last step or until told to end, and leaves a checkpoint."""
         train = self.config.train
-        self._resume()
-        self._check_validation()
+        self.config = with_weighting(self.config, self._resume())
+        self._evaluation = Evaluation(self.config, self.engine, self.data)
         record = self._begin()
         row: Row = {} if record is None else record.last_row
         self._guard = StepGuard(self.config.guard, self.progress.guard)
@@ -128,11 +131,10 @@ class Trainer:
         row = self._account.row(report, gradients, lr)
         if evaluates:
             self._watchdog.progress(f"the evaluation after step {step}")
-            loss = self.evaluate()
-            row |= {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
+            row |= self._evaluation.row()
         if scores:
             self._watchdog.progress(f"the scores after step {step}")
-            row |= self._score()
+            row |= self._score(self._evaluation.sequences)
         if record is not None:
             draws = gradients.finite and (config.logging.draws_histograms(step) or step == config.train.steps)
             record.add_row(row, histograms(report, config, step) if draws else None)
@@ -178,30 +180,10 @@ class Trainer:
         starts = range(first + engine.data_rank * train.micro_batch, first + train.global_batch, self._per_pass)
         return [range(start, start + train.micro_batch) for start in starts]
 
-    def evaluate(self) -> float:
-        """Mean loss over the first validation samples: as many as ``eval.batches`` asks for, or as there are.
-
-        A remainder that does not fill a forward pass on every rank is left out.
-        """
-        train, engine = self.config.train, self.engine
-        wanted = min(self.config.eval.batches * train.global_batch, self.data.validation_samples)
-        starts = range(engine.data_rank * train.micro_batch, wanted // self._per_pass * self._per_pass, self._per_pass)
-        return engine.evaluate([self.data.validation_batch(range(s, s + train.micro_batch)) for s in starts])
-
     @property
     def _per_pass(self) -> int:
         """Sequences of one forward pass over all ranks."""
         return self.config.train.micro_batch * self.engine.data_size
-
-    def _check_validation(self) -> None:
-        """Refuses validation data that does not fill one forward pass: now, not at the first evaluation."""
-        if self.data.validation_samples < self._per_pass:
-            problem = (
-                f"the validation data has {self.data.validation_samples} sequences, "
-                f"fewer than one pass over all ranks ({self._per_pass})"
-            )
-            cure = "use a smaller one or more text"
-            raise ConfigError("train.micro_batch", self.config.train.micro_batch, problem, cure)
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.progress.step % interval == 0
@@ -223,13 +205,14 @@ class Trainer:
             self.checkpoints.wait()
         self._account.start_interval()
 
-    def _resume(self) -> None:
+    def _resume(self) -> dict[str, Any] | None:
+        """Goes on from the newest checkpoint; returns the configuration that a run which has begun was saved with."""
         self._watchdog.progress("the resumption")
         self.checkpoints.check_shared()
         self.checkpoints.remove_leftovers()
         checkpoint = self.checkpoints.newest()
         if checkpoint is None:
-            return
+            return None
         state = checkpoint.trainer_state
         self.progress = Progress.of(state["progress"])
         has_begun = self.progress.samples > 0
@@ -242,6 +225,7 @@ class Trainer:
             raise UserError(f"data.dirs: encoded by another tokenizer than the weights were trained with; {cure}")
         self.engine.load(checkpoint.path)
         self.engine.step = self.progress.step
+        return state["config"] if has_begun else None
 
     def _begin(self) -> RunRecord | None:
         """Opens the record on the first rank, which alone keeps the W&B id: it writes the trainer's state."""

@@ -207,12 +207,12 @@ def train_plainly(overrides: list[str], steps: int) -> dict[str, Any]:
 
 
 def forward_only(overrides: list[str]) -> dict[str, Any]:
-    """Mean loss over three batches, and logits of a sequence whose length nothing divides."""
+    """Mean losses of two texts, of two batches and of one; and logits of a sequence whose length nothing divides."""
     config = config_for(*overrides)
     engine = make_engine(config, VOCAB)
     batches = micro_batches(config, 0, engine.data_rank, engine.data_size)
     tokens = torch.arange(7)[None] * 5 % VOCAB
-    return {"loss": engine.evaluate(batches[:3]), "logits": engine.logits(tokens)}
+    return {"losses": engine.evaluate(batches[:3], [0, 1, 0], [2.0, 1.0]), "logits": engine.logits(tokens)}
 
 
 def to_plain(overrides: list[str], source: str, target: str) -> None:

@@ -203,7 +203,7 @@ def test_evaluation_and_logits_are_the_plain_models(one_rank, two_ranks, layout)
     overrides = [part for part in BASE if part != "engine=megatron"]
     (expected,) = one_rank.run(forward_only, [*overrides, *ALONE])
     for result in two_ranks.run(forward_only, [*BASE, *layout]):
-        assert result["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         torch.testing.assert_close(result["logits"], expected["logits"], rtol=1e-4, atol=1e-5)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 from bench.disturbed import tensor_hashes, without_times
 from bench.processes import CPU, ROOT, Prepare, WarmTraining
 
+BLEND_VOCAB = 448
+
 
 def tiny(corpus: Path, runs: Path) -> list[str]:
     """Fields of a tiny run of 40 steps on two expert-parallel ranks.
@@ -89,6 +91,28 @@ def evaluation_loss(run: Path, cache: Path) -> float:
     with torch.no_grad():
         batches = [data.validation_batch(samples[start : start + 4]) for start in samples[::4]]
         return torch.stack([model.decoder(batch.tokens_BS, batch.labels_BS) for batch in batches]).mean().item()
+
+
+def evaluate_blend(overrides: list[str], dirs: list[str], weights: list[float], cache: Path) -> list[dict[str, float]]:
+    """Evaluations of a model that has learnt nothing, on a blend: of all its sequences, and of twelve."""
+    import torch.distributed as dist
+
+    from dynmoe.data.batches import PretrainingData
+    from dynmoe.data.corpus import open_corpora
+    from dynmoe.engines import make_engine
+    from dynmoe.train.evaluation import Evaluation
+    from tests.engines.cases import config_for
+
+    rows = []
+    for batches in (100, 3):
+        config = config_for(
+            "data.sequence_length=32", "train.global_batch=4", f"data.dirs=[{','.join(dirs)}]",
+            f"data.weights={weights}", "eval.weighting=blend", f"eval.batches={batches}", *overrides,
+        )  # fmt: skip
+        config.check_world(dist.get_world_size())
+        data = PretrainingData(open_corpora(dirs, 32), weights, 32, 0, cache)
+        rows.append(Evaluation(config, make_engine(config, BLEND_VOCAB), data).row())
+    return rows
 
 
 def read_rows(metrics: Path) -> list[dict[str, Any]]:

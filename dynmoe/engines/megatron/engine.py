@@ -188,14 +188,15 @@ class MegatronEngine:
         return self.world_size // self.config.parallel.pipeline
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> float:
+    def evaluate(self, batches: Sequence[Batch], texts: Sequence[int], per_rank: Sequence[float]) -> list[float]:
         self._set_mode(training=False)
         losses = self._run(batches, forward_only=True)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        totals = torch.zeros(len(per_rank), dtype=torch.float64, device=self.device)
         if losses:
-            total += torch.stack(losses).double().mean()
-        dist.all_reduce(total)
-        return total.item() / self._ranks_with_loss
+            totals.index_add_(0, torch.tensor(texts, device=self.device), torch.stack(losses).double())
+            totals /= torch.tensor(per_rank, dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        return [total / self._ranks_with_loss for total in totals.tolist()]
 
     @torch.no_grad()
     def logits(self, tokens_BS: Tensor) -> Tensor:
