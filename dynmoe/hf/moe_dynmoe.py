@@ -155,15 +155,18 @@ class DynMoEExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, width))
 
     def forward(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
-        """Sum over the experts of each token of gate times output, [T, D]."""
-        y_TD = torch.zeros_like(x_TD)
+        """Sum over the experts of each token of gate times output, [T, D].
+
+        Rounded where training rounds: the gated activation and the sum over experts are fp32 until they are whole.
+        """
+        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         for expert in plan.routing_map_TE.any(dim=0).nonzero().flatten().tolist():
             tokens_N = plan.routing_map_TE[:, expert].nonzero().flatten()
-            gate_NF, up_NF = F.linear(x_TD[tokens_N], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            weight_N1 = plan.gates_TE[tokens_N, expert, None].to(x_TD.dtype)
-            rows_ND = F.linear(F.silu(gate_NF) * up_NF * weight_N1, self.down_proj[expert])
-            y_TD = y_TD.index_add(0, tokens_N, rows_ND)
-        return y_TD
+            gate_NF, up_NF = F.linear(x_TD[tokens_N], self.gate_up_proj[expert]).float().chunk(2, dim=-1)
+            activation_NF = F.silu(gate_NF) * up_NF * plan.gates_TE[tokens_N, expert, None]
+            rows_ND = F.linear(activation_NF.to(x_TD.dtype), self.down_proj[expert])
+            y_TD.index_add_(0, tokens_N, rows_ND.float())
+        return y_TD.to(x_TD.dtype)
 
 
 class DynMoEBlock(nn.Module):
@@ -182,13 +185,14 @@ class DynMoEBlock(nn.Module):
         ``counted_T`` is False for padding, which the losses leave out; None: there is none.
         """
         x_TD = x_BSD.flatten(0, 1)
-        plan, logits_TE = self.router(x_TD)
+        with torch.autocast(x_TD.device.type, enabled=False):  # which would take the products of routers out of fp32
+            plan, logits_TE = self.router(x_TD)
+            loss = self.router.loss(plan if counted_T is None else _of_tokens(plan, counted_T)) if wanted else None
         y_TD = self.experts(x_TD, plan)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
-        if not wanted:
+        if loss is None:
             return y_TD.view_as(x_BSD), ()
-        loss = self.router.loss(plan if counted_T is None else _of_tokens(plan, counted_T))
         shape = (*x_BSD.shape[:2], -1)
         return y_TD.view_as(x_BSD), (loss, logits_TE.view(shape), plan.routing_map_TE.view(shape))
 

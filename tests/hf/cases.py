@@ -59,6 +59,9 @@ def begin(corpus: Path, path: Path, overrides: Sequence[str]) -> Begun:
     tokenizer = (corpus / TOKENIZER).read_bytes()
     decoder = Decoder(config.model, 448, seed=0).eval()
     generator = torch.Generator().manual_seed(0)
+    for name, parameter in decoder.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     for layer in decoder.moe_layers:
         for name, buffer in layer.router.named_buffers():
             if name == "offset_E" or (name == "bias_E" and "biased" in path.name):

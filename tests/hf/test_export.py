@@ -139,6 +139,43 @@ def test_bf16_keeps_the_state_of_the_routers(corpus_dir, tmp_path):
     assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.99
 
 
+@pytest.mark.parametrize("name", OWN)
+def test_bf16_rounds_where_training_rounds(corpus_dir, tmp_path, monkeypatch, name):
+    """Logits of a bf16 export are those of the decoder as engines cast it, bit by bit."""
+    run = begin(corpus_dir, tmp_path / name.replace(" ", "_").replace(",", ""), OWN[name])
+    export(run.path, tmp_path / "out", torch.bfloat16)
+    model, decoder, tokens = read(tmp_path / "out", dtype=torch.bfloat16), run.decoder.bfloat16(), some_tokens()
+    with torch.no_grad():
+        alone = [(model(token.view(1, 1)).logits, decoder(token.view(1, 1))) for token in tokens[0]]
+        assert all(torch.equal(ours, theirs) for ours, theirs in alone)
+        # PyTorch's embedding_bag rounds halves away from zero on a CPU, and to even elsewhere.
+        monkeypatch.setattr("dynmoe.ops.backends.scatter_sum", sum_to_even)
+        found, (expected, maps) = model(tokens, output_router_logits=True), run_decoder(decoder, tokens)
+    assert torch.equal(found.logits, expected)
+    assert all(torch.equal(a, b) for a, b in zip(found.routing_maps, maps, strict=True))
+
+
+def sum_to_even(rows_ND, permutation):
+    """The rows of each token, summed in fp32 and rounded as everywhere else."""
+    y_TD = rows_ND.new_zeros(len(permutation.token_offsets_T1) - 1, rows_ND.shape[1], dtype=torch.float32)
+    return y_TD.index_add_(0, permutation.token_N, rows_ND.float()).to(rows_ND.dtype)
+
+
+@pytest.mark.parametrize("name", ["top_p", "top_any improved"])
+def test_routers_are_in_fp32_under_autocast(corpus_dir, tmp_path, name):
+    """As Trainer fine-tunes with bf16=True: what a router says of the same input does not change."""
+    run = begin(corpus_dir, tmp_path / "run", OWN[name])
+    export(run.path, tmp_path / "out")
+    model, tokens, seen = read(tmp_path / "out").train(), some_tokens(), {}
+    block = model.model.layers[0].mlp
+    block.register_forward_hook(lambda module, given, output: seen.update(x_BSD=given[0], routing=output[1]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens, labels=tokens, output_router_logits=True).loss.backward()
+    for now, without in zip(seen["routing"], block(seen["x_BSD"], None, True)[1], strict=True):
+        assert torch.equal(now, without)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def test_checkpointed_gradients_are_the_same(top_p):
     _, path = top_p
     gradients = []
