@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from data_prep.adopt import adopt
 from data_prep.build import build, is_current
+from data_prep.formats import DECLARED
 from data_prep.recipe import Nodes, Recipe
 from data_prep.sources import STDLIB
 from data_prep.tables import HUB
@@ -19,6 +21,8 @@ from dynmoe.errors import UserError
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and texts are told, whatever the locale
     arguments = sys.argv[1:]
     if arguments[:1] == ["verify"]:
         _verify(arguments[1:])
@@ -68,11 +72,16 @@ def _build(arguments: list[str]) -> None:
     )
     parser.add_argument(
         "sources", nargs="*", default=[STDLIB],
-        help="text files, folders, .jsonl (.gz, .zst), .parquet, hf:DATASET[:CONFIGURATION[:SPLIT]] (streamed from the "
-        "Hugging Face hub), or 'stdlib': the source of the running Python's library",
+        help="files of text, JSON lines, other JSON, CSV or TSV, plain or compressed (gzip, Zstandard), Parquet files, "
+        "folders of all these, hf:DATASET[:CONFIGURATION[:SPLIT]] (streamed from the Hugging Face hub), or 'stdlib': "
+        "the source of the running Python's library. What a file is follows from its content and its name, and is told",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("data/stdlib"), help="directory of the corpus")
-    parser.add_argument("--json-key", default="text", help="field or column that holds the text")
+    parser.add_argument("--key", "--json-key", default="text", help="field or column that holds the text")
+    parser.add_argument(
+        "--as", dest="read_as", choices=DECLARED,
+        help="what every file is that is not Parquet, in place of a look at it; with text, each is one document",
+    )  # fmt: skip
     parser.add_argument("--vocab-size", type=int, default=4096, help="pieces of the tokenizer to train")
     parser.add_argument("--tokenizer", help="an existing sentencepiece model, in place of training one")
     parser.add_argument("--tokenizer-mb", type=int, default=16, help="megabytes of text to train the tokenizer on")
@@ -86,12 +95,13 @@ def _build(arguments: list[str]) -> None:
     nodes = Nodes(given.nodes, given.node)
     recipe = Recipe(
         given.sources,
-        given.json_key,
+        given.key,
         given.vocab_size,
         given.tokenizer,
         given.tokenizer_mb,
         given.validation_fraction,
         not given.keep_copies,
+        given.read_as,
     )
     if given.workers < 1:
         raise UserError(f"--workers {given.workers}: use at least 1")

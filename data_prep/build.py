@@ -20,6 +20,7 @@ from rich.progress import Progress
 
 from data_prep.encode import encode_all, hash_all, read_facts
 from data_prep.merge import Merged, merge
+from data_prep.overview import overview
 from data_prep.recipe import Nodes, Recipe, recipe_digest
 from data_prep.sources import fingerprint, list_units, stamp
 from data_prep.units import Unit
@@ -67,7 +68,10 @@ def _written_since(out: Path, moment: float) -> bool:
 
 
 def _build(recipe: Recipe, out: Path, workers: int, nodes: Nodes) -> dict[str, Any] | None:
-    units = list_units(recipe.sources)
+    units = list_units(recipe.sources, recipe.read_as)
+    told = overview(units, recipe.json_key)  # on every node: what is amiss there ends each of them
+    if not nodes.own:
+        print(*told, sep="\n", flush=True)
     building = out.with_name(f"{out.name}.building")
     _enter(building, recipe_digest(recipe) + stamp(units), nodes, out)
     with _claim(building / f"node_{nodes.own}.lock"):
@@ -84,7 +88,8 @@ def _build(recipe: Recipe, out: Path, workers: int, nodes: Nodes) -> dict[str, A
         merged = merge(parts, units, finished, tokenizer.vocab_size, recipe.deduplicate)
         for split, count in merged.counts.items():
             if count.documents == 0:
-                raise UserError(f"no {split} document came out of {recipe.sources}; give more text or another fraction")
+                cure = f"{merged.refusals}give more text or another fraction"
+                raise UserError(f"no {split} document came out of {recipe.sources}; {cure}")
         shutil.copyfile(building / TOKENIZER, finished / TOKENIZER)
         content = fingerprint(units, (read_facts(part, "content")[0] for part in parts))
         manifest = _manifest(recipe, finished, tokenizer, merged, content)
@@ -233,7 +238,7 @@ def is_current(recipe: Recipe, out: Path, workers: int = 1) -> bool:
     corpus = Corpus.open(out)
     if corpus.manifest.get("recipe") != recipe_digest(recipe):
         return False
-    units = list_units(recipe.sources)
+    units = list_units(recipe.sources, recipe.read_as)
     if corpus.manifest.get("input") != fingerprint(units, hash_all(units, recipe.json_key, workers)):
         return False
     corpus.verify()

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.sources import ContentHash, RefusedError, read_unit, text_of
+from data_prep.sources import BLANK, ContentHash, RefusedError, read_unit, text_of
 from data_prep.units import Unit
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError, first_line
@@ -149,7 +149,8 @@ def encode_unit(unit: Unit, json_key: str, validation_fraction: float, encoder: 
         try:
             text = text_of(document)
         except RefusedError as error:
-            refused.append((error.reason, number))
+            if error.reason != BLANK:
+                refused.append((error.reason, number))
             continue
         encoded = text.encode("utf-8")
         text_bytes.append(len(encoded))

@@ -39,6 +39,11 @@ class Refusals:
         if len(names) < _NAMES_PER_REASON:
             names.append(name())
 
+    def __str__(self) -> str:
+        """``left out: empty 3 (a.txt)``: each reason with the first that it met; or nothing."""
+        told = ", ".join(f"{reason} {count} ({self.names[reason][0]})" for reason, count in self.counts.items())
+        return told and f"left out: {told}; "
+
 
 @dataclass
 class Merged:

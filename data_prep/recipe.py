@@ -23,6 +23,7 @@ class Recipe:
     tokenizer_mb: int = 16
     validation_fraction: float = 0.02
     deduplicate: bool = True
+    read_as: str | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.validation_fraction < 1.0:
@@ -36,6 +37,8 @@ class Recipe:
 def recipe_digest(recipe: Recipe) -> str:
     """SHA-256 of the options; an existing tokenizer counts by its content."""
     facts = dataclasses.asdict(recipe) | {"sources": [Path(source).name for source in recipe.sources]}
+    if recipe.read_as is None:
+        del facts["read_as"]  # corpora that were made before there was a choice stay current
     if recipe.tokenizer is not None:
         facts["tokenizer"] = Tokenizer(recipe.tokenizer).sha256
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
-import gzip
 import hashlib
 import json
 import os
 import sysconfig
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-import zstandard
-
-from data_prep.tables import HUB, hub_units, read_hub, read_rows, row_groups
+from data_prep.formats import ARCHIVE, JSON, JSON_LINES, OBJECT, PARQUET, TEXT, form_of
+from data_prep.json_values import json_values
+from data_prep.packing import is_packed, named, unpacked
+from data_prep.tables import HUB, document_of, hub_units, read_hub, read_rows, read_table, row_groups
 from data_prep.units import RawDocument, Unit
 from dynmoe.errors import UserError
 
 STDLIB = "stdlib"
-_PACKED = (".jsonl.gz", ".jsonl.zst")
+BLANK = "blank"
 # Not part of the library's own text: tests, installed packages, compiled files.
 _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _UNIT_BYTES = (4_000_000, 64_000_000)
 _UNITS_WANTED = 256
-_CURE = "name text files, folders, .jsonl or .parquet files, hf:DATASET or 'stdlib'"
+_ONE_DOCUMENT = (TEXT, OBJECT, ARCHIVE)
+_LOOKS_AT_A_TIME = 16
+_CURE = "name files with text, JSON, CSV or Parquet, folders of them, hf:DATASET or 'stdlib'"
 
 
 @dataclass(frozen=True)
 class RefusedError(Exception):
-    """Why a raw document has no text: ``not_utf8``, ``empty``, ``bad_json`` or ``missing_key``."""
+    """Why a raw document has no text.
+
+    Attributes:
+        reason: ``not_utf8``, ``empty``, ``bad_json``, ``missing_key``, ``bad_row`` (of a CSV file), ``archive``; or
+            BLANK: a line between JSON lines, which is no document and not missed.
+    """
 
     reason: str
 
@@ -42,11 +49,16 @@ def text_of(document: RawDocument) -> str:
     Raises:
         RefusedError: with the reason.
     """
+    if document.refused is not None:
+        raise RefusedError(document.refused)
     try:
         text = document.content.decode("utf-8")
     except UnicodeDecodeError:
         raise RefusedError("not_utf8") from None
     if document.json_key is not None:
+        text = text.removeprefix("\ufeff")  # before the first line of a file, or of one that was joined to another
+        if not text.strip():
+            raise RefusedError(BLANK)
         try:
             record = json.loads(text)
         except (ValueError, RecursionError):
@@ -64,59 +76,91 @@ def text_of(document: RawDocument) -> str:
     return text
 
 
-def list_units(sources: Sequence[str]) -> list[Unit]:
+@dataclass(frozen=True)
+class _File:
+    """A file of a source: its name there, where it lies, its size and time of change, and what it is."""
+
+    name: str
+    path: Path
+    stamp: tuple[int, int]
+    form: str
+
+
+def list_units(sources: Sequence[str], read_as: str | None = None) -> list[Unit]:
     """The units of all sources, in the order given; within a folder by path.
+
+    Args:
+        sources: files, folders, STDLIB, and datasets of the hub.
+        read_as: what text in files is taken for (``formats.DECLARED``), in place of what it looks like.
 
     Raises:
         UserError: a source that does not exist, cannot be read or holds no file.
     """
-    found: dict[str, list[tuple[str, Path, os.stat_result]]] = {}
-    for source in sources:
-        if source.startswith(HUB):
-            continue
-        root = Path(sysconfig.get_paths()["stdlib"]) if source == STDLIB else Path(source)
-        paths = list(_stdlib_files(root) if source == STDLIB else _files(root))
-        if not paths:
-            raise UserError(f"source {source}: holds no file; {_CURE}")
-        found[source] = [(p.name if p == root else p.relative_to(root).as_posix(), p, p.stat()) for p in paths]
+    found = {source: _look_at(source, read_as) for source in dict.fromkeys(sources) if not source.startswith(HUB)}
     smallest, largest = _UNIT_BYTES
-    total = sum(facts.st_size for files in found.values() for *_, facts in files)
+    total = sum(file.stamp[0] for files in found.values() for file in files)
     size = min(max(total // _UNITS_WANTED, smallest), largest)
     return [
-        unit
+        dataclasses.replace(unit, source=source)
         for source in sources
         for unit in (hub_units(source) if source.startswith(HUB) else _units_of_files(found[source], size))
     ]
 
 
-def _units_of_files(files: list[tuple[str, Path, os.stat_result]], size: int) -> list[Unit]:
+def _look_at(source: str, read_as: str | None) -> list[_File]:
+    root = Path(sysconfig.get_paths()["stdlib"]) if source == STDLIB else Path(source)
+    paths = list(_stdlib_files(root) if source == STDLIB else _files(root))
+    if not paths:
+        raise UserError(f"source {source}: holds no file; {_CURE}")
+
+    def look(path: Path) -> _File:
+        facts = path.stat()
+        form = TEXT if source == STDLIB else form_of(path, read_as)
+        if form == ARCHIVE and path == root:
+            raise UserError(f"source {source}: is an archive or packed otherwise than by gzip or Zstandard; unpack it")
+        name = path.name if path == root else path.relative_to(root).as_posix()
+        return _File(name, path, (facts.st_size, facts.st_mtime_ns), form)
+
+    with ThreadPoolExecutor(_LOOKS_AT_A_TIME) as pool:  # a file system of a cluster answers late, but many at a time
+        return list(pool.map(look, paths))
+
+
+def _units_of_files(files: list[_File], size: int) -> list[Unit]:
     units: list[Unit] = []
-    gathered: list[tuple[str, Path, os.stat_result]] = []
+    gathered: list[_File] = []
 
     def close() -> None:
         if gathered:
-            names, paths, facts = zip(*gathered, strict=True)
-            stamps = tuple((fact.st_size, fact.st_mtime_ns) for fact in facts)
-            units.append(Unit("files", names, tuple(str(path) for path in paths), stamps))
+            units.append(_unit("files", gathered))
             gathered.clear()
 
-    for name, path, facts in files:
-        alone = ((name,), (str(path),), ((facts.st_size, facts.st_mtime_ns),))
-        if path.suffix not in (".jsonl", ".parquet") and not path.name.endswith(_PACKED):
-            gathered.append((name, path, facts))
-            if sum(fact.st_size for *_, fact in gathered) >= size:
+    for file in files:
+        if file.form in _ONE_DOCUMENT:
+            gathered.append(file)
+            if sum(each.stamp[0] for each in gathered) >= size:
                 close()
-            continue
-        close()
-        if path.suffix == ".jsonl":
-            starts = range(0, max(facts.st_size, 1), size)
-            units += [Unit("lines", *alone, start, start + size) for start in starts]
-        elif path.suffix == ".parquet":
-            units += [Unit("rows", *alone, first, last) for first, last in row_groups(path, size)]
         else:
-            units.append(Unit("packed", *alone))
+            close()
+            units += _units_of_file(file, size)
     close()
     return units
+
+
+def _units_of_file(file: _File, size: int) -> list[Unit]:
+    """Those of a file that may hold many documents. What is compressed, and tables of text, cannot be cut."""
+    if file.form == PARQUET:
+        return [_unit("rows", [file], first, last) for first, last in row_groups(file.path, size)]
+    if file.form != JSON_LINES:
+        return [_unit("values" if file.form == JSON else "table", [file])]
+    with file.path.open("rb") as stored:
+        if is_packed(stored.read(4)):
+            return [_unit("packed", [file])]
+    return [_unit("lines", [file], start, start + size) for start in range(0, max(file.stamp[0], 1), size)]
+
+
+def _unit(kind: str, files: Sequence[_File], start: int = 0, stop: int = 0) -> Unit:
+    names, paths, stamps = zip(*((file.name, str(file.path), file.stamp) for file in files), strict=True)
+    return Unit(kind, names, paths, stamps, start, stop, forms=tuple(file.form for file in files))
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -146,19 +190,24 @@ def read_unit(unit: Unit, json_key: str) -> Iterator[RawDocument]:
         facts = os.stat(path)
         if (facts.st_size, facts.st_mtime_ns) != stamp:
             raise UserError(f"source {path}: was changed while it was read; start again")
-    try:
+    if unit.kind in ("files", "hub"):  # which name what cannot be read themselves
         yield from _READERS[unit.kind](unit, json_key)
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise UserError(f"source {unit.paths[0]}: cannot be read ({error}); mend or remove it") from None
+        return
+    with named(unit.paths[0]):
+        yield from _READERS[unit.kind](unit, json_key)
 
 
 def _read_files(unit: Unit, json_key: str) -> Iterator[RawDocument]:
-    for path in unit.paths:
-        try:
-            content = Path(path).read_bytes()
-        except OSError as error:
-            raise UserError(f"source {path}: cannot be read ({error}); mend or remove it") from None
-        yield RawDocument(content)
+    for path, form in zip(unit.paths, unit.forms, strict=True):
+        if form == ARCHIVE:
+            yield RawDocument(b"", refused=ARCHIVE)
+            continue
+        with named(path), unpacked(path) as stream:
+            content = stream.read()
+        if form == OBJECT:
+            yield RawDocument(content, json_key)
+        else:
+            yield RawDocument(content.removeprefix(codecs.BOM_UTF8))
 
 
 def _read_lines(unit: Unit, json_key: str) -> Iterator[RawDocument]:
@@ -177,51 +226,40 @@ def _read_lines(unit: Unit, json_key: str) -> Iterator[RawDocument]:
 
 
 def _read_packed(unit: Unit, json_key: str) -> Iterator[RawDocument]:
-    with open(unit.paths[0], "rb") as stored:
-        lines: Iterable[bytes] = _lines(_decompressed(stored))
-        if unit.paths[0].endswith(".gz"):
-            lines = gzip.GzipFile(fileobj=stored)
-        empty = True
+    empty = True
+    # The fingerprints of corpora that were made so far hold lines of Zstandard files without their ends.
+    end = b"" if unit.paths[0].endswith(".gz") else b"\n"
+    with unpacked(unit.paths[0]) as lines:
         for line in lines:
             empty = False
-            yield RawDocument(line, json_key)
-        if empty:
-            yield RawDocument(b"")
+            yield RawDocument(line.removesuffix(end), json_key)
+    if empty:
+        yield RawDocument(b"")
 
 
-def _decompressed(stored: BinaryIO) -> Iterator[bytes]:
-    """Contents of all zstandard frames.
-
-    Raises:
-        EOFError: the last frame is cut off (the library's own readers end there without a word).
-    """
-    frame = None
-    while block := stored.read(1 << 20):
-        while block:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(block)
-            block = frame.unused_data if frame.eof else b""
-            if frame.eof:
-                frame = None
-    if frame is not None:
-        raise EOFError("the compressed text is cut off")
+def _read_values(unit: Unit, json_key: str) -> Iterator[RawDocument]:
+    """Objects with their text in a field, or strings that are texts."""
+    with unpacked(unit.paths[0]) as stream:
+        for value in json_values(stream):
+            if isinstance(value, dict) and json_key not in value:
+                yield RawDocument(json.dumps(dict.fromkeys(value)).encode(), json_key)  # so that its fields can be told
+            else:
+                yield document_of(value[json_key] if isinstance(value, dict) else value)
 
 
-def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    rest = b""
-    for block in blocks:
-        *whole, rest = (rest + block).split(b"\n")
-        yield from whole
-    if rest:
-        yield rest
-
-
-_READERS = {"files": _read_files, "lines": _read_lines, "packed": _read_packed, "rows": read_rows, "hub": read_hub}
+_READERS = {
+    "files": _read_files, "lines": _read_lines, "packed": _read_packed, "values": _read_values, "table": read_table,
+    "rows": read_rows, "hub": read_hub,
+}  # fmt: skip
 
 
 def fingerprint(units: Sequence[Unit], digests: Iterable[str]) -> str:
     """SHA-256 over names and contents of all units, given those of their documents (see :class:`ContentHash`)."""
-    facts = [[unit.kind, unit.names, unit.start, unit.stop, own] for unit, own in zip(units, digests, strict=True)]
+    facts: list[list[object]] = []
+    for unit, digest in zip(units, digests, strict=True):
+        # Text alone has no forms here, so that corpora which were made before there were forms stay current.
+        forms = [unit.forms] if unit.kind == "files" and set(unit.forms) != {TEXT} else []
+        facts.append([unit.kind, unit.names, unit.start, unit.stop, digest, *forms])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

@@ -1,15 +1,21 @@
-"""Sources that are tables: Parquet files, and datasets of the Hugging Face hub."""
+"""Sources that are tables: Parquet and CSV files, and datasets of the Hugging Face hub."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_prep.formats import TSV
+from data_prep.packing import DamagedError, unpacked
 from data_prep.units import RawDocument, Unit
 from dynmoe.errors import UserError, first_line
 
 HUB = "hf:"
+_LONGEST_FIELD = 1 << 28  # what does not end before is a quotation mark without its partner
 
 
 def _open_parquet(path: str | Path) -> Any:
@@ -38,20 +44,66 @@ def read_rows(unit: Unit, json_key: str) -> Iterator[RawDocument]:
 
     stored = _open_parquet(unit.paths[0])
     if json_key not in stored.schema_arrow.names:
-        columns = ", ".join(stored.schema_arrow.names)
-        raise UserError(f"--json-key {json_key}: {unit.paths[0]} has the columns {columns}; name the one with text")
+        raise _no_column(json_key, unit.paths[0], stored.schema_arrow.names)
     try:
         groups = range(unit.start, unit.stop)
         for batch in stored.iter_batches(batch_size=256, row_groups=groups, columns=[json_key]):
             for value in batch.column(0).to_pylist():
-                yield _document_of(value)
+                yield document_of(value)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"source {unit.paths[0]}: cannot be read ({first_line(error)}); mend or remove it") from None
 
 
-def _document_of(value: object) -> RawDocument:
+def read_table(unit: Unit, json_key: str) -> Iterator[RawDocument]:
+    """Rows of a CSV or TSV file, the first of which names the columns; lines without anything are none.
+
+    The separator is that of comma, semicolon (which spreadsheets write where the comma is decimal) and tab by which a
+    column is called ``json_key``. A row with more or fewer fields than there are columns is refused: its text may be
+    cut.
+    """
+    path = unit.paths[0]
+    csv.field_size_limit(_LONGEST_FIELD)
+    found = {separator: _columns(path, separator) for separator in ("\t,;" if unit.forms == (TSV,) else ",;\t")}
+    separator = next((separator for separator, columns in found.items() if json_key in columns), None)
+    if separator is None:
+        raise _no_column(json_key, path, max(found.values(), key=len))
+    columns = found[separator]
+    place = columns.index(json_key)
+    with _rows(path, separator, strict=True) as rows:
+        next(rows)
+        for row in rows:
+            if len(row) == len(columns):
+                yield document_of(row[place])
+            elif row:
+                content = separator.join(row).encode("utf-8", "surrogatepass")
+                yield RawDocument(content, refused="bad_row")
+
+
+@contextmanager
+def _rows(path: str, separator: str, strict: bool) -> Iterator[Any]:
+    with unpacked(path) as stored:
+        lines = io.TextIOWrapper(stored, "utf-8-sig", errors="surrogateescape", newline="")
+        rows = csv.reader(lines, delimiter=separator, strict=strict)
+        try:
+            yield rows
+        except csv.Error as error:
+            raise DamagedError(f"line {rows.line_num}: {error}") from None
+
+
+def _columns(path: str, separator: str) -> list[str]:
+    with _rows(path, separator, strict=False) as rows:
+        return next(rows, [])
+
+
+def _no_column(json_key: str, path: str, columns: Sequence[str]) -> UserError:
+    return UserError(f"--key {json_key}: {path} has the columns {', '.join(columns)}; name the one with text")
+
+
+def document_of(value: object) -> RawDocument:
     """A document whose text is at hand; what is no text is refused as a line without its key would be."""
-    return RawDocument(value.encode("utf-8", "surrogatepass")) if isinstance(value, str) else RawDocument(b"{}", "text")
+    if isinstance(value, str):
+        return RawDocument(value.encode("utf-8", "surrogatepass"))
+    return RawDocument(b"{}", refused="missing_key")
 
 
 def _open_hub(source: str) -> Any:
@@ -77,6 +129,6 @@ def read_hub(unit: Unit, json_key: str) -> Iterator[RawDocument]:
     shard = _open_hub(unit.paths[0]).shard(num_shards=unit.stop, index=unit.start)
     try:
         for row in shard:
-            yield _document_of(row.get(json_key))
+            yield document_of(row.get(json_key))
     except Exception as error:
         raise UserError(f"source {unit.paths[0]}: cannot be read ({first_line(error)}); start again") from None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
 
 import sentencepiece
 
+from data_prep.merge import Refusals
 from data_prep.recipe import Recipe
-from data_prep.sources import RefusedError, read_unit, text_of
+from data_prep.sources import BLANK, RefusedError, read_unit, text_of
 from data_prep.units import Unit
 from dynmoe.errors import UserError
 
@@ -24,9 +27,15 @@ def train_tokenizer(recipe: Recipe, units: Sequence[Unit]) -> bytes:
         UserError: too little text for the vocabulary.
     """
     model = io.BytesIO()
+    refusals = Refusals()
+    lines = _lines(recipe, units, refusals)
+    first = next(lines, None)
+    if first is None:
+        cure = f"{refusals}give text, and name the field or column that holds it with --key"
+        raise UserError(f"no text came out of {', '.join(recipe.sources)}; {cure}")
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(recipe, units),
+            sentence_iterator=chain([first], lines),
             model_writer=model,
             model_type="bpe",
             vocab_size=recipe.vocab_size,
@@ -41,22 +50,24 @@ def train_tokenizer(recipe: Recipe, units: Sequence[Unit]) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]  # after the place in the library's source
         raise UserError(f"--vocab-size {recipe.vocab_size}: no tokenizer ({reason}); use less or more text") from None
     return model.getvalue()
 
 
-def _lines(recipe: Recipe, units: Sequence[Unit]) -> Iterator[str]:
+def _lines(recipe: Recipe, units: Sequence[Unit], refusals: Refusals) -> Iterator[str]:
     """Lines of ``tokenizer_mb`` megabytes of text: the beginning of every unit, as much of each."""
     share = recipe.tokenizer_mb * 1_000_000 // len(units)
     for unit in units:
         budget = share
-        for document in read_unit(unit, recipe.json_key):
+        for number, document in enumerate(read_unit(unit, recipe.json_key)):
             if budget <= 0:
                 break
             try:
                 text = text_of(document)
-            except RefusedError:
+            except RefusedError as error:
+                if error.reason != BLANK:
+                    refusals.add(error.reason, partial(unit.document_name, number, 0))
                 continue
             yield from (part for line in text.split("\n") for part in _parts(line))
             budget -= len(document.content)

@@ -94,7 +94,7 @@ def test_the_bytes_do_not_depend_on_units_nor_on_the_packing(tmp_path, monkeypat
 
 def test_a_column_that_is_not_there_is_named(tmp_path):
     write_parquet(tmp_path / "a.parquet", TEXTS[:3])
-    with pytest.raises(UserError, match=r"--json-key body: .*a\.parquet has the columns text, number; name"):
+    with pytest.raises(UserError, match=r"--key body: .*a\.parquet has the columns text, number; name"):
         list(read_unit(list_units([str(tmp_path / "a.parquet")])[0], "body"))
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and nothing")
     with pytest.raises(UserError, match=r"b\.parquet: cannot be read"):

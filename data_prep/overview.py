@@ -1,0 +1,78 @@
+"""What is told of the sources before they are read: what their files were taken for, and how the text begins."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from data_prep.formats import ARCHIVE, CSV, JSON, JSON_LINES, OBJECT, PARQUET, TEXT, TSV
+from data_prep.sources import BLANK, RefusedError, read_unit, text_of
+from data_prep.units import RawDocument, Unit
+
+_CHARACTERS = 60
+_FIELDS = 8
+_WORDS = {
+    TEXT: "as text, a document per file",
+    OBJECT: "as JSON, an object per file",
+    JSON_LINES: "as JSON lines",
+    JSON: "as JSON, an array or values one after the other",
+    CSV: "as CSV",
+    TSV: "as TSV",
+    PARQUET: "as Parquet",
+    ARCHIVE: "not at all: archives, or packed otherwise than by gzip and Zstandard",
+}
+
+
+def overview(units: Sequence[Unit], json_key: str) -> list[str]:
+    """A line for each source and each form of its files, with the beginning of the first document.
+
+    Raises:
+        UserError: that document cannot be read.
+    """
+    paths: dict[tuple[str, str], set[str]] = {}
+    first: dict[tuple[str, str], Unit] = {}
+    for unit in units:
+        for number, path in enumerate(unit.paths):
+            kind = unit.source, unit.forms[number] if unit.forms else ""
+            if kind not in paths:
+                paths[kind], first[kind] = set(), _alone(unit, number)
+            paths[kind].add(path)
+    return [
+        f"{source}: {_read(len(paths[source, form]), form)}; {_beginning(unit, json_key)}"
+        for (source, form), unit in first.items()
+    ]
+
+
+def _read(files: int, form: str) -> str:
+    return f"{files} {'file' if files == 1 else 'files'} read {_WORDS[form]}" if form else "read as a stream"
+
+
+def _alone(unit: Unit, number: int) -> Unit:
+    """The unit, of several files one alone."""
+    if len(unit.paths) == 1:
+        return unit
+    one = slice(number, number + 1)
+    return dataclasses.replace(
+        unit, names=unit.names[one], paths=unit.paths[one], stamps=unit.stamps[one], forms=unit.forms[one]
+    )
+
+
+def _beginning(unit: Unit, json_key: str) -> str:
+    for number, document in enumerate(read_unit(unit, json_key)):
+        name = unit.document_name(number, 0)
+        try:
+            words = " ".join(text_of(document).split())
+        except RefusedError as error:
+            if error.reason == BLANK:
+                continue
+            return f"{name} has no text ({error.reason}{_fields(document) if error.reason == 'missing_key' else ''})"
+        shown = "".join(character if character.isprintable() else "?" for character in words[:_CHARACTERS])
+        return f'{name} begins "{shown}{"…" if len(words) > _CHARACTERS else ""}"'
+    return f"{unit.names[0]} holds no document"
+
+
+def _fields(document: RawDocument) -> str:
+    record = json.loads(document.content.decode("utf-8").removeprefix("\ufeff"))
+    fields = list(record) if isinstance(record, dict) else []
+    return f"; its fields: {', '.join(fields[:_FIELDS])}{', …' if len(fields) > _FIELDS else ''}" if fields else ""

@@ -1,0 +1,96 @@
+"""Files as they were before they were compressed: by gzip or Zstandard, as their first bytes tell."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import zstandard
+
+from dynmoe.errors import UserError, first_line
+
+ENDINGS = (".gz", ".zst", ".zstd")
+_GZIP = b"\x1f\x8b"
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_SKIPPABLE = b"\x2a\x4d\x18"  # after a byte 0x50 to 0x5f; parallel compressors begin with such a frame
+_LARGEST_WINDOW = 1 << 31  # zstd --long=31; the library's own limit is 128 MB
+_BLOCK = 1 << 17
+
+
+class DamagedError(Exception):
+    """What a file holds is not of its format; the text says what, and where."""
+
+
+@contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Whatever shows that a file cannot be read becomes a UserError that names it."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError, DamagedError) as error:
+        raise UserError(f"source {path}: cannot be read ({first_line(error)}); mend or remove it") from None
+
+
+def is_packed(start: bytes) -> bool:
+    """Whether the first bytes of a file, at least four, are those of a compressed one."""
+    skippable = start[1:4] == _SKIPPABLE and 0x50 <= start[0] <= 0x5F
+    return start.startswith((_GZIP, _ZSTD)) or skippable
+
+
+@contextmanager
+def unpacked(path: str | Path) -> Iterator[BinaryIO]:
+    """The content of a file, decompressed where it is compressed: all members of gzip, all frames of Zstandard."""
+    with open(path, "rb") as stored:
+        start = stored.read(4)
+        stored.seek(0)
+        if not is_packed(start):
+            yield stored
+        elif start.startswith(_GZIP):
+            yield io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=stored)), _BLOCK)
+        else:
+            yield io.BufferedReader(_Blocks(_frames(stored)), _BLOCK)
+
+
+def _frames(stored: BinaryIO) -> Iterator[bytes]:
+    """Contents of all Zstandard frames.
+
+    Raises:
+        EOFError: the last frame is cut off (the library's own readers end there without a word).
+    """
+    frame = None
+    while block := stored.read(_BLOCK):
+        while block:
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
+            yield frame.decompress(block)
+            block = frame.unused_data if frame.eof else b""
+            if frame.eof:
+                frame = None
+    if frame is not None:
+        raise EOFError("the compressed text is cut off")
+
+
+class _Blocks(io.RawIOBase):
+    """Blocks of bytes as a file."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks = blocks
+        self._left = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        while not self._left:
+            block = next(self._blocks, None)
+            if block is None:
+                return 0
+            self._left = memoryview(block)
+        place = memoryview(target)
+        size = min(len(place), len(self._left))
+        place[:size] = self._left[:size]
+        self._left = self._left[size:]
+        return size
