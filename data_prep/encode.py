@@ -232,7 +232,9 @@ def _in_processes(
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
-        except BrokenProcessPool:
-            raise UserError("a worker was killed, perhaps for want of memory; use fewer --workers") from None
-        finally:
+        except BaseException as error:
+            # Else the workers are waited for: one that begins late still reads what its directory holds.
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                raise UserError("a worker was killed, perhaps for want of memory; use fewer --workers") from None
+            raise

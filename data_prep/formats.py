@@ -90,7 +90,7 @@ def _json_form(head: bytes, by_name: str | None, whole: bool) -> str | None:
         return JSON_LINES
     if by_name != JSON:
         return None
-    return OBJECT if whole else JSON_LINES  # which count it as bad JSON
+    return OBJECT if whole else JSON  # a small file is counted as a bad document, a large one is refused
 
 
 def _values_form(text: str, whole: bool) -> str | None:

@@ -15,8 +15,8 @@ _LARGEST_VALUE = 1 << 28  # characters: what does not end before is taken for da
 _LONGEST_WORD = 16  # an error this near to the end may be a word that the end cuts: -Infinity, \ud83d\ude00
 # A byte-order mark stands before the first value, and inside where files were joined.
 _skip_space = re.compile("[ \t\r\n\ufeff]*").match
-# Only strings are of interest. A number of many thousand digits is no reason to refuse one.
-_decode = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode
+# A number of many thousand digits, which Python's int refuses, is no reason to refuse a text beside it.
+_decode = json.JSONDecoder(parse_int=float).raw_decode
 
 
 class NotJsonError(DamagedError):
@@ -87,7 +87,7 @@ class _Text:
                 raise self.error("nested too deeply", 0) from None
             else:
                 length = end - self._place
-                if end < len(self._there) or not self._grow():  # a number may go on in the next block
+                if end + 2 < len(self._there) or not self._grow():  # a number may go on in the next block: 1, 1. or 1e-
                     self._place += length
                     return value
 

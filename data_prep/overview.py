@@ -8,19 +8,19 @@ from collections.abc import Sequence
 
 from data_prep.formats import ARCHIVE, CSV, JSON, JSON_LINES, OBJECT, PARQUET, TEXT, TSV
 from data_prep.sources import BLANK, RefusedError, read_unit, text_of
+from data_prep.tables import listed
 from data_prep.units import RawDocument, Unit
 
 _CHARACTERS = 60
-_FIELDS = 8
 _WORDS = {
-    TEXT: "as text, a document per file",
-    OBJECT: "as JSON, an object per file",
-    JSON_LINES: "as JSON lines",
-    JSON: "as JSON, an array or values one after the other",
-    CSV: "as CSV",
-    TSV: "as TSV",
-    PARQUET: "as Parquet",
-    ARCHIVE: "not at all: archives, or packed otherwise than by gzip and Zstandard",
+    TEXT: "read as text, a document per file",
+    OBJECT: "read as JSON, an object per file",
+    JSON_LINES: "read as JSON lines",
+    JSON: "read as JSON, an array or values one after the other",
+    CSV: "read as CSV",
+    TSV: "read as TSV",
+    PARQUET: "read as Parquet",
+    ARCHIVE: "left out: an archive, or packed otherwise than by gzip or Zstandard",
 }
 
 
@@ -39,13 +39,13 @@ def overview(units: Sequence[Unit], json_key: str) -> list[str]:
                 paths[kind], first[kind] = set(), _alone(unit, number)
             paths[kind].add(path)
     return [
-        f"{source}: {_read(len(paths[source, form]), form)}; {_beginning(unit, json_key)}"
+        f"{source}: {_chosen(len(paths[source, form]), form)}; {_beginning(unit, json_key)}"
         for (source, form), unit in first.items()
     ]
 
 
-def _read(files: int, form: str) -> str:
-    return f"{files} {'file' if files == 1 else 'files'} read {_WORDS[form]}" if form else "read as a stream"
+def _chosen(files: int, form: str) -> str:
+    return f"{files} {'file' if files == 1 else 'files'} {_WORDS[form]}" if form else "read as a stream"
 
 
 def _alone(unit: Unit, number: int) -> Unit:
@@ -75,4 +75,4 @@ def _beginning(unit: Unit, json_key: str) -> str:
 def _fields(document: RawDocument) -> str:
     record = json.loads(document.content.decode("utf-8").removeprefix("\ufeff"))
     fields = list(record) if isinstance(record, dict) else []
-    return f"; its fields: {', '.join(fields[:_FIELDS])}{', …' if len(fields) > _FIELDS else ''}" if fields else ""
+    return f"; its fields: {listed(fields)}" if fields else ""

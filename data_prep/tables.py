@@ -15,6 +15,8 @@ from data_prep.units import RawDocument, Unit
 from dynmoe.errors import UserError, first_line
 
 HUB = "hf:"
+_NAMES = 20
+_LONGEST_NAME = 60
 _LONGEST_FIELD = 1 << 28  # what does not end before is a quotation mark without its partner
 
 
@@ -96,7 +98,13 @@ def _columns(path: str, separator: str) -> list[str]:
 
 
 def _no_column(json_key: str, path: str, columns: Sequence[str]) -> UserError:
-    return UserError(f"--key {json_key}: {path} has the columns {', '.join(columns)}; name the one with text")
+    return UserError(f"--key {json_key}: {path} has the columns {listed(columns)}; name the one with text")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of columns or fields in one line of bounded length, whatever they are."""
+    shown = [" ".join(name[:_LONGEST_NAME].split()) for name in names[:_NAMES]]
+    return ", ".join(shown) + (", …" if len(names) > _NAMES else "")
 
 
 def document_of(value: object) -> RawDocument:

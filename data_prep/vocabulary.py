@@ -31,7 +31,7 @@ def train_tokenizer(recipe: Recipe, units: Sequence[Unit]) -> bytes:
     lines = _lines(recipe, units, refusals)
     first = next(lines, None)
     if first is None:
-        cure = f"{refusals}give text, and name the field or column that holds it with --key"
+        cure = f"{refusals}name the field or column that holds it by --key, or what the files are by --as"
         raise UserError(f"no text came out of {', '.join(recipe.sources)}; {cure}")
     try:
         sentencepiece.SentencePieceTrainer.train(

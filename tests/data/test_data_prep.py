@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,23 @@ def test_the_command_builds_verifies_and_fails_in_one_line(tmp_path):
         assert "Traceback" not in failed.stderr
     assert not (tmp_path / "other").exists()
     assert [path.name for path in tmp_path.iterdir() if "building" in path.name] == []
+
+
+def start_late(parent: int, folder: str) -> None:
+    """Of two workers the second one."""
+    try:
+        Path(folder, "first").touch(exist_ok=False)
+    except FileExistsError:
+        time.sleep(0.3)
+        Path(folder, "second").touch()
+
+
+def test_a_worker_that_begins_late_finds_its_files(tmp_path):
+    """It begins while the others end the build, which then removes what it would read."""
+    from data_prep.encode import _in_processes
+
+    assert list(_in_processes(len, ["ab", "c"], 2, start_late, (str(tmp_path),))) == [2, 1]
+    assert {path.name for path in tmp_path.iterdir()} == {"first", "second"}
 
 
 def kill_itself(task: object) -> None:
