@@ -12,6 +12,7 @@ import torch
 
 from bench.cases import Shape, spread_plan
 from dynmoe.moe import MoEContext, MoELayer
+from dynmoe.moe.trace import RoutingTrace
 from dynmoe.ops import pick_backend, routed_experts
 from tests.moe.cases import HIDDEN, ROUTERS, run_layer, spread_router, tiny_model
 from tests.ops.test_routed_experts import with_gradients
@@ -76,6 +77,23 @@ def test_a_training_pass_with_a_ceiling_never_waits_for_the_gpu():
         layer(x.requires_grad_()).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_traced_pass_never_waits_for_the_gpu():
+    trace = RoutingTrace()
+    model = tiny_model("model.hidden=64", "model.router.kind=top_k", "model.router.k=2")
+    layer = MoELayer(model, 0, 0, MoEContext(trace=trace)).to("cuda", torch.bfloat16)
+    x = torch.randn(256, 64, device="cuda", dtype=torch.bfloat16)
+    layer(x)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    first, second = (own.sorted_routes() for own in trace.passes())
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert len(second[0]) == 2 * 256
 
 
 def test_a_pass_is_captured_in_a_cuda_graph_and_follows_its_input():

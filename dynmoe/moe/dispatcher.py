@@ -20,6 +20,7 @@ class DispatchedTokens:
         x_TD: each token once; with an exchange, what stands for tokens under way (see :meth:`TokenDispatcher.receive`).
         gates_TE: fp32 weights of the experts of this rank; 0 where there is no route.
         permutation: from these tokens to the rows of this rank's experts.
+        routes: on the rank that the tokens come from, from its tokens to the routes of their plan.
         backend: that computes the experts.
         exchange: the way of the tokens between ranks; None where none leaves its own.
         senders: on the rank that the tokens come from, from its tokens to the copies that were sent; None likewise.
@@ -28,6 +29,7 @@ class DispatchedTokens:
     x_TD: Tensor
     gates_TE: Tensor
     permutation: Permutation
+    routes: Permutation
     backend: Backend
     exchange: Exchange | None = None
     senders: Permutation | None = None
@@ -59,7 +61,7 @@ class TokenDispatcher:
         backend = pick_backend(self._backend, x_TD.device, x_TD.dtype)
         if self.wire is None:
             permutation = backend.permutation(plan.routing_map_TE, most_rows)
-            return DispatchedTokens(x_TD, plan.gates_TE, permutation, backend)
+            return DispatchedTokens(x_TD, plan.gates_TE, permutation, permutation, backend)
         return self._send(x_TD, plan, self.wire, backend)
 
     @staticmethod
@@ -92,7 +94,7 @@ class TokenDispatcher:
         map_SL = flat.bool().index_fill_(0, codes_M, True).view(sum(receive), num_local)
         gates_SL = flat.index_copy(0, codes_M, gates_M).view_as(map_SL)
         permutation = backend.permutation(map_SL, sum(receive_routes))
-        return DispatchedTokens(under_way, gates_SL, permutation, backend, exchange, senders)
+        return DispatchedTokens(under_way, gates_SL, permutation, routes, backend, exchange, senders)
 
     def receive(self, dispatched: DispatchedTokens) -> Tensor:
         """The tokens for this rank's experts, once they are there."""

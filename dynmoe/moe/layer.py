@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dynmoe.config import ModelConfig
 from dynmoe.moe.context import MoEContext
-from dynmoe.moe.dispatcher import TokenDispatcher
+from dynmoe.moe.dispatcher import DispatchedTokens, TokenDispatcher
 from dynmoe.moe.experts import GroupedExperts, SwiGLU
 from dynmoe.moe.observation import observe
 from dynmoe.moe.routers import make_router
@@ -67,7 +67,7 @@ class MoELayer(nn.Module):
         losses, total = self._auxiliary(selection, math.prod(x.shape[:-2]))
         if total is not None and torch.is_grad_enabled():
             y_TD = attach_loss(y_TD, total, self.context.loss_scale)
-        self._count(plan, x_TD, losses, total, dispatched.permutation.num_rows)
+        self._count(plan, x_TD, losses, total, dispatched)
         return y_TD.view_as(x)
 
     def _auxiliary(self, selection: RoutingPlan, num_sequences: int) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -112,16 +112,21 @@ class MoELayer(nn.Module):
         return bounded, ceiling
 
     def _count(
-        self, plan: RoutingPlan, x_TD: Tensor, losses: dict[str, Tensor], total: Tensor | None, num_rows: Tensor
+        self,
+        plan: RoutingPlan,
+        x_TD: Tensor,
+        losses: dict[str, Tensor],
+        total: Tensor | None,
+        dispatched: DispatchedTokens,
     ) -> None:
-        context = self.context
+        context, num_rows = self.context, dispatched.permutation.num_rows
         if context.recomputing or context.calibrating or not self.training:
             return
         self._routed_rows = num_rows.long() if self._routed_rows is None else self._routed_rows + num_rows
         if context.recording:
             self._statistics.append(record(plan, losses, total, self.router.control, self.router.active_E))
         if context.trace is not None:
-            context.trace.add(self.layer, context.micro_batch, plan)
+            context.trace.add(self.layer, context.micro_batch, plan, dispatched.routes)
         if context.observing is not None:
             seen = observe(self.router, plan, x_TD, context.observing)
             self._observed = seen if self._observed is None else self._observed + seen

@@ -53,12 +53,12 @@ def write_trace(
     import pyarrow as pa  # here: only who asks for traces needs it
     from pyarrow import parquet
 
-    if not trace.passes:  # a pipeline stage of dense layers
-        return
     tables = [
         pa.table(_columns(own, step, samples[own.micro_batch], batches[own.micro_batch], positions_P))
-        for own in sorted(trace.passes, key=lambda own: (own.layer, own.micro_batch))
+        for own in trace.passes()
     ]
+    if not tables:  # a pipeline stage of dense layers
+        return
     folder = directory / f"step_{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f".rank_{rank:05d}.tmp"
@@ -73,24 +73,26 @@ def _columns(traced: TracedPass, step: int, samples: range, batch: Batch, positi
     num_rows = tokens_BP.numel()
     position_T = positions_P.repeat(len(tokens_BP))
     sample_T = torch.arange(samples.start, samples.stop).repeat_interleave(len(positions_P))
-    routed_TE = traced.routing_map_TE
+    route_N, gates_N = traced.sorted_routes()
+    token_N, expert_N = route_N // traced.num_experts, route_N % traced.num_experts
+    dropped_M = traced.dropped_M
     return {
         "step": pa.array([step] * num_rows, pa.int32()),
         "layer": pa.array([traced.layer] * num_rows, pa.int16()),
         "sample": pa.array(sample_T.numpy(), pa.int64()),
         "position": pa.array(position_T.numpy(), pa.int32()),
         "token": pa.array(tokens_BP.flatten().numpy(), pa.int32()),
-        "experts": _lists(routed_TE, routed_TE.nonzero()[:, 1], pa.int16()),
-        "gates": _lists(routed_TE, traced.gates_TE[routed_TE], pa.float32()),
-        "dropped": _lists(dropped := traced.selected_map_TE & ~routed_TE, dropped.nonzero()[:, 1], pa.int16()),
+        "experts": _lists(token_N, expert_N, num_rows, pa.int16()),
+        "gates": _lists(token_N, gates_N, num_rows, pa.float32()),
+        "dropped": _lists(dropped_M // traced.num_experts, dropped_M % traced.num_experts, num_rows, pa.int16()),
     }
 
 
-def _lists(map_TE: Tensor, values_N: Tensor, kind: Any) -> Any:
-    """A list for each token, of the values that belong to the True entries of its row of ``map_TE``."""
+def _lists(token_N: Tensor, values_N: Tensor, num_tokens: int, kind: Any) -> Any:
+    """A list for each token, of the values that are its own; both are sorted by token."""
     import pyarrow as pa
 
-    ends_T = map_TE.sum(dim=1).cumsum(0)
+    ends_T = token_N.bincount(minlength=num_tokens).cumsum(0)
     offsets = torch.cat([ends_T.new_zeros(1), ends_T]).int()
     return pa.ListArray.from_arrays(pa.array(offsets.numpy()), pa.array(values_N.numpy(), kind))
 
