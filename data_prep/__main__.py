@@ -74,13 +74,13 @@ def _build(arguments: list[str]) -> None:
         "sources", nargs="*", default=[STDLIB],
         help="files of text, JSON lines, other JSON, CSV or TSV, plain or compressed (gzip, Zstandard), Parquet files, "
         "folders of all these, hf:DATASET[:CONFIGURATION[:SPLIT]] (streamed from the Hugging Face hub), or 'stdlib': "
-        "the source of the running Python's library. What a file is follows from its content and its name, and is told",
+        "the source of the running Python's library. What a file is follows from its content and name, and is printed",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("data/stdlib"), help="directory of the corpus")
     parser.add_argument("--key", "--json-key", default="text", help="field or column that holds the text")
     parser.add_argument(
         "--as", dest="read_as", choices=DECLARED,
-        help="what every file is that is not Parquet, in place of a look at it; with text, each is one document",
+        help="what every file is that is not Parquet; text makes one document of each. Default: what it looks like",
     )  # fmt: skip
     parser.add_argument("--vocab-size", type=int, default=4096, help="pieces of the tokenizer to train")
     parser.add_argument("--tokenizer", help="an existing sentencepiece model, in place of training one")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from pathlib import Path
+from typing import BinaryIO
 
 from data_prep.json_values import NotJsonError, json_values
-from data_prep.packing import ENDINGS, is_packed, named, unpacked
+from data_prep.packing import ENDINGS, is_packed, named, unpack
 from dynmoe.errors import UserError
 
 TEXT, JSON_LINES, JSON, CSV, TSV = "text", "jsonl", "json", "csv", "tsv"
@@ -41,8 +43,10 @@ def form_of(path: Path, declared: str | None) -> str:
         UserError: a file that cannot be read, or that is not what its name says.
     """
     with named(path), path.open("rb") as stored:
-        packed = is_packed(stored.read(4))
-    with named(path), unpacked(path) as stream:
+        start = stored.read(4)
+        stored.seek(-len(start), os.SEEK_END)
+        packed, is_parquet = is_packed(start), start == stored.read(4) == _PARQUET
+        stream = unpack(stored)
         head = stream.read(_FIRST)
         name = path.name.lower()
         if name.endswith(ENDINGS):
@@ -50,20 +54,25 @@ def form_of(path: Path, declared: str | None) -> str:
             if head and not packed and not _is_archive(head):
                 cure = "name it otherwise if it is not compressed, else fetch it again"
                 raise UserError(f"source {path}: is neither gzip nor Zstandard, as its name says; {cure}")
-        by_name = _BY_NAME.get(Path(name).suffix)
         if _is_archive(head) or (packed and head.startswith(_PARQUET)):
             return ARCHIVE
-        if head.startswith(_PARQUET) or (name.endswith(".parquet") and not packed):
+        if is_parquet or (name.endswith(".parquet") and not packed):
             return PARQUET
+        by_name = _BY_NAME.get(Path(name).suffix)
+        if declared is None and by_name is not None and head.startswith(_UTF_16) and b"\0" in head:
+            raise UserError(f"source {path}: is UTF-16; make it UTF-8: iconv -f UTF-16 -t UTF-8")
         if not head.strip() and len(head) < _FIRST and by_name != JSON_LINES:
             return TEXT  # which counts it as empty
-        if declared is not None:
-            return declared
-        if head.startswith(_UTF_16) and by_name is not None:
-            raise UserError(f"source {path}: is UTF-16; make it UTF-8: iconv -f UTF-16 -t UTF-8")
-        if by_name in (JSON_LINES, JSON) or _objects_begin(head) or _has_line_of_json(head):
-            head += stream.read(_HEAD - len(head))
-            return _json_form(head, by_name, whole=len(head) < _HEAD) or by_name or TEXT
+        return declared or _text_form(head, stream, by_name)
+
+
+def _text_form(head: bytes, stream: BinaryIO, by_name: str | None) -> str:
+    """What text is: of which ``head`` is the beginning, and ``stream`` has the rest."""
+    if by_name in (JSON_LINES, JSON) or _objects_begin(head) or _has_line_of_json(head):
+        head += stream.read(_HEAD - len(head))
+        form = _json_form(head, by_name, whole=len(head) < _HEAD)
+        if form is not None:
+            return form
     return by_name or TEXT
 
 

@@ -15,7 +15,7 @@ import zstandard
 from dynmoe.errors import UserError, first_line
 
 ENDINGS = (".gz", ".zst", ".zstd")
-_GZIP = b"\x1f\x8b"
+_GZIP = b"\x1f\x8b\x08"
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _SKIPPABLE = b"\x2a\x4d\x18"  # after a byte 0x50 to 0x5f; parallel compressors begin with such a frame
 _LARGEST_WINDOW = 1 << 31  # zstd --long=31; the library's own limit is 128 MB
@@ -45,14 +45,19 @@ def is_packed(start: bytes) -> bool:
 def unpacked(path: str | Path) -> Iterator[BinaryIO]:
     """The content of a file, decompressed where it is compressed: all members of gzip, all frames of Zstandard."""
     with open(path, "rb") as stored:
-        start = stored.read(4)
-        stored.seek(0)
-        if not is_packed(start):
-            yield stored
-        elif start.startswith(_GZIP):
-            yield io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=stored)), _BLOCK)
-        else:
-            yield io.BufferedReader(_Blocks(_frames(stored)), _BLOCK)
+        yield unpack(stored)
+
+
+def unpack(stored: BinaryIO) -> BinaryIO:
+    """The same for a file that is open."""
+    stored.seek(0)
+    start = stored.read(4)
+    stored.seek(0)
+    if not is_packed(start):
+        return stored
+    if start.startswith(_GZIP):
+        return io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=stored)), _BLOCK)
+    return io.BufferedReader(_Blocks(_frames(stored)), _BLOCK)
 
 
 def _frames(stored: BinaryIO) -> Iterator[bytes]:

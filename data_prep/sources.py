@@ -57,7 +57,7 @@ def text_of(document: RawDocument) -> str:
         raise RefusedError("not_utf8") from None
     if document.json_key is not None:
         text = text.removeprefix("\ufeff")  # before the first line of a file, or of one that was joined to another
-        if not text.strip():
+        if not text or text.isspace():
             raise RefusedError(BLANK)
         try:
             record = json.loads(text)
@@ -128,22 +128,18 @@ def _look_at(source: str, read_as: str | None) -> list[_File]:
 def _units_of_files(files: list[_File], size: int) -> list[Unit]:
     units: list[Unit] = []
     gathered: list[_File] = []
-
-    def close() -> None:
-        if gathered:
-            units.append(_unit("files", gathered))
-            gathered.clear()
-
+    gathered_bytes = 0
     for file in files:
-        if file.form in _ONE_DOCUMENT:
-            gathered.append(file)
-            if sum(each.stamp[0] for each in gathered) >= size:
-                close()
-        else:
-            close()
+        alone = file.form not in _ONE_DOCUMENT
+        if gathered and (alone or gathered_bytes >= size):
+            units.append(_unit("files", gathered))
+            gathered, gathered_bytes = [], 0
+        if alone:
             units += _units_of_file(file, size)
-    close()
-    return units
+        else:
+            gathered.append(file)
+            gathered_bytes += file.stamp[0]
+    return [*units, _unit("files", gathered)] if gathered else units
 
 
 def _units_of_file(file: _File, size: int) -> list[Unit]:

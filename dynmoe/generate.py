@@ -162,7 +162,7 @@ def _prompts(given: argparse.Namespace) -> list[str]:
     prompts = list(given.prompt)
     if given.file is not None:
         try:
-            prompts += given.file.read_text(encoding="utf-8").splitlines()
+            prompts += given.file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--file: {given.file} cannot be read: {error}; name a text file") from None
     return prompts or [""]

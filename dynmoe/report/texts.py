@@ -27,7 +27,9 @@ class Text:
 
 
 def read_texts(names: Sequence[str]) -> list[Text]:
-    """Text files, JSON lines (``.jsonl``: fields ``text`` and, optionally, ``source``), ``-`` for standard input.
+    """Text files, JSON lines (fields ``text`` and, optionally, ``source``), ``-`` for standard input.
+
+    JSON lines are what is named ``.jsonl``, and what begins with a line of JSON that has a text.
 
     Raises:
         UserError: a file that cannot be read or holds no text.
@@ -39,16 +41,24 @@ def read_texts(names: Sequence[str]) -> list[Text]:
 def _read(name: str, source: str) -> list[Text]:
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"--text {name}: cannot be read ({error.strerror}); name a text file, or -") from None
     except UnicodeDecodeError:
         raise UserError(f"--text {name}: is not UTF-8; convert it first") from None
     if not text.strip():
         raise UserError(f"--text {name}: holds no text; give it some")
-    if name.endswith(".jsonl"):
+    if name.endswith(".jsonl") or _begins_with_record(text):
         return list(_read_lines(name, text, source))
     return [Text("standard input" if name == "-" else source, text)]
+
+
+def _begins_with_record(text: str) -> bool:
+    try:
+        record = json.loads(text.lstrip().split("\n", 1)[0])
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and isinstance(record.get("text"), str)
 
 
 def _read_lines(name: str, text: str, source_of_file: str) -> Iterator[Text]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import zstandard
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from data_prep import sources
@@ -21,6 +21,13 @@ JSON_WORDS = (
     b"{", b"[", b'"', b"\\", b"\n", b"\r", b"\0", b"NaN", b"1e999", b"9" * 5000, b"[" * 5000, b"\xff", b"\\ud800",
     b"\xef\xbb\xbf", b"null", b'"text": ', b"\xe2\x80\xa8",
 )  # fmt: skip
+OTHER_FORMATS = (
+    b"\x1f\x8b\x08",
+    b"\x28\xb5\x2f\xfd",
+    b"PAR1",
+    b"\xff\xfe",
+    b"\xfe\xff",
+)  # which a name does not change
 
 
 @st.composite
@@ -57,6 +64,7 @@ def test_f10_fuzz_json_lines(tmp_path, monkeypatch, written, size, end):
     """Sound lines give their texts, whatever stands beside them, however they are packed and wherever units are cut."""
     lines, texts = written
     content = b"\n".join(lines) + (end if lines else b"")
+    assume(not content.startswith(OTHER_FORMATS))
     packed = {"a.jsonl": content, "a.jsonl.gz": gzip.compress(content, 1), "a.jsonl.zst": zstandard.compress(content)}
     results = []
     for name, own in packed.items():

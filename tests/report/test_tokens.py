@@ -126,6 +126,14 @@ def test_texts_come_from_files_lines_and_standard_input(tmp_path, monkeypatch):
                      Text("standard input", "vier\n")]  # fmt: skip
 
 
+def test_json_lines_are_lines_by_any_name_and_a_byte_order_mark_is_no_text(tmp_path):
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in ("one", "two"))
+    (tmp_path / "a.json").write_text(lines, encoding="utf-8-sig")
+    (tmp_path / "b.txt").write_text('{"title": "no text"}\nprose', encoding="utf-8-sig")
+    texts = read_texts([str(tmp_path / "a.json"), str(tmp_path / "b.txt")])
+    assert [text.content for text in texts] == ["one", "two", '{"title": "no text"}\nprose']
+
+
 def test_files_of_the_same_name_are_sources_of_their_own(tmp_path):
     paths = [tmp_path / folder / "x.txt" for folder in ("en", "fr")]
     for path in paths:
