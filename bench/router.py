@@ -13,6 +13,7 @@ from bench.cases import DTYPES, Method, Shape, calibrate, make_layer, tokens_of
 from bench.report import verdict
 from bench.timing import DIRECTIONS, Passes, interleave, median_ratio, time_passes
 from dynmoe.moe import MoELayer
+from dynmoe.moe.statistics import weighted_sum
 from dynmoe.ops.host_memory import keep_freed_memory
 
 
@@ -54,9 +55,7 @@ def _router(layer: MoELayer, x_TD: Tensor) -> Callable[[], Passes]:
 
         def forward() -> Tensor:
             plan = layer.router(leaf)
-            _, total = layer._auxiliary(plan, 1)
-            assert total is not None
-            made.append(total)
+            made.append(weighted_sum(layer._auxiliary(plan, 1), layer.router.loss_coefficients))
             return plan.gates_TE
 
         return time_passes(

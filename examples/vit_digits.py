@@ -93,7 +93,7 @@ def main() -> None:
             "zero_optimization": {"stage": 1, "reduce_bucket_size": 2**20, "allgather_bucket_size": 2**20},
         },
     )  # fmt: skip
-    control = RoutingControl(config, layers, context, OptimizerState(optimizer, adam))
+    control = RoutingControl(config, layers, context, OptimizerState(optimizer, adam), device)
 
     digits = load_digits()
     images, labels = torch.tensor(digits.images, dtype=torch.float32) / 16, torch.tensor(digits.target)

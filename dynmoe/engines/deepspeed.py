@@ -100,8 +100,9 @@ class DeepSpeedEngine:
         self.state = deepspeed_state.OptimizerState(self._optimizer, self._adam)
         self.layers = self.module.moe_layers
         self.local_modules: Sequence[nn.Module] = [layer.get_submodule("attention") for layer in self.module.layers]
-        self._control = RoutingControl(config, self.layers, self.context, self.state)
+        self._control = RoutingControl(config, self.layers, self.context, self.state, self.device)
         self._watch = GradientWatch(self.module.named_parameters(), self.layers)
+        self._batches: Sequence[Batch] = ()
         self.step = 0  # kept on the host: the optimizer's count waits for the device
         self._local_loss = torch.zeros((), device=self.device)
         self._grad_norm, self._recorded = 0.0, False
@@ -134,7 +135,7 @@ class DeepSpeedEngine:
         if self._control.needs_calibration:
             self._calibrate(batches[0])
         self._control.begin_step(self.step)
-        self._watch.begin_step()
+        self._batches = batches
         self.context.recording = self._recorded = record
         self.context.loss_scale = 1.0 / len(batches)
         losses = []
@@ -179,7 +180,17 @@ class DeepSpeedEngine:
 
     def describe_nonfinite(self) -> str:
         finite = bool(torch.isfinite(self._local_loss))
-        return describe_nonfinite(self.config.model, self.layers, self._watch, self.step, finite, self._grad_norm)
+        return describe_nonfinite(
+            self.config.model, self.layers, self._watch, self._repeat, self.step, finite, self._grad_norm
+        )
+
+    def _repeat(self) -> None:
+        """The passes of the latest step once more: nothing is counted, and no gradient reaches DeepSpeed."""
+        parameters = list(self.module.parameters())
+        for number, batch in enumerate(self._batches):
+            with self.context.recompute(number):
+                loss = self.module(batch.tokens_BS.to(self.device), batch.labels_BS.to(self.device))
+                torch.autograd.grad(loss / len(self._batches), parameters, allow_unused=True)
 
     @torch.no_grad()
     def _calibrate(self, batch: Batch) -> None:

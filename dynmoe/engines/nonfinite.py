@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from dynmoe.moe import MoELayer
 
 
 class GradientWatch:
-    """Sums of this rank's gradients as the backward pass makes them, in its order.
+    """Finds the gradient of this rank that is the first not to be finite, in the order of the backward pass.
 
-    Once gradients are reduced, all ranks have what one of them did. A sum costs next to nothing, and the answer is
-    waited for only when something is wrong.
+    Once gradients are reduced, all ranks have what one of them did; and to read every gradient of every pass has a
+    price in all steps (``bench gradient_watch``). So it is a step that went wrong that is computed once more, and
+    watched then. All ranks know of it alike: a loss and a norm are those of all.
 
     Args:
         parameters: with their names in the plain model.
@@ -32,18 +34,28 @@ class GradientWatch:
         ranges, nothing = expert_ranges(layers), (None, 0)
         self._parameters = [(name, own, ranges.get(id(own), nothing)[0]) for name, own in parameters]
         self._sums: list[tuple[str, range | None, Tensor]] = []
-        for name, parameter, experts in self._parameters:
-            parameter.register_hook(functools.partial(self._see, name, experts))
 
-    def _see(self, name: str, experts: range | None, gradient: Tensor) -> None:
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around passes whose gradients are looked at, and not kept: each is 0 for whoever comes after."""
+        self._sums.clear()
+        hooks = [
+            parameter.register_hook(functools.partial(self._see, name, experts))
+            for name, parameter, experts in self._parameters
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _see(self, name: str, experts: range | None, gradient: Tensor) -> Tensor:
         total = gradient.sum() if experts is None else gradient.flatten(1).sum(dim=1)
         self._sums.append((name, experts, total))
-
-    def begin_step(self) -> None:
-        self._sums.clear()
+        return torch.zeros_like(total).sum().expand_as(gradient)  # takes no memory
 
     def first_bad_gradient(self) -> str | None:
-        """Name of the first one that was not finite."""
+        """Name of the first one that was not finite while it was watched."""
         return next((_name(*seen) for seen in self._sums if not torch.isfinite(seen[2]).all()), None)
 
     def first_bad_weight(self) -> str | None:
@@ -66,6 +78,7 @@ def describe_nonfinite(
     model: ModelConfig,
     layers: Sequence[MoELayer],
     watch: GradientWatch,
+    repeat: Callable[[], None],
     step: int,
     loss_is_finite: bool,
     grad_norm: float,
@@ -75,7 +88,8 @@ def describe_nonfinite(
     Args:
         model: of the run.
         layers: that this rank holds.
-        watch: over the gradients of the step.
+        watch: over this rank's gradients.
+        repeat: computes the step's passes once more; collective.
         step: its number.
         loss_is_finite: this rank's own.
         grad_norm: over all ranks.
@@ -83,6 +97,8 @@ def describe_nonfinite(
     Raises:
         UserError: nothing went wrong but a ceiling that was passed, which the next step would pass too.
     """
+    with watch.watching():
+        repeat()
     seen: dict[str, Any] = {
         "over": [layer.layer for layer in layers if bool(layer.take_over_ceiling())],
         "scores": [layer.layer for layer in layers if not bool(layer.router.take_finite())],
@@ -115,7 +131,8 @@ def describe_nonfinite(
         found.append(f"the loss is not finite on rank {', '.join(bad_losses)}")
     if gradient := _first(everywhere, "gradient"):
         found.append(f"the first gradient that is not finite is that of {gradient}")
-    return "; ".join(found) or f"the gradient norm is {grad_norm}"
+    again = "but loss and gradients were finite on every rank when the step was computed again: suspect the hardware"
+    return "; ".join(found) or f"the gradient norm is {grad_norm}, {again}"
 
 
 def _first(everywhere: list[dict[str, Any]], key: str) -> str:

@@ -29,19 +29,20 @@ def reduce_report(
     """
     held = {layer.layer: layer for layer in layers}
     sent_bytes = sum(layer.take_sent_bytes() for layer in layers)
-    scalars, vectors, sizes = [float(sent_bytes)], [], []
+    scalars = [torch.full((), sent_bytes, dtype=torch.float64, device=device)]
+    vectors, sizes = [], []
     for index in model.moe_layers:
-        scalars.append(float(held[index].take_routed_rows()) if index in held else 0.0)
+        scalars.append(held[index].take_routed_rows().double() if index in held else torch.zeros_like(scalars[0]))
         size = vector_size(model, index) if recorded else 0
         nothing = torch.zeros(size, dtype=torch.float64, device=device)
         vectors.append(held[index].take_statistics() if index in held and recorded else nothing)
         sizes.append(size)
-    packed = torch.cat([torch.tensor(scalars, dtype=torch.float64, device=device), *vectors])
+    packed = torch.cat([torch.stack(scalars), *vectors])
     dist.all_reduce(packed)
-    packed = packed.cpu()
-    rows, parts = packed[1 : len(scalars)], packed[len(scalars) :].split(sizes)
+    packed = packed.cpu()  # the one wait for the device
+    counts, parts = packed[: len(scalars)].tolist(), packed[len(scalars) :].split(sizes)
     return StepReport(
-        routed_rows={index: int(count) for index, count in zip(model.moe_layers, rows.tolist(), strict=True)},
-        sent_bytes=int(packed[0]),
+        routed_rows={index: int(count) for index, count in zip(model.moe_layers, counts[1:], strict=True)},
+        sent_bytes=int(counts[0]),
         statistics=dict(zip(model.moe_layers, parts, strict=True)) if recorded else {},
     )

@@ -110,6 +110,7 @@ class Decoder(nn.Module):
                 )  # fmt: skip
             else:
                 x_BSD = layer(x_BSD, cos_Sd, sin_Sd)
+        self.context.start_counts()  # of all layers, while the head and the loss are computed
         return self.norm(x_BSD)
 
     def next_logits(self, tokens_BS: Tensor, cache: KeyValueCache) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dynmoe.config.control import AdaptationConfig
 from dynmoe.moe.observation import Observation
-from dynmoe.moe.routers import TopAnyRouter
+from dynmoe.moe.routers import Router, TopAnyRouter
 
 if TYPE_CHECKING:
     from dynmoe.moe.layer import MoELayer
@@ -73,6 +73,14 @@ def prototype_of(unclaimed_D: Tensor) -> Tensor:
     return unclaimed_D / unclaimed_D.norm()
 
 
+def _window_of(router: Router) -> Tensor:
+    """What decides on a layer's experts, fp64: tokens, those that nobody took, the size of the sum of their inputs, the
+    tokens that selected each expert, and the experts in use."""
+    assert isinstance(router, TopAnyRouter)
+    scalars = torch.stack([router.window_tokens, router.window_unclaimed, router.window_unclaimed_D.norm()])
+    return torch.cat([scalars, router.window_selected_E, router.active_E.double()])
+
+
 class Adaptation:
     """Records routing in windows of optimizer steps, and at the end of each removes and adds experts.
 
@@ -117,7 +125,6 @@ class Adaptation:
         """
         if not self.records(step):
             return []
-        events = []
         for number, layer in enumerate(layers):
             router = layer.router
             assert isinstance(router, TopAnyRouter)
@@ -134,16 +141,20 @@ class Adaptation:
                 sums = (seen.tokens, seen.selected_E, seen.unclaimed, seen.unclaimed_D)
                 for window, own in zip(windows, sums, strict=True):
                     window.add_(own)
-            if self.changes_at(step):
-                events += self._change(layer, step)
-        return events
+        if not layers or not self.changes_at(step):
+            return []
+        # In one copy for all layers: decisions are taken on the host.
+        seen_by_layer = [_window_of(layer.router) for layer in layers]
+        copied = torch.cat(seen_by_layer).cpu().split([len(window) for window in seen_by_layer])
+        return [event for layer, own in zip(layers, copied, strict=True) for event in self._change(layer, own, step)]
 
-    def _change(self, layer: MoELayer, step: int) -> list[AdaptationEvent]:
+    def _change(self, layer: MoELayer, window: Tensor, step: int) -> list[AdaptationEvent]:
+        """Removes and adds experts of a layer; ``window`` is that of :func:`_window_of`, on the host."""
         router, config = layer.router, self.config
         assert isinstance(router, TopAnyRouter)
-        # Once, for all decisions of this layer: they are taken on the host.
-        active_E, selected_E = router.active_E.cpu(), router.window_selected_E.cpu()
-        unclaimed, tokens = router.window_unclaimed.item(), router.window_tokens.item()
+        tokens, unclaimed, size_of_sum = window[:3].tolist()
+        selected_E, active_E = window[3:].chunk(2)
+        active_E = active_E.bool()
         ranks = layer.context.expert_parallel
         per_rank = len(active_E) // ranks
         events = []
@@ -152,7 +163,7 @@ class Adaptation:
             reason = f"{load} of {int(tokens)} tokens selected it"
             events.append(AdaptationEvent(step, layer.layer, expert, expert // per_rank, "removed", reason))
             active_E[expert] = False
-        wanted = unclaimed > config.addition_share * tokens and bool(router.window_unclaimed_D.norm() > 0)
+        wanted = unclaimed > config.addition_share * tokens and size_of_sum > 0
         slot = slot_to_fill(active_E, 1 if config.policy == "released" else ranks) if wanted else None
         if slot is not None:
             self._add(layer, active_E, slot, step)

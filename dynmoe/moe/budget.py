@@ -23,10 +23,13 @@ class Budget:
     Args:
         config: target and method.
         stages: ranks that hold the other layers of the model; None where this rank holds all of them.
+        device: of the routers.
     """
 
-    def __init__(self, config: BudgetConfig, stages: dist.ProcessGroup | None = None) -> None:
-        self.config, self.stages = config, stages
+    def __init__(
+        self, config: BudgetConfig, stages: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        self.config, self.stages, self.device = config, stages, device
 
     def target(self, step: int) -> float | None:
         """Experts per token wanted from optimizer step ``step`` + 1 on; None without a budget."""
@@ -48,10 +51,10 @@ class Budget:
         for router, observation, experts_per_token in zip(routers, observations, observed, strict=True):
             router.hold(self.config, observation, experts_per_token, target)
 
-    def _mean_over_layers(self, observed: Sequence[Tensor]) -> Tensor:
-        values = [value.item() for value in observed]
+    def _mean_over_layers(self, observed: list[Tensor]) -> Tensor:
+        """One number for all layers, of this stage and the others; it stays on the device."""
+        own = torch.stack(observed).double() if observed else torch.zeros(0, dtype=torch.float64, device=self.device)
+        sums = torch.stack([own.sum(), torch.ones_like(own).sum()])
         if self.stages is not None:
-            parts: list[list[float]] = [[] for _ in range(dist.get_world_size(self.stages))]
-            dist.all_gather_object(parts, values, group=self.stages)
-            values = [value for part in parts for value in part]
-        return torch.tensor(sum(values) / len(values))
+            dist.all_reduce(sums, group=self.stages)
+        return (sums[0] / sums[1]).float()

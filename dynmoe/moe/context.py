@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
+from dynmoe.moe.counts import CountsOverRanks
 from dynmoe.moe.observation import Wanted
 from dynmoe.moe.trace import RoutingTrace
 
@@ -31,6 +32,7 @@ class MoEContext:
         target_experts: experts per token wanted at present; the relu router's penalty is relative to it.
         backend: that computes the experts (see ``dynmoe.ops.routed_experts``).
         recomputing: the pass in progress repeats an earlier one (activation checkpointing); nothing is counted.
+        token_counts, sequence_counts: what is added up over the groups of those names; None without them.
     """
 
     expert_group: dist.ProcessGroup | None = None
@@ -46,6 +48,21 @@ class MoEContext:
     target_experts: float = 1.0
     backend: str = "auto"
     recomputing: bool = False
+    token_counts: CountsOverRanks | None = field(init=False)
+    sequence_counts: CountsOverRanks | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.token_counts = None if self.token_group is None else CountsOverRanks(self.token_group)
+        self.sequence_counts = None if self.sequence_group is None else CountsOverRanks(self.sequence_group)
+
+    def start_counts(self) -> None:
+        """Sends off the counts of a pass whose routers have all made their plans.
+
+        Whoever does not call it has them sent off, and waited for, when the backward pass first needs them.
+        """
+        for counts in (self.token_counts, self.sequence_counts):
+            if counts is not None:
+                counts.start()
 
     @property
     def expert_parallel(self) -> int:
@@ -58,11 +75,12 @@ class MoEContext:
     @contextmanager
     def recompute(self, micro_batch: int) -> Iterator[None]:
         """Marks a pass that repeats the earlier one of ``micro_batch``."""
-        previous, self.micro_batch, self.recomputing = self.micro_batch, micro_batch, True
+        previous = self.micro_batch, self.recomputing
+        self.micro_batch, self.recomputing = micro_batch, True
         try:
             yield
         finally:
-            self.micro_batch, self.recomputing = previous, False
+            self.micro_batch, self.recomputing = previous
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Of a pass and of its repetition, for ``torch.utils.checkpoint``.

@@ -31,14 +31,20 @@ class RoutingControl:
         layers: that this rank holds, in order; all ranks of a token group hold parts of the same ones.
         context: shared by the layers.
         renewal: puts fresh weights in place of an expert's.
+        device: of the model; a pipeline stage may hold no layer that would tell.
     """
 
     def __init__(
-        self, config: Config, layers: Sequence[MoELayer], context: MoEContext, renewal: ParameterRenewal
+        self,
+        config: Config,
+        layers: Sequence[MoELayer],
+        context: MoEContext,
+        renewal: ParameterRenewal,
+        device: torch.device,
     ) -> None:
         router, budget = config.model.router, config.budget
         self._layers, self._context = layers, context
-        self._budget = Budget(budget, context.pipeline_group)
+        self._budget = Budget(budget, context.pipeline_group, device)
         needed = max(router.options.min_experts, budget.experts_per_token or 0, budget.start or 0, 1)
         self._adaptation = Adaptation(config.adaptation, renewal, keep=math.ceil(needed))
         self._holds = budget.method != "none" or budget.experts_per_token is not None
@@ -55,7 +61,8 @@ class RoutingControl:
         """
         if not self._calibrated:  # asked once: the answer waits for the device
             routers = [layer.router for layer in self._layers]
-            own = all(bool(router.calibrated) for router in routers if isinstance(router, ThresholdRouter))
+            flags = [router.calibrated for router in routers if isinstance(router, ThresholdRouter)]
+            own = not flags or bool(torch.stack(flags).all())
             self._calibrated = all(self._of_all_stages(own))
         return not self._calibrated
 

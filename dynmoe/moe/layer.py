@@ -14,7 +14,7 @@ from dynmoe.moe.dispatcher import DispatchedTokens, TokenDispatcher
 from dynmoe.moe.experts import GroupedExperts, SwiGLU
 from dynmoe.moe.observation import observe
 from dynmoe.moe.routers import make_router
-from dynmoe.moe.statistics import record
+from dynmoe.moe.statistics import PassStatistics, record, weighted_sum
 from dynmoe.ops import attach_loss
 from dynmoe.routing import RoutingPlan, apply_capacity, apply_ceiling, expert_capacity
 
@@ -48,7 +48,7 @@ class MoELayer(nn.Module):
             self.shared = SwiGLU(model, model.moe.shared_hidden, seed, f"{name}.shared")
         self._routed_rows: Tensor | None = None
         self._over_ceiling: Tensor | None = None
-        self._statistics: list[Tensor] = []
+        self._statistics: list[PassStatistics] = []
         self._observed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,20 +64,18 @@ class MoELayer(nn.Module):
         y_TD = self.dispatcher.combine(outputs_TD, dispatched)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
-        losses, total = self._auxiliary(selection, math.prod(x.shape[:-2]))
-        if total is not None and torch.is_grad_enabled():
+        losses = self._auxiliary(selection, math.prod(x.shape[:-2]))
+        if losses and torch.is_grad_enabled():
+            total = weighted_sum(losses, self.router.loss_coefficients)
             y_TD = attach_loss(y_TD, total, self.context.loss_scale)
-        self._count(plan, x_TD, losses, total, dispatched)
+        self._count(plan, x_TD, losses, dispatched)
         return y_TD.view_as(x)
 
-    def _auxiliary(self, selection: RoutingPlan, num_sequences: int) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Auxiliary losses of a training pass, and their sum with coefficients; None where there are none."""
+    def _auxiliary(self, selection: RoutingPlan, num_sequences: int) -> dict[str, Tensor]:
+        """Auxiliary losses of a training pass."""
         if not self.training or self.context.calibrating:
-            return {}, None
-        losses, coefficients = self.router.losses(selection, num_sequences), self.router.loss_coefficients
-        if not losses:
-            return {}, None
-        return losses, torch.stack([coefficients[name] * loss for name, loss in losses.items()]).sum()
+            return {}
+        return self.router.losses(selection, num_sequences)
 
     def _drop_beyond_capacity(self, plan: RoutingPlan) -> RoutingPlan:
         factor = self.settings.capacity_factor
@@ -112,29 +110,25 @@ class MoELayer(nn.Module):
         return bounded, ceiling
 
     def _count(
-        self,
-        plan: RoutingPlan,
-        x_TD: Tensor,
-        losses: dict[str, Tensor],
-        total: Tensor | None,
-        dispatched: DispatchedTokens,
+        self, plan: RoutingPlan, x_TD: Tensor, losses: dict[str, Tensor], dispatched: DispatchedTokens
     ) -> None:
         context, num_rows = self.context, dispatched.permutation.num_rows
         if context.recomputing or context.calibrating or not self.training:
             return
         self._routed_rows = num_rows.long() if self._routed_rows is None else self._routed_rows + num_rows
         if context.recording:
-            self._statistics.append(record(plan, losses, total, self.router.control, self.router.active_E))
+            router = self.router
+            self._statistics.append(record(plan, losses, router.loss_coefficients, router.control, router.active_E))
         if context.trace is not None:
             context.trace.add(self.layer, context.micro_batch, plan, dispatched.routes)
         if context.observing is not None:
             seen = observe(self.router, plan, x_TD, context.observing)
             self._observed = seen if self._observed is None else self._observed + seen
 
-    def take_routed_rows(self) -> int:
-        """Rows that the experts of this rank computed since the last call; counted in training always."""
+    def take_routed_rows(self) -> Tensor:
+        """Rows that the experts of this rank computed since the last call, int64 scalar; counted in training always."""
         rows, self._routed_rows = self._routed_rows, None
-        return 0 if rows is None else int(rows)
+        return self.router.active_E.new_zeros((), dtype=torch.long) if rows is None else rows
 
     def take_over_ceiling(self) -> Tensor:
         """Whether tokens of this rank wanted more rows than the ceiling since the last call; a bool scalar."""
@@ -165,13 +159,16 @@ class MoELayer(nn.Module):
         return bool(self._statistics)
 
     def take_statistics(self) -> Tensor:
-        """The vector of :func:`record`, summed over the forward passes since the last call.
+        """The vector of :class:`PassStatistics`, summed over the forward passes since the last call.
+
+        Waits for the counts that losses need.
 
         Raises:
             RuntimeError: nothing was recorded.
         """
         if not self._statistics:
             raise RuntimeError(f"layer {self.layer} recorded no statistics: set context.recording before the step")
-        total = torch.stack(self._statistics).sum(dim=0)
+        self.router.wait_for_counts()
+        total = torch.stack([seen.vector() for seen in self._statistics]).sum(dim=0)
         self._statistics.clear()
         return total

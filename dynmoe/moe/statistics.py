@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,23 +28,55 @@ def vector_size(model: ModelConfig, layer: int) -> int:
     return 1 + len(_per_pass_names(model)) + num_experts + packed_size(num_experts)
 
 
+@dataclass(frozen=True)
+class PassStatistics:
+    """What one forward pass adds to the vector of its layer.
+
+    Attributes:
+        losses: every auxiliary loss in force, without gradient, in the order of ``RouterConfig.loss_names``. Those that
+            count over ranks get their values later (see ``Router.losses``).
+        coefficients: of these losses.
+        rest: fp64: the router's control, experts in use, counts of the plan.
+    """
+
+    losses: dict[str, Tensor]
+    coefficients: dict[str, float | Tensor]
+    rest: Tensor
+
+    @torch.no_grad()
+    def vector(self) -> Tensor:
+        """fp64: 1, the values of this pass, the counts of its plan; every loss must have its value."""
+        auxiliary = torch.zeros_like(self.rest[0]) if not self.losses else weighted_sum(self.losses, self.coefficients)
+        own = [loss for name, loss in self.losses.items() if name != "z"]
+        values = torch.stack([value.double() for value in (torch.ones_like(self.rest[0]), *own, auxiliary)])
+        return torch.cat([values, self.rest])
+
+
+def weighted_sum(losses: dict[str, Tensor], coefficients: dict[str, float | Tensor]) -> Tensor:
+    """The sum of auxiliary losses, each times its coefficient."""
+    return torch.stack([coefficients[name] * loss for name, loss in losses.items()]).sum()
+
+
 @torch.no_grad()
 def record(
-    plan: RoutingPlan, losses: dict[str, Tensor], total: Tensor | None, control: Tensor, active_E: Tensor
-) -> Tensor:
-    """What one forward pass adds to the vector of its layer, fp64: 1, the values of this pass, the counts of its plan.
+    plan: RoutingPlan,
+    losses: dict[str, Tensor],
+    coefficients: dict[str, float | Tensor],
+    control: Tensor,
+    active_E: Tensor,
+) -> PassStatistics:
+    """Statistics of one forward pass.
 
     Args:
         plan: of this rank's tokens.
         losses: every auxiliary loss in force, in the order of ``RouterConfig.loss_names``.
-        total: their sum with coefficients; None where there are none.
+        coefficients: of these losses at present.
         control: the k, p, L1 coefficient or mean threshold in force, a scalar.
         active_E: mask of the experts in use.
     """
-    auxiliary = torch.zeros_like(control) if total is None else total.detach()
-    own = [loss.detach() for name, loss in losses.items() if name != "z"]
-    values = torch.stack([value.double() for value in (torch.ones_like(control), *own, auxiliary, control)])
-    return torch.cat([values, active_E.double(), pack(plan)])
+    rest = torch.cat([control.double().view(1), active_E.double(), pack(plan)])
+    kept = {name: c.clone() if isinstance(c, Tensor) else c for name, c in coefficients.items()}
+    return PassStatistics({name: loss.detach() for name, loss in losses.items()}, kept, rest)
 
 
 class LayerStatistics:

@@ -9,7 +9,7 @@ from dynmoe.routing.capacity import apply_capacity, apply_ceiling, expert_capaci
 from dynmoe.routing.expert_threshold import expert_threshold
 from dynmoe.routing.losses import released_top_any_loss
 from dynmoe.routing.null_experts import null_experts
-from dynmoe.routing.plan import RoutingCounts, RoutingPlan
+from dynmoe.routing.plan import LateCounts, RoutingCounts, RoutingPlan
 from dynmoe.routing.relu import relu
 from dynmoe.routing.sigmoid import sigmoid_cutoff
 from dynmoe.routing.top_any import top_any
@@ -17,6 +17,7 @@ from dynmoe.routing.top_k import top_k
 from dynmoe.routing.top_p import top_p
 
 __all__ = [
+    "LateCounts",
     "RoutingCounts",
     "RoutingPlan",
     "apply_capacity",

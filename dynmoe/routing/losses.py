@@ -1,7 +1,9 @@
 """Auxiliary losses of the router: pure functions, each a scalar without its coefficient.
 
 Counts come in as :class:`RoutingCounts`, summed over ranks by the caller; see there why the gradient then does not
-depend on the layout. ``counts=None`` takes the plan's own tokens for all there are.
+depend on the layout. ``counts=None`` takes the plan's own tokens for all there are. A loss of the load is a sum over
+this rank's tokens, weighed by what the counts say (:func:`weigh`): the balance losses and L1 therefore take counts that
+are still under way, :class:`LateCounts`, too.
 """
 
 from __future__ import annotations
@@ -10,20 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynmoe.routing.plan import RoutingCounts, RoutingPlan
+from dynmoe.routing.plan import LateCounts, RoutingCounts, RoutingPlan, weigh
 from dynmoe.routing.selection import sum_to_one
 
 
-def load_balance(plan: RoutingPlan, counts: RoutingCounts | None = None, *, per_route: bool = False) -> Tensor:
+def load_balance(
+    plan: RoutingPlan, counts: RoutingCounts | LateCounts | None = None, *, per_route: bool = False
+) -> Tensor:
     """E * sum_e f_e Q_e (arXiv 2403.07652, eq. 6): f_e fraction of tokens that select e, Q_e its mean score.
 
     At perfect balance of probabilities it is the mean number of experts per token, K; ``per_route`` divides by that
     K (a constant), which gives the switch loss of a top-k router.
     """
-    counts = RoutingCounts.of(plan) if counts is None else counts
-    fraction_E = counts.selected_E / (counts.selected_E.sum().clamp(min=1) if per_route else counts.num_tokens)
-    mean_score_E = plan.scores_TE.sum(dim=0) / counts.tokens_per_rank
-    return plan.scores_TE.shape[1] * (fraction_E * mean_score_E).sum()
+    num_experts = plan.scores_TE.shape[1]
+
+    def weights_E(counts: RoutingCounts) -> Tensor:
+        fraction_E = counts.selected_E / (counts.selected_E.sum().clamp(min=1) if per_route else counts.num_tokens)
+        return num_experts * fraction_E / counts.tokens_per_rank
+
+    return weigh(plan.scores_TE.sum(dim=0), RoutingCounts.of(plan) if counts is None else counts, weights_E)
 
 
 def sequence_counts(plan: RoutingPlan, num_sequences: int) -> Tensor:
@@ -38,7 +45,9 @@ def sequence_counts(plan: RoutingPlan, num_sequences: int) -> Tensor:
     return plan.selected_map_TE.view(num_sequences, -1, num_experts).float().sum(dim=1)
 
 
-def sequence_balance(plan: RoutingPlan, selected_BE: Tensor, num_parts: int = 1, *, per_route: bool = False) -> Tensor:
+def sequence_balance(
+    plan: RoutingPlan, selected_BE: Tensor | LateCounts, num_parts: int = 1, *, per_route: bool = False
+) -> Tensor:
     """Mean over sequences of :func:`load_balance` within each.
 
     Args:
@@ -48,13 +57,22 @@ def sequence_balance(plan: RoutingPlan, selected_BE: Tensor, num_parts: int = 1,
         per_route: divide by the experts per token of each sequence.
     """
     num_sequences, num_experts = selected_BE.shape
-    scores_BSE = plan.scores_TE.view(num_sequences, -1, num_experts)
-    total_B1 = selected_BE.sum(dim=1, keepdim=True).clamp(min=1) if per_route else num_parts * scores_BSE.shape[1]
-    return num_experts * (selected_BE / total_B1 * scores_BSE.mean(dim=1)).sum() / num_sequences
+    mean_score_BE = plan.scores_TE.view(num_sequences, -1, num_experts).mean(dim=1)
+    length = num_parts * (plan.scores_TE.shape[0] // num_sequences)
+
+    def weights_BE(selected_BE: Tensor) -> Tensor:
+        total_B1 = selected_BE.sum(dim=1, keepdim=True).clamp(min=1) if per_route else length
+        return num_experts / num_sequences * (selected_BE / total_B1)
+
+    return weigh(mean_score_BE, selected_BE, weights_BE)
 
 
 def gate_balance(
-    plan: RoutingPlan, counts: RoutingCounts | None = None, *, active_E: Tensor | None = None, per_route: bool = False
+    plan: RoutingPlan,
+    counts: RoutingCounts | LateCounts | None = None,
+    *,
+    active_E: Tensor | None = None,
+    per_route: bool = False,
 ) -> Tensor:
     """E^2 * mean_e(me_e * ce_e), DynMoE's released balance term (January 2025).
 
@@ -62,14 +80,17 @@ def gate_balance(
     selects each expert. With E the number of active experts it is K at perfect balance, as :func:`load_balance` is;
     ``active_E=None`` counts every slot, as the released code does. ``per_route`` divides by K.
     """
-    counts = RoutingCounts.of(plan) if counts is None else counts
-    mean_gate_E = sum_to_one(plan.gates_TE).sum(dim=0) / counts.routed_tokens_per_rank
-    total = counts.selected_E.sum() if per_route else counts.num_routed_tokens
     num_experts = plan.gates_TE.shape[1] if active_E is None else active_E.sum()
-    return num_experts * (mean_gate_E * (counts.selected_E / total.clamp(min=1))).sum()
+
+    def weights_E(counts: RoutingCounts) -> Tensor:
+        total = counts.selected_E.sum() if per_route else counts.num_routed_tokens
+        return num_experts * (counts.selected_E / total.clamp(min=1)) / counts.routed_tokens_per_rank
+
+    gate_sums_E = sum_to_one(plan.gates_TE).sum(dim=0)
+    return weigh(gate_sums_E, RoutingCounts.of(plan) if counts is None else counts, weights_E)
 
 
-def choice_balance(plan: RoutingPlan, active_E: Tensor, counts: RoutingCounts | None = None) -> Tensor:
+def choice_balance(plan: RoutingPlan, active_E: Tensor, counts: RoutingCounts | LateCounts | None = None) -> Tensor:
     """Squared coefficient of variation of the load of active experts, through the straight-through choice.
 
     The load loss of arXiv 1701.06538 (eq. 11) with DynMoE's choice in place of its noisy estimate. The gradient of an
@@ -80,22 +101,28 @@ def choice_balance(plan: RoutingPlan, active_E: Tensor, counts: RoutingCounts | 
     """
     if plan.choice_TE is None:
         raise ValueError("choice_balance needs a router that passes a gradient through its choice (top_any)")
-    counts = RoutingCounts.of(plan) if counts is None else counts
-    active = active_E.to(counts.selected_E.dtype)
-    total = counts.selected_E.sum().clamp(min=1)
-    excess_E = (counts.selected_E * active.sum() / total - 1.0) * active
-    mean_choice_E = plan.choice_TE.sum(dim=0) / counts.tokens_per_rank
-    return (excess_E * mean_choice_E).sum() * counts.num_tokens / total
+    active = active_E.float()
+    num_active = active.sum()
+
+    def weights_E(counts: RoutingCounts) -> Tensor:
+        total = counts.selected_E.sum().clamp(min=1)
+        excess_E = (counts.selected_E * num_active / total - 1.0) * active
+        return excess_E / counts.tokens_per_rank * counts.num_tokens / total
+
+    return weigh(plan.choice_TE.sum(dim=0), RoutingCounts.of(plan) if counts is None else counts, weights_E)
 
 
-def l1(plan: RoutingPlan, target: float, counts: RoutingCounts | None = None) -> Tensor:
+def l1(plan: RoutingPlan, target: float, counts: RoutingCounts | LateCounts | None = None) -> Tensor:
     """Sum over experts of f_e * (mean score), f_e = E / target * (fraction that selects e): ReMoE's penalty (eq. 13).
 
     f is what balances the load; it is a constant, 1 for an expert with its share of ``target`` experts per token.
     """
-    counts = RoutingCounts.of(plan) if counts is None else counts
-    weight_E = counts.selected_E / counts.num_tokens * (plan.scores_TE.shape[1] / target)
-    return (weight_E * plan.scores_TE.sum(dim=0)).sum() / counts.tokens_per_rank
+    scale = plan.scores_TE.shape[1] / target
+
+    def weights_E(counts: RoutingCounts) -> Tensor:
+        return scale * counts.selected_E / counts.num_tokens / counts.tokens_per_rank
+
+    return weigh(plan.scores_TE.sum(dim=0), RoutingCounts.of(plan) if counts is None else counts, weights_E)
 
 
 def entropy(plan: RoutingPlan, counts: RoutingCounts | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynmoe.routing.plan import RoutingCounts, RoutingPlan
+from dynmoe.routing.plan import LateCounts, RoutingCounts, RoutingPlan, weigh
 from dynmoe.routing.selection import rank_descending, sum_to_one
 
 
@@ -38,16 +38,20 @@ def null_experts(logits_TX: Tensor, k: int, num_null: int, *, renormalize: bool 
     )  # fmt: skip
 
 
-def null_balance(plan: RoutingPlan, k: int, num_null: int, counts: RoutingCounts | None = None) -> Tensor:
+def null_balance(plan: RoutingPlan, k: int, num_null: int, counts: RoutingCounts | LateCounts | None = None) -> Tensor:
     """The switch loss over real and null experts, the load of the null ones averaged over them (section 3.3).
 
     1 at perfect balance. What the null experts get follows from the real ones: k slots per token, probabilities that
     sum to 1.
     """
-    counts = RoutingCounts.of(plan) if counts is None else counts
-    mean_score_E = plan.scores_TE.sum(dim=0) / counts.tokens_per_rank
-    share_E = counts.selected_E / (k * counts.num_tokens)
-    null_share = (1.0 - share_E.sum()) / num_null
-    # The mass of the null experts is 1 - sum of the others for a token; per rank there are tokens / tokens_per_rank.
-    null_mass = plan.scores_TE.shape[0] / counts.tokens_per_rank - mean_score_E.sum()
-    return (plan.scores_TE.shape[1] + num_null) * ((share_E * mean_score_E).sum() + null_share * null_mass)
+    num_tokens, num_experts = plan.scores_TE.shape
+
+    def weights_X(counts: RoutingCounts) -> Tensor:
+        share_E = counts.selected_E / (k * counts.num_tokens)
+        null_share = (1.0 - share_E.sum()) / num_null
+        return (num_experts + num_null) * torch.cat([share_E, null_share.view(1)]) / counts.tokens_per_rank
+
+    score_sums_E = plan.scores_TE.sum(dim=0)
+    # The probability of the null experts together, last in X: what the others leave of 1 for each token.
+    score_sums_X = torch.cat([score_sums_E, (num_tokens - score_sums_E.sum()).view(1)])
+    return weigh(score_sums_X, RoutingCounts.of(plan) if counts is None else counts, weights_X)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -77,6 +78,19 @@ class RoutingCounts:
         num_tokens = torch.full((), float(selected_TE.shape[0]), device=selected_TE.device)
         return cls(selected_TE.sum(dim=0).float(), num_tokens, selected_TE.any(dim=1).sum().float())
 
+    @classmethod
+    def unpack(cls, packed: Tensor, num_parts: int) -> RoutingCounts:
+        """The counts of a vector of :meth:`pack`, which may be a sum over ``num_parts`` ranks."""
+        return cls(packed[:-2], packed[-2], packed[-1], num_parts)
+
+    def pack(self) -> Tensor:
+        """All counts in one vector, [E + 2]."""
+        return torch.cat([self.selected_E, self.num_tokens.view(1), self.num_routed_tokens.view(1)])
+
+    def __add__(self, other: RoutingCounts) -> RoutingCounts:
+        """Counts over the tokens of both."""
+        return RoutingCounts.unpack(self.pack() + other.pack(), self.num_parts + other.num_parts)
+
     @property
     def tokens_per_rank(self) -> Tensor:
         """Tokens of one rank in one pass."""
@@ -85,3 +99,36 @@ class RoutingCounts:
     @property
     def routed_tokens_per_rank(self) -> Tensor:
         return self.num_routed_tokens.clamp(min=1) / self.num_parts
+
+
+class Weights(Protocol):
+    """Weights of sums over tokens, given counts; constants to autograd."""
+
+    def __call__(self, counts: Any, /) -> Tensor: ...
+
+
+class LateCounts:
+    """Counts that are still on their way between ranks; a loss may be made of them before they arrive.
+
+    Attributes:
+        shape: of the tensor that is under way.
+    """
+
+    shape: torch.Size
+
+    def weigh(self, sums: Tensor, weights: Weights) -> Tensor:
+        """What :func:`weigh` gives: the backward pass waits for the counts, and the value is NaN until they arrive."""
+        raise NotImplementedError
+
+
+def weigh(sums: Tensor, counts: Any, weights: Weights) -> Tensor:
+    """Sum of ``weights(counts) * sums``, the form of every loss that counts.
+
+    Args:
+        sums: over this rank's tokens, with gradients.
+        counts: over the tokens of all ranks; may be :class:`LateCounts`.
+        weights: what the counts make of each sum.
+    """
+    if isinstance(counts, LateCounts):
+        return counts.weigh(sums, weights)
+    return (weights(counts) * sums).sum()

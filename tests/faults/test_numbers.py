@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import asdict
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dynmoe.config.guard import GuardConfig
+from dynmoe.engines.nonfinite import GradientWatch
 from dynmoe.train.engine import Gradients
 from dynmoe.train.guard import GuardState, StepGuard
 from tests.engines.cases import VOCAB, config_for, make_engine, micro_batches, whole_state
@@ -58,11 +60,7 @@ def poison(engine: Any, rank: int, fault: str, value: float) -> tuple[str, Any]:
         return spoilt
 
     parameter: nn.Parameter = own[name]
-    hooks, handle = parameter._backward_hooks, parameter.register_hook(spoil)
-    *watching, spoiling = hooks.items()
-    hooks.clear()
-    hooks.update([spoiling, *watching])  # what watches over gradients is to see the fault
-    return name, handle
+    return name, parameter.register_hook(spoil)  # before what watches over gradients, which is to see the fault
 
 
 def meet(overrides: list[str], rank: int, fault: str, value: float) -> dict[str, Any]:
@@ -131,6 +129,43 @@ def test_f13_a_step_that_is_not_finite_is_left_out_on_every_rank(two_ranks, layo
             assert first["text"].endswith(f"on rank {holder}"), first["text"]
         else:
             assert f"the first gradient that is not finite is that of {named} on rank {holder}" in first["text"]
+
+
+def gradients_that_are_read(overrides: list[str]) -> tuple[list[int], str]:
+    """How many gradients were watched after a sound step, after a bad one, and after it was described; and the text.
+
+    The fault strikes one rank once: it is not there when the step is computed again.
+    """
+    engine = make_engine(config_for(*overrides), VOCAB)
+    batches = micro_batches(engine.config, 0, engine.data_rank, engine.data_size)
+    struck, counts = [], []
+    parameter = next(engine.layers[0].experts.parameters())
+
+    def spoil_once(gradient: torch.Tensor) -> torch.Tensor:
+        if engine.step == 2 and dist.get_rank() == 0 and not struck:
+            struck.append(True)
+            return gradient * math.nan
+        return gradient
+
+    parameter.register_hook(spoil_once)
+    with patch.object(GradientWatch, "_see", autospec=True, side_effect=GradientWatch._see) as see:
+        engine.compute_gradients(batches, record=False)
+        counts.append(see.call_count)
+        engine.update(engine.config.optimizer.lr)
+        assert not engine.compute_gradients(batches, record=False).finite
+        counts.append(see.call_count)
+        text = engine.describe_nonfinite()
+        counts.append(see.call_count)
+    return counts, text
+
+
+@pytest.mark.parametrize("overrides", [[HALF], ["engine=megatron", HALF]], ids=["DeepSpeed", "Megatron"])
+def test_f13_gradients_are_read_only_of_a_step_that_went_wrong(two_ranks, overrides):
+    for counts, text in two_ranks.run(gradients_that_are_read, overrides):
+        assert counts[:2] == [0, 0], "a sound step pays for nothing"
+        assert counts[2] > 4 * 10, "every gradient of four passes"
+        assert text.startswith("the gradient norm is nan, but ")
+        assert text.endswith("finite on every rank when the step was computed again: suspect the hardware")
 
 
 def spoil_losses(rank: int, steps: dict[int, float]) -> None:

@@ -63,14 +63,17 @@ class MegatronEngine:
         settings.grad_scale_func = self.optimizer.scale_loss
         self.state = OptimizerState(self.optimizer)
         self.layers = [layer for model in self.models for layer in moe_layers(model)]
+        for model in self.models:  # the counts of all its layers, while what follows is computed
+            model.decoder.register_forward_hook(lambda *_: self.context.start_counts())
         # Projections around it have collectives under tensor parallelism.
         self.local_modules: Sequence[nn.Module] = [
             layer.self_attention.core_attention for m in self.models for layer in m.decoder.layers
         ]
-        self._control = RoutingControl(config, self.layers, self.context, self.state)
+        self._control = RoutingControl(config, self.layers, self.context, self.state, self.device)
         self._vocab_size, self._context_rank = vocab_size, parallel_state.get_context_parallel_rank()
         named = ((own.name, own.parameter) for model in self.models for own in weights(model, config.model))
         self._watch = GradientWatch(named, self.layers)
+        self._batches: Sequence[Batch] = ()
         self.step = self.updates = 0  # steps, and those that the optimizer took
         self._local_loss = torch.zeros((), device=self.device)
         self._grad_norm, self._recorded = 0.0, False
@@ -81,14 +84,11 @@ class MegatronEngine:
         if self._control.needs_calibration:
             self._calibrate(batches[0])
         self._control.begin_step(self.step)
-        self._watch.begin_step()
+        self._batches = batches
         self.context.recording = self._recorded = record
         # Tensor-parallel ranks have different tokens; gradients of what is not spread over them are added up.
         self.context.loss_scale = 1.0 / (len(batches) * self.config.parallel.tensor)
-        for chunk in self._chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        losses = self._run(batches, forward_only=False)
+        losses = self._accumulate(batches)
         self.context.recording = False
         self.optimizer.prepare_grads()
         self._grad_norm = float(self.optimizer.get_grad_norm())
@@ -96,6 +96,13 @@ class MegatronEngine:
         lm_loss = self._local_loss.double() / self._ranks_with_loss
         dist.all_reduce(lm_loss)
         return Gradients(lm_loss.item(), self._grad_norm)
+
+    def _accumulate(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Gradients of ``batches``, reduced, and the losses of :meth:`_run`."""
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run(batches, forward_only=False)
 
     def update(self, lr: float) -> list[AdaptationEvent]:
         clip(self.optimizer, self.config.optimizer.clip_grad, self._grad_norm)
@@ -109,7 +116,14 @@ class MegatronEngine:
 
     def describe_nonfinite(self) -> str:
         finite = bool(torch.isfinite(self._local_loss))
-        return describe_nonfinite(self.config.model, self.layers, self._watch, self.step, finite, self._grad_norm)
+        return describe_nonfinite(
+            self.config.model, self.layers, self._watch, self._repeat, self.step, finite, self._grad_norm
+        )
+
+    def _repeat(self) -> None:
+        """The passes of the latest step once more: nothing is counted, and the next step clears the gradients."""
+        with self.context.recompute(0):
+            self._accumulate(self._batches)
 
     def _set_mode(self, training: bool) -> None:
         for chunk in self._chunks:

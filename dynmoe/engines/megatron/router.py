@@ -36,7 +36,7 @@ from dynmoe.config.routing import KINDS, MoEConfig, RouterConfig
 from dynmoe.errors import UserError
 from dynmoe.moe import MoEContext
 from dynmoe.moe.routers import ThresholdRouter, make_router
-from dynmoe.moe.statistics import LayerStatistics, record
+from dynmoe.moe.statistics import LayerStatistics, PassStatistics, record, weighted_sum
 
 # Fields of TransformerConfig that count moe_router_topk, or that the stock router alone obeys: value that is sound,
 # and what to do.
@@ -123,6 +123,7 @@ class DynamicRouter(MegatronModule):
         self._seed = seed
         self._is_new, self._repeats = True, 0
         self._statistics: Tensor | None = None
+        self._latest: PassStatistics | None = None
         self.model = _model_config(config, settings)
         self.set_layer_number(1)
 
@@ -144,16 +145,21 @@ class DynamicRouter(MegatronModule):
         self._calibrate(x_TD)
         plan = self.router(x_TD)
         gates_TE = plan.gates_TE
-        losses, total = self.router.losses(plan) if self.training else {}, None
-        if losses:
-            coefficients = self.router.loss_coefficients
-            total = torch.stack([coefficients[name] * loss for name, loss in losses.items()]).sum()
-            if torch.is_grad_enabled():
-                gates_TE = MoEAuxLossAutoScaler.apply(gates_TE, total * self._share)
+        self._add_latest()
+        losses, coefficients = self.router.losses(plan) if self.training else {}, self.router.loss_coefficients
+        self.context.start_counts()
+        if losses and torch.is_grad_enabled():
+            gates_TE = MoEAuxLossAutoScaler.apply(gates_TE, weighted_sum(losses, coefficients) * self._share)
         if self.training and not self._is_repetition():
-            seen = record(plan, losses, total, self.router.control, self.router.active_E)
-            self._statistics = seen if self._statistics is None else self._statistics + seen
+            self._latest = record(plan, losses, coefficients, self.router.control, self.router.active_E)
         return gates_TE, plan.routing_map_TE
+
+    def _add_latest(self) -> None:
+        """Adds what the latest pass recorded: by now its counts have come from the other ranks."""
+        if self._latest is not None:
+            self.router.wait_for_counts()
+            seen, self._latest = self._latest.vector(), None
+            self._statistics = seen if self._statistics is None else self._statistics + seen
 
     @torch.no_grad()
     def _calibrate(self, x_TD: Tensor) -> None:
@@ -178,6 +184,7 @@ class DynamicRouter(MegatronModule):
 
         Collective over the ranks that share the layer's tokens. Empty where nothing was trained.
         """
+        self._add_latest()
         if self._statistics is None:
             return {}
         vector, self._statistics = self._statistics, None

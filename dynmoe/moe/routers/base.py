@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from dynmoe.config import ModelConfig
 from dynmoe.config.control import BudgetConfig
 from dynmoe.moe.context import MoEContext
+from dynmoe.moe.counts import CountsUnderWay
 from dynmoe.moe.initialization import named_normal
 from dynmoe.ops import linear_fp32
 from dynmoe.routing import RoutingCounts, RoutingPlan, control, losses
 
 if TYPE_CHECKING:
     from dynmoe.moe.observation import Observation
+
+Counts = RoutingCounts | CountsUnderWay
 
 
 def active_at_start(num_experts: int, wanted: int | None, spread: bool) -> Tensor:
@@ -56,7 +59,9 @@ class Router(nn.Module):
     def __init__(self, model: ModelConfig, num_experts: int, seed: int, name: str, context: MoEContext) -> None:
         super().__init__()
         self.settings, self.options, self.context = model.router, model.router.options, context
-        self._running: list[Tensor] = []
+        # By micro-batch of the step in progress.
+        self._step_counts: list[Counts] = []
+        self._sequence_counts: list[CountsUnderWay] = []
         self._finite: Tensor | None = None
         spread = self.settings.form != "released"
         self.register_buffer("active_E", active_at_start(num_experts, model.moe.active_at_start, spread))
@@ -119,6 +124,9 @@ class Router(nn.Module):
     def losses(self, plan: RoutingPlan, num_sequences: int = 1) -> dict[str, Tensor]:
         """Every auxiliary loss in force, without its coefficient; its counts are those of the configured scope.
 
+        A loss that counts over ranks may be differentiated at once: the backward pass waits for the counts. Its value
+        is NaN until then, or until :meth:`wait_for_counts`.
+
         Args:
             plan: of this rank's tokens, before capacity drops routes.
             num_sequences: sequences that the tokens belong to, one after the other.
@@ -127,36 +135,55 @@ class Router(nn.Module):
         counts = self._counts(plan) if "balance" in names or "l1" in names else None
         return {name: self._loss(name, plan, counts, num_sequences) for name in names}
 
-    def _loss(self, name: str, plan: RoutingPlan, counts: RoutingCounts | None, num_sequences: int) -> Tensor:
+    def wait_for_counts(self) -> None:
+        """Gives the losses of this step's passes their values."""
+        for counts in (*self._step_counts, *self._sequence_counts):
+            if isinstance(counts, CountsUnderWay):
+                counts.get()
+
+    def _loss(self, name: str, plan: RoutingPlan, counts: Counts | None, num_sequences: int) -> Tensor:
         per_route = self.options.balance_per_route
         if name == "balance" and self.settings.balance_scope == "sequence":
-            return losses.sequence_balance(plan, *self._sequence_counts(plan, num_sequences), per_route=per_route)
+            return losses.sequence_balance(plan, *self._of_sequences(plan, num_sequences), per_route=per_route)
         if name == "balance":
             return losses.load_balance(plan, counts, per_route=per_route)
         return {"entropy": losses.entropy, "z": losses.z_loss}[name](plan)
 
-    def _sequence_counts(self, plan: RoutingPlan, num_sequences: int) -> tuple[Tensor, int]:
+    def _of_sequences(self, plan: RoutingPlan, num_sequences: int) -> tuple[Tensor | CountsUnderWay, int]:
         """Counts of whole sequences, and the number of ranks that each is spread over."""
-        selected_BE, group = losses.sequence_counts(plan, num_sequences), self.context.sequence_group
-        if group is None:
+        selected_BE, sums = losses.sequence_counts(plan, num_sequences), self.context.sequence_counts
+        if sums is None:
             return selected_BE, 1
-        dist.all_reduce(selected_BE, group=group)
-        return selected_BE, dist.get_world_size(group)
+        micro_batch = self.context.micro_batch
+        if not self.context.recomputing:
+            under_way = sums.add(selected_BE, lambda selected_BE: selected_BE)
+            self._sequence_counts = [*self._sequence_counts[:micro_batch], under_way]
+        return self._sequence_counts[micro_batch], dist.get_world_size(self.context.sequence_group)
 
-    def _counts(self, plan: RoutingPlan) -> RoutingCounts:
+    def _counts(self, plan: RoutingPlan) -> Counts:
         """Counts of the configured scope; those of the step so far grow with each of its micro-batches."""
-        local, group, micro_batch = RoutingCounts.of(plan), self.context.token_group, self.context.micro_batch
+        own, micro_batch = RoutingCounts.of(plan), self.context.micro_batch
         if self.settings.balance_scope != "global_batch":
-            return local
+            return own
         if not self.context.recomputing:  # a repeated pass finds its counts as they were
-            packed = torch.cat([local.selected_E, local.num_tokens.view(1), local.num_routed_tokens.view(1)])
-            if group is not None:
-                dist.all_reduce(packed, group=group)
-            earlier = self._running[:micro_batch]
-            self._running = [*earlier, packed + earlier[-1] if earlier else packed]
-        counts = self._running[micro_batch]
-        ranks = 1 if group is None else dist.get_world_size(group)
-        return RoutingCounts(counts[:-2], counts[-2], counts[-1], ranks * (micro_batch + 1))
+            earlier = self._step_counts[:micro_batch]
+            self._step_counts = [*earlier, self._added(own, earlier[-1] if earlier else None)]
+        return self._step_counts[micro_batch]
+
+    def _added(self, own: RoutingCounts, before: Counts | None) -> Counts:
+        """The counts of a pass over all ranks, and of the passes before it."""
+        sums = self.context.token_counts
+        if sums is None:
+            assert not isinstance(before, CountsUnderWay)
+            return own if before is None else before + own
+        assert not isinstance(before, RoutingCounts)
+        ranks = dist.get_world_size(self.context.token_group)
+
+        def read(packed: Tensor) -> RoutingCounts:
+            of_pass = RoutingCounts.unpack(packed, ranks)
+            return of_pass if before is None else before.get() + of_pass
+
+        return sums.add(own.pack(), read)
 
 
 class LogitRouter(Router):

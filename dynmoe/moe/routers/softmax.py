@@ -10,8 +10,8 @@ from torch import Tensor
 from dynmoe.config import ModelConfig
 from dynmoe.config.control import BudgetConfig
 from dynmoe.moe.context import MoEContext
-from dynmoe.moe.routers.base import BudgetController, LogitRouter
-from dynmoe.routing import RoutingCounts, RoutingPlan, control, null_experts, top_k, top_p
+from dynmoe.moe.routers.base import BudgetController, Counts, LogitRouter
+from dynmoe.routing import RoutingPlan, control, null_experts, top_k, top_p
 from dynmoe.routing.null_experts import null_balance
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class NullExpertRouter(SlotRouter):
         settings = self.settings
         return null_experts(self.logits_TE(x_TD), settings.k, settings.num_null, renormalize=self.options.renormalize)
 
-    def _loss(self, name: str, plan: RoutingPlan, counts: RoutingCounts | None, num_sequences: int) -> Tensor:
+    def _loss(self, name: str, plan: RoutingPlan, counts: Counts | None, num_sequences: int) -> Tensor:
         if name == "balance":
             return null_balance(plan, self.settings.k, self.settings.num_null, counts)
         return super()._loss(name, plan, counts, num_sequences)

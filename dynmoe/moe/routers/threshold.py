@@ -14,8 +14,8 @@ from dynmoe.config.control import BudgetConfig
 from dynmoe.moe.calibration import thresholds_for_share
 from dynmoe.moe.context import MoEContext
 from dynmoe.moe.initialization import named_normal
-from dynmoe.moe.routers.base import BudgetController, LogitRouter, Router
-from dynmoe.routing import RoutingCounts, RoutingPlan, control, expert_threshold, losses, relu, sigmoid_cutoff, top_any
+from dynmoe.moe.routers.base import BudgetController, Counts, LogitRouter, Router
+from dynmoe.routing import RoutingPlan, control, expert_threshold, losses, relu, sigmoid_cutoff, top_any
 from dynmoe.routing.expert_threshold import kth_largest, move_cutoffs
 from dynmoe.routing.relu import adapt_l1
 
@@ -144,7 +144,7 @@ class TopAnyRouter(HeldThresholdRouter):
             **self._limits(),
         )  # fmt: skip
 
-    def _loss(self, name: str, plan: RoutingPlan, counts: RoutingCounts | None, num_sequences: int) -> Tensor:
+    def _loss(self, name: str, plan: RoutingPlan, counts: Counts | None, num_sequences: int) -> Tensor:
         # The released code counts every slot, in use or not.
         counted_E = None if self.settings.form == "released" else self.active_E
         if name == "balance" and self.settings.form == "improved":
@@ -229,7 +229,7 @@ class ReLURouter(LogitRouter):
     def loss_coefficients(self) -> dict[str, float | Tensor]:
         return {**self.settings.loss_coefficients, "l1": self.l1}
 
-    def _loss(self, name: str, plan: RoutingPlan, counts: RoutingCounts | None, num_sequences: int) -> Tensor:
+    def _loss(self, name: str, plan: RoutingPlan, counts: Counts | None, num_sequences: int) -> Tensor:
         if name == "l1":
             return losses.l1(plan, self.context.target_experts, counts)
         return super()._loss(name, plan, counts, num_sequences)
