@@ -25,6 +25,14 @@ class Batch:
     tokens_BS: Tensor
     labels_BS: Tensor
 
+    def pinned(self) -> Batch:
+        """In page-locked memory."""
+        return Batch(self.tokens_BS.pin_memory(), self.labels_BS.pin_memory())
+
+    def to(self, device: torch.device) -> Batch:
+        """On a device; from page-locked memory nobody waits for the copy."""
+        return Batch(self.tokens_BS.to(device, non_blocking=True), self.labels_BS.to(device, non_blocking=True))
+
 
 class PretrainingData:
     """Training and validation samples of a blend.

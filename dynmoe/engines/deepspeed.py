@@ -141,7 +141,8 @@ class DeepSpeedEngine:
         losses = []
         for number, batch in enumerate(batches):
             self.context.micro_batch = number
-            loss = self._engine(batch.tokens_BS.to(self.device), batch.labels_BS.to(self.device))
+            own = batch.to(self.device)
+            loss = self._engine(own.tokens_BS, own.labels_BS)
             self._engine.backward(loss)
             losses.append(loss.detach())
             if batch is not batches[-1]:
@@ -188,8 +189,9 @@ class DeepSpeedEngine:
         """The passes of the latest step once more: nothing is counted, and no gradient reaches DeepSpeed."""
         parameters = list(self.module.parameters())
         for number, batch in enumerate(self._batches):
+            own = batch.to(self.device)
             with self.context.recompute(number):
-                loss = self.module(batch.tokens_BS.to(self.device), batch.labels_BS.to(self.device))
+                loss = self.module(own.tokens_BS, own.labels_BS)
                 torch.autograd.grad(loss / len(self._batches), parameters, allow_unused=True)
 
     @torch.no_grad()
@@ -227,8 +229,8 @@ class DeepSpeedEngine:
         self.module.eval()
         totals = torch.zeros(len(per_rank), dtype=torch.float64, device=self.device)
         for batch, text in zip(batches, texts, strict=True):
-            loss = self.module(batch.tokens_BS.to(self.device), batch.labels_BS.to(self.device))
-            totals[text] += loss / per_rank[text]
+            own = batch.to(self.device)
+            totals[text] += self.module(own.tokens_BS, own.labels_BS) / per_rank[text]
         dist.all_reduce(totals)
         return [total / self.world_size for total in totals.tolist()]
 

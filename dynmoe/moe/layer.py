@@ -109,9 +109,7 @@ class MoELayer(nn.Module):
             bounded = dataclasses.replace(bounded, gates_TE=bounded.gates_TE.masked_fill(over, math.nan))
         return bounded, ceiling
 
-    def _count(
-        self, plan: RoutingPlan, x_TD: Tensor, losses: dict[str, Tensor], dispatched: DispatchedTokens
-    ) -> None:
+    def _count(self, plan: RoutingPlan, x_TD: Tensor, losses: dict[str, Tensor], dispatched: DispatchedTokens) -> None:
         context, num_rows = self.context, dispatched.permutation.num_rows
         if context.recomputing or context.calibrating or not self.training:
             return

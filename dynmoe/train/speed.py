@@ -57,7 +57,7 @@ class SpeedComparison:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Around the loading of a step's data."""
+        """Around the time in which a step waits for its data: what is read beside the step before slows nobody."""
         start = time.perf_counter()
         yield
         self._loading_s += time.perf_counter() - start

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from dynmoe.config import Config
 from dynmoe.data.batches import PretrainingData
+from dynmoe.data.loader import Loader
 from dynmoe.errors import UserError
 from dynmoe.launched import Ending
 from dynmoe.model.size import ModelSize
@@ -78,6 +79,8 @@ class Trainer:
         self._make_views = make_views
         self._ending, self._watchdog, self._score = ending, watchdog, score
         self._speed = SpeedComparison(config.guard, engine.local_modules, engine.device)
+        on_gpu = engine.device.type == "cuda"
+        self._loader = Loader(data, config.train, engine.data_rank, engine.data_size, pin=on_gpu)
 
     def run(self) -> Result:
         """Resumes where a checkpoint is, trains to the last step or until told to end, and leaves a checkpoint."""
@@ -107,6 +110,7 @@ class Trainer:
             self.directory.write_outcome("failed", self.progress.step, error=f"{type(error).__name__}: {error}")
             raise
         finally:
+            self._loader.close()
             if record is not None:
                 record.close()
 
@@ -145,8 +149,7 @@ class Trainer:
         """Forward and backward passes of a step, and their trace where one is due."""
         self._watchdog.progress(f"step {step}")
         with self._speed.loading():
-            samples = self._next_samples()
-            batches = [self.data.train_batch(numbers) for numbers in samples]
+            samples, batches = self._loader.take(self.progress.samples, goes_on=step < self.config.train.steps)
         if not self.config.logging.traces(step):
             return self.engine.compute_gradients(batches, record)
         trace = self.engine.context.trace = RoutingTrace()
@@ -172,18 +175,6 @@ class Trainer:
         if record is not None:
             record.add_incident(step, kind, text)
         return self.engine.skip()
-
-    def _next_samples(self) -> list[range]:
-        """Of each micro-batch of this rank its samples: consecutive ones go round the ranks, then to the next pass."""
-        train, engine, first = self.config.train, self.engine, self.progress.samples
-        self.data.prepare(first, train.global_batch)
-        starts = range(first + engine.data_rank * train.micro_batch, first + train.global_batch, self._per_pass)
-        return [range(start, start + train.micro_batch) for start in starts]
-
-    @property
-    def _per_pass(self) -> int:
-        """Sequences of one forward pass over all ranks."""
-        return self.config.train.micro_batch * self.engine.data_size
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.progress.step % interval == 0

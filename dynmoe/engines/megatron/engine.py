@@ -146,12 +146,11 @@ class MegatronEngine:
         """
         interleaved = len(self._chunks) > 1
         fill = -len(batches) % self.config.parallel.pipeline if interleaved else 0
-        filled = [*batches, *[batches[-1]] * fill]
+        filled = [self._on_this_context_rank(batch) for batch in [*batches, *[batches[-1]] * fill]]
         iterators = [iter(enumerate(filled)) for _ in self._chunks]
 
         def forward(batches: Iterator[tuple[int, Batch]], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
             self.context.micro_batch, batch = next(batches)
-            batch = self._on_this_context_rank(batch)
             labels = None if logits else batch.labels_BS
             return chunk(batch.tokens_BS, None, None, labels=labels), self._logits if logits else self._loss
 
@@ -178,9 +177,11 @@ class MegatronEngine:
 
     def _on_this_context_rank(self, batch: Batch) -> Batch:
         """On the device, with the positions that this context-parallel rank computes."""
-        positions = context_positions(batch.tokens_BS.shape[1], self.config.parallel.context, self._context_rank)
-        parts = (x[:, positions] if self.config.parallel.context > 1 else x for x in (batch.tokens_BS, batch.labels_BS))
-        return Batch(*(part.to(self.device) for part in parts))
+        batch, ranks = batch.to(self.device), self.config.parallel.context
+        if ranks == 1:
+            return batch
+        positions = context_positions(batch.tokens_BS.shape[1], ranks, self._context_rank).to(self.device)
+        return Batch(batch.tokens_BS[:, positions], batch.labels_BS[:, positions])
 
     def positions(self, length: int) -> Tensor:
         parallel = self.config.parallel
