@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import os
@@ -27,11 +28,11 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
     Raises:
         UserError: an unreadable file, an unknown key, a wrong type or a value that cannot be used.
     """
-    merged = _defaults()
+    merged = copy.deepcopy(_defaults())
     if path is not None and (given := _read_yaml(Path(path))):
-        merged = _merge(merged, "", given, _shown(path))
+        _merge(merged, "", given, _shown(path))
     for override in overrides:
-        merged = _merge(merged, *_read_override(override), "the command line")
+        _merge(merged, *_read_override(override), "the command line")
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     return config
@@ -59,20 +60,18 @@ def _read_override(override: str) -> tuple[str, Any]:
         raise UserError(f"{override!r} cannot be read: {error}; check quotes and brackets") from None
 
 
-def _merge(base: DictConfig, key: str, given: Any, source: str) -> DictConfig:
-    """``base`` with what is ``given`` for ``key``, a section or a field; an empty key stands for all."""
+def _merge(merged: DictConfig, key: str, given: Any, source: str) -> None:
+    """Puts in what is ``given`` for ``key``, a section or a field; an empty key stands for all."""
     for name, value in _leaves(given, key):
         _check_leaf(name, value, source)
     tree = given
     for name in reversed(key.split(".") if key else []):
         tree = {name: tree}
     try:
-        merged = OmegaConf.merge(base, tree)
+        merged.merge_with(tree)  # OmegaConf.merge copies all fields, which takes 10 ms
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         at = getattr(error, "full_key", None) or next(_leaves(given, key), (source, None))[0]
         raise UserError(f"{at} in {source}: {_shown(first_line(error))}; train.py --help gives its type") from None
-    assert isinstance(merged, DictConfig)
-    return merged
 
 
 def _check_leaf(key: str, value: Any, source: str) -> None:
@@ -88,7 +87,7 @@ def _check_leaf(key: str, value: Any, source: str) -> None:
 
 @cache
 def _defaults() -> DictConfig:
-    """What others are merged into; a merge leaves it as it is."""
+    """What others are merged into, in a copy."""
     return OmegaConf.structured(Config)
 
 
