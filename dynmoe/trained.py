@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,25 +27,45 @@ from dynmoe.train.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
-class TrainedModel:
+class TrainedDecoder:
     """The newest sound checkpoint of a run, of either engine.
 
     Attributes:
         config: of the run.
         step: of the checkpoint.
         decoder: in evaluation, with fp32 masters as weights.
-        tokenizer: of the run.
         device: where the model is.
     """
 
     config: Config
     step: int
     decoder: Decoder
-    tokenizer: Tokenizer
     device: torch.device
 
 
+@dataclass(frozen=True)
+class TrainedModel(TrainedDecoder):
+    """The same with the tokenizer of the run."""
+
+    tokenizer: Tokenizer
+
+
 def open_trained(run: Path, device: torch.device | None = None) -> TrainedModel:
+    """Reads the model of a run and its tokenizer; see :func:`open_decoder`.
+
+    Raises:
+        UserError: no run, no tokenizer, or no undamaged checkpoint.
+    """
+    directory = RunDirectory(run)
+    load_config(directory.config)  # that there is none is said before that it has no tokenizer
+    cure = "copy it from the corpus that the run was trained on"
+    if not directory.tokenizer.exists():
+        raise UserError(f"{directory.tokenizer} is missing; {cure}")
+    tokenizer = Tokenizer(directory.tokenizer, cure)
+    return TrainedModel(**vars(open_decoder(run, device)), tokenizer=tokenizer)
+
+
+def open_decoder(run: Path, device: torch.device | None = None) -> TrainedDecoder:
     """Reads the model of a run; it needs memory for all of it, whatever layout the run had.
 
     What computes the experts is chosen for ``device``, whatever the run trained with. The checkpoint of a Megatron run
@@ -56,28 +76,25 @@ def open_trained(run: Path, device: torch.device | None = None) -> TrainedModel:
         device: where the model goes; a GPU where there is one, by default.
 
     Raises:
-        UserError: no run, no undamaged checkpoint, or no tokenizer.
+        UserError: no run, or no undamaged checkpoint.
     """
     directory = RunDirectory(run)
     config = load_config(directory.config)
-    if not directory.tokenizer.exists():
-        raise UserError(f"{directory.tokenizer} is missing; copy it from the corpus that the run was trained on")
-    tokenizer = Tokenizer(directory.tokenizer)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _plain_checkpoint(directory, config) as checkpoint:
         rows = plain_state.read_shape(checkpoint.path, "w_embed_VD")[0]
         decoder = Decoder(config.model, rows, config.train.seed)
         plain_state.load_weights(checkpoint.path, decoder, decoder.moe_layers)
-    return TrainedModel(config, checkpoint.step, decoder.to(device).eval(), tokenizer, device)
+    return TrainedDecoder(config, checkpoint.step, decoder.to(device).eval(), device)
 
 
-def begin_run(config: Config, decoder: Decoder, tokenizer: bytes | None, output: Path) -> None:
+def begin_run(config: Config, decoder: Decoder, files: Mapping[str, bytes], output: Path) -> None:
     """Makes the run directory ``output``, whose first step starts from the weights of ``decoder``.
 
     Args:
         config: of the run, for either engine.
         decoder: whole, with fp32 weights.
-        tokenizer: sentencepiece's file, where it is known.
+        files: further ones, by their place in the directory: sentencepiece's, and what else belongs to the model.
         output: must not exist.
 
     Raises:
@@ -89,7 +106,7 @@ def begin_run(config: Config, decoder: Decoder, tokenizer: bytes | None, output:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
             plain = dataclasses.replace(config, engine="deepspeed", parallel=ParallelConfig())
-            begin_run(plain, decoder, tokenizer, Path(folder) / "plain")
+            begin_run(plain, decoder, files, Path(folder) / "plain")
             convert(Path(folder) / "plain", output, "megatron", config.parallel)
         return
     ranges = plain_state.expert_ranges(decoder.moe_layers)
@@ -102,7 +119,7 @@ def begin_run(config: Config, decoder: Decoder, tokenizer: bytes | None, output:
     def write(directory: Path) -> None:
         plain_state.copy(directory, entries, buffers, step=0)()
 
-    write_run(config, output, 0, dataclasses.asdict(Progress()), [], tokenizer, write)
+    write_run(config, output, 0, dataclasses.asdict(Progress()), [], files, write)
 
 
 def _master(parameter: nn.Parameter) -> dict[str, Tensor]:

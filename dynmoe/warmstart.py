@@ -76,6 +76,7 @@ def warm_start(
     from dynmoe.model import Decoder
     from dynmoe.moe.observation import keeping_plans
     from dynmoe.moe.upcycling import copy_experts, share_rows
+    from dynmoe.train.checkpoint import taken_along
     from dynmoe.trained import begin_run, open_trained
 
     if output.exists():
@@ -99,7 +100,7 @@ def warm_start(
         fit_p(decoder, tokens_BS, experts_per_token)
     with keeping_plans(decoder.moe_layers) as plans:
         loss_before, loss, difference = _compare(model.decoder, decoder, tokens_BS)
-    begin_run(config, decoder, model.tokenizer.content, output)
+    begin_run(config, decoder, taken_along(run), output)
     layers, tokens = len(decoder.moe_layers), tokens_BS.numel()
     means = [sum(float(p.routing_map_TE.sum()) for p in plans[layer::layers]) / tokens for layer in range(layers)]
     return WarmStart(config, loss_before, loss, difference, means)

@@ -18,21 +18,25 @@ from dynmoe.errors import UserError
 class Tokenizer:
     """A sentencepiece model; the end-of-sentence piece ends each document.
 
+    Args:
+        path: of the file.
+        cure: what to do about a file that is none.
+
     Raises:
         UserError: the file cannot be read, is no sentencepiece model or has no end-of-sentence piece.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, cure: str = "prepare the corpus again") -> None:
         try:
             self.content = Path(path).read_bytes()
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self.content)
             are_texts = all(isinstance(piece.piece, str) for piece in self._proto.pieces)
         except OSError as error:
-            raise UserError(f"tokenizer {path} cannot be read: {error.strerror}; prepare the corpus again") from None
+            raise UserError(f"tokenizer {path} cannot be read: {error.strerror}; {cure}") from None
         except (RuntimeError, ValueError, DecodeError):  # the second: its words on what is wrong are not UTF-8
             are_texts = False
         if not are_texts:
-            raise UserError(f"tokenizer {path} is not a sentencepiece model; prepare the corpus again")
+            raise UserError(f"tokenizer {path} is not a sentencepiece model; {cure}")
         self.sha256 = hashlib.sha256(self.content).hexdigest()
         self.eod: int = self._model.eos_id()
         self.vocab_size: int = self._model.vocab_size()

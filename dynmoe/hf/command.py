@@ -39,7 +39,9 @@ def _export(given: argparse.Namespace) -> None:
     done = export(given.run, given.output, getattr(torch, given.dtype), given.own_code)
     code = ", trust_remote_code=True" if done.architecture == "dynmoe" else ""
     print(f"{given.output}: {done.parameters / 1e6:.1f} M parameters as {done.architecture}.")
-    if done.texts:
+    if not done.tokenizer:
+        print("It has no tokenizer, as the checkpoint that was imported had none.")
+    elif done.texts:
         print(f"The tokenizer gives sentencepiece's ids on {done.texts} documents of the validation text.")
     else:
         print("The tokenizer was not compared with sentencepiece: the corpora of data.dirs are not here.")
@@ -48,7 +50,13 @@ def _export(given: argparse.Namespace) -> None:
 
 def _import(given: argparse.Namespace) -> None:
     from dynmoe.hf.importing import import_checkpoint
+    from dynmoe.train.run_directory import RunDirectory
 
     maker, config = import_checkpoint(given.source, given.run, given.overrides)
     print(f"{given.run}: a run of {config.engine} that begins with the weights of {given.source} ({maker}).")
+    tokenizer = RunDirectory(given.run).tokenizer
+    if tokenizer.exists():
+        print(f"Prepare text for it with: python -m data_prep ... --tokenizer {tokenizer}")
+    else:
+        print(f"{given.source} has no {tokenizer.name} of sentencepiece, with which text for it could be prepared.")
     print(f"Train it with: torchrun train.py {given.run / 'config.yaml'}")

@@ -19,20 +19,32 @@ from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
 from dynmoe.hf.bundle import write_code
 from dynmoe.hf.formats import standard_architecture, to_transformers
+from dynmoe.hf.kept import Kept
 from dynmoe.hf.names import parts
-from dynmoe.hf.tokenizer import padding, write_tokenizer
-from dynmoe.trained import TrainedModel, open_trained
+from dynmoe.hf.tokenizer import compare, padding, write_tokenizer
+from dynmoe.train.checkpoint import IMPORTED
+from dynmoe.train.run_directory import RunDirectory
+from dynmoe.trained import TrainedDecoder, open_decoder, open_trained
 
+_GENERATION = "generation_config.json"
 _TEXTS_COMPARED = 200
 _SHARD = "5GB"
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written: the architecture, its parameters, and the texts that the tokenizer was tried on."""
+    """What was written.
+
+    Attributes:
+        architecture: in transformers.
+        parameters: their number.
+        tokenizer: whether there is one.
+        texts: that it was compared with sentencepiece on.
+    """
 
     architecture: str
     parameters: int
+    tokenizer: bool
     texts: int
 
 
@@ -40,6 +52,7 @@ def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code
     """Writes the newest sound checkpoint of a run, of either engine, so that ``from_pretrained`` reads it.
 
     A model that transformers has an architecture for (a dense one, or top-k) needs no code; any other takes ours along.
+    What an imported checkpoint said about positions, special tokens, tokenizer and generation goes out as it came in.
 
     Args:
         run: directory of the run.
@@ -52,20 +65,27 @@ def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code
     """
     if output.exists():
         raise UserError(f"OUT: {output} exists; name a new directory")
-    model = open_trained(run, torch.device("cpu"))
-    settings = model.config.model
-    standard = None if own_code or _is_biased(model) else standard_architecture(settings)
-    maker = standard or "dynmoe"
-    positions, rows = model.config.data.sequence_length, model.decoder.w_embed_VD.shape[0]
+    kept = Kept.of(run)
+    model, tokenizer = _open(run, kept)
+    standard = None if own_code or _is_biased(model) else standard_architecture(model.config.model)
+    maker, rows = standard or "dynmoe", model.decoder.w_embed_VD.shape[0]
+    fields = _fields(model, tokenizer, kept)
+    config = to_transformers(model.config.model, maker, rows) | fields | {"dtype": str(dtype).removeprefix("torch.")}
     tensors = _tensors(model, maker, dtype)
     building = output.with_name(f"{output.name}.tmp-{secrets.token_hex(4)}")
     building.mkdir(parents=True)
     try:
-        config = to_transformers(settings, maker, rows, positions, model.tokenizer.eod)
-        config["dtype"] = str(dtype).removeprefix("torch.")
+        kept.write(building)
+        texts = 0
+        if tokenizer is not None:
+            if not kept.has_tokenizer:
+                write_tokenizer(tokenizer, building, fields)
+            if not (building / _GENERATION).exists():
+                _write_json(building / _GENERATION, _generation(tokenizer, fields, rows))
+            came = f"remove tokenizer.json and tokenizer_config.json from {run / IMPORTED}, and they are made anew"
+            cure = came if kept.has_tokenizer else "prepare the corpus with a tokenizer of data_prep's"
+            texts = compare(tokenizer, building, _texts(model, tokenizer), cure)
         _write_json(building / "config.json", config)
-        texts = write_tokenizer(model.tokenizer, building, positions, _texts(model))
-        _write_json(building / "generation_config.json", _generation(model.tokenizer, rows))
         if maker == "dynmoe":
             write_code(building)
         _save(tensors, building)
@@ -73,24 +93,43 @@ def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code
     except BaseException:
         rmtree(building)
         raise
-    return Export(maker, sum(tensor.numel() for tensor in tensors.values()), texts)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    return Export(maker, parameters, kept.has_tokenizer or tokenizer is not None, texts)
 
 
-def _generation(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
+def _open(run: Path, kept: Kept) -> tuple[TrainedDecoder, Tokenizer | None]:
+    """The model, and sentencepiece's tokenizer, which only a run may lack that was imported without."""
+    if kept.files and not RunDirectory(run).tokenizer.exists():
+        return open_decoder(run, torch.device("cpu")), None
+    model = open_trained(run, torch.device("cpu"))
+    return model, model.tokenizer
+
+
+def _fields(model: TrainedDecoder, tokenizer: Tokenizer | None, kept: Kept) -> dict[str, Any]:
+    """The longest sequence, and the tokens that begin, end and fill up: as they were imported, where they were."""
+    # A document begins where another ends: a piece for beginnings, where there is one, was never trained.
+    ids = {} if tokenizer is None else {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod}
+    before, trained = kept.fields.get("max_position_embeddings", 0), model.config.data.sequence_length
+    longest = max(before, trained) if model.step or not before else before
+    return ids | kept.fields | {"max_position_embeddings": longest}
+
+
+def _generation(tokenizer: Tokenizer, fields: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """Begin, end and padding of a text; rows of the embedding that stand for no piece are never drawn."""
-    ids = {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod, "pad_token_id": padding(tokenizer)}
+    ids = {"pad_token_id": padding(tokenizer)}
+    ids |= {name: value for name, value in fields.items() if name.endswith("_token_id") and value is not None}
     unused = list(range(tokenizer.vocab_size, rows))
     return ids | ({"suppress_tokens": unused} if unused else {})
 
 
-def _is_biased(model: TrainedModel) -> bool:
+def _is_biased(model: TrainedDecoder) -> bool:
     """Whether a top-k choice adds something to its scores, or lacks experts, which no other architecture knows."""
     buffers = dict(model.decoder.named_buffers())
     biased = any(bool(buffer.any()) for name, buffer in buffers.items() if name.endswith("router.bias_E"))
     return biased or any(not bool(mask.all()) for name, mask in buffers.items() if name.endswith("router.active_E"))
 
 
-def _tensors(model: TrainedModel, maker: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def _tensors(model: TrainedDecoder, maker: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """All tensors of the export, by name; none shares its memory with another."""
     own = {**dict(model.decoder.named_parameters()), **dict(model.decoder.named_buffers())}
     made: dict[str, Tensor] = {}
@@ -105,7 +144,7 @@ def _tensors(model: TrainedModel, maker: str, dtype: torch.dtype) -> dict[str, T
     return made
 
 
-def _gate_shared_experts(model: TrainedModel, made: dict[str, Tensor], dtype: torch.dtype) -> None:
+def _gate_shared_experts(model: TrainedDecoder, made: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Qwen2-MoE multiplies its shared expert by the sigmoid of a gate: one half for a gate of zeros."""
     hidden, width = model.config.model.hidden, model.config.model.moe.shared_hidden
     for layer in model.config.model.moe_layers:
@@ -118,16 +157,16 @@ def _gate_shared_experts(model: TrainedModel, made: dict[str, Tensor], dtype: to
             made |= {f"{prefix}.shared_expert.{n}.weight": torch.empty(s, dtype=dtype) for n, s in shapes.items()}
 
 
-def _texts(model: TrainedModel) -> Iterator[str]:
+def _texts(model: TrainedDecoder, tokenizer: Tokenizer) -> Iterator[str]:
     """Documents of the validation text, as far as the corpora of the run are still there."""
     for folder in model.config.data.dirs:
         if not Path(folder).is_dir():
             continue
         corpus = Corpus.open(folder)
-        if corpus.tokenizer.sha256 != model.tokenizer.sha256:
+        if corpus.tokenizer.sha256 != tokenizer.sha256:
             continue
         for tokens in islice(corpus.splits["validation"].documents(), _TEXTS_COMPARED):
-            yield model.tokenizer.decode([token for token in tokens if token != model.tokenizer.eod])
+            yield tokenizer.decode([token for token in tokens if token != tokenizer.eod])
 
 
 def _save(tensors: dict[str, Tensor], directory: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from dynmoe.config import ModelConfig
 from dynmoe.errors import UserError
+from dynmoe.hf.fields import FAMILIES, KEPT, Settings, check_fields, settings_of, shown
 
 _CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -38,15 +39,13 @@ def standard_architecture(model: ModelConfig) -> str | None:
     return "qwen2_moe"
 
 
-def to_transformers(model: ModelConfig, maker: str, vocab_size: int, positions: int, eos: int) -> dict[str, Any]:
-    """``config.json`` of an export.
+def to_transformers(model: ModelConfig, maker: str, vocab_size: int) -> dict[str, Any]:
+    """``config.json`` of an export, but for its longest sequence and the tokens that begin and end one.
 
     Args:
         model: the architecture.
         maker: ``dynmoe``, or what :func:`standard_architecture` says.
         vocab_size: rows of the embedding.
-        positions: tokens of a training sequence.
-        eos: id of the token that ends a document.
     """
     rope = {"rope_theta": model.rope_theta}
     common = {
@@ -59,12 +58,9 @@ def to_transformers(model: ModelConfig, maker: str, vocab_size: int, positions: 
         "num_attention_heads": model.heads,
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.width_of_head,
-        "max_position_embeddings": positions,
         "rms_norm_eps": model.norm_eps,
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tie_embeddings,
-        "bos_token_id": eos,  # a document begins where another ends
-        "eos_token_id": eos,
     }
     if maker == "dynmoe":
         files = {"AutoConfig": "configuration_dynmoe.DynMoEConfig"}
@@ -133,85 +129,34 @@ def _top_k(model: ModelConfig, maker: str) -> dict[str, Any]:
     return named | {"attention_bias": False}
 
 
-def from_transformers(found: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Whose checkpoint a ``config.json`` belongs to, and our configuration of it, as overrides.
+def from_transformers(found: Mapping[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
+    """Whose checkpoint a ``config.json`` belongs to, and what it says.
+
+    Returns:
+        The family, our configuration of the model as overrides, and the fields that an export gives back (``KEPT``).
 
     Raises:
-        UserError: an architecture that is not known, or a setting of one that our decoder does not have.
+        UserError: an architecture that is not known, or a field that our decoder cannot honour, by name.
     """
     kind = found.get("model_type")
-    maker = "dynamic_moe" if kind == "llama" and found.get("num_experts") else str(kind)
-    if maker not in _READERS:
-        raise UserError(f"config.json: model_type={kind!r} cannot be imported; known are {', '.join(_READERS)}")
-    get = _Settings(found)
-    _refuse_unlike(get)
+    maker = "dynamic_moe" if kind == "llama" and "top_p_threshold" in found else str(kind)
+    if maker not in FAMILIES:
+        raise UserError(f"config.json: model_type={shown(kind)} cannot be imported; known are {', '.join(FAMILIES)}")
+    check_fields(found, FAMILIES[maker])
+    get = settings_of(found, FAMILIES[maker])
     hidden, heads = get.count("hidden_size"), get.count("num_attention_heads")
     fields = {
         "layers": get.count("num_hidden_layers"),
         "hidden": hidden,
         "heads": heads,
-        "kv_heads": get("num_key_value_heads", None) or heads,
         "vocab_size": get.count("vocab_size"),
         "norm_eps": get["rms_norm_eps"],
-        "rope_theta": get.rope_theta(),
-        "tie_embeddings": get("tie_word_embeddings", False),
-        "init_std": get("initializer_range", 0.02),
+        "tie_embeddings": get["tie_word_embeddings"],
+        "init_std": get["initializer_range"],
+        **_READERS[maker](get),
     }
-    if get("head_dim", None) not in (None, hidden // heads):
-        fields["head_dim"] = get["head_dim"]
-    fields |= _READERS[maker](get)
-    return maker, [f"model.{name}={_text(value)}" for name, value in fields.items() if value is not None]
-
-
-class _Settings:
-    """A configuration of transformers, whose missing fields are errors by name."""
-
-    def __init__(self, found: Mapping[str, Any]) -> None:
-        self._found = found
-
-    def __getitem__(self, name: str) -> Any:
-        if self._found.get(name) is None:
-            raise UserError(f"config.json: {name} is missing; restore the checkpoint's own file")
-        return self._found[name]
-
-    def __call__(self, name: str, default: Any) -> Any:
-        return self._found.get(name, default)
-
-    def count(self, *names: str) -> int:
-        """A positive whole number, under the first of these names that is there."""
-        name = next((name for name in names if self._found.get(name) is not None), names[0])
-        value = self[name]
-        if type(value) is not int or value < 1:
-            raise UserError(
-                f"config.json: {name}={value!r} is not a positive number; restore the checkpoint's own file"
-            )
-        return value
-
-    def rope_theta(self) -> Any:
-        """Base of the rotary positions: a field of its own, or, since transformers 5, one of ``rope_parameters``."""
-        rope = self("rope_parameters", None) or self("rope_scaling", None) or {}
-        if not isinstance(rope, dict):
-            raise UserError(f"config.json: rope_parameters={rope!r} are none; restore the checkpoint's own file")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise UserError(f"config.json: rope_type={kind!r}: our decoder has plain rotary positions only")
-        return rope.get("rope_theta", self("rope_theta", 10000.0))
-
-
-def _refuse_unlike(get: _Settings) -> None:
-    """Settings with which the other architecture computes what our decoder does not."""
-    plain: dict[str, tuple[Any, ...]] = {
-        "hidden_act": ("silu",), "attention_bias": (False, None), "mlp_bias": (False, None), "clip_qkv": (None,),
-        "qkv_bias": (False, None), "use_sliding_window": (False, None), "attention_multiplier": (None,),
-    }  # fmt: skip
-    for name, allowed in plain.items():
-        value = get(name, allowed[0])
-        if value not in allowed:
-            raise UserError(f"config.json: {name}={value!r}: our decoder knows {allowed[0]!r} only")
-    if get("use_sliding_window", None) is None and get("sliding_window", None) is not None:
-        raise UserError(
-            f"config.json: sliding_window={get('sliding_window', None)}: our attention sees all that is before"
-        )
+    kept = {name: get.optional(name) for name in KEPT if name in get}
+    return maker, [f"model.{name}={_text(value)}" for name, value in fields.items()], kept
 
 
 def _text(value: Any) -> str:
@@ -220,68 +165,92 @@ def _text(value: Any) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def _read_llama(get: _Settings) -> dict[str, Any]:
-    return {"ffn_hidden": get["intermediate_size"], "moe.experts": 0}
-
-
-def _read_mixtral(get: _Settings) -> dict[str, Any]:
+def _read_attention(get: Settings) -> dict[str, Any]:
+    hidden, heads = get.count("hidden_size"), get.count("num_attention_heads")
+    width = get.optional("head_dim")
     return {
-        **_experts(get.count("num_local_experts"), get.count("intermediate_size")),
-        **_choice(get["num_experts_per_tok"], True, get("router_aux_loss_coef", 0.0)),
+        "kv_heads": heads if get.optional("num_key_value_heads") is None else get.count("num_key_value_heads"),
+        "rope_theta": get.rope_theta(),
+        **({} if width in (None, hidden // heads) else {"head_dim": width}),
     }
 
 
-def _read_olmoe(get: _Settings) -> dict[str, Any]:
+def _read_llama(get: Settings) -> dict[str, Any]:
+    return {**_read_attention(get), "ffn_hidden": get.count("intermediate_size"), "moe.experts": 0}
+
+
+def _read_mixtral(get: Settings) -> dict[str, Any]:
+    return {**_read_attention(get), **_experts(get, "intermediate_size"), **_choice(get, True)}
+
+
+def _read_olmoe(get: Settings) -> dict[str, Any]:
     return {
+        **_read_attention(get),
         "qk_norm": "projection",
-        **_experts(get.count("num_experts"), get.count("intermediate_size")),
-        **_choice(get["num_experts_per_tok"], get("norm_topk_prob", False), get("router_aux_loss_coef", 0.0)),
+        **_experts(get, "intermediate_size"),
+        **_choice(get, get["norm_topk_prob"]),
     }
 
 
-def _read_qwen(get: _Settings) -> dict[str, Any]:
+def _read_qwen3(get: Settings) -> dict[str, Any]:
     """Layers without experts must be those that our ``model.moe.every`` leaves out."""
-    layers, step = get.count("num_hidden_layers"), get("decoder_sparse_step", 1)
-    dense = set(get("mlp_only_layers", None) or []) | {n for n in range(layers) if (n + 1) % step}
+    layers, step = get.count("num_hidden_layers"), get.count("decoder_sparse_step")
+    listed = get.optional("mlp_only_layers")
+    dense = set(listed or []) | {n for n in range(layers) if (n + 1) % step}
     every = next((n for n in range(1, layers + 1) if {m for m in range(layers) if m % n} == dense), None)
     if every is None:
         raise UserError(
-            f"config.json: experts in all layers but {sorted(dense)}: our decoder has them in every n-th, "
-            "from the first on"
+            f"config.json: decoder_sparse_step={step} and mlp_only_layers={shown(listed)} leave experts in all layers "
+            f"but {sorted(dense)}: our decoder has them in every n-th, from the first on"
         )
     return {
-        "ffn_hidden": get["intermediate_size"],
+        **_read_attention(get),
+        "qk_norm": "head",
+        "ffn_hidden": get.count("intermediate_size"),
         "moe.every": every,
-        **_experts(get.count("num_experts", "num_local_experts"), get.count("moe_intermediate_size")),
-        **_choice(get["num_experts_per_tok"], get("norm_topk_prob", False), get("router_aux_loss_coef", 0.0)),
+        **_experts(get, "moe_intermediate_size"),
+        **_choice(get, get["norm_topk_prob"]),
     }
 
 
-def _read_qwen3(get: _Settings) -> dict[str, Any]:
-    return {"qk_norm": "head", **_read_qwen(get)}
+def _read_dynamic_moe(get: Settings) -> dict[str, Any]:
+    """The release of arXiv 2403.07652: top-p, experts in every ``expert_frequency``-th layer from the first on.
 
-
-def _read_dynamic_moe(get: _Settings) -> dict[str, Any]:
-    """The release of arXiv 2403.07652: top-p by ``top_p_threshold``, experts in every ``expert_frequency``-th layer."""
+    Its code reads neither ``num_key_value_heads``, which are as many as the others, nor ``rope_theta``.
+    """
+    heads = get.count("num_attention_heads")
+    if "num_key_value_heads" in get and get.optional("num_key_value_heads") not in (None, heads):
+        problem = f"the released code has as many as num_attention_heads ({heads})"
+        raise UserError(
+            f"config.json: num_key_value_heads={shown(get['num_key_value_heads'])}: {problem}; "
+            "restore the checkpoint's own file"
+        )
     return {
-        "ffn_hidden": get["intermediate_size"],
-        "moe.every": get("expert_frequency", 1),
-        **_experts(get.count("num_experts"), get.count("intermediate_size")),
+        "kv_heads": heads,
+        "rope_theta": 10000.0,
+        "ffn_hidden": get.count("intermediate_size"),
+        "moe.every": get.count("expert_frequency"),
+        **_experts(get, "intermediate_size"),
         "router.kind": "top_p",
         "router.form": "released",
         "router.p": get["top_p_threshold"],
     }
 
 
-def _experts(count: int, width: int) -> dict[str, Any]:
-    return {"moe.experts": count, "moe.expert_hidden": width}
+def _experts(get: Settings, width: str) -> dict[str, Any]:
+    return {"moe.experts": get.count("num_experts", "num_local_experts"), "moe.expert_hidden": get.count(width)}
 
 
-def _choice(k: int, renormalize: bool, balance: float) -> dict[str, Any]:
-    return {"router.kind": "top_k", "router.k": k, "router.renormalize": renormalize, "router.balance_loss": balance}
+def _choice(get: Settings, renormalize: bool) -> dict[str, Any]:
+    return {
+        "router.kind": "top_k",
+        "router.k": get.count("num_experts_per_tok"),
+        "router.renormalize": renormalize,
+        "router.balance_loss": get["router_aux_loss_coef"],
+    }
 
 
-_READERS: dict[str, Callable[[_Settings], dict[str, Any]]] = {
+_READERS: dict[str, Callable[[Settings], dict[str, Any]]] = {
     "llama": _read_llama,
     "mixtral": _read_mixtral,
     "olmoe": _read_olmoe,

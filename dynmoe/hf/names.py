@@ -17,6 +17,7 @@ class Names:
 
     Attributes:
         norms: before attention and before the feed-forward.
+        dense: of a feed-forward without experts, with ``{part}``.
         router: weight of a router of logits.
         expert: of one expert, with ``{expert}`` and ``{part}``; None where all lie in two stacked tensors.
         parts: gate, up and down projection of an expert.
@@ -24,12 +25,15 @@ class Names:
     """
 
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    dense: str = "mlp.{part}.weight"
     router: str = "mlp.gate.weight"
     expert: str | None = "mlp.experts.{expert}.{part}.weight"
     parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared: str = "mlp.shared_expert.{part}.weight"
 
 
+# Any family with experts as transformers 5 keeps it in memory, which a state_dict shows.
+STACKED = "stacked"
 NAMES = {
     "llama": Names(),
     "olmoe": Names(),
@@ -40,7 +44,10 @@ NAMES = {
         expert="block_sparse_moe.experts.{expert}.{part}.weight",
         parts=("w1", "w3", "w2"),
     ),
-    "dynamic_moe": Names(norms=("input_norm", "post_attention_norm"), router="mlp.router.weight"),
+    "dynamic_moe": Names(
+        norms=("input_norm", "post_attention_norm"), dense="mlp.mlp.{part}.weight", router="mlp.router.weight"
+    ),
+    STACKED: Names(expert=None),
     "dynmoe": Names(router="mlp.router.weight", expert=None),
 }
 
@@ -83,7 +90,7 @@ def parts(model: ModelConfig, vocab_size: int, maker: str) -> Iterator[Part]:
         if model.is_moe_layer(layer):
             yield from _moe(model, layer, maker, f"{ours}.moe", theirs)
         else:
-            yield from _swiglu(f"{ours}.ffn", f"{theirs}.mlp.{{part}}.weight", hidden, model.ffn_hidden)
+            yield from _swiglu(f"{ours}.ffn", f"{theirs}.{NAMES[maker].dense}", hidden, model.ffn_hidden)
     yield Part("norm.weight", ("model.norm.weight",), (hidden,))
     if not model.tie_embeddings:
         yield Part("w_out_VD", ("lm_head.weight",), (vocab_size, hidden))

@@ -25,6 +25,8 @@ from dynmoe.data.corpus import TOKENIZER, sha256_of
 from dynmoe.errors import UserError
 
 MANIFEST = "manifest.json"
+# What an imported checkpoint had beside its weights; see dynmoe.hf.kept.
+IMPORTED = "imported"
 TRAINER = "trainer.json"
 # Beside complete ones, which are named after their step alone.
 UNFINISHED, _DAMAGED, _REMOVED = ".tmp-", ".damaged-", ".removed"
@@ -209,10 +211,15 @@ def continue_run(source: Checkpoint, config: Config, output: Path, write: Callab
         output: its directory, which does not exist; half of one is never left there.
         write: puts all files of the model into the directory it is given.
     """
-    state, tokenizer = source.trainer_state, source.path.parents[1] / TOKENIZER
+    state, files = source.trainer_state, taken_along(source.path.parents[1])
     state["progress"]["wandb_id"] = None  # another run
-    content = tokenizer.read_bytes() if tokenizer.exists() else None
-    write_run(config, output, source.step, state["progress"], state["data"], content, write)
+    write_run(config, output, source.step, state["progress"], state["data"], files, write)
+
+
+def taken_along(run: Path) -> dict[str, bytes]:
+    """Files that belong to the model of a run, by their place in its directory: a run that goes on from it has them."""
+    paths = (run / TOKENIZER, *sorted((run / IMPORTED).rglob("*")))
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in paths if path.is_file()}
 
 
 def write_run(
@@ -221,7 +228,7 @@ def write_run(
     step: int,
     progress: dict[str, Any],
     data: list[str],
-    tokenizer: bytes | None,
+    files: Mapping[str, bytes],
     write: Callable[[Path], None],
 ) -> None:
     """A new run directory with the checkpoint of ``step``; for tools, of one process.
@@ -232,7 +239,7 @@ def write_run(
         step: of the checkpoint.
         progress: how far the run has come, as a dictionary.
         data: fingerprints of the corpora it has read.
-        tokenizer: the file, where there is one.
+        files: further ones, by their place in the directory (see :func:`taken_along`).
         write: puts all files of the model into the directory it is given.
     """
     settings = dataclasses.asdict(config)
@@ -244,11 +251,12 @@ def write_run(
     try:
         write(unfinished)
         (unfinished / TRAINER).write_text(json.dumps({"progress": progress, "config": settings, "data": data}))
-        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-        commit(unfinished, checkpoint, {"step": step, **facts, "files": hashes(files, unfinished)})
+        written = sorted(path for path in unfinished.rglob("*") if path.is_file())
+        commit(unfinished, checkpoint, {"step": step, **facts, "files": hashes(written, unfinished)})
         write_atomically(building / "config.yaml", config.to_yaml())
-        if tokenizer is not None:
-            write_atomically(building / TOKENIZER, tokenizer)
+        for name, content in files.items():
+            (building / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(building / name, content)
         building.rename(output)
     except BaseException:
         rmtree(building)

@@ -56,7 +56,6 @@ def begin(corpus: Path, path: Path, overrides: Sequence[str]) -> Begun:
         "model.layers=3", "model.ffn_hidden=32", "model.moe.experts=4", "model.moe.expert_hidden=24",
         "model.init_std=0.3", *overrides, f"run.dir={path.parent}", f"run.name={path.name}",
     ])  # fmt: skip
-    tokenizer = (corpus / TOKENIZER).read_bytes()
     decoder = Decoder(config.model, 448, seed=0).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in decoder.named_parameters():
@@ -66,7 +65,7 @@ def begin(corpus: Path, path: Path, overrides: Sequence[str]) -> Begun:
         for name, buffer in layer.router.named_buffers():
             if name == "offset_E" or (name == "bias_E" and "biased" in path.name):
                 buffer.add_(0.02 * torch.randn(buffer.shape, generator=generator))
-    begin_run(config, decoder, tokenizer, path)
+    begin_run(config, decoder, {TOKENIZER: (corpus / TOKENIZER).read_bytes()}, path)
     return Begun(path, config, decoder)
 
 

@@ -23,7 +23,8 @@ from tests.hf.cases import STANDARD, begin, run_decoder, some_tokens
 from tests.routing.test_golden import GOLDEN
 from tests.train.cases import read_rows
 
-RELEASED = GOLDEN / "dynamic_moe_tiny"
+RELEASES = ["dynamic_moe_tiny", "dynamic_moe_every_2", "dynamic_moe_every_3"]
+RELEASED = GOLDEN / RELEASES[0]
 
 
 def imported(source: Path, run: Path, *overrides: str) -> tuple[str, Decoder]:
@@ -35,46 +36,15 @@ def imported(source: Path, run: Path, *overrides: str) -> tuple[str, Decoder]:
     return maker, decoder
 
 
-def test_the_papers_own_release(tmp_path):
-    maker, decoder = imported(RELEASED, tmp_path / "run")
+@pytest.mark.parametrize("name", RELEASES)
+def test_the_papers_own_release(name, tmp_path):
+    """Written and run by the released code, with experts in every layer, every second and every third."""
+    maker, decoder = imported(GOLDEN / name, tmp_path / "run")
     assert maker == "dynamic_moe"
-    expected = load_file(RELEASED / "expected.safetensors")
+    expected = load_file(GOLDEN / name / "expected.safetensors")
     logits, maps = run_decoder(decoder, expected["input_ids"])
     torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=1e-4)
     assert torch.equal(torch.stack([routed.sum(dim=-1) for routed in maps]), expected["experts_per_token"])
-
-
-def test_the_papers_release_with_dense_layers(tmp_path):
-    """``expert_frequency`` 2: layers 1 and 3 are one SwiGLU, which is what a single expert of gate 1 would be."""
-    weights, settings = load_file(RELEASED / "model.safetensors"), json.loads((RELEASED / "config.json").read_text())
-    for layer in (1, 3):
-        names = [name for name in weights if name.startswith(f"model.layers.{layer}.mlp.")]
-        for name in names:
-            tensor = weights.pop(name)
-            if ".experts.5." in name:
-                weights[name.replace(".experts.5.", ".")] = tensor
-    (tmp_path / "source").mkdir()
-    save_file(weights, tmp_path / "source" / "model.safetensors")
-    (tmp_path / "source" / "config.json").write_text(json.dumps(settings | {"expert_frequency": 2}))
-    _, decoder = imported(tmp_path / "source", tmp_path / "run")
-    _, whole = imported(RELEASED, tmp_path / "whole")
-    for layer in (1, 3):
-        router, moe = whole.layers[layer].moe.router, whole.layers[layer].moe
-        router.register_forward_hook(lambda module, inputs, plan: _only(plan, 5))
-        assert moe.num_experts == 8
-    tokens = load_file(RELEASED / "expected.safetensors")["input_ids"]
-    logits, maps = run_decoder(decoder, tokens)
-    assert len(maps) == 2
-    torch.testing.assert_close(logits, run_decoder(whole, tokens)[0], rtol=0, atol=1e-5)
-
-
-def _only(plan, expert):
-    """The plan in which every token uses one expert, at gate 1."""
-    from dataclasses import replace
-
-    chosen = torch.zeros_like(plan.routing_map_TE)
-    chosen[:, expert] = True
-    return replace(plan, gates_TE=chosen.float(), routing_map_TE=chosen, selected_map_TE=chosen)
 
 
 def _made_by_transformers(name: str, folder: Path):
@@ -113,6 +83,39 @@ def test_checkpoints_that_transformers_has_saved(tmp_path, name):
         torch.testing.assert_close(run_decoder(decoder, tokens)[0], model(tokens).logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen3_moe"])
+def test_experts_in_one_tensor_as_a_state_dict_has_them(tmp_path, name):
+    model = _made_by_transformers(name, tmp_path / "source")
+    tensors = {key: value.clone() for key, value in model.state_dict().items()}
+    assert "model.layers.0.mlp.experts.gate_up_proj" in tensors
+    save_file(tensors, tmp_path / "source" / "model.safetensors")
+    _, decoder = imported(tmp_path / "source", tmp_path / "run")
+    tokens = some_tokens(96)
+    with torch.no_grad():
+        torch.testing.assert_close(run_decoder(decoder, tokens)[0], model(tokens).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("left", ["both", "whole", "shards"])
+def test_of_a_whole_file_and_shards_the_one_is_read_that_transformers_reads(tmp_path, left):
+    import transformers
+
+    source = tmp_path / "source"
+    _made_by_transformers("mixtral", source)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(-1)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    for path in (tmp_path / "shards").glob("model*.safetensors*"):
+        if left != "whole" or path.name.endswith("index.json"):
+            shutil.copy(path, source)
+    if left == "shards":
+        (source / "model.safetensors").unlink()
+    expected = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+    assert torch.equal(expected.model.norm.weight, model.model.norm.weight) == (left == "shards")
+    _, decoder = imported(source, tmp_path / "run")
+    assert torch.equal(decoder.norm.weight, expected.model.norm.weight)
+
+
 @pytest.mark.parametrize("name", ["llama", "mixtral", "olmoe", "qwen3_moe", "qwen3_moe, dense"])
 def test_an_export_comes_back_as_it_was(corpus_dir, tmp_path, name):
     run = begin(corpus_dir, tmp_path / "run", STANDARD[name])
@@ -149,6 +152,35 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool])
+def test_quantized_weights_are_refused_by_name(tmp_path, kind):
+    def change(weights):
+        name = "model.layers.1.self_attn.q_proj.weight"
+        weights[name] = (weights[name] > 0).to(torch.float32).to(kind)
+
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.q_proj\.weight is \w+; quantized weights are not read"):
+        import_checkpoint(_changed(tmp_path, change), tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, kind, value):
+    def change(weights):
+        weights["model.layers.3.mlp.experts.5.up_proj.weight"][7, 3] = value
+        weights |= {name: weight.to(kind) for name, weight in weights.items()}
+
+    with pytest.raises(UserError, match=r"layers\.3\.mlp\.experts\.5\.up_proj\.weight has 1 values that are not fin"):
+        import_checkpoint(_changed(tmp_path, change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_many_names_stay_one_line_that_can_be_read(tmp_path):
+    source = _changed(tmp_path, lambda weights: [weights.pop(name) for name in list(weights)[1:]])
+    with pytest.raises(UserError, match=r"missing: .* and \d+ more$") as refused:
+        import_checkpoint(source, tmp_path / "run")
+    assert len(str(refused.value)) < 1000
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -157,6 +189,7 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config=.*quantized weights are not read"),
         ({"sliding_window": 32}, "sliding_window=32"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "wide"}, "hidden_size='wide' is not a positive number"),
@@ -182,6 +215,7 @@ def test_files_that_are_none_are_refused(tmp_path):
     (source / "model.safetensors").write_bytes(b"rubbish")
     with pytest.raises(UserError, match=r"model\.safetensors: "):
         import_checkpoint(source, tmp_path / "run")
+    (source / "model.safetensors").unlink()
     (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
     with pytest.raises(UserError, match="is not an index of files beside it"):
         import_checkpoint(source, tmp_path / "run")

@@ -1,0 +1,189 @@
+"""What a ``config.json`` of each family may say: fields that we take over, that have one value, that do not matter.
+
+A field in none of the three tables is refused, as nothing here knows what it does to the logits. What a file leaves out
+is the family's default, read from its configuration class in transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dynmoe.errors import UserError
+
+
+@dataclass(frozen=True)
+class Family:
+    """The fields of one family of models.
+
+    Attributes:
+        architecture: class of the model, as ``architectures`` names it.
+        configuration: its configuration class in transformers, which knows the defaults; None: there is none.
+        honoured: fields that become ours.
+        fixed: fields that may have one of these values only, as our decoder computes nothing else.
+        indifferent: fields that the logits do not depend on, beside those of all families.
+    """
+
+    architecture: str
+    configuration: str | None
+    honoured: set[str]
+    fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    indifferent: set[str] = field(default_factory=set)
+
+
+_DECODER = {
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "rms_norm_eps", "initializer_range", "tie_word_embeddings",
+}  # fmt: skip
+_COMMON = _DECODER | {"head_dim", "rope_theta", "rope_parameters", "rope_scaling"}
+_TOP_K = _COMMON | {"num_experts", "num_local_experts", "num_experts_per_tok", "router_aux_loss_coef"}
+_QWEN = {"norm_topk_prob", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers"}
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", "LlamaConfig", _COMMON),
+    "mixtral": Family(
+        "MixtralForCausalLM", "MixtralConfig", _TOP_K, {"sliding_window": (None,), "norm_topk_prob": (True,)}
+    ),
+    "olmoe": Family("OlmoeForCausalLM", "OlmoeConfig", _TOP_K | {"norm_topk_prob"}, {"clip_qkv": (None,)}),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM", "Qwen3MoeConfig", _TOP_K | _QWEN,
+        {"shared_expert_intermediate_size": (0,), "use_qk_norm": (True,)},
+        {"sliding_window", "max_window_layers"},  # of use_sliding_window, which is off
+    ),
+    # The release of arXiv 2403.07652, whose code reads no rope_theta: positions always have this base.
+    "dynamic_moe": Family(
+        "MoEForCausalLM", None, _DECODER | {"rope_scaling", "num_experts", "expert_frequency", "top_p_threshold"},
+        {"rope_theta": (10000.0,)}, {"experts_topk"},
+    ),
+}  # fmt: skip
+# Of the model whatever its family; an export gives them back.
+KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+
+# Some files write these though their family has no such field.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "qkv_bias": (False,),
+    "is_causal": (True,), "is_encoder_decoder": (False,), "add_cross_attention": (False,),
+    "partial_rotary_factor": (1.0,), "rope_interleaved": (False,), "use_sliding_window": (False,),
+}  # fmt: skip
+INDIFFERENT = {
+    "model_type", "transformers_version", "transformers.js_config", "dtype", "torch_dtype", "use_bfloat16",
+    "name_or_path", "use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits",
+    "chunk_size_feed_forward", "gradient_checkpointing", "attn_implementation", "experts_implementation",
+    "pretraining_tp", "is_decoder", "is_llama_config", "tie_encoder_decoder", "torchscript", "tf_legacy_loss",
+    "model_max_length", "max_sequence_length", "tokenizer_class", "prefix", "sep_token_id", "decoder_start_token_id",
+    "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params",
+    "unsloth_fixed", "unsloth_version",
+    "attention_dropout", "router_jitter_noise",  # noise while training, which ours does not have
+    # Settings of generation, which older files keep here.
+    "assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids", "begin_suppress_tokens",
+    "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty",
+    "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
+    "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores",
+    "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens", "target_lookbehind",
+    "temperature", "top_k", "top_p", "typical_p",
+}  # fmt: skip
+_RESTORE = "restore the checkpoint's own file"
+
+
+def check_fields(found: Mapping[str, Any], family: Family) -> None:
+    """Refuses every field with which the logits are others than our decoder's, or may be.
+
+    Raises:
+        UserError: the field, its value and what to do.
+    """
+    fixed = FIXED | family.fixed | {"architectures": ([family.architecture],)}
+    known = family.honoured | family.indifferent | INDIFFERENT | {*KEPT, *fixed}
+    for name, value in found.items():
+        if value in (None, [], {}):
+            continue
+        if name == "quantization_config":
+            cure = "quantized weights are not read: save them in bf16 or fp32 first"
+            raise UserError(f"config.json: {name}={shown(value)}: {cure}")
+        if name in fixed and value not in fixed[name]:
+            raise UserError(f"config.json: {name}={shown(value)}: only {fixed[name][0]!r} can be imported")
+        if name not in known and not name.startswith("_"):
+            cure = f"remove it, if {family.architecture} of transformers does without"
+            raise UserError(f"config.json: {name}={shown(value)}: what it does is not known here; {cure}")
+
+
+class Settings:
+    """The fields of a checkpoint, whose missing ones are errors by name.
+
+    Args:
+        found: fields by name.
+        cure: what to do about one that is missing.
+    """
+
+    def __init__(self, found: Mapping[str, Any], cure: str = _RESTORE) -> None:
+        self._found, self._cure = found, cure
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._found
+
+    def __getitem__(self, name: str) -> Any:
+        if self.optional(name) is None:
+            raise UserError(f"config.json: {name} is missing; {self._cure}")
+        return self._found[name]
+
+    def optional(self, name: str) -> Any:
+        """A field that may be null, but not be left out."""
+        if name not in self._found:
+            raise UserError(f"config.json: {name} is missing; {self._cure}")
+        return self._found[name]
+
+    def count(self, *names: str) -> int:
+        """A positive whole number, under the first of these names that is there."""
+        name = next((name for name in names if self._found.get(name) is not None), names[0])
+        value = self[name]
+        if type(value) is not int or value < 1:
+            raise UserError(f"config.json: {name}={shown(value)} is not a positive number; {_RESTORE}")
+        return value
+
+    def rope_theta(self) -> Any:
+        """Base of the rotary positions: a field of its own, or, since transformers 5, one of ``rope_parameters``."""
+        rope = self._found.get("rope_scaling") or self._found.get("rope_parameters") or {}
+        return self["rope_theta"] if rope.get("rope_theta") is None else rope["rope_theta"]
+
+
+def settings_of(found: Mapping[str, Any], family: Family) -> Settings:
+    """What a family reads of ``found``, with its defaults: both as transformers has them, where it is installed.
+
+    Raises:
+        UserError: a field that transformers refuses, or rotary positions that are not plain.
+    """
+    names = family.honoured | set(KEPT)
+    given = {name: copy.deepcopy(found[name]) for name in names & found.keys()}
+    for name in ("rope_parameters", "rope_scaling"):
+        _check_rope(name, given.get(name) or {})
+    if family.configuration is None:
+        return Settings(given)
+    try:
+        import transformers
+    except ImportError:
+        return Settings(given, "write it there, or install transformers, which knows the family's default")
+    try:
+        config = getattr(transformers, family.configuration)(**given)
+    except Exception as error:
+        words = " ".join(str(error).split())
+        raise UserError(f"config.json: transformers refuses it ({words}); {_RESTORE}") from None
+    return Settings({name: getattr(config, name, None) for name in names})
+
+
+def _check_rope(name: str, rope: Any) -> None:
+    """Refuses rotary positions that are scaled or partial, whether or not ``name`` is the field that counts."""
+    if not isinstance(rope, Mapping):
+        raise UserError(f"config.json: {name}={shown(rope)} is no mapping; {_RESTORE}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    fields = {"rope_type": None if kind == "default" else kind}
+    fields |= {key: value for key, value in rope.items() if key not in ("rope_type", "type", "rope_theta")}
+    for key, value in fields.items():
+        if value is not None:
+            raise UserError(f"config.json: {name}: {key}={shown(value)}: our decoder has plain rotary positions only")
+
+
+def shown(value: Any) -> str:
+    """A value of a file, short and in one line."""
+    return " ".join(reprlib.repr(value).split())

@@ -1,0 +1,72 @@
+"""What comes with a checkpoint beside its weights, stays with the run, and goes out again with its export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dynmoe.data.corpus import TOKENIZER
+from dynmoe.hf.fields import KEPT
+from dynmoe.train.checkpoint import IMPORTED
+
+_CONFIG = "config.json"
+_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+    "additional_chat_templates/*", "generation_config.json",
+)  # fmt: skip
+
+
+def to_keep(source: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
+    """Files for the directory of a run that begins with the checkpoint in ``source``, by their place there.
+
+    Args:
+        source: directory of the checkpoint.
+        config: its ``config.json``, with the fields of ``KEPT`` that the family has by default.
+    """
+    files = {f"{IMPORTED}/{_CONFIG}": json.dumps(config, indent=2).encode()}
+    for path in (path for pattern in _FILES for path in sorted(source.glob(pattern)) if path.is_file()):
+        files[f"{IMPORTED}/{path.relative_to(source).as_posix()}"] = path.read_bytes()
+    if (source / TOKENIZER).exists():
+        files[TOKENIZER] = (source / TOKENIZER).read_bytes()
+    return files
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a run has of the checkpoint that it began with; nothing where it began otherwise.
+
+    Attributes:
+        fields: those of ``KEPT``.
+        files: ``config.json``, the tokenizer and generation with it, by name.
+    """
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, run: Path) -> Kept:
+        """Reads a run directory; the tokenizer is left out where the run was trained with another one."""
+        folder = run / IMPORTED
+        if not folder.exists():
+            return cls()
+        config = json.loads((folder / _CONFIG).read_text())
+        fields = {name: config[name] for name in KEPT if name in config}
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        trained = (run / TOKENIZER).read_bytes() if (run / TOKENIZER).exists() else None
+        if files.get(TOKENIZER) != trained:
+            return cls({name: value for name, value in fields.items() if not name.endswith("_token_id")})
+        return cls(fields, files)
+
+    def write(self, directory: Path) -> None:
+        """Puts the files into a directory."""
+        for name, content in self.files.items():
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_bytes(content)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether transformers finds a tokenizer among the files; sentencepiece's alone says too little."""
+        return "tokenizer.json" in self.files or "tokenizer_config.json" in self.files

@@ -1,0 +1,234 @@
+"""Whatever a ``config.json`` says: the imported model computes what transformers computes, or the field is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynmoe.config import load_config
+from dynmoe.errors import UserError
+from dynmoe.hf.fields import FAMILIES, FIXED, INDIFFERENT, KEPT, check_fields
+from dynmoe.hf.formats import from_transformers
+from dynmoe.hf.weights import Tensors, fill
+from dynmoe.model import Decoder
+from tests.hf.cases import run_decoder, some_tokens
+from tests.hf.test_import import RELEASED
+
+COMMON = {
+    "vocab_size": 96, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "hidden_act": "silu", "max_position_embeddings": 64, "initializer_range": 0.3, "rms_norm_eps": 1e-5,
+    "rope_theta": 500.0, "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float32",
+    "transformers_version": "4.40.0", "use_cache": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+}  # fmt: skip
+TOP_K = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.01, "output_router_logits": False}
+# Each as the hub has it, but small.
+BASES = {
+    "llama": {"intermediate_size": 32, "pretraining_tp": 1, "attention_bias": False, "attention_dropout": 0.0},
+    "mixtral": {"intermediate_size": 24, "num_local_experts": 8, "sliding_window": None, **TOP_K},
+    "olmoe": {"intermediate_size": 24, "num_experts": 8, "norm_topk_prob": False, "clip_qkv": None, **TOP_K},
+    "qwen3_moe": {
+        "intermediate_size": 32, "moe_intermediate_size": 24, "num_experts": 8, "norm_topk_prob": True, "head_dim": 8,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "max_window_layers": 3, "sliding_window": None,
+        "use_sliding_window": False, **TOP_K,
+    },
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+# Another value of every field that a configuration class has.
+OTHER = {
+    "transformers_version": "5.1.0", "architectures": ["OtherForCausalLM"], "output_hidden_states": True,
+    "return_dict": False, "dtype": "bfloat16", "chunk_size_feed_forward": 4, "is_encoder_decoder": True,
+    "id2label": {"0": "a"}, "label2id": {"a": 0}, "problem_type": "regression", "vocab_size": 128, "hidden_size": 32,
+    "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "hidden_act": "gelu", "max_position_embeddings": 16, "initializer_range": 0.2, "rms_norm_eps": 0.1,
+    "use_cache": False, "pad_token_id": 3, "bos_token_id": 5, "eos_token_id": [6, 7], "pretraining_tp": 2,
+    "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 90.0},
+    "attention_bias": True, "attention_dropout": 0.5, "mlp_bias": True, "head_dim": 12, "sliding_window": 4,
+    "num_experts_per_tok": 3, "num_local_experts": 4, "num_experts": 4, "output_router_logits": True,
+    "router_aux_loss_coef": 0.5, "router_jitter_noise": 0.5, "clip_qkv": 0.1, "norm_topk_prob": None,
+    "use_sliding_window": True, "decoder_sparse_step": 2, "moe_intermediate_size": 32, "mlp_only_layers": [1],
+}  # fmt: skip
+# What no class has, and transformers obeys all the same, or older files say.
+BEYOND = [
+    {"rope_theta": 90.0}, {"rope_scaling": YARN}, {"rope_scaling": LLAMA3}, {"rope_parameters": YARN},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 90.0}},
+    {"rope_scaling": {"rope_type": "default"}, "rope_parameters": YARN},
+    {"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_type": "default", "rope_theta": 90.0}},
+    {"rope_scaling": {"rope_type": "default", "rope_theta": 70.0}},
+    {"partial_rotary_factor": 0.5}, {"is_causal": False}, {"sliding_window": 4}, {"qkv_bias": True},
+    {"layer_types": ["full_attention"] * 3}, {"transformers_weights": "other.safetensors"},
+    {"quantization_config": {"quant_method": "fp8"}},
+    {"auto_map": {"AutoModelForCausalLM": "modeling_other.OtherForCausalLM"}}, {"torch_dtype": "bfloat16"},
+    {"_attn_implementation": "eager"}, {"_name_or_path": "somebody/something"}, {"temperature": 0.5, "top_k": 7},
+    {"attn_implementation": "eager"}, {"rope_interleaved": True}, {"num_experts": 4, "num_local_experts": 4},
+]  # fmt: skip
+SHAPES = {
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_experts",
+    "num_local_experts", "moe_intermediate_size",
+}  # fmt: skip
+
+
+def settings_of(family: str) -> dict:
+    return {"model_type": family, "architectures": [FAMILIES[family].architecture]} | COMMON | BASES[family]
+
+
+def fields_of(family: str) -> list[str]:
+    import transformers
+
+    return [spec.name for spec in dataclasses.fields(getattr(transformers, FAMILIES[family].configuration))]
+
+
+class Checkpoint:
+    """Weights that transformers has made and saved; other settings get others only where the shapes are others."""
+
+    def __init__(self, settings: dict, folder: Path) -> None:
+        self.folder = folder
+        self.weights = dict(self._model(settings, folder).named_parameters())
+        self._ours: dict[tuple[str, ...], torch.Tensor] = {}
+
+    @staticmethod
+    def _model(settings: dict, folder: Path):
+        """A model as transformers reads ``settings`` from a file."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(settings))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        if not (folder / "model.safetensors").exists():
+            model.save_pretrained(folder)
+        return model
+
+    @torch.no_grad()
+    def logits(self, settings: dict) -> tuple[torch.Tensor, Path]:
+        """What transformers computes with these settings, and where the weights lie."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        folder = self.folder
+        (folder / "config.json").write_text(json.dumps(settings))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
+        shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
+        if shapes == {name: tensor.shape for name, tensor in self.weights.items()}:
+            model.load_state_dict(self.weights)
+        else:
+            folder = folder / "other"
+            shutil.rmtree(folder, ignore_errors=True)
+            model = self._model(settings, folder)
+        model.config.return_dict = True  # says how an answer is packed, and no model can do without
+        return model(some_tokens(90)).logits, folder
+
+    def check(self, settings: dict) -> None:
+        """Compares the imported model with that of transformers; our configurations that come again are run once.
+
+        Raises:
+            UserError: a field is refused.
+        """
+        maker, fields, _ = from_transformers(settings)
+        expected, folder = self.logits(settings)
+        found = self._ours.get(tuple(fields))
+        if found is None or folder != self.folder:
+            model = load_config(None, fields).model
+            decoder = Decoder(model, model.vocab_size, seed=1)
+            fill(decoder, Tensors(folder), maker)
+            found = run_decoder(decoder, some_tokens(90))[0]
+            if folder == self.folder:
+                self._ours[tuple(fields)] = found
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5, msg=str(settings))
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_every_field_gives_the_logits_of_transformers_or_is_refused(family, tmp_path):
+    base = settings_of(family)
+    checkpoint = Checkpoint(base, tmp_path / "base")
+    refused = set()
+    for change in [{}, *({name: OTHER[name]} for name in fields_of(family)), *BEYOND]:
+        if "norm_topk_prob" in change:
+            change["norm_topk_prob"] = not base["norm_topk_prob"]
+        try:
+            checkpoint.check(base | change)
+        except UserError as error:
+            if not any(name in str(error) for name in change):
+                raise
+            refused |= change.keys()
+    # What differs from checkpoint to checkpoint is not merely refused.
+    varying = SHAPES | {"rms_norm_eps", "tie_word_embeddings", "dtype", "num_experts_per_tok", "norm_topk_prob"}
+    assert not refused & (varying & set(fields_of(family)) | {"rope_theta"})
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_what_a_file_leaves_out_is_the_default_of_the_family(family, tmp_path):
+    """Also of fields whose default differs from family to family: a Mixtral's ``rope_theta`` is a million."""
+    base = settings_of(family)
+    checkpoint = Checkpoint(base, tmp_path / "base")
+    for name in sorted(base.keys() - SHAPES - {"model_type", "num_key_value_heads"}):
+        checkpoint.check({key: value for key, value in base.items() if key != name})
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_no_default_is_guessed_without_transformers(family, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    settings = settings_of(family) | {"head_dim": 8}
+    assert from_transformers(settings)[0] == family
+    del settings["rope_theta"]
+    with pytest.raises(UserError, match=r"rope_theta is missing; write it there, or install transformers"):
+        from_transformers(settings)
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_every_field_of_the_class_is_in_one_table(family):
+    import transformers
+
+    mine, default = FAMILIES[family], getattr(transformers, FAMILIES[family].configuration)()
+    fixed = FIXED | mine.fixed
+    tables = [mine.honoured, fixed, mine.indifferent | INDIFFERENT, KEPT]
+    for name in {*fields_of(family), *transformers.GenerationConfig._get_default_generation_params()}:
+        assert sum(name in table for table in tables) == (name != "architectures"), name
+    for name in fixed.keys() & set(fields_of(family)):
+        assert getattr(default, name) in fixed[name], f"{name}: the default is refused"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rope_theta": 500.0}, "rope_theta=500.0: only 10000.0"),  # the released code never reads it
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2: the released code has as many"),
+        ({"expert_frequency": None}, "expert_frequency is missing"),
+        ({"expert_frequency": 0}, "expert_frequency=0"),
+        ({"head_dim": 8}, "head_dim=8: what it does is not known"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "factor=2.0"),
+        ({"rope_scaling": "twice"}, "rope_scaling='twice' is no mapping"),
+    ],
+)
+def test_fields_of_the_papers_release(change, words):
+    settings = json.loads((RELEASED / "config.json").read_text())
+    with pytest.raises(UserError, match=words):
+        from_transformers(settings | change)
+    from_transformers(settings | {"experts_topk": 1, "pretraining_tp": 2, "rope_scaling": {"type": "default"}})
+
+
+def test_what_files_of_the_hub_say_beside_the_model_is_no_hindrance():
+    said = {
+        "_name_or_path": "somebody/model", "_attn_implementation_autoset": True, "is_llama_config": True,
+        "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}, "unsloth_version": "2025.3",
+        "unsloth_fixed": True, "pruned_heads": {}, "do_sample": True, "max_sequence_length": 4096, "qkv_bias": False,
+        "task_specific_params": None, "tokenizer_class": "LlamaTokenizer", "gradient_checkpointing": False,
+        "architectures": ["LlamaForCausalLM"], "something_new": None,
+    }  # fmt: skip
+    check_fields(settings_of("llama") | said, FAMILIES["llama"])
+    qwen = {"shared_expert_intermediate_size": 0, "use_qk_norm": True, "qkv_bias": False, "sliding_window": 4096}
+    check_fields(settings_of("qwen3_moe") | qwen, FAMILIES["qwen3_moe"])
+    with pytest.raises(UserError, match="something_new=1: what it does is not known here; remove it, if LlamaFor"):
+        check_fields(settings_of("llama") | {"something_new": 1}, FAMILIES["llama"])
