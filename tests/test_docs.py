@@ -1,0 +1,188 @@
+"""Every snippet of README and docs is run, or parsed by the tool that it calls."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from typing import Any
+
+import pandas
+import pytest
+import torch
+
+from bench.processes import ROOT
+from dynmoe.config import load_config
+from dynmoe.errors import UserError
+from dynmoe.moe import MoEContext
+from dynmoe.moe.routers import make_router, softmax
+from dynmoe.routing import sigmoid_cutoff
+from dynmoe.routing.selection import threshold_plan
+from tests.snippets import Shell, Snippet, blocks, check_block, check_inline, inline_code
+from tests.train.cases import read_rows
+
+# What is shown and not run, by how it begins.
+SHOWN = {
+    "Trained a 4-layer decoder": "what make quickstart prints after minutes",
+    "runs/quickstart, step 120": "the table of a run's scores",
+    "errors → config": "a picture of what tests/test_layering.py checks",
+}
+# Snippets with a test of their own below, by how they begin.
+EXPORT, MEGATRON = "from transformers import AutoModelForCausalLM", "from dynmoe.config.routing import RouterConfig"
+SIGMOID, NULL_EXPERTS = "scores_TE = torch.sigmoid(", "class SlotRouter(LogitRouter):"
+HISTOGRAMS, TREE, TRACES = '{"train/step"', "train.py            ", "pandas.read_parquet("
+APART = (EXPORT, MEGATRON, SIGMOID, NULL_EXPERTS, HISTOGRAMS, TREE)
+BLOCKS = blocks()
+FAULTS = (AssertionError, UserError, ModuleNotFoundError)
+
+
+def block(beginning: str) -> str:
+    """The text of the only block that begins so."""
+    (found,) = [snippet.text for snippet in BLOCKS if snippet.text.startswith(beginning)]
+    return found
+
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch) -> Shell:
+    return Shell(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "snippet",
+    [snippet for snippet in BLOCKS if not snippet.text.startswith((*SHOWN, *APART))],
+    ids=str,
+)
+def test_a_block_is_of_commands_that_their_tools_take(shell, snippet: Snippet):
+    check_block(shell, snippet)
+
+
+def test_what_is_named_in_a_line_exists(shell):
+    wrong, checked = [], 0
+    for snippet in inline_code():
+        try:
+            checked += check_inline(shell, snippet.text)
+        except FAULTS as error:
+            wrong.append(f"{snippet}: {snippet.text}: {error}")
+    assert wrong == []
+    assert checked > 250, "code within lines is no longer found"
+
+
+def test_what_is_not_run_is_still_there():
+    for beginning in (*SHOWN, *APART):
+        assert block(beginning)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "make tests", "python -m dynmoe.plna configs/one_node.yaml", "python train.py configs/none.yaml",
+        "torchrun --nproc-per-node 2 train.py configs/quickstart.yaml model.router.q=0.5",
+        "torchrun --nproc-per-node 3 train.py configs/quickstart.yaml", "NONE=1 launch/torchrun.sh my.yaml",
+        "torchrun --processes 2 train.py", "launch/pbs.sh configs/one_node.yaml", "pip install '.[all]'",
+        "python -m dynmoe.hf export runs/NAME", "python -m data_prep texts --output data/mine", "sbatch second.sbatch",
+        "python -m bench nothing", "python -m pytest tests/test_none.py", "an unknown tongue", "dynmoe train",
+        "srun bash -c 'python -m data_prep verify'", "model.router.knid=top_p", "kind=top_q", "eval.batch",
+        "docs/none.md", "Trainer.evaluate_all", "--no-such-option", "train/lm_los",
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_found(shell, wrong):
+    with pytest.raises(FAULTS):
+        shell.check(wrong) if " " in wrong else check_inline(shell, wrong)
+
+
+def test_configurations_and_json_are_read(shell):
+    check_block(shell, Snippet("a page", 1, "model:\n  layers: 3\n", "yaml"))
+    with pytest.raises(UserError, match=r"model\.layer in snippet\.yaml: no such field"):
+        check_block(shell, Snippet("a page", 1, "model:\n  layer: 3\n", "yaml"))
+    with pytest.raises(ValueError, match="Expecting value"):
+        check_block(shell, Snippet("a page", 1, '{"load": [1, …]}', "json"))
+
+
+def test_the_tree_names_what_there_is():
+    lines = [line for line in block(TREE).splitlines() if not line.startswith(" ")]
+    assert [line for line in lines if not (ROOT / line.split()[0]).exists()] == []
+    shown = {line.split()[0] for line in lines}
+    pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+    packages = {f"dynmoe/{path.parent.name}/" for path in (ROOT / "dynmoe").glob("*/__init__.py")}
+    assert pages | packages <= shown
+
+
+def test_the_line_of_histograms_is_like_a_runs(undisturbed):
+    shown, own = json.loads(block(HISTOGRAMS)), read_rows(undisturbed[0] / "histograms.jsonl")[0]
+    assert shown.keys() == own.keys()
+    assert shown["layers"]["0"].keys() == own["layers"]["0"].keys()
+    layer = shown["layers"]["0"]
+    assert sum(k * tokens for k, tokens in enumerate(layer["experts_per_token"])) == sum(layer["load"])
+
+
+def test_traces_are_read_as_shown(undisturbed):
+    (shown,) = {own.text for own in inline_code() if own.text.startswith(TRACES)}
+    frame = eval(shown.replace("runs/NAME", str(undisturbed[0])), {"pandas": pandas})
+    assert {"step", "layer", "sample", "position", "token", "experts", "gates"} <= set(frame.columns)
+
+
+def test_all_of_sigmoid_is_sigmoid():
+    names = {"torch": torch, "threshold_plan": threshold_plan}
+    arguments = "logits_TE, cutoff, renormalize, min_experts, max_experts"
+    exec(f"def shown({arguments}):\n{textwrap.indent(block(SIGMOID), '    ')}", names)
+    logits_TE = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    for limits in ((False, 0, None), (True, 2, 3)):
+        plan = names["shown"](logits_TE, 0.6, *limits)
+        real = sigmoid_cutoff(logits_TE, 0.6, renormalize=limits[0], min_experts=limits[1], max_experts=limits[2])
+        assert torch.equal(plan.routing_map_TE, real.routing_map_TE)
+        assert torch.equal(plan.gates_TE, real.gates_TE)
+        assert torch.equal(plan.unclaimed_T, real.unclaimed_T)
+
+
+def test_all_of_null_experts_routes_as_they_do():
+    names = dict(vars(softmax))
+    exec(block(NULL_EXPERTS), names)
+    model = load_config(None, ["model.router.kind=null_experts", "model.router.k=3", "model.hidden=32"]).model
+    real = make_router(model, 16, 0, "router", MoEContext())
+    shown = names["NullExpertRouter"](model, 16, 0, "router", MoEContext())
+    x_TD = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(shown.route(x_TD).gates_TE, real.route(x_TD).gates_TE)
+    assert (shown.figure, float(shown.control)) == (real.figure, 3.0)
+
+
+def train_as_shown(text: str) -> dict[int, dict[str, float]]:
+    """The snippet of Megatron's layer, with a pass of a model where it has dots."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    from dynmoe.config.parallel import ParallelConfig
+    from dynmoe.engines.megatron.groups import make_groups
+    from dynmoe.engines.megatron.model import RMSNorm
+    from tests.engines.test_megatron_router import transformer
+
+    before, after = text.split("\n...\n")
+    names: dict[str, Any] = {}
+    exec(before, names)
+    make_groups(ParallelConfig(), seed=1)
+    config = transformer()
+    layers = TransformerBlockSubmodules(layer_specs=[names["spec"]] * config.num_layers, layer_norm=RMSNorm)
+    model = GPTModel(config, layers, 64, 16, position_embedding_type="rope")
+    tokens = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(0))
+    model(tokens[:, :-1].contiguous(), None, None, labels=tokens[:, 1:].contiguous()).mean().backward()
+    names["model_chunks"] = [model]
+    exec(after, names)
+    return names["figures"]
+
+
+def test_our_router_in_megatrons_layer_as_shown(one_rank):
+    (figures,) = one_rank.run(train_as_shown, block(MEGATRON))
+    assert sorted(figures) == [0, 1]
+    assert all(1 <= own["experts_per_token_mean"] <= 4 for own in figures.values())
+
+
+def test_an_export_is_used_as_shown(undisturbed, tmp_path, monkeypatch, away_from_the_hub, capsys):
+    from dynmoe.hf.export import export
+
+    export(undisturbed[0], tmp_path / "out", torch.float32)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(block(EXPORT), names)
+    printed = capsys.readouterr().out
+    assert "def main(" in printed
+    experts_LBS = names["model"](**names["batch"], output_router_logits=True).experts_per_token
+    assert experts_LBS.shape == (2, *names["batch"]["input_ids"].shape)
+    assert str(experts_LBS) in printed
