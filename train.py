@@ -38,18 +38,20 @@ def train(config: Config, ending: Ending) -> None:
     # Heavy imports come late: a mistake in the configuration, then one in the data, is reported before them.
     from dynmoe.data.corpus import open_corpora
 
-    corpora, first = open_corpora(config.data.dirs, config.data.sequence_length), os.environ.get("RANK", "0") == "0"
+    corpora = open_corpora(config.data.dirs, config.data.sequence_length)
+    rank, is_alone = int(os.environ.get("RANK", "0")), os.environ.get("WORLD_SIZE", "1") == "1"
 
     from dynmoe.evaluate.training import TrainingScores
     from dynmoe.train.run_directory import RunDirectory
+    from dynmoe.train.verification import over_ranks, verify_corpora
 
     scores = TrainingScores(config, corpora)
 
     directory = RunDirectory(config.run.path)
-    if first:
+    if rank == 0:
         directory.claim()
-        for corpus in corpora if config.data.verify else ():
-            corpus.verify()
+    if is_alone:
+        verify_corpora(corpora, config.data.verify, directory.verified)
 
     import torch.distributed as dist
 
@@ -64,13 +66,14 @@ def train(config: Config, ending: Ending) -> None:
     from dynmoe.train.watchdog import Watchdog
 
     keep_freed_memory()
-    watchdog = Watchdog(directory.hangs, config.guard.hang_timeout_s)
     vocab_size = embedding_rows(corpora[0].tokenizer.vocab_size, config.model.vocab_size)
-    engine = make_engine(config, vocab_size)
-    try:
+    with Watchdog(directory.hangs, config.guard.hang_timeout_s) as watchdog:
+        engine = make_engine(config, vocab_size)
         start = describe_start(config, engine.device)
-        if first:
+        if rank == 0:
             print(start)
+        if not is_alone:  # many share the work
+            verify_corpora(corpora, config.data.verify, directory.verified, over_ranks, rank, watchdog.progress)
         data = PretrainingData(
             corpora, config.data.weights, config.data.sequence_length, config.train.seed, directory.data_index
         )
@@ -78,8 +81,8 @@ def train(config: Config, ending: Ending) -> None:
         score = partial(scores.row, engine, vocab_size, directory.data_index, watchdog.progress)
         trainer = Trainer(config, engine, data, directory, vocab_size, views, ending, watchdog, score)
         conclude(config, engine, trainer.size, trainer.run(), corpora, directory)
-    finally:
-        watchdog.close()
+        # It may wait for others. So it does not follow a failure: the end of the process is what tells them of that.
+        watchdog.progress("the end of the process groups")
         dist.destroy_process_group()
 
 

@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data_prep.build import describe_files, figures
+from data_prep.build import figures
 from data_prep.merge import SplitCounts
-from dynmoe.data.corpus import FORMAT, MANIFEST, SPLITS, TOKENIZER, Corpus
+from dynmoe.data.corpus import FORMAT, MANIFEST, SPLITS, TOKENIZER, Corpus, describe_files
 from dynmoe.data.indexed import IndexedTokens, check_indexed, with_ending, write_index
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
@@ -49,10 +49,11 @@ def adopt(train: Path, validation: Path | None, fraction: float, tokenizer: Path
         for split, tokens in splits.items():
             if tokens.num_tokens == 0:
                 raise UserError(f"no {split} document came out of {train}; give more text or another fraction")
+        described = describe_files(building)
         manifest = {
             "format": FORMAT,
             "recipe": "adopted",
-            "input": hashlib.sha256(json.dumps(describe_files(building)).encode()).hexdigest(),
+            "input": hashlib.sha256(json.dumps(described["files"]).encode()).hexdigest(),
             "sources": [prefix.name for prefix in (train, validation) if prefix is not None],
             "tokenizer": {"sha256": model.sha256, "vocab_size": model.vocab_size, "eod": model.eod},
             "splits": {
@@ -61,7 +62,7 @@ def adopt(train: Path, validation: Path | None, fraction: float, tokenizer: Path
                 for split, tokens in splits.items()
             },
             "refused": {"counts": {}, "first_names": {}},
-            "files": describe_files(building),
+            **described,
         }
         (building / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         Corpus.open(building)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import math
 import secrets
@@ -25,9 +24,10 @@ from data_prep.recipe import Nodes, Recipe, recipe_digest
 from data_prep.sources import fingerprint, list_units, stamp
 from data_prep.units import Unit
 from data_prep.vocabulary import train_tokenizer
-from dynmoe.data.corpus import FILES, FORMAT, MANIFEST, SPLITS, TOKENIZER, Corpus, sha256_of
+from dynmoe.data.corpus import FORMAT, MANIFEST, SPLITS, TOKENIZER, Corpus, describe_files
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
+from dynmoe.lock import Lock
 
 _RECIPE = "recipe.json"
 _PARTS = "parts"
@@ -129,12 +129,14 @@ def _enter(building: Path, build_id: str, nodes: Nodes, out: Path) -> None:
 
 @contextmanager
 def _claim(lock: Path) -> Iterator[None]:
-    with lock.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{lock.parent}: this build is under way; wait for it, or end it first") from None
+    try:
+        held = Lock(lock, patience_s=0.0)
+    except BlockingIOError:
+        raise UserError(f"{lock.parent}: this build is under way; wait for it, or end it first") from None
+    try:
         yield
+    finally:
+        held.release()
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -214,13 +216,8 @@ def _manifest(recipe: Recipe, directory: Path, tokenizer: Tokenizer, merged: Mer
             split: dataclasses.asdict(merged.counts[split]) | figures(merged.occurrences[split]) for split in SPLITS
         },
         "refused": {"counts": merged.refusals.counts, "first_names": merged.refusals.names},
-        "files": describe_files(directory),
+        **describe_files(directory),
     }
-
-
-def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each file of a corpus."""
-    return {name: {"bytes": (directory / name).stat().st_size, "sha256": sha256_of(directory / name)} for name in FILES}
 
 
 def figures(occurrences: np.ndarray) -> dict[str, float]:

@@ -19,7 +19,9 @@ from dynmoe.config.plain_yaml import parse_yaml
 from dynmoe.config.sections import Config
 from dynmoe.errors import UserError, first_line
 
-_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+# What values of a field were called in the configurations of older runs.
+_FORMER_VALUES = {"data.verify": dict.fromkeys(_TRUE, "once") | dict.fromkeys(_FALSE, "never")}
 
 
 def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -64,7 +66,7 @@ def _merge(merged: DictConfig, key: str, given: Any, source: str) -> None:
     """Puts in what is ``given`` for ``key``, a section or a field; an empty key stands for all."""
     for name, value in _leaves(given, key):
         _check_leaf(name, value, source)
-    tree = given
+    tree = _with_present_values(key, given)
     for name in reversed(key.split(".") if key else []):
         tree = {name: tree}
     try:
@@ -81,8 +83,16 @@ def _check_leaf(key: str, value: Any, source: str) -> None:
         raise UserError(f"{where}: no such field{_closest(key, list(kinds))}; train.py --help lists them all")
     if isinstance(value, str) and ("${" in value or value == "???"):
         raise UserError(f"{where}: {value!r} is interpolation, which is not supported; write the value")
-    if kinds.get(key, "").startswith("bool") and isinstance(value, str) and value.lower() not in _BOOLEANS:
+    if kinds.get(key, "").startswith("bool") and isinstance(value, str) and value.lower() not in _TRUE + _FALSE:
         raise UserError(f"{where}: {value!r} is neither true nor false; write one of them")
+
+
+def _with_present_values(key: str, given: Any) -> Any:
+    """``given`` for ``key`` without values that are called otherwise today."""
+    if isinstance(given, dict):
+        prefix = f"{key}." if key else ""
+        return {name: _with_present_values(f"{prefix}{name}", value) for name, value in given.items()}
+    return _FORMER_VALUES.get(key, {}).get(given.lower(), given) if isinstance(given, str) else given
 
 
 @cache

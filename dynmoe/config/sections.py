@@ -50,7 +50,10 @@ class DataConfig(Section):
         [], "share of each corpus in the blend; empty: in proportion to their tokens", at_least=1e-9, at_most=1e9
     )
     sequence_length: int = option(512, "tokens of one training sequence", at_least=1)
-    verify: bool = option(True, "check every hash and token id of the corpora before the first step")
+    verify: str = option(
+        "once", "check every hash and token id of the corpora before the first step: once, and again when a file has "
+        "changed; always; or never", choices=("once", "always", "never"),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe.data.indexed import IndexedTokens, check_indexed
+from dynmoe.data.pieces import BLOCK_BYTES, Piece, TokenIds, first_problem, hash_blocks
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
 
@@ -20,12 +21,28 @@ TOKENIZER = "tokenizer.model"
 SPLITS = ("train", "validation")
 FILES = (TOKENIZER, *(f"{split}.{ending}" for split in SPLITS for ending in ("bin", "idx")))
 FORMAT = 1
+PREPARE_AGAIN = "prepare the corpus again"
 _KEYS = {"files", "input", "recipe", "refused", "sources", "splits", "tokenizer"}
 
 
 def sha256_of(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def describe_files(directory: Path, block_bytes: int = BLOCK_BYTES) -> dict[str, Any]:
+    """Entries of a manifest: size and SHA-256 of each file, and of a large one the SHA-256 of each of its blocks.
+
+    Blocks stand beside the files, whose entries alone make the fingerprint: it is the one of older manifests.
+    """
+    files, blocks = {}, {}
+    for name in FILES:
+        path = directory / name
+        sha256, hashes = hash_blocks(path, block_bytes)
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256}
+        if len(hashes) > 1:
+            blocks[name] = hashes
+    return {"files": files} | ({"blocks": {"bytes": block_bytes, "sha256": blocks}} if blocks else {})
 
 
 @dataclass(frozen=True)
@@ -82,17 +99,29 @@ class Corpus:
         """Sequences of ``length`` tokens in a split, each with a token to predict after it."""
         return (self.splits[split].num_tokens - 1) // length
 
+    def pieces(self) -> list[Piece]:
+        """All bytes of the corpus, in pieces that can be checked apart: blocks, or files where it is an older one."""
+        blocks, pieces = self.manifest.get("blocks", {"bytes": 0, "sha256": {}}), []
+        for name, facts in sorted(self.manifest["files"].items()):
+            split, ending = name.split(".")
+            ids = TokenIds(self.splits[split].dtype, self.tokenizer.vocab_size) if ending == "bin" else None
+            path, size = self.path / name, facts["bytes"]
+            if name not in blocks["sha256"]:
+                pieces.append(Piece(path, str(path), 0, size, size, facts["sha256"], ids))
+                continue
+            for number, sha256 in enumerate(blocks["sha256"][name]):
+                start = number * blocks["bytes"]
+                pieces.append(Piece(path, str(path), start, min(blocks["bytes"], size - start), size, sha256, ids))
+        return pieces
+
     def verify(self) -> None:
-        """Checks every hash and every token id.
+        """Checks every hash and every token id, in this process alone.
 
         Raises:
             UserError: the file that differs.
         """
-        for name, facts in sorted(self.manifest["files"].items()):
-            if sha256_of(self.path / name) != facts["sha256"]:
-                raise UserError(f"{self.path / name}: its SHA-256 is not the manifest's; prepare the corpus again")
-        for tokens in self.splits.values():
-            tokens.counts(self.tokenizer.vocab_size)
+        if problem := first_problem(self.pieces()):
+            raise UserError(f"{problem}; {PREPARE_AGAIN}")
 
 
 def _is_manifest(manifest: Any) -> bool:
@@ -106,9 +135,26 @@ def _is_manifest(manifest: Any) -> bool:
             and isinstance(manifest["tokenizer"]["sha256"], str)
             and all(math.isfinite(manifest["splits"][split]["unigram_entropy_nats"]) for split in SPLITS)
             and all("tokens" in manifest["splits"][split] for split in SPLITS)
+            and _are_blocks(manifest.get("blocks"), manifest["files"])
         )
     except (AttributeError, LookupError, TypeError, OverflowError):
         return False
+
+
+def _are_blocks(blocks: Any, files: dict[str, Any]) -> bool:
+    """Whether hashes of blocks cover the files that have some; there are none in older manifests."""
+    if blocks is None:
+        return True
+    size = blocks["bytes"]
+    return (
+        type(size) is int
+        and size > 0
+        and size % 8 == 0  # no token lies in two
+        and all(
+            len(hashes) == -(-files[name]["bytes"] // size) and all(isinstance(one, str) for one in hashes)
+            for name, hashes in blocks["sha256"].items()
+        )
+    )
 
 
 def open_corpora(dirs: Sequence[str], sequence_length: int) -> list[Corpus]:

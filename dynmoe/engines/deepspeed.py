@@ -33,6 +33,7 @@ from dynmoe.data.batches import Batch
 from dynmoe.engines import deepspeed_state
 from dynmoe.engines.device import take_gpu
 from dynmoe.engines.nonfinite import GradientWatch, describe_nonfinite
+from dynmoe.engines.patience import PATIENCE, be_patient
 from dynmoe.engines.reports import reduce_report
 from dynmoe.launched import choose_interface
 from dynmoe.model import Decoder
@@ -97,6 +98,7 @@ class DeepSpeedEngine:
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=self.module, optimizer=self._adam, config=self._deepspeed_config()
         )
+        be_patient()
         self.state = deepspeed_state.OptimizerState(self._optimizer, self._adam)
         self.layers = self.module.moe_layers
         self.local_modules: Sequence[nn.Module] = [layer.get_submodule("attention") for layer in self.module.layers]
@@ -271,7 +273,8 @@ def start_processes() -> torch.device:
     # in shared memory when a rank is killed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized() or deepspeed.comm.comm.cdb is None:
-        deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+        backend = "nccl" if cuda else "gloo"
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=PATIENCE)
     return device
 
 

@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -22,16 +21,17 @@ from typing import Any
 
 from dynmoe.config import Config
 from dynmoe.data.corpus import TOKENIZER, sha256_of
+from dynmoe.data.pieces import Piece, first_problem
 from dynmoe.errors import UserError
 
 MANIFEST = "manifest.json"
 # What an imported checkpoint had beside its weights; see dynmoe.hf.kept.
 IMPORTED = "imported"
 TRAINER = "trainer.json"
+WITHOUT_MANIFEST = f"{MANIFEST} is missing, damaged or not this checkpoint's"
 # Beside complete ones, which are named after their step alone.
 UNFINISHED, _DAMAGED, _REMOVED = ".tmp-", ".damaged-", ".removed"
 _COMPLETE = re.compile(r"step_\d{8}")
-_HASHED_AT_A_TIME = 8
 
 
 @dataclass(frozen=True)
@@ -101,24 +101,20 @@ def problem_of(path: Path) -> str | None:
     """What is wrong with a checkpoint directory; None where every file is as its manifest says."""
     manifest = read_manifest(path)
     if manifest is None:
-        return f"{MANIFEST} is missing, damaged or not this checkpoint's"
+        return WITHOUT_MANIFEST
     return problem_of_files(path, manifest["files"])
 
 
 def problem_of_files(root: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The first of ``files`` (sizes and hashes by name) that is not below ``root`` as it should be, and why."""
+    return first_problem(pieces_of(root, files))
 
-    def look(name: str) -> str | None:
-        file, facts = root / name, files[name]
-        try:
-            if file.stat().st_size == facts["bytes"] and sha256_of(file) == facts["sha256"]:
-                return None
-        except OSError as error:
-            return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}"
-        return f"{name} is damaged"
 
-    with ThreadPoolExecutor(_HASHED_AT_A_TIME) as pool:  # hashing leaves Python to the others
-        return next((problem for problem in pool.map(look, files) if problem is not None), None)
+def pieces_of(root: Path, files: Mapping[str, Mapping[str, Any]]) -> list[Piece]:
+    """The same, to be checked apart."""
+    return [
+        Piece(root / name, name, 0, facts["bytes"], facts["bytes"], facts["sha256"]) for name, facts in files.items()
+    ]
 
 
 def step_directories(root: Path) -> list[Path]:

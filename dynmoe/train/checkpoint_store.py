@@ -23,24 +23,28 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dynmoe.data.pieces import Checking
 from dynmoe.errors import UserError, first_line
 from dynmoe.train.checkpoint import (
     TRAINER,
     UNFINISHED,
+    WITHOUT_MANIFEST,
     Checkpoint,
     beyond,
     commit,
     damaged,
     hashes,
     leftovers,
-    problem_of,
+    pieces_of,
     problem_of_files,
     put_aside,
+    read_manifest,
     remove,
     step_directories,
     step_of,
 )
 from dynmoe.train.engine import Snapshot
+from dynmoe.train.verification import check_together, over_ranks, share
 
 # How long a network file system may take to show a file that another host has made.
 _SIGHT_S = 5.0
@@ -128,9 +132,7 @@ class CheckpointStore:
 
         own = yield write
         own |= self._together(lambda: hashes(snapshot.finish(), building))
-        gathered: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, own)
-        files = {name: facts for part in gathered for name, facts in part.items()}
+        files = {name: facts for part in over_ranks(own) for name, facts in part.items()}
         yield (lambda: commit(building, final, {**manifest, "files": files})) if self._is_first else nothing
 
         def verify() -> None:
@@ -182,9 +184,7 @@ class CheckpointStore:
 
     def _agree(self, failure: Exception | None) -> None:
         told = None if failure is None else (first_line(failure), _lasts(failure))
-        everywhere: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, told)
-        failed = [(rank, *told) for rank, told in enumerate(everywhere) if told is not None]
+        failed = [(rank, *told) for rank, told in enumerate(over_ranks(told)) if told is not None]
         if not failed:
             return
         if self._is_first and self._building != self.root:
@@ -219,8 +219,7 @@ class CheckpointStore:
             time.sleep(0.1)
             with contextlib.suppress(OSError):
                 os.listdir(self.root)  # network file systems remember that a file was not there
-        everywhere: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, None if seen else socket.gethostname())
+        everywhere = over_ranks(None if seen else socket.gethostname())
         if self._is_first:
             path.unlink()
         blind = [f"{rank} (on {host})" for rank, host in enumerate(everywhere) if host is not None]
@@ -235,34 +234,48 @@ class CheckpointStore:
                 shutil.rmtree(leftover)
         dist.barrier()
 
-    def newest(self) -> Checkpoint | None:
-        """The newest checkpoint whose every hash is right; None in a run that has none yet.
+    def newest(self, progress: Callable[[str], None] = lambda doing: None) -> Checkpoint | None:
+        """The newest checkpoint whose every hash is right; None in a run that has none yet. Ranks share the files.
 
         Damaged ones are renamed to ``step_N.damaged-<id>`` and reported.
+
+        Args:
+            progress: is told when the ranks get on.
 
         Raises:
             UserError: there are checkpoints, and all of them are damaged.
         """
-        chosen: list[Any] = [self._choose() if self._is_first else None]
-        dist.broadcast_object_list(chosen, src=0)
-        result = chosen[0]
-        if isinstance(result, str):
-            raise UserError(result)
-        return None if result is None else Checkpoint(self.root / f"step_{result:08d}", result)
-
-    def _choose(self) -> int | str | None:
         problems = []
-        for path in step_directories(self.root):
-            problem = problem_of(path)
+        for path in self._of_first(lambda: step_directories(self.root)):
+            problem = self._problem_of(path, progress)
             if problem is None:
-                return step_of(path)
+                return Checkpoint(path, step_of(path))
             problems.append(f"{path.name}: {problem}")
-            put_aside(path)
-            print(f"checkpoint {path}: {problem}; put aside, trying the one before", flush=True)
-        if problems or damaged(self.root):
-            why = "; ".join(problems) or "all were found damaged before"
-            return f"{self.root}: no checkpoint is undamaged ({why}); restore one, or start anew with another run.name"
+            if self._is_first:
+                put_aside(path)
+                print(f"checkpoint {path}: {problem}; put aside, trying the one before", flush=True)
+        if problems or self._of_first(lambda: bool(damaged(self.root))):
+            why, cure = "; ".join(problems) or "all were found damaged before", "start anew with another run.name"
+            raise UserError(f"{self.root}: no checkpoint is undamaged ({why}); restore one, or {cure}")
         return None
+
+    def _of_first(self, look: Callable[[], Any]) -> Any:
+        """What the first rank sees: others may see what was there a moment ago."""
+        seen = [look() if self._is_first else None]
+        dist.broadcast_object_list(seen, src=0)
+        return seen[0]
+
+    def _problem_of(self, path: Path, progress: Callable[[str], None]) -> str | None:
+        """What is wrong with a checkpoint directory, the same on every rank; None where all of its files are sound."""
+        manifest = self._of_first(lambda: read_manifest(path))
+        if manifest is None:
+            return WITHOUT_MANIFEST
+        rank, ranks = dist.get_rank(), range(dist.get_world_size())
+        own = share(pieces_of(path, manifest["files"]), ranks, rank)
+        for folder in {piece.path.parent for piece in own}:
+            with contextlib.suppress(OSError):
+                os.listdir(folder)  # network file systems remember that a file was not there
+        return check_together(Checking(own), over_ranks, rank, progress, f"checkpoint {path.name}")
 
 
 def _lasts(failure: Exception) -> bool:

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
-import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from dynmoe.data.corpus import TOKENIZER
 from dynmoe.errors import UserError
+from dynmoe.lock import Lock
 from dynmoe.train.checkpoint import write_atomically
 
 # A predecessor on another host may still be ending.
 PATIENCE_S = 5.0
-
-
-def _lock(file: TextIO, patience_s: float) -> None:
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
 
 
 class RunDirectory:
@@ -51,7 +39,8 @@ class RunDirectory:
         self.failures = self.logs / "failures"
         self.hangs = self.logs / "hangs"
         self.wandb_id = path / "wandb_id"
-        self._lock: TextIO | None = None
+        self.verified = path / "verified"
+        self._lock: Lock | None = None
 
     def starts(self, node: int) -> Path:
         """Where node ``node`` takes note of its starts: each in a file of its own, which nobody else writes."""
@@ -67,8 +56,7 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
-            _lock(self._lock, patience_s)
+            self._lock = Lock(self.path / ".lock", patience_s)
         except BlockingIOError:
             raise UserError(f"run.name: another job trains in {self.path}; wait for it or use another name") from None
         except OSError as error:
@@ -80,7 +68,7 @@ class RunDirectory:
     def release(self) -> None:
         """Lets another process claim the directory."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def begin(self, config_yaml: str, tokenizer: bytes) -> None:

@@ -201,7 +201,7 @@ class Trainer:
         self._watchdog.progress("the resumption")
         self.checkpoints.check_shared()
         self.checkpoints.remove_leftovers()
-        checkpoint = self.checkpoints.newest()
+        checkpoint = self.checkpoints.newest(self._watchdog.progress)
         if checkpoint is None:
             return None
         state = checkpoint.trainer_state
@@ -214,6 +214,7 @@ class Trainer:
         if not has_begun and tokenizer.exists() and tokenizer.read_bytes() != self.data.tokenizer.content:
             cure = f"prepare them with --tokenizer {tokenizer}"
             raise UserError(f"data.dirs: encoded by another tokenizer than the weights were trained with; {cure}")
+        self._watchdog.progress(f"loading {checkpoint.path.name}")
         self.engine.load(checkpoint.path)
         self.engine.step = self.progress.step
         return state["config"] if has_begun else None

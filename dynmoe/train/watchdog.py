@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from dynmoe.launched import record_failure
+from dynmoe.train.pulse import Pulse
 
 # What is waited for: other ranks notice the same hang a little later.
 _TIME_TO_REPORT_S = 5.0
@@ -28,9 +29,10 @@ _STATUS = 1
 class Watchdog:
     """Watches over one rank, on a thread; every rank has its own, as who hangs cannot report for others.
 
-    Only time in which this process could run counts: one that was stopped, or whose host slept, goes on.
+    Only time in which this process could run counts: one that was stopped, or whose host slept, goes on. Another
+    process watches over this thread (see :mod:`dynmoe.train.pulse`).
 
-    Make it before process groups: they decide then whether they remember their collectives.
+    Make it before process groups: they decide then whether they remember their collectives. It ends with its ``with``.
 
     Args:
         directory: for reports, of all ranks; made when there is one.
@@ -46,6 +48,7 @@ class Watchdog:
             os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _REMEMBERED_COLLECTIVES)
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 self._report.unlink()  # of an earlier attempt
+            self._pulse = Pulse(timeout_s + 2 * _TIME_TO_REPORT_S)
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 
@@ -53,25 +56,31 @@ class Watchdog:
         """Says that the rank got on, and to what."""
         self._doing, self._silent_s = doing, 0.0
 
-    def close(self) -> None:
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """Stops watching."""
         if self._timeout_s > 0:
             self._over.set()
             self._thread.join()
-            faulthandler.cancel_dump_traceback_later()
+            self._pulse.close()
 
     def _watch(self) -> None:
         tick = min(1.0, self._timeout_s / 10)
         while not self._over.wait(tick):
-            # For a thread that holds on to the interpreter: then nothing but this writes stacks, and ends the rank.
-            late = self._timeout_s + 2 * _TIME_TO_REPORT_S
-            faulthandler.dump_traceback_later(late, exit=True)
+            self._pulse.beat()
             self._silent_s += tick
             if self._silent_s > self._timeout_s:
-                self._end()
+                try:
+                    self._tell()
+                except Exception:  # such as a full disk, which must not keep the rank
+                    traceback.print_exc()
+                finally:
+                    os._exit(_STATUS)
 
-    def _end(self) -> None:
-        faulthandler.cancel_dump_traceback_later()
+    def _tell(self) -> None:
+        """Writes where this rank is; the first that does says it for all."""
         self._directory.mkdir(parents=True, exist_ok=True)
         with (self._directory / f"rank_{self._rank}.txt").open("w") as stacks:
             faulthandler.dump_traceback(stacks, all_threads=True)
@@ -85,7 +94,6 @@ class Watchdog:
         record_failure(text, by_user=False)
         if self._rank == min(read_reports(self._directory), default=self._rank):
             print(text, file=sys.stderr, flush=True)
-        os._exit(_STATUS)
 
     def _summary(self) -> str:
         """What the ranks have reported, each in a line, when all have or none comes any more."""

@@ -134,8 +134,9 @@ BAD = [
     (f"train.steps={'9' * 5000}", ["train.steps in the command line", "Integer"]),
     ("train.steps=1:30", ["train.steps", "'1:30'", "Integer"]),  # YAML 1.1: a number to base 60
     ("train.steps='not in'", ["train.steps in the command line", "Integer"]),
-    ("data.verify=7", ["data.verify", "'7'", "neither true nor false"]),
-    ("data.verify=2.5", ["data.verify", "'2.5'", "neither true nor false"]),
+    ("eval.domains=7", ["eval.domains", "'7'", "neither true nor false"]),
+    ("eval.domains=2.5", ["eval.domains", "'2.5'", "neither true nor false"]),
+    ("data.verify=twice", ["data.verify='twice'", "once, always, never"]),
     ("a\nb=1", ["'a\\nb'", "no such field"]),
     ("run.name.x=1", ["run.name.x", "did you mean run.name?"]),
     (f"{'a.' * 5000}b=1", ["no such field"]),
@@ -261,7 +262,9 @@ def test_a_file_without_a_field_changes_nothing(tmp_path, content):
         ("train.steps=010", "train.steps", 10),
         ("train.steps=1_000", "train.steps", 1000),
         ("optimizer.lr=1e-3", "optimizer.lr", 1e-3),
-        ("data.verify=no", "data.verify", False),
+        ("eval.domains=no", "eval.domains", False),
+        ("data.verify=no", "data.verify", "never"),  # as older runs have it
+        ("data={verify: True}", "data.verify", "once"),
         ("logging.tensorboard=1", "logging.tensorboard", True),
         ("model.vocab_size=~", "model.vocab_size", None),
         ("run={name: a.b, dir: c d}", "run.dir", "c d"),

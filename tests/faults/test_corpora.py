@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.build import build, describe_files
+from data_prep.build import build
 from data_prep.recipe import Recipe
 from dynmoe.config import load_config
 from dynmoe.data.batches import PretrainingData
-from dynmoe.data.corpus import MANIFEST, Corpus, open_corpora
+from dynmoe.data.corpus import MANIFEST, Corpus, describe_files, open_corpora
 from dynmoe.data.indexed import write_index
 from dynmoe.errors import UserError
 from tests.texts import write_texts
@@ -48,7 +48,7 @@ def store(corpus: Path, split: str, tokens: list[int], dtype: str = "<u2") -> No
     np.array(tokens, dtype).tofile(corpus / f"{split}.bin")
     write_index(corpus / split, np.dtype(dtype), np.array([len(tokens)] if tokens else [], np.int32))
     edit_manifest(corpus, lambda manifest: manifest["splits"][split].update(tokens=len(tokens)))
-    edit_manifest(corpus, lambda manifest: manifest.update(files=describe_files(corpus)))
+    edit_manifest(corpus, lambda manifest: manifest.update(describe_files(corpus)))
 
 
 def edit_manifest(corpus: Path, change: Callable[[dict[str, Any]], object]) -> None:

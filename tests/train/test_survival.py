@@ -60,7 +60,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_loads(undisturbed,
     shard.write_bytes(content)
     again = TrainingProcess(corpus_dir, tmp_path / "runs", "train.steps=42")
     assert again.wait() == 0, again.output()
-    assert "experts_00001.safetensors is damaged; put aside" in again.output()
+    assert "experts_00001.safetensors is damaged: its SHA-256 is not the manifest's; put aside" in again.output()
     rows = read_rows(run / "metrics.jsonl")
     assert [row["train/step"] for row in rows] == list(range(1, 43))
     assert curve(run / "metrics.jsonl")[:30] == curve(undisturbed[0] / "metrics.jsonl")[:30]
@@ -96,5 +96,5 @@ def test_a_corpus_with_flipped_tokens_is_refused_before_the_first_step(corpus_di
     (damaged / "train.bin").write_bytes(content)
     process = TrainingProcess(damaged, tmp_path / "runs")
     assert process.wait() != 0
-    assert "train.bin: its SHA-256 is not the manifest's" in process.output()
+    assert "train.bin is damaged: its SHA-256 is not the manifest's" in process.output()
     assert not read_rows(tmp_path / "runs" / "tiny" / "metrics.jsonl")

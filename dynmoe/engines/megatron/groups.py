@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from dynmoe.config.parallel import ParallelConfig
 from dynmoe.engines.device import take_gpu
+from dynmoe.engines.patience import PATIENCE, be_patient
 from dynmoe.launched import choose_interface
 from dynmoe.moe import MoEContext
 
@@ -28,9 +29,9 @@ def start_processes() -> torch.device:
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=PATIENCE)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
     return device
 
 
@@ -46,6 +47,7 @@ def make_groups(parallel: ParallelConfig, seed: int) -> None:
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=1,  # see model.transformer_config
         )
+        be_patient()
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 

@@ -1,0 +1,216 @@
+"""Files checked piece by piece: by any process, on several threads, with a count of the bytes that are done.
+
+A SHA-256 of a whole file is one long computation. Files larger than a block therefore have a hash of each block too, so
+that many processes can share one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynmoe.errors import first_line
+
+BLOCK_BYTES = 1 << 28
+_READ_AT_A_TIME = 1 << 22
+_THREADS = 8
+
+
+class DamageError(Exception):
+    """A file that is not what it should be: its name and why."""
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """What the numbers in a file are: ``dtype``, each at least 0 and below ``vocab_size``."""
+
+    dtype: np.dtype[Any]
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a file, or all of it, and what is known of it.
+
+    Attributes:
+        path: of the file.
+        name: of the file in messages.
+        start: its first byte.
+        size: in bytes.
+        file_size: of the whole file, in bytes.
+        sha256: of the piece.
+        ids: what the file holds, where that is token ids.
+    """
+
+    path: Path
+    name: str
+    start: int
+    size: int
+    file_size: int
+    sha256: str
+    ids: TokenIds | None = None
+
+    def check(self) -> Iterator[int]:
+        """Reads the piece once; yields the number of bytes after each read.
+
+        Raises:
+            DamageError: the file is missing, cannot be read, or is another one than is known.
+        """
+        digest, outside, place = hashlib.sha256(), None, self.start
+        try:
+            with self.path.open("rb", buffering=0) as stream:
+                if (size := os.fstat(stream.fileno()).st_size) != self.file_size:
+                    raise DamageError(f"{self.name} is damaged: it has {size} bytes instead of {self.file_size}")
+                stream.seek(self.start)
+                buffer = memoryview(bytearray(min(_READ_AT_A_TIME, self.size)))
+                while left := self.start + self.size - place:
+                    block = buffer[: _fill(stream, buffer[:left])]
+                    digest.update(block)
+                    if outside is None and self.ids is not None:
+                        outside = _outside(block, self.ids, place)
+                    place += len(block)
+                    yield len(block)
+        except FileNotFoundError:
+            raise DamageError(f"{self.name} is missing") from None
+        except OSError as error:
+            raise DamageError(f"{self.name}: {error.strerror}") from None
+        if digest.hexdigest() != self.sha256:
+            where = "" if self.size == self.file_size else f" from byte {self.start} to {self.start + self.size}"
+            raise DamageError(f"{self.name} is damaged: its SHA-256{where} is not the manifest's")
+        if outside is not None:
+            raise DamageError(f"{self.name}: {outside}")
+
+
+def _fill(stream: Any, buffer: memoryview) -> int:
+    """Reads until ``buffer`` is full: no token is cut in two. Returns its length.
+
+    Raises:
+        OSError: the file ends before.
+    """
+    read = 0
+    while read < len(buffer):
+        count = stream.readinto(buffer[read:])
+        if not count:
+            raise OSError(0, "it ends while it is read")
+        read += count
+    return read
+
+
+def _outside(block: memoryview, ids: TokenIds, place: int) -> str | None:
+    """The first number of ``block``, which begins at byte ``place`` of its file, that is no token."""
+    tokens = np.frombuffer(block, ids.dtype)
+    if tokens.max() < ids.vocab_size and (ids.dtype.kind == "u" or tokens.min() >= 0):
+        return None
+    first = int(np.flatnonzero((tokens < 0) | (tokens >= ids.vocab_size))[0])
+    position = place // ids.dtype.itemsize + first
+    return f"token {tokens[first]} at position {position} is outside the vocabulary of {ids.vocab_size}"
+
+
+class Checking:
+    """Pieces that are being checked by threads of this process, from the first to the last.
+
+    Attributes:
+        total: bytes of all pieces.
+    """
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self._pieces, self.total = pieces, sum(piece.size for piece in pieces)
+        self._read = [0] * len(pieces)
+        self._problems: dict[int, str] = {}
+        self._stopped = False
+        pool = ThreadPoolExecutor(_threads(), "checking")
+        self._futures = [pool.submit(self._check, number) for number in range(len(pieces))]
+        pool.shutdown(wait=False)  # its threads end when no piece is left
+
+    def _check(self, number: int) -> None:
+        """Checks one piece, unless one before it is damaged: the first is what is told."""
+        try:
+            for count in self._pieces[number].check():
+                self._read[number] += count
+                if self._stopped or any(damaged < number for damaged in tuple(self._problems)):
+                    return
+        except DamageError as damage:
+            self._problems[number] = str(damage)
+        except Exception as error:
+            self._problems[number] = f"{self._pieces[number].name} could not be checked ({first_line(error)})"
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Whether all is over, at the latest after ``seconds``."""
+        return not wait(self._futures, seconds).not_done
+
+    def stop(self) -> None:
+        """Ends the threads after what they read at the moment."""
+        self._stopped = True
+
+    @property
+    def done(self) -> int:
+        """Bytes that were read."""
+        return sum(self._read)
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with the first piece of which that is known."""
+        return self._problems[min(self._problems)] if self._problems else None
+
+    @property
+    def place(self) -> str:
+        """The file that is being read at the moment."""
+        reading = (p.name for p, read in zip(self._pieces, self._read, strict=True) if read < p.size)
+        return next(reading, "nothing")
+
+
+def _threads() -> int:
+    """Threads of this process: its part of the cores of its host."""
+    cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_THREADS, cores // ranks))
+
+
+def first_problem(pieces: Sequence[Piece]) -> str | None:
+    """What is wrong with the first of ``pieces`` that is damaged; None where all are sound."""
+    checking = Checking(pieces)
+    try:
+        checking.wait()
+    finally:
+        checking.stop()
+    return checking.problem
+
+
+def assign(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Which pieces each of ``ranks`` takes: the largest first, each to the rank that has least.
+
+    No rank has more than the mean and one piece.
+
+    Args:
+        sizes: of the pieces, in bytes.
+        ranks: how many share them.
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    load = [(0, rank) for rank in range(ranks)]
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        size, rank = heapq.heappop(load)
+        shares[rank].append(number)
+        heapq.heappush(load, (size + sizes[number], rank))
+    return [sorted(share) for share in shares]
+
+
+def hash_blocks(path: Path, block_bytes: int) -> tuple[str, list[str]]:
+    """SHA-256 of a whole file, and of each of its blocks; a file is read once."""
+    whole, blocks = hashlib.sha256(), list[str]()
+    with path.open("rb") as stream:
+        digest, left = hashlib.sha256(), block_bytes
+        while content := stream.read(min(_READ_AT_A_TIME, left)):
+            whole.update(content)
+            digest.update(content)
+            left -= len(content)
+            if not left:
+                blocks.append(digest.hexdigest())
+                digest, left = hashlib.sha256(), block_bytes
+    return whole.hexdigest(), blocks if left == block_bytes else [*blocks, digest.hexdigest()]
