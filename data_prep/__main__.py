@@ -18,6 +18,7 @@ from data_prep.tables import HUB
 from dynmoe.cli import run_tool
 from dynmoe.data.corpus import MANIFEST, Corpus
 from dynmoe.errors import UserError
+from dynmoe.train.verification import verify_corpora
 
 
 def main() -> None:
@@ -34,11 +35,12 @@ def main() -> None:
 
 def _verify(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        "python -m data_prep verify", description="Checks a corpus: structure, hashes, ids."
+        "python -m data_prep verify",
+        description="Checks a corpus: structure, hashes, ids. A training does not do it again (data.verify=once).",
     )
     parser.add_argument("dir", type=Path)
     corpus = Corpus.open(parser.parse_args(arguments).dir)
-    corpus.verify()
+    verify_corpora([corpus], "always")
     for split, tokens in corpus.splits.items():
         print(f"{split}: {tokens.num_documents} documents, {tokens.num_tokens} tokens, sound")
 

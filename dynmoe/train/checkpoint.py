@@ -8,6 +8,7 @@ read, and puts a damaged one aside. Directories are never reused.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -59,10 +60,18 @@ class Checkpoint:
         return state
 
 
+# Some network and FUSE file systems cannot be asked to bring a directory to the disk.
+_NO_SYNC_OF_DIRECTORIES = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
 def _sync(path: Path) -> None:
+    """Returns when a file or a directory has reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in _NO_SYNC_OF_DIRECTORIES):
+            raise
     finally:
         os.close(descriptor)
 

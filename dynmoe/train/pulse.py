@@ -14,7 +14,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from dynmoe.launched import record_failure
@@ -61,18 +60,19 @@ def observe(pid: str, timeout_s: str) -> None:
     for number in _NOT_MEANT:
         signal.signal(number, signal.SIG_IGN)
     parent, timeout = int(pid), float(timeout_s)
-    tick, silent = min(1.0, timeout / 10), 0.0
-    while silent <= timeout:
+    tick, silent, has_shown = min(1.0, timeout / 10), 0.0, False
+    while silent <= timeout or not has_shown:
+        if silent > timeout:
+            os.kill(parent, _SHOW_STACKS)
+            silent, has_shown = max(0.0, timeout - _TIME_TO_WRITE_S), True
         if select.select([0], [], [], tick)[0]:
             if not os.read(0, 1 << 16):
                 return
-            silent = 0.0
+            silent, has_shown = 0.0, False
         elif os.getppid() != parent:
             return
         elif not _is_stopped(parent):
             silent += tick  # and no more, however long this process itself was stopped
-    os.kill(parent, _SHOW_STACKS)
-    time.sleep(_TIME_TO_WRITE_S)
     text = f"no sign of life of process {parent} for {timeout:g} s: one thread keeps the interpreter to itself; killed"
     record_failure(text, by_user=False)
     print(text, file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ its watchdog and whoever looks at the screen; damage ends the check everywhere; 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -88,20 +89,20 @@ class Stamp:
     """
 
     corpus: Path
-    other: Path
+    other: Path | None
     facts: dict[str, Any]
 
     @classmethod
-    def of(cls, corpus: Corpus, other: Path) -> Stamp:
+    def of(cls, corpus: Corpus, other: Path | None) -> Stamp:
         """Of a corpus as it is now."""
         found = {name: (corpus.path / name).stat() for name in sorted(corpus.manifest["files"])}
         files = {name: [facts.st_size, facts.st_mtime_ns, facts.st_ino] for name, facts in found.items()}
         return cls(corpus.path, other, {MANIFEST: digest(corpus.manifest), **files})
 
     @property
-    def _places(self) -> tuple[Path, Path]:
-        name = digest(str(self.corpus.resolve()))[:16]
-        return self.corpus / _STAMP, self.other / f"{name}.json"
+    def _places(self) -> list[Path]:
+        other = [] if self.other is None else [self.other / f"{digest(str(self.corpus.resolve()))[:16]}.json"]
+        return [self.corpus / _STAMP, *other]
 
     def difference(self) -> str | None:
         """The file that is not as it was verified; '' where nothing was verified, None where all is as it was."""
@@ -112,13 +113,12 @@ class Stamp:
         return next(changed, "")
 
     def write(self) -> None:
-        """Notes that the corpus was verified."""
-        content, (beside, other) = json.dumps(self.facts, indent=1) + "\n", self._places
-        try:
-            write_atomically(beside, content)
-        except OSError:  # many may read a corpus that few may write to
-            other.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(other, content)
+        """Notes that the corpus was verified, where that can be."""
+        for path in self._places:
+            with contextlib.suppress(OSError):  # many may read a corpus that few may write to
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, json.dumps(self.facts, indent=1) + "\n")
+                return
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -151,7 +151,7 @@ def over_ranks(own: Any) -> list[Any]:
 def verify_corpora(
     corpora: Sequence[Corpus],
     mode: str,
-    directory: Path,
+    directory: Path | None = None,
     gather: Gather = alone,
     rank: int = 0,
     progress: Callable[[str], None] = lambda doing: None,
@@ -163,7 +163,7 @@ def verify_corpora(
     Args:
         corpora: of a blend.
         mode: ``once``: unless it was done before and no file has changed; ``always``; ``never``.
-        directory: for notes of what was verified, where a corpus cannot be written to.
+        directory: for notes of what was verified, where a corpus cannot be written to; None: there are none then.
         gather: over the ranks that verify.
         rank: of this process among them.
         progress: is told when they get on.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import multiprocessing
 import os
+import re
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from bench.processes import CPU, ROOT
+from bench.processes import start_server
 from dynmoe.config.guard import GuardConfig
+from dynmoe.train import watchdog
 from dynmoe.train.speed import SpeedComparison
 from tests.faults.injection import replace
 from tests.train.cases import TrainingProcess, read_rows
@@ -98,7 +101,7 @@ def test_f21_a_rank_that_is_stopped_is_missed_and_goes_on_if_it_comes_back(corpu
     process.wait_for_row(run / "metrics.jsonl", 8)
     for pid in process.ranks():  # a laptop that sleeps: nobody's silence counts
         os.kill(pid, signal.SIGSTOP)
-    time.sleep(TIMEOUT_S + 1)
+    time.sleep(TIMEOUT_S + 15)  # longer than what stands behind the watchdog waits
     for pid in process.ranks():
         os.kill(pid, signal.SIGCONT)
     process.wait_for_row(run / "metrics.jsonl", 12)
@@ -108,26 +111,80 @@ def test_f21_a_rank_that_is_stopped_is_missed_and_goes_on_if_it_comes_back(corpu
     assert "rank 0 on " in process.output()
 
 
+def keep_the_interpreter(folder: Path) -> None:
+    """A watched process in which one thread never lets another run."""
+    with watched(folder, timeout_s=0.5) as progress:
+        progress("a step")
+        time.sleep(0.2)
+        re.match("(a+)+$", 40 * "a" + "b")
+
+
+def go_on(folder: Path) -> None:
+    """A watched process that says when it may be stopped, and when it has gone on for a while."""
+    with watched(folder, timeout_s=0.5) as progress:
+        for name, seconds in (("begun", 0.5), ("going", 1.0), ("done", 0.0)):
+            (folder / name).touch()
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:  # without rest: the watchdog's thread is not the first to run after a stop
+                progress("a step")
+
+
+@contextlib.contextmanager
+def watched(folder: Path, timeout_s: float) -> Iterator[Callable[[str], None]]:
+    watchdog._TIME_TO_REPORT_S = 0.1
+    with (folder / "output").open("w") as stream:
+        os.dup2(stream.fileno(), 2)
+    yield watchdog.Watchdog(folder, timeout_s).progress
+
+
+def start(function: Callable[[Path], None], folder: Path) -> multiprocessing.process.BaseProcess:
+    """Calls a function in a process that has imported everything."""
+    start_server()
+    process = multiprocessing.get_context("forkserver").Process(target=function, args=(folder,))
+    process.start()
+    return process
+
+
 def test_f21_a_thread_that_keeps_the_interpreter_to_itself(tmp_path):
     """Then nothing of Python runs, the watchdog neither; the stacks are written all the same, and the rank ends."""
-    script = """
-import ctypes, sys
-from pathlib import Path
-from dynmoe.train import watchdog
-watchdog._TIME_TO_REPORT_S = 0.5
-dog = watchdog.Watchdog(Path(sys.argv[1]), 1.0)
-import time; time.sleep(0.5); dog.progress("a step")
-ctypes.PyDLL(None).usleep(60_000_000)
-"""
-    start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], env=os.environ | CPU, cwd=ROOT, capture_output=True, text=True,
-        check=False, timeout=60,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert time.monotonic() - start < 40
-    assert "Timeout" in done.stderr
-    assert "File" in done.stderr
+    process = start(keep_the_interpreter, tmp_path)
+    process.join(20)
+    assert process.exitcode == -signal.SIGKILL
+    said = (tmp_path / "output").read_text()
+    assert "in keep_the_interpreter" in said
+    assert "in _watch" in said, "the stacks of all threads"
+    assert "one thread keeps the interpreter to itself; killed" in said
+
+
+def test_f21_a_stop_longer_than_all_timeouts_is_no_hang(tmp_path):
+    process = start(go_on, tmp_path)
+    wait_for(tmp_path / "begun")
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(2.0)
+    os.kill(process.pid, signal.SIGCONT)
+    process.join(20)
+    assert (process.exitcode, (tmp_path / "done").exists()) == (0, True), (tmp_path / "output").read_text()
+
+
+def wait_for(path: Path, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.01)
+
+
+def never_end(rank: int) -> None:
+    """The end of the process groups waits for a rank that is gone."""
+    replace("torch.distributed:destroy_process_group", lambda function: lambda: time.sleep(600))
+
+
+def test_f21_the_end_of_a_run_is_watched_too(corpus_dir, tmp_path):
+    fields = ["train.steps=2", "adaptation.interval=0", "parallel.expert=1", f"guard.hang_timeout_s={TIMEOUT_S}"]
+    process = TrainingProcess(corpus_dir, tmp_path / "runs", *fields, ranks=1, prepare=never_end)
+    assert process.wait(40) != 0
+    said = process.output()
+    assert f"no progress for {TIMEOUT_S:g} s (guard.hang_timeout_s), in the end of the process groups" in said
+    assert json.loads((tmp_path / "runs" / "tiny" / "outcome.json").read_text())["status"] == "finished"
 
 
 class Slow(nn.Module):

@@ -1,0 +1,31 @@
+"""Process groups wait as long as the watchdog lets them, whoever made them."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dynmoe.engines import make_engine
+from tests.engines.cases import VOCAB, config_for
+
+ENGINES = {
+    "deepspeed": ["parallel.expert=2", "train.micro_batch=2"],
+    "megatron": ["engine=megatron", "parallel.pipeline=2"],
+}
+
+
+def shortest_timeout(overrides: list[str]) -> timedelta:
+    """Of all process groups of this rank, when its engine is made."""
+    make_engine(config_for(*overrides), VOCAB)
+    groups = [group for group in dist.distributed_c10d._world.pg_map if dist.get_rank(group) >= 0]
+    assert len(groups) > 2
+    return min(group._get_backend(torch.device("cpu")).options._timeout for group in groups)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_process_group_ends_a_rank_before_the_watchdog_does(two_ranks, engine):
+    """PyTorch's own would after 10 or 30 minutes, and count the time in which a rank was stopped."""
+    assert two_ranks.run(shortest_timeout, ENGINES[engine]) == [timedelta(days=24)] * 2

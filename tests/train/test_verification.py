@@ -1,0 +1,287 @@
+"""What is verified before a training: by all ranks together, once, and within the watchdog's time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from dynmoe.config.guard import GuardConfig
+from dynmoe.data.corpus import FILES, MANIFEST, Corpus
+from dynmoe.data.indexed import write_index
+from dynmoe.data.pieces import BLOCK_BYTES, Checking, Piece, assign
+from dynmoe.errors import UserError
+from dynmoe.train import verification
+from dynmoe.train.checkpoint import pieces_of
+from dynmoe.train.checkpoint_store import CheckpointStore
+from dynmoe.train.verification import check_together, over_ranks, verify_corpora
+from tests.data.test_pieces import in_blocks
+
+TIMEOUT_S = GuardConfig().hang_timeout_s
+# Assumed of a cluster: what one host reads (10 Gbit/s), and what the file system gives to all hosts together.
+BYTES_PER_S_OF_A_HOST, BYTES_PER_S_OF_ALL = 1.25e9, 25e9
+RANKS, RANKS_OF_A_HOST = 512, 8
+
+
+@dataclass
+class SimulatedCheck:
+    """The part of one of many ranks, which read at a fixed speed in a time of their own; stands for ``Checking``."""
+
+    totals: list[int]
+    speeds: list[float]
+    rank: int
+    now: float = 0.0
+    heard: list[float] = field(default_factory=list)
+
+    def done_by(self, rank: int) -> int:
+        return min(self.totals[rank], int(self.now * self.speeds[rank]))
+
+    def left_s(self, rank: int) -> float:
+        left = self.totals[rank] - self.done_by(rank)
+        return left / self.speeds[rank] if left and self.speeds[rank] else float("inf") if left else 0.0
+
+    done = property(lambda self: self.done_by(self.rank))
+    total = property(lambda self: self.totals[self.rank])
+    place, problem = "somewhere", None
+
+    def wait(self, seconds: float) -> bool:
+        """All ranks go on until the last of them has come to the end of the round."""
+        self.now += min(seconds, max(self.left_s(rank) for rank in range(len(self.totals)))) + 1e-6
+        if self.now - max(self.heard, default=0.0) > TIMEOUT_S:
+            raise TimeoutError("the watchdog ends the rank")
+        return self.done == self.total
+
+    def stop(self) -> None:
+        pass
+
+    def gather(self, own: verification.Report) -> list[verification.Report]:
+        reports = []
+        for rank, total in enumerate(self.totals):
+            done = self.done_by(rank)
+            reports.append(verification.Report(done, total, "somewhere", None, done == total))
+        assert own == reports[self.rank]
+        return reports
+
+    def run(self) -> float:
+        """How long the check takes, in seconds."""
+        heard = partial(SimulatedCheck._hear, self)
+        assert check_together(self, self.gather, self.rank, heard, "the data") is None  # type: ignore[arg-type]
+        return self.now
+
+    def _hear(self, doing: str) -> None:
+        self.heard.append(self.now)
+
+
+def simulate(pieces: list[Piece], reading: int = RANKS, stuck: int | None = None) -> float:
+    """Seconds until a start on all ranks has verified the pieces, as the rank that waits longest sees it.
+
+    Args:
+        pieces: of a corpus or a checkpoint.
+        reading: ranks that have much to read, between which what the file system gives is divided.
+        stuck: a rank that gets no byte.
+    """
+    sizes = [piece.size for piece in pieces]
+    totals = [sum(sizes[number] for number in share) for share in assign(sizes, RANKS)]
+    speed = min(BYTES_PER_S_OF_A_HOST / min(reading, RANKS_OF_A_HOST), BYTES_PER_S_OF_ALL / reading)
+    speeds = [0.0 if rank == stuck else speed for rank in range(RANKS)]
+    return SimulatedCheck(totals, speeds, totals.index(min(totals))).run()
+
+
+@pytest.fixture(scope="module")
+def two_terabytes(corpus_dir, tmp_path_factory) -> Path:
+    """A corpus of 1e12 tokens whose bytes are holes, and hashes that nobody looks at."""
+    path = Path(shutil.copytree(corpus_dir, tmp_path_factory.mktemp("large") / "corpus"))
+    write_index(path / "train", np.dtype("<u2"), np.full(1000, 10**9, np.int32))
+    with (path / "train.bin").open("wb") as stream:
+        stream.truncate(2 * 10**12)
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["splits"]["train"]["tokens"] = 10**12
+    manifest["files"] = {name: {"bytes": (path / name).stat().st_size, "sha256": "0" * 64} for name in FILES}
+    manifest["blocks"] = {"bytes": BLOCK_BYTES, "sha256": {"train.bin": ["0" * 64] * -(-2 * 10**12 // BLOCK_BYTES)}}
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    return path
+
+
+def test_512_ranks_verify_two_terabytes_within_the_watchdogs_time(two_terabytes):
+    """By reckoning: what each rank is to read, at an assumed speed of the file system."""
+    pieces = Corpus.open(two_terabytes).pieces()
+    assert sum(piece.size for piece in pieces) > 2e12
+    assert 80 < simulate(pieces) < TIMEOUT_S / 8, "even if a start counted as one step"
+    slowest = min(BYTES_PER_S_OF_A_HOST / RANKS_OF_A_HOST, BYTES_PER_S_OF_ALL / RANKS)
+    assert max(piece.size for piece in pieces) / slowest < TIMEOUT_S / 100, "nor is one piece long"
+
+
+def test_rank_0_alone_would_not_and_a_file_without_blocks_takes_as_long_in_sight_of_all(two_terabytes):
+    """The reckoning can fail: as rank 0 did it, the others would have heard of nothing until it was over."""
+    corpus = Corpus.open(two_terabytes)
+    assert sum(piece.size for piece in corpus.pieces()) / BYTES_PER_S_OF_A_HOST > TIMEOUT_S
+    del corpus.manifest["blocks"]  # as older corpora are
+    assert simulate(corpus.pieces(), reading=1) > TIMEOUT_S, "and no watchdog has ended it"
+
+
+def test_a_rank_that_gets_no_further_ends_the_check(two_terabytes):
+    with pytest.raises(TimeoutError, match="the watchdog ends the rank"):
+        simulate(Corpus.open(two_terabytes).pieces(), stuck=77)
+
+
+def test_512_ranks_verify_a_checkpoint_of_more_than_a_terabyte_within_the_watchdogs_time():
+    """1.2 TB: of each rank dense state, experts, moments, and its random state."""
+    sizes = [size for _ in range(RANKS) for size in (900_000_000, 1_100_000_000, 344_000_000, 16_000)]
+    files = {f"shard_{number:05d}": {"bytes": size, "sha256": "0" * 64} for number, size in enumerate(sizes)}
+    assert 1.19e12 < sum(sizes) < 1.21e12
+    assert 48 < simulate(pieces_of(Path("nowhere"), files)) < TIMEOUT_S / 8
+    assert sum(sizes) / BYTES_PER_S_OF_A_HOST > TIMEOUT_S, "and rank 0 alone would not"
+
+
+@pytest.fixture
+def copied(corpus_dir, tmp_path) -> Path:
+    """A corpus of many blocks that nobody has verified."""
+    ignored = shutil.ignore_patterns(verification._STAMP)
+    path = Path(shutil.copytree(corpus_dir, tmp_path / "copied", ignore=ignored))
+    in_blocks(path)
+    return path
+
+
+def verify_and_count(path: str, folder: str, mode: str = "once", views: bool = False) -> dict[str, Any]:
+    """What one of several ranks reads of a corpus, in bytes, whether it got on, and how the verification ends."""
+    read, heard = 0, list[str]()
+
+    class Counting(Checking):
+        def __init__(self, pieces: list[Piece]) -> None:
+            nonlocal read
+            super().__init__(pieces)
+            read += self.total
+
+    corpus, rank = Corpus.open(path), dist.get_rank()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "Checking", Counting)
+        if views:  # hosts with copies of their own
+            real = verification.digest
+            patch.setattr(verification, "digest", lambda content: f"{rank}{real(content)}")
+        try:
+            verify_corpora([corpus, corpus], mode, Path(folder), over_ranks, rank, heard.append)
+        except UserError as error:
+            return {"error": str(error), "read": read}
+    return {"read": read, "heard": len(heard)}
+
+
+def size_of(corpus: Path) -> int:
+    return sum((corpus / name).stat().st_size for name in FILES)
+
+
+def test_ranks_share_a_corpus_and_verify_it_once(two_ranks, copied, tmp_path):
+    total = size_of(copied)
+    reads = [found["read"] for found in two_ranks.run(verify_and_count, str(copied), str(tmp_path))]
+    assert sum(reads) == total, "each byte once, though the blend names the corpus twice"
+    assert max(reads) < 0.6 * total
+    again = two_ranks.run(verify_and_count, str(copied), str(tmp_path))
+    assert [found["read"] for found in again] == [0, 0]
+    for mode, read in (("always", total), ("never", 0)):
+        found = two_ranks.run(verify_and_count, str(copied), str(tmp_path), mode)
+        assert sum(rank["read"] for rank in found) == read
+
+
+def test_hosts_with_copies_of_their_own_verify_each_its_own(two_ranks, copied, tmp_path):
+    found = two_ranks.run(verify_and_count, str(copied), str(tmp_path), "once", True)
+    assert [rank["read"] for rank in found] == [size_of(copied)] * 2
+
+
+def test_damage_that_one_rank_finds_ends_the_start_of_all_with_one_line(two_ranks, copied, tmp_path):
+    content = bytearray((copied / "train.bin").read_bytes())
+    content[-1] ^= 1
+    (copied / "train.bin").write_bytes(content)
+    first, second = (found["error"] for found in two_ranks.run(verify_and_count, str(copied), str(tmp_path)))
+    assert first == second
+    assert first.startswith(f"{copied}/train.bin is damaged: its SHA-256 from byte ")
+    assert "\n" not in first
+    assert not list(copied.glob(verification._STAMP)), "it was not verified"
+
+
+def rewritten(path: Path) -> None:
+    path.write_bytes(path.read_bytes())
+
+
+def replaced_with_its_times(path: Path) -> None:
+    """As a copying tool does that keeps times."""
+    shutil.copy2(path, path.with_name("new"))
+    path.with_name("new").rename(path)
+
+
+def with_another_entry(manifest: Path) -> None:
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"another": 1}))
+
+
+CHANGES = {
+    "written again": ("train.bin", rewritten),
+    "replaced with its times": ("validation.bin", replaced_with_its_times),
+    "another manifest": (MANIFEST, with_another_entry),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_corpus_that_has_changed_is_verified_again_and_that_is_said(copied, tmp_path, capsys, change, writable):
+    name, alter = CHANGES[change]
+    if not writable:  # also for the superuser
+        (copied / verification._STAMP).mkdir()
+    verify = partial(verify_corpora, directory=tmp_path / "verified")
+    verify([Corpus.open(copied)], "once")
+    assert (tmp_path / "verified").exists() is not writable
+    assert capsys.readouterr().out == ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Piece, "check", None)  # nothing is read
+        verify([Corpus.open(copied)], "once")
+    alter(copied / name)
+    verify([Corpus.open(copied)], "once")
+    assert capsys.readouterr().out == f"{copied / name} has changed since it was verified; verifying it again\n"
+    verify([Corpus.open(copied)], "once")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"train.bin": [1, 2, 3]}', "[" * 10**5])
+def test_a_stamp_that_is_garbage_is_not_believed(copied, content):
+    (copied / verification._STAMP).write_text(content)
+    (copied / "train.bin").write_bytes(bytes((copied / "train.bin").stat().st_size))
+    with pytest.raises(UserError, match=r"train\.bin is damaged"):
+        verify_corpora([Corpus.open(copied)], "once")
+
+
+def test_how_far_a_verification_is_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(verification, "_SAID_EVERY_S", -1.0)
+    SimulatedCheck([10 * 10**9, 20 * 10**9], [1e9, 1e9], rank=0).run()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(",")[0] for line in lines[:3]] == [
+        f"verifying the data: {gigabytes} of 30.0 GB" for gigabytes in ("10.0", "20.0", "25.0")
+    ]
+
+
+def newest_and_files_read(root: str) -> tuple[int | None, list[str], list[str]]:
+    """The checkpoint that is chosen, the files that this rank opens for it, and what the watchdog hears."""
+    opened, heard, real = list[str](), list[str](), Path.open
+
+    def counting(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if path.suffix == ".safetensors":
+            opened.append(path.name)
+        return real(path, mode, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", counting)
+        checkpoint = CheckpointStore(Path(root), keep=2).newest(heard.append)
+    return None if checkpoint is None else checkpoint.step, opened, heard
+
+
+def test_ranks_share_the_files_of_a_checkpoint(two_ranks, undisturbed):
+    """Each is read once, by one of them."""
+    (step, first, _), (_, second, _) = two_ranks.run(newest_and_files_read, str(undisturbed[0] / "checkpoints"))
+    assert step == 40
+    files = sorted(path.name for path in (undisturbed[0] / "checkpoints" / "step_00000040").glob("*.safetensors"))
+    assert sorted(first + second) == files
+    assert first
+    assert second
