@@ -159,6 +159,7 @@ def test_f21_a_thread_that_keeps_the_interpreter_to_itself(tmp_path):
 def test_f21_a_stop_longer_than_all_timeouts_is_no_hang(tmp_path):
     process = start(go_on, tmp_path)
     wait_for(tmp_path / "begun")
+    time.sleep(0.2)
     os.kill(process.pid, signal.SIGSTOP)
     time.sleep(2.0)
     os.kill(process.pid, signal.SIGCONT)

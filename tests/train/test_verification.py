@@ -193,7 +193,7 @@ def test_hosts_with_copies_of_their_own_verify_each_its_own(two_ranks, copied, t
     assert [rank["read"] for rank in found] == [size_of(copied)] * 2
 
 
-def test_damage_that_one_rank_finds_ends_the_start_of_all_with_one_line(two_ranks, copied, tmp_path):
+def test_f10_damage_that_one_rank_finds_ends_the_start_of_all_with_one_line(two_ranks, copied, tmp_path):
     content = bytearray((copied / "train.bin").read_bytes())
     content[-1] ^= 1
     (copied / "train.bin").write_bytes(content)
@@ -246,7 +246,7 @@ def test_a_corpus_that_has_changed_is_verified_again_and_that_is_said(copied, tm
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"train.bin": [1, 2, 3]}', "[" * 10**5])
-def test_a_stamp_that_is_garbage_is_not_believed(copied, content):
+def test_f10_a_stamp_that_is_garbage_is_not_believed(copied, content):
     (copied / verification._STAMP).write_text(content)
     (copied / "train.bin").write_bytes(bytes((copied / "train.bin").stat().st_size))
     with pytest.raises(UserError, match=r"train\.bin is damaged"):
