@@ -12,10 +12,12 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m dynmoe.report runs/quickstart
 	$(BIN)/python -m dynmoe.report tokens runs/quickstart --device cpu
 
+# What times something runs with nothing beside it; of the rest two at a time, as most of them wait for processes.
+TWO = --numprocesses 2 --dist loadfile
 FAST = not gpu and not slow and not cluster and not faults
 test: lint
 	$(BIN)/python -m pytest -m "$(FAST) and alone"
-	$(BIN)/python -m pytest -m "$(FAST) and not alone" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "$(FAST) and not alone" $(TWO)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -29,7 +31,8 @@ screenshots: $(INSTALLED)
 	$(BIN)/python -m pytest tests/report/test_browser.py -k screenshots --screenshots docs/figures --screenshot-run runs/quickstart
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and alone"
+	$(BIN)/python -m pytest -m "slow and not alone" $(TWO)
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
@@ -38,11 +41,14 @@ test-gpu: $(INSTALLED)
 test-cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -m cluster -rs tests/cluster
 
-# Every row of the fault matrix (docs/log.md): as root what mounts file systems, starts hosts or a Slurm; then fuzzing with
-# 10,000 inputs each.
+# Every row of the fault matrix (docs/reliability.md): as root what mounts file systems, starts hosts or a Slurm; then
+# fuzzing with 10,000 inputs each.
+ROWS = -k "test_f0 or test_f1 or test_f2" --ignore-glob 'tests/faults/test_fuzz_*'
 test-faults: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not gpu" -rs -k "test_f0 or test_f1 or test_f2" --ignore-glob 'tests/faults/test_fuzz_*'
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -m "not gpu" tests/faults/test_fuzz_*.py
+	$(BIN)/python -m pytest -m "not gpu and alone" -rs $(ROWS)
+	$(BIN)/python -m pytest -m "not gpu and not alone and not cluster" -rs $(ROWS) $(TWO)
+	$(BIN)/python -m pytest -m "cluster" -rs $(ROWS)
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -m "not gpu" tests/faults/test_fuzz_*.py $(TWO)
 
 # Without a GPU the CPU build of torch comes first, so that nothing draws in CUDA packages.
 $(INSTALLED): pyproject.toml
