@@ -69,10 +69,11 @@ def test_the_next_step_is_read_while_a_step_computes_and_no_later_one():
 
 def test_a_step_does_not_wait_for_the_next_one_and_closing_does():
     data = Noting()
-    plain, read_on = data.train_batch, threading.Event()
+    plain, reads, read_on = data.train_batch, threading.Event(), threading.Event()
 
     def train_batch(samples: range) -> Batch:
         if samples.start == 4:
+            reads.set()
             assert read_on.wait(PATIENCE_S)
         return plain(samples)
 
@@ -80,6 +81,7 @@ def test_a_step_does_not_wait_for_the_next_one_and_closing_does():
     ahead = loader(data)
     ahead.take(0, goes_on=True)
     assert data.read == [*range(4)]
+    assert reads.wait(PATIENCE_S), "what has not begun is not read any more"
     timer = threading.Timer(0.05, read_on.set)
     timer.start()
     ahead.close()

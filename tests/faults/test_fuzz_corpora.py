@@ -78,7 +78,7 @@ def test_f10_fuzz_manifests(tmp_path, sound, data):
     corpus = open_written(tmp_path, {**sound, MANIFEST: data.draw(damaged_manifest(sound[MANIFEST]))})
     if corpus is not None:
         assert len(corpus.fingerprint) == 64
-        assert math.isfinite(validation_unigram_entropy([corpus]))
+        assert math.isfinite(validation_unigram_entropy([corpus], validation_shares([corpus])))
 
 
 @fuzz(75)
