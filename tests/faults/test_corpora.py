@@ -244,8 +244,10 @@ def test_f11_text_without_a_document(tmp_path):
     (tmp_path / "blank" / "a.txt").write_text(" \n")
     write_texts(tmp_path / "one", documents=1)
     problems = {
-        "nothing": "holds no file", "blank": r"no text came out of .*blank; left out: empty 1 \(a\.txt\)", "one": "no (train|validation) document came out of",
-    }  # fmt: skip
+        "nothing": "holds no file",
+        "blank": r"no text came out of .*blank; left out: empty 1 \(a\.txt\)",
+        "one": "no (train|validation) document came out of",
+    }
     for name, problem in problems.items():
         with pytest.raises(UserError, match=problem) as caught:
             build(Recipe([str(tmp_path / name)], vocab_size=300), tmp_path / f"{name}-out", workers=1)

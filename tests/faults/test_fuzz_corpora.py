@@ -16,6 +16,7 @@ from data_prep.encode import Part
 from dynmoe.data.corpus import FILES, MANIFEST, Corpus
 from dynmoe.data.indexed import IndexedTokens, check_indexed, write_index
 from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.validation import validation_shares
 from dynmoe.train.summary import validation_unigram_entropy
 from tests.faults.hostile import JSON, attempt, damaged, fuzz
 
