@@ -8,7 +8,6 @@ import io
 import json
 import shutil
 import subprocess
-import tarfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,9 @@ import pytest
 import zstandard
 
 from data_prep.build import build, is_current
-from data_prep.formats import ARCHIVE, CSV, JSON, JSON_LINES, PARQUET, TEXT, TSV, form_of
+from data_prep.formats import CSV, JSON, JSON_LINES, PARQUET, TEXT, TSV, form_of
 from data_prep.json_values import json_values
 from data_prep.sources import RefusedError, list_units, read_unit, text_of
-from dynmoe.errors import UserError
 from tests.data.test_data_prep import read_all, recipe
 from tests.texts import make_text
 
@@ -157,6 +155,29 @@ def test_json_lines_of_any_name_make_the_corpus_that_jsonl_makes(tmp_path):
     assert not is_current(recipe(tmp_path / "a.json", read_as="text"), tmp_path / "out-a.json")
 
 
+def test_what_is_declared_is_not_looked_at(tmp_path):
+    """A broken first line hides nothing; a table by another name and an array in a file of lines are not seen."""
+    (tmp_path / "a").write_text('{"text": cut off\n' + '{"text": "a"}\n' * 3)
+    assert read_documents(tmp_path / "a") == ["refused: bad_json", "a", "a", "a"]
+    (tmp_path / "b.txt").write_bytes(of_csv())
+    (tmp_path / "c.jsonl").write_text(json.dumps(RECORDS))
+    for name, declared in (("b.txt", CSV), ("c.jsonl", JSON)):
+        units = list_units([str(tmp_path / name)], declared)
+        assert [text_of(document) for unit in units for document in read_unit(unit, "text")] == TEXTS
+
+
+def test_all_forms_give_the_same_bytes_with_any_workers(tmp_path, corpus_dir):
+    folder = tmp_path / "text"
+    for number, (write, names, _) in enumerate(WRITTEN):
+        (folder / str(number)).mkdir(parents=True)
+        (folder / str(number) / names[0]).write_bytes(write())
+    made = [recipe(folder, tokenizer=str(corpus_dir / "tokenizer.model"), deduplicate=False)] * 2
+    manifests = [build(same, tmp_path / str(workers), workers) for workers, same in enumerate(made, 1)]
+    assert sum(split["documents"] for split in manifests[0]["splits"].values()) == len(WRITTEN) * len(TEXTS)
+    for name in ("manifest.json", "train.bin", "train.idx", "validation.bin", "validation.idx"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
 def test_an_object_per_file_is_a_document_per_file(tmp_path):
     """In few units, beside text; what is no document of its own is counted by name."""
     for number, text in enumerate(TEXTS[:8]):
@@ -214,54 +235,6 @@ def test_compressed_files_are_read_whole(tmp_path):
     for name, content in packed.items():
         (tmp_path / name).write_bytes(content)
         assert read_documents(tmp_path / name) == TEXTS, name
-
-
-REFUSED: dict[str, tuple[bytes, str]] = {
-    "cut.json": (json.dumps(RECORDS * 3).encode()[:-50], r"cannot be read \(Unterminated string .*at character \d+\)"),
-    "broken.json": (b'[{"text": "a"}, {"text": "b"} {}]' + b" " * 300_000, r"Expecting ',' or '\]' at character 30"),
-    "cut.csv": (b'text,n\n"a,1\n', r"cannot be read \(line 2: unexpected end of data\)"),
-    "quote.csv": (b'text,n\n"a"b,1\n', r"line 2: ',' expected after '\"'"),
-    "column.csv": (b"id,body\n1,a\n", r"--key text: .*column\.csv has the columns id, body; name the one with text"),
-    "column.tsv": (b"id;body\n1;a\n", r"--key text: .*column\.tsv has the columns id, body; name"),
-    "a.json.gz": (json_lines(), "is neither gzip nor Zstandard, as its name says"),
-    "wide.json": (json_lines().decode().encode("utf-16"), "is UTF-16; make it UTF-8: iconv -f UTF-16 -t UTF-8"),
-    "cut.txt.zst": (zstandard.compress(json_lines())[:-9], "cannot be read .the compressed text is cut off"),
-    "a.jsonl.xz": (b"\xfd7zXZ\x00 and so on", "is an archive or packed otherwise than by gzip or Zstandard; unpack it"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_read_is_refused_by_name_and_reason(tmp_path, name):
-    content, reason = REFUSED[name]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name}.*{reason}|{reason}") as caught:
-        read_documents(tmp_path / name)
-    assert name in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_rows_of_a_table_that_are_not_whole_are_counted(tmp_path):
-    (tmp_path / "a.csv").write_bytes(b'n,text\n1,a\n\n2,b, and c\n3\n4,"d, and\ne"\n5,\n6,caf\xe9\n')
-    found = ["a", "refused: bad_row", "refused: bad_row", "d, and\ne", "refused: empty", "refused: not_utf8"]
-    assert read_documents(tmp_path / "a.csv") == found
-    (tmp_path / "one.csv").write_bytes(b"text\na\nb;c\n")
-    assert read_documents(tmp_path / "one.csv") == ["a", "b;c"]
-
-
-def test_broken_utf8_costs_the_value_it_is_in(tmp_path):
-    (tmp_path / "a.json").write_bytes(b'[{"text": "a"}, {"text": "caf\xe9"}, {"body": 1}, 7, {"text": 7}, "b"]')
-    refused = ["refused: not_utf8", *["refused: missing_key"] * 3]
-    assert read_documents(tmp_path / "a.json") == ["a", *refused, "b"]
-
-
-def test_archives_in_a_folder_are_named_and_left_out(tmp_path):
-    with tarfile.open(tmp_path / "b.tar.gz", "w:gz") as archive:
-        archive.add(__file__, "test.py")
-    shutil.make_archive(str(tmp_path / "c"), "zip", Path(__file__).parent, "__init__.py")
-    (tmp_path / "d.parquet.gz").write_bytes(gzip.compress(of_pyarrow_parquet()))
-    (tmp_path / "a.txt").write_text("text")
-    assert [form_of(path, None) for path in sorted(tmp_path.iterdir())] == [TEXT, ARCHIVE, ARCHIVE, ARCHIVE]
-    assert read_documents(tmp_path) == ["text", *["refused: archive"] * 3]
 
 
 def test_an_array_is_read_in_little_memory():
