@@ -60,7 +60,9 @@ HANGS = {
 }
 
 
-@pytest.mark.parametrize("hang", HANGS)
+@pytest.mark.parametrize(
+    "hang", [pytest.param(name, marks=pytest.mark.slow if name == "sleeps in a save" else ()) for name in HANGS]
+)
 def test_f21_a_rank_that_hangs_ends_the_run_and_is_named(corpus_dir, tmp_path, hang):
     place, call, way = HANGS[hang]
     prepare = functools.partial(divert, victim=1, place=place, call=call, way=way)
@@ -249,7 +251,9 @@ def slow_down(rank: int) -> None:
 
 
 def test_f22_a_straggler_is_in_the_log_within_fifty_steps_and_lives(corpus_dir, tmp_path):
-    process = TrainingProcess(corpus_dir, tmp_path / "runs", "guard.straggler_interval=10", prepare=slow_down)
+    process = TrainingProcess(
+        corpus_dir, tmp_path / "runs", "guard.straggler_interval=10", "train.steps=24", prepare=slow_down
+    )
     assert process.wait() == 0, process.output()
     run: Path = tmp_path / "runs" / "tiny"
     incidents = [entry for entry in read_rows(run / "incidents.jsonl") if entry["kind"] == "straggler"]
