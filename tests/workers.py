@@ -25,6 +25,8 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
     from dynmoe.engines import deepspeed
 
     deepspeed.start_processes()
@@ -36,6 +38,8 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
         except EOFError:
             return
         function, arguments = task
+        # A global of Megatron's, whose shape is that of whoever sets it first: a schedule, or a bare backward pass.
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
         try:
             # By value: torch would send a file descriptor for each tensor.
             connection.send_bytes(pickle.dumps((True, function(*arguments))))

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-import pytest
 
 from tests.train.cases import TrainingProcess, curve, parameter_hashes
-
-
-def both_ways(fast: tuple[str, str]) -> list[Any]:
-    """Engine, and whether it saves asynchronously; all but ``fast`` are slow."""
-    ways = itertools.product(("deepspeed", "megatron"), ("true", "false"))
-    return [pytest.param(*way, marks=() if way == fast else pytest.mark.slow) for way in ways]
-
 
 MEGATRON = ["engine=megatron", "parallel.expert=1", "parallel.pipeline=2"]
 

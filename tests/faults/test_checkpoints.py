@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dynmoe.train.checkpoint import step_directories
-from tests.faults.cases import MEGATRON, both_ways, errors, is_undisturbed
+from tests.faults.cases import MEGATRON, errors, is_undisturbed
 from tests.train.cases import TrainingProcess, read_rows
 
 
@@ -25,7 +25,16 @@ def limit_files(rank: int, size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-@pytest.mark.parametrize(("engine", "asynchronous"), both_ways(fast=("megatron", "false")))
+@pytest.mark.parametrize(
+    ("engine", "asynchronous"),
+    [
+        ("megatron", "false"),
+        *(
+            pytest.param(*way, marks=pytest.mark.slow)
+            for way in (("deepspeed", "true"), ("deepspeed", "false"), ("megatron", "true"))
+        ),
+    ],
+)
 def test_f06_a_disk_that_fills_up_while_saving(
     undisturbed, undisturbed_pipeline, corpus_dir, tmp_path, engine, asynchronous
 ):

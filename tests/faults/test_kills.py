@@ -7,12 +7,13 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from bench.processes import is_running
 from dynmoe.train.checkpoint import problem_of, step_directories
-from tests.faults.cases import MEGATRON, both_ways, is_undisturbed
+from tests.faults.cases import MEGATRON, is_undisturbed
 from tests.faults.injection import KillInTurn, Strike, replace
 from tests.train.cases import TrainingProcess, read_rows
 
@@ -36,9 +37,18 @@ STRIKES = {
 }
 
 
-@pytest.mark.parametrize("engine", ["deepspeed", pytest.param("megatron", marks=pytest.mark.slow)])
-def test_f01_a_rank_killed_in_any_phase_of_a_step(undisturbed, undisturbed_pipeline, corpus_dir, tmp_path, engine):
-    kills = KillInTurn(STRIKES[engine], tmp_path)
+@pytest.mark.parametrize(
+    ("engine", "numbers"),
+    [
+        ("deepspeed", (1, 3, 4)),
+        pytest.param("deepspeed", range(7), marks=pytest.mark.slow),
+        pytest.param("megatron", range(4), marks=pytest.mark.slow),
+    ],
+)
+def test_f01_a_rank_killed_in_any_phase_of_a_step(
+    undisturbed, undisturbed_pipeline, corpus_dir, tmp_path, engine, numbers
+):
+    kills = KillInTurn(tuple(STRIKES[engine][number] for number in numbers), tmp_path)
     overrides = MEGATRON if engine == "megatron" else []
     count = len(kills.strikes)
     process = TrainingProcess(corpus_dir, tmp_path / "runs", *overrides, restarts=count, prepare=kills)
@@ -73,23 +83,35 @@ class KillInSaves(KillInTurn):
         super().__call__(rank)
 
 
-@pytest.mark.parametrize(("engine", "asynchronous"), both_ways(fast=("deepspeed", "true")))
+def test_f02_a_rank_killed_around_the_commit_of_a_save(undisturbed, corpus_dir, tmp_path):
+    """The strikes between which a save begins to count, or an old one ceases to; all others are slow."""
+    killed_in_saves(SAVE[3:6] + SAVE[9:], undisturbed[0], corpus_dir, tmp_path, ["checkpoint.asynchronous=true"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+@pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
 def test_f02_a_rank_killed_in_any_phase_of_a_save(
     undisturbed, undisturbed_pipeline, corpus_dir, tmp_path, engine, asynchronous
 ):
-    strikes = SAVE
+    strikes, overrides, reference = SAVE, [f"checkpoint.asynchronous={asynchronous}"], undisturbed[0]
     if engine == "megatron":
         place = "dynmoe.engines.megatron.checkpoint:FileSystemWriterAsync.write_preloaded_data"
         metadata = "dynmoe.engines.megatron.checkpoint:FileSystemWriterAsync.finish"
         strikes = (Strike(place, 1, 1), Strike(metadata, 1, 0), Strike(metadata, 1, 0, after=True), *SAVE[3:6])
-    kills = KillInSaves(strikes, tmp_path)
-    overrides = [f"checkpoint.asynchronous={asynchronous}", "checkpoint.interval=4"]
-    overrides += MEGATRON if engine == "megatron" else []
+        overrides, reference = [*overrides, *MEGATRON], undisturbed_pipeline
+    killed_in_saves(strikes, reference, corpus_dir, tmp_path, overrides)
+
+
+def killed_in_saves(
+    strikes: tuple[Strike, ...], reference: Path, corpus_dir: Path, tmp_path: Path, overrides: list[str]
+) -> None:
+    kills, overrides = KillInSaves(strikes, tmp_path), [*overrides, "checkpoint.interval=4"]
     process = TrainingProcess(corpus_dir, tmp_path / "runs", *overrides, restarts=len(strikes), prepare=kills)
     assert process.wait() == 0, process.output()
     assert kills.struck() == len(strikes), process.output()
     run = tmp_path / "runs" / "tiny"
-    is_undisturbed(run, undisturbed_pipeline if engine == "megatron" else undisturbed[0])
+    is_undisturbed(run, reference)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000036", "step_00000040"]
 
 

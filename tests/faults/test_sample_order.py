@@ -41,6 +41,7 @@ def samples(run: Path) -> list[list[tuple[int, tuple[int, ...]]]]:
     return [[(int(number), own) for number, own in tokens[step].items()] for step in steps]
 
 
+@pytest.mark.slow  # the order itself: tests/data/test_batches.py; other layouts: test_f19 of the engines
 def test_f12_killed_and_resumed_over_epochs_on_other_ranks(small_corpus, tmp_path, sequences):
     """Two ranks, one, and two again, killed in the first and in the second epoch."""
     fields = ["logging.trace_interval=1", "checkpoint.interval=5"]
