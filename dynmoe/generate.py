@@ -14,6 +14,7 @@ from dynmoe.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dynmoe.data.tokenizer import Tokenizer
     from dynmoe.model.sampling import Sampling
     from dynmoe.trained import TrainedModel
 
@@ -108,15 +109,28 @@ def stream(model: TrainedModel, prompt: str, steps: Iterator[Step]) -> Iterator[
 def stream_with_experts(model: TrainedModel, prompt: str, steps: Iterator[Step]) -> Iterator[str]:
     """Each piece of the text, with the experts that it used in the mean of the layers behind it: ``the[2.25]``.
 
-    A piece is known when it is drawn, its experts when the pass after has computed it; the last one has none.
+    A piece is known when it is drawn, its experts when the pass after has computed it; the last one has none. A
+    character that is written as bytes has those of each byte behind it: ``é[2.25][2.00]``.
     """
-    waiting = list(model.tokenizer.encode(prompt))
+    tokenizer, waiting = model.tokenizer, list(model.tokenizer.encode(prompt))
+    tokens, shown = [], []  # of characters that are not whole yet, and what is shown behind them
     for step in steps:
         mean_S = step.experts_LBS[:, 0].float().mean(dim=0).tolist()[-len(waiting) :] if waiting else []
-        for token, mean in zip(waiting, mean_S, strict=True):
-            yield f"{model.tokenizer.piece(token)}[{mean:.2f}]"
+        tokens += waiting
+        shown += [f"[{mean:.2f}]" for mean in mean_S]
+        whole = len(tokens) - tokenizer.unfinished(tokens)
+        yield from _annotated(tokenizer, tokens[:whole], shown)
+        tokens, shown = tokens[whole:], shown[whole:]
         waiting = [token for token in step.tokens if token is not None]
-    yield from (model.tokenizer.piece(token) for token in waiting)
+    yield from _annotated(tokenizer, tokens + waiting, [*shown, *("" for _ in waiting)])
+
+
+def _annotated(tokenizer: Tokenizer, tokens: list[int], shown: list[str]) -> Iterator[str]:
+    """What the tokens are read as, and behind it what is shown of each."""
+    place = 0
+    for text, length in tokenizer.written(tokens):
+        yield text + "".join(shown[place : place + length])
+        place += length
 
 
 def main() -> None:

@@ -70,6 +70,13 @@ def test_experts_of_each_token_are_those_of_a_whole_pass(model):
     assert len(set(shown)) > 1, "nothing is dynamic here"
 
 
+def test_experts_stand_behind_whole_characters(model):
+    prompt = "a\U0001f600\u6c49b"
+    parts = stream_with_experts(model, prompt, generate(model, [prompt], 1, GREEDY))
+    shown = "".join(parts)
+    assert re.match(r"a\[\d\.\d\d\]\U0001f600(\[\d\.\d\d\]){4}\u6c49(\[\d\.\d\d\]){3}b\[\d\.\d\d\]", shown), shown
+
+
 def test_characters_of_several_tokens_wait_until_they_are_whole(model):
     text = _Text(model, "")
     shown = []

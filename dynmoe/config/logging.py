@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Optional
 
@@ -40,6 +41,12 @@ class LoggingConfig(Section):
     warn_budget_deviation: float = option(
         0.2, "warn when experts per token leave the budget by more than this share of it", above=0
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.wandb != "disabled" and not re.fullmatch(r"[^/\\#?%:\r\n]{1,128}", self.wandb_project):
+            cure = r"use 1 to 128 characters, none of / \ # ? % :"
+            raise ConfigError("logging.wandb_project", self.wandb_project, "is no name that W&B takes", cure)
 
     def check_installed(self) -> None:
         """Refuses a view whose package is not here."""

@@ -22,6 +22,8 @@ from dynmoe.config.parallel import DeepSpeedConfig, ParallelConfig
 from dynmoe.config.routing import MoEConfig, RouterConfig
 from dynmoe.errors import ConfigError
 
+_LONGEST_NAME = 240  # a job's log is NAME-JOB.out, a directory under way NAME.tmp-12345678
+
 
 @dataclass
 class RunConfig(Section):
@@ -35,6 +37,9 @@ class RunConfig(Section):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             cure = "use letters, digits, '.', '_' and '-', starting with a letter or digit"
             raise ConfigError("run.name", self.name, "cannot name a directory", cure)
+        if len(self.name) > _LONGEST_NAME:
+            cure = f"use at most {_LONGEST_NAME} characters, as names of files may have 255 and some add to it"
+            raise ConfigError("run.name", self.name, f"has {len(self.name)} characters", cure)
 
     @property
     def path(self) -> Path:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+from codecs import getincrementaldecoder
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from dynmoe.errors import UserError
+
+_LONGEST_CHARACTER = 4  # bytes, in UTF-8
 
 
 class Tokenizer:
@@ -66,6 +72,35 @@ class Tokenizer:
     def piece(self, token: int) -> str:
         """The piece of text that a token stands for, spaces as such; <0xAB> for a byte of a character."""
         return self._model.id_to_piece(token).replace("\u2581", " ")
+
+    def written(self, tokens: Sequence[int]) -> Iterator[tuple[str, int]]:
+        """What tokens are read as, in their order, each with how many of them it takes.
+
+        That is a piece of text, or a character whose bytes are tokens; <0xAB> for a byte of no whole character.
+        """
+        place = 0
+        while place < len(tokens):
+            text, length, raw = self.piece(tokens[place]), 1, b""
+            for byte in map(self._byte, tokens[place : place + _LONGEST_CHARACTER]):
+                if not byte:
+                    break
+                raw += byte
+                with suppress(UnicodeDecodeError):  # the beginning of a character is none
+                    text, length = raw.decode(), len(raw)
+                    break
+            yield text, length
+            place += length
+
+    def unfinished(self, tokens: Sequence[int]) -> int:
+        """How many tokens at the end are bytes of a character that further ones may complete."""
+        last = takewhile(len, map(self._byte, reversed(tokens[-_LONGEST_CHARACTER:])))
+        decoder = getincrementaldecoder("utf-8")("replace")
+        decoder.decode(b"".join([*last][::-1]))
+        return len(decoder.getstate()[0])
+
+    def _byte(self, token: int) -> bytes:
+        """The byte that a token stands for; nothing where it stands for text."""
+        return bytes([int(self._model.id_to_piece(token)[1:-1], 16)]) if self._model.is_byte(token) else b""
 
     @cached_property
     def splits_into_words(self) -> bool:

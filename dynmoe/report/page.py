@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from dynmoe.report.pictures import sections
+from dynmoe.report.pictures import sections, zero_throughout
 from dynmoe.report.runs import Run
 from dynmoe.train.checkpoint import write_atomically
 from dynmoe.train.resume import flatten
@@ -43,19 +43,27 @@ def write_page(template: str, output: Path, **values: Any) -> None:
 
 
 def write_report(runs: Sequence[Run], output: Path) -> None:
-    """The report of one run, or of several laid over each other."""
-    drawn = {
+    """The report of one run, or of several laid over each other.
+
+    Figures of nothing but zeros are a line of words at the end of their section.
+    """
+    zeros, drawn = zero_throughout(runs), sections(runs)
+    pages = {
         section: [
             figure.to_html(
                 full_html=False, include_plotlyjs=False, div_id=f"figure-{name}", auto_play=False,
                 config={"responsive": True, "displaylogo": False},
             )
-            for name, figure in own.items()
+            for name, figure in own.items() if name not in zeros
         ]
-        for section, own in sections(runs).items()
+        for section, own in drawn.items()
     }  # fmt: skip
+    told = {
+        section: "; ".join(zeros[name][0].lower() + zeros[name][1:] for name in own if name in zeros)
+        for section, own in drawn.items()
+    }
     write_page(
-        "report.html.j2", output, runs=runs, sections=drawn, plotly=get_plotlyjs(), headline=_headline,
+        "report.html.j2", output, runs=runs, sections=pages, zeros=told, plotly=get_plotlyjs(), headline=_headline,
         summary=[(heading, [_shown(run, metric, form, factor) for run in runs])
                  for heading, metric, form, factor in _SUMMARY
                  if metric != _BY_TOKENS or any(run.last(metric) is not None for run in runs)],

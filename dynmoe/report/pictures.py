@@ -60,14 +60,38 @@ def sections(runs: Sequence[Run]) -> dict[str, dict[str, go.Figure]]:
         },
         "Router": {name: figures.by_layer(runs, name, title, y) for name, title, y in _ROUTER},
         "Speed and memory": {
-            name.split("/")[1]: figures.over_time(runs, name, title, y) for name, title, y in _SPEED
+            _short(name): figures.over_time(runs, name, title, y) for name, title, y in _SPEED
         },
-        "Optimizer": {name.split("/")[1]: figures.over_time(runs, name, title, y) for name, title, y in _OPTIMIZER},
+        "Optimizer": {_short(name): figures.over_time(runs, name, title, y) for name, title, y in _OPTIMIZER},
     }  # fmt: skip
     kept = {
         section: {name: figure for name, figure in own.items() if figure is not None} for section, own in drawn.items()
     }
     return {section: own for section, own in kept.items() if own}
+
+
+def zero_throughout(runs: Sequence[Run]) -> dict[str, str]:
+    """Titles, by name, of the figures that show nothing but zeros, of all runs that have them."""
+    places = ["moe", *(f"moe/layer_{layer:02d}" for layer in sorted({layer for run in runs for layer in run.layers}))]
+    metrics = {(name, title): [f"{place}/{name}" for place in places] for name, title, _ in _ROUTER + _LOAD}
+    metrics |= {(_short(metric), title): [metric] for metric, title, _ in _SPEED + _OPTIMIZER}
+    return {name: title for (name, title), own in metrics.items() if _are_zero(runs, own)}
+
+
+def _are_zero(runs: Sequence[Run], metrics: Sequence[str]) -> bool:
+    """Whether there is a value, and each of every run is 0; a figure itself leaves some out."""
+    found = False
+    for metric in metrics:
+        for run in runs:
+            values = run.series(metric)[1]
+            if any(value != 0 for value in values):
+                return False
+            found = found or bool(values)
+    return found
+
+
+def _short(metric: str) -> str:
+    return metric.split("/")[1]
 
 
 def pictures_of_run(path: Path) -> dict[str, go.Figure]:

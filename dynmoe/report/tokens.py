@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
 from dynmoe.moe.observation import keeping_plans
 from dynmoe.report.page import write_page
@@ -31,7 +33,8 @@ def view_tokens(model: TrainedModel, texts: Sequence[Text], num_tokens: int) -> 
     Returns:
         What tokens.json holds: ``run``, ``step``, ``layers`` (indices), ``sources``; ``tokens``, each with ``id``,
         ``piece``, ``source`` (its number), ``position`` and, by layer, ``experts`` and their ``gates``; and ``tables``
-        (see :func:`tables`).
+        (see :func:`tables`). A byte of a character that is whole in its window has this ``character`` too, and in
+        ``byte`` which of its bytes it is, from 0.
 
     Raises:
         UserError: a dense model, or no text.
@@ -64,11 +67,20 @@ def _run_window(model: TrainedModel, ids: list[int], source: int) -> list[dict[s
     chosen = [_routes(plan) for plan in plans]
     return [
         {
-            "id": token, "piece": model.tokenizer.piece(token), "source": source, "position": place - 1,
+            "id": token, "piece": piece, "source": source, "position": place - 1, **character,
             "experts": [experts[place] for experts, _ in chosen], "gates": [gates[place] for _, gates in chosen],
         }
-        for place, token in enumerate(ids, start=1)
+        for place, (token, piece, character) in enumerate(_read(model.tokenizer, ids), start=1)
     ]  # fmt: skip
+
+
+def _read(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Each token, its piece, and the character that it is a byte of."""
+    left = iter(ids)
+    for text, length in tokenizer.written(ids):
+        for byte, token in enumerate(islice(left, length)):
+            piece = tokenizer.piece(token)
+            yield token, piece, {} if piece == text else {"character": text, "byte": byte}
 
 
 def _routes(plan: RoutingPlan) -> tuple[list[list[int]], list[list[float]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import secrets
 import threading
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ _INIT_TIMEOUT_S = 5.5
 _FINISH_TIMEOUT_S = 60.0
 _FLUSH_S = 1.0  # of rows may be lost with W&B's service, which a scheduler ends with the ranks; by default 15
 _SERVICE = "wandb-core"
+_LONGEST_NAME = 128  # characters of a run's, a group's and an artifact's name; W&B refuses longer ones
 _MOST_BINS = 512  # W&B refuses more; tokens of more experts are not in its histogram
 
 
@@ -92,7 +94,7 @@ class WandbView:
             failures.append(error)
 
     def _keep_inputs(self, corpora: Sequence[str]) -> None:
-        artifact = wandb.Artifact(f"{self._run_name}-inputs", type="inputs")
+        artifact = wandb.Artifact(name_within_limit(self._run_name, "-inputs"), type="inputs")
         artifact.add_file(str(self._directory.config))
         artifact.add_file(str(self._directory.tokenizer))
         for number, corpus in enumerate(corpora):
@@ -102,9 +104,8 @@ class WandbView:
     def _keep_outputs(self) -> None:
         checkpoint = newest_complete(self._directory.checkpoints)
         if checkpoint is not None:
-            artifact = wandb.Artifact(
-                f"{self._run_name}-checkpoint", type="checkpoint", metadata={"step": checkpoint.step}
-            )
+            name = name_within_limit(self._run_name, "-checkpoint")
+            artifact = wandb.Artifact(name, type="checkpoint", metadata={"step": checkpoint.step})
             # A reference: checkpoints stay where they are, and have hashes of their own.
             artifact.add_reference(f"file://{checkpoint.path.resolve()}", checksum=False)
             self._run.log_artifact(artifact)
@@ -123,9 +124,19 @@ class WandbView:
             print(f"W&B failed ({first_line(error)}); {consequence}", flush=True)
 
 
+def name_within_limit(name: str, ending: str = "") -> str:
+    """A name and its ending; one that W&B would refuse keeps its beginning, and a hash stands for the rest."""
+    room = _LONGEST_NAME - len(ending)
+    if len(name) > room:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        name = f"{name[: room - len(digest) - 1]}-{digest}"
+    return name + ending
+
+
 def _start(config: Config, directory: str, run_id: str) -> Any:
+    name = name_within_limit(config.run.name)
     arguments: dict[str, Any] = {
-        "project": config.logging.wandb_project, "name": config.run.name, "group": config.run.name, "dir": directory,
+        "project": config.logging.wandb_project, "name": name, "group": name, "dir": directory,
         "config": dataclasses.asdict(config), "id": run_id, "resume": "allow",
         "settings": wandb.Settings(
             init_timeout=_INIT_TIMEOUT_S, finish_timeout=_FINISH_TIMEOUT_S, silent=True, console="off",

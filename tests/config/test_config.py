@@ -123,6 +123,7 @@ BAD = [
     ('data.dirs=["a\\nb"]', ["data.dirs='a\\nb'", "printed"]),
     ("run.name=../escape", ["run.name='../escape'", "letters, digits"]),
     ("run.name=a\nb", ["run.name", "letters, digits"]),
+    (f"run.name={'a' * 241}", ["run.name", "241 characters", "at most 240"]),
     ("run.name=${oc.env:HOME}", ["run.name", "interpolation"]),
     ("model=3", ["model"]),
     ("model.router=[]", ["model.router"]),
@@ -148,6 +149,7 @@ BAD = [
     ("train.seed=4294967296", ["train.seed=4294967296", "below 4294967296"]),
     ("train.steps", ["'train.steps'", "key=value"]),
     ("logging.wandb=off", ["logging.wandb", "disabled, offline, online"]),
+    ("logging.wandb=online logging.wandb_project=team/x", ["logging.wandb_project='team/x'", "1 to 128 characters"]),
 ]
 
 

@@ -14,8 +14,11 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from bench.processes import ROOT
+from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.report.page import write_report
 from dynmoe.report.runs import read_run
+from dynmoe.report.tokens import _read as read_tokens
+from dynmoe.report.tokens import tables, write_view
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
@@ -218,6 +221,60 @@ def test_each_token_shows_its_experts_and_its_colour(open_page, pages):
     for title in ("Tokens that use most", "Tokens that use fewest", "By layer", "By source", "By position",
                   "By frequency rank"):  # fmt: skip
         expect(page.locator("#tables")).to_contain_text(title)
+
+
+CHARACTERS = "日本語 é x 👩\u200d🔬 の\u3099~\n"
+
+
+@pytest.fixture(scope="module")
+def in_bytes(pages, tmp_path_factory) -> Path:
+    """A token view of characters that the run's tokenizer writes as bytes, the first and last ones cut."""
+    tokenizer = Tokenizer(pages["run"] / "tokenizer.model")
+    ids = tokenizer.encode(f"神{CHARACTERS}神")[1:-1]
+    tokens = [
+        {"id": token, "piece": piece, "source": 0, "position": place, **character,
+         "experts": [list(range(place % 4))], "gates": [[0.5] * (place % 4)]}
+        for place, (token, piece, character) in enumerate(read_tokens(tokenizer, ids))
+    ]  # fmt: skip
+    view = {"run": "bytes", "step": 1, "layers": [0], "sources": ["text"], "tokens": tokens,
+            "tables": tables(tokens, [0], ["text"], 64)}  # fmt: skip
+    pages["bytes"] = tmp_path_factory.mktemp("bytes") / "tokens.html"
+    write_view(view, pages["bytes"])
+    return pages["bytes"]
+
+
+@pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
+def test_characters_that_are_written_as_bytes_can_be_read(open_page, in_bytes, viewport):
+    page = open_page("bytes", viewport)
+    tokens = json.loads(in_bytes.with_suffix(".json").read_text())["tokens"]
+    spans = page.locator("#text span")
+    assert spans.count() == len(tokens)
+    shown = CHARACTERS.replace("\n", "↵\n").replace("\u200d", "U+200D").replace("\u3099", "◌\u3099")
+    cut = [f"<0x{byte:02X}>" for byte in "神".encode()]
+    assert page.locator("#text").text_content() == f"text{cut[1]}{cut[2]}{shown}{cut[0]}{cut[1]}"
+    boxes = page.locator("#text .character").evaluate_all(
+        """(nodes) => nodes.map((node) => [node, ...node.children].map((part) => {
+            const { left, right, top, bottom } = part.getBoundingClientRect();
+            return { left, right, top, bottom };
+        }))"""
+    )
+    written = [character for character in CHARACTERS if len(character.encode()) > 1]
+    for character, (whole, glyph, *parts) in zip(written, boxes, strict=True):
+        assert len(parts) == len(character.encode())
+        assert [part["left"] for part in parts[1:]] == pytest.approx([part["right"] for part in parts[:-1]], abs=0.1)
+        assert (parts[0]["left"], parts[-1]["right"]) == pytest.approx((whole["left"], whole["right"]), abs=0.1)
+        assert parts[0]["right"] - parts[0]["left"] >= 7, "too small to point at"
+        assert whole["left"] <= glyph["left"] < glyph["right"] <= whole["right"]
+    colours = spans.evaluate_all("(nodes) => nodes.map((node) => node.style.backgroundColor)")
+    for colour, token in zip(colours, tokens, strict=True):
+        alpha = float(match[1]) if (match := re.search(r"[,/] ?([\d.]+)\)$", colour)) else 1.0
+        assert alpha == pytest.approx(0.85 * len(token["experts"][0]) / 3, abs=0.01)
+    first = next(number for number, token in enumerate(tokens) if token.get("character") == "本")
+    for byte, token in enumerate(tokens[first : first + 2]):  # each has its own experts and words
+        spans.nth(first + byte).hover()
+        words = f'"本" byte {byte + 1} of 3, "{token["piece"]}", token {token["id"]}, position {token["position"]}'
+        expect(page.locator("#detail")).to_contain_text(words)
+        expect(page.locator("#detail tr")).to_contain_text(f"layer 0{len(token['experts'][0])}")
 
 
 def test_screenshots(open_page, report, pytestconfig, tmp_path):

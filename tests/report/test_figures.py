@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dynmoe.report import figures
-from dynmoe.report.pictures import pictures_of_run, sections
+from dynmoe.report.page import write_report
+from dynmoe.report.pictures import pictures_of_run, sections, zero_throughout
 from dynmoe.report.runs import Run, read_run
 
 
@@ -110,3 +111,43 @@ def test_a_report_has_every_section_and_views_get_the_same_pictures(run):
     assert set(pictures_of_run(run.path)) == {name for own in drawn.values() for name in own}
     dense = Run(run.path, "dense", rows=[{"train/step": 1, "train/lm_loss": 2.0, "train/tokens_per_s": 9.0}])
     assert list(sections([dense])) == ["Loss", "Speed and memory"]
+
+
+QUIET = {"dead_experts": "experts in use that computed no token", "dropped_routes_frac": "dropped routes"}
+
+
+def of_zeros(run: Run, **spikes: float) -> Run:
+    """A run of many steps with one layer of experts; ``spikes`` happen in one step, which figures leave out."""
+    rows = [
+        {"train/step": step, "train/lm_loss": 2.0, "moe/router_entropy": 0.5, "moe/layer_00/router_entropy": 0.5,
+         "moe/layer_00/active_experts": 4.0,
+         **{f"moe/{layer}{name}": 0.0 for name in QUIET for layer in ("", "layer_00/")}}
+        for step in range(1, 2002)
+    ]  # fmt: skip
+    rows[3] |= {f"moe/layer_00/{name}": value for name, value in spikes.items()}
+    return Run(run.path, "zeros", rows=rows)
+
+
+def page_of(runs: list[Run], path) -> str:
+    write_report(runs, path)
+    return path.read_text()
+
+
+def test_what_is_zero_throughout_is_a_line_of_words(run, tmp_path):
+    page = page_of([of_zeros(run)], tmp_path / "report.html")
+    assert f"<p>Zero throughout: {'; '.join(QUIET.values())}.</p>" in page
+    assert all(f'id="figure-{name}"' not in page for name in QUIET)
+    assert 'id="figure-router_entropy"' in page
+    both = page_of([of_zeros(run), of_zeros(run)], tmp_path / "both.html")
+    assert f"<p>Zero throughout, in every run: {'; '.join(QUIET.values())}.</p>" in both
+
+
+def test_one_value_in_one_layer_of_one_run_brings_the_figure_back(run, tmp_path):
+    spiked = of_zeros(run, dead_experts=1.0)
+    assert 1.0 not in trace(figures.by_layer([spiked], "dead_experts", "", ""), "layer 0").y
+    page = page_of([of_zeros(run), spiked], tmp_path / "report.html")
+    assert 'id="figure-dead_experts"' in page
+    assert 'id="figure-dropped_routes_frac"' not in page
+    lost = of_zeros(run, dead_experts=float("nan"))
+    for runs in ([spiked], [spiked, of_zeros(run)], [lost]):
+        assert zero_throughout(runs).keys() == {"dropped_routes_frac"}

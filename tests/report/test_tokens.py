@@ -105,6 +105,30 @@ def test_the_tables_are_counts_over_the_tokens(view):
         assert sum(row["count"] for row in tables[name]) == len(tokens)
 
 
+def test_bytes_say_which_character_they_are_of(model):
+    """By windows: one that ends within a character has its first bytes, and the next one the others."""
+    window, text = model.config.data.sequence_length - 1, "神経🔬é~ " * 12
+    tokens = view_tokens(model, [Text("text", text)], 2 * window - 1)["tokens"]
+    ids = model.tokenizer.encode(text)[: 2 * window - 1]
+    assert [token["id"] for token in tokens] == ids
+    cut = 0
+    for own in (tokens[:window], tokens[window:]):
+        raw = b"".join(_raw(token) for token in own)
+        whole = raw.decode(errors="ignore")
+        assert len(whole) > 10
+        assert [token["character"] for token in own if token.get("byte") == 0] == [*whole.replace(" ", "")]
+        for token in own:
+            if "character" in token:
+                assert _raw(token) == token["character"].encode()[token["byte"]].to_bytes()
+        cut += len(raw) - len(whole.encode())
+    assert cut > 0, "no character is cut"
+
+
+def _raw(token) -> bytes:
+    piece = token["piece"]
+    return bytes([int(piece[1:-1], 16)]) if piece.startswith("<0x") else piece.encode()
+
+
 def test_the_page_carries_its_data_and_escapes_it(view, tmp_path):
     hostile = {**view, "run": "</script><script>alert(1)</script>", "tokens": [dict(token) for token in view["tokens"]]}
     hostile["tokens"][0]["piece"] = "</script><b>"

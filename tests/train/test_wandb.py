@@ -16,6 +16,8 @@ import psutil
 import pytest
 
 from dynmoe.config import load_config
+from dynmoe.config.logging import LoggingConfig
+from dynmoe.errors import ConfigError
 from dynmoe.train.run_directory import RunDirectory
 from tests.train.cases import TrainingProcess, curve, parameter_hashes, read_rows
 from tests.train.wandb_server import WandbServer
@@ -44,6 +46,24 @@ def records(path: Path) -> Iterator[bytes]:
 def logged_steps(rows: list[dict[str, str]]) -> list[str]:
     """Steps of the rows of metrics; W&B gives that of the last one to the pictures too."""
     return [row["train/step"] for row in rows if "report/loss/_type" not in row]
+
+
+def names(root: Path) -> set[str]:
+    """Names of every offline run below ``root``, of its group and of the artifacts that it logged."""
+    from wandb.proto import wandb_internal_pb2
+
+    found = set()
+    for path in root.rglob("run-*.wandb"):
+        for data in records(path):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "run":
+                found |= {record.run.display_name, record.run.run_group}
+            elif record.WhichOneof("record_type") == "artifact":
+                found |= {record.artifact.name}
+            elif record.WhichOneof("record_type") == "request" and record.request.HasField("log_artifact"):
+                found |= {record.request.log_artifact.artifact.name}
+    return found
 
 
 def read_offline(root: Path) -> tuple[set[str], list[dict[str, str]]]:
@@ -85,8 +105,8 @@ def open_view(tmp_path, corpus_dir):
     """Makes a view of a run in ``tmp_path``, as the trainer does."""
     from dynmoe.train.wandb_view import WandbView
 
-    def make(mode: str, run_id: str | None = None, pictures=lambda path: {}) -> WandbView:
-        overrides = [f"run.dir={tmp_path}", "run.name=run", f"logging.wandb={mode}", f"data.dirs=[{corpus_dir}]"]
+    def make(mode: str, run_id: str | None = None, pictures=lambda path: {}, name="run") -> WandbView:
+        overrides = [f"run.dir={tmp_path}", f"run.name={name}", f"logging.wandb={mode}", f"data.dirs=[{corpus_dir}]"]
         config = load_config(None, overrides)
         directory = RunDirectory(config.run.path)
         directory.path.mkdir(exist_ok=True)
@@ -112,12 +132,15 @@ def test_an_offline_run_holds_every_row_and_a_resumed_one_keeps_its_id(tmp_path,
 
 
 def test_histograms_pictures_and_artifacts_are_in_the_run(tmp_path, open_view):
+    """Its name is longer than W&B takes."""
     import plotly.graph_objects as go
+    from wandb.sdk.artifacts._validators import validate_artifact_name
 
-    view = open_view("offline", pictures=lambda path: {"loss": go.Figure(go.Scatter(x=[1], y=[2]))})
+    name = "run-" + "x" * 236
+    view = open_view("offline", pictures=lambda path: {"loss": go.Figure(go.Scatter(x=[1], y=[2]))}, name=name)
     layer = {"experts_per_token": [0, 5, 3], "load": [8, 0], "active": [1, 0]}
     view.log({"train/step": 10}, {"train/step": 10, "layers": {"3": layer}})
-    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000010"
+    checkpoint = tmp_path / name / "checkpoints" / "step_00000010"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
     view.close()
@@ -130,6 +153,42 @@ def test_histograms_pictures_and_artifacts_are_in_the_run(tmp_path, open_view):
     found = artifacts(tmp_path)
     assert sorted(found["inputs"]) == ["config.yaml", "corpus_0_manifest.json", "tokenizer.model"]
     assert found["checkpoint"] == [f"file://{checkpoint.resolve()}/manifest.json"]
+    assert len(names(tmp_path)) == 3, "run and group have one name, each artifact its own"
+    assert all(validate_artifact_name(own).startswith("run-xxxx") for own in names(tmp_path))
+
+
+@pytest.mark.parametrize("ending", ["", "-inputs", "-checkpoint"])
+def test_long_names_are_shortened_and_stay_apart(ending):
+    """Within the limit that W&B has for an artifact's name, which is also that of its server for runs and groups."""
+    import wandb
+    from wandb.sdk.artifacts._validators import NAME_MAXLEN
+
+    from dynmoe.train.wandb_view import name_within_limit
+
+    fits = "n" * (NAME_MAXLEN - len(ending))
+    assert name_within_limit(fits, ending) == fits + ending
+    long = [f"{fits}{number}" for number in range(100)]
+    short = [name_within_limit(name, ending) for name in long]
+    assert len(set(short)) == 100
+    assert {len(name) for name in short} == {NAME_MAXLEN}
+    assert all(wandb.Artifact(name, type="inputs").name == name for name in short)
+    assert all(name.startswith("n" * 100) and name.endswith(ending) for name in short)
+    assert short == [name_within_limit(name, ending) for name in long], "a resumed run goes on under its name"
+
+
+@pytest.mark.parametrize("project", ["a", "x" * 128, "x" * 129, "", *(f"a{c}b" for c in "/\\#?%:\r\n é.,;'&=+-_@")])
+def test_a_project_is_refused_before_wandb_refuses_it(project):
+    import wandb
+    from wandb.sdk.artifacts._validators import validate_project_name
+
+    try:
+        validate_project_name(wandb.Settings(project=project).project)
+    except (ValueError, wandb.errors.UsageError):
+        with pytest.raises(ConfigError, match=r"logging\.wandb_project"):
+            LoggingConfig(wandb="offline", wandb_project=project)
+    else:
+        LoggingConfig(wandb="offline", wandb_project=project)
+    LoggingConfig(wandb="disabled", wandb_project=project)
 
 
 def test_what_cannot_be_drawn_costs_its_picture_and_nothing_else(tmp_path, open_view, capsys):
