@@ -86,6 +86,7 @@ class Trainer:
         """Resumes where a checkpoint is, trains to the last step or until told to end, and leaves a checkpoint."""
         train = self.config.train
         self.config = with_weighting(self.config, self._resume())
+        self._watchdog.progress("the order of the samples")
         self._evaluation = Evaluation(self.config, self.engine, self.data)
         record = self._begin()
         row: Row = {} if record is None else record.last_row
