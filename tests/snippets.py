@@ -293,6 +293,5 @@ def _text(path: str) -> str:
 
 @functools.cache
 def _files() -> list[str]:
-    """Files of the project, as far as git knows them."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True)
-    return listed.stdout.split()
+    """Files of the project: all that git does not ignore."""
+    return subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from typing import Any
 
@@ -112,6 +113,15 @@ def test_the_line_of_histograms_is_like_a_runs(undisturbed):
     assert shown["layers"]["0"].keys() == own["layers"]["0"].keys()
     layer = shown["layers"]["0"]
     assert sum(k * tokens for k, tokens in enumerate(layer["experts_per_token"])) == sum(layer["load"])
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/megatron.md", "docs/cluster.md"])
+def test_the_first_screen_says_that_nothing_ran_on_a_gpu_until_a_figure_names_one(page):
+    figures = sorted((ROOT / "docs" / "figures").glob("*.json"))
+    measured = [figure.name for figure in figures if "NVIDIA" in json.loads(figure.read_text())["machine"]]
+    first_screen = (ROOT / page).read_text().splitlines()[:25]
+    says = any(re.match(r"\*\*Nothing (of it )?has run on a GPU yet\*\*", line) for line in first_screen)
+    assert says == (not measured), f"{page} says {says}; figures of a GPU: {measured}"
 
 
 def test_traces_are_read_as_shown(undisturbed):
