@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 
 from bench import (
+    collectives,
     data_prep,
     decoding,
     dispatch,
@@ -19,6 +20,7 @@ from bench import (
     faults,
     gpu_layer,
     gpu_smoke,
+    gradient_watch,
     growth,
     imbalance,
     launches,
@@ -39,8 +41,9 @@ from dynmoe.errors import UserError
 BENCHMARKS: dict[str, ModuleType] = {
     "layer": layer, "dispatch": dispatch, "growth": growth, "imbalance": imbalance, "memory": memory,
     "launches": launches, "wire": wire, "end_to_end": end_to_end, "router": router, "statistics": statistics,
-    "saving": saving, "decoding": decoding, "data_prep": data_prep, "faults": faults, "gpu_layer": gpu_layer,
-    "gpu_smoke": gpu_smoke, "routing": routing, "soak": soak,
+    "saving": saving, "decoding": decoding, "collectives": collectives, "gradient_watch": gradient_watch,
+    "data_prep": data_prep, "faults": faults, "gpu_layer": gpu_layer, "gpu_smoke": gpu_smoke, "routing": routing,
+    "soak": soak,
 }  # fmt: skip
 _OF_ALL = [name for name in BENCHMARKS if name not in ("faults", "gpu_smoke", "routing", "soak")]
 

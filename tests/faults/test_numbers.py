@@ -136,10 +136,7 @@ def gradients_that_are_read(overrides: list[str]) -> tuple[list[int], str]:
 
     The fault strikes one rank once: it is not there when the step is computed again.
     """
-    engine = make_engine(config_for(*overrides), VOCAB)
-    batches = micro_batches(engine.config, 0, engine.data_rank, engine.data_size)
     struck, counts = [], []
-    parameter = next(engine.layers[0].experts.parameters())
 
     def spoil_once(gradient: torch.Tensor) -> torch.Tensor:
         if engine.step == 2 and dist.get_rank() == 0 and not struck:
@@ -147,8 +144,10 @@ def gradients_that_are_read(overrides: list[str]) -> tuple[list[int], str]:
             return gradient * math.nan
         return gradient
 
-    parameter.register_hook(spoil_once)
     with patch.object(GradientWatch, "_see", autospec=True, side_effect=GradientWatch._see) as see:
+        engine = make_engine(config_for(*overrides), VOCAB)
+        batches = micro_batches(engine.config, 0, engine.data_rank, engine.data_size)
+        next(engine.layers[0].experts.parameters()).register_hook(spoil_once)
         engine.compute_gradients(batches, record=False)
         counts.append(see.call_count)
         engine.update(engine.config.optimizer.lr)

@@ -1,0 +1,102 @@
+"""Benchmark 14: what it costs to know which gradient was the first not to be finite, in steps of two micro-batches.
+
+"every pass" adds up every gradient as the backward pass makes it, which reads all of them once more. "watch" is what we
+do: nothing, until a step is not finite. "a bad step" is such a step, which is left out, and computed again to be
+described. The quickstart model as it is, and with 64 experts and few tokens, where gradients weigh most. One rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.cases import DEVICE
+from bench.report import verdict
+from dynmoe.config import load_config
+from dynmoe.engines.nonfinite import GradientWatch
+from dynmoe.model import Decoder
+from dynmoe.ops.host_memory import keep_freed_memory
+
+_MODELS = {
+    "quickstart": [],
+    "64 experts, 256 tokens": ["model.moe.experts=64", "model.moe.expert_hidden=256", "train.micro_batch=1"],
+}
+_VOCAB, _MICRO_BATCHES = 4096, 2
+_METHODS = ("nothing", "every pass", "watch", "a bad step")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", default="configs/quickstart.yaml", help="model to measure with")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+
+
+def run(given: argparse.Namespace) -> list[dict[str, Any]]:
+    torch.set_num_threads(given.threads)
+    keep_freed_memory()
+    rows = []
+    for name, overrides in _MODELS.items():
+        step = _stepper(given.config, overrides)
+        for method in _METHODS:
+            step(method)
+        ratios: dict[str, list[float]] = {method: [] for method in _METHODS[1:]}
+        draw = random.Random(0)
+        for _ in range(given.repeats):
+            # In any order: a step is slower after one that left other memory behind.
+            seconds = {method: step(method) for method in draw.sample(_METHODS, len(_METHODS))}
+            for method, own in ratios.items():
+                own.append(seconds[method] / seconds["nothing"])
+        rows += [{"model": name, "method": m, "time_over_nothing": statistics.median(own)} for m, own in ratios.items()]
+    return rows
+
+
+def _stepper(path: str, overrides: list[str]) -> Callable[[str], float]:
+    """A function that takes a step by one of the methods, and returns its seconds."""
+    config = load_config(path, overrides)
+    model = Decoder(config.model, _VOCAB, seed=0).to(DEVICE)
+    parameters = list(model.parameters())
+    adam = torch.optim.AdamW(parameters, fused=True)
+    watch = GradientWatch(model.named_parameters(), model.moe_layers)
+    tokens = torch.randint(_VOCAB, (config.train.micro_batch, config.data.sequence_length + 1), device=DEVICE)
+    sums: list[Tensor] = []
+
+    def step(method: str) -> float:
+        reads = parameters if method == "every pass" else []
+        hooks = [own.register_hook(lambda gradient: sums.append(gradient.sum())) for own in reads]
+        start = time.perf_counter()
+        for number in range(_MICRO_BATCHES):
+            model.context.micro_batch = number
+            model(tokens[:, :-1], tokens[:, 1:]).backward()
+        if method == "a bad step":
+            with watch.watching():
+                for number in range(_MICRO_BATCHES):
+                    with model.context.recompute(number):
+                        torch.autograd.grad(model(tokens[:, :-1], tokens[:, 1:]), parameters, allow_unused=True)
+            assert watch.first_bad_gradient() is None
+        else:
+            adam.step()
+        adam.zero_grad()
+        sums.clear()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        for hook in hooks:
+            hook.remove()
+        return seconds
+
+    return step
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    return [
+        verdict(f"{row['model']}: a step with the watch against one without", row["time_over_nothing"], 1.01)
+        for row in rows
+        if row["method"] == "watch"
+    ]
