@@ -44,7 +44,7 @@ class LoggingConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.wandb != "disabled" and not re.fullmatch(r"[^/\\#?%:\r\n]{1,128}", self.wandb_project):
+        if self.wandb != "disabled" and not re.fullmatch(r"[^/\\#?%:]{1,128}", self.wandb_project):
             cure = r"use 1 to 128 characters, none of / \ # ? % :"
             raise ConfigError("logging.wandb_project", self.wandb_project, "is no name that W&B takes", cure)
 

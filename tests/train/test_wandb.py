@@ -176,7 +176,7 @@ def test_long_names_are_shortened_and_stay_apart(ending):
     assert short == [name_within_limit(name, ending) for name in long], "a resumed run goes on under its name"
 
 
-@pytest.mark.parametrize("project", ["a", "x" * 128, "x" * 129, "", *(f"a{c}b" for c in "/\\#?%:\r\n é.,;'&=+-_@")])
+@pytest.mark.parametrize("project", ["a", "x" * 128, "x" * 129, "", *(f"a{c}b" for c in "/\\#?%: é.,;'&=+-_@")])
 def test_a_project_is_refused_before_wandb_refuses_it(project):
     import wandb
     from wandb.sdk.artifacts._validators import validate_project_name
@@ -188,8 +188,7 @@ def test_a_project_is_refused_before_wandb_refuses_it(project):
             LoggingConfig(wandb="offline", wandb_project=project)
     else:
         LoggingConfig(wandb="offline", wandb_project=project)
-    if project.isprintable():  # else it is refused in any field
-        LoggingConfig(wandb="disabled", wandb_project=project)
+    LoggingConfig(wandb="disabled", wandb_project=project)
 
 
 def test_what_cannot_be_drawn_costs_its_picture_and_nothing_else(tmp_path, open_view, capsys):
