@@ -47,7 +47,7 @@ _ARGUMENTS = {"output_router_logits"}
 # Options of lm-evaluation-harness, DeepSpeed's launcher and Megatron-LM that the pages name.
 _OPTIONS_OF_OTHERS = {"--include", "--exclude", "--spec", "--moe-token-dispatcher-type", "--data-path"}
 # Files that a run or an export has.
-_MADE = {"config.yaml", "routing_dynmoe.py"}
+_MADE = {"config.yaml", "model.safetensors", "routing_dynmoe.py"}
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def check_inline(shell: Shell, text: str) -> bool:
     elif all(re.fullmatch(r"[a-z_.]+=\S+", word) for word in words):
         for word in words:
             _check_field(*word.split("=", 1))
-    elif re.fullmatch(r"[\w./-]+\.(py|sh|sbatch|md|yaml)", text):
+    elif re.fullmatch(r"[\w./-]+\.(py|sh|sbatch|md|yaml|safetensors)", text):
         known = [f"/{path}" for path in _files()]
         assert text in _MADE or any(path.endswith(f"/{text}") for path in known), f"{text} is not there"
     elif re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", text) and text[: text.index(".")] in _SECTIONS:

@@ -251,8 +251,8 @@ class CheckpointStore:
             if problem is None:
                 return Checkpoint(path, step_of(path))
             problems.append(f"{path.name}: {problem}")
+            self._of_first(lambda: str(put_aside(path)))  # noqa: B023  called at once
             if self._is_first:
-                put_aside(path)
                 print(f"checkpoint {path}: {problem}; put aside, trying the one before", flush=True)
         if problems or self._of_first(lambda: bool(damaged(self.root))):
             why, cure = "; ".join(problems) or "all were found damaged before", "start anew with another run.name"
