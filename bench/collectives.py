@@ -4,8 +4,9 @@ What asks most of the ranks: a budget that is held over all layers, and a balanc
 micro-batches. "ours" is what our code asks for in compute_gradients, update and, on logged steps, report; "engine" what
 DeepSpeed and Megatron-Core ask for there. Left out is what moves activations: pipeline stages send to each other, and
 experts on other ranks get their tokens. A host read is an item(), tolist(), cpu(), bool(), int() or float() of a
-tensor: the host would wait for a GPU in each. Left out are those of code that runs on a CPU only, and the count of rows
-for which a layer without a ceiling waits (benchmark 6).
+tensor: the host would wait for a GPU in each, but for the second of a report, which reads what is there by then. Left
+out are those of code that runs on a CPU only, and the count of rows for which a layer without a ceiling waits
+(benchmark 6).
 
 Counts are by step, of the rank that has more. Before they were packed, "ours" was, for 2 and for 8 layers: under data
 parallelism 6 and 18 collectives of a plain step, and 3 and 9 host reads (8 and 20 of a logged step); under pipeline
