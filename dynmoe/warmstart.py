@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,23 +161,24 @@ def _check_same(old: ModelConfig, new: ModelConfig) -> None:
 
 
 def _some_text(config: Config, tokenizer: str) -> Tensor:
-    """Sequences [B, S] of the validation text."""
+    """Sequences [B, S] of the validation text, of each corpus as many as training's share of it asks for."""
     import torch
 
-    from dynmoe.data.corpus import open_corpora
+    from dynmoe.data.corpus import by_domain, open_corpora
+    from dynmoe.data.validation import apportion, training_shares
 
     length = config.data.sequence_length
     corpora = open_corpora(config.data.dirs, length)
     if corpora[0].tokenizer.sha256 != tokenizer:
         raise UserError(f"data.dirs: {corpora[0].path} was encoded by another tokenizer than the run's; name another")
+    domains = by_domain(corpora)
+    limits = {name: corpus.sequences("validation", length) for name, corpus in domains.items()}
+    total = min(max(_SEQUENCES, len(domains)), sum(limits.values()))
     tokens: list[int] = []
-    for corpus in corpora:
-        for document in corpus.splits["validation"].documents():
-            tokens += document
-            if len(tokens) >= _SEQUENCES * length:
-                break
-    rows = min(_SEQUENCES, len(tokens) // length)
-    return torch.tensor(tokens[: rows * length]).view(rows, length)
+    for name, rows in apportion(total, training_shares(corpora, config.data.weights), limits).items():
+        documents = domains[name].splits["validation"].documents()
+        tokens += islice(chain.from_iterable(documents), rows * length)
+    return torch.tensor(tokens).view(total, length)
 
 
 def _copy(old: Decoder, new: Decoder) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench.processes import WarmTraining
+from dynmoe import warmstart
 from dynmoe.config import load_config
+from dynmoe.data.corpus import Corpus
 from dynmoe.errors import UserError
 from dynmoe.model import Decoder
 from dynmoe.moe.experts import SwiGLU
 from dynmoe.moe.upcycling import copy_experts
 from dynmoe.trained import open_trained
 from dynmoe.warmstart import warm_start
+from tests.faults.test_corpora import store
 from tests.hf.cases import begin
 from tests.moe.cases import tiny_model
 from tests.train.cases import read_rows
@@ -53,6 +57,17 @@ def test_slices_that_are_chosen_together_leave_the_output_as_it_was(dense, tmp_p
     assert done.difference <= 1e-5
     assert done.config.model.moe.expert_hidden == 32
     assert all(count >= 2 for count in done.experts_per_token)
+
+
+def test_the_text_of_a_blend_is_of_every_corpus_in_its_share(corpus_dir, tmp_path):
+    """A p that is fitted to one corpus would miss the experts per token of the blend."""
+    for number, name in enumerate(("web", "code"), start=7):
+        store(Path(shutil.copytree(corpus_dir, tmp_path / name)), "validation", [number] * 64 * 20)
+    config = load_config(None, [
+        f"data.dirs=[{tmp_path / 'web'},{tmp_path / 'code'}]", "data.weights=[3,1]", "data.sequence_length=64",
+    ])  # fmt: skip
+    tokens_BS = warmstart._some_text(config, Corpus.open(corpus_dir).tokenizer.sha256)
+    assert tokens_BS.tolist() == [[7] * 64] * 6 + [[8] * 64] * 2
 
 
 def test_slices_are_those_of_the_dense_layer():
