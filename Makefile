@@ -23,7 +23,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck --external-sources launch/*.sh launch/*.sbatch .ci/run
+	$(BIN)/shellcheck --external-sources launch/*.sh launch/*.sbatch findings/*.sh .ci/run
 	$(BIN)/hadolint Dockerfile
 
 # Pictures of the quickstart's pages, for docs/.

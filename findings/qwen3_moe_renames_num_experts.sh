@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Loading and saving a Qwen3-MoE renames the field that holds its number of experts; its relatives keep theirs.
+#
+# One would expect: config.json has num_experts before and after, as the models on the hub have it, and as Qwen2-MoE and
+# OLMoE keep it under the same version.
+# What happens: transformers 5 writes num_local_experts for this family, Mixtral's name. transformers itself reads both.
+# A reader that asks for num_experts with a default gets the family's 128: right for the large models on the hub, so that
+# nobody notices, and wrong for any other. transformers 4 builds 128 experts from such a file.
+#
+# Seen with torch 2.13.0, transformers 5.24.0 (a configuration with num_experts = 4, loaded and saved again):
+#   qwen3_moe: num_local_experts
+#   qwen2_moe: num_experts
+#   olmoe:     num_experts
+set -euo pipefail
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+"${PYTHON:-python3}" -m venv venv
+venv/bin/python -m pip install -qq torch==2.13.0
+venv/bin/python -m pip install -qq transformers==5.24.0
+
+venv/bin/python -I - <<'END'
+import json
+from pathlib import Path
+
+from transformers import AutoConfig
+
+names = {}
+for family in ("qwen3_moe", "qwen2_moe", "olmoe"):
+    Path(family).mkdir()
+    Path(family, "config.json").write_text(json.dumps({"model_type": family, "num_experts": 4}))
+    config = AutoConfig.from_pretrained(family)
+    assert config.num_experts == 4
+    config.save_pretrained(f"{family}-again")
+    saved = json.loads(Path(f"{family}-again", "config.json").read_text())
+    names[family] = sorted({"num_experts", "num_local_experts"} & saved.keys())
+    print(f"{family + ':':10} {', '.join(names[family])}")
+    assert AutoConfig.from_pretrained(f"{family}-again").num_experts == 4
+assert names == {"qwen3_moe": ["num_local_experts"], "qwen2_moe": ["num_experts"], "olmoe": ["num_experts"]}
+END
