@@ -34,6 +34,7 @@ _METHODS = ("nothing", "every pass", "watch", "a bad step")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", default="configs/quickstart.yaml", help="model to measure with")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields, such as model.hidden=32")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
 
@@ -43,7 +44,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     keep_freed_memory()
     rows = []
     for name, overrides in _MODELS.items():
-        step = _stepper(given.config, overrides)
+        step = _stepper(given.config, [*overrides, *given.overrides])
         for method in _METHODS:
             step(method)
         ratios: dict[str, list[float]] = {method: [] for method in _METHODS[1:]}

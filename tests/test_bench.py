@@ -87,7 +87,12 @@ def test_a_method_with_another_output_is_not_timed():
             "gpu_layer", ["--shrink", "256", "--dtype", "fp32", "--repeats", "1"], 3 * 2, marks=pytest.mark.slow
         ),
         pytest.param("statistics", ["--repeats", "1"], 3, marks=pytest.mark.slow),
-        pytest.param("gradient_watch", ["--repeats", "1"], 2 * 3, marks=pytest.mark.slow),
+        pytest.param(
+            "gradient_watch",
+            ["configs/quickstart.yaml", "model.layers=1", "data.sequence_length=16", "--repeats", "1"],
+            2 * 3,
+            marks=pytest.mark.slow,
+        ),
         ("router", [*SMALL, "--width", "16", "--experts", "4", "16"], 2 * 2),
     ],
 )
@@ -122,7 +127,7 @@ def test_bytes_on_the_wire_are_those_of_one_row_per_token_and_rank(tmp_path):
 
 @pytest.mark.slow  # the counts themselves are tested in tests/engines
 def test_the_counts_of_a_step_are_told_for_each_layout(tmp_path):
-    rows, said = run_benchmark(tmp_path, "collectives", "--layers", "1", "2")
+    rows, said = run_benchmark(tmp_path, "collectives", "--layers", "2", "4")
     assert len(rows) == 3 * 2 * 2
     assert all(row["collectives, ours"] > 0 < row["collectives, engine"] for row in rows)
     assert said.count(": reached") == 3 * 2
