@@ -72,7 +72,7 @@ def shifted(images_B88: Tensor) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=128, help="images of one step, over all ranks")
     given = parser.parse_args()
     steps, batch = given.steps, given.batch
