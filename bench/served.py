@@ -1,8 +1,8 @@
 """Benchmark 15: an exported model of top-p in vLLM, against Mixtral's export of its shape, and against transformers.
 
-Weights are random; p is set in each layer so that a token takes two experts in the mean, as in Mixtral. One process holds
-both models in vLLM and the first in transformers, and answers the same requests with each in turn: 32 at once, one thread
-of a CPU. Needs vLLM in an environment of its own: make test-served makes it.
+Weights are random; p is set in each layer so that a token takes two experts in the mean, as in Mixtral. One process
+holds both models in vLLM and the first in transformers, and answers the same requests with each in turn: 32 at once, on
+one thread of a CPU. Needs vLLM in an environment of its own: make test-served makes it.
 """
 
 from __future__ import annotations
