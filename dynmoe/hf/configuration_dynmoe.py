@@ -11,7 +11,8 @@ class DynMoEConfig(PreTrainedConfig):
     """A Llama-style decoder with mixtures of experts in which each token has as many experts as it needs.
 
     Args:
-        num_experts: of each layer; 0 where the layer is dense.
+        layer_experts: experts of each layer; 0 where the layer is dense. Servers take a field called ``num_experts``
+            for the promise of a fixed number of experts per token.
         head_dim: width of an attention head; None: hidden_size / num_attention_heads.
         qk_norm: RMSNorm of queries and keys: of each ``head``, of the whole ``projection``, or None.
         intermediate_size: width of dense layers.
@@ -39,7 +40,7 @@ class DynMoEConfig(PreTrainedConfig):
         rope_theta: float = 10000.0,
         rms_norm_eps: float = 1e-5,
         initializer_range: float = 0.02,
-        num_experts: list[int] | None = None,
+        layer_experts: list[int] | None = None,
         moe_intermediate_size: int = 512,
         shared_expert_intermediate_size: int = 0,
         router: dict[str, Any] | None = None,
@@ -58,7 +59,7 @@ class DynMoEConfig(PreTrainedConfig):
         self.qk_norm = qk_norm
         self.max_position_embeddings, self.rope_theta = max_position_embeddings, rope_theta
         self.rms_norm_eps, self.initializer_range = rms_norm_eps, initializer_range
-        self.num_experts = [16] * num_hidden_layers if num_experts is None else num_experts
+        self.layer_experts = [16] * num_hidden_layers if layer_experts is None else layer_experts
         self.moe_intermediate_size = moe_intermediate_size
         self.shared_expert_intermediate_size = shared_expert_intermediate_size
         self.router: dict[str, Any] = {"kind": "top_p", "p": 0.4} if router is None else router

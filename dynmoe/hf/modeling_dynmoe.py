@@ -40,7 +40,7 @@ class DynMoEDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: DynMoEConfig, layer: int) -> None:
         super().__init__()
-        experts = config.num_experts[layer]
+        experts = config.layer_experts[layer]
         self.self_attn = DynMoEAttention(config, layer)
         self.mlp = DynMoEBlock(config, experts) if experts else DynMoEMLP(config, config.intermediate_size)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
