@@ -61,10 +61,12 @@ class DynMoEAttention(nn.Module):
     def forward(
         self, x_BSD: Tensor, angles: tuple[Tensor, Tensor], mask: Any, cache: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
+        # One below the other, of the same tokens: vLLM makes one product of them.
+        q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
         normed = self.config.qk_norm is not None
-        q = _rotated(self._heads(self.q_proj(x_BSD), self.q_norm if normed else None), *angles)
-        k = _rotated(self._heads(self.k_proj(x_BSD), self.k_norm if normed else None), *angles)
-        v = self._heads(self.v_proj(x_BSD))
+        q = _rotated(self._heads(q, self.q_norm if normed else None), *angles)
+        k = _rotated(self._heads(k, self.k_norm if normed else None), *angles)
+        v = self._heads(v)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)

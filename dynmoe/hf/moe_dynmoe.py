@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.hf.configuration_dynmoe import DynMoEConfig
-from dynmoe.hf.serving_dynmoe import ServerRanks
-from dynmoe.ops.opaque import opaque_experts
+from dynmoe.hf.serving_dynmoe import ExpertsHost
 from dynmoe.routing import RoutingPlan, expert_threshold, null_experts, relu, sigmoid_cutoff, top_any, top_k, top_p
 from dynmoe.routing.losses import (
     choice_balance,
@@ -168,8 +167,8 @@ class DynMoEExperts(nn.Module):
 
     def __init__(self, config: DynMoEConfig, num_experts: int, most_experts: int) -> None:
         super().__init__()
-        self.most_experts, self.ranks = most_experts, ServerRanks(config)
-        hidden, width = config.hidden_size, self.ranks.width(config)
+        self.most_experts, self.host = most_experts, ExpertsHost(config)
+        hidden, width = config.hidden_size, self.host.width
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, width))
 
@@ -179,16 +178,15 @@ class DynMoEExperts(nn.Module):
         Rounded where training rounds: the gated activation and the sum over experts are fp32 until they are whole. With
         the arguments in this order transformers' ``moe_tp_experts`` cuts the experts over ranks.
         """
-        weights, device = (self.gate_up_proj, self.down_proj), x_TD.device.type
+        weights, device = [self.gate_up_proj, self.down_proj], x_TD.device.type
         rows_TD = x_TD
         if torch.is_autocast_enabled(device):  # of operators that are not its own autocast does not know
             rows_TD, *weights = (x.to(torch.get_autocast_dtype(device)) for x in (x_TD, *weights))
-        y_TD = opaque_experts(rows_TD, routing_map_TE, gates_TE, *weights, self.most_experts)
-        return self.ranks.sum(y_TD).to(x_TD.dtype)
+        return self.host.compute(rows_TD, routing_map_TE, gates_TE, weights, self.most_experts).to(x_TD.dtype)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """For vLLM: takes this rank's part of a checkpoint's tensors; says which there were."""
-        return self.ranks.load(self, weights)
+        return self.host.load(self, weights)
 
 
 class DynMoEBlock(nn.Module):
