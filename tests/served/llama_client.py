@@ -7,7 +7,7 @@ prints a JSON line for each model as soon as it has one: ``name``, ``versions``,
 """
 
 import json
-import os
+import math
 import sys
 import urllib.request
 from importlib.metadata import version
@@ -20,7 +20,8 @@ def ask(file, job):
     settings = xllamacpp.CommonParams()
     settings.model.path = file
     settings.n_ctx, settings.n_parallel, settings.warmup = 256, 1, False
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = os.cpu_count()
+    # One thread: on a busy machine several would wait for each other in a loop.
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
     if job.get("exact", True):  # else keys and values are fp16, and flash attention rounds them even where they are not
         settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -40,7 +41,10 @@ def ask(file, job):
         while len(tokens) < job["tokens"]:  # it stops at the end of a text, and is told to go on from there
             wanted = {"n_predict": job["tokens"] - len(tokens), "temperature": 0.0, "n_probs": 1, "return_tokens": True}
             said = post("/completion", prompt=prompt + tokens, **wanted)
-            given = [step["logprob"] for step in said.get("completion_probabilities", [])]
+            if not said["tokens"]:
+                raise RuntimeError(f"no token after {len(tokens)}: {said['content']!r}")
+            steps = said.get("completion_probabilities", [])
+            given = [math.nan if step["logprob"] is None else step["logprob"] for step in steps]
             whole = len(given) == len(said["tokens"]) and len(logprobs) == len(tokens)
             logprobs += given if whole else []  # none of tokens that are only a part of a character
             tokens += said["tokens"]
