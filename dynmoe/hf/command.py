@@ -46,6 +46,14 @@ def _export(given: argparse.Namespace) -> None:
     else:
         print("The tokenizer was not compared with sentencepiece: the corpora of data.dirs are not here.")
     print(f'Read it with: AutoModelForCausalLM.from_pretrained("{given.output}"{code})')
+    print(f"{_readers(done.architecture)} How to serve it: docs/serving.md")
+
+
+def _readers(architecture: str) -> str:
+    """Who reads an export and who does not, as ``make test-served`` measures it."""
+    if architecture == "dynmoe":
+        return "transformers and vLLM read it; mlx-lm and llama.cpp do not."
+    return "transformers, vLLM and mlx-lm read it; llama.cpp reads what python -m dynmoe.hf gguf writes."
 
 
 def _import(given: argparse.Namespace) -> None:

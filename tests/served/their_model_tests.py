@@ -44,11 +44,12 @@ def _theirs() -> tuple[type, type]:
 
 
 def _register() -> None:
-    """As transformers knows its own models: the tests look up by name what has labels, and by class what is a base."""
+    """As transformers knows its own models: the tests look up what has labels and what has no loss."""
     AutoConfig.register("dynmoe", DynMoEConfig)
     AutoModel.register(DynMoEConfig, DynMoEModel)
     AutoModelForCausalLM.register(DynMoEConfig, DynMoEForCausalLM)
     AutoModelForSequenceClassification.register(DynMoEConfig, DynMoEForSequenceClassification)
+    modeling_auto.MODEL_MAPPING_NAMES["dynmoe"] = DynMoEModel.__name__
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["dynmoe"] = DynMoEForCausalLM.__name__
     modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["dynmoe"] = DynMoEForSequenceClassification.__name__
 
