@@ -37,6 +37,7 @@ class DynMoEAttention(nn.Module):
     def __init__(self, config: DynMoEConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer_idx, self.head_dim = config, layer, config.head_dim
+        self.scaling = config.head_dim**-0.5  # by this name vLLM looks for it
         heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.num_key_value_groups = heads // kv_heads  # asked for by attention implementations
         self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=False)
@@ -67,5 +68,5 @@ class DynMoEAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        out, weights = attend(self, q, k, v, mask, dropout=0.0, scaling=self.head_dim**-0.5, **kwargs)
+        out, weights = attend(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.o_proj(out.reshape(*x_BSD.shape[:2], -1)), weights

@@ -7,29 +7,34 @@ import re
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-_ROUTING = _HERE.parent / "routing"
-# In the order in which they need each other.
-_FORMULAS = ("plan", "selection", "top_k", "top_p", "top_any", "sigmoid", "relu", "null_experts", "expert_threshold",
-             "losses")  # fmt: skip
-_MODULES, _BUNDLE = ("configuration_dynmoe", "attention_dynmoe", "moe_dynmoe", "modeling_dynmoe"), "routing_dynmoe"
+_MODULES = ("configuration_dynmoe", "attention_dynmoe", "moe_dynmoe", "modeling_dynmoe")
+# Packages of which some files become one, in the order in which they need each other.
+_BUNDLES = {
+    "routing": ("plan", "selection", "top_k", "top_p", "top_any", "sigmoid", "relu", "null_experts",
+                "expert_threshold", "losses"),
+    "ops": ("permute", "swiglu", "backends", "opaque"),
+}  # fmt: skip
+_HEADS = {"routing": "Routing formulas", "ops": "Routed experts"}
 
 
 def write_code(directory: Path) -> None:
     """Writes the files that ``auto_map`` names, and those that they import."""
-    (directory / f"{_BUNDLE}.py").write_text(_formulas())
+    for package, names in _BUNDLES.items():
+        (directory / f"{package}_dynmoe.py").write_text(_bundle(package, names))
     for name in _MODULES:
         text = (_HERE / f"{name}.py").read_text()
-        text = re.sub(r"from dynmoe\.routing[.\w]* import", f"from .{_BUNDLE} import", text)
+        for package in _BUNDLES:
+            text = re.sub(rf"from dynmoe\.{package}[.\w]* import", f"from .{package}_dynmoe import", text)
         text = re.sub(r"from dynmoe\.hf\.(\w+) import", r"from .\1 import", text)
         (directory / f"{name}.py").write_text(text)
 
 
-def _formulas() -> str:
-    """The formulas of all routers as one module."""
+def _bundle(package: str, names: tuple[str, ...]) -> str:
+    """Some files of a package as one module."""
     imports: set[str] = set()
     bodies = []
-    for name in _FORMULAS:
-        text = (_ROUTING / f"{name}.py").read_text()
+    for name in names:
+        text = (_HERE.parent / package / f"{name}.py").read_text()
         tree = ast.parse(text)
         lines = text.splitlines()
         for node in tree.body:
@@ -45,5 +50,5 @@ def _formulas() -> str:
         heading = "\n".join(f"# {line}".rstrip() for line in ast.literal_eval(first.value).splitlines())
         bodies.append(f"# --- {name}\n{heading}\n\n\n" + "\n".join(lines[first.end_lineno :]).strip())
     future = "from __future__ import annotations"
-    head = '"""Routing formulas of DynMoE, as they were when these weights were exported. Made by dynmoe.hf."""'
+    head = f'"""{_HEADS[package]} of DynMoE, as they were when these weights were exported. Made by dynmoe.hf."""'
     return "\n".join([head, "", future, "", *sorted(imports - {future}), "", "", "\n\n\n".join(bodies), ""])

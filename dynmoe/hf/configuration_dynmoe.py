@@ -6,20 +6,33 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+# Of each kind of router; an expert threshold is what training made it, and takes the share that it takes.
+OVERRIDES: dict[str, tuple[str, ...]] = {
+    "top_k": ("k",), "top_p": ("p", "min_experts", "max_experts"), "top_any": ("min_experts", "max_experts"),
+    "sigmoid": ("cutoff", "min_experts", "max_experts"), "relu": ("max_experts",), "null_experts": ("k",),
+    "expert_threshold": (),
+}  # fmt: skip
+
 
 class DynMoEConfig(PreTrainedConfig):
     """A Llama-style decoder with mixtures of experts in which each token has as many experts as it needs.
 
     Args:
-        num_experts: of each layer; 0 where the layer is dense.
+        layer_experts: of each layer; 0 where the layer is dense. A field called ``num_experts`` would promise servers a
+            fixed number of experts per token.
         head_dim: width of an attention head; None: hidden_size / num_attention_heads.
         qk_norm: RMSNorm of queries and keys: of each ``head``, of the whole ``projection``, or None.
         intermediate_size: width of dense layers.
         moe_intermediate_size: width of an expert.
         shared_expert_intermediate_size: width of the expert that every token uses; 0: none.
         router: ``kind`` and what it needs, as DynMoE's export writes it: see ``DynMoERouter``.
+        router_overrides: what to use instead, to take more experts or fewer than in training: see ``OVERRIDES``.
+        count_experts: sum up the experts per token of each layer: see ``DynMoEModel.experts_per_token``.
         output_router_logits: give logits, routing maps and experts per token along, and add the routers' own losses,
             with their coefficients in ``router``, to the loss.
+
+    Raises:
+        ValueError: an override that the router does not have, or out of its range.
     """
 
     model_type = "dynmoe"
@@ -39,10 +52,12 @@ class DynMoEConfig(PreTrainedConfig):
         rope_theta: float = 10000.0,
         rms_norm_eps: float = 1e-5,
         initializer_range: float = 0.02,
-        num_experts: list[int] | None = None,
+        layer_experts: list[int] | None = None,
         moe_intermediate_size: int = 512,
         shared_expert_intermediate_size: int = 0,
         router: dict[str, Any] | None = None,
+        router_overrides: dict[str, Any] | None = None,
+        count_experts: bool = False,
         output_router_logits: bool = False,
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
@@ -58,10 +73,13 @@ class DynMoEConfig(PreTrainedConfig):
         self.qk_norm = qk_norm
         self.max_position_embeddings, self.rope_theta = max_position_embeddings, rope_theta
         self.rms_norm_eps, self.initializer_range = rms_norm_eps, initializer_range
-        self.num_experts = [16] * num_hidden_layers if num_experts is None else num_experts
+        self.layer_experts = [16] * num_hidden_layers if layer_experts is None else layer_experts
         self.moe_intermediate_size = moe_intermediate_size
         self.shared_expert_intermediate_size = shared_expert_intermediate_size
         self.router: dict[str, Any] = {"kind": "top_p", "p": 0.4} if router is None else router
+        self.router_overrides, self.count_experts = router_overrides, count_experts
+        _check_overrides(self.router, router_overrides or {}, self.layer_experts)
+        self.base_model_tp_plan = _tensor_parallel_plan(qk_norm)
         self.output_router_logits, self.use_cache = output_router_logits, use_cache
         self.tie_word_embeddings = tie_word_embeddings
         self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
@@ -69,3 +87,46 @@ class DynMoEConfig(PreTrainedConfig):
             tie_word_embeddings=tie_word_embeddings, pad_token_id=pad_token_id, bos_token_id=bos_token_id,
             eos_token_id=eos_token_id, **kwargs,
         )  # fmt: skip
+
+
+def _check_overrides(router: dict[str, Any], overrides: dict[str, Any], layer_experts: list[int]) -> None:
+    kind = router["kind"]
+    known = OVERRIDES.get(kind, ())
+    if kind == "top_any" and router.get("form") == "released":
+        known = ("max_experts",)  # its floor is one expert
+    fewest = min((count for count in layer_experts if count), default=0)
+    whole = range(1, fewest + router.get("num_null", 0) + 1)
+    for name, value in overrides.items():
+        if name not in known:
+            cure = f"use {' or '.join(known)}" if known else "its experts per token cannot be set"
+            raise ValueError(f"router_overrides.{name}={value!r}: router.kind={kind!r} has no such setting; {cure}")
+        if name in ("p", "cutoff"):
+            wanted = "above 0, and at most 1" if name == "p" else "between 0 and 1"
+            fits = isinstance(value, int | float) and value > 0.0 and (value < 1.0 or (value == 1.0 and name == "p"))
+        elif name == "min_experts" and kind != "top_p":
+            wanted, fits = f"from 0 to {fewest}", type(value) is int and (value == 0 or value in whole)
+        else:
+            wanted, fits = f"from 1 to {whole[-1]}" if whole else "absent", type(value) is int and value in whole
+        if not fits:
+            raise ValueError(f"router_overrides.{name}={value!r} must be {wanted}")
+    merged = router | overrides
+    least, most = merged.get("min_experts") or 0, merged.get("max_experts")
+    if most is not None and least > most:
+        raise ValueError(f"router_overrides: min_experts={least} is above max_experts={most}; set both")
+
+
+def _tensor_parallel_plan(qk_norm: str | None) -> dict[str, str]:
+    """How transformers cuts the layers over ranks; the router stays whole."""
+    whole = qk_norm == "projection"  # a norm over all heads wants to see them all
+    columns, rows = ("colwise_gather_output", "rowwise_split_input") if whole else ("colwise", "rowwise")
+    plan = {f"layers.*.self_attn.{name}_proj": columns for name in "qkv"} | {"layers.*.self_attn.o_proj": rows}
+    if qk_norm == "head":
+        plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
+    for mlp in ("mlp", "mlp.shared_expert"):
+        plan |= {f"layers.*.{mlp}.{name}_proj": "colwise" for name in ("gate", "up")}
+        plan |= {f"layers.*.{mlp}.down_proj": "rowwise"}
+    return plan | {
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }

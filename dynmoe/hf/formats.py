@@ -100,7 +100,7 @@ def _dynmoe(model: ModelConfig) -> dict[str, Any]:
     settings |= {"balance_per_route": options.balance_per_route, "losses": router.loss_coefficients}
     return {
         "qk_norm": model.qk_norm,
-        "num_experts": [model.experts_of(n) if model.is_moe_layer(n) else 0 for n in range(model.layers)],
+        "layer_experts": [model.experts_of(n) if model.is_moe_layer(n) else 0 for n in range(model.layers)],
         "moe_intermediate_size": moe.expert_hidden,
         "shared_expert_intermediate_size": moe.shared_hidden,
         "router": settings,

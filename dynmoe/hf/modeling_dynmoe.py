@@ -24,15 +24,20 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 
 from dynmoe.hf.attention_dynmoe import DynMoEAttention
 from dynmoe.hf.configuration_dynmoe import DynMoEConfig
-from dynmoe.hf.moe_dynmoe import DynMoEBlock, DynMoEExperts, DynMoEMLP, DynMoERouter
-from dynmoe.routing import RoutingPlan  # noqa: F401 (transformers 5.6 takes along what this file names, and no more)
+from dynmoe.hf.moe_dynmoe import STATE, DynMoEBlock, DynMoEExperts, DynMoEMLP, DynMoERouter
+from dynmoe.ops.opaque import opaque_experts  # noqa: F401 (transformers 5.6 takes along what this file names)
+from dynmoe.routing import RoutingPlan  # noqa: F401
 
 # transformers renamed the argument and the field during version 5.
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 _CACHE = "cache" if "cache" in _MASK_ARGUMENTS else "past_key_values"
+_with_its_old_name = (
+    deprecate_kwarg("past_key_values", "5.40.0", new_name="cache") if _CACHE == "cache" else lambda forward: forward
+)
 
 
 class DynMoEDecoderLayer(GradientCheckpointingLayer):
@@ -40,7 +45,7 @@ class DynMoEDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: DynMoEConfig, layer: int) -> None:
         super().__init__()
-        experts = config.num_experts[layer]
+        experts = config.layer_experts[layer]
         self.self_attn = DynMoEAttention(config, layer)
         self.mlp = DynMoEBlock(config, experts) if experts else DynMoEMLP(config, config.intermediate_size)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -103,12 +108,15 @@ class DynMoEPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["DynMoEDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
-    # Buffers of the routers; bf16 would move thresholds.
-    _keep_in_fp32_modules_strict = ["router.p", "router.bias", "router.offset"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    def __init__(self, config: DynMoEConfig) -> None:
+        super().__init__(config)
+        state = STATE.get(config.router["kind"])  # in bf16 thresholds would move
+        self._keep_in_fp32_modules_strict = {f"router.{state}"} if state and any(config.layer_experts) else set()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -119,6 +127,10 @@ class DynMoEPreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, std=std)
         elif isinstance(module, DynMoERouter):
             init.normal_(module.prototypes if module.kind == "top_any" else module.weight, std=std)
+            for name, value in module.initial_values().items():
+                init.constant_(getattr(module, name), value)
+        elif isinstance(module, DynMoEBlock) and module.counts_2 is not None:
+            init.zeros_(module.counts_2)
 
 
 class DynMoEModel(DynMoEPreTrainedModel):
@@ -130,6 +142,20 @@ class DynMoEModel(DynMoEPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def experts_per_token(self) -> list[float]:
+        """Mean over the tokens since the last call, of each MoE layer; waits for the device.
+
+        Raises:
+            ValueError: nothing is counted, as ``config.count_experts`` is off.
+        """
+        counts = [layer.mlp.counts_2 for layer in self.layers if isinstance(layer.mlp, DynMoEBlock)]
+        if not self.config.count_experts:
+            raise ValueError("count_experts=False: nothing is counted; load the model with count_experts=True")
+        means = [taken / max(tokens, 1) for tokens, taken in (counts_2.tolist() for counts_2 in counts)]
+        for counts_2 in counts:
+            counts_2.zero_()
+        return means
+
     def _angles(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of the rotary positions, fp32 [B, S, d]."""
         width, device = self.config.head_dim, position_ids.device
@@ -138,6 +164,7 @@ class DynMoEModel(DynMoEPreTrainedModel):
         angle = torch.cat([angle, angle], dim=-1)
         return angle.cos(), angle.sin()
 
+    @_with_its_old_name
     @can_return_tuple
     def forward(
         self,
@@ -171,7 +198,7 @@ class DynMoEModel(DynMoEPreTrainedModel):
             extra["cache_position"] = torch.arange(before, before + positions, device=x_BSD.device)
         mask = create_causal_mask(config, x_BSD, attention_mask, **extra)
         counted_T = None
-        if wanted and attention_mask is not None and attention_mask.dim() == 2:
+        if (wanted or config.count_experts) and attention_mask is not None and attention_mask.dim() == 2:
             counted_T = attention_mask[:, -positions:].bool().flatten()
         angles, states, all_weights, all_routing = self._angles(position_ids), [], [], []
         for layer in self.layers:
@@ -198,6 +225,7 @@ class DynMoEModel(DynMoEPreTrainedModel):
 
 class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: DynMoEConfig) -> None:
         super().__init__(config)
@@ -206,6 +234,7 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @_with_its_old_name
     @can_return_tuple
     def forward(
         self,
@@ -223,8 +252,8 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
     ) -> DynMoECausalLMOutput:
         """Logits of the last ``logits_to_keep`` positions (0: of all); with labels the mean cross-entropy."""
         out: DynMoEModelOutput = self.model(
-            input_ids, attention_mask, position_ids, cache, past_key_values, inputs_embeds, use_cache,
-            output_router_logits=output_router_logits, **kwargs,
+            input_ids, attention_mask, position_ids, past_key_values if cache is None else cache,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, output_router_logits=output_router_logits, **kwargs,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])

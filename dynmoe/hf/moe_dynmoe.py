@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.hf.configuration_dynmoe import DynMoEConfig
+from dynmoe.ops.opaque import opaque_experts
 from dynmoe.routing import RoutingPlan, expert_threshold, null_experts, relu, sigmoid_cutoff, top_any, top_k, top_p
 from dynmoe.routing.losses import (
     choice_balance,
@@ -29,13 +30,16 @@ from dynmoe.routing.losses import (
 )
 from dynmoe.routing.null_experts import null_balance
 
+# What training changes by other means than gradients: the name of a buffer by kind of router.
+STATE = {"top_k": "bias", "top_p": "p"} | dict.fromkeys(("sigmoid", "expert_threshold", "top_any"), "offset")
+
 
 class DynMoERouter(nn.Module):
     """Which experts a token takes, and with what gates, in fp32 whatever the precision of the weights.
 
     ``config.router`` has its ``kind`` and, by kind: ``k``; ``form``, ``renormalize``, ``min_experts``, ``max_experts``;
     ``weights``, ``straight_through``, ``scale`` (top_any; None: trained); ``cutoff``; ``num_null``. ``losses`` are
-    coefficients of its own losses.
+    coefficients of its own losses. ``config.router_overrides`` replaces some of it, as serving may want.
     """
 
     active: Tensor
@@ -45,8 +49,13 @@ class DynMoERouter(nn.Module):
 
     def __init__(self, config: DynMoEConfig, num_experts: int) -> None:
         super().__init__()
-        self.settings: dict[str, Any] = config.router
+        overrides = config.router_overrides or {}
+        self.settings: dict[str, Any] = config.router | overrides
         self.kind: Any = self.settings["kind"]
+        self.fixed_p: float | None = overrides.get("p")  # instead of the one that was trained
+        total = num_experts + self.settings.get("num_null", 0)
+        limit = self.settings["k"] if self.kind in ("top_k", "null_experts") else self.settings.get("max_experts")
+        self.most_experts = min(total if limit is None else limit, num_experts)
         if self.kind == "top_any":
             self.prototypes = nn.Parameter(torch.empty(config.hidden_size, num_experts))
             self.thresholds = nn.Parameter(torch.zeros(num_experts))
@@ -56,12 +65,18 @@ class DynMoERouter(nn.Module):
             rows = num_experts + self.settings.get("num_null", 0)
             self.weight = nn.Parameter(torch.empty(rows, config.hidden_size))
         self.register_buffer("active", torch.ones(num_experts, dtype=torch.bool))
-        if self.kind == "top_k":
-            self.register_buffer("bias", torch.zeros(num_experts))
-        elif self.kind == "top_p":
-            self.register_buffer("p", torch.tensor(float(self.settings.get("p", 0.4))))
-        elif self.kind in ("sigmoid", "expert_threshold", "top_any"):
-            self.register_buffer("offset", torch.zeros(num_experts))  # what training added to thresholds
+        if self.kind in STATE:
+            shape = () if self.kind == "top_p" else (num_experts,)
+            self.register_buffer(STATE[self.kind], torch.full(shape, self._initial_state, dtype=torch.float32))
+
+    @property
+    def _initial_state(self) -> float:
+        return float(self.settings.get("p", 0.4)) if self.kind == "top_p" else 0.0
+
+    def initial_values(self) -> dict[str, float]:
+        """Of what does not begin at random, by name."""
+        values = {"active": 1.0} | ({STATE[self.kind]: self._initial_state} if self.kind in STATE else {})
+        return values | {name: 0.0 for name in ("thresholds", "log_scale") if hasattr(self, name)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynMoERouter:
         """Moves with the model, but keeps the precision of its buffers."""
@@ -92,7 +107,8 @@ class DynMoERouter(nn.Module):
         if self.kind == "top_k":
             plan = top_k(logits_TE, settings["k"], bias_E=self.bias, **renormalize)
         elif self.kind == "top_p":
-            plan = top_p(logits_TE, self.p, form=form, **renormalize, **limits)
+            p = self.p if self.fixed_p is None else self.fixed_p
+            plan = top_p(logits_TE, p, form=form, **renormalize, **limits)
         elif self.kind == "sigmoid":
             base = math.log(settings["cutoff"] / (1.0 - settings["cutoff"]))
             plan = sigmoid_cutoff(logits_TE, torch.sigmoid(base + self.offset), **renormalize, **limits)
@@ -140,44 +156,48 @@ class DynMoEMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.act_fn = nn.SiLU()  # a module, which servers find and fuse
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DynMoEExperts(nn.Module):
     """SwiGLU experts as two stacked parameters."""
 
-    def __init__(self, config: DynMoEConfig, num_experts: int) -> None:
+    def __init__(self, config: DynMoEConfig, num_experts: int, most_experts: int) -> None:
         super().__init__()
         hidden, width = config.hidden_size, config.moe_intermediate_size
+        self.most_experts = most_experts
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, width))
 
-    def forward(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+    def forward(self, x_TD: Tensor, routing_map_TE: Tensor, gates_TE: Tensor) -> Tensor:
         """Sum over the experts of each token of gate times output, [T, D].
 
-        Rounded where training rounds: the gated activation and the sum over experts are fp32 until they are whole.
+        Rounded where training rounds: the gated activation and the sum over experts are fp32 until they are whole. With
+        the arguments in this order transformers' ``moe_tp_experts`` cuts the experts over ranks.
         """
-        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-        for expert in plan.routing_map_TE.any(dim=0).nonzero().flatten().tolist():
-            tokens_N = plan.routing_map_TE[:, expert].nonzero().flatten()
-            gate_NF, up_NF = F.linear(x_TD[tokens_N], self.gate_up_proj[expert]).float().chunk(2, dim=-1)
-            activation_NF = F.silu(gate_NF) * up_NF * plan.gates_TE[tokens_N, expert, None]
-            rows_ND = F.linear(activation_NF.to(x_TD.dtype), self.down_proj[expert])
-            y_TD.index_add_(0, tokens_N, rows_ND.float())
-        return y_TD.to(x_TD.dtype)
+        weights, device = (self.gate_up_proj, self.down_proj), x_TD.device.type
+        rows_TD = x_TD
+        if torch.is_autocast_enabled(device):  # of operators that are not its own autocast does not know
+            rows_TD, *weights = (x.to(torch.get_autocast_dtype(device)) for x in (x_TD, *weights))
+        return opaque_experts(rows_TD, routing_map_TE, gates_TE, *weights, self.most_experts).to(x_TD.dtype)
 
 
 class DynMoEBlock(nn.Module):
     """Route, experts, and the shared expert where there is one."""
 
+    counts_2: Tensor | None
+
     def __init__(self, config: DynMoEConfig, num_experts: int) -> None:
         super().__init__()
         self.router = DynMoERouter(config, num_experts)
-        self.experts = DynMoEExperts(config, num_experts)
+        self.experts = DynMoEExperts(config, num_experts, self.router.most_experts)
         width = config.shared_expert_intermediate_size
         self.shared_expert = DynMoEMLP(config, width) if width else None
+        counts = torch.zeros(2, dtype=torch.int64) if config.count_experts else None
+        self.register_buffer("counts_2", counts, persistent=False)  # tokens, and the experts that they took
 
     def forward(self, x_BSD: Tensor, counted_T: Tensor | None, wanted: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The output, and where ``wanted`` the routers' losses, logits and routing map.
@@ -188,13 +208,22 @@ class DynMoEBlock(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):  # which would take the products of routers out of fp32
             plan, logits_TE = self.router(x_TD)
             loss = self.router.loss(plan if counted_T is None else _of_tokens(plan, counted_T)) if wanted else None
-        y_TD = self.experts(x_TD, plan)
+        if self.counts_2 is not None:
+            self._count(plan.routing_map_TE, counted_T)
+        y_TD = self.experts(x_TD, plan.routing_map_TE, plan.gates_TE)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
         if loss is None:
             return y_TD.view_as(x_BSD), ()
         shape = (*x_BSD.shape[:2], -1)
         return y_TD.view_as(x_BSD), (loss, logits_TE.view(shape), plan.routing_map_TE.view(shape))
+
+    def _count(self, routing_map_TE: Tensor, counted_T: Tensor | None) -> None:
+        """Adds to the counts, on the device, for which nobody waits."""
+        if counted_T is None:
+            counted_T = routing_map_TE.new_ones(len(routing_map_TE))
+        routes = (routing_map_TE & counted_T[:, None]).sum()
+        self.counts_2.add_(torch.stack([counted_T.sum(), routes]))
 
 
 def _of_tokens(plan: RoutingPlan, kept_T: Tensor) -> RoutingPlan:

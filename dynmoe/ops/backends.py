@@ -124,14 +124,20 @@ class PackedBackend:
         w_up_EHD: Tensor,
         w_down_EDF: Tensor,
         permutation: Permutation,
+        *,
+        of_weights: bool = True,
     ) -> Gradients:
+        """Without ``of_weights`` those of the weights, which are frozen, are empty."""
         ends_E = permutation.ends_E
         grad_ND = gather(grad_TD, permutation)
         grad_NF = self._product(grad_ND, w_down_EDF, ends_E)
         grad_gates_N = gated_activation_backward(h_N2F, permutation.of_rows(gates_TE), grad_NF)
         grad_h_N2F, activation_NF = h_N2F, grad_NF  # both were written over
-        grad_down_EDF = self._product(grad_ND.t(), activation_NF, ends_E)
+        grad_up_EHD = grad_down_EDF = w_up_EHD.new_empty(0)
+        if of_weights:
+            grad_down_EDF = self._product(grad_ND.t(), activation_NF, ends_E)
         del grad_ND, grad_NF, activation_NF  # the weight gradients to come are large
-        grad_up_EHD = self._product(grad_h_N2F.t(), gather(x_TD, permutation), ends_E)
+        if of_weights:
+            grad_up_EHD = self._product(grad_h_N2F.t(), gather(x_TD, permutation), ends_E)
         grad_x_TD = scatter_sum(self._product(grad_h_N2F, w_up_EHD, ends_E), permutation)
         return grad_x_TD, permutation.of_routes(grad_gates_N, gates_TE), grad_up_EHD, grad_down_EDF

@@ -12,10 +12,10 @@ def sort_descending(scores_TE: Tensor) -> tuple[Tensor, Tensor]:
     """Scores of each token from the best to the worst, and their experts, int64; ties go to the lower expert index.
 
     ``Tensor.sort(stable=True)`` without gradient. On a CPU NumPy's vectorised sort is 5 to 40 times as fast: an fp32
-    score and its expert make one integer of the same order.
+    score and its expert make one integer of the same order. A compiler cannot see what NumPy does.
     """
     scores_TE = scores_TE.detach()
-    if scores_TE.device.type != "cpu" or scores_TE.dtype != torch.float32:
+    if scores_TE.device.type != "cpu" or scores_TE.dtype != torch.float32 or torch.compiler.is_compiling():
         return scores_TE.sort(dim=1, descending=True, stable=True)
     # Integers in the order of the numbers: negative ones have their other bits flipped. -0 becomes 0, to tie with it.
     bits_TE = (scores_TE + 0.0).view(torch.int32)

@@ -62,8 +62,8 @@ def top_any(
             exceed their threshold by most; in the released form those of the highest score.
 
     Raises:
-        ValueError: a number, form or choice outside its range, or no active expert (looked for on a CPU only: a GPU
-            would be waited for).
+        ValueError: a number, form or choice outside its range, or no active expert (looked for on a CPU only, and
+            not in a compiled graph: a GPU would be waited for).
     """
     if form not in ("paper", "released"):
         raise ValueError(f"form={form!r} must be 'paper' or 'released'")
@@ -73,7 +73,7 @@ def top_any(
         raise ValueError(f"straight_through={straight_through!r} must be 'all' or 'selected'")
     check_limits(prototypes_DE.shape[1], min_experts, max_experts)
     active_E = active_E.to(torch.bool)
-    if active_E.device.type == "cpu" and not active_E.any():
+    if active_E.device.type == "cpu" and not torch.compiler.is_compiling() and not active_E.any():
         raise ValueError(f"active_E masks all {len(active_E)} experts off: leave at least one on")
     cosine_TE = F.normalize(hidden_TD.float(), dim=1) @ F.normalize(prototypes_DE.float(), dim=0)
     scores_TE = torch.sigmoid(scale * cosine_TE) * active_E
