@@ -77,7 +77,7 @@ class Measured:
 
     def _keep(self, client: str, said: dict[str, Said]) -> None:
         self._columns[client] = {
-            name: difference(own.answers, self._expected[name]) if own.answers else f"refused: {own.error}"
+            name: difference(own.answers, self._expected[name]) if own.answers else f"refused: {own.error.splitlines()[0]}"
             for name, own in said.items()
         }
         for own in said.values():
@@ -87,5 +87,5 @@ class Measured:
 def _together(said: Said) -> str:
     """Whether 32 requests at once are answered as each is alone."""
     if said.error:
-        return f"refused: {said.error}"
+        return f"refused: {said.error.splitlines()[0]}"
     return f"other tokens ({said.apart} of {len(_REQUESTS)})" if said.apart else SAME
