@@ -29,6 +29,7 @@ from bench import (
     router,
     routing,
     saving,
+    served,
     soak,
     statistics,
     wire,
@@ -43,9 +44,9 @@ BENCHMARKS: dict[str, ModuleType] = {
     "launches": launches, "wire": wire, "end_to_end": end_to_end, "router": router, "statistics": statistics,
     "saving": saving, "decoding": decoding, "collectives": collectives, "gradient_watch": gradient_watch,
     "data_prep": data_prep, "faults": faults, "gpu_layer": gpu_layer, "gpu_smoke": gpu_smoke, "routing": routing,
-    "soak": soak,
+    "served": served, "soak": soak,
 }  # fmt: skip
-_OF_ALL = [name for name in BENCHMARKS if name not in ("faults", "gpu_smoke", "routing", "soak")]
+_OF_ALL = [name for name in BENCHMARKS if name not in ("faults", "gpu_smoke", "routing", "served", "soak")]
 
 
 def main() -> None:

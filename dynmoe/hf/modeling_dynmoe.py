@@ -29,7 +29,8 @@ from transformers.utils.deprecation import deprecate_kwarg
 from dynmoe.hf.attention_dynmoe import DynMoEAttention
 from dynmoe.hf.configuration_dynmoe import DynMoEConfig
 from dynmoe.hf.moe_dynmoe import STATE, DynMoEBlock, DynMoEExperts, DynMoEMLP, DynMoERouter
-from dynmoe.ops.opaque import opaque_experts  # noqa: F401 (transformers 5.6 takes along what this file names)
+from dynmoe.hf.serving_dynmoe import ServerRanks  # noqa: F401 (transformers 5.6 takes along what this file names)
+from dynmoe.ops.opaque import opaque_experts  # noqa: F401
 from dynmoe.routing import RoutingPlan  # noqa: F401
 
 # transformers renamed the argument and the field during version 5.

@@ -7,7 +7,7 @@ The routers' formulas are the project's own, and travel in ``routing_dynmoe.py``
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynmoe.hf.configuration_dynmoe import DynMoEConfig
+from dynmoe.hf.serving_dynmoe import ServerRanks
 from dynmoe.ops.opaque import opaque_experts
 from dynmoe.routing import RoutingPlan, expert_threshold, null_experts, relu, sigmoid_cutoff, top_any, top_k, top_p
 from dynmoe.routing.losses import (
@@ -167,8 +168,8 @@ class DynMoEExperts(nn.Module):
 
     def __init__(self, config: DynMoEConfig, num_experts: int, most_experts: int) -> None:
         super().__init__()
-        hidden, width = config.hidden_size, config.moe_intermediate_size
-        self.most_experts = most_experts
+        self.most_experts, self.ranks = most_experts, ServerRanks(config)
+        hidden, width = config.hidden_size, self.ranks.width(config)
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, width))
 
@@ -182,7 +183,12 @@ class DynMoEExperts(nn.Module):
         rows_TD = x_TD
         if torch.is_autocast_enabled(device):  # of operators that are not its own autocast does not know
             rows_TD, *weights = (x.to(torch.get_autocast_dtype(device)) for x in (x_TD, *weights))
-        return opaque_experts(rows_TD, routing_map_TE, gates_TE, *weights, self.most_experts).to(x_TD.dtype)
+        y_TD = opaque_experts(rows_TD, routing_map_TE, gates_TE, *weights, self.most_experts)
+        return self.ranks.sum(y_TD).to(x_TD.dtype)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """For vLLM: takes this rank's part of a checkpoint's tensors; says which there were."""
+        return self.ranks.load(self, weights)
 
 
 class DynMoEBlock(nn.Module):

@@ -1,0 +1,56 @@
+"""Answers the same requests with each model in turn: run by an interpreter that has vLLM, and nothing of this project.
+
+Reads a JSON of ``models`` (name to folder; the first goes to transformers too), ``requests``, ``tokens``, ``rounds``,
+``eager`` and ``vocab``; prints the seconds of each round by name, and the experts per token of the first, by layer.
+"""
+
+import json
+import os
+import random
+import sys
+import time
+
+os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="1", VLLM_DO_NOT_TRACK="1")
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for apply_model
+
+
+def main():
+    import torch
+    from transformers import AutoModelForCausalLM
+    from vllm import LLM, SamplingParams
+
+    job = json.load(sys.stdin)
+    torch.set_num_threads(1)
+    generator = random.Random(0)
+    prompts = [[generator.randrange(3, job["vocab"]) for _ in range(16)] for _ in range(job["requests"])]
+    greedy = SamplingParams(temperature=0.0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)
+    settings = {"trust_remote_code": True, "dtype": "float32", "enforce_eager": job["eager"], "max_model_len": 256}
+    settings["enable_prefix_caching"] = False  # the second round would begin with the work of the first
+    first = next(iter(job["models"]))
+
+    def served(folder, **more):
+        model = LLM(folder, skip_tokenizer_init=True, **settings, **more)
+        return model, lambda: model.generate([{"prompt_token_ids": p} for p in prompts], greedy, use_tqdm=False)
+
+    ways = {name: served(folder)[1] for name, folder in job["models"].items()}
+    model = AutoModelForCausalLM.from_pretrained(job["models"][first], trust_remote_code=True, dtype=torch.float32)
+    batch = torch.tensor(prompts)
+    length = {"max_new_tokens": job["tokens"], "min_new_tokens": job["tokens"], "do_sample": False}
+    ways["transformers"] = lambda: model.generate(batch, attention_mask=torch.ones_like(batch), **length)
+    seconds = {name: [] for name in ways}
+    for turn in range(job["rounds"] + 1):
+        for name in generator.sample(list(ways), len(ways)):
+            start = time.perf_counter()
+            ways[name]()
+            if turn:  # the first warms up
+                seconds[name].append(time.perf_counter() - start)
+    counting, ask = served(job["models"][first], hf_overrides={"count_experts": True})
+    counting.apply_model(lambda model: model.model.experts_per_token())
+    ask()
+    (experts,) = counting.apply_model(lambda model: model.model.experts_per_token())
+    print(json.dumps(seconds))
+    print(json.dumps(experts))
+
+
+if __name__ == "__main__":
+    main()
