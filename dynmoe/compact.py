@@ -105,7 +105,8 @@ def _configuration(config: Config, output: Path, counts: list[int]) -> Config:
 
 def _rewrite_file(source: Path, target: Path, kept: Mapping[int, list[int]]) -> None:
     from safetensors import safe_open
-    from safetensors.torch import save_file
+
+    from dynmoe.train.tensor_files import save_tensors
 
     with safe_open(source, framework="pt") as file:
         tensors = {}
@@ -113,7 +114,7 @@ def _rewrite_file(source: Path, target: Path, kept: Mapping[int, list[int]]) -> 
             new = _rewrite_key(key, kept)
             if new is not None:
                 tensors[new] = _select(key, file.get_tensor(key), kept)
-    save_file(tensors, target)
+    save_tensors(tensors, target)
 
 
 def _layer_of(key: str) -> int | None:

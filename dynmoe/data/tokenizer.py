@@ -60,6 +60,11 @@ class Tokenizer:
         return self._proto.trainer_spec.byte_fallback
 
     @property
+    def adds_space(self) -> bool:
+        """Whether a space is put before every text."""
+        return self._proto.normalizer_spec.add_dummy_prefix
+
+    @property
     def _proto(self) -> Any:
         return sentencepiece_model_pb2.ModelProto.FromString(self.content)
 

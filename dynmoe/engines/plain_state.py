@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dynmoe.engines.state_names import MASTER, MOMENTS, OPTIMIZER_STEP, buffer_key, parameter_key
-from dynmoe.errors import UserError, first_line
+from dynmoe.errors import UserError, first_line, some
 from dynmoe.moe import MoELayer
+from dynmoe.train.tensor_files import save_tensors
 
 _DENSE = "dense.safetensors"
 
@@ -102,7 +102,7 @@ def copy(
 
     def write() -> list[Path]:
         for path, tensors in files.items():
-            save_file(tensors, path)
+            save_tensors(tensors, path)
         return list(files)
 
     return write
@@ -136,7 +136,7 @@ def load(directory: Path, entries: Iterable[Entry], buffers: dict[str, Tensor]) 
         expected.add(buffer_key(name))
     surplus = sorted(reader.names - expected)
     if surplus:
-        raise UserError(f"checkpoint {directory}: has tensors that this model lacks, such as {surplus[0]}")
+        raise UserError(f"checkpoint {directory}: has tensors that this model lacks: {some(surplus)}")
     return step
 
 

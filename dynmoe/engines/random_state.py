@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
+
+from dynmoe.train.tensor_files import save_tensors
 
 
 def _path(directory: Path) -> Path:
@@ -21,7 +22,7 @@ def copy_random_state(directory: Path) -> Callable[[], Path]:
     state, path = {"cpu": torch.get_rng_state(), **cuda}, _path(directory)
 
     def write() -> Path:
-        save_file(state, path)
+        save_tensors(state, path)
         return path
 
     return write

@@ -17,13 +17,16 @@ from torch import Tensor
 from dynmoe.data.corpus import Corpus
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
+from dynmoe.hf import qwen2_moe
 from dynmoe.hf.bundle import write_code
 from dynmoe.hf.formats import standard_architecture, to_transformers
 from dynmoe.hf.kept import Kept
 from dynmoe.hf.names import parts
+from dynmoe.hf.routers import router_state
 from dynmoe.hf.tokenizer import compare, padding, write_tokenizer
 from dynmoe.train.checkpoint import IMPORTED
 from dynmoe.train.run_directory import RunDirectory
+from dynmoe.train.tensor_files import follow_umask
 from dynmoe.trained import TrainedDecoder, open_decoder, open_trained
 
 _GENERATION = "generation_config.json"
@@ -70,7 +73,9 @@ def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code
     standard = None if own_code or _is_biased(model) else standard_architecture(model.config.model)
     maker, rows = standard or "dynmoe", model.decoder.w_embed_VD.shape[0]
     fields = _fields(model, tokenizer, kept)
-    config = to_transformers(model.config.model, maker, rows) | fields | {"dtype": str(dtype).removeprefix("torch.")}
+    config = to_transformers(model.config, maker, rows) | fields | {"dtype": str(dtype).removeprefix("torch.")}
+    if maker == "dynmoe":
+        config["router"] |= router_state(model.decoder)
     tensors = _tensors(model, maker, dtype)
     building = output.with_name(f"{output.name}.tmp-{secrets.token_hex(4)}")
     building.mkdir(parents=True)
@@ -108,7 +113,10 @@ def _open(run: Path, kept: Kept) -> tuple[TrainedDecoder, Tokenizer | None]:
 def _fields(model: TrainedDecoder, tokenizer: Tokenizer | None, kept: Kept) -> dict[str, Any]:
     """The longest sequence, and the tokens that begin, end and fill up: as they were imported, where they were."""
     # A document begins where another ends: a piece for beginnings, where there is one, was never trained.
-    ids = {} if tokenizer is None else {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod}
+    # Nor is a piece for padding, whose embedding transformers trains no further; OLMoE has one unless a file says none.
+    ids: dict[str, int | None] = {}
+    if tokenizer is not None:
+        ids = {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod, "pad_token_id": None}
     before, trained = kept.fields.get("max_position_embeddings", 0), model.config.data.sequence_length
     longest = max(before, trained) if model.step or not before else before
     return ids | kept.fields | {"max_position_embeddings": longest}
@@ -140,21 +148,10 @@ def _tensors(model: TrainedDecoder, maker: str, dtype: torch.dtype) -> dict[str,
         for name, piece in zip(part.theirs, pieces, strict=True):
             made[name] = piece.to(whole.dtype if part.state else dtype, copy=True).contiguous()
     if maker == "qwen2_moe":
-        _gate_shared_experts(model, made, dtype)
+        for name in qwen2_moe.down_projections(model.config.model):
+            made[name] /= qwen2_moe.GATE_OF_ZEROS
+        made |= {name: torch.zeros(shape, dtype=dtype) for name, shape in qwen2_moe.zeros(model.config.model).items()}
     return made
-
-
-def _gate_shared_experts(model: TrainedDecoder, made: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Qwen2-MoE multiplies its shared expert by the sigmoid of a gate: one half for a gate of zeros."""
-    hidden, width = model.config.model.hidden, model.config.model.moe.shared_hidden
-    for layer in model.config.model.moe_layers:
-        prefix = f"model.layers.{layer}.mlp"
-        made[f"{prefix}.shared_expert_gate.weight"] = torch.zeros(1, hidden, dtype=dtype)
-        if width:
-            made[f"{prefix}.shared_expert.down_proj.weight"] *= 2
-        else:
-            shapes = {"gate_proj": (0, hidden), "up_proj": (0, hidden), "down_proj": (hidden, 0)}
-            made |= {f"{prefix}.shared_expert.{n}.weight": torch.empty(s, dtype=dtype) for n, s in shapes.items()}
 
 
 def _texts(model: TrainedDecoder, tokenizer: Tokenizer) -> Iterator[str]:
@@ -173,6 +170,8 @@ def _save(tensors: dict[str, Tensor], directory: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict(tensors, directory, max_shard_size=_SHARD, metadata={"format": "pt"})
+    for path in directory.glob("*.safetensors"):
+        follow_umask(path)
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

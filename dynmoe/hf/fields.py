@@ -40,6 +40,7 @@ _DECODER = {
 }  # fmt: skip
 _COMMON = _DECODER | {"head_dim", "rope_theta", "rope_parameters", "rope_scaling"}
 _TOP_K = _COMMON | {"num_experts", "num_local_experts", "num_experts_per_tok", "router_aux_loss_coef"}
+_EXPERTS = {"moe_intermediate_size", "shared_expert_intermediate_size"}
 _QWEN = {"norm_topk_prob", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers"}
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", "LlamaConfig", _COMMON),
@@ -51,6 +52,18 @@ FAMILIES = {
         "Qwen3MoeForCausalLM", "Qwen3MoeConfig", _TOP_K | _QWEN,
         {"shared_expert_intermediate_size": (0,), "use_qk_norm": (True,)},
         {"sliding_window", "max_window_layers"},  # of use_sliding_window, which is off
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM", "Qwen2MoeConfig",
+        _TOP_K | _QWEN | {"shared_expert_intermediate_size", "layer_types"},
+        {"qkv_bias": (True, False)},  # biases are looked at, whatever it says
+        {"sliding_window", "max_window_layers"},
+    ),
+    # What we export and transformers has no architecture for.
+    "dynmoe": Family(
+        "DynMoEForCausalLM", None,
+        _COMMON | _EXPERTS | {"layer_experts", "num_experts", "qk_norm", "router", "auto_map"},
+        {"router_overrides": (None,)}, {"count_experts"},
     ),
     # The release of arXiv 2403.07652, whose code reads no rope_theta: positions always have this base.
     "dynamic_moe": Family(
@@ -85,7 +98,7 @@ INDIFFERENT = {
     "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens", "target_lookbehind",
     "temperature", "top_k", "top_p", "typical_p",
 }  # fmt: skip
-_RESTORE = "restore the checkpoint's own file"
+RESTORE = "restore the checkpoint's own file"
 
 
 def check_fields(found: Mapping[str, Any], family: Family) -> None:
@@ -115,23 +128,24 @@ class Settings:
     Args:
         found: fields by name.
         cure: what to do about one that is missing.
+        path: of the mapping that they are in, where that is not the whole file.
     """
 
-    def __init__(self, found: Mapping[str, Any], cure: str = _RESTORE) -> None:
-        self._found, self._cure = found, cure
+    def __init__(self, found: Mapping[str, Any], cure: str = RESTORE, path: str = "") -> None:
+        self._found, self._cure, self._path = found, cure, path
 
     def __contains__(self, name: str) -> bool:
         return name in self._found
 
     def __getitem__(self, name: str) -> Any:
         if self.optional(name) is None:
-            raise UserError(f"config.json: {name} is missing; {self._cure}")
+            raise UserError(f"config.json: {self._path}{name} is missing; {self._cure}")
         return self._found[name]
 
     def optional(self, name: str) -> Any:
         """A field that may be null, but not be left out."""
         if name not in self._found:
-            raise UserError(f"config.json: {name} is missing; {self._cure}")
+            raise UserError(f"config.json: {self._path}{name} is missing; {self._cure}")
         return self._found[name]
 
     def count(self, *names: str) -> int:
@@ -139,7 +153,7 @@ class Settings:
         name = next((name for name in names if self._found.get(name) is not None), names[0])
         value = self[name]
         if type(value) is not int or value < 1:
-            raise UserError(f"config.json: {name}={shown(value)} is not a positive number; {_RESTORE}")
+            raise UserError(f"config.json: {self._path}{name}={shown(value)} is not a positive number; {RESTORE}")
         return value
 
     def rope_theta(self) -> Any:
@@ -168,14 +182,14 @@ def settings_of(found: Mapping[str, Any], family: Family) -> Settings:
         config = getattr(transformers, family.configuration)(**given)
     except Exception as error:
         words = " ".join(str(error).split())
-        raise UserError(f"config.json: transformers refuses it ({words}); {_RESTORE}") from None
+        raise UserError(f"config.json: transformers refuses it ({words}); {RESTORE}") from None
     return Settings({name: getattr(config, name, None) for name in names})
 
 
 def _check_rope(name: str, rope: Any) -> None:
     """Refuses rotary positions that are scaled or partial, whether or not ``name`` is the field that counts."""
     if not isinstance(rope, Mapping):
-        raise UserError(f"config.json: {name}={shown(rope)} is no mapping; {_RESTORE}")
+        raise UserError(f"config.json: {name}={shown(rope)} is no mapping; {RESTORE}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     fields = {"rope_type": None if kind == "default" else kind}
     fields |= {key: value for key, value in rope.items() if key not in ("rope_type", "type", "rope_theta")}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dynmoe.config import ModelConfig
+from dynmoe.config import Config, ModelConfig
 from dynmoe.errors import UserError
-from dynmoe.hf.fields import FAMILIES, KEPT, Settings, check_fields, settings_of, shown
+from dynmoe.hf.fields import FAMILIES, KEPT, RESTORE, Settings, check_fields, settings_of, shown
+from dynmoe.hf.qwen2_moe import ABSENT_WIDTH
+from dynmoe.hf.routers import read_router, write_router
 
 _CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -39,15 +42,17 @@ def standard_architecture(model: ModelConfig) -> str | None:
     return "qwen2_moe"
 
 
-def to_transformers(model: ModelConfig, maker: str, vocab_size: int) -> dict[str, Any]:
+def to_transformers(config: Config, maker: str, vocab_size: int) -> dict[str, Any]:
     """``config.json`` of an export, but for its longest sequence and the tokens that begin and end one.
 
+    The base of rotary positions stands in two places: mlx-lm looks into the first, transformers 5 into the second.
+
     Args:
-        model: the architecture.
+        config: of the run.
         maker: ``dynmoe``, or what :func:`standard_architecture` says.
         vocab_size: rows of the embedding.
     """
-    rope = {"rope_theta": model.rope_theta}
+    model, rope = config.model, {"rope_theta": config.model.rope_theta}
     common = {
         "architectures": [_CLASSES[maker]],
         "model_type": maker,
@@ -61,49 +66,31 @@ def to_transformers(model: ModelConfig, maker: str, vocab_size: int) -> dict[str
         "rms_norm_eps": model.norm_eps,
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tie_embeddings,
+        **rope,
+        "rope_parameters": rope | {"rope_type": "default"},
     }
     if maker == "dynmoe":
-        files = {"AutoConfig": "configuration_dynmoe.DynMoEConfig"}
-        for auto, name in _AUTO.items():
-            files[auto] = f"modeling_dynmoe.{name}"
-        return common | rope | _dynmoe(model) | {"auto_map": files}
-    common |= {"hidden_act": "silu", "rope_parameters": rope | {"rope_type": "default"}}
-    if maker == "llama":
-        return common
-    return common | _top_k(model, maker)
+        return common | _dynmoe(config) | {"auto_map": _CODE}
+    common |= {"hidden_act": "silu"}
+    return common if maker == "llama" else common | _top_k(model, maker)
 
 
-_AUTO = {
-    "AutoModel": "DynMoEModel",
-    "AutoModelForCausalLM": "DynMoEForCausalLM",
-    "AutoModelForSequenceClassification": "DynMoEForSequenceClassification",
+_CODE = {
+    "AutoConfig": "configuration_dynmoe.DynMoEConfig",
+    "AutoModel": "modeling_dynmoe.DynMoEModel",
+    "AutoModelForCausalLM": "modeling_dynmoe.DynMoEForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_dynmoe.DynMoEForSequenceClassification",
 }
 
 
-def _dynmoe(model: ModelConfig) -> dict[str, Any]:
-    moe, router, options = model.moe, model.router, model.router.options
-    settings: dict[str, Any] = {"kind": router.kind, "form": router.form, "renormalize": options.renormalize}
-    if router.kind in ("top_p", "top_any", "sigmoid"):
-        settings |= {"min_experts": options.min_experts, "max_experts": router.max_experts}
-    if router.kind == "top_any":
-        factor = {"fixed": 1.0, "sqrt_hidden": model.hidden**0.5}.get(options.temperature)
-        settings["scale"] = None if factor is None else router.scale * factor
-        settings |= {"weights": options.weights, "straight_through": options.straight_through}
-    elif router.kind == "sigmoid":
-        settings["cutoff"] = router.cutoff
-    elif router.kind == "relu":
-        settings["max_experts"] = router.max_experts
-    if router.kind in ("top_k", "null_experts"):
-        settings["k"] = router.k
-    if router.kind == "null_experts":
-        settings["num_null"] = router.num_null
-    settings |= {"balance_per_route": options.balance_per_route, "losses": router.loss_coefficients}
+def _dynmoe(config: Config) -> dict[str, Any]:
+    model = config.model
     return {
         "qk_norm": model.qk_norm,
         "layer_experts": [model.experts_of(n) if model.is_moe_layer(n) else 0 for n in range(model.layers)],
-        "moe_intermediate_size": moe.expert_hidden,
-        "shared_expert_intermediate_size": moe.shared_hidden,
-        "router": settings,
+        "moe_intermediate_size": model.moe.expert_hidden,
+        "shared_expert_intermediate_size": model.moe.shared_hidden,
+        "router": write_router(config),
     }
 
 
@@ -125,7 +112,7 @@ def _top_k(model: ModelConfig, maker: str) -> dict[str, Any]:
         "use_sliding_window": False,
     }
     if maker == "qwen2_moe":
-        return named | {"shared_expert_intermediate_size": moe.shared_hidden, "qkv_bias": False}
+        return named | {"shared_expert_intermediate_size": moe.shared_hidden or ABSENT_WIDTH, "qkv_bias": True}
     return named | {"attention_bias": False}
 
 
@@ -145,7 +132,7 @@ def from_transformers(found: Mapping[str, Any]) -> tuple[str, list[str], dict[st
     check_fields(found, FAMILIES[maker])
     get = settings_of(found, FAMILIES[maker])
     hidden, heads = get.count("hidden_size"), get.count("num_attention_heads")
-    fields = {
+    fields: dict[str, Any] = {
         "layers": get.count("num_hidden_layers"),
         "hidden": hidden,
         "heads": heads,
@@ -156,13 +143,10 @@ def from_transformers(found: Mapping[str, Any]) -> tuple[str, list[str], dict[st
         **_READERS[maker](get),
     }
     kept = {name: get.optional(name) for name in KEPT if name in get}
-    return maker, [f"model.{name}={_text(value)}" for name, value in fields.items()], kept
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(value) if isinstance(value, float) else str(value)
+    named = {f"model.{name}": value for name, value in fields.items()}
+    if maker == "dynmoe" and fields["moe.experts"]:
+        named |= read_router(get["router"], hidden)
+    return maker, [f"{name}={json.dumps(value)}" for name, value in named.items()], kept
 
 
 def _read_attention(get: Settings) -> dict[str, Any]:
@@ -193,23 +177,62 @@ def _read_olmoe(get: Settings) -> dict[str, Any]:
 
 
 def _read_qwen3(get: Settings) -> dict[str, Any]:
-    """Layers without experts must be those that our ``model.moe.every`` leaves out."""
+    return {**_read_attention(get), "qk_norm": "head", **_read_qwen(get)}
+
+
+def _read_qwen2(get: Settings) -> dict[str, Any]:
+    """A shared expert is ours only where its weights are not zeros: see ``qwen2_moe.py``."""
+    kinds = get.optional("layer_types") if "layer_types" in get else None  # which without a window are all alike
+    if any(kind != "full_attention" for kind in kinds or []):
+        raise UserError(f"config.json: layer_types={shown(kinds)}: only full attention can be imported")
+    shared = get["shared_expert_intermediate_size"]
+    return {**_read_attention(get), **_read_qwen(get), "moe.shared_hidden": shared}
+
+
+def _read_qwen(get: Settings) -> dict[str, Any]:
     layers, step = get.count("num_hidden_layers"), get.count("decoder_sparse_step")
     listed = get.optional("mlp_only_layers")
     dense = set(listed or []) | {n for n in range(layers) if (n + 1) % step}
+    return {
+        "ffn_hidden": get.count("intermediate_size"),
+        "moe.every": _every(layers, dense, f"decoder_sparse_step={step} and mlp_only_layers={shown(listed)}"),
+        **_experts(get, "moe_intermediate_size"),
+        **_choice(get, get["norm_topk_prob"]),
+    }
+
+
+def _every(layers: int, dense: set[int], source: str) -> int:
+    """Our ``model.moe.every``, which must leave out just these layers."""
     every = next((n for n in range(1, layers + 1) if {m for m in range(layers) if m % n} == dense), None)
     if every is None:
         raise UserError(
-            f"config.json: decoder_sparse_step={step} and mlp_only_layers={shown(listed)} leave experts in all layers "
-            f"but {sorted(dense)}: our decoder has them in every n-th, from the first on"
+            f"config.json: {source} leave experts in all layers but {sorted(dense)}: our decoder has them in every "
+            "n-th, from the first on"
         )
+    return every
+
+
+def _read_dynmoe(get: Settings) -> dict[str, Any]:
+    """An export of ours; older ones called ``layer_experts`` ``num_experts``."""
+    layers, name = get.count("num_hidden_layers"), "layer_experts" if "layer_experts" in get else "num_experts"
+    experts, code, base = get[name], get["auto_map"], get["rope_theta"]
+    if not isinstance(experts, list) or len(experts) != layers or any(type(n) is not int or n < 0 for n in experts):
+        raise UserError(f"config.json: {name}={shown(experts)} is not a number for each of {layers} layers; {RESTORE}")
+    if not isinstance(code, Mapping) or any(str(n).rpartition("--")[2] != _CODE.get(k) for k, n in code.items()):
+        raise UserError(f"config.json: auto_map={shown(code)}: only our own code can be imported")
+    if get.rope_theta() != base:
+        raise UserError(f"config.json: rope_parameters: rope_theta={get.rope_theta()}: our code has rope_theta={base}")
+    numbers = [count for count in experts if count]
+    dense = {layer for layer, count in enumerate(experts) if not count}
     return {
         **_read_attention(get),
-        "qk_norm": "head",
+        "qk_norm": get.optional("qk_norm"),
         "ffn_hidden": get.count("intermediate_size"),
-        "moe.every": every,
-        **_experts(get, "moe_intermediate_size"),
-        **_choice(get, get["norm_topk_prob"]),
+        "moe.experts": max(numbers, default=0),
+        "moe.every": _every(layers, dense, f"{name}={shown(experts)}") if numbers else 1,
+        "moe.experts_by_layer": numbers if len(set(numbers)) > 1 else [],
+        "moe.expert_hidden": get.count("moe_intermediate_size"),
+        "moe.shared_hidden": get["shared_expert_intermediate_size"],
     }
 
 
@@ -254,6 +277,8 @@ _READERS: dict[str, Callable[[Settings], dict[str, Any]]] = {
     "llama": _read_llama,
     "mixtral": _read_mixtral,
     "olmoe": _read_olmoe,
+    "qwen2_moe": _read_qwen2,
     "qwen3_moe": _read_qwen3,
     "dynamic_moe": _read_dynamic_moe,
+    "dynmoe": _read_dynmoe,
 }

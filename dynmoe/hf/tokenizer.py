@@ -25,7 +25,8 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, fields: Mapping[str, 
     """Writes ``tokenizer.json`` and its configuration, and sentencepiece's own file beside them.
 
     Text is text: ``</s>`` in it is four characters, as it was in training. Padding comes on the left, where generation
-    wants it.
+    wants it. Whether a space or a token comes before a text stands in two fields more, which transformers needs not:
+    llama.cpp's converter goes by them.
 
     Args:
         tokenizer: of the run.
@@ -46,6 +47,9 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, fields: Mapping[str, 
         (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings))
         fast = TokenizersBackend.from_pretrained(folder)
     fast.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    before = {"add_bos_token": False, "add_prefix_space": tokenizer.adds_space}
+    path.write_text(json.dumps(json.loads(path.read_text()) | before, indent=2, ensure_ascii=False) + "\n")
     (directory / "tokenizer.model").write_bytes(tokenizer.content)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dynmoe.errors import UserError, first_line
+from dynmoe.errors import UserError, first_line, some
+from dynmoe.hf import qwen2_moe
 from dynmoe.hf.names import STACKED, parts
 from dynmoe.model import Decoder
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# Families whose experts lie in tensors of their own, but in a state_dict of transformers 5.
+_BY_EXPERT = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+_MASK = ("dynmoe", "BOOL", "active")  # of the experts in use
 _FLOATS = ("F64", "F32", "BF16", "F16")
-_MOST_NAMES = 8
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -41,6 +44,12 @@ class Tensors:
     """Tensors by name over the safetensors files of a checkpoint, read one at a time.
 
     As in transformers a whole file comes before shards, and the last of several shards with one name counts.
+
+    Args:
+        source: directory of the checkpoint.
+
+    Raises:
+        UserError: there are no such files, one of them is damaged, or mlx-lm has made it.
     """
 
     def __init__(self, source: Path) -> None:
@@ -51,6 +60,9 @@ class Tensors:
                 file = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path}: {first_line(error)}; restore it") from None
+            if (file.metadata() or {}).get("format") == "mlx":
+                problem = "mlx-lm has converted it, which names, stacks and packs tensors in ways of its own"
+                raise UserError(f"{path}: {problem}; import the folder that it was converted from")
             self._file_of |= dict.fromkeys(file.keys(), file)
 
     def _files(self) -> Iterator[Path]:
@@ -84,29 +96,44 @@ class Tensors:
             raise UserError(f"{self.source}: {problem}; use an undamaged checkpoint")
         return tensor
 
+    def are_zeros(self, name: str) -> bool:
+        """Whether a tensor is of zeros and not quantized."""
+        return self._file_of[name].get_slice(name).get_dtype() in _FLOATS and not bool(self.read(name).any())
+
 
 @torch.no_grad()
 def fill(decoder: Decoder, tensors: Tensors, maker: str) -> None:
     """Puts the tensors of a checkpoint of ``maker`` into their places.
 
     Raises:
-        UserError: what is missing, surplus, of another shape, quantized or not finite, each by name.
+        UserError: what is missing, surplus, of another shape, quantized, not finite or not zeros, where nothing else
+            can be computed, each by name.
     """
     kinds, model = tensors.kinds(), decoder.settings
-    if maker in ("mixtral", "olmoe", "qwen3_moe") and any(name.endswith(".experts.gate_up_proj") for name in kinds):
+    zeros, halved = {}, []
+    if maker == "qwen2_moe":
+        zeros, halved = qwen2_moe.zeros_in(model, tensors), qwen2_moe.down_projections(model)
+    if maker in _BY_EXPERT and any(name.endswith(".experts.gate_up_proj") for name in kinds):
         maker = STACKED
-    quantized = [f"{name} is {kind}" for name, kind in sorted(kinds.items()) if kind not in _FLOATS]
+    wanted = list(parts(model, decoder.w_embed_VD.shape[0], maker))
+    quantized = [
+        f"{name} is {kind}"
+        for name, kind in sorted(kinds.items())
+        if kind not in _FLOATS and (maker, kind, name.rpartition(".")[2]) != _MASK
+    ]
     if quantized:
         cure = "quantized weights are not read: save them in bf16 or fp32 first"
-        raise UserError(f"{tensors.source}: {_some(quantized)}; {cure}")
-    wanted = list(parts(model, decoder.w_embed_VD.shape[0], maker))
+        raise UserError(f"{tensors.source}: {some(quantized)}; {cure}")
     shapes = {name: shape for part in wanted for name, shape in part.shapes.items()}
-    _check_shapes(tensors, shapes, model.tie_embeddings)
+    _check_shapes(tensors, shapes | zeros, model.tie_embeddings)
+    qwen2_moe.check_zeros(tensors, zeros)
     own = {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
     for part in wanted:
         place = own[part.ours] if part.expert is None else own[part.ours][part.expert]
         for name, rows in zip(part.theirs, place.split(part.rows) if part.rows else [place], strict=True):
             rows.copy_(tensors.read(name))
+            if name in halved:
+                rows.mul_(qwen2_moe.GATE_OF_ZEROS)
 
 
 def _check_shapes(tensors: Tensors, wanted: dict[str, tuple[int, ...]], tied: bool) -> None:
@@ -115,20 +142,14 @@ def _check_shapes(tensors: Tensors, wanted: dict[str, tuple[int, ...]], tied: bo
     if tied and output in found and embedding in found and torch.equal(tensors.read(output), tensors.read(embedding)):
         del found[output]  # written twice
     missing, surplus = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    problems = [f"missing: {_some(missing)}"] if missing else []
-    problems += [f"surplus: {_some(surplus)}"] if surplus else []
+    problems = [f"missing: {some(missing)}"] if missing else []
+    problems += [f"surplus: {some(surplus)}"] if surplus else []
     shapes = [
         f"{name} has shape {found[name]} where {shape} is wanted"
         for name, shape in sorted(wanted.items())
         if name in found and found[name] != shape
     ]
     if shapes:
-        problems.append(_some(shapes))
+        problems.append(some(shapes))
     if problems:
         raise UserError(f"{tensors.source}: its tensors do not fit config.json; {'; '.join(problems)}")
-
-
-def _some(words: Collection[str]) -> str:
-    """A list in one line that can be read."""
-    further = len(words) - _MOST_NAMES
-    return ", ".join(list(words)[:_MOST_NAMES]) + (f" and {further} more" if further > 0 else "")

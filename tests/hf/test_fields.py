@@ -37,6 +37,11 @@ BASES = {
         "decoder_sparse_step": 1, "mlp_only_layers": [], "max_window_layers": 3, "sliding_window": None,
         "use_sliding_window": False, **TOP_K,
     },
+    "qwen2_moe": {
+        "intermediate_size": 32, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16, "num_experts": 8,
+        "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": [], "max_window_layers": 3,
+        "sliding_window": 64, "use_sliding_window": False, "qkv_bias": True, **TOP_K,
+    },
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
@@ -56,6 +61,8 @@ OTHER = {
     "num_experts_per_tok": 3, "num_local_experts": 4, "num_experts": 4, "output_router_logits": True,
     "router_aux_loss_coef": 0.5, "router_jitter_noise": 0.5, "clip_qkv": 0.1, "norm_topk_prob": None,
     "use_sliding_window": True, "decoder_sparse_step": 2, "moe_intermediate_size": 32, "mlp_only_layers": [1],
+    "shared_expert_intermediate_size": 24, "qkv_bias": False, "max_window_layers": 1,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
 }  # fmt: skip
 # What no class has, and transformers obeys all the same, or older files say.
 BEYOND = [
@@ -74,7 +81,7 @@ BEYOND = [
 ]  # fmt: skip
 SHAPES = {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_experts",
-    "num_local_experts", "moe_intermediate_size",
+    "num_local_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
 }  # fmt: skip
 
 
@@ -107,6 +114,10 @@ class Checkpoint:
         torch.manual_seed(0)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
+        if settings["model_type"] == "qwen2_moe":  # as an export has them
+            for name, parameter in model.named_parameters():
+                if name.endswith(("_proj.bias", "shared_expert_gate.weight")):
+                    torch.nn.init.zeros_(parameter)
         if not (folder / "model.safetensors").exists():
             model.save_pretrained(folder)
         return model
@@ -192,6 +203,7 @@ def test_every_field_of_the_class_is_in_one_table(family):
 
     mine, default = FAMILIES[family], getattr(transformers, FAMILIES[family].configuration)()
     fixed = FIXED | mine.fixed
+    assert not mine.honoured & fixed.keys()
     tables = [mine.honoured, fixed, mine.indifferent | INDIFFERENT, KEPT]
     for name in {*fields_of(family), *transformers.GenerationConfig._get_default_generation_params()}:
         assert sum(name in table for table in tables) == (name != "architectures"), name

@@ -32,9 +32,8 @@ FIXED = {
     "OLMoE": [*TOP_K, "model.qk_norm=projection"],
     "Qwen3-MoE": [*TOP_K, "model.qk_norm=head", "model.head_dim=64", "model.tie_embeddings=true"],
     "Qwen2-MoE": TOP_K,
-    "Qwen2-MoE, shared expert, dense layers": [
-        *TOP_K, "model.moe.shared_hidden=96", "model.moe.every=2", "model.router.renormalize=true",
-    ],
+    "Qwen2-MoE, shared expert": [*TOP_K, "model.moe.shared_hidden=96", "model.router.renormalize=true"],
+    "Qwen2-MoE, dense layers": [*TOP_K, "model.moe.every=2"],
 }  # fmt: skip
 # What takes our code along: every router, and every other part of the architecture with one of them.
 DYNAMIC = {

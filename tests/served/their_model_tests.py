@@ -67,8 +67,8 @@ class Tester:
 
     def get_config(self) -> DynMoEConfig:
         """What the export of a run writes."""
-        model = load_config(None, [*_TINY, *OWN[os.environ["ROUTER"]]]).model
-        fields: dict[str, Any] = to_transformers(model, "dynmoe", _VOCAB)
+        config = load_config(None, [*_TINY, *OWN[os.environ["ROUTER"]]])
+        fields: dict[str, Any] = to_transformers(config, "dynmoe", _VOCAB)
         for name in ("architectures", "auto_map", "model_type"):
             del fields[name]
         return DynMoEConfig(**fields, pad_token_id=0, bos_token_id=1, eos_token_id=2)

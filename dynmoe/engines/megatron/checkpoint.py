@@ -27,7 +27,7 @@ from dynmoe.engines.megatron.safe_loading import tensors_only
 from dynmoe.engines.megatron.weights import Weight, weights
 from dynmoe.engines.random_state import copy_random_state, restore_random_state
 from dynmoe.engines.state_names import MASTER, parameter_key
-from dynmoe.errors import UserError
+from dynmoe.errors import UserError, some
 from dynmoe.train.engine import Snapshot
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def _check(folder: Path, wanted: dict[str, Any]) -> None:
             raise UserError(f"checkpoint: tensor {key} has shape {saved[key]}, this model wants {shape}")
     surplus = sorted(saved.keys() - model.keys())
     if surplus:
-        raise UserError(f"checkpoint {folder}: has tensors that this model lacks, such as {surplus[0]}")
+        raise UserError(f"checkpoint {folder}: has tensors that this model lacks: {some(surplus)}")
 
 
 def _parts(value: Any) -> list[ShardedTensor]:

@@ -1,0 +1,71 @@
+"""The attention of an exported model. This file travels with the weights; letters as in ``modeling_dynmoe.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_dynmoe import DynMoEConfig
+
+
+def _rotated(x_BHSd: Tensor, cos_BSd: Tensor, sin_BSd: Tensor) -> Tensor:
+    first, second = x_BHSd.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x_BHSd * cos_BSd.unsqueeze(1) + turned * sin_BSd.unsqueeze(1)).to(x_BHSd.dtype)
+
+
+def eager_attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
+    dropout: float = 0.0, **kwargs: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores_BHSP = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores_BHSP = scores_BHSP + attention_mask
+    weights_BHSP = scores_BHSP.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights_BHSP @ value).transpose(1, 2), weights_BHSP
+
+
+class DynMoEAttention(nn.Module):
+    """Causal attention with rotary positions, grouped queries and, where configured, normalized queries and keys."""
+
+    is_causal = True
+
+    def __init__(self, config: DynMoEConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = config, layer, config.head_dim
+        heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.num_key_value_groups = heads // kv_heads  # asked for by attention implementations
+        self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * width, bias=False)
+        self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=False)
+        if config.qk_norm is not None:
+            q_width, k_width = (width, width) if config.qk_norm == "head" else (heads * width, kv_heads * width)
+            self.q_norm = nn.RMSNorm(q_width, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(k_width, config.rms_norm_eps)
+
+    def _heads(self, projected: Tensor, norm: nn.RMSNorm | None = None) -> Tensor:
+        """[B, S, H d] to [B, H, S, d], normalized."""
+        if norm is not None and self.config.qk_norm == "projection":
+            projected = norm(projected)
+        heads_BSHd = projected.view(*projected.shape[:2], -1, self.head_dim)
+        if norm is not None and self.config.qk_norm == "head":
+            heads_BSHd = norm(heads_BSHd)
+        return heads_BSHd.transpose(1, 2)
+
+    def forward(
+        self, x_BSD: Tensor, angles: tuple[Tensor, Tensor], mask: Any, cache: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        normed = self.config.qk_norm is not None
+        q = _rotated(self._heads(self.q_proj(x_BSD), self.q_norm if normed else None), *angles)
+        k = _rotated(self._heads(self.k_proj(x_BSD), self.k_norm if normed else None), *angles)
+        v = self._heads(self.v_proj(x_BSD))
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        out, weights = attend(self, q, k, v, mask, dropout=0.0, scaling=self.head_dim**-0.5, **kwargs)
+        return self.o_proj(out.reshape(*x_BSD.shape[:2], -1)), weights

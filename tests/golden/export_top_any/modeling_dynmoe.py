@@ -1,0 +1,271 @@
+"""DynMoE in transformers 5: each token takes the experts it needs. This file travels with the weights.
+
+An export puts it beside them, with the others that it imports.
+
+Shape letters: B sequences, S their latest tokens, P all positions so far, T = B * S, D model dimension, H query heads,
+K key-value heads, d width of a head, E experts, F expert width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.utils import can_return_tuple
+
+from .attention_dynmoe import DynMoEAttention
+from .configuration_dynmoe import DynMoEConfig
+from .moe_dynmoe import DynMoEBlock, DynMoEExperts, DynMoEMLP, DynMoERouter
+from .routing_dynmoe import RoutingPlan  # noqa: F401 (transformers 5.6 takes along what this file names, and no more)
+
+# transformers renamed the argument and the field during version 5.
+_MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
+_CACHE = "cache" if "cache" in _MASK_ARGUMENTS else "past_key_values"
+
+
+class DynMoEDecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, each after an RMSNorm and added to the residual stream."""
+
+    def __init__(self, config: DynMoEConfig, layer: int) -> None:
+        super().__init__()
+        experts = config.num_experts[layer]
+        self.self_attn = DynMoEAttention(config, layer)
+        self.mlp = DynMoEBlock(config, experts) if experts else DynMoEMLP(config, config.intermediate_size)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x_BSD: Tensor, angles: tuple[Tensor, Tensor], mask: Any, counted_T: Tensor | None, wanted: bool,
+        cache: Any = None, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:  # fmt: skip
+        """The output, attention weights where they are computed, and what the router has to say where ``wanted``."""
+        attended, weights = self.self_attn(self.input_layernorm(x_BSD), angles, mask, cache, **kwargs)
+        x_BSD = x_BSD + attended
+        normed_BSD = self.post_attention_layernorm(x_BSD)
+        if isinstance(self.mlp, DynMoEMLP):
+            return x_BSD + self.mlp(normed_BSD), weights, ()
+        y_BSD, routing = self.mlp(normed_BSD, counted_T, wanted)
+        return x_BSD + y_BSD, weights, routing
+
+
+@dataclass
+class DynMoEModelOutput(MoeModelOutputWithPast):
+    """With ``output_router_logits``, of the MoE layers in order, padding included:
+
+    Attributes:
+        router_logits: of each layer [B, S, E]; those of null experts at the end.
+        routing_maps: of each layer [B, S, E], True where an expert computes a token.
+        experts_per_token: [layers, B, S].
+        aux_loss: the routers' losses, times their coefficients, summed over layers; without padding.
+    """
+
+    routing_maps: tuple[Tensor, ...] | None = None
+    experts_per_token: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+@dataclass
+class DynMoECausalLMOutput(MoeCausalLMOutputWithPast):
+    """See :class:`DynMoEModelOutput`."""
+
+    routing_maps: tuple[Tensor, ...] | None = None
+    experts_per_token: Tensor | None = None
+
+
+@dataclass
+class DynMoESequenceClassifierOutput(SequenceClassifierOutputWithPast):
+    """See :class:`DynMoEModelOutput`."""
+
+    router_logits: tuple[Tensor, ...] | None = None
+    routing_maps: tuple[Tensor, ...] | None = None
+    experts_per_token: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+_SHARED = ("hidden_states", "attentions", "router_logits", "routing_maps", "experts_per_token", "aux_loss")
+
+
+class DynMoEPreTrainedModel(PreTrainedModel):
+    config_class = DynMoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DynMoEDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
+    # Buffers of the routers; bf16 would move thresholds.
+    _keep_in_fp32_modules_strict = ["router.p", "router.bias", "router.offset"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, DynMoEExperts):
+            init.normal_(module.gate_up_proj, std=std)
+            init.normal_(module.down_proj, std=std)
+        elif isinstance(module, DynMoERouter):
+            init.normal_(module.prototypes if module.kind == "top_any" else module.weight, std=std)
+
+
+class DynMoEModel(DynMoEPreTrainedModel):
+    def __init__(self, config: DynMoEConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([DynMoEDecoderLayer(config, n) for n in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _angles(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotary positions, fp32 [B, S, d]."""
+        width, device = self.config.head_dim, position_ids.device
+        frequency = self.config.rope_theta ** (-torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
+        angle = position_ids[..., None].float() * frequency
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos(), angle.sin()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> DynMoEModelOutput:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        config, cache = self.config, past_key_values if cache is None else cache
+        wanted = config.output_router_logits if output_router_logits is None else output_router_logits
+        keeps = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        attends = config.output_attentions if output_attentions is None else output_attentions
+        replays = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if cache is None and (config.use_cache if use_cache is None else use_cache) and not replays:
+            cache = DynamicCache(config=config)
+        before, positions = cache.get_seq_length() if cache is not None else 0, x_BSD.shape[1]
+        if position_ids is None:
+            position_ids = torch.arange(before, before + positions, device=x_BSD.device).unsqueeze(0)
+        extra: Any = {_CACHE: cache, "position_ids": position_ids}
+        if "cache_position" in _MASK_ARGUMENTS:
+            extra["cache_position"] = torch.arange(before, before + positions, device=x_BSD.device)
+        mask = create_causal_mask(config, x_BSD, attention_mask, **extra)
+        counted_T = None
+        if wanted and attention_mask is not None and attention_mask.dim() == 2:
+            counted_T = attention_mask[:, -positions:].bool().flatten()
+        angles, states, all_weights, all_routing = self._angles(position_ids), [], [], []
+        for layer in self.layers:
+            if keeps:
+                states.append(x_BSD)
+            x_BSD, weights, routing = layer(x_BSD, angles, mask, counted_T, wanted, cache=cache)
+            if attends:
+                all_weights.append(weights)
+            if routing:
+                all_routing.append(routing)
+        x_BSD = self.norm(x_BSD)
+        losses, logits, maps = zip(*all_routing, strict=True) if all_routing else ((), (), ())
+        return DynMoEModelOutput(
+            last_hidden_state=x_BSD,
+            hidden_states=(*states, x_BSD) if keeps else None,
+            attentions=tuple(all_weights) if attends else None,
+            router_logits=logits or None,
+            routing_maps=maps or None,
+            experts_per_token=torch.stack([m.sum(dim=-1) for m in maps]) if maps else None,
+            aux_loss=torch.stack(losses).sum() if losses else None,
+            **{_CACHE: cache},
+        )
+
+
+class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: DynMoEConfig) -> None:
+        super().__init__(config)
+        self.model = DynMoEModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> DynMoECausalLMOutput:
+        """Logits of the last ``logits_to_keep`` positions (0: of all); with labels the mean cross-entropy."""
+        out: DynMoEModelOutput = self.model(
+            input_ids, attention_mask, position_ids, cache, past_key_values, inputs_embeds, use_cache,
+            output_router_logits=output_router_logits, **kwargs,
+        )  # fmt: skip
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+            if out.aux_loss is not None:
+                loss = loss + out.aux_loss.to(loss.device)
+        return DynMoECausalLMOutput(loss=loss, logits=logits, **{name: out.get(name) for name in (*_SHARED, _CACHE)})
+
+
+class DynMoEForSequenceClassification(DynMoEPreTrainedModel):
+    """A linear head on the last token that is not padding."""
+
+    def __init__(self, config: DynMoEConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = DynMoEModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> DynMoESequenceClassifierOutput:
+        kwargs["use_cache"] = False
+        out: DynMoEModelOutput = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        states_BSD = out.last_hidden_state
+        last_B = torch.full((len(states_BSD),), states_BSD.shape[1] - 1, device=states_BSD.device)
+        if attention_mask is not None:
+            places_S = torch.arange(states_BSD.shape[1], device=states_BSD.device)
+            last_B = (attention_mask.to(places_S.device) * places_S).argmax(dim=1)
+        logits = self.score(states_BSD[torch.arange(len(states_BSD), device=states_BSD.device), last_B])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+            if out.aux_loss is not None:
+                loss = loss + out.aux_loss
+        return DynMoESequenceClassifierOutput(loss=loss, logits=logits, **{name: out.get(name) for name in _SHARED})

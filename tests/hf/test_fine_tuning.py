@@ -1,0 +1,85 @@
+"""Nine models go out, through a step of transformers' Trainer, back in, and through a training here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.processes import WarmTraining
+from dynmoe.data.batches import PretrainingData
+from dynmoe.data.corpus import Corpus
+from dynmoe.errors import UserError
+from dynmoe.hf.export import export
+from dynmoe.hf.importing import import_checkpoint
+from tests.hf.cases import OWN, STANDARD, begin, run_decoder, some_tokens
+from tests.hf.test_export import read
+from tests.hf.test_import import imported
+from tests.train.cases import read_rows
+
+MODELS = {
+    **{name: STANDARD[name] for name in STANDARD if name != "qwen3_moe, dense"},
+    **{name: OWN[name] for name in ("top_p", "top_any improved", "sigmoid")},
+}
+FAST = ("qwen2_moe, shared and dense", "top_any improved")
+TRAINING = [
+    "data.sequence_length=32", "train.global_batch=4", "train.micro_batch=4", "train.steps=20", "optimizer.lr=1e-2",
+    "schedule.warmup_steps=0", "logging.interval=1", "eval.batches=2",
+]  # fmt: skip
+
+
+def fine_tune(model, folder: Path) -> None:
+    """One step of Trainer, on two sequences."""
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        folder, max_steps=1, per_device_train_batch_size=2, learning_rate=1e-2, weight_decay=0.1, use_cpu=True,
+        report_to=[], save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"input_ids": tokens, "labels": tokens} for tokens in some_tokens()]
+    trainer = Trainer(model, arguments, train_dataset=data)
+    trainer.train()
+    trainer.save_model(folder)
+
+
+def frozen(model):
+    """What Qwen2-MoE has and our decoder lacks, kept at zero."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("_proj.bias", "shared_expert_gate.weight")):
+            parameter.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in MODELS])
+def test_a_model_goes_out_is_tuned_comes_back_and_learns(corpus_dir, tmp_path, name):
+    begun = begin(corpus_dir, tmp_path / "origin", MODELS[name])
+    export(begun.path, tmp_path / "out")
+    fine_tune(frozen(read(tmp_path / "out")), tmp_path / "tuned")
+    run, tokens = tmp_path / "run", some_tokens()
+    _, decoder = imported(tmp_path / "tuned", run, f"data.dirs=[{corpus_dir}]", *TRAINING)
+    found = run_decoder(decoder, tokens)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(found, read(tmp_path / "tuned")(tokens).logits, rtol=0, atol=1e-5)
+    assert (found - run_decoder(begun.decoder, tokens)[0]).abs().max() > 0.05, "the step changed nothing"
+
+    process = WarmTraining([str(run / "config.yaml")], 1, 0, tmp_path / "output.txt", {}, None)
+    assert process.wait() == 0, process.output()
+    rows = read_rows(run / "metrics.jsonl")
+    data = PretrainingData([Corpus.open(corpus_dir)], [], 32, 0, tmp_path / "index")
+    data.prepare(0, 4)
+    batch = data.train_batch(range(4))
+    with torch.no_grad():
+        first = decoder.train()(batch.tokens_BS, batch.labels_BS).item()
+    assert rows[0]["train/lm_loss"] == pytest.approx(first, rel=1e-5)
+    assert rows[-1]["train/step"] == 20
+    assert rows[-1]["train/lm_loss"] < first - 0.3
+
+
+def test_gates_and_biases_that_were_not_frozen_are_refused_with_the_cure(corpus_dir, tmp_path):
+    begun = begin(corpus_dir, tmp_path / "origin", MODELS["qwen2_moe, shared and dense"])
+    export(begun.path, tmp_path / "out")
+    fine_tune(read(tmp_path / "out"), tmp_path / "tuned")
+    words = r"not zeros: model\.layers\.0\.self_attn\.q_proj\.bias, .* with them frozen: requires_grad_\(False\)$"
+    with pytest.raises(UserError, match=words):
+        import_checkpoint(tmp_path / "tuned", tmp_path / "run")

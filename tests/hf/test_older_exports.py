@@ -1,0 +1,42 @@
+"""Exports of older code (see tests/golden) are read by transformers, with their own code, and come back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.hf.cases import run_decoder
+from tests.hf.test_export import read
+from tests.hf.test_import import imported
+from tests.routing.test_golden import GOLDEN
+
+OLDER = ["export_top_p", "export_top_any"]
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_transformers_computes_what_it_did(name):
+    expected = load_file(GOLDEN / name / "expected.safetensors")
+    with torch.no_grad():
+        found = read(GOLDEN / name)(expected["input_ids"], output_router_logits=True)
+    torch.testing.assert_close(found.logits, expected["logits"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.aux_loss, expected["aux_loss"])
+    assert torch.equal(found.experts_per_token, expected["experts_per_token"])
+
+
+@pytest.mark.parametrize("field", ["num_experts", "layer_experts"])
+@pytest.mark.parametrize("name", OLDER)
+def test_they_can_be_trained_on(name, field, tmp_path):
+    source = shutil.copytree(GOLDEN / name, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config[field] = config.pop("num_experts")
+    (source / "config.json").write_text(json.dumps(config))
+    expected = load_file(source / "expected.safetensors")
+    maker, decoder = imported(source, tmp_path / "run")
+    assert maker == "dynmoe"
+    logits, maps = run_decoder(decoder, expected["input_ids"])
+    torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=1e-5)
+    assert torch.equal(torch.stack([routed.sum(dim=-1) for routed in maps]), expected["experts_per_token"])

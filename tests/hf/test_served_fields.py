@@ -1,0 +1,100 @@
+"""What an export says to servers and converters, each of which looks at other fields; and that others can read it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentencepiece import sentencepiece_model_pb2
+
+from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.hf.export import export
+from dynmoe.hf.tokenizer import write_tokenizer
+from tests.hf.cases import OWN, STANDARD, begin, run_decoder, some_tokens
+from tests.hf.test_export import read
+
+
+@pytest.mark.parametrize("name", [*STANDARD, "top_p"])
+def test_servers_find_the_base_of_positions_where_they_look(corpus_dir, tmp_path, name):
+    """mlx-lm beside the other fields, transformers and vLLM in ``rope_parameters``."""
+    from transformers import AutoConfig
+
+    run = begin(corpus_dir, tmp_path / "run", [*(STANDARD | OWN)[name], "model.rope_theta=500"])
+    export(run.path, tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert said["rope_theta"] == said["rope_parameters"]["rope_theta"] == 500.0
+    read_as = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert read_as.rope_parameters == {"rope_theta": 500.0, "rope_type": "default"}
+    with torch.no_grad():
+        logits = read(tmp_path / "out")(some_tokens()).logits
+    torch.testing.assert_close(logits, run_decoder(run.decoder, some_tokens())[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen2_moe, shared and dense"])
+def test_servers_find_every_tensor_that_they_have_of_qwen2_moe(corpus_dir, tmp_path, name):
+    """vLLM makes biases whatever the configuration says, and no server reads a shared expert of width 0."""
+    run = begin(corpus_dir, tmp_path / "run", STANDARD[name])
+    export(run.path, tmp_path / "out", torch.bfloat16)
+    said, weights = (
+        json.loads((tmp_path / "out" / "config.json").read_text()),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
+    shared = 16 if "shared" in name else 32
+    assert (said["qkv_bias"], said["shared_expert_intermediate_size"]) == (True, shared)
+    assert all(tensor.numel() for tensor in weights.values())
+    for layer in range(3):
+        for part, rows in (("q", 16), ("k", 8), ("v", 8)):
+            bias = weights[f"model.layers.{layer}.self_attn.{part}_proj.bias"]
+            assert torch.equal(bias, torch.zeros(rows, dtype=torch.bfloat16))
+    assert weights["model.layers.0.mlp.shared_expert.up_proj.weight"].shape == (shared, 16)
+    assert bool(weights["model.layers.0.mlp.shared_expert.up_proj.weight"].any()) == ("shared" in name)
+    assert not weights["model.layers.0.mlp.shared_expert_gate.weight"].any()
+
+
+def test_llama_cpp_is_told_what_comes_before_a_text(corpus_dir, tmp_path):
+    """Its converter takes a token and a space for granted; so they are there where sentencepiece puts them."""
+    from transformers import AutoTokenizer
+
+    export(begin(corpus_dir, tmp_path / "run", []).path, tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (said["add_bos_token"], said["add_prefix_space"]) == (False, False)
+    model = sentencepiece_model_pb2.ModelProto.FromString((tmp_path / "out" / "tokenizer.model").read_bytes())
+    model.normalizer_spec.add_dummy_prefix = True
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    own = Tokenizer(tmp_path / "tokenizer.model")
+    write_tokenizer(own, tmp_path, {"max_position_embeddings": 64})
+    said = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert (said["add_bos_token"], said["add_prefix_space"]) == (False, True)
+    for text in ("the quick", " the", "", "a\n b"):
+        assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == own.encode(text)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_every_file_has_the_mode_that_the_umask_leaves(corpus_dir, tmp_path, umask):
+    """safetensors writes private files, whoever calls it."""
+    before = os.umask(umask)
+    try:
+        run = begin(corpus_dir, tmp_path / "run", ["model.moe.experts=3"])
+        export(run.path, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {"model.safetensors", "dense.safetensors", "tokenizer.json"} < {path.name for path in tmp_path.rglob("*")}
+    assert not_of_mode(tmp_path, 0o666 & ~umask) == set()
+
+
+def test_a_training_writes_no_private_file(undisturbed):
+    """Checkpoints with generators, traces, TensorBoard's events and what else there is."""
+    folder = undisturbed[0]
+    (folder / "new").touch()
+    mode = (folder / "new").stat().st_mode & 0o777
+    (folder / "new").unlink()
+    assert not_of_mode(folder, mode) == set()
+
+
+def not_of_mode(folder: Path, mode: int) -> set[str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.name for path in files if path.stat().st_mode & 0o777 != mode}
