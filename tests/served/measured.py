@@ -77,15 +77,18 @@ class Measured:
 
     def _keep(self, client: str, said: dict[str, Said]) -> None:
         self._columns[client] = {
-            name: difference(own.answers, self._expected[name]) if own.answers else f"refused: {own.error.splitlines()[0]}"
-            for name, own in said.items()
+            name: _refused(own) or difference(own.answers, self._expected[name]) for name, own in said.items()
         }
         for own in said.values():
             self.versions |= own.versions
 
 
+def _refused(said: Said) -> str:
+    """Why there are no answers; nothing where there are."""
+    return f"refused: {said.error.splitlines()[0]}" if said.error else ""
+
+
 def _together(said: Said) -> str:
     """Whether 32 requests at once are answered as each is alone."""
-    if said.error:
-        return f"refused: {said.error.splitlines()[0]}"
-    return f"other tokens ({said.apart} of {len(_REQUESTS)})" if said.apart else SAME
+    other = f"other tokens ({said.apart} of {len(_REQUESTS)})" if said.apart else SAME
+    return _refused(said) or other

@@ -25,6 +25,7 @@ _TRAINING = [
     "logging.wandb=disabled",
 ]  # fmt: skip
 _TIMEOUT_S = 600.0  # of one training, which takes seconds
+DENSE, NORMALIZED = "Qwen2-MoE, dense layers", "Qwen2-MoE, shared expert, gates that sum to 1"
 # What transformers has; the fields beside those above.
 FIXED = {
     "Llama": ["model.moe.experts=0"],
@@ -32,8 +33,9 @@ FIXED = {
     "OLMoE": [*TOP_K, "model.qk_norm=projection"],
     "Qwen3-MoE": [*TOP_K, "model.qk_norm=head", "model.head_dim=64", "model.tie_embeddings=true"],
     "Qwen2-MoE": TOP_K,
-    "Qwen2-MoE, shared expert": [*TOP_K, "model.moe.shared_hidden=96", "model.router.renormalize=true"],
-    "Qwen2-MoE, dense layers": [*TOP_K, "model.moe.every=2"],
+    "Qwen2-MoE, shared expert": [*TOP_K, "model.moe.shared_hidden=96"],
+    DENSE: [*TOP_K, "model.moe.every=2"],
+    NORMALIZED: [*TOP_K, "model.moe.shared_hidden=96", "model.router.renormalize=true"],
 }  # fmt: skip
 # What takes our code along: every router, and every other part of the architecture with one of them.
 DYNAMIC = {

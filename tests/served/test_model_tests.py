@@ -15,8 +15,8 @@ from tests.hf.cases import OWN
 from tests.served.environments import PARAMETERIZED, THEIR_TESTS, installed
 
 _SUITE = Path(__file__).with_name("their_model_tests.py")
-# The first calls a dictionary as soon as a model has a boolean buffer; the other asks for a mixin of tests that the source
-# distribution lacks.
+# The first calls a dictionary as soon as a model has a boolean buffer; the other asks for a mixin of tests that the
+# source distribution lacks.
 NOT_OURS = {"test_torch_save_load", "test_generation_tester_mixin_inheritance"}
 _PASS_AT_LEAST = 100  # of 104 to 105; the others are skipped: for GPUs, images and the like
 
