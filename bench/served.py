@@ -60,9 +60,10 @@ def run(given: argparse.Namespace) -> Rows:
             "models": models, "requests": given.requests, "tokens": given.tokens, "rounds": given.rounds,
             "eager": given.eager, "vocab": _VOCAB,
         }  # fmt: skip
+        # -P: beside the client lie files with the names of Python's own modules.
         settings = {"VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_CACHE_ROOT": folder, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [given.python, _CLIENT], input=json.dumps(task), text=True, capture_output=True, check=False,
+            [given.python, "-P", _CLIENT], input=json.dumps(task), text=True, capture_output=True, check=False,
             env=os.environ | settings,
         )  # fmt: skip
     if done.returncode:
@@ -91,9 +92,10 @@ def verdicts(rows: Rows) -> list[str]:
 def _write_corpus(folder: Path) -> None:
     """For its tokenizer, without which nothing is exported; requests are tokens."""
     (folder / "text").mkdir()
-    words = [f"{number:b} in ones and zeros is {number}, and {number * 7} is seven of it.\n" for number in range(400)]
-    (folder / "text" / "numbers.txt").write_text("".join(words))
-    build(Recipe([str(folder / "text")], vocab_size=300, validation_fraction=0.0), folder / "corpus", workers=1)
+    for number in range(100):
+        sentence = f"{number:b} in ones and zeros is {number}, and {number * 7} is seven of it.\n"
+        (folder / "text" / f"{number}.txt").write_text(sentence * 4)
+    build(Recipe([str(folder / "text")], vocab_size=300, validation_fraction=0.1), folder / "corpus", workers=1)
 
 
 def _export(folder: Path, name: str, given: argparse.Namespace) -> Path:

@@ -27,7 +27,7 @@ class DynMoEConfig(PreTrainedConfig):
         shared_expert_intermediate_size: width of the expert that every token uses; 0: none.
         router: ``kind`` and what it needs, as DynMoE's export writes it: see ``DynMoERouter``.
         router_overrides: what to use instead, to take more experts or fewer than in training: see ``OVERRIDES``.
-        count_experts: sum up the experts per token of each layer: see ``DynMoEModel.experts_per_token``.
+        count_experts: sum up the tokens of each layer and their experts: see ``DynMoEModel.expert_counts``.
         output_router_logits: give logits, routing maps and experts per token along, and add the routers' own losses,
             with their coefficients in ``router``, to the loss.
 

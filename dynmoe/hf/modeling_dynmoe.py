@@ -143,19 +143,17 @@ class DynMoEModel(DynMoEPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def experts_per_token(self) -> list[float]:
-        """Mean over the tokens since the last call, of each MoE layer; waits for the device.
+    @property
+    def expert_counts(self) -> list[list[int]]:
+        """Of each MoE layer the tokens so far, and the experts that they took; waits for the device.
 
         Raises:
             ValueError: nothing is counted, as ``config.count_experts`` is off.
         """
-        counts = [layer.mlp.counts_2 for layer in self.layers if isinstance(layer.mlp, DynMoEBlock)]
         if not self.config.count_experts:
             raise ValueError("count_experts=False: nothing is counted; load the model with count_experts=True")
-        means = [taken / max(tokens, 1) for tokens, taken in (counts_2.tolist() for counts_2 in counts)]
-        for counts_2 in counts:
-            counts_2.zero_()
-        return means
+        blocks = [layer.mlp for layer in self.layers if isinstance(layer.mlp, DynMoEBlock)]
+        return [block.counts_2.tolist() for block in blocks]
 
     def _angles(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of the rotary positions, fp32 [B, S, d]."""

@@ -35,6 +35,15 @@ def test_servers_find_the_base_of_positions_where_they_look(corpus_dir, tmp_path
     torch.testing.assert_close(logits, run_decoder(run.decoder, some_tokens())[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["olmoe", "llama"])
+def test_every_embedding_learns_in_a_fine_tuning(corpus_dir, tmp_path, name):
+    """An OLMoE whose file names no padding has it at token 1, whose embedding then gets no gradient."""
+    export(begin(corpus_dir, tmp_path / "run", STANDARD[name]).path, tmp_path / "out")
+    model = read(tmp_path / "out")
+    model(torch.tensor([[1, 1, 5]]), labels=torch.tensor([[1, 1, 5]])).loss.backward()
+    assert model.model.embed_tokens.weight.grad[1].any()
+
+
 @pytest.mark.parametrize("name", ["qwen2_moe", "qwen2_moe, shared and dense"])
 def test_servers_find_every_tensor_that_they_have_of_qwen2_moe(corpus_dir, tmp_path, name):
     """vLLM makes biases whatever the configuration says, and no server reads a shared expert of width 0."""
