@@ -1,4 +1,4 @@
-"""The two commands: models out, and in."""
+"""The commands: models out, as directories and as files, and in."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 _EXPORT = "Writes a run's newest checkpoint as a model of transformers."
+_GGUF = "Writes a run's newest checkpoint as one file for llama.cpp."
 _IMPORT = "Makes a run that begins from a checkpoint of somebody else."
 
 
@@ -23,6 +24,10 @@ def main() -> None:
         "--own-code", action="store_true",
         help="our modeling code, with experts per token in its outputs, also where transformers has the architecture",
     )  # fmt: skip
+    file = verbs.add_parser("gguf", help=_GGUF, description=_GGUF)
+    file.add_argument("run", type=Path, metavar="RUN", help="directory of the run, of either engine")
+    file.add_argument("output", type=Path, metavar="FILE", help="of the model, by custom FILE.gguf")
+    file.add_argument("--type", default="f32", metavar="TYPE", help="of the matrices: f32 (default), bf16 or q8_0")
     into = verbs.add_parser("import", help=_IMPORT, description=_IMPORT)
     into.add_argument("source", type=Path, metavar="DIR", help="directory with config.json and .safetensors")
     into.add_argument("run", type=Path, metavar="RUN", help="directory of the new run")
@@ -30,6 +35,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.verb == "export":
         _export(given)
+    elif given.verb == "gguf":
+        _gguf(given)
     else:
         _import(given)
 
@@ -62,6 +69,14 @@ def _readers(exported: Mapping[str, Any]) -> str:
     if exported["model_type"] == "qwen2_moe" and exported["norm_topk_prob"]:
         return f"transformers and vLLM read it; mlx-lm does not make its gates sum to 1; {gguf}"
     return f"transformers, vLLM and mlx-lm read it; {gguf}"
+
+
+def _gguf(given: argparse.Namespace) -> None:
+    from dynmoe.hf.gguf import write_gguf
+
+    done = write_gguf(given.run, given.output, given.type)
+    size = f"{done.parameters / 1e6:.1f} M parameters in {done.size / 1e6:.1f} MB"
+    print(f"{given.output}: {size} ({given.type}), as {done.architecture} of llama.cpp, with the tokenizer.")
 
 
 def _import(given: argparse.Namespace) -> None:

@@ -1,0 +1,219 @@
+"""A run as one file of GGUF, which llama.cpp and what is built on it read."""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dynmoe.config import ModelConfig, load_config
+from dynmoe.errors import ConfigError, UserError, first_line
+from dynmoe.hf.export import _fields
+from dynmoe.hf.gguf_tensors import SERVERS, describe, find_architecture, tensors
+from dynmoe.hf.gguf_vocabulary import Vocabulary, vocabulary
+from dynmoe.hf.kept import Kept
+from dynmoe.hf.tokenizer import padding
+from dynmoe.train.run_directory import RunDirectory
+from dynmoe.trained import TrainedDecoder, open_trained
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+# What --type says of matrices, and what GGUF calls a file of them.
+TYPES = {"f32": "ALL_F32", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+# What chooses experts is fp32 in every file, and so are vectors: llama.cpp's own tools do the same.
+_EXACT = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
+_BLOCK = 32  # numbers that share a scale in q8_0
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a file has.
+
+    Attributes:
+        architecture: in llama.cpp.
+        parameters: their number.
+        size: of the file, in bytes.
+    """
+
+    architecture: str
+    parameters: int
+    size: int
+
+
+def write_gguf(run: Path, output: Path, kind: str = "f32") -> Written:
+    """Writes the newest sound checkpoint of a run, of either engine, as a file that llama.cpp reads.
+
+    Rows of the embedding that stand for no piece are left out: llama.cpp would write them.
+
+    Args:
+        run: directory of the run.
+        output: the file; must not exist.
+        kind: of the matrices, a key of ``TYPES``.
+
+    Raises:
+        UserError: no run, no sound checkpoint, an output that exists, or a model or tokenizer unlike any of llama.cpp.
+    """
+    if kind not in TYPES:
+        cure = "llama.cpp's llama-quantize makes others of bf16"
+        raise UserError(f"--type {kind}: is not one of {', '.join(TYPES)}; {cure}")
+    if output.exists():
+        raise UserError(f"FILE: {output} exists; name a new file")
+    _need_gguf()
+    settings = load_config(RunDirectory(run).config).model
+    architecture = find_architecture(settings)
+    if kind == "q8_0":
+        _check_rows(settings)
+    model, kept = open_trained(run, torch.device("cpu")), Kept.of(run)
+    _check_choices(model)
+    words = vocabulary(model.tokenizer)
+    ids = {"pad_token_id": padding(model.tokenizer)} | _fields(model, model.tokenizer, kept)
+    fields = describe(settings, architecture, len(words.pieces), ids["max_position_embeddings"])
+    weights = {name: own.detach() for name, own in model.decoder.named_parameters()}
+    made = dict(tensors(settings, architecture, weights, len(words.pieces)))
+
+    from gguf import GGUFWriter
+
+    building = output.with_name(f"{output.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            writer = GGUFWriter(building, architecture)
+            _add_fields(writer, kind, fields)
+            _add_vocabulary(writer, words, model.tokenizer.unknown, ids, _Habits.of(kept))
+            _write(writer, made, kind)
+            size = building.stat().st_size
+            building.rename(output)
+        finally:
+            building.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"FILE: {output} cannot be written: {first_line(error)}; name another place") from None
+    return Written(architecture, sum(tensor.numel() for tensor in made.values()), size)
+
+
+def _need_gguf() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ModuleNotFoundError:
+        raise UserError("gguf: the package that writes such files is not here; pip install 'dynmoe[gguf]'") from None
+
+
+def _check_rows(model: ModelConfig) -> None:
+    """Refuses matrices whose rows are no whole blocks of q8_0."""
+    widths = {
+        "model.hidden": model.hidden,
+        "model.head_dim": model.heads * model.width_of_head,
+        "model.ffn_hidden": _BLOCK if model.moe_layers else model.ffn_hidden,
+        "model.moe.expert_hidden": model.moe.expert_hidden if model.moe_layers else _BLOCK,
+        "model.moe.shared_hidden": model.moe.shared_hidden,
+    }
+    for field, width in widths.items():
+        if width % _BLOCK:
+            problem = f"q8_0 packs rows by {_BLOCK} numbers, and {width} is no multiple"
+            value = model.width_of_head if field == "model.head_dim" else width
+            raise ConfigError(field, value, problem, "use --type bf16")
+
+
+def _check_choices(model: TrainedDecoder) -> None:
+    """Refuses what training has changed in the choice of experts, which no file can say."""
+    for layer, moe in zip(model.config.model.moe_layers, model.decoder.moe_layers, strict=True):
+        state = dict(moe.router.named_buffers())
+        if bool(state["bias_E"].any()):
+            raise UserError(
+                f"layer {layer}: loss-free balancing biases its choices, which llama.cpp cannot do; {SERVERS}"
+            )
+        if not bool(state["active_E"].all()):
+            gone = (~state["active_E"].bool()).nonzero().flatten().tolist()
+            cure = "drop them (python -m dynmoe.compact RUN), or " + SERVERS
+            raise UserError(f"layer {layer}: its experts {gone} are switched off, which llama.cpp cannot do; {cure}")
+
+
+@dataclass(frozen=True)
+class _Habits:
+    """What a tokenizer that came with an imported checkpoint does beside making ids of a text; ours does nothing.
+
+    Attributes:
+        begins: it puts the token that begins a text before it.
+        ends: it puts the one that ends a text behind it.
+        template: of conversations; empty where there is none.
+    """
+
+    begins: bool = False
+    ends: bool = False
+    template: str = ""
+
+    @classmethod
+    def of(cls, kept: Kept) -> _Habits:
+        """Asks transformers, as several files have a say in it."""
+        if not kept.has_tokenizer:
+            return cls()
+        try:
+            from transformers import AutoTokenizer
+        except ModuleNotFoundError:
+            raise UserError("transformers: the imported tokenizer needs it; pip install 'dynmoe[hf]'") from None
+        with tempfile.TemporaryDirectory() as folder:
+            kept.write(Path(folder))
+            theirs = AutoTokenizer.from_pretrained(folder)
+        plain, whole = (theirs("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+        more = len(whole) > len(plain)
+        template = theirs.chat_template if isinstance(theirs.chat_template, str) else ""
+        return cls(more and whole[0] == theirs.bos_token_id, more and whole[-1] == theirs.eos_token_id, template)
+
+
+def _add_fields(writer: GGUFWriter, kind: str, fields: dict[str, int | float]) -> None:
+    from gguf import GGML_QUANT_VERSION, LlamaFileType
+
+    writer.add_type("model")
+    writer.add_file_type(LlamaFileType[TYPES[kind]])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    for name, value in fields.items():
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"{writer.arch}.{name}", value)
+
+
+def _add_vocabulary(writer: GGUFWriter, words: Vocabulary, unknown: int, ids: dict[str, Any], habits: _Habits) -> None:
+    writer.add_tokenizer_model(words.model)
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(words.pieces)
+    writer.add_token_scores(words.scores)
+    writer.add_token_types(words.types)
+    writer.add_add_space_prefix(words.space_before)
+    writer.add_remove_extra_whitespaces(words.spaces_as_one)
+    if words.charsmap:
+        writer.add_precompiled_charsmap(words.charsmap)
+    writer.add_unk_token_id(unknown)
+    ends = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
+    special = {"bos": ids["bos_token_id"], "pad": ids["pad_token_id"]} | dict(zip(("eos", "eot"), ends, strict=False))
+    for name, token in special.items():
+        if token is not None and token < len(words.pieces):
+            getattr(writer, f"add_{name}_token_id")(token)
+    writer.add_add_bos_token(habits.begins)
+    writer.add_add_eos_token(habits.ends)
+    writer.add_chat_template(habits.template)
+
+
+def _write(writer: GGUFWriter, made: dict[str, Tensor], kind: str) -> None:
+    """The whole file; of the tensors one at a time is converted."""
+    import numpy as np
+    from gguf import GGMLQuantizationType, quant_shape_to_byte_shape, quantize
+
+    kinds: dict[str, GGMLQuantizationType] = {}
+    for name, tensor in made.items():
+        exact = tensor.ndim == 1 or name.endswith(_EXACT)
+        kinds[name] = GGMLQuantizationType["F32" if exact else kind.upper()]
+        size = prod(quant_shape_to_byte_shape(tensor.shape, kinds[name]))
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, kinds[name])
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, tensor in made.items():
+            writer.write_tensor_data(quantize(tensor.contiguous().numpy(), kinds[name]))
+    finally:
+        writer.close()

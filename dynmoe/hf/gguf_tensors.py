@@ -1,0 +1,195 @@
+"""A model in the words of llama.cpp: its architecture, the fields that describe it, and its tensors by their names.
+
+Names and fields are those of the GGUF specification (docs/gguf.md of ggml) and of the tables in the package ``gguf``;
+what an architecture can be is what llama.cpp computes for it (src/models in its repository).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from dynmoe.config import ModelConfig
+from dynmoe.errors import ConfigError
+from dynmoe.hf.formats import standard_architecture
+
+SERVERS = "serve its export (python -m dynmoe.hf export) with transformers or vLLM"
+# Of transformers' architectures, llama.cpp's: where gates are left as they are, and where they are made to sum to 1.
+# There a field says it, here the architecture: two are named after models of others that compute the same.
+_NAMES = {
+    "llama": ("llama", "llama"),
+    "mixtral": (None, "llama"),
+    "olmoe": ("olmoe", None),
+    "qwen2_moe": ("qwen2moe", "granitemoe"),
+    "qwen3_moe": ("dots1", "qwen3moe"),
+}
+# The two rows of a head that rotary positions turn together lie one below the other.
+_PAIRED = ("llama", "granitemoe")
+_WITHOUT_GROUPS = ("olmoe", "dots1")  # have keys and values for every head
+_MUST_SHARE = ("qwen2moe", "dots1")  # have a shared expert in any case: one of zeros adds nothing
+_MUST_NOT_TIE = ("olmoe", "qwen2moe", "dots1")  # have an output beside the embedding in any case
+_SOFTMAX = 1  # of the functions that give scores
+_NEARLY_ZERO = (1e-10, 1e-24)  # times any input it changes no digit of a sigmoid of one half
+
+
+def find_architecture(model: ModelConfig) -> str:
+    """The architecture of llama.cpp that computes what ``model`` does, if nothing biases its choices.
+
+    Raises:
+        ConfigError: there is none; the field that stands against it is named.
+    """
+    maker, moe, renormalize = standard_architecture(model), model.moe, model.router.options.renormalize
+    if maker is None:
+        raise _without_architecture(model)
+    if maker != "llama" and moe.every != 1:
+        raise ConfigError("model.moe.every", moe.every, "llama.cpp wants experts in every layer", SERVERS)
+    name = _NAMES[maker][bool(renormalize)]
+    if name is None:
+        problem = f"llama.cpp's {maker} leaves the gates of a token as they are"
+        raise ConfigError("model.router.renormalize", renormalize, problem, SERVERS)
+    if name == "qwen2moe" and model.heads * model.width_of_head != model.hidden:
+        problem = f"heads of llama.cpp's qwen2moe have model.hidden / model.heads ({model.hidden} / {model.heads})"
+        raise ConfigError("model.head_dim", model.width_of_head, problem, SERVERS)
+    return name
+
+
+def _without_architecture(model: ModelConfig) -> ConfigError:
+    router, moe = model.router, model.moe
+    if model.moe_layers and router.kind != "top_k":
+        problem = "llama.cpp gives every token the same number of experts"
+        return ConfigError("model.router.kind", router.kind, problem, SERVERS)
+    if len(set(moe.experts_by_layer)) > 1:
+        problem = "llama.cpp has as many experts in every layer"
+        return ConfigError("model.moe.experts_by_layer", moe.experts_by_layer, problem, SERVERS)
+    others = f"model.moe.every={moe.every}, shared_hidden={moe.shared_hidden}" if model.moe_layers else "no experts"
+    return ConfigError("model.qk_norm", model.qk_norm, f"nothing in llama.cpp has it with {others}", SERVERS)
+
+
+def describe(model: ModelConfig, name: str, vocab_size: int, longest: int) -> dict[str, int | float]:
+    """The fields of a file, without the architecture's name before them.
+
+    Args:
+        model: to be described.
+        name: of its architecture, in llama.cpp.
+        vocab_size: rows of the embedding in the file.
+        longest: sequence, in tokens.
+    """
+    moe = model.moe
+    fields: dict[str, int | float] = {
+        "vocab_size": vocab_size,
+        "context_length": longest,
+        "block_count": model.layers,
+        "embedding_length": model.hidden,
+        "feed_forward_length": moe.expert_hidden if model.moe_layers else model.ffn_hidden,
+        "attention.head_count": model.heads,
+        "attention.head_count_kv": model.heads if name in _WITHOUT_GROUPS else model.kv_heads,
+        "attention.key_length": model.width_of_head,
+        "attention.value_length": model.width_of_head,
+        "attention.layer_norm_rms_epsilon": model.norm_eps,
+        "rope.dimension_count": model.width_of_head,
+        "rope.freq_base": model.rope_theta,
+    }
+    if model.moe_layers:
+        fields |= {"expert_count": model.largest_layer, "expert_used_count": model.router.k}
+        fields["expert_feed_forward_length"] = moe.expert_hidden
+    if name in ("qwen2moe", "granitemoe"):
+        fields["expert_shared_feed_forward_length"] = moe.shared_hidden or moe.expert_hidden
+    if name == "granitemoe":
+        fields["logit_scale"] = 1.0
+    elif name == "dots1":
+        fields |= {"leading_dense_block_count": 0, "expert_shared_count": 1, "expert_gating_func": _SOFTMAX}
+        fields["expert_weights_scale"] = 1.0
+    return fields
+
+
+def tensors(
+    model: ModelConfig, name: str, weights: Mapping[str, Tensor], vocab_size: int
+) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a file, by name, in fp32; the last axis of ours is the first of GGUF's.
+
+    Args:
+        model: the architecture.
+        name: of the architecture, in llama.cpp.
+        weights: of the plain decoder, by name.
+        vocab_size: rows of the embedding that stand for pieces; any further ones are left out.
+    """
+    embedding_VD = weights["w_embed_VD"][:vocab_size]
+    yield "token_embd.weight", embedding_VD
+    for layer in range(model.layers):
+        prefix = f"layers.{layer}."
+        ours = {key.removeprefix(prefix): own for key, own in weights.items() if key.startswith(prefix)}
+        for part, tensor in _layer(model, name, ours):
+            yield f"blk.{layer}.{part}.weight", tensor
+    yield "output_norm.weight", weights["norm.weight"]
+    if not model.tie_embeddings:
+        yield "output.weight", weights["w_out_VD"][:vocab_size]
+    elif name in _MUST_NOT_TIE:
+        yield "output.weight", embedding_VD
+
+
+def _layer(model: ModelConfig, name: str, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    yield "attn_norm", ours["attention_norm.weight"]
+    yield from _attention(model, name, ours)
+    yield "ffn_norm", ours["ffn_norm.weight"]
+    if not model.moe_layers:
+        yield from _swiglu(ours["ffn.w_up_HD"], ours["ffn.w_down_DF"], "")
+        return
+    yield "ffn_gate_inp", ours["moe.router.weight_ED"]
+    yield from _swiglu(ours["moe.experts.w_up_EHD"], ours["moe.experts.w_down_EDF"], "_exps")
+    if model.moe.shared_hidden or name in _MUST_SHARE:
+        yield from _shared_expert(model, name, ours)
+
+
+def _attention(model: ModelConfig, name: str, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    width = model.width_of_head
+    rows = [count * width for count in (model.heads, model.kv_heads, model.kv_heads)]
+    query_ID, key_ID, value_ID = ours["attention.w_qkv"].split(rows)
+    norms = {part: ours[f"attention.{part}.weight"] for part in ("q_norm", "k_norm") if model.qk_norm is not None}
+    if name in _PAIRED:
+        query_ID, key_ID = _in_pairs(query_ID, width), _in_pairs(key_ID, width)
+    elif name in _WITHOUT_GROUPS:
+        key_ID, value_ID = _for_every_head(key_ID, model), _for_every_head(value_ID, model)
+        if model.qk_norm == "projection":
+            norms["k_norm"] = _for_every_head(norms["k_norm"], model)
+    yield from (("attn_q", query_ID), ("attn_k", key_ID), ("attn_v", value_ID))
+    yield "attn_output", ours["attention.w_out"]
+    for part, weight in norms.items():
+        yield f"attn_{part}", weight
+
+
+def _in_pairs(projection_ID: Tensor, width: int) -> Tensor:
+    """Rows of heads from halves, of which rotary positions turn one row of each together, to pairs of such rows."""
+    return projection_ID.unflatten(0, (-1, 2, width // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _for_every_head(own: Tensor, model: ModelConfig) -> Tensor:
+    """Rows of each group of heads, once for each head of it; a norm over all is the same, as each counts as often."""
+    groups = own.unflatten(0, (model.kv_heads, model.width_of_head))
+    return groups.repeat_interleave(model.heads // model.kv_heads, dim=0).flatten(0, 1)
+
+
+def _swiglu(up: Tensor, down: Tensor, which: str) -> Iterator[tuple[str, Tensor]]:
+    """Gate, up and down projection of one feed-forward, from [2F, D] and [D, F], or of all experts, with E before."""
+    gate, up = up.chunk(2, dim=-2)
+    yield from ((f"ffn_gate{which}", gate), (f"ffn_up{which}", up), (f"ffn_down{which}", down))
+
+
+def _shared_expert(model: ModelConfig, name: str, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The shared expert, or one of zeros.
+
+    Qwen2-MoE multiplies it by the sigmoid of a gate, which is to be one half. llama.cpp computes silu(x) / x for that,
+    which for zero is no number: x is as good as zero, by two weights so far apart that it is not, where one input is.
+    """
+    if model.moe.shared_hidden:
+        up_HD, down_DF = ours["moe.shared.w_up_HD"], ours["moe.shared.w_down_DF"]
+    else:
+        width = model.moe.expert_hidden
+        up_HD, down_DF = torch.zeros(2 * width, model.hidden), torch.zeros(model.hidden, width)
+    if name == "qwen2moe":
+        gate_D = torch.zeros(model.hidden)
+        gate_D[0], gate_D[1] = _NEARLY_ZERO
+        yield "ffn_gate_inp_shexp", gate_D
+        down_DF = 2 * down_DF
+    yield from _swiglu(up_HD, down_DF, "_shexp")
