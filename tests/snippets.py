@@ -37,6 +37,7 @@ _PLACEHOLDERS = {
 # Programs of others, whose arguments are theirs to check.
 _OTHERS = (
     "source", "printf", "srun", "ssh", "scontrol", "apt-get", "wandb", "tensorboard", "lm_eval", "scancel",
+    "vllm", "curl",
     ".venv/bin/pre-commit",
 )  # fmt: skip
 _OURS = ("python", ".venv/bin/python", "torchrun", "train.py", "dynmoe", "make", "pip", "pytest", "sbatch")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 _EXPORT = "Writes a run's newest checkpoint as a model of transformers."
 _GGUF = "Writes a run's newest checkpoint as one file for llama.cpp."
@@ -53,6 +56,19 @@ def _export(given: argparse.Namespace) -> None:
     else:
         print("The tokenizer was not compared with sentencepiece: the corpora of data.dirs are not here.")
     print(f'Read it with: AutoModelForCausalLM.from_pretrained("{given.output}"{code})')
+    print(f"{_readers(json.loads((given.output / 'config.json').read_text()))} How to serve it: docs/serving.md")
+
+
+def _readers(exported: Mapping[str, Any]) -> str:
+    """Who reads an export with this ``config.json`` and who does not, as ``make test-served`` measures it."""
+    if exported["model_type"] == "dynmoe":
+        return "transformers and vLLM read it; mlx-lm and llama.cpp do not."
+    gguf = "for llama.cpp there is python -m dynmoe.hf gguf."
+    if exported["model_type"] == "qwen2_moe" and exported["mlp_only_layers"]:
+        return "transformers and vLLM read it; mlx-lm and llama.cpp do not, as not every layer has experts."
+    if exported["model_type"] == "qwen2_moe" and exported["norm_topk_prob"]:
+        return f"transformers and vLLM read it; mlx-lm does not make its gates sum to 1; {gguf}"
+    return f"transformers, vLLM and mlx-lm read it; {gguf}"
 
 
 def _gguf(given: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from sentencepiece import sentencepiece_model_pb2
 
 from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.hf.command import main
 from dynmoe.hf.export import export
 from dynmoe.hf.tokenizer import write_tokenizer
 from tests.hf.cases import OWN, STANDARD, begin, run_decoder, some_tokens
@@ -107,3 +108,24 @@ def test_a_training_writes_no_private_file(undisturbed):
 def not_of_mode(folder: Path, mode: int) -> set[str]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path.name for path in files if path.stat().st_mode & 0o777 != mode}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("llama", "transformers, vLLM and mlx-lm read it; for llama.cpp there is python -m dynmoe.hf gguf."),
+        ("qwen2_moe", "transformers, vLLM and mlx-lm read it; for llama.cpp there is python -m dynmoe.hf gguf."),
+        ("qwen2_moe, shared and dense", "mlx-lm and llama.cpp do not, as not every layer has experts."),
+        ("qwen2_moe, sum", "mlx-lm does not make its gates sum to 1; for llama.cpp there is"),
+        ("top_p", "transformers and vLLM read it; mlx-lm and llama.cpp do not."),
+    ],
+)
+def test_the_export_says_who_reads_it(corpus_dir, tmp_path, monkeypatch, capsys, name, said):
+    """The sentences are those that tests/served measures."""
+    sum_to_1 = [*STANDARD["qwen2_moe"], "model.moe.shared_hidden=16", "model.router.renormalize=true"]
+    begin(corpus_dir, tmp_path / "run", (STANDARD | OWN | {"qwen2_moe, sum": sum_to_1})[name])
+    monkeypatch.setattr("sys.argv", ["dynmoe.hf", "export", str(tmp_path / "run"), str(tmp_path / "out")])
+    main()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert said in last
+    assert last.endswith("How to serve it: docs/serving.md")

@@ -1,0 +1,76 @@
+"""The three commands of ``docs/serving.md``, as a reader types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from bench.processes import CPU, free_port
+from tests.served.environments import python_of
+from tests.served.models import DYNAMIC, call_hf, train
+from tests.snippets import blocks, commands
+
+pytestmark = pytest.mark.served
+_STARTS_S, _ANSWERS_S = 180.0, 60.0
+
+
+def test_an_answer_over_http_is_that_of_transformers(corpus_dir, tmp_path, away_from_the_hub):
+    export, serve, ask = three_commands()
+    train(corpus_dir, tmp_path / "runs" / "quickstart", DYNAMIC["top_p"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        call_hf(*export[export.index("dynmoe.hf") + 1 :])
+    port = free_port()
+    server = subprocess.Popen(
+        [python_of("vllm").with_name(serve[0]), *serve[1:], "--port", str(port)], cwd=tmp_path, start_new_session=True,
+        env=os.environ | CPU | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",
+                                "HF_HOME": str(tmp_path / "hf"), "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        stdout=(tmp_path / "server.txt").open("w"), stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        wait_for(server, f"http://localhost:{port}/health", tmp_path / "server.txt")
+        asked = [word.replace("localhost:8000", f"localhost:{port}") for word in ask]
+        done = subprocess.run([*asked, "--silent"], check=True, capture_output=True, timeout=_ANSWERS_S)
+        (choice,) = json.loads(done.stdout)["choices"]
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    assert choice["text"] == greedy_text(tmp_path / "out", json.loads(ask[ask.index("-d") + 1]))
+
+
+def three_commands() -> list[list[str]]:
+    """The words of export, server and request."""
+    (block,) = [snippet.text for snippet in blocks() if "vllm serve" in snippet.text]
+    return commands(block)
+
+
+def wait_for(server: subprocess.Popen, address: str, log: Path) -> None:
+    """Returns when the server answers."""
+    deadline = time.monotonic() + _STARTS_S
+    while time.monotonic() < deadline:
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except (urllib.error.URLError, TimeoutError):
+            time.sleep(0.5)
+    raise TimeoutError(log.read_text()[-3000:])
+
+
+def greedy_text(export: Path, request: dict) -> str:
+    """What transformers goes on with."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(export, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True)
+    batch = tokenizer(request["prompt"], return_tensors="pt")
+    out = model.generate(**batch, max_new_tokens=request["max_tokens"], do_sample=False)[0]
+    return tokenizer.decode(out[batch["input_ids"].shape[1] :], skip_special_tokens=True)
