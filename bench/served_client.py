@@ -9,13 +9,15 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from operator import attrgetter
+from typing import Any
 
 os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="1", VLLM_DO_NOT_TRACK="1")
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for apply_model
 
 
-def main():
+def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM
     from vllm import LLM, SamplingParams
@@ -29,7 +31,7 @@ def main():
     settings["enable_prefix_caching"] = False  # the second round would begin with the work of the first
     first = next(iter(job["models"]))
 
-    def served(folder, **more):
+    def served(folder: str, **more: Any) -> tuple[Any, Callable[[], Any]]:
         model = LLM(folder, skip_tokenizer_init=True, **settings, **more)
         return model, lambda: model.generate([{"prompt_token_ids": p} for p in prompts], greedy, use_tqdm=False)
 
@@ -38,7 +40,7 @@ def main():
     batch = torch.tensor(prompts)
     length = {"max_new_tokens": job["tokens"], "min_new_tokens": job["tokens"], "do_sample": False}
     ways["transformers"] = lambda: model.generate(batch, attention_mask=torch.ones_like(batch), **length)
-    seconds = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(job["rounds"] + 1):
         for name in generator.sample(list(ways), len(ways)):
             start = time.perf_counter()

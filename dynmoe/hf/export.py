@@ -72,7 +72,7 @@ def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code
     model, tokenizer = _open(run, kept)
     standard = None if own_code or _is_biased(model) else standard_architecture(model.config.model)
     maker, rows = standard or "dynmoe", model.decoder.w_embed_VD.shape[0]
-    fields = _fields(model, tokenizer, kept)
+    fields = own_fields(model, tokenizer, kept)
     config = to_transformers(model.config, maker, rows) | fields | {"dtype": str(dtype).removeprefix("torch.")}
     if maker == "dynmoe":
         config["router"] |= router_state(model.decoder)
@@ -110,7 +110,7 @@ def _open(run: Path, kept: Kept) -> tuple[TrainedDecoder, Tokenizer | None]:
     return model, model.tokenizer
 
 
-def _fields(model: TrainedDecoder, tokenizer: Tokenizer | None, kept: Kept) -> dict[str, Any]:
+def own_fields(model: TrainedDecoder, tokenizer: Tokenizer | None, kept: Kept) -> dict[str, Any]:
     """The longest sequence, and the tokens that begin, end and fill up: as they were imported, where they were."""
     # A document begins where another ends: a piece for beginnings, where there is one, was never trained.
     # Nor is a piece for padding, whose embedding transformers trains no further; OLMoE has one unless a file says none.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynmoe.config import ModelConfig, load_config
 from dynmoe.errors import ConfigError, UserError, first_line
-from dynmoe.hf.export import _fields
+from dynmoe.hf.export import own_fields
 from dynmoe.hf.gguf_tensors import SERVERS, describe, find_architecture, tensors
 from dynmoe.hf.gguf_vocabulary import Vocabulary, vocabulary
 from dynmoe.hf.kept import Kept
@@ -73,7 +73,9 @@ def write_gguf(run: Path, output: Path, kind: str = "f32") -> Written:
     model, kept = open_trained(run, torch.device("cpu")), Kept.of(run)
     _check_choices(model)
     words = vocabulary(model.tokenizer)
-    ids = {"pad_token_id": padding(model.tokenizer)} | _fields(model, model.tokenizer, kept)
+    ids = own_fields(model, model.tokenizer, kept)
+    if ids["pad_token_id"] is None:
+        ids["pad_token_id"] = padding(model.tokenizer)
     fields = describe(settings, architecture, len(words.pieces), ids["max_position_embeddings"])
     weights = {name: own.detach() for name, own in model.decoder.named_parameters()}
     made = dict(tensors(settings, architecture, weights, len(words.pieces)))

@@ -150,10 +150,11 @@ class DynMoEModel(DynMoEPreTrainedModel):
         Raises:
             ValueError: nothing is counted, as ``config.count_experts`` is off.
         """
-        if not self.config.count_experts:
-            raise ValueError("count_experts=False: nothing is counted; load the model with count_experts=True")
         blocks = [layer.mlp for layer in self.layers if isinstance(layer.mlp, DynMoEBlock)]
-        return [block.counts_2.tolist() for block in blocks]
+        counts = [block.counts_2.tolist() for block in blocks if block.counts_2 is not None]
+        if len(counts) < len(blocks):
+            raise ValueError("count_experts=False: nothing is counted; load the model with count_experts=True")
+        return counts
 
     def _angles(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of the rotary positions, fp32 [B, S, d]."""

@@ -178,11 +178,12 @@ class DynMoEExperts(nn.Module):
         Rounded where training rounds: the gated activation and the sum over experts are fp32 until they are whole. With
         the arguments in this order transformers' ``moe_tp_experts`` cuts the experts over ranks.
         """
-        weights, device = [self.gate_up_proj, self.down_proj], x_TD.device.type
-        rows_TD = x_TD
+        dtype, device = x_TD.dtype, x_TD.device.type
         if torch.is_autocast_enabled(device):  # of operators that are not its own autocast does not know
-            rows_TD, *weights = (x.to(torch.get_autocast_dtype(device)) for x in (x_TD, *weights))
-        return self.host.compute(rows_TD, routing_map_TE, gates_TE, weights, self.most_experts).to(x_TD.dtype)
+            dtype = torch.get_autocast_dtype(device)
+        rows_TD, w_up_EHD, w_down_EDF = (x.to(dtype) for x in (x_TD, self.gate_up_proj, self.down_proj))
+        y_TD = self.host.compute(rows_TD, routing_map_TE, gates_TE, w_up_EHD, w_down_EDF, self.most_experts)
+        return y_TD.to(x_TD.dtype)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """For vLLM: takes this rank's part of a checkpoint's tensors; says which there were."""
@@ -213,7 +214,7 @@ class DynMoEBlock(nn.Module):
             plan, logits_TE = self.router(x_TD)
             loss = self.router.loss(plan if counted_T is None else _of_tokens(plan, counted_T)) if wanted else None
         if self.counts_2 is not None:
-            self._count(plan.routing_map_TE, counted_T)
+            self.counts_2.add_(_counts_of(plan.routing_map_TE, counted_T))
         y_TD = self.experts(x_TD, plan.routing_map_TE, plan.gates_TE)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
@@ -222,12 +223,12 @@ class DynMoEBlock(nn.Module):
         shape = (*x_BSD.shape[:2], -1)
         return y_TD.view_as(x_BSD), (loss, logits_TE.view(shape), plan.routing_map_TE.view(shape))
 
-    def _count(self, routing_map_TE: Tensor, counted_T: Tensor | None) -> None:
-        """Adds to the counts, on the device, for which nobody waits."""
-        if counted_T is None:
-            counted_T = routing_map_TE.new_ones(len(routing_map_TE))
-        routes = (routing_map_TE & counted_T[:, None]).sum()
-        self.counts_2.add_(torch.stack([counted_T.sum(), routes]))
+
+def _counts_of(routing_map_TE: Tensor, counted_T: Tensor | None) -> Tensor:
+    """Tokens, and the experts that they take, int64 [2]; on the device, for which nobody waits."""
+    if counted_T is None:
+        counted_T = routing_map_TE.new_ones(len(routing_map_TE))
+    return torch.stack([counted_T.sum(), (routing_map_TE & counted_T[:, None]).sum()])
 
 
 def _of_tokens(plan: RoutingPlan, kept_T: Tensor) -> RoutingPlan:

@@ -54,12 +54,14 @@ class ExpertsHost:
             loaded.add(name)
         return loaded
 
-    def compute(self, x_TD: Tensor, map_TE: Tensor, gates_TE: Tensor, weights: list[Tensor], most: int) -> Tensor:
+    def compute(
+        self, x_TD: Tensor, map_TE: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, most_experts: int
+    ) -> Tensor:
         """The experts' outputs: see ``opaque_experts``."""
         if self.packs:
-            y_TD: Tensor = torch.ops.dynmoe.vllm_experts_1(x_TD, map_TE, gates_TE, *weights)
+            y_TD: Tensor = torch.ops.dynmoe.vllm_experts_1(x_TD, map_TE, gates_TE, w_up_EHD, w_down_EDF)
         else:
-            y_TD = opaque_experts(x_TD, map_TE, gates_TE, *weights, most)
+            y_TD = opaque_experts(x_TD, map_TE, gates_TE, w_up_EHD, w_down_EDF, most_experts)
         return y_TD if self.ranks == 1 else self.group.all_reduce(y_TD)
 
 
@@ -77,13 +79,13 @@ def _instructions(dtype: torch.dtype) -> str:
     return "amx" if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else "vec"
 
 
-def _experts(x_TD: Tensor, map_TE: Tensor, gates_TE: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def _experts(x_TD: Tensor, map_TE: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor) -> Tensor:
     """By vLLM's kernel, to which each route is a token with one expert: it knows a fixed number only."""
     token_N, expert_N = map_TE.nonzero(as_tuple=True)
     rows_ND = x_TD.new_empty(len(token_N), x_TD.shape[1])
     if len(token_N):
         _custom_ops().cpu_fused_moe(
-            rows_ND, x_TD.index_select(0, token_N), up, down, None, None, gates_TE[map_TE][:, None].float(),
+            rows_ND, x_TD.index_select(0, token_N), w_up_EHD, w_down_EDF, None, None, gates_TE[map_TE][:, None],
             expert_N[:, None].to(torch.int32), "silu", _instructions(x_TD.dtype),
         )  # fmt: skip
     y_TD = torch.zeros_like(x_TD, dtype=torch.float32).index_add_(0, token_N, rows_ND.float())

@@ -15,7 +15,7 @@ from dynmoe.config import load_config
 from dynmoe.data.corpus import TOKENIZER
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
-from dynmoe.hf.export import _fields, export
+from dynmoe.hf.export import export, own_fields
 from dynmoe.hf.importing import import_checkpoint
 from dynmoe.hf.kept import Kept
 from dynmoe.hf.tokenizer import compare
@@ -177,8 +177,8 @@ def test_longer_sequences_than_the_checkpoints_count_once_they_were_trained(tmp_
     llama(tmp_path / "source", max_position_embeddings=64)
     import_checkpoint(tmp_path / "source", tmp_path / "run", ["data.sequence_length=128"])
     model, kept = open_decoder(tmp_path / "run", torch.device("cpu")), Kept.of(tmp_path / "run")
-    assert _fields(model, None, kept)["max_position_embeddings"] == 64
-    assert _fields(replace(model, step=1), None, kept)["max_position_embeddings"] == 128
+    assert own_fields(model, None, kept)["max_position_embeddings"] == 64
+    assert own_fields(replace(model, step=1), None, kept)["max_position_embeddings"] == 128
 
 
 def test_what_a_file_leaves_out_is_kept_as_the_family_has_it(tmp_path):
