@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dynmoe.hf.configuration_dynmoe import DynMoEConfig
+from dynmoe.hf.serving_dynmoe import server_group
 
 
 def _rotated(x_BHSd: Tensor, cos_BSd: Tensor, sin_BSd: Tensor) -> Tensor:
@@ -29,6 +30,24 @@ def eager_attention_forward(
     return (weights_BHSP @ value).transpose(1, 2), weights_BHSP
 
 
+class ProjectionNorm(nn.RMSNorm):
+    """RMSNorm over all heads, of which a rank of vLLM has some: the ranks then add up their squares."""
+
+    def __init__(self, width: int, eps: float, group: Any) -> None:
+        super().__init__(width, eps)
+        self.group = group
+
+    def forward(self, x_BSN: Tensor) -> Tensor:
+        own, whole, group = x_BSN.shape[-1], self.weight.shape[0], self.group
+        if own == whole:
+            return super().forward(x_BSN)
+        squares_BS1 = group.all_reduce(x_BSN.float().square().sum(dim=-1, keepdim=True))
+        # Several ranks hold the same head of keys where there are more ranks than heads: each as often as the others.
+        scale_BS1 = torch.rsqrt(squares_BS1 / (own * group.world_size) + self.eps)
+        first = group.rank_in_group * whole // group.world_size // own * own
+        return (x_BSN.float() * scale_BS1 * self.weight[first : first + own].float()).to(x_BSN.dtype)
+
+
 class DynMoEAttention(nn.Module):
     """Causal attention with rotary positions, grouped queries and, where configured, normalized queries and keys."""
 
@@ -46,8 +65,9 @@ class DynMoEAttention(nn.Module):
         self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=False)
         if config.qk_norm is not None:
             q_width, k_width = (width, width) if config.qk_norm == "head" else (heads * width, kv_heads * width)
-            self.q_norm = nn.RMSNorm(q_width, config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(k_width, config.rms_norm_eps)
+            more = () if config.qk_norm == "head" else (server_group(config),)
+            norm, eps = ProjectionNorm if more else nn.RMSNorm, config.rms_norm_eps
+            self.q_norm, self.k_norm = norm(q_width, eps, *more), norm(k_width, eps, *more)
 
     def _heads(self, projected: Tensor, norm: nn.RMSNorm | None = None) -> Tensor:
         """[B, S, H d] to [B, H, S, d], normalized."""

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-_MODULES = ("configuration_dynmoe", "attention_dynmoe", "serving_dynmoe", "moe_dynmoe", "modeling_dynmoe")
+_MODULES = ("configuration_dynmoe", "serving_dynmoe", "attention_dynmoe", "moe_dynmoe", "modeling_dynmoe")
 # Packages of which some files become one, in the order in which they need each other.
 _BUNDLES = {
     "routing": ("plan", "selection", "top_k", "top_p", "top_any", "sigmoid", "relu", "null_experts",

@@ -78,8 +78,8 @@ class DynMoEConfig(PreTrainedConfig):
         self.shared_expert_intermediate_size = shared_expert_intermediate_size
         self.router: dict[str, Any] = {"kind": "top_p", "p": 0.4} if router is None else router
         self.router_overrides, self.count_experts = router_overrides, count_experts
-        _check_overrides(self.router, router_overrides or {}, self.layer_experts)
-        self.base_model_tp_plan = _tensor_parallel_plan(qk_norm)
+        self.check_overrides()
+        self.base_model_tp_plan = tensor_parallel_plan(qk_norm, gathers=qk_norm == "projection")
         self.output_router_logits, self.use_cache = output_router_logits, use_cache
         self.tie_word_embeddings = tie_word_embeddings
         self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
@@ -88,37 +88,44 @@ class DynMoEConfig(PreTrainedConfig):
             eos_token_id=eos_token_id, **kwargs,
         )  # fmt: skip
 
+    def check_overrides(self) -> None:
+        """Raises a ValueError for an override that the router does not have, or out of its range.
 
-def _check_overrides(router: dict[str, Any], overrides: dict[str, Any], layer_experts: list[int]) -> None:
-    kind = router["kind"]
-    known = OVERRIDES.get(kind, ())
-    if kind == "top_any" and router.get("form") == "released":
-        known = ("max_experts",)  # its floor is one expert
-    fewest = min((count for count in layer_experts if count), default=0)
-    whole = range(1, fewest + router.get("num_null", 0) + 1)
-    for name, value in overrides.items():
-        if name not in known:
-            cure = f"use {' or '.join(known)}" if known else "its experts per token cannot be set"
-            raise ValueError(f"router_overrides.{name}={value!r}: router.kind={kind!r} has no such setting; {cure}")
-        if name in ("p", "cutoff"):
-            wanted = "above 0, and at most 1" if name == "p" else "between 0 and 1"
-            fits = isinstance(value, int | float) and value > 0.0 and (value < 1.0 or (value == 1.0 and name == "p"))
-        elif name == "min_experts" and kind != "top_p":
-            wanted, fits = f"from 0 to {fewest}", type(value) is int and (value == 0 or value in whole)
-        else:
-            wanted, fits = f"from 1 to {whole[-1]}" if whole else "absent", type(value) is int and value in whole
-        if not fits:
-            raise ValueError(f"router_overrides.{name}={value!r} must be {wanted}")
-    merged = router | overrides
-    least, most = merged.get("min_experts") or 0, merged.get("max_experts")
-    if most is not None and least > most:
-        raise ValueError(f"router_overrides: min_experts={least} is above max_experts={most}; set both")
+        Servers change fields of a configuration that is made already; a model looks again.
+        """
+        router, overrides = self.router, self.router_overrides or {}
+        kind, known = router["kind"], OVERRIDES.get(router["kind"], ())
+        if kind == "top_any" and router.get("form") == "released":
+            known = ("max_experts",)  # its floor is one expert
+        fewest = min((count for count in self.layer_experts if count), default=0)
+        whole = range(1, fewest + router.get("num_null", 0) + 1)
+        for name, value in overrides.items():
+            if name not in known:
+                cure = f"use {' or '.join(known)}" if known else "its experts per token cannot be set"
+                raise ValueError(f"router_overrides.{name}={value!r}: router.kind={kind!r} has no such setting; {cure}")
+            if name in ("p", "cutoff"):
+                wanted = "above 0, and at most 1" if name == "p" else "between 0 and 1"
+                fits = (
+                    isinstance(value, int | float) and value > 0.0 and (value < 1.0 or (value == 1.0 and name == "p"))
+                )
+            elif name == "min_experts" and kind != "top_p":
+                wanted, fits = f"from 0 to {fewest}", type(value) is int and (value == 0 or value in whole)
+            else:
+                wanted, fits = f"from 1 to {whole[-1]}" if whole else "absent", type(value) is int and value in whole
+            if not fits:
+                raise ValueError(f"router_overrides.{name}={value!r} must be {wanted}")
+        merged = router | overrides
+        least, most = merged.get("min_experts") or 0, merged.get("max_experts")
+        if most is not None and least > most:
+            raise ValueError(f"router_overrides: min_experts={least} is above max_experts={most}; set both")
 
 
-def _tensor_parallel_plan(qk_norm: str | None) -> dict[str, str]:
-    """How transformers cuts the layers over ranks; the router stays whole."""
-    whole = qk_norm == "projection"  # a norm over all heads wants to see them all
-    columns, rows = ("colwise_gather_output", "rowwise_split_input") if whole else ("colwise", "rowwise")
+def tensor_parallel_plan(qk_norm: str | None, gathers: bool) -> dict[str, str]:
+    """How layers are cut over ranks; the router stays whole.
+
+    With ``gathers`` each rank sees the queries and keys of all heads, as a norm over all of them wants.
+    """
+    columns, rows = ("colwise_gather_output", "rowwise_split_input") if gathers else ("colwise", "rowwise")
     plan = {f"layers.*.self_attn.{name}_proj": columns for name in "qkv"} | {"layers.*.self_attn.o_proj": rows}
     if qk_norm == "head":
         plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}

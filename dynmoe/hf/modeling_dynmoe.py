@@ -27,7 +27,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
 from dynmoe.hf.attention_dynmoe import DynMoEAttention
-from dynmoe.hf.configuration_dynmoe import DynMoEConfig
+from dynmoe.hf.configuration_dynmoe import DynMoEConfig, tensor_parallel_plan
 from dynmoe.hf.moe_dynmoe import STATE, DynMoEBlock, DynMoEExperts, DynMoEMLP, DynMoERouter
 from dynmoe.hf.serving_dynmoe import ExpertsHost  # noqa: F401 (transformers 5.6 takes along what this file names)
 from dynmoe.ops.opaque import opaque_experts  # noqa: F401
@@ -115,6 +115,9 @@ class DynMoEPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(self, config: DynMoEConfig) -> None:
+        config.check_overrides()
+        if config._attn_implementation == "vllm":  # whose attention has a rank's own heads: see ``ProjectionNorm``
+            config.base_model_tp_plan = tensor_parallel_plan(config.qk_norm, gathers=False)
         super().__init__(config)
         state = STATE.get(config.router["kind"])  # in bf16 thresholds would move
         self._keep_in_fp32_modules_strict = {f"router.{state}"} if state and any(config.layer_experts) else set()

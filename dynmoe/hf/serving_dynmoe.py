@@ -20,13 +20,18 @@ from dynmoe.ops.opaque import opaque_experts
 _TILE = 32  # vLLM's kernel wants widths that are multiples of it
 
 
+def server_group(config: DynMoEConfig) -> Any:
+    """The ranks of vLLM that share the model, which is being built; None: nobody serves it."""
+    if config._attn_implementation != "vllm":  # which vLLM says before it builds a model
+        return None
+    return import_module("vllm.distributed").get_tp_group()
+
+
 class ExpertsHost:
     """Whoever runs the model: vLLM, or nobody in particular."""
 
     def __init__(self, config: DynMoEConfig) -> None:
-        self.group: Any = None
-        if config._attn_implementation == "vllm":  # which vLLM says before it builds a model
-            self.group = import_module("vllm.distributed").get_tp_group()
+        self.group = server_group(config)
         self.width = config.moe_intermediate_size // self.ranks
         if config.moe_intermediate_size % self.ranks:
             problem = f"does not divide moe_intermediate_size={config.moe_intermediate_size}"
