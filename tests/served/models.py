@@ -14,9 +14,10 @@ from dynmoe.hf.command import main
 from tests.hf.cases import TOP_K
 
 # As small as servers take: vLLM's attention on a CPU wants heads of 32, two ranks halve everything, and mlx-lm's
-# Mixtral knows no width of a head but hidden / heads.
+# Mixtral knows no width of a head but hidden / heads. As many rows as pieces: a file for llama.cpp has no others, whose
+# share every log-probability would lack.
 _SHAPE = [
-    "data.sequence_length=64", "model.layers=3", "model.hidden=128", "model.heads=4", "model.kv_heads=2",
+    "data.sequence_length=64", "model.vocab_size=400", "model.layers=3", "model.hidden=128", "model.heads=4", "model.kv_heads=2",
     "model.ffn_hidden=192", "model.moe.experts=8", "model.moe.expert_hidden=64",
 ]  # fmt: skip
 _TRAINING = [
