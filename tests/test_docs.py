@@ -26,6 +26,7 @@ SHOWN = {
     "Trained a 4-layer decoder": "what make quickstart prints after minutes",
     "runs/quickstart, step 120": "the table of a run's scores",
     "errors → config": "a picture of what tests/test_layering.py checks",
+    "import os\nfrom operator": "what tests/served/test_counts.py runs, where vLLM is",
 }
 # Snippets with a test of their own below, by how they begin.
 EXPORT, MEGATRON = "from transformers import AutoModelForCausalLM", "from dynmoe.config.routing import RouterConfig"
