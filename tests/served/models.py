@@ -17,8 +17,8 @@ from tests.hf.cases import TOP_K
 # Mixtral knows no width of a head but hidden / heads. As many rows as pieces: a file for llama.cpp has no others, whose
 # share every log-probability would lack.
 _SHAPE = [
-    "data.sequence_length=64", "model.vocab_size=400", "model.layers=3", "model.hidden=128", "model.heads=4", "model.kv_heads=2",
-    "model.ffn_hidden=192", "model.moe.experts=8", "model.moe.expert_hidden=64",
+    "data.sequence_length=64", "model.vocab_size=400", "model.layers=3", "model.hidden=128", "model.heads=4",
+    "model.kv_heads=2", "model.ffn_hidden=192", "model.moe.experts=8", "model.moe.expert_hidden=64",
 ]  # fmt: skip
 _TRAINING = [
     "train.steps=60", "train.global_batch=16", "train.micro_batch=16", "optimizer.lr=3e-3", "schedule.warmup_steps=6",
