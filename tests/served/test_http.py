@@ -19,7 +19,7 @@ from tests.served.models import DYNAMIC, call_hf, train
 from tests.snippets import blocks, commands
 
 pytestmark = pytest.mark.served
-_STARTS_S, _ANSWERS_S = 180.0, 60.0
+_STARTS_S, _ANSWERS_S = 300.0, 60.0
 
 
 def test_an_answer_over_http_is_that_of_transformers(corpus_dir, tmp_path, away_from_the_hub):
