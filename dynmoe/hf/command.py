@@ -10,7 +10,7 @@ from typing import Any
 
 _EXPORT = "Writes a run's newest checkpoint as a model of transformers."
 _GGUF = "Writes a run's newest checkpoint as one file for llama.cpp."
-_IMPORT = "Makes a run that begins from a checkpoint of somebody else."
+_IMPORT = "Makes a run that begins from a checkpoint of others, or from an export."
 
 
 def main() -> None:
