@@ -79,7 +79,7 @@ class DynMoEConfig(PreTrainedConfig):
         self.router: dict[str, Any] = {"kind": "top_p", "p": 0.4} if router is None else router
         self.router_overrides, self.count_experts = router_overrides, count_experts
         self.check_overrides()
-        self.base_model_tp_plan = tensor_parallel_plan(qk_norm, gathers=qk_norm == "projection")
+        self.base_model_tp_plan = tensor_parallel_plan(self, gathers=qk_norm == "projection")
         self.output_router_logits, self.use_cache = output_router_logits, use_cache
         self.tie_word_embeddings = tie_word_embeddings
         self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
@@ -120,20 +120,24 @@ class DynMoEConfig(PreTrainedConfig):
             raise ValueError(f"router_overrides: min_experts={least} is above max_experts={most}; set both")
 
 
-def tensor_parallel_plan(qk_norm: str | None, gathers: bool) -> dict[str, str]:
-    """How layers are cut over ranks; the router stays whole.
+def tensor_parallel_plan(config: DynMoEConfig, gathers: bool) -> dict[str, str]:
+    """How the layers that there are are cut over ranks; the router stays whole.
 
     With ``gathers`` each rank sees the queries and keys of all heads, as a norm over all of them wants.
     """
     columns, rows = ("colwise_gather_output", "rowwise_split_input") if gathers else ("colwise", "rowwise")
     plan = {f"layers.*.self_attn.{name}_proj": columns for name in "qkv"} | {"layers.*.self_attn.o_proj": rows}
-    if qk_norm == "head":
+    if config.qk_norm == "head":
         plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
-    for mlp in ("mlp", "mlp.shared_expert"):
+    has_experts = any(config.layer_experts)
+    shares = has_experts and config.shared_expert_intermediate_size > 0
+    for mlp in ["mlp"] * (0 in config.layer_experts) + ["mlp.shared_expert"] * shares:
         plan |= {f"layers.*.{mlp}.{name}_proj": "colwise" for name in ("gate", "up")}
         plan |= {f"layers.*.{mlp}.down_proj": "rowwise"}
-    return plan | {
-        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
-        "layers.*.mlp.experts.down_proj": "rowwise",
-        "layers.*.mlp.experts": "moe_tp_experts",
-    }
+    if has_experts:
+        plan |= {
+            "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+            "layers.*.mlp.experts.down_proj": "rowwise",
+            "layers.*.mlp.experts": "moe_tp_experts",
+        }
+    return plan

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import (
     MoeModelOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
@@ -117,7 +118,7 @@ class DynMoEPreTrainedModel(PreTrainedModel):
     def __init__(self, config: DynMoEConfig) -> None:
         config.check_overrides()
         if config._attn_implementation == "vllm":  # whose attention has a rank's own heads: see ``ProjectionNorm``
-            config.base_model_tp_plan = tensor_parallel_plan(config.qk_norm, gathers=False)
+            config.base_model_tp_plan = tensor_parallel_plan(config, gathers=False)
         super().__init__(config)
         state = STATE.get(config.router["kind"])  # in bf16 thresholds would move
         self._keep_in_fp32_modules_strict = {f"router.{state}"} if state and any(config.layer_experts) else set()
@@ -143,6 +144,9 @@ class DynMoEModel(DynMoEPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([DynMoEDecoderLayer(config, n) for n in range(config.num_hidden_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+        # Who stretches positions when serving means Llama's ways of doing so.
+        self.scaled_rotary = None if kind == "default" else LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -161,6 +165,9 @@ class DynMoEModel(DynMoEPreTrainedModel):
 
     def _angles(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of the rotary positions, fp32 [B, S, d]."""
+        if self.scaled_rotary is not None:
+            cos, sin = self.scaled_rotary(self.norm.weight.float(), position_ids)
+            return cos, sin
         width, device = self.config.head_dim, position_ids.device
         frequency = self.config.rope_theta ** (-torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
         angle = position_ids[..., None].float() * frequency
