@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,10 @@ class Measured:
     def _ask_vllm(self, client: str) -> None:
         requests = _REQUESTS if client == EAGER else []
         environment = _IN_ONE_PROCESS | (_ON_TWO_CORES if client == TWO_RANKS else {})
+        folder = self._folder / re.sub(r"\W+", "_", client)  # vLLM's compiler takes no spaces
         said = ask_client(
-            "vllm", self._exports, self._folder / client, _TIMEOUT_S, environment, engine=_ENGINES[client],
-            requests=requests,
-        )  # fmt: skip
+            "vllm", self._exports, folder, _TIMEOUT_S, environment, engine=_ENGINES[client], requests=requests
+        )
         self._keep(client, said)
         if requests:
             self._columns[AT_ONCE] = {name: _together(own) for name, own in said.items()}
