@@ -62,7 +62,11 @@ def test_an_answer_over_http_is_that_of_transformers(corpus_dir, tmp_path, away_
 
 def three_commands() -> list[list[str]]:
     """The words of export, server and request."""
-    (block,) = [snippet.text for snippet in blocks() if "vllm serve" in snippet.text]
+    (block,) = [
+        snippet.text
+        for snippet in blocks()
+        if "export runs/quickstart out\n" in snippet.text and "curl" in snippet.text
+    ]
     return commands(block)
 
 
