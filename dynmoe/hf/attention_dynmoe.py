@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,9 +66,8 @@ class DynMoEAttention(nn.Module):
         self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=False)
         if config.qk_norm is not None:
             q_width, k_width = (width, width) if config.qk_norm == "head" else (heads * width, kv_heads * width)
-            more = () if config.qk_norm == "head" else (server_group(config),)
-            norm, eps = ProjectionNorm if more else nn.RMSNorm, config.rms_norm_eps
-            self.q_norm, self.k_norm = norm(q_width, eps, *more), norm(k_width, eps, *more)
+            norm = nn.RMSNorm if config.qk_norm == "head" else partial(ProjectionNorm, group=server_group(config))
+            self.q_norm, self.k_norm = norm(q_width, config.rms_norm_eps), norm(k_width, config.rms_norm_eps)
 
     def _heads(self, projected: Tensor, norm: nn.RMSNorm | None = None) -> Tensor:
         """[B, S, H d] to [B, H, S, d], normalized."""
