@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.processes import CPU
 from tests.served.answers import PROMPTS, TOKENS, Answer
-from tests.served.environments import python_of
+from tests.served.environments import python_of, variables
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,10 @@ def ask_client(
     folder.mkdir(parents=True, exist_ok=True)
     told, paths = folder / "job.json", {name: str(path) for name, path in models.items()}
     told.write_text(json.dumps({"models": paths, "prompts": PROMPTS, "tokens": TOKENS, **job}))
-    apart = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "XDG_CACHE_HOME": str(folder / "cache")}
     command = [python_of(client), Path(__file__).with_name(f"{client}_client.py"), told]
     with (folder / "answers.txt").open("w") as answers, (folder / "errors.txt").open("w") as errors:
         process = subprocess.Popen(
-            command, cwd=folder, env=os.environ | CPU | apart | dict(environment or {}), stdout=answers, stderr=errors,
+            command, cwd=folder, env=variables(folder) | dict(environment or {}), stdout=answers, stderr=errors,
             start_new_session=True,
         )  # fmt: skip
     try:

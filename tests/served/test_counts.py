@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from bench.processes import CPU
-from tests.served.environments import python_of
+from tests.served.environments import python_of, variables
 from tests.served.models import DYNAMIC, call_hf, train
 from tests.snippets import blocks
 
@@ -27,10 +25,9 @@ def exported(corpus_dir, tmp_path_factory, away_from_the_hub) -> Path:
 
 def run(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
     (folder / "script.py").write_text(script)
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [python_of("vllm"), "script.py"], cwd=folder, text=True, capture_output=True, check=False, timeout=240,
-        env=os.environ | CPU | settings | {"HF_HOME": str(folder / "hf"), "XDG_CACHE_HOME": str(folder / "cache")},
+        env=variables(folder),
     )  # fmt: skip
 
 

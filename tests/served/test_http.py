@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.processes import CPU, free_port
-from tests.served.environments import python_of
+from bench.processes import free_port
+from tests.served.environments import python_of, variables
 from tests.served.models import DYNAMIC, call_hf, train
 from tests.snippets import blocks, commands
 
@@ -40,9 +40,7 @@ def test_an_answer_over_http_is_that_of_transformers(corpus_dir, tmp_path, away_
     port = free_port()
     server = subprocess.Popen(
         [python_of("vllm"), "-m", _VLLM_SERVE, "--model", *serve[2:], "--port", str(port)], cwd=tmp_path,
-        start_new_session=True,
-        env=os.environ | CPU | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",
-                                "HF_HOME": str(tmp_path / "hf"), "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        start_new_session=True, env=variables(tmp_path),
         stdout=(tmp_path / "server.txt").open("w"), stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:

@@ -13,7 +13,7 @@ import sys
 from importlib.metadata import version
 
 # In this process, which is left to serve several models, where one rank is enough.
-os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="1", VLLM_DO_NOT_TRACK="1")
+os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 
 
 def ask(folder, job):
