@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test lint screenshots test-slow test-gpu test-cluster test-faults test-served lock clean
+.PHONY: quickstart test lint screenshots test-slow test-gpu test-cluster test-faults test-served test-stacks lock clean
 
 # Two ranks on the CPU, whatever else the machine has: the same training everywhere.
 quickstart: $(INSTALLED)
@@ -13,7 +13,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m dynmoe.report tokens runs/quickstart --device cpu
 
 # What times something runs with nothing beside it; of the rest two at a time, as most of them wait for processes.
-TWO = --numprocesses 2 --dist loadfile
+TWO = --numprocesses 2 --dist loadfile --no-loadscope-reorder
 FAST = not gpu and not slow and not cluster and not faults and not served
 test: lint
 	$(BIN)/python -m pytest -m "$(FAST) and alone"
@@ -76,10 +76,15 @@ $(SERVED)/transformers/.installed: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(SERVED)/parameterized parameterized==0.9.0
 	touch $@
 
+# The versions of Python, Megatron-Core, torch and transformers that people have, each combination in an environment of
+# its own (5 to 8 GB where torch comes with CUDA); writes the table of docs/stacks.md. STACKS="3.12-0.19.2": that one.
+test-stacks: $(INSTALLED)
+	$(BIN)/python -m tests.stacks $(STACKS)
+
 # Without a GPU the CPU build of torch comes first, so that nothing draws in CUDA packages.
 $(INSTALLED): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
-		|| { echo "error: PYTHON=$(PYTHON) is not Python 3.11 or 3.12; name one: make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+		|| { echo "error: PYTHON=$(PYTHON) is not Python 3.11 to 3.13; name one: make PYTHON=python3.12" >&2; exit 2; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
@@ -96,4 +101,4 @@ lock:
 
 # Runs and corpora stay: they are yours.
 clean:
-	rm -rf .venv $(SERVED) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-stacks $(SERVED) .pytest_cache .ruff_cache .mypy_cache .hypothesis

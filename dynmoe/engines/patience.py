@@ -14,4 +14,7 @@ PATIENCE = timedelta(days=24)
 def be_patient() -> None:
     """Lets every process group of this rank wait so long, those too that an engine's package made in its own way."""
     for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
+        if hasattr(dist, "set_timeout"):  # public from torch 2.14 on
+            dist.set_timeout(PATIENCE, group)
+        else:
+            dist.distributed_c10d._set_pg_timeout(PATIENCE, group)

@@ -245,6 +245,7 @@ def test_changed_text_starts_an_interrupted_build_anew(tmp_path):
     assert Corpus.open(tmp_path / "out").manifest["splits"]["train"]["documents"] > 50
 
 
+@pytest.mark.slow
 def test_nodes_share_the_work_and_give_the_same_bytes(tmp_path):
     for place in ("one", "three"):
         (tmp_path / place).mkdir()

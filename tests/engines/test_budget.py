@@ -109,6 +109,7 @@ def test_controllers_agree_over_layouts_and_resume_bitwise(one_rank, two_ranks, 
         assert all(bool((value == half["state"][name]).all()) for name, value in whole["state"].items())
 
 
+@pytest.mark.slow
 def test_loss_free_thresholds_balance_the_load_too(one_rank):
     overrides = [*BASE, *IMPROVED, *HALF, TWO, "model.router.diversity_loss=0", "model.router.balance_loss=0"]
     spread = {}
@@ -135,7 +136,7 @@ def test_loss_free_bias_balances_top_k(one_rank):
     assert max(spread["loss_free"]) < 0.5 * min(spread["none"])
 
 
-@pytest.mark.parametrize("kind", ["relu", "expert_threshold"])
+@pytest.mark.parametrize("kind", [pytest.param("relu", marks=pytest.mark.slow), "expert_threshold"])
 def test_routers_with_a_rule_of_their_own_hold_their_budget(one_rank, kind):
     """They settle later and swing wider than the controllers: held within a tenth."""
     (result,) = one_rank.run(train, [*BASE, f"model.router.kind={kind}", TWO], 0, 250)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -23,6 +24,8 @@ KINDS = {
     "sigmoid": RouterConfig(kind="sigmoid", balance_loss=1e-1),
     "null_experts": RouterConfig(kind="null_experts", k=3, num_null=2),
 }
+# Fewer and more routes than moe_router_topk = 2 makes room for.
+EVERY_TOKEN = {"one": RouterConfig(kind="top_k", k=1), "all": RouterConfig(kind="top_k", k=4)}
 
 
 def transformer(**fields):
@@ -75,9 +78,9 @@ def train_stock_layers(
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     config = transformer(
         tensor_model_parallel_size=tensor, sequence_parallel=tensor > 1, expert_model_parallel_size=expert,
-        moe_token_dispatcher_type=dispatcher, **(full if recompute else {}),
+        moe_token_dispatcher_type=dispatcher, moe_flex_dispatcher_backend="hybridep", **(full if recompute else {}),
     )  # fmt: skip
-    spec = layer_spec(KINDS[kind], seed=3)
+    spec = layer_spec({**KINDS, **EVERY_TOKEN}[kind], seed=3)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm  # torch's refuse sequence parallelism
     block = TransformerBlockSubmodules(layer_specs=[spec] * config.num_layers, layer_norm=RMSNorm)
     model = GPTModel(config, block, 64, 16, position_embedding_type="rope")
@@ -142,22 +145,102 @@ def test_both_dispatchers_and_recomputation_carry_a_variable_number(one_rank):
         assert other["figures"] == expected["figures"] or not recompute, "a repeated pass was counted"
 
 
+def train_over_hybrid_ep(kind: str, tensor: int) -> dict:
+    from tests.engines import hybrid_ep
+
+    with hybrid_ep.on_the_cpu():
+        return train_stock_layers(kind, tensor, 2, "flex")
+
+
+@pytest.mark.parametrize("expert", [1, 2])
+@pytest.mark.parametrize("kind", sorted(EVERY_TOKEN))
+def test_no_row_is_lost_or_added(one_rank, two_ranks, kind, expert):
+    """The all-gather dispatcher counts its rows in every version; of the other the room is moe_router_topk a token."""
+    pool = two_ranks if expert == 2 else one_rank
+    gathered = pool.run(train_stock_layers, kind, 1, expert, "allgather")[0]
+    exchanged = pool.run(train_stock_layers, kind, 1, expert, "alltoall")[0]
+    assert exchanged["losses"] == pytest.approx(gathered["losses"], rel=1e-6)
+    assert exchanged["norms"] == pytest.approx(gathered["norms"], rel=1e-5)
+    means = [own["experts_per_token_mean"] for own in exchanged["figures"][0].values()]
+    assert means == [EVERY_TOKEN[kind].k] * 2
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("kind", ["top_p", "one", "all"])
+def test_hybrid_ep_carries_a_variable_number(two_ranks, kind, tensor):
+    expected = two_ranks.run(train_stock_layers, kind, tensor, 2)[0]
+    result = two_ranks.run(train_over_hybrid_ep, kind, tensor)[0]
+    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    assert result["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+
+
+def dispatch_within_budget(room: float) -> dict:
+    """Rows of HybridEP's static budget, and what the tokens get back through experts that change nothing."""
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+    from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
+
+    from dynmoe.config.parallel import ParallelConfig
+    from dynmoe.engines.megatron.groups import make_groups
+    from dynmoe.engines.megatron.router import DynamicRouter
+    from tests.engines import hybrid_ep
+
+    make_groups(ParallelConfig(expert=2), seed=1)
+    config = transformer(
+        moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="hybridep", moe_router_topk=2,
+        expert_model_parallel_size=2,
+    )  # fmt: skip
+    # Made so it would need Transformer Engine's fused experts, for which the budget is a multiple of 256.
+    config.moe_expert_rank_capacity_factor, config.use_transformer_engine_op_fuser = room, True
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    with hybrid_ep.on_the_cpu():
+        router = DynamicRouter(config, settings=RouterConfig(kind="top_p", p=0.5), seed=3)
+        with torch.no_grad():
+            router.router.weight_ED.mul_(30.0)
+        experts = range(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+        dispatcher = MoEFlexTokenDispatcher(2, list(experts), config, get_default_pg_collection())
+        x_TD = torch.randn(256, 32, generator=generator)
+        gates_TE, map_TE = router(x_TD)
+        rows, gates = dispatcher.token_dispatch(*dispatcher.dispatch_preprocess(x_TD, map_TE, gates_TE))
+        rows, _, _ = dispatcher.dispatch_postprocess(rows, gates)
+        y_TD = dispatcher.combine_postprocess(dispatcher.token_combine(dispatcher.combine_preprocess(rows)))
+        over = bool(dispatcher.check_over_budget())
+    complete = torch.allclose(y_TD, x_TD * map_TE.sum(1, keepdim=True), atol=1e-6)
+    return {"rows": len(rows), "over": over, "complete": complete}
+
+
+@pytest.mark.parametrize("room", [2.0, 0.5])
+def test_a_budget_of_rows_says_when_it_was_not_enough(two_ranks, room):
+    from megatron.core.transformer import TransformerConfig
+
+    if not hasattr(TransformerConfig, "moe_expert_rank_capacity_factor"):
+        pytest.skip("this Megatron-Core has no moe_expert_rank_capacity_factor (0.18 has)")
+    results = two_ranks.run(dispatch_within_budget, room)
+    assert [result["rows"] for result in results] == [256 * 2 * room] * 2
+    assert any(result["over"] for result in results) is (room < 1)
+    assert all(result["complete"] for result in results) is (room > 1)
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
         ({"moe_permute_fusion": True}, "moe_permute_fusion=True"),
-        ({"moe_token_dispatcher_type": "flex"}, "moe_token_dispatcher_type='flex'"),
+        ({"moe_token_dispatcher_type": "flex"}, "moe_flex_dispatcher_backend='deepep'.*use 'hybridep'"),
         ({"moe_expert_capacity_factor": 1.0}, "moe_expert_capacity_factor=1.0"),
         ({"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}, "moe_expert_capacity_factor"),
         ({"moe_aux_loss_coeff": 0.01}, "moe_aux_loss_coeff=0.01.*RouterConfig.balance_loss"),
         ({"moe_z_loss_coeff": 0.01}, "moe_z_loss_coeff=0.01.*RouterConfig.z_loss"),
         ({"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}, "expert_bias=True"),
         ({"moe_input_jitter_eps": 0.1}, "moe_input_jitter_eps=0.1"),
+        ({"moe_enable_routing_replay": True}, "moe_enable_routing_replay=True"),
+        ({"moe_router_load_balancing_type": "quantile_balancing"}, "load_balancing_type='quantile_balancing'"),
+        ({"moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]}, "load_balancing_type=.*sinkhorn"),
+        ({"transformer_impl": "inference_optimized"}, "transformer_impl='inference_optimized'"),
+        ({"cuda_graph_impl": "local", "cuda_graph_scope": [], "cuda_graph_modules": []}, "cuda_graph_impl='local'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_counts_a_fixed_k_is_refused_by_name(fields, named):
-    from dynmoe.engines.megatron.router import check_config
+    from dynmoe.engines.megatron.stock_config import check_config
 
     config = transformer()
     check_config(config, KINDS["top_p"])
@@ -176,7 +259,7 @@ def test_what_counts_a_fixed_k_is_refused_by_name(fields, named):
     ],
 )
 def test_routers_that_a_stock_loop_cannot_run_are_refused(settings, named):
-    from dynmoe.engines.megatron.router import check_config
+    from dynmoe.engines.megatron.stock_config import check_config
 
     with pytest.raises(UserError, match=named):
         check_config(transformer(), settings)
@@ -189,7 +272,22 @@ def test_a_spec_without_moe_is_refused():
 
     with pytest.raises(UserError, match="give num_experts"):
         with_router(get_gpt_layer_local_spec(normalization="RMSNorm"), KINDS["top_p"])
-    assert top_p_spec.submodules.mlp.submodules.router.keywords["settings"].kind == "top_p"
+    mlp = top_p_spec.submodules.mlp  # from 0.18 on a functools.partial
+    parts = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+    assert parts.router.keywords["settings"].kind == "top_p"
+
+
+def test_the_stack_of_a_hybrid_model_takes_a_router():
+    hybrid = pytest.importorskip(
+        "megatron.core.models.hybrid.hybrid_layer_specs", reason="this Megatron-Core has no HybridModel (0.18 has)"
+    )
+    from dynmoe.engines.megatron.router import DynamicRouter, with_router
+
+    stock = hybrid.hybrid_stack_spec.submodules
+    routed = with_router(hybrid.hybrid_stack_spec, KINDS["top_p"]).submodules
+    assert routed.moe_layer.submodules.mlp.keywords["submodules"].router.func is DynamicRouter
+    assert stock.moe_layer.submodules.mlp.keywords["submodules"].router is not DynamicRouter
+    assert routed.attention_layer is stock.attention_layer
 
 
 @pytest.mark.slow

@@ -300,6 +300,7 @@ def load_and_say(config: str, checkpoint: str) -> str:
     return "nothing was said"
 
 
+@pytest.mark.slow
 def test_f27_a_checkpoint_directory_that_hosts_do_not_share(corpus_dir, tmp_path):
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
     here.mkdir()

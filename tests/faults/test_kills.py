@@ -84,8 +84,8 @@ class KillInSaves(KillInTurn):
 
 
 def test_f02_a_rank_killed_around_the_commit_of_a_save(undisturbed, corpus_dir, tmp_path):
-    """The strikes between which a save begins to count, or an old one ceases to; all others are slow."""
-    killed_in_saves(SAVE[3:6] + SAVE[9:], undisturbed[0], corpus_dir, tmp_path, ["checkpoint.asynchronous=true"])
+    """The strikes between which a save begins to count; all others are slow."""
+    killed_in_saves((SAVE[3], SAVE[5]), undisturbed[0], corpus_dir, tmp_path, ["checkpoint.asynchronous=true"])
 
 
 @pytest.mark.slow

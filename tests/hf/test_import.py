@@ -228,7 +228,7 @@ def test_files_that_are_none_are_refused(tmp_path):
     "engine",
     [
         pytest.param(["parallel.expert=2"], id="EP 2", marks=pytest.mark.slow),
-        pytest.param(["engine=megatron", "parallel.tensor=2"], id="Megatron TP 2"),
+        pytest.param(["engine=megatron", "parallel.tensor=2"], id="Megatron TP 2", marks=pytest.mark.slow),
     ],
 )
 def test_a_training_begins_with_what_was_imported(corpus_dir, tmp_path, engine):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bench.processes import ROOT
+from tests.pages import rows
 
-PAGE = ROOT / "docs" / "serving.md"
 NOT_ASKED = "–"
-_BEGIN, _END = "<!-- written by make test-served -->\n", "<!-- until here -->\n"
 _LONGEST = 80  # characters of a cell
 
 
@@ -20,19 +18,10 @@ def table(cells: Mapping[str, Mapping[str, str]], versions: Mapping[str, str]) -
         versions: by package.
     """
     models = dict.fromkeys(model for column in cells.values() for model in column)
-    lines = [["", *cells], ["---"] * (len(cells) + 1)]
-    lines += [[model, *(_short(column.get(model, NOT_ASKED)) for column in cells.values())] for model in models]
-    rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"{rows}\n{', '.join(f'{name} {version}' for name, version in versions.items())}.\n"
+    lines = [[model, *(_short(column.get(model, NOT_ASKED)) for column in cells.values())] for model in models]
+    return f"{rows([['', *cells], *lines])}\n{', '.join(f'{name} {version}' for name, version in versions.items())}.\n"
 
 
 def _short(cell: str) -> str:
     cell = cell.replace("|", "/").replace("`", "'").replace("<", "(").replace(">", ")")
     return cell if len(cell) <= _LONGEST else f"{cell[: _LONGEST - 1]}…"
-
-
-def write(text: str) -> None:
-    """Puts the table where the last one stood."""
-    before, rest = PAGE.read_text().split(_BEGIN)
-    after = rest.split(_END)[1]
-    PAGE.write_text(f"{before}{_BEGIN}\n{text}\n{_END}{after}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from bench.processes import ROOT
+from tests.pages import write
 from tests.served.answers import SAME
 from tests.served.measured import CLIENTS, LLAMA, MLX, Measured
 from tests.served.models import DENSE, DYNAMIC, NORMALIZED
-from tests.served.table import table, write
+from tests.served.table import table
 
 pytestmark = pytest.mark.served
 
@@ -33,4 +35,4 @@ def test_the_table_is_written(measured):
     cells = {client: measured.column(client) for client in CLIENTS}
     text = table(cells, measured.versions)
     print(text)
-    write(text)
+    write(ROOT / "docs" / "serving.md", "make test-served", text)

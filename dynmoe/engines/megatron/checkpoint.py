@@ -24,6 +24,7 @@ from torch import Tensor
 from dynmoe.config import Config
 from dynmoe.engines import plain_state
 from dynmoe.engines.megatron.safe_loading import tensors_only
+from dynmoe.engines.megatron.versions import check_readable, in_this_process
 from dynmoe.engines.megatron.weights import Weight, weights
 from dynmoe.engines.random_state import copy_random_state, restore_random_state
 from dynmoe.engines.state_names import MASTER, parameter_key
@@ -48,6 +49,8 @@ def _sharded(engine: MegatronEngine, loading: bool) -> dict[str, Any]:
     state: dict[str, Any] = {
         f"model{number}": model.sharded_state_dict(metadata=metadata) for number, model in enumerate(engine.models)
     }
+    for own in state.values():
+        own.pop("output_layer._extra_state", None)  # of HybridModel alone, and nothing is in it
     optimizer = engine.optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
     return {**state, "optimizer": optimizer, "step": engine.updates}
 
@@ -68,9 +71,9 @@ class _InProcess(TorchDistSaveShardedStrategy):
     Megatron forks writers and keeps a server for their results, which outlive a rank that is killed.
     """
 
-    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
+    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, *strategy: str) -> AsyncRequest:
         filesystem_async._results_queue = queue.Queue()
-        request = super().async_save(sharded_state_dict, checkpoint_dir)
+        request = super().async_save(sharded_state_dict, checkpoint_dir, **in_this_process())
         if request.async_fn is None:  # nothing of this rank's
             return request
         transforms, *_ = request.async_fn.args
@@ -134,6 +137,7 @@ def load(directory: Path, engine: MegatronEngine) -> None:
         UserError: tensors that are missing, surplus or of another shape, by name.
     """
     folder = directory / _FOLDER
+    check_readable(folder)
     wanted = _sharded(engine, loading=True)
     with tensors_only(folder):
         _check(folder, wanted)

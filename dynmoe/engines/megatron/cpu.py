@@ -1,4 +1,4 @@
-"""Megatron-Core 0.16 on machines without a GPU; imported there only, and known to nothing else.
+"""Megatron-Core on machines without a GPU; imported there only, and known to nothing else.
 
 Megatron names CUDA in its own code: devices of new tensors, streams, random states, names of types. Its modules get a
 ``torch`` of their own, in which CUDA is the CPU. The real one stays as it is.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import importlib.util
 import sys
 import types
 from collections.abc import Callable
@@ -24,11 +24,13 @@ from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import token_dispatcher
 from torch.overrides import TorchFunctionMode
 
-# What the engine uses; modules that are loaded later would see the real torch.
+# What the engine uses, as far as this version has it; modules that are loaded later would see the real torch.
 _MODULES = (
+    "dist_checkpointing.strategies.state_dict_saver",
     "dist_checkpointing.strategies.torch",
     "distributed",
     "models.gpt.gpt_layer_specs",
+    "models.hybrid.hybrid_model",
     "optimizer",
     "pipeline_parallel.schedules",
     "transformer.moe.moe_layer",
@@ -130,7 +132,9 @@ def _set_random_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 
 def _install() -> None:
     for name in _MODULES:
-        importlib.import_module(f"megatron.core.{name}")
+        package, _, _ = f"megatron.core.{name}".rpartition(".")
+        if importlib.util.find_spec(package):
+            importlib.import_module(f"megatron.core.{name}")
     random = _Namespace(torch.cuda.random, get_rng_state=_random_state, set_rng_state=_set_random_state)
     cuda = _Namespace(
         torch.cuda, current_device=_cpu_device, synchronize=_nothing, Stream=_Inert, Event=_Inert,

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
@@ -22,6 +22,7 @@ from dynmoe.engines.megatron import checkpoint
 from dynmoe.engines.megatron.groups import context_positions, make_context, make_groups, start_processes
 from dynmoe.engines.megatron.model import build_chunks
 from dynmoe.engines.megatron.optimizer import OptimizerState, clip, make_optimizer, set_learning_rate
+from dynmoe.engines.megatron.versions import distribute
 from dynmoe.engines.megatron.weights import moe_layers, weights
 from dynmoe.engines.nonfinite import GradientWatch, describe_nonfinite
 from dynmoe.engines.reports import reduce_report
@@ -55,8 +56,7 @@ class MegatronEngine:
         self.models = [get_attr_wrapped_model(part, "decoder", return_model_obj=True) for part in parts]
         settings = get_model_config(parts[0])
         self._chunks = [
-            DistributedDataParallel(settings, ddp, part, disable_bucketing=number > 0)
-            for number, part in enumerate(parts)
+            distribute(settings, ddp, part, disable_bucketing=number > 0) for number, part in enumerate(parts)
         ]
         self.optimizer = make_optimizer(config, self._chunks)
         settings.finalize_model_grads_func = finalize_model_grads

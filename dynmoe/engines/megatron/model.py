@@ -1,26 +1,27 @@
-"""Our architecture as Megatron-Core's GPTModel, with our MoE layer in the place of its own."""
+"""Our architecture as a model of Megatron-Core, with our MoE layer in the place of its own."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import make_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dynmoe.config import Config, ModelConfig
+from dynmoe.engines.megatron.versions import decoder
 from dynmoe.engines.megatron.weights import initialize
 from dynmoe.model.attention import causal_attention
 from dynmoe.moe import MoEContext, MoELayer
@@ -105,6 +106,22 @@ class ProjectionNorm(MegatronModule):
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
 
 
+class NormedAttention(SelfAttention):
+    """With norms of queries and keys.
+
+    Megatron's own way to them sums gradients over tensor-parallel ranks by the norms' names, copies and parts alike.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, model: ModelConfig, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        size, eps = model.width_of_head, model.norm_eps
+        if model.qk_norm == "head":
+            self.q_layernorm, self.k_layernorm = (RMSNorm(config, size, eps) for _ in range(2))
+        else:
+            self.q_layernorm = ProjectionNorm(config, size, eps, heads=model.heads)
+            self.k_layernorm = ProjectionNorm(config, size, eps, heads=model.kv_heads)
+
+
 class CoreAttention(MegatronModule):
     """The attention of the plain model between Megatron's projections; nothing of size [S, S] is kept."""
 
@@ -143,8 +160,18 @@ class MegatronMoELayer(MoELayer):
     """
 
     def __init__(
-        self, config: TransformerConfig, model: ModelConfig, layer: int, seed: int, context: MoEContext
+        self,
+        config: TransformerConfig,
+        *,
+        model: ModelConfig,
+        layer: int,
+        seed: int,
+        context: MoEContext,
+        pg_collection: Any = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
     ) -> None:
+        # The last three Megatron passes from 0.18 on; our groups are those of the context.
         super().__init__(model, layer, seed, context)
         experts = {id(parameter) for parameter in self.experts.parameters()}
         for parameter in self.parameters():
@@ -176,24 +203,19 @@ class MegatronMoELayer(MoELayer):
         return sharded
 
 
-def _layer_spec(config: Config, layer: int, context: MoEContext) -> ModuleSpec:
+def _layer_spec(config: Config, context: MoEContext, layer: int) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     parts = spec.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-    attention = parts.self_attention.submodules
-    if config.model.qk_norm == "head":
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    elif config.model.qk_norm == "projection":
-        attention.q_layernorm, attention.k_layernorm = (
-            ModuleSpec(module=ProjectionNorm, params={"heads": heads})
-            for heads in (config.model.heads, config.model.kv_heads)
-        )
+    attention = parts.self_attention
+    if config.model.qk_norm is not None:
+        attention.module, attention.params = NormedAttention, attention.params | {"model": config.model}
     if config.parallel.context == 1:
-        attention.core_attention = CoreAttention
+        attention.submodules.core_attention = CoreAttention
     else:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-        attention.core_attention = TEDotProductAttention
+        attention.submodules.core_attention = TEDotProductAttention
     if config.model.is_moe_layer(layer):
         settings = {"model": config.model, "layer": layer, "seed": config.train.seed, "context": context}
         parts.mlp = ModuleSpec(module=MegatronMoELayer, params=settings)
@@ -208,12 +230,11 @@ def build_chunks(config: Config, vocab_size: int, context: MoEContext, device: t
     chunks = []
     for number in range(parallel.virtual_pipeline):
         stage = number if parallel.virtual_pipeline > 1 else None
-        first = get_transformer_layer_offset(settings, stage)
-        layers = range(first, first + get_num_layers_to_build(settings, stage))
-        specs = [_layer_spec(config, layer, context) for layer in layers]
-        chunk = GPTModel(
+        chunk = decoder(
             settings,
-            TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),
+            functools.partial(_layer_spec, config, context),
+            RMSNorm,
+            stage,
             vocab_size=vocab_size,
             max_sequence_length=config.data.sequence_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -221,7 +242,6 @@ def build_chunks(config: Config, vocab_size: int, context: MoEContext, device: t
             share_embeddings_and_output_weights=config.model.tie_embeddings,
             position_embedding_type="rope",
             rotary_base=config.model.rope_theta,
-            vp_stage=stage,
         ).to(device)
         tensor_rank = parallel_state.get_tensor_model_parallel_rank()
         initialize(chunk, config.model, vocab_size, config.train.seed, tensor_rank, parallel.tensor)

@@ -10,7 +10,7 @@ between steps and need ``engine=megatron``.
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.moe_layer import HAVE_TE, MoELayer
+from megatron.core.transformer.moe.moe_layer import HAVE_TE
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -32,64 +32,13 @@ from megatron.core.utils import make_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
 
 from dynmoe.config import ModelConfig
-from dynmoe.config.routing import KINDS, MoEConfig, RouterConfig
+from dynmoe.config.routing import MoEConfig, RouterConfig
+from dynmoe.engines.megatron import versions
+from dynmoe.engines.megatron.stock_config import check_config, say_what_is_dropped
 from dynmoe.errors import UserError
 from dynmoe.moe import MoEContext
 from dynmoe.moe.routers import ThresholdRouter, make_router
 from dynmoe.moe.statistics import LayerStatistics, PassStatistics, record, weighted_sum
-
-# Fields of TransformerConfig that count moe_router_topk, or that the stock router alone obeys: value that is sound,
-# and what to do.
-_FIXED_K = {
-    "moe_permute_fusion": (False, "its buffers have moe_router_topk rows for each token; set it to False"),
-    "moe_expert_capacity_factor": (None, "it counts moe_router_topk routes for each token; remove it"),
-    "moe_pad_expert_input_to_capacity": (False, "it counts moe_router_topk routes for each token; set it to False"),
-    "moe_router_padding_for_quantization": (False, "the stock router pads its map itself; set it to False"),
-}
-_STOCK_ROUTER = {
-    "moe_aux_loss_coeff": (0.0, "it divides by moe_router_topk; use RouterConfig.balance_loss"),
-    "moe_z_loss_coeff": (None, "it belongs to the stock router; use RouterConfig.z_loss"),
-    "moe_router_enable_expert_bias": (False, "it belongs to the stock router; set it to False"),
-    "moe_router_force_load_balancing": (False, "it belongs to the stock router; set it to False"),
-    "moe_router_group_topk": (None, "it belongs to the stock router; remove it"),
-    "moe_router_num_groups": (None, "it belongs to the stock router; remove it"),
-    "moe_router_topk_scaling_factor": (None, "it belongs to the stock router; remove it"),
-    "moe_router_score_function": ("softmax", "it belongs to the stock router; use RouterConfig.kind"),
-    "moe_router_pre_softmax": (False, "it belongs to the stock router; set it to False"),
-    "moe_enable_routing_replay": (False, "it belongs to the stock router; set it to False"),
-    "moe_input_jitter_eps": (None, "it belongs to the stock router; remove it"),
-    "calculate_per_token_loss": (False, "auxiliary losses would lose their scale; set it to False"),
-}
-
-
-def check_config(config: TransformerConfig, settings: RouterConfig) -> None:
-    """Refuses what assumes a fixed number of experts per token, or would be ignored in silence.
-
-    Raises:
-        UserError: naming the field, its value and the cure.
-    """
-    for field, (sound, cure) in {**_FIXED_K, **_STOCK_ROUTER}.items():
-        value = getattr(config, field, sound)
-        if value != sound:
-            raise UserError(f"{field}={value!r}: does not go with a dynamic router: {cure}")
-    if config.moe_token_dispatcher_type == "flex":
-        problem = "does not go with a dynamic router: it sends moe_router_topk experts for each token"
-        raise UserError(f"moe_token_dispatcher_type='flex': {problem}; use 'alltoall' or 'allgather'")
-    if (
-        config.tensor_model_parallel_size > 1
-        and config.expert_tensor_parallel_size == 1
-        and (config.expert_model_parallel_size == 1)
-    ):
-        problem = "Megatron's own layer does not add up the gradients of whole experts over tensor-parallel ranks"
-        raise UserError(f"expert_tensor_parallel_size=1: {problem} without expert parallelism; set one of them")
-    if settings.kind not in KINDS or KINDS[settings.kind].own_rule:
-        problem = "moves its state between steps by a rule that a stock training loop does not run"
-        raise UserError(f"RouterConfig.kind={settings.kind!r}: {problem}; use engine=megatron")
-    if settings.balance_scope == "sequence":
-        raise UserError(
-            "RouterConfig.balance_scope='sequence': the stock layer mixes sequences; use global_batch (the tokens of "
-            "all ranks in one pass) or micro_batch"
-        )
 
 
 class DynamicRouter(MegatronModule):
@@ -109,18 +58,21 @@ class DynamicRouter(MegatronModule):
         self,
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
         *,
         settings: RouterConfig,
         seed: int = 0,
     ) -> None:
         super().__init__(config)
         check_config(config, settings)
+        say_what_is_dropped(config)
         groups = get_default_pg_collection() if pg_collection is None else pg_collection
         self.context = MoEContext(token_group=groups.tp_dp_cp if dist.get_world_size(groups.tp_dp_cp) > 1 else None)
         # Megatron adds gradients up over tensor-parallel ranks, and multiplies losses by the context-parallel size.
         self._share = 1.0 / dist.get_world_size(groups.tp_cp)
         self._expert_parallel = dist.get_world_size(groups.ep)
         self._seed = seed
+        self._layers_before = config.num_layers if is_mtp_layer else 0  # those of multi-token prediction count anew
         self._is_new, self._repeats = True, 0
         self._statistics: Tensor | None = None
         self._latest: PassStatistics | None = None
@@ -129,7 +81,7 @@ class DynamicRouter(MegatronModule):
 
     def set_layer_number(self, layer_number: int) -> None:
         """Draws the weights of layer ``layer_number`` (from 1 on); Megatron calls it before anything uses them."""
-        self.layer = layer_number - 1
+        self.layer = self._layers_before + layer_number - 1
         name = f"layers.{self.layer}.moe.router"
         self.router = make_router(self.model, self.model.moe.experts, self._seed, name, self.context)
         self.router.to(device=torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
@@ -141,6 +93,11 @@ class DynamicRouter(MegatronModule):
         """Hidden states [..., D] of this rank."""
         if padding_mask is not None:
             raise UserError("padding_mask: a dynamic router counts every token; pack sequences without padding")
+        if versions.is_traced():
+            raise UserError(
+                "init_moe_router_tracer: it leaves out layers whose number of experts varies; use take_figures, or "
+                "engine=megatron with logging.trace_interval"
+            )
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         self._calibrate(x_TD)
         plan = self.router(x_TD)
@@ -212,19 +169,26 @@ def _model_config(config: TransformerConfig, settings: RouterConfig) -> ModelCon
 
 
 def with_router(spec: Any, settings: RouterConfig, seed: int = 0) -> Any:
-    """A copy of a layer spec, or of a block's list of them, whose stock MoE layers have a dynamic router."""
-    spec = copy.deepcopy(spec)
-    layers = spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]
-    found = [layer.submodules.mlp for layer in layers if _is_stock_moe(layer.submodules.mlp)]
-    if not found:
+    """A copy of a spec whose stock MoE layers have a dynamic router; what is not changed, both share.
+
+    Args:
+        spec: of a layer, of a block (``TransformerBlockSubmodules``) or of a HybridModel's stack.
+        settings: see :class:`DynamicRouter`, as ``seed``.
+    """
+    router = functools.partial(DynamicRouter, settings=settings, seed=seed)
+    if isinstance(spec, TransformerBlockSubmodules):
+        routed = [versions.with_router(layer, router) for layer in spec.layer_specs]
+        layers = [new or layer for new, layer in zip(routed, spec.layer_specs, strict=True)]
+        found = dataclasses.replace(spec, layer_specs=layers) if any(routed) else None
+    elif hasattr(spec.submodules, "moe_layer"):
+        layer = versions.with_router(spec.submodules.moe_layer, router)
+        parts = dataclasses.replace(spec.submodules, moe_layer=layer)
+        found = dataclasses.replace(spec, submodules=parts) if layer else None
+    else:
+        found = versions.with_router(spec, router)
+    if found is None:
         raise UserError("with_router: the spec has no MoELayer of Megatron-Core; give num_experts when you make it")
-    for mlp in found:
-        mlp.submodules.router = functools.partial(DynamicRouter, settings=settings, seed=seed)
-    return spec
-
-
-def _is_stock_moe(mlp: Any) -> bool:
-    return isinstance(mlp, ModuleSpec) and mlp.module is MoELayer
+    return found
 
 
 def layer_spec(settings: RouterConfig, seed: int = 0) -> ModuleSpec:

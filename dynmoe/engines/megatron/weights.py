@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from dynmoe.config import ModelConfig
+from dynmoe.engines.megatron.versions import final_norm
 from dynmoe.model.attention import Attention
 from dynmoe.model.decoder import initial_embedding
 from dynmoe.moe import MoELayer
@@ -82,7 +83,7 @@ class Weight:
     layout: Layout
 
 
-def weights(chunk: GPTModel, model: ModelConfig) -> Iterator[Weight]:
+def weights(chunk: MegatronModule, model: ModelConfig) -> Iterator[Weight]:
     """Every parameter of a part of the model, but for a copy of a tied embedding that another rank owns."""
     if chunk.pre_process:
         yield Weight("w_embed_VD", chunk.embedding.word_embeddings.weight, _spread(0))
@@ -103,18 +104,20 @@ def weights(chunk: GPTModel, model: ModelConfig) -> Iterator[Weight]:
             yield Weight(f"{name}.ffn.w_up_HD", layer.mlp.linear_fc1.weight, _gate_and_up())
             yield Weight(f"{name}.ffn.w_down_DF", layer.mlp.linear_fc2.weight, _spread(1))
     if chunk.post_process:
-        yield Weight("norm.weight", chunk.decoder.final_layernorm.weight, _WHOLE)
+        yield Weight("norm.weight", final_norm(chunk.decoder).weight, _WHOLE)
         if not model.tie_embeddings:
             yield Weight("w_out_VD", chunk.output_layer.weight, _spread(0))
 
 
-def moe_layers(chunk: GPTModel) -> list[MoELayer]:
+def moe_layers(chunk: MegatronModule) -> list[MoELayer]:
     """The MoE layers of a part of the model, in order."""
     return [layer.mlp for layer in chunk.decoder.layers if isinstance(layer.mlp, MoELayer)]
 
 
 @torch.no_grad()
-def initialize(chunk: GPTModel, model: ModelConfig, vocab_size: int, seed: int, tensor_rank: int, tensor: int) -> None:
+def initialize(
+    chunk: MegatronModule, model: ModelConfig, vocab_size: int, seed: int, tensor_rank: int, tensor: int
+) -> None:
     """Gives a part of the model the weights that the plain model starts with; MoE layers and norms have theirs."""
     own = {weight.name: weight for weight in weights(chunk, model)}
     for weight in own.values():
