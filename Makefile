@@ -90,13 +90,14 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# The versions of a fresh installation, for the images.
+# The versions of a fresh installation, for the images; Megatron-Core's newest wants a newer Python than the default's.
+MEGATRON = megatron-core==0.16.1; python_version < "3.12"\nmegatron-core==0.19.2; python_version >= "3.12"
 lock:
 	$(PYTHON) -m venv --clear .venv-lock
 	.venv-lock/bin/python -m pip install --quiet torch==2.13.0
 	.venv-lock/bin/python -m pip install --quiet .
 	{ echo '# Versions that the tests ran with, for the images: pip install --constraint requirements.lock. Made by: make lock'; \
-		.venv-lock/bin/python -m pip freeze --exclude dynmoe | sed 's/+cpu$$//'; } > requirements.lock
+		.venv-lock/bin/python -m pip freeze --exclude dynmoe | sed 's/+cpu$$//; s/^megatron-core==.*/$(MEGATRON)/'; } > requirements.lock
 	rm -rf .venv-lock build
 
 # Runs and corpora stay: they are yours.

@@ -36,6 +36,7 @@ class Stack:
     torch: str
     transformers: str = "5.24.0"
     deepspeed: str = "0.19.8"
+    numpy: str = "2.5.5"
 
     @property
     def name(self) -> str:
@@ -44,8 +45,9 @@ class Stack:
 
 # The default one, then each minor version of Megatron-Core, and of torch and transformers as many as that gives.
 STACKS = [
-    Stack("3.11", "0.16.1", "2.13.0"),
-    Stack("3.12", "0.17.1", "2.11.0", transformers="5.22.2"),
+    Stack("3.11", "0.16.1", "2.13.0", numpy="2.4.6"),  # the last NumPy for Python 3.11
+    # torch 2.11 brings Triton 3.6, whose interpreter does not run with NumPy 2.5.
+    Stack("3.12", "0.17.1", "2.11.0", transformers="5.22.2", numpy="2.4.6"),
     Stack("3.12", "0.18.2", "2.12.1", transformers="5.23.0"),
     Stack("3.12", "0.19.2", "2.14.1"),
     Stack("3.13", "0.19.2", "2.14.1"),
@@ -90,7 +92,7 @@ def install(stack: Stack) -> Path:
         subprocess.run([interpreter(stack.python), "-m", "venv", "--clear", folder], check=True)
         torch = f"torch=={stack.torch}"
         others = [f"megatron-core=={stack.megatron}", f"deepspeed=={stack.deepspeed}"]
-        others += [f"transformers=={stack.transformers}", "--editable", f"{ROOT}[dev]"]
+        others += [f"transformers=={stack.transformers}", f"numpy=={stack.numpy}", "--editable", f"{ROOT}[dev]"]
         for packages in [torch], [torch, *others]:  # first alone, so that a CPU build is taken where there is one
             done = subprocess.run([own, "-m", "pip", "install", "--quiet", *packages], check=False)
             if done.returncode:
@@ -123,7 +125,7 @@ def run_tests(stack: Stack) -> Outcome:
 def table(outcomes: dict[Stack, Outcome]) -> str:
     """A row for each stack, and below it the reasons of what was skipped."""
     lines, notes = (
-        [["Python", "Megatron-Core", "torch", "transformers", "DeepSpeed", "passed", "failed", "skipped"]],
+        [["Python", "Megatron-Core", "torch", "transformers", "DeepSpeed", "NumPy", "passed", "failed", "skipped"]],
         [],
     )
     for stack, outcome in outcomes.items():

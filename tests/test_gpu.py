@@ -133,3 +133,40 @@ def test_both_engines_train_alike_in_bf16():
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "losses of the two engines agree" in done.stdout
+
+
+def stock_moe(dispatcher: str) -> torch.nn.Module:
+    """Megatron's own MoE layer with top-p routing, weights by seed."""
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.spec_utils import build_module
+
+    from dynmoe.config.parallel import ParallelConfig
+    from dynmoe.config.routing import RouterConfig
+    from dynmoe.engines.megatron.groups import make_groups, start_processes
+    from dynmoe.engines.megatron.router import layer_spec
+
+    start_processes()
+    make_groups(ParallelConfig(), seed=1)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=1024, num_attention_heads=8, num_moe_experts=8, moe_ffn_hidden_size=512,
+        add_bias_linear=False, gated_linear_unit=True, activation_func=torch.nn.functional.silu,
+        normalization="RMSNorm", bias_dropout_fusion=False, gradient_accumulation_fusion=False,
+        moe_token_dispatcher_type=dispatcher, moe_flex_dispatcher_backend="hybridep", bf16=True,
+        params_dtype=torch.bfloat16,
+    )  # fmt: skip
+    layer = build_module(layer_spec(RouterConfig(kind="top_p", p=0.5)), config=config, layer_number=1)
+    return layer.mlp.cuda()
+
+
+def test_hybrid_ep_computes_what_the_all_to_all_dispatcher_does():
+    """The two device calls that tests/engines/hybrid_ep.py stands in for, with a varying number of experts."""
+    pytest.importorskip("deep_ep", reason="HybridEP is a package of its own: DeepEP, branch hybrid-ep")
+    torch.manual_seed(0)
+    x, upstream = (torch.randn(256, 1, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    results = []
+    for dispatcher in ("alltoall", "flex"):
+        layer, own = stock_moe(dispatcher), x.clone().requires_grad_()
+        y, _ = layer(own)
+        results.append((y, *torch.autograd.grad(y, own, upstream)))
+    for ours, expected in zip(results[1], results[0], strict=True):
+        assert (ours - expected).norm() <= 2e-2 * expected.norm()

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -23,6 +24,8 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
     )  # fmt: skip
     import torch
 
+    for kind in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("error", category=kind, module="dynmoe")  # as in pyproject.toml
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler

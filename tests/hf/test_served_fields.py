@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
 from sentencepiece import sentencepiece_model_pb2
 
 from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.errors import UserError
 from dynmoe.hf.command import main
 from dynmoe.hf.export import export
-from dynmoe.hf.tokenizer import write_tokenizer
+from dynmoe.hf.tokenizer import compare, write_tokenizer
 from tests.hf.cases import OWN, STANDARD, begin, run_decoder, some_tokens
 from tests.hf.test_export import read
 
@@ -79,8 +82,13 @@ def test_llama_cpp_is_told_what_comes_before_a_text(corpus_dir, tmp_path):
     write_tokenizer(own, tmp_path, {"max_position_embeddings": 64})
     said = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert (said["add_bos_token"], said["add_prefix_space"]) == (False, True)
-    for text in ("the quick", " the", "", "a\n b"):
-        assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == own.encode(text)
+    texts = ("the quick", " the", "", "a\n b")
+    if Version(metadata.version("transformers")) >= Version("5.24"):
+        for text in texts:
+            assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == own.encode(text)
+    else:  # they leave the space out, and an export that would encode otherwise is refused
+        with pytest.raises(UserError, match="transformers gives other ids than sentencepiece from token 0"):
+            compare(own, tmp_path, texts, cure="use a later one")
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])

@@ -15,7 +15,12 @@ from packaging.requirements import Requirement
 
 from bench.processes import CPU, ROOT
 
-LOCK = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line)
+LOCKED = [Requirement(line) for line in (ROOT / "requirements.lock").read_text().splitlines() if line[0] != "#"]
+LOCK = {
+    locked.name: str(locked.specifier).removeprefix("==")
+    for locked in LOCKED
+    if locked.marker is None or locked.marker.evaluate()
+}
 
 
 def test_locked_versions_are_within_the_tested_ranges():
