@@ -22,8 +22,10 @@ def start_processes() -> torch.device:
     """Joins the process group of the launcher, or makes one of a single rank; returns this rank's device."""
     choose_interface()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # Each layer says that it does not know our MoE layer.
-    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+    # Each layer says that it does not know our MoE layer, each save that this process should not write itself.
+    strategies = "dist_checkpointing.strategies"
+    for name in ("transformer.transformer_layer", f"{strategies}.torch", f"{strategies}.common"):
+        logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
     cuda = torch.cuda.is_available()
     device = take_gpu() if cuda else torch.device("cpu")
     if not dist.is_initialized():
