@@ -46,8 +46,8 @@ class Stack:
 # The default one, then each minor version of Megatron-Core, and of torch and transformers as many as that gives.
 STACKS = [
     Stack("3.11", "0.16.1", "2.13.0", numpy="2.4.6"),  # the last NumPy for Python 3.11
-    # torch 2.11 brings Triton 3.6, whose interpreter does not run with NumPy 2.5.
-    Stack("3.12", "0.17.1", "2.11.0", transformers="5.22.2", numpy="2.4.6"),
+    # torch 2.11 brings Triton 3.6, whose interpreter does not run with NumPy 2.4.
+    Stack("3.12", "0.17.1", "2.11.0", transformers="5.22.2", numpy="2.3.5"),
     Stack("3.12", "0.18.2", "2.12.1", transformers="5.23.0"),
     Stack("3.12", "0.19.2", "2.14.1"),
     Stack("3.13", "0.19.2", "2.14.1"),
@@ -87,8 +87,8 @@ def install(stack: Stack) -> Path:
         UserError: no such Python, or pip could not.
     """
     folder = _FOLDER / stack.name
-    own = folder / "bin" / "python"
-    if not (folder / ".installed").exists():
+    own, installed = folder / "bin" / "python", folder / ".installed"
+    if not installed.exists() or installed.read_text() != str(stack):
         subprocess.run([interpreter(stack.python), "-m", "venv", "--clear", folder], check=True)
         torch = f"torch=={stack.torch}"
         others = [f"megatron-core=={stack.megatron}", f"deepspeed=={stack.deepspeed}"]
@@ -97,7 +97,7 @@ def install(stack: Stack) -> Path:
             done = subprocess.run([own, "-m", "pip", "install", "--quiet", *packages], check=False)
             if done.returncode:
                 raise UserError(f"pip could not install {' '.join(packages)}")
-        (folder / ".installed").touch()
+        installed.write_text(str(stack))
     return own
 
 
