@@ -81,7 +81,7 @@ def test_the_other_routers_train_alike_too(one_rank, two_ranks, kind):
     assert_same_maps(results, alone)
 
 
-@pytest.mark.parametrize("kind", sorted(ROUTERS))
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "top_p" else pytest.mark.slow) for k in ROUTERS])
 def test_accumulation_changes_nothing_without_auxiliary_losses(one_rank, two_ranks, kind):
     overrides = [*ROUTERS[kind], *NO_LOSSES[kind]]
     (whole,) = one_rank.run(train, [*overrides, *ONE], 0, STEPS)

@@ -135,7 +135,11 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(two_ranks, tmp_path, lay
         assert all(torch.equal(value, half["state"][name]) for name, value in whole["state"].items())
 
 
-@pytest.mark.parametrize("layout", [TP2, INTERLEAVED, EP2], ids=["TP 2", "PP 2 interleaved", "EP 2"])
+@pytest.mark.parametrize(
+    "layout",
+    [TP2, INTERLEAVED, pytest.param(EP2, marks=pytest.mark.slow)],
+    ids=["TP 2", "PP 2 interleaved", "EP 2"],
+)
 def test_recomputation_changes_nothing(two_ranks, layout):
     overrides = [*BASE, *layout, "model.router.kind=top_p"]
     expected = two_ranks.run(train, overrides, 0, 3)[0]

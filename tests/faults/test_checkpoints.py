@@ -28,11 +28,8 @@ def limit_files(rank: int, size: int) -> None:
 @pytest.mark.parametrize(
     ("engine", "asynchronous"),
     [
-        ("megatron", "false"),
-        *(
-            pytest.param(*way, marks=pytest.mark.slow)
-            for way in (("deepspeed", "true"), ("deepspeed", "false"), ("megatron", "true"))
-        ),
+        pytest.param(*way, marks=pytest.mark.slow)
+        for way in (("deepspeed", "true"), ("deepspeed", "false"), ("megatron", "true"), ("megatron", "false"))
     ],
 )
 def test_f06_a_disk_that_fills_up_while_saving(
@@ -188,6 +185,7 @@ def test_f09_a_run_directory_that_is_a_file(corpus_dir, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_f09_a_second_job_in_the_same_directory(corpus_dir, tmp_path):
     first = TrainingProcess(corpus_dir, tmp_path / "runs", "train.steps=100000")
     try:

@@ -115,7 +115,8 @@ def killed_in_saves(
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000036", "step_00000040"]
 
 
-@pytest.mark.parametrize("victim", ["launcher", pytest.param("tree", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["launcher", "tree"])
 def test_f03_a_launcher_or_the_whole_tree_killed(undisturbed, corpus_dir, tmp_path, victim):
     step = random.SystemRandom().randint(3, 37)
     process = TrainingProcess(corpus_dir, tmp_path / "runs")
