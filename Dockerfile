@@ -21,6 +21,7 @@ COPY pyproject.toml requirements.lock README.md LICENSE train.py ./
 COPY dynmoe ./dynmoe
 COPY data_prep ./data_prep
 COPY bench ./bench
+COPY harness ./harness
 COPY configs ./configs
 COPY launch ./launch
 

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test lint screenshots test-slow test-gpu test-cluster test-faults test-served test-stacks lock clean
+.PHONY: quickstart test lint docs screenshots test-slow test-gpu test-cluster test-faults test-served test-stacks lock clean
 
 # Two ranks on the CPU, whatever else the machine has: the same training everywhere.
 quickstart: $(INSTALLED)
@@ -15,7 +15,7 @@ quickstart: $(INSTALLED)
 # What times something runs with nothing beside it; of the rest two at a time, as most of them wait for processes.
 TWO = --numprocesses 2 --dist loadfile --no-loadscope-reorder
 FAST = not gpu and not slow and not cluster and not faults and not served
-test: lint
+test: lint docs
 	$(BIN)/python -m pytest -m "$(FAST) and alone"
 	$(BIN)/python -m pytest -m "$(FAST) and not alone" $(TWO)
 
@@ -25,6 +25,10 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/shellcheck --external-sources launch/*.sh launch/*.sbatch findings/*.sh .ci/run
 	$(BIN)/hadolint Dockerfile
+
+# The documentation site, in site/. A broken link or an undocumented parameter is an error.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Pictures of the quickstart's pages, for docs/.
 screenshots: $(INSTALLED)
@@ -102,4 +106,4 @@ lock:
 
 # Runs and corpora stay: they are yours.
 clean:
-	rm -rf .venv .venv-stacks $(SERVED) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf site .venv .venv-stacks $(SERVED) .pytest_cache .ruff_cache .mypy_cache .hypothesis

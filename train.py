@@ -8,11 +8,11 @@ from functools import partial
 
 from dynmoe.cli import run_tool
 from dynmoe.config import Config, describe_fields, load_config
-from dynmoe.launched import Ending, end_with_launcher
+from dynmoe.launched import StopSignal, end_with_launcher
 
 
 def parse_arguments() -> tuple[Config, bool]:
-    """The merged configuration, and whether only to print it."""
+    """Returns the merged configuration, and whether it is only to be printed."""
     fields = "\n".join(
         f"  {name:30} {meaning} ({kind}; default {default})" for name, kind, default, meaning in describe_fields()
     )
@@ -20,33 +20,35 @@ def parse_arguments() -> tuple[Config, bool]:
         "train.py", description=__doc__, epilog=f"fields:\n{fields}",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("config", nargs="?", help="YAML file; whatever it leaves out keeps its default")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields, such as model.router.p=0.5")
-    parser.add_argument("--trace", action="store_true", help="write the routing of every step (see docs/statistics.md)")
-    parser.add_argument("--print-config", action="store_true", help="print the merged configuration and stop")
+    parser.add_argument("config", nargs="?", help="YAML file; fields that it does not set keep their defaults")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="sets a field, such as model.router.p=0.5")
+    parser.add_argument("--trace", action="store_true", help="write the routing of every step (docs/statistics.md)")
+    parser.add_argument("--print-config", action="store_true", help="print the merged configuration and exit")
     given = parser.parse_intermixed_args()
-    path, overrides = given.config, given.overrides
+    path = given.config
+    overrides = given.overrides
     if path is not None and "=" in path:
-        path, overrides = None, [path, *overrides]
+        overrides = [path, *overrides]
+        path = None
     if given.trace:
         overrides = ["logging.trace_interval=1", *overrides]
     return load_config(path, overrides), given.print_config
 
 
-def train(config: Config, ending: Ending) -> None:
-    """Everything after the configuration is known to be sound."""
-    # Heavy imports come late: a mistake in the configuration, then one in the data, is reported before them.
+def train(config: Config, stop_signal: StopSignal) -> None:
+    """Runs the training that a checked configuration describes."""
+    # Heavy imports come late, so that a mistake in the configuration or the data is reported before them.
     from dynmoe.data.corpus import open_corpora
 
     corpora = open_corpora(config.data.dirs, config.data.sequence_length)
-    rank, is_alone = int(os.environ.get("RANK", "0")), os.environ.get("WORLD_SIZE", "1") == "1"
+    rank = int(os.environ.get("RANK", "0"))
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
 
     from dynmoe.evaluate.training import TrainingScores
     from dynmoe.train.run_directory import RunDirectory
-    from dynmoe.train.verification import over_ranks, verify_corpora
+    from dynmoe.train.verification import gather_ranks, verify_corpora
 
     scores = TrainingScores(config, corpora)
-
     directory = RunDirectory(config.run.path)
     if rank == 0:
         directory.claim()
@@ -72,16 +74,17 @@ def train(config: Config, ending: Ending) -> None:
         start = describe_start(config, engine.device)
         if rank == 0:
             print(start)
-        if not is_alone:  # many share the work
-            verify_corpora(corpora, config.data.verify, directory.verified, over_ranks, rank, watchdog.progress)
+        if not is_alone:  # the ranks share the work
+            verify_corpora(corpora, config.data.verify, directory.verified, gather_ranks, rank, watchdog.progress)
         data = PretrainingData(
             corpora, config.data.weights, config.data.sequence_length, config.train.seed, directory.data_index
         )
         views = partial(make_views, config, directory, pictures_of_run)
         score = partial(scores.row, engine, vocab_size, directory.data_index, watchdog.progress)
-        trainer = Trainer(config, engine, data, directory, vocab_size, views, ending, watchdog, score)
-        conclude(config, engine, trainer.size, trainer.run(), corpora, directory)
-        # It may wait for others. So it does not follow a failure: the end of the process is what tells them of that.
+        trainer = Trainer(config, engine, data, directory, vocab_size, views, stop_signal, watchdog, score)
+        result = trainer.run()
+        conclude(config, engine, trainer.size, result, corpora, directory)
+        # This may wait for other ranks, so it is skipped after a failure: the exit of this process is their signal.
         watchdog.progress("the end of the process groups")
         dist.destroy_process_group()
 
@@ -93,7 +96,7 @@ def main() -> None:
         print(config.to_yaml(), end="")
     else:
         config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
-        train(config, Ending())
+        train(config, StopSignal())
 
 
 if __name__ == "__main__":

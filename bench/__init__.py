@@ -1,1 +1,1 @@
-"""Benchmarks that can be run again: python -m bench NAME --json FILE."""
+"""Repeatable benchmarks: python -m bench NAME --json FILE."""

@@ -38,7 +38,7 @@ from bench.report import Rows, machine, markdown, print_table
 from dynmoe.cli import run_tool
 from dynmoe.errors import UserError
 
-# In the order of docs/performance.md; those without a section there are trainings of their own.
+# In the order of docs/performance.md; the others are training runs without a section there.
 BENCHMARKS: dict[str, ModuleType] = {
     "layer": layer, "dispatch": dispatch, "growth": growth, "imbalance": imbalance, "memory": memory,
     "launches": launches, "wire": wire, "end_to_end": end_to_end, "router": router, "statistics": statistics,
@@ -50,16 +50,18 @@ _OF_ALL = [name for name in BENCHMARKS if name not in ("faults", "gpu_smoke", "r
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m bench", description="Benchmarks; figures are ratios within one run.")
+    parser = argparse.ArgumentParser("python -m bench", description="Benchmarks that report ratios within one run.")
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, module in BENCHMARKS.items():
         sub = _add(names, name, str(module.__doc__).splitlines()[0])
-        sub.add_argument("--json", type=Path, help="write the rows there")
+        sub.add_argument("--json", type=Path, help="file for the rows")
         if hasattr(module, "plot"):
-            sub.add_argument("--plot", type=Path, help="draw the rows there (needs matplotlib)")
+            sub.add_argument("--plot", type=Path, help="file for a plot of the rows (needs matplotlib)")
         module.add_arguments(sub)
-    every = _add(names, "all", "All of them at their defaults, into a page with tables and plots.")
-    every.add_argument("--only", nargs="*", default=_OF_ALL, choices=_OF_ALL, help="none: the page alone")
+    every = _add(names, "all", "Runs all benchmarks with defaults and writes a page with tables and plots.")
+    every.add_argument(
+        "--only", nargs="*", default=_OF_ALL, choices=_OF_ALL, help="benchmarks to run; none: only the page"
+    )
     every.add_argument("--page", type=Path, default=Path("docs/performance.md"))
     every.add_argument("--figures", type=Path, default=Path("docs/figures"), help="directory of JSON files and plots")
     given = parser.parse_args()
@@ -80,34 +82,35 @@ def _add(names: argparse._SubParsersAction, name: str, phrase: str) -> argparse.
 
 
 def run_all(given: argparse.Namespace) -> None:
-    """Runs the benchmarks one after the other, each in a process of its own, and writes the page from their JSON files.
+    """Runs the benchmarks one by one, each in its own process, and writes the page from their JSON files.
 
-    What was measured before, on whatever machine, stays on the page until it is measured again.
+    Existing results, from whatever machine, stay on the page until they are measured again.
     """
-    _pyplot()  # not to miss it after the first benchmark
+    _pyplot()  # fails early, not after the first benchmark
     given.figures.mkdir(parents=True, exist_ok=True)
     for name in given.only:
         command = [sys.executable, "-m", "bench", name, "--json", str(given.figures / f"{name}.json")]
         if hasattr(BENCHMARKS[name], "plot"):
             command += ["--plot", str(given.figures / f"{name}.png")]
         if subprocess.run(command, check=False).returncode:
-            print(f"{name}: left out, see above", flush=True)
+            print(f"{name}: failed and skipped, see above", flush=True)
     sections = [_section(name, given) for name in _OF_ALL if (given.figures / f"{name}.json").exists()]
     given.page.write_text(_HEAD + "\n".join(sections))
-    print(f"{given.page} is written")
+    print(f"wrote {given.page}")
 
 
 _HEAD = """# Performance
 
-Written by `python -m bench all`; `python -m bench NAME` runs one benchmark with other sizes. Figures are ratios within
-one process, methods in turn, medians: they hold on shared machines, absolute times do not. Every timing comes after a
-check that the methods agree. `docs/log.md` says why a figure is what it is.
+Written by `python -m bench all`; `python -m bench NAME` runs one benchmark with other sizes. All figures are ratios:
+the methods take turns within one process, and medians are reported. Ratios are meaningful on shared machines; absolute
+times are not. Every timing follows a check that the methods agree. `docs/log.md` explains the figures.
 
 """
 
 
 def _section(name: str, given: argparse.Namespace) -> str:
-    module, document = BENCHMARKS[name], json.loads((given.figures / f"{name}.json").read_text())
+    module = BENCHMARKS[name]
+    document = json.loads((given.figures / f"{name}.json").read_text())
     rows = [{key: value for key, value in row.items() if key != "curve"} for row in document["rows"]]
     title, _, explanation = str(module.__doc__).partition("\n")
     picture = f"figures/{name}.png" if (given.figures / f"{name}.png").exists() else None
@@ -136,7 +139,7 @@ def _pyplot() -> ModuleType:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("plots: matplotlib is not installed; pip install 'dynmoe[dev]'") from None
+        raise UserError("plots: matplotlib is not installed; run pip install 'dynmoe[dev]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -1,4 +1,4 @@
-"""Layers, routing maps and methods that the benchmarks share."""
+"""Layers, routing maps and methods shared by the benchmarks."""
 
 from __future__ import annotations
 
@@ -9,29 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.timing import Passes, peak_bytes, saved_bytes, time_passes
+from bench.timing import Passes, saved_bytes, time_passes
 from dynmoe.config import ModelConfig, load_config
 from dynmoe.moe import MoEContext, MoELayer
-from dynmoe.moe.routers.softmax import TopPRouter
+from dynmoe.routers import TopP
 from dynmoe.routing import RoutingPlan
+from harness.memory import peak_bytes
+from harness.plans import DEVICE, Shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one layer: T, D, F and E."""
-
-    tokens: int = 4096
-    hidden: int = 512
-    width: int = 1024
-    experts: int = 16
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to compute a layer: tokens [T, D] to outputs [T, D]."""
+    """A way to compute a layer, from tokens [T, D] to outputs [T, D]."""
 
     name: str
     module: nn.Module
@@ -39,7 +30,7 @@ class Method:
     same_routing: bool = True
 
     def timed(self, x_TD: Tensor, upstream_TD: Tensor) -> Callable[[], Passes]:
-        """One forward and backward pass with fresh gradients."""
+        """Runs one forward and backward pass with fresh gradients."""
 
         def run() -> Passes:
             self.module.zero_grad()
@@ -49,23 +40,24 @@ class Method:
         return run
 
     def memory(self, x_TD: Tensor, upstream_TD: Tensor) -> dict[str, int]:
-        """Bytes kept for the backward pass, and the most that a pass adds to what was there before."""
+        """Returns the bytes saved for the backward pass, and the peak increase of memory during both passes."""
 
         def step() -> None:
             self.forward(x_TD.detach().requires_grad_()).backward(upstream_TD)
 
         self.module.zero_grad()
         saved = saved_bytes(lambda: self.forward(x_TD.detach().requires_grad_()), self.module)
-        step()  # gradients exist: what remains is the pass itself
+        step()  # allocates gradients, so that the measurement covers only the passes
         return {"saved_bytes": saved, "peak_bytes": peak_bytes(step)}
 
 
 class FixedRouter(nn.Module):
-    """Gives our layer a plan, whose gates have a gradient, and no auxiliary losses."""
+    """Gives our layer a fixed plan, whose gates have a gradient, without auxiliary losses."""
 
     def __init__(self, plan: RoutingPlan) -> None:
         super().__init__()
         self.plan = plan
+        self.spec = TopP().resolved
         self.loss_coefficients: dict[str, float] = {}
         self.gates_TE = nn.Parameter(plan.gates_TE.detach().clone())
 
@@ -74,10 +66,6 @@ class FixedRouter(nn.Module):
 
     def losses(self, *_: object) -> dict[str, Tensor]:
         return {}
-
-    @property
-    def fixed_experts(self) -> None:
-        return None
 
 
 def model_config(shape: Shape, *overrides: str) -> ModelConfig:
@@ -97,40 +85,19 @@ def make_layer(shape: Shape, dtype: str, plan: RoutingPlan | None = None, backen
 
 
 def calibrate(layer: MoELayer, mean_k: float, x_TD: Tensor) -> None:
-    """Spreads the router's scores and sets the p at which it gives ``mean_k`` experts per token on ``x_TD``."""
+    """Spreads the router's scores and sets p so that ``x_TD`` gets ``mean_k`` experts per token."""
     router = layer.router
-    assert isinstance(router, TopPRouter)
+    spec = router.spec
+    assert isinstance(spec, TopP)
     with torch.no_grad():
-        router.weight_ED.normal_(0.0, 2.0 / x_TD.shape[1] ** 0.5)
-        router.fit(router.logits_TE(x_TD), mean_k)
-
-
-def spread_plan(
-    shape: Shape, mean_k: float, imbalance: float = 1.0, seed: int = 0, device: torch.device = DEVICE
-) -> RoutingPlan:
-    """A plan of exactly ``mean_k * T`` routes in which the busiest expert has ``imbalance`` times the mean load.
-
-    The other experts share the rest evenly; each draws its tokens at random, so that K differs from token to token.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    num_routes = round(mean_k * shape.tokens)
-    most = round(imbalance * num_routes / shape.experts)
-    if most > shape.tokens:
-        raise ValueError(f"imbalance={imbalance} gives one expert {most} of {shape.tokens} tokens")
-    others = shape.experts - 1
-    loads = [most, *((num_routes - most) // others + (e < (num_routes - most) % others) for e in range(others))]
-    map_TE = torch.zeros(shape.tokens, shape.experts, dtype=torch.bool)
-    for expert, load in enumerate(loads):
-        map_TE[torch.randperm(shape.tokens, generator=generator)[:load], expert] = True
-    scores_TE = torch.rand(shape.tokens, shape.experts, generator=generator)
-    gates_TE = scores_TE * map_TE / mean_k
-    gates_TE, map_TE, scores_TE = (tensor.to(device) for tensor in (gates_TE, map_TE, scores_TE))
-    return RoutingPlan(gates_TE, map_TE, map_TE, scores_TE)
+        router.get_parameter("weight_ED").normal_(0.0, 2.0 / x_TD.shape[1] ** 0.5)
+        spec.fit(router, spec.logits_TE(router, x_TD), mean_k)
 
 
 def dense_floor(plan: RoutingPlan, w_up_EHD: Tensor, w_down_EDF: Tensor) -> Callable[[], Passes]:
-    """The six products that cannot be saved, dense, over as many rows as the plan has routes."""
-    num_rows, (w_up_HD, w_down_DF) = int(plan.routing_map_TE.sum()), (w_up_EHD[0], w_down_EDF[0])
+    """The six matrix products that any method needs, as dense products over as many rows as the plan has routes."""
+    num_rows = int(plan.routing_map_TE.sum())
+    w_up_HD, w_down_DF = (w_up_EHD[0], w_down_EDF[0])
     x_ND, h_NH, a_NF = (
         torch.randn(num_rows, width, device=w_up_HD.device, dtype=w_up_HD.dtype)
         for width in (w_up_HD.shape[1], w_up_HD.shape[0], w_down_DF.shape[1])
@@ -148,15 +115,16 @@ def dense_floor(plan: RoutingPlan, w_up_EHD: Tensor, w_down_EDF: Tensor) -> Call
 
 
 def tokens_of(shape: Shape, dtype: str) -> tuple[Tensor, Tensor]:
-    """Tokens and the gradient of the output."""
+    """Tokens, and the gradient of the output."""
     torch.manual_seed(0)
     x_TD = torch.randn(shape.tokens, shape.hidden, device=DEVICE, dtype=DTYPES[dtype])
     return x_TD, torch.randn_like(x_TD)
 
 
 def routing_facts(plan: RoutingPlan) -> dict[str, Any]:
-    """K, its spread, and what padding every expert to the fullest would multiply the rows with."""
-    experts_T, load_E = plan.experts_per_token_T.float(), plan.tokens_per_expert_E.float()
+    """K, its spread, and the factor on rows if every expert were padded to the fullest one."""
+    experts_T = plan.experts_per_token_T.float()
+    load_E = plan.tokens_per_expert_E.float()
     return {
         "mean_k": round(experts_T.mean().item(), 3),
         "std_k": round(experts_T.std().item(), 3),

@@ -1,132 +1,38 @@
-"""Benchmark 13: collectives of a step, and how often the host asks for a value of a tensor, on two ranks.
+"""Benchmark 13: collectives and host reads per step, on two ranks.
 
-What asks most of the ranks: a budget that is held over all layers, and a balance over the global batch. A step has two
-micro-batches. "ours" is what our code asks for in compute_gradients, update and, on logged steps, report; "engine" what
-DeepSpeed and Megatron-Core ask for there. Left out is what moves activations: pipeline stages send to each other, and
-experts on other ranks get their tokens. A host read is an item(), tolist(), cpu(), bool(), int() or float() of a
-tensor: the host would wait for a GPU in each, but for the second of a report, which reads what is there by then. Left
-out are those of code that runs on a CPU only, and the count of rows for which a layer without a ceiling waits
-(benchmark 6).
+The configuration has the most collectives: a budget held over all layers, and a balance over the global batch. A step
+has two micro-batches. "ours" is what our code calls in compute_gradients, update and, on logged steps, report; "engine"
+is what DeepSpeed and Megatron-Core call there. Transfers of activations are not counted: sends between pipeline stages,
+and tokens sent to experts on other ranks. A host read is an item(), tolist(), cpu(), bool(), int() or float() of a
+tensor. Each would wait for a GPU, except the second one of a report, which reads a finished value. Also not counted:
+host reads of code that only runs on a CPU, and the row count for which a layer without a ceiling waits (benchmark 6).
 
-Counts are by step, of the rank that has more. Before they were packed, "ours" was, for 2 and for 8 layers: under data
-parallelism 6 and 18 collectives of a plain step, and 3 and 9 host reads (8 and 20 of a logged step); under pipeline
-parallelism 3 collectives, and 10 and 13 host reads (14 and 20 of a logged step).
+Counts are per step, of the rank with more. Before collectives were packed, "ours" was, for 2 and for 8 layers: with
+data parallelism 6 and 18 collectives in a plain step, and 3 and 9 host reads (8 and 20 in a logged step); with pipeline
+parallelism 3 collectives, and 10 and 13 host reads (14 and 20 in a logged step).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.processes import CPU, ROOT, join_ranks
 from bench.report import verdict
-from dynmoe.config import Config, load_config
-from dynmoe.data.batches import Batch
-
-LAYOUTS = {
-    "deepspeed, data": [],
-    "megatron, data": ["engine=megatron"],
-    "megatron, pipeline": ["engine=megatron", "parallel.pipeline=2"],
-}
-_VOCAB, _LENGTH, _MICRO_BATCHES = 64, 16, 2
-_MOVES = ("send", "recv_", "alltoall_", "alltoall_base_")
-_READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
-_ON_A_CPU_ONLY = ("ops/backends.py", "ops/permute.py", "routing/selection.py")
-_ENGINES = ("/deepspeed/", "/megatron/core/")
-
-
-def _caller() -> tuple[str, str]:
-    """Whose code is being run ("ours" or "engine"), and where in it: file and function."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        path = frame.f_code.co_filename
-        if any(part in path for part in _ENGINES) and "site-packages" in path:
-            return "engine", f"{Path(path).name}:{frame.f_code.co_name}"
-        if path.startswith(f"{ROOT}/") and path != __file__ and "site-packages" not in path:
-            return "ours", f"{Path(path).relative_to(ROOT)}:{frame.f_code.co_name}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "ours", "nowhere"
-
-
-class _Collectives(TorchDispatchMode):
-    def __init__(self, seen: Counter[tuple[str, str, str]]) -> None:
-        super().__init__()
-        self._seen = seen
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d" and func.overloadpacket.__name__ not in _MOVES:
-            self._seen["collectives", *_caller()] += 1
-        return func(*args, **(kwargs or {}))
-
-
-class _Reads(TorchFunctionMode):
-    def __init__(self, seen: Counter[tuple[str, str, str]]) -> None:
-        super().__init__()
-        self._seen = seen
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in _READS and getattr(torch.Tensor, name) is func:
-            whose, where = _caller()
-            if not any(part in where for part in _ON_A_CPU_ONLY):
-                self._seen["host_reads", whose, where] += 1
-        return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def counting() -> Iterator[Counter[tuple[str, str, str]]]:
-    """Counts of this process while it goes on, by kind ("collectives", "host_reads") and what :func:`_caller` says."""
-    seen = Counter[tuple[str, str, str]]()
-    with _Collectives(seen), _Reads(seen):
-        yield seen
-
-
-def config_of(layout: str, layers: int) -> Config:
-    """A small model of so many layers on two ranks."""
-    own = LAYOUTS[layout]
-    data_ranks = 1 if "parallel.pipeline=2" in own else 2
-    return load_config(None, [
-        "model.hidden=32", "model.heads=2", "model.kv_heads=2", "model.moe.experts=4", "model.moe.expert_hidden=32",
-        f"model.layers={layers}", f"data.sequence_length={_LENGTH}", "train.micro_batch=1",
-        f"train.global_batch={_MICRO_BATCHES * data_ranks}", "model.router.kind=top_p", "budget.method=pi",
-        "budget.experts_per_token=2", "budget.scope=global", "model.router.balance_scope=global_batch", *own,
-    ])  # fmt: skip
-
-
-def count_steps(layout: str, layers: int) -> dict[str, Counter[tuple[str, str, str]]]:
-    """What this rank counts in the third step ("plain") and in the fourth ("logged")."""
-    from dynmoe.engines import make_engine
-
-    engine = make_engine(config_of(layout, layers), _VOCAB)
-    generator = torch.Generator().manual_seed(engine.data_rank)
-    tokens = torch.randint(_VOCAB, (_MICRO_BATCHES, 1, _LENGTH + 1), generator=generator)
-    batches = [Batch(part[:, :-1], part[:, 1:]) for part in tokens]
-    counts = {}
-    for kind in ("first", "second", "plain", "logged"):
-        with counting() as counts[kind]:
-            engine.compute_gradients(batches, record=kind == "logged")
-            engine.update(1e-3)
-            if kind == "logged":
-                engine.report()
-    return {kind: counts[kind] for kind in ("plain", "logged")}
+from harness.collectives import LAYOUTS, count_steps
+from harness.processes import CPU, join_ranks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 8])
-    parser.add_argument("--where", action="store_true", help="print the functions that ask")
+    parser.add_argument("--where", action="store_true", help="print the calling functions")
 
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -148,7 +54,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _serve(rank: int, folder: str, layers: list[int]) -> None:
-    """One rank: counts every case, and leaves the counts in ``folder``."""
+    """Runs on each rank: counts every case, and writes the counts to ``folder``."""
     os.environ |= CPU
     torch.set_num_threads(1)
     join_ranks(rank, 2, Path(folder))

@@ -1,6 +1,7 @@
-"""Benchmark 11: data_prep in one process, against sentencepiece alone on the same text.
+"""Benchmark 11: data_prep in one process, compared with sentencepiece alone on the same text.
 
-Everything counts for ours: reading JSON lines, hashing twice, encoding, writing the part. Its words start unknown.
+Our time includes everything: reading JSON lines, hashing twice, encoding, writing the part. Its word cache starts
+empty.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from dynmoe.data.tokenizer import Tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--source", default=STDLIB, help="text, as data_prep takes it")
-    parser.add_argument("--megabytes", type=int, default=48, help="of text at most")
+    parser.add_argument("--source", default=STDLIB, help="text source, as for data_prep")
+    parser.add_argument("--megabytes", type=int, default=48, help="maximum amount of text")
     parser.add_argument("--vocab-sizes", type=int, nargs="+", default=[4096, 32000])
     parser.add_argument("--repeats", type=int, default=5)
 
@@ -33,7 +34,8 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        path, model = Path(folder) / "a.jsonl", Path(folder) / "tokenizer.model"
+        path = Path(folder) / "a.jsonl"
+        model = Path(folder) / "tokenizer.model"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         units = list_units([str(path)])
         for vocab_size in given.vocab_sizes:
@@ -61,7 +63,8 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _texts(source: str, megabytes: int) -> list[str]:
-    texts, budget = [], megabytes * 1_000_000
+    texts = []
+    budget = megabytes * 1_000_000
     for unit in list_units([source]):
         for document in read_unit(unit, "text"):
             try:
@@ -75,7 +78,7 @@ def _texts(source: str, megabytes: int) -> list[str]:
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
-    """At least what the library does alone, or 8 MB/s."""
+    """Requires at least the library's own speed, or 8 MB/s."""
     return [
         verdict(f"{row['vocab_size']} pieces: share of the lower of 8 MB/s and sentencepiece's own", needed, 1.0)
         for row in rows

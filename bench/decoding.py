@@ -1,7 +1,7 @@
-"""Benchmark 12: the layer on few tokens, as in generation, against a loop over the experts that are chosen.
+"""Benchmark 12: the layer on few tokens, as in generation, compared with a loop over the chosen experts.
 
-Same router, same weights, no gradient; top-p set to about two experts per token. The loop is what Mixtral and its kind
-do in transformers: for each expert its tokens, two products, a sum into place.
+Same router, same weights, no gradient; top-p is set to about two experts per token. The loop is that of Mixtral and
+similar models in transformers: for each expert, select its tokens, compute two products, add to the output.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import DEVICE, Shape, calibrate, make_layer, tokens_of
+from bench.cases import calibrate, make_layer, tokens_of
 from bench.report import Rows, verdict
 from dynmoe.moe import MoELayer
+from harness.plans import DEVICE, Shape
 
 _SHAPES = (Shape(128, 128, 128, 16), Shape(128, 512, 1024, 16), Shape(128, 1024, 2816, 16))
 _MEAN_K = 2.0
@@ -28,12 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 2, 4, 8, 32])
     parser.add_argument("--dtypes", nargs="*", default=["fp32", "bf16"], choices=("fp32", "bf16"))
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
 
 
 def loop(layer: MoELayer, x_TD: Tensor) -> Tensor:
-    """The layer's output by a loop over experts."""
-    plan, experts = layer.router(x_TD), layer.experts
+    """The layer's output, computed by a loop over experts."""
+    plan = layer.router(x_TD)
+    experts = layer.experts
     y_TD = torch.zeros_like(x_TD)
     for expert in plan.routing_map_TE.any(dim=0).nonzero().flatten().tolist():
         tokens_N = plan.routing_map_TE[:, expert].nonzero().flatten()
@@ -63,7 +65,7 @@ def _row(shape: Shape, dtype: str, tokens: int, rounds: int) -> dict[str, object
     torch.testing.assert_close(layer(x_TD), loop(layer, x_TD), rtol=2e-2, atol=2e-2)
     for number in range(rounds):
         some_TD = x_TD[[(number * tokens + n) % len(x_TD) for n in range(tokens)]]
-        for name in random.sample(list(methods), len(methods)):  # whoever comes second finds the weights in the cache
+        for name in random.sample(list(methods), len(methods)):  # the second method finds the weights in the cache
             start = time.perf_counter()
             methods[name](some_TD)
             if DEVICE.type == "cuda":

@@ -1,7 +1,7 @@
 """Benchmark 2: the same routing map through every layer without its experts: rows out, gates, rows back.
 
-The unit is one copy of the routed rows and one sum over them in each direction, the least that can be done with rows in
-memory. Our kernels do less on a GPU: there the products gather the rows themselves.
+The unit is one copy of the routed rows and one sum over them in each direction, the minimum for rows in memory. On a
+GPU our kernels do less, because their products gather the rows themselves.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases import DTYPES, FixedRouter, Method, Shape, routing_facts, spread_plan, tokens_of
+from bench.cases import DTYPES, FixedRouter, Method, routing_facts, tokens_of
 from bench.layer import check
 from bench.peers import AutoEPLayer, FixedGate, deepspeed_layer, megatron_layer
 from bench.timing import DIRECTIONS, Passes, interleave, median_ratio, time_passes
@@ -21,6 +21,7 @@ from dynmoe.ops import Permutation, gather_rows, sum_rows
 from dynmoe.ops.host_memory import keep_freed_memory
 from dynmoe.ops.permute import gather, scatter_sum
 from dynmoe.routing import RoutingPlan
+from harness.plans import Shape, spread_plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,11 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--imbalance", type=float, default=2.0)
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=sorted(DTYPES))
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
 
 
 class _Ours(nn.Module):
-    """The moves of our layer as separate operations, with the gates applied to the rows."""
+    """The row operations of our layer in separate calls, with the gates applied to the rows."""
 
     def __init__(self, plan: RoutingPlan) -> None:
         super().__init__()
@@ -49,14 +50,14 @@ class _Ours(nn.Module):
 
 
 class _Identity(nn.Module):
-    """Stands for experts: rows in, the same rows out."""
+    """A stand-in for experts that returns its rows."""
 
     def forward(self, x: Tensor, *_: object) -> Any:
         return x
 
 
 class _MegatronIdentity(nn.Module):
-    """The same, with the gates that Megatron's experts apply."""
+    """A stand-in for Megatron's experts, which apply the gates."""
 
     def forward(self, x: Tensor, _: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         return x * probs.unsqueeze(-1).to(x.dtype), None
@@ -74,7 +75,8 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _measure(shape: Shape, dtype: str, mean_k: float, imbalance: float, repeats: int) -> list[dict[str, Any]]:
-    plan, (x_TD, upstream_TD) = spread_plan(shape, mean_k, imbalance), tokens_of(shape, dtype)
+    plan = spread_plan(shape, mean_k, imbalance)
+    x_TD, upstream_TD = tokens_of(shape, dtype)
     w_up = x_TD.new_zeros(shape.experts, 2 * shape.width, shape.hidden)
     w_down = x_TD.new_zeros(shape.experts, shape.hidden, shape.width)
     ours = _Ours(plan).to(x_TD.device)

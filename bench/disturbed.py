@@ -1,4 +1,4 @@
-"""What the benchmarks of faults share: a tiny run on two ranks, its curve, and the faults that strike it."""
+"""Shared by the fault benchmarks: a tiny run on two ranks, its curve, and faults that strike it."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ import random
 import signal
 import sysconfig
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.processes import Prepare, TorchrunTraining, Training, WarmTraining, is_running
 from dynmoe.errors import UserError
 from dynmoe.train import checkpoint
-from dynmoe.train.checkpoint import newest_complete, problem_of, read_manifest, step_directories
+from dynmoe.train.checkpoint import find_corruption, latest_complete, step_directories
+from harness.processes import Prepare, TorchrunTraining, Training, WarmTraining, is_running
+from harness.runs import tensor_hashes, without_times
 
-# Figures of a row that depend on the time.
-_TIMED = ("train/step_time_s", "train/tokens_per_s", "train/tflops_per_rank", "train/wall_clock_s", "memory/peak_gib")
 _RESTARTS = 1_000_000
-# Experts come and go and a budget is held: the more state there is between steps, the more a restart can lose.
+# Adaptation and a budget are on: more state between steps is more that a restart can lose.
 _FIELDS = [
     "run.name=run", "data.sequence_length=32", "model.hidden=32", "model.heads=2", "model.kv_heads=1",
     "model.layers=2", "model.moe.experts=4", "model.moe.expert_hidden=32", "train.global_batch=4",
     "train.micro_batch=2", "schedule.kind=constant", "schedule.warmup_steps=4", "checkpoint.interval=10",
-    "eval.interval=50", "eval.batches=2", "model.router.kind=top_any", "model.router.form=improved",
+    "eval.interval=50", "eval.batches=2", "model.router.kind=top_any", "model.router.variant=improved",
     "model.router.min_experts=0", "model.router.initial_experts=1", "model.moe.active_at_start=2",
     "budget.method=loss_free", "budget.experts_per_token=1.5", "adaptation.interval=8", "adaptation.window=5",
     "adaptation.removal_share=0.8", "logging.warn_budget_deviation=1e9", "logging.warn_expert_share=1",
@@ -40,7 +39,7 @@ ENGINES = {
 
 
 def make_corpus(folder: Path) -> Path:
-    """A small corpus of source text that every Python has."""
+    """Prepares a small corpus from the source text of Python's library."""
     from data_prep.build import build
     from data_prep.recipe import Recipe
 
@@ -53,13 +52,13 @@ def make_corpus(folder: Path) -> Path:
 
 
 class DisturbedRun:
-    """A run of ``train.py`` on two ranks that is struck, and started again by the same command.
+    """A run of ``train.py`` on two ranks that is struck by faults and restarted with the same command.
 
     Args:
-        folder: for the run and what it prints.
-        corpus: prepared.
-        arguments: beside those of the tiny run.
-        launcher: ``warm``, which forks ranks that have imported everything, or ``torchrun``.
+        folder: folder for the run and its output.
+        corpus: prepared corpus.
+        arguments: arguments in addition to those of the tiny run.
+        launcher: ``warm`` forks ranks that have imported everything; or ``torchrun``.
         prepare: called in every rank of a warm launcher.
     """
 
@@ -67,29 +66,33 @@ class DisturbedRun:
         self, folder: Path, corpus: Path, arguments: Sequence[str], launcher: str, prepare: Prepare | None = None
     ) -> None:
         folder.mkdir(parents=True)
-        self.folder, self.path = folder, folder / "run"
-        self.checkpoints, self.metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
+        self.folder = folder
+        self.path = folder / "run"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
         fields = [f"data.dirs=[{corpus}]", f"run.dir={folder}", *_FIELDS, *arguments]
         self._start: Callable[[Path], Training] = (
             (lambda output: WarmTraining(fields, 2, _RESTARTS, output, {}, prepare))
             if launcher == "warm"
             else (lambda output: TorchrunTraining(fields, 2, _RESTARTS, output, {}))
         )
-        self.starts, self._reader = 0, LastStep(self.metrics)
+        self.starts = 0
+        self._reader = LastStep(self.metrics)
         self.start()
 
     def start(self) -> None:
-        """The same command again."""
+        """Starts the same command again."""
         self.training = self._start(self.folder / f"output_{self.starts}.txt")
         self.starts += 1
 
     @property
     def step(self) -> int:
-        """The last step that a row was written of; 0 before the first."""
+        """The last step with a row; 0 before the first."""
         return self._reader.read()
 
     def wait(self, until: Callable[[], bool], timeout_s: float, every_s: float = 0.0005) -> bool:
-        """Whether that came to hold before the run ended; looked at every ``every_s`` seconds.
+        """Waits until a condition holds, checking every ``every_s`` seconds; returns whether it did before the run
+        ended.
 
         Raises:
             UserError: it took too long, or the launcher failed.
@@ -107,10 +110,10 @@ class DisturbedRun:
         return True
 
     def kill(self, victim: str, draw: random.Random) -> None:
-        """SIGKILL to one ``rank``, to the ``launcher`` or to the ``tree``; what a launcher ends is seen to end.
+        """Sends SIGKILL to one ``rank``, to the ``launcher`` or to the ``tree``, and checks what must end with it.
 
         Raises:
-            UserError: ranks outlived their launcher, or half a checkpoint is named like a whole one.
+            UserError: ranks outlived their launcher, or an incomplete checkpoint has the name of a complete one.
         """
         ranks = self.training.ranks()
         if victim == "rank":
@@ -125,7 +128,7 @@ class DisturbedRun:
                 raise UserError(f"{self.path}: rank(s) {ranks} outlived the kill of {victim}")
             time.sleep(0.001)
         for path in step_directories(self.checkpoints):
-            if (problem := problem_of(path)) is not None and path.exists():
+            if (problem := find_corruption(path)) is not None and path.exists():
                 raise UserError(f"{path}: {problem}, though it is named like a whole one")
 
     def result(self) -> dict[str, Any]:
@@ -133,7 +136,7 @@ class DisturbedRun:
 
 
 def result_of(run: Path) -> dict[str, Any]:
-    """What must be the same as in an undisturbed run: every row, every event, the final parameters.
+    """Everything that must equal an undisturbed run: every row, every event, the final parameters.
 
     Raises:
         UserError: there is no run, or it has no checkpoint.
@@ -146,16 +149,16 @@ def result_of(run: Path) -> dict[str, Any]:
         events = hashlib.sha256((run / "events.jsonl").read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; name the directory of a run that has ended") from None
-    newest = newest_complete(run / "checkpoints")
+    newest = latest_complete(run / "checkpoints")
     if newest is None:
-        raise UserError(f"{run}: no checkpoint; name the directory of a run that has ended")
+        raise UserError(f"{run}: no checkpoint; use the directory of a finished run")
     return {"rows": rows, "tensors": tensor_hashes(newest.path), "events": events}
 
 
 def slow_disk(rank: int) -> None:
-    """For ``prepare``: directories take 5 ms to reach the disk, as on disks that turn.
+    """For ``prepare``: syncing a directory takes 5 ms, as on a spinning disk.
 
-    A fast disk is between a checkpoint's manifest and its name for microseconds, and nothing could strike there.
+    On a fast disk only microseconds pass between a checkpoint's manifest and its rename, too few for a fault to strike.
     """
     sync = checkpoint._sync
 
@@ -166,40 +169,26 @@ def slow_disk(rank: int) -> None:
     checkpoint._sync = slow
 
 
-def without_times(row: Mapping[str, float]) -> dict[str, str]:
-    """A row without the figures that depend on time, floats as hexadecimal: equal means bitwise equal."""
-    return {name: float(value).hex() for name, value in row.items() if not name.startswith(_TIMED)}
-
-
-def tensor_hashes(saved: Path) -> dict[str, str]:
-    """SHA-256 of the files of a checkpoint that hold tensors, by name.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    manifest = read_manifest(saved)
-    if manifest is None:
-        raise UserError(f"{saved}: its manifest is damaged; compare another run")
-    tensors = (".safetensors", ".distcp")
-    return {name: facts["sha256"] for name, facts in manifest["files"].items() if name.endswith(tensors)}
-
-
 def steps_lost(result: dict[str, Any], reference: dict[str, Any]) -> int:
-    """Rows of the undisturbed run that are missing or differ in any bit, and those there are beside them.
+    """Number of rows that are missing, extra, or different in any bit, compared with the undisturbed run.
 
-    Where rows agree and events or parameters do not, all steps are.
+    If the rows agree but events or parameters differ, all steps count.
     """
-    rows, wanted = result["rows"], reference["rows"]
+    rows = result["rows"]
+    wanted = reference["rows"]
     lost = sum(rows.get(step) != wanted.get(step) for step in rows.keys() | wanted.keys())
     same = all(result[part] == reference[part] for part in ("tensors", "events"))
     return lost if lost or same else len(wanted)
 
 
 class LastStep:
-    """Reads the last step of a growing file of rows, from where it read before."""
+    """Reads the last step of a growing file of rows, from where it stopped before."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._inode, self._offset, self._step = path, 0, 0, 0
+        self._path = path
+        self._inode = 0
+        self._offset = 0
+        self._step = 0
 
     def read(self) -> int:
         try:
@@ -208,8 +197,10 @@ class LastStep:
             return 0
         if (stat.st_ino, stat.st_size) == (self._inode, self._offset):
             return self._step
-        if stat.st_ino != self._inode:  # a start that resumes writes the file anew
-            self._inode, self._offset, self._step = stat.st_ino, 0, 0
+        if stat.st_ino != self._inode:  # a resumed start rewrites the file
+            self._inode = stat.st_ino
+            self._offset = 0
+            self._step = 0
         with self._path.open() as stream:
             stream.seek(self._offset)
             while (line := stream.readline()).endswith("\n"):

@@ -1,8 +1,8 @@
-"""Benchmark 8: whole training steps on two ranks: dynamic routing held at K = 2 beside top-2, in both engines.
+"""Benchmark 8: training steps on two ranks: dynamic routing held at K = 2, compared with top-2, in both engines.
 
-The same model (but for what routes), data, order and optimizer. Every method takes one step, then the next method takes
-its own: what disturbs one disturbs all. deepspeed_top2 is DeepSpeed's own MoE layer and gate, without drops, in its own
-engine; the others are ours. Tokens per second are those of the median step.
+The same model (except for the router), data, order and optimizer. The methods take turns, one step each, so that
+disturbances affect all of them. deepspeed_top2 is DeepSpeed's own MoE layer and gate, without drops, in its own engine;
+the others are ours. Tokens per second are those of the median step.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from bench.processes import join_ranks
 from bench.report import verdict
 from dynmoe.config import Config, load_config
 from dynmoe.data.batches import Batch
 from dynmoe.errors import UserError
 from dynmoe.train.engine import take_step
+from harness.processes import join_ranks
 
-# DeepSpeed's gate makes the gates of a token sum to 1, and so shall ours here: how fast a short run learns hangs on it.
+# DeepSpeed normalizes a token's gates to sum 1, so ours do too here: this affects how fast a short run learns.
 _HELD_TOP_P = ["model.router.kind=top_p", "model.router.renormalize=true", "budget.method=pi",
                "budget.experts_per_token=2"]  # fmt: skip
 _TOP_2 = ["model.router.kind=top_k", "model.router.renormalize=true", "model.router.k=2"]
@@ -44,27 +44,29 @@ METHODS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", default="configs/quickstart.yaml", help="model and data")
-    parser.add_argument("overrides", nargs="*", help="model.hidden=256 and the like")
+    parser.add_argument("config", nargs="?", default="configs/quickstart.yaml", help="configuration of model and data")
+    parser.add_argument("overrides", nargs="*", help="fields to override, e.g. model.hidden=256")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--ranks", type=int, default=2)
 
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
-    configs = {name: _config(given, name) for name in given.methods}  # mistakes show before any process starts
+    configs = {name: _config(given, name) for name in given.methods}  # reports errors before any process starts
     missing = [path for path in next(iter(configs.values())).data.dirs if not Path(path).exists()]
     if missing:
-        raise UserError(f"data.dirs={missing}: not there; python -m data_prep stdlib --out {missing[0]}")
+        raise UserError(f"data.dirs={missing}: does not exist; run python -m data_prep stdlib --out {missing[0]}")
     if torch.cuda.is_available() and given.ranks > torch.cuda.device_count():
-        raise UserError(f"--ranks={given.ranks}: there are {torch.cuda.device_count()} GPUs; give fewer, or set "
+        raise UserError(f"--ranks={given.ranks}: exceeds the {torch.cuda.device_count()} GPUs; use fewer, or set "
                         "CUDA_VISIBLE_DEVICES= to run on the CPU")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_serve, (given, folder), nprocs=given.ranks)
         seen: dict[str, dict[str, list[float]]] = torch.load(Path(folder) / "0.pt")
-    reference, rows = seen[given.methods[0]]["seconds"], []
+    reference = seen[given.methods[0]]["seconds"]
+    rows = []
     for name, figures in seen.items():
-        seconds, config = figures["seconds"], configs[name]
+        seconds = figures["seconds"]
+        config = configs[name]
         rows.append({
             "method": name, "router": config.model.router.kind,
             "experts_per_token": statistics.mean(figures["experts"]),
@@ -85,7 +87,7 @@ def _config(given: argparse.Namespace, method: str) -> Config:
 
 
 def _serve(rank: int, given: argparse.Namespace, folder: str) -> None:
-    """One rank: all methods, step by step in turn."""
+    """Runs on each rank: all methods, in turn step by step."""
     from dynmoe.data.batches import PretrainingData
     from dynmoe.data.corpus import open_corpora
     from dynmoe.model.size import embedding_rows
@@ -118,7 +120,7 @@ def _serve(rank: int, given: argparse.Namespace, folder: str) -> None:
 
 
 class _Run:
-    """One method's training: seconds, loss and experts per token of each step."""
+    """The training of one method: seconds, loss and experts per token of each step."""
 
     def __init__(self, config: Config, vocab_size: int, name: str) -> None:
         build = _deepspeed_own if name == "deepspeed_top2" else _ours
@@ -128,7 +130,8 @@ class _Run:
 
     def step(self, batch: Batch, lr: float) -> None:
         dist.barrier()
-        self._clock.seconds, start = 0.0, time.perf_counter()
+        self._clock.seconds = 0.0
+        start = time.perf_counter()
         loss, experts = self._train_step(batch, lr)
         seconds = time.perf_counter() - start
         self.steps.append((seconds, self._clock.seconds / seconds, loss, experts))
@@ -140,7 +143,7 @@ class _Run:
 
 
 class _Clock:
-    """Seconds that layers take, forward and backward, as the host sees it: on a CPU the truth."""
+    """Seconds spent in layers, forward and backward, on the host's clock: exact on a CPU."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         self.seconds = self._start = 0.0
@@ -172,7 +175,7 @@ def _ours(config: Config, vocab_size: int) -> tuple[TrainStep, list[nn.Module]]:
 
 
 def _deepspeed_own(config: Config, vocab_size: int) -> tuple[TrainStep, list[nn.Module]]:
-    """A step of DeepSpeed with its own MoE layers in our decoder, as its users would set it up."""
+    """A step of DeepSpeed with its own MoE layers in our decoder, set up as users would."""
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
@@ -182,7 +185,7 @@ def _deepspeed_own(config: Config, vocab_size: int) -> tuple[TrainStep, list[nn.
     from dynmoe.train.optimizer import parameter_groups
 
     device = start_processes()
-    torch.manual_seed(config.train.seed)  # the gates: replicas must be equal
+    torch.manual_seed(config.train.seed)  # for the gates, which must be equal on all replicas
 
     make_moe = partial(DeepSpeedTop2, ranks=config.parallel.expert)
     module = Decoder(config.model, vocab_size, config.train.seed, make_moe=make_moe)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""Kills at random instants: ranks, launchers and whole trees, half of them in the middle of a save.
+"""Kills ranks, launchers and whole trees at random times, half of them during a save.
 
-Every run is compared with an undisturbed one, bit by bit: rows of the metrics, events, final parameters. A step is lost
-where its row is missing or another; replayed where it was taken before a kill and had to be taken again.
+Every run is compared bitwise with an undisturbed one: metric rows, events, final parameters. A step is lost if its row
+is missing or different. It is replayed if it was taken before a kill and had to be repeated.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 
 from bench.disturbed import ENGINES, DisturbedRun, make_corpus, result_of, slow_disk, steps_lost
 from bench.report import Rows
-from dynmoe.train.checkpoint import newest_complete
+from dynmoe.train.checkpoint import latest_complete
 
 _TIMEOUT_S = 120.0
 _VICTIMS = ("rank", "rank", "launcher", "tree")
-# Of a save: what appears, and the seconds after it over which kills are spread. The directory, the manifest, the
-# checkpoint by its name, what is left of the oldest one.
+# Events of a save, each with the seconds after it over which kills are spread: the directory appears, the manifest, the
+# renamed checkpoint, the remains of the oldest one.
 _MOMENTS = (
     ("step_*.tmp-*", 0.05),
     ("step_*.tmp-*/manifest.json", 0.005),
@@ -32,14 +32,16 @@ _MOMENTS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kills", type=int, default=20, help="for each engine")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills per engine")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=list(ENGINES))
-    parser.add_argument("--steps", type=int, default=300, help="of one run; there are as many runs as kills need")
-    parser.add_argument("--launcher", default="warm", choices=("warm", "torchrun"), help="warm: without imports")
-    parser.add_argument("--folder", type=Path, help="keep the runs there; default: a temporary folder")
     parser.add_argument(
-        "--compare", nargs=2, type=Path, metavar=("RUN", "UNDISTURBED"), help="kill nothing: you have disturbed RUN"
+        "--steps", type=int, default=300, help="steps per run; runs are started until all kills are done"
+    )
+    parser.add_argument("--launcher", default="warm", choices=("warm", "torchrun"), help="warm: forks after imports")
+    parser.add_argument("--folder", type=Path, help="folder to keep the runs in; default: a temporary folder")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("RUN", "UNDISTURBED"), help="kill nothing, only compare two runs"
     )
 
 
@@ -58,13 +60,16 @@ class Campaign:
 
     Args:
         given: the command line.
-        engine: that trains.
-        folder: for the runs.
-        corpus: that they train on.
+        engine: engine that trains.
+        folder: folder for the runs.
+        corpus: corpus to train on.
     """
 
     def __init__(self, given: argparse.Namespace, engine: str, folder: Path, corpus: Path) -> None:
-        self._given, self._engine, self._folder, self._corpus = given, engine, folder, corpus
+        self._given = given
+        self._engine = engine
+        self._folder = folder
+        self._corpus = corpus
         self._draw = random.Random(f"{given.seed} {engine}")
 
     def rows(self) -> Rows:
@@ -82,7 +87,9 @@ class Campaign:
         return DisturbedRun(self._folder / name, self._corpus, arguments, self._given.launcher, slow_disk)
 
     def _mode(self, saving: str, kills: int, wanted: dict[str, Any]) -> dict[str, Any]:
-        counts, recovery, starts = Counter[str](), list[float](), 0
+        counts = Counter[str]()
+        recovery = list[float]()
+        starts = 0
         while counts["kills"] < kills:
             run = self._start(f"{saving}_{starts}", saving == "asynchronous")
             starts += 1
@@ -103,8 +110,9 @@ class Campaign:
         }  # fmt: skip
 
     def _strike(self, run: DisturbedRun, counts: Counter[str], recovery: list[float]) -> bool:
-        """One kill, and the recovery from it; False where the run ended before."""
-        aimed, victim = self._draw.random() < 0.5, self._draw.choice(_VICTIMS)
+        """Kills once and waits for the recovery; returns False if the run ended before."""
+        aimed = self._draw.random() < 0.5
+        victim = self._draw.choice(_VICTIMS)
         begun = run.step
         if not run.wait(lambda: run.step > begun, _TIMEOUT_S):
             return False
@@ -121,15 +129,16 @@ class Campaign:
         if run.training.poll() is not None:
             return False
         run.kill(victim, self._draw)
-        killed, before = time.monotonic(), run.step
+        killed = time.monotonic()
+        before = run.step
         counts.update({"kills": 1, victim: 1})
         for phase in _phases(run.checkpoints):
             counts[phase] += 1
         if victim != "rank":
             run.start()
-        newest = newest_complete(run.checkpoints)
+        newest = latest_complete(run.checkpoints)
         resumed = 0 if newest is None else newest.step
-        run.wait(lambda: run.step < before or resumed == before, _TIMEOUT_S)  # rows beyond the checkpoint are cut
+        run.wait(lambda: run.step < before or resumed == before, _TIMEOUT_S)  # rows after the checkpoint are removed
         run.wait(lambda: run.step > resumed, _TIMEOUT_S)
         recovery.append(time.monotonic() - killed)
         counts["replayed"] += before - resumed
@@ -138,13 +147,14 @@ class Campaign:
 
 
 def _phases(checkpoints: Path) -> list[str]:
-    """What a kill interrupted, by what it left behind."""
+    """The phase of a save that a kill interrupted, by the files that it left."""
     unfinished = list(checkpoints.glob("step_*.tmp-*"))
     found = ["committing" if (path / "manifest.json").exists() else "writing" for path in unfinished]
     return [*found, *("removing" for _ in checkpoints.glob("step_*.removed"))]
 
 
 def verdicts(rows: Rows) -> list[str]:
-    kills, lost = sum(row.get("kills", 0) for row in rows), sum(row["lost"] for row in rows)
+    kills = sum(row.get("kills", 0) for row in rows)
+    lost = sum(row["lost"] for row in rows)
     struck = f"{kills} kills, " if kills else ""
-    return [f"{struck}{lost} steps lost: {'as asked' if lost == 0 else 'NOT as asked'}"]
+    return [f"{struck}{lost} steps lost: {'as required' if lost == 0 else 'NOT as required'}"]

@@ -1,8 +1,9 @@
-"""The layer on a GPU: TFLOP/s and share of the measured matmul peak, our kernels against unfused grouped products.
+"""The layer on a GPU: TFLOP/s and share of the measured matmul peak, our kernels compared with unfused grouped
+products.
 
-From routing map to output and back, with a given plan whose busiest expert has 1.5 times the mean load; the model's
-FLOPs count, 6·N·D·F forward and twice as many backward, whatever a method computes again. The peak is that of one large
-product of the same dtype in the same run. --tune tries other tile sizes and says which are fastest.
+Measures from routing map to output and back, with a given plan whose busiest expert has 1.5 times the mean load. FLOPs
+are the model's, 6·N·D·F forward and twice as many backward, whatever a method recomputes. The peak is that of one large
+product of the same dtype in the same run. --tune tries other tile sizes and prints the fastest.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases import DEVICE, DTYPES, Method, Shape, spread_plan, tokens_of
+from bench.cases import DTYPES, Method, tokens_of
 from bench.layer import check
 from bench.report import verdict
 from bench.timing import Passes, interleave, time_passes
@@ -25,8 +26,9 @@ from dynmoe.ops import pick_backend, routed_experts
 from dynmoe.ops.triton import backend as kernels
 from dynmoe.ops.triton.gemm import Tiles
 from dynmoe.routing import RoutingPlan
+from harness.plans import DEVICE, Shape, spread_plan
 
-# T, D, F, E, K, and what is wanted of forward + backward: a share of the peak, or TFLOP/s.
+# T, D, F, E, K, and the target for forward + backward: a share of the peak, or TFLOP/s.
 _CASES: list[Any] = [
     (32768, 2048, 1408, 64, 6.0, "share", 0.45),
     (16384, 1024, 2816, 16, 2.0, "share", 0.50),
@@ -37,19 +39,21 @@ _CASES: list[Any] = [
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--shrink", type=int, default=1, help="divides T, D and F, for a look at the program")
+    parser.add_argument("--shrink", type=int, default=1, help="divisor of T, D and F, for a quick test")
     parser.add_argument("--tune", action="store_true", help="try tile sizes; takes minutes")
 
 
 class _Experts(nn.Module):
-    """Indices, dispatch, experts and combine by one backend."""
+    """Indices, dispatch, experts and combine with one backend."""
 
     def __init__(self, name: str, plan: RoutingPlan, w_up_EHD: Tensor, w_down_EDF: Tensor) -> None:
         super().__init__()
         self.backend = pick_backend(name, w_up_EHD.device, w_up_EHD.dtype)
-        self.map_TE, self.num_rows = plan.routing_map_TE, int(plan.routing_map_TE.sum())
+        self.map_TE = plan.routing_map_TE
+        self.num_rows = int(plan.routing_map_TE.sum())
         self.gates_TE = nn.Parameter(plan.gates_TE.clone())
-        self.w_up_EHD, self.w_down_EDF = nn.Parameter(w_up_EHD), nn.Parameter(w_down_EDF)
+        self.w_up_EHD = nn.Parameter(w_up_EHD)
+        self.w_down_EDF = nn.Parameter(w_down_EDF)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         permutation = self.backend.permutation(self.map_TE, self.num_rows)
@@ -58,12 +62,14 @@ class _Experts(nn.Module):
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     if DEVICE.type != "cuda" and given.shrink == 1:
-        raise UserError("bench gpu_layer: no GPU on this machine; run it where there is one")
-    peak, rows = _peak(given.dtype, 8192 // given.shrink), []
+        raise UserError("bench gpu_layer: needs a GPU; run it on a machine with one")
+    peak = _peak(given.dtype, 8192 // given.shrink)
+    rows = []
     for *sizes, experts, mean_k, kind, goal in _CASES:
         tokens, hidden, width = (max(8, size // given.shrink // 8 * 8) for size in sizes)
         shape = Shape(tokens, hidden, width, experts)
-        plan, (x_TD, upstream_TD) = spread_plan(shape, mean_k, imbalance=1.5), tokens_of(shape, given.dtype)
+        plan = spread_plan(shape, mean_k, imbalance=1.5)
+        x_TD, upstream_TD = tokens_of(shape, given.dtype)
         w_up = torch.randn(experts, 2 * shape.width, shape.hidden, device=DEVICE, dtype=x_TD.dtype) * 0.02
         w_down = torch.randn(experts, shape.hidden, shape.width, device=DEVICE, dtype=x_TD.dtype) * 0.02
         modules = {name: _Experts(name, plan, w_up, w_down) for name in ("grouped_mm", "triton")}
@@ -96,7 +102,7 @@ def _peak(dtype: str, size: int) -> float:
 
 
 def _tune(method: Method, x_TD: Tensor, upstream_TD: Tensor) -> None:
-    """Tries tiles for one kind of kernel after the other, keeps the fastest, and prints them."""
+    """Tries tiles for one kind of kernel after another, keeps the fastest, and prints them."""
     settings: dict[str, Tiles] = {}
     chosen = kernels.choose_tiles, kernels.weight_tiles
 
@@ -106,14 +112,15 @@ def _tune(method: Method, x_TD: Tensor, upstream_TD: Tensor) -> None:
     def choose_weights(dtype: torch.dtype) -> Tiles:
         return settings.get("weights") or chosen[1](dtype)
 
-    kernels.choose_tiles, kernels.weight_tiles = choose, choose_weights
+    kernels.choose_tiles = choose
+    kernels.weight_tiles = choose_weights
     for kind in ("fused", "plain", "weights"):
         best: tuple[float, Tiles | None] = (float("inf"), None)
         for sizes in itertools.product((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)):
             settings[kind] = Tiles(*sizes)
             try:
                 seconds = _median(method.timed(x_TD, upstream_TD))
-            except Exception as error:  # tiles that do not fit into the GPU
+            except Exception as error:  # tiles that exceed the GPU's resources
                 print(f"{kind} {settings[kind]}: {type(error).__name__}")
                 continue
             best = min(best, (seconds, settings[kind]), key=lambda pair: pair[0])

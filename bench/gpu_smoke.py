@@ -1,4 +1,4 @@
-"""Both engines on one device in bf16: the same losses, tokens per second, TFLOP/s from the experts that were used."""
+"""Both engines on one device in bf16: equal losses, tokens per second, TFLOP/s of the activated experts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dynmoe.train.metrics import peak_memory_gib
 
 _VOCAB = 32000
 _AGREEMENT = 0.01
-# A model that fills a GPU, and one of the same kind for a CPU.
+# A model that fills a GPU, and a similar one for a CPU.
 _LARGE = {"layers": 12, "hidden": 1024, "heads": 16, "experts": 16, "width": 1408, "length": 1024, "batch": 8}
 _SMALL = {"layers": 2, "hidden": 64, "heads": 4, "experts": 4, "width": 64, "length": 64, "batch": 4}
 
@@ -41,7 +41,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     losses = [rows.pop("losses") for rows in results.values()]
     difference = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
     if difference > _AGREEMENT:
-        raise UserError(f"losses of the two engines differ by {difference:.2%}; {_AGREEMENT:.0%} was allowed")
+        raise UserError(f"losses of the two engines differ by {difference:.2%}, more than {_AGREEMENT:.0%}")
     print(f"losses of the two engines agree within {difference:.2%} over {given.steps} steps")
     return list(results.values())
 
@@ -57,9 +57,10 @@ def _config(given: argparse.Namespace, engine: str) -> Config:
 
 
 def _batches(config: Config, step: int) -> list[Batch]:
-    """Sequences that count on from random places: there is something to learn, and it is the same in both engines."""
+    """Sequences that count up from random numbers, the same for both engines and learnable."""
     generator = torch.Generator().manual_seed(step)
-    rows, length = config.train.global_batch, config.data.sequence_length
+    rows = config.train.global_batch
+    length = config.data.sequence_length
     start = torch.randint(_VOCAB, (rows, 1), generator=generator)
     tokens = (start + torch.arange(length + 1)) % _VOCAB
     return [Batch(part[:, :-1], part[:, 1:]) for part in tokens.split(config.train.micro_batch)]
@@ -72,12 +73,15 @@ def _train(config: Config) -> dict[str, Any]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     size = ModelSize(config.model, _VOCAB, config.data.sequence_length)
-    losses, speeds, tflops, experts = [], [], [], []
+    losses = []
+    speeds = []
+    tflops = []
+    experts = []
     for step in range(config.train.steps):
         batches = _batches(config, step)
         start = time.perf_counter()
         gradients, _ = take_step(engine, batches, config.optimizer.lr)
-        report = engine.report()  # waits for the device
+        report = engine.report()  # synchronizes with the device
         seconds = time.perf_counter() - start
         losses.append(gradients.lm_loss)
         if step < config.train.steps // 10:
@@ -92,7 +96,7 @@ def _train(config: Config) -> dict[str, Any]:
         "experts_per_token": statistics.mean(experts), "first_loss": losses[0], "last_loss": losses[-1],
         "losses": losses,
     }  # fmt: skip
-    if cuda:  # resident memory of a process on a CPU only grows, whichever engine needed it
+    if cuda:  # on a CPU the resident memory of a process only grows, so it does not compare engines
         row["peak_memory_gib"] = peak_memory_gib()
     del engine
     gc.collect()

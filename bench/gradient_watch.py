@@ -1,8 +1,8 @@
-"""Benchmark 14: what it costs to know which gradient was the first not to be finite, in steps of two micro-batches.
+"""Benchmark 14: the cost of identifying the first non-finite gradient, in steps of two micro-batches.
 
-"every pass" adds up every gradient as the backward pass makes it, which reads all of them once more. "watch" is what we
-do: nothing, until a step is not finite. "a bad step" is such a step, which is left out, and computed again to be
-described. The quickstart model as it is, and with 64 experts and few tokens, where gradients weigh most. One rank.
+"every pass" sums every gradient during the backward pass, which reads each once more. "watch" is our method: it does
+nothing until a step is not finite. "a bad step" is such a step, which is skipped and recomputed for a description. The
+models: the quickstart's, and one with 64 experts and few tokens, where gradients have the largest share. One rank.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import DEVICE
 from bench.report import verdict
 from dynmoe.config import load_config
 from dynmoe.engines.nonfinite import GradientWatch
 from dynmoe.model import Decoder
 from dynmoe.ops.host_memory import keep_freed_memory
+from harness.plans import DEVICE
 
 _MODELS = {
     "quickstart": [],
     "64 experts, 256 tokens": ["model.moe.experts=64", "model.moe.expert_hidden=256", "train.micro_batch=1"],
 }
-_VOCAB, _MICRO_BATCHES = 4096, 2
+_VOCAB = 4096
+_MICRO_BATCHES = 2
 _METHODS = ("nothing", "every pass", "watch", "a bad step")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", default="configs/quickstart.yaml", help="model to measure with")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields, such as model.hidden=32")
+    parser.add_argument("config", nargs="?", default="configs/quickstart.yaml", help="configuration of the model")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to override, e.g. model.hidden=32")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
 
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -50,7 +51,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
         ratios: dict[str, list[float]] = {method: [] for method in _METHODS[1:]}
         draw = random.Random(0)
         for _ in range(given.repeats):
-            # In any order: a step is slower after one that left other memory behind.
+            # In random order: the state of memory after one method can slow down the next.
             seconds = {method: step(method) for method in draw.sample(_METHODS, len(_METHODS))}
             for method, own in ratios.items():
                 own.append(seconds[method] / seconds["nothing"])
@@ -59,7 +60,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _stepper(path: str, overrides: list[str]) -> Callable[[str], float]:
-    """A function that takes a step by one of the methods, and returns its seconds."""
+    """Returns a function that takes one step by a method and returns its seconds."""
     config = load_config(path, overrides)
     model = Decoder(config.model, _VOCAB, seed=0).to(DEVICE)
     parameters = list(model.parameters())
@@ -73,12 +74,12 @@ def _stepper(path: str, overrides: list[str]) -> Callable[[str], float]:
         hooks = [own.register_hook(lambda gradient: sums.append(gradient.sum())) for own in reads]
         start = time.perf_counter()
         for number in range(_MICRO_BATCHES):
-            model.context.micro_batch = number
-            model(tokens[:, :-1], tokens[:, 1:]).backward()
+            with model.context.running(micro_batch=number):
+                model(tokens[:, :-1], tokens[:, 1:]).backward()
         if method == "a bad step":
             with watch.watching():
                 for number in range(_MICRO_BATCHES):
-                    with model.context.recompute(number):
+                    with model.context.running(micro_batch=number, recomputing=True):
                         torch.autograd.grad(model(tokens[:, :-1], tokens[:, 1:]), parameters, allow_unused=True)
             assert watch.first_bad_gradient() is None
         else:

@@ -1,4 +1,4 @@
-"""Benchmark 3: how the layer's time grows with T, E and K at a fixed imbalance; log-log slopes 1, 0 and 1."""
+"""Benchmark 3: growth of the layer's time with T, E and K at a fixed imbalance; log-log slopes should be 1, 0 and 1."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from bench.cases import DTYPES, Method, Shape, make_layer, spread_plan, tokens_of
+from bench.cases import DTYPES, Method, make_layer, tokens_of
 from bench.report import verdict
 from bench.timing import Passes, interleave
 from dynmoe.ops.host_memory import keep_freed_memory
+from harness.plans import Shape, spread_plan
 
-_BASE, _K = Shape(), 2.0
+_BASE = Shape()
+_K = 2.0
 _SERIES: dict[str, list[tuple[Shape, float]]] = {
     "T": [(Shape(tokens=tokens), _K) for tokens in (2048, 4096, 8192, 16384)],
     "E": [(Shape(experts=experts), _K) for experts in (8, 16, 32)],
@@ -27,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=sorted(DTYPES))
     parser.add_argument("--imbalance", type=float, default=1.0, help="load of the busiest expert over the mean")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
-    parser.add_argument("--scale", type=int, default=1, help="divides all sizes, for a quick look")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--scale", type=int, default=1, help="divisor of all sizes, for a quick test")
 
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -58,8 +60,9 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _slope(seconds: dict[int, float]) -> float:
-    """Least squares over the logarithms."""
-    x, y = [math.log(size) for size in seconds], [math.log(value) for value in seconds.values()]
+    """Least-squares slope over the logarithms."""
+    x = [math.log(size) for size in seconds]
+    y = [math.log(value) for value in seconds.values()]
     return statistics.linear_regression(x, y).slope
 
 

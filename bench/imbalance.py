@@ -1,4 +1,4 @@
-"""Benchmark 4: one expert with 1 to 8 times the mean load, the same number of routed rows; ours should be flat."""
+"""Benchmark 4: one expert with 1 to 8 times the mean load and the same number of routed rows; ours should be flat."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from typing import Any
 
 import torch
 
-from bench.cases import DTYPES, Method, Shape, dense_floor, make_layer, routing_facts, spread_plan, tokens_of
+from bench.cases import DTYPES, Method, dense_floor, make_layer, routing_facts, tokens_of
 from bench.layer import check
 from bench.peers import same_routing_peers
 from bench.report import verdict
 from bench.timing import interleave, median_ratio
 from dynmoe.ops.host_memory import keep_freed_memory
+from harness.plans import Shape, spread_plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--width", type=int, default=1024, help="of one expert")
+    parser.add_argument("--width", type=int, default=1024, help="width of an expert")
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--mean-k", type=float, default=2.0)
     parser.add_argument("--imbalances", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0])
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=sorted(DTYPES))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
 
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -35,7 +36,8 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     for dtype in given.dtypes:
         x_TD, upstream_TD = tokens_of(shape, dtype)
         plans = {imbalance: spread_plan(shape, given.mean_k, imbalance) for imbalance in given.imbalances}
-        runs, floors = {}, {}
+        runs = {}
+        floors = {}
         for imbalance, plan in plans.items():
             layer = make_layer(shape, dtype, plan)
             weights = layer.experts.w_up_EHD.detach(), layer.experts.w_down_EDF.detach()
@@ -44,7 +46,8 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
             floors[imbalance] = f"floor {imbalance}"
             runs[floors[imbalance]] = dense_floor(plan, *weights)
             runs |= {f"{method.name} {imbalance}": method.timed(x_TD, upstream_TD) for method in methods}
-        times, names = interleave(runs, given.repeats), [method.name for method in methods]
+        times = interleave(runs, given.repeats)
+        names = [method.name for method in methods]
         first = given.imbalances[0]
         for name in names:
             for imbalance, plan in plans.items():

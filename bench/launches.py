@@ -1,4 +1,4 @@
-"""Benchmark 6, on a GPU: waits for the device and kernel launches of one layer in steady state."""
+"""Benchmark 6, on a GPU: device synchronizations and kernel launches of one layer in steady state."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.cases import DEVICE, Shape, calibrate, make_layer, tokens_of
+from bench.cases import calibrate, make_layer, tokens_of
 from bench.report import verdict
 from dynmoe.errors import UserError
+from harness.plans import DEVICE, Shape
 
-# Functions of dynmoe.ops.triton, as the profiler names them.
+# Functions of dynmoe.ops.triton, as named by the profiler.
 _OURS = {
     "_count_kernel", "_fill_kernel", "_up_kernel", "_rows_kernel", "_sum_rows_kernel", "_activation_gradient_kernel",
     "_gate_gradient_kernel", "_weights_kernel",
@@ -23,33 +24,34 @@ _OURS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--width", type=int, default=2816, help="of one expert")
+    parser.add_argument("--width", type=int, default=2816, help="width of an expert")
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--mean-k", type=float, default=2.0)
 
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     if DEVICE.type != "cuda":
-        raise UserError("bench launches: no GPU on this machine; run it where there is one")
+        raise UserError("bench launches: needs a GPU; run it on a machine with one")
     shape = Shape(given.tokens, given.hidden, given.width, given.experts)
     x_TD, upstream_TD = tokens_of(shape, "bf16")
     rows = []
-    for ceiling in (None, given.mean_k * 1.25):
+    for limit in (None, given.mean_k * 1.25):
         layer = make_layer(shape, "bf16")
         calibrate(layer, given.mean_k, x_TD)
-        layer.settings.ceiling, layer.settings.at_ceiling = ceiling, "drop"
+        layer.settings.max_mean_experts_per_token = limit
+        layer.settings.on_overflow = "drop"
 
         def step(layer: torch.nn.Module = layer) -> None:
             layer(x_TD.detach().requires_grad_()).backward(upstream_TD)
 
         for _ in range(3):
             step()
-        rows.append({"ceiling": ceiling or "none", "waits": _waits(step), **_launches(step)})
+        rows.append({"limit": limit or "none", "waits": _waits(step), **_launches(step)})
     return rows
 
 
 def _waits(step: Any) -> int:
-    """How often the host waits for the device."""
+    """Number of times that the host waits for the device."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:

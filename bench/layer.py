@@ -1,11 +1,10 @@
-"""Benchmark 1: the MoE layer at equal activated FLOPs, against the dense floor and the layers of others.
+"""Benchmark 1: the MoE layer at equal activated FLOPs, compared with the dense floor and other projects' layers.
 
-The floor is what cannot be saved: the six dense matrix products (gate and up projection as one, down projection;
+The floor is the unavoidable work: the six dense matrix products (gate and up projection as one, down projection;
 forward, and the two gradients of each in the backward pass) over the N routed rows, in the same turn. "dynmoe" is our
-layer whole, its own top-p router and auxiliary losses included. The others are given its routing, and so is ours once,
-for a comparison of like with like (deepspeed_autoep is AutoEP's grouped experts between a gather and an index_add);
-DeepSpeed's layer runs once more with the top-2 gate that it comes with. The last
-rows have many experts and a busy one.
+whole layer with its own top-p router and auxiliary losses. The other layers are given its routing, and so is ours once,
+for a like-for-like comparison (deepspeed_autoep is AutoEP's grouped experts between a gather and an index_add).
+DeepSpeed's layer also runs with its own top-2 gate. The last rows have many experts and a busy one.
 """
 
 from __future__ import annotations
@@ -17,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import DTYPES, Method, Shape, calibrate, dense_floor, make_layer, routing_facts, spread_plan, tokens_of
+from bench.cases import DTYPES, Method, calibrate, dense_floor, make_layer, routing_facts, tokens_of
 from bench.peers import own_routing_peer, same_routing_peers
 from bench.report import verdict
 from bench.timing import DIRECTIONS, Passes, interleave, median_ratio
 from dynmoe.moe import MoELayer
 from dynmoe.ops.host_memory import keep_freed_memory
 from dynmoe.routing import RoutingPlan
+from harness.plans import Shape, spread_plan
 
 TOLERANCE = {"bf16": 3e-2, "fp32": 1e-5}
 
@@ -31,14 +31,14 @@ TOLERANCE = {"bf16": 3e-2, "fp32": 1e-5}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--width", type=int, default=1024, help="of one expert")
+    parser.add_argument("--width", type=int, default=1024, help="width of an expert")
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--mean-k", type=float, nargs="+", default=[1.5, 2.0, 4.0, 6.0])
-    skewed = "further cases with a given plan: experts, mean K, load of the busiest over the mean"
+    skewed = "more cases with a given plan: experts, mean K, load of the busiest expert over the mean"
     parser.add_argument("--skewed", nargs="*", default=["64:2:3.5"], metavar="E:K:LOAD", help=skewed)
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=sorted(DTYPES))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
 
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -85,12 +85,12 @@ def _measure(
 
 
 def check(dtype: str, methods: Sequence[Method], x_TD: Tensor) -> None:
-    """Correctness first: with the same routing every output, and its gradient towards the tokens, is that of the first.
+    """Checks that with the same routing every method has the first one's output and gradient of the tokens.
 
-    Our whole layer has a router between tokens and gates, with losses of its own: its gradient is another one.
+    Our whole layer also has the gradient of its router and losses, which is not compared.
 
     Raises:
-        SystemExit: naming the method that differs.
+        SystemExit: names the method that differs.
     """
     expected: list[Tensor] = []
     for method in methods:
@@ -115,9 +115,11 @@ def plot(rows: list[dict[str, Any]], axes: Any) -> None:
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         for number, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
             own = [row for row in rows if (row["dtype"], row["method"], row["experts"]) == (dtype, name, few)]
-            if name == "deepspeed_top2":  # at another K it computes other FLOPs
+            if name == "deepspeed_top2":  # other FLOPs at another K
                 own = [row for row in own if abs(row["mean_k"] - 2.0) < 0.01]
-            x, y, style = [r["mean_k"] for r in own], [r["both"] for r in own], "-" if dtype == "bf16" else "--"
+            x = [r["mean_k"] for r in own]
+            y = [r["both"] for r in own]
+            style = "-" if dtype == "bf16" else "--"
             axes.plot(x, y, style, color=f"C{number}", marker="o", label=f"{name}, {dtype}")
     axes.set(xlabel="experts per token, mean", ylabel="forward + backward, × dense floor", ylim=(0.9, None))
     axes.axhline(1.0, color="gray", linewidth=0.8)
@@ -125,7 +127,7 @@ def plot(rows: list[dict[str, Any]], axes: Any) -> None:
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
-    """What was asked for, against what was measured."""
+    """Compares the measurements with the targets."""
     said = []
     for row in rows:
         if row["method"] == "dynmoe" and row["mean_k"] < 5:
@@ -140,7 +142,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _beats(peer: dict[str, Any], rows: list[dict[str, Any]], key: str) -> bool:
-    """Whether a peer is ahead of ours: with the routing given where it is given to the peer, else the whole layer."""
+    """Whether a peer is faster than ours: with given routing if the peer has it, else compared with the whole layer."""
     name = "dynmoe" if peer["method"] == "deepspeed_top2" else "dynmoe_given_routing"
     same = ("dtype", "mean_k", "padding", "experts")
     ours = [row for row in rows if row["method"] == name and all(row[k] == peer[k] for k in same)]

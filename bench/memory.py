@@ -1,7 +1,7 @@
-"""Benchmark 5: bytes kept for the backward pass against T·D + 2·N·F elements, and the peak of a pass.
+"""Benchmark 5: bytes saved for the backward pass compared with T·D + 2·N·F elements, and the peak of both passes.
 
-The formula counts tokens and up projections in bf16, 2TD + 4NF bytes; in fp32 twice as much. Gradients of the weights,
-which every method makes, are part of the peak.
+The formula counts tokens and up projections: 2TD + 4NF bytes in bf16, twice as much in fp32. The peak includes weight
+gradients, which every method computes.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 
-from bench.cases import DTYPES, Method, Shape, make_layer, routing_facts, spread_plan, tokens_of
+from bench.cases import DTYPES, Method, make_layer, routing_facts, tokens_of
 from bench.layer import check
 from bench.peers import same_routing_peers
 from bench.report import verdict
+from harness.plans import Shape, spread_plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--width", type=int, default=1024, help="of one expert")
+    parser.add_argument("--width", type=int, default=1024, help="width of an expert")
     parser.add_argument("--experts", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--mean-k", type=float, nargs="+", default=[1.5, 2.0, 4.0])
     parser.add_argument("--imbalance", type=float, default=2.0)
@@ -39,7 +40,8 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _measure(shape: Shape, dtype: str, mean_k: float, imbalance: float) -> list[dict[str, Any]]:
-    plan, (x_TD, upstream_TD) = spread_plan(shape, mean_k, imbalance), tokens_of(shape, dtype)
+    plan = spread_plan(shape, mean_k, imbalance)
+    x_TD, upstream_TD = tokens_of(shape, dtype)
     layer = make_layer(shape, dtype, plan)
     weights = layer.experts.w_up_EHD.detach(), layer.experts.w_down_EDF.detach()
     methods = [Method("dynmoe", layer, layer), *same_routing_peers(plan, *weights)]

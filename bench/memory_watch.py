@@ -1,4 +1,4 @@
-"""Memory and file descriptors of a run's ranks, all along; growth counts within a process, after its warm-up."""
+"""Watches memory and file descriptors of a run's ranks; growth is counted within a process, after its warm-up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import psutil
 from bench.disturbed import DisturbedRun, LastStep
 
 _LOOK_S = 0.5
-# Of each process: allocators and caches settle.
+# For each process: time in which allocators and caches settle.
 _WARM_UP_STEPS = 1000
 
 
@@ -26,11 +26,12 @@ class _Look:
 
 
 class MemoryWatch(threading.Thread):
-    """Looks at the ranks of a run twice a second, as long as its context lasts."""
+    """Samples the ranks of a run twice a second within its context."""
 
     def __init__(self, run: DisturbedRun) -> None:
         super().__init__(name="memory", daemon=True)
-        self._run, self._last_step = run, LastStep(run.metrics)
+        self._run = run
+        self._last_step = LastStep(run.metrics)
         self._looks: dict[int, list[_Look]] = defaultdict(list)
         self._end = threading.Event()
 
@@ -53,7 +54,7 @@ class MemoryWatch(threading.Thread):
 
     @property
     def lives(self) -> int:
-        """Processes that were seen."""
+        """Number of processes seen."""
         return len(self._looks)
 
     @property
@@ -62,13 +63,13 @@ class MemoryWatch(threading.Thread):
         return len(self._after_warm_up())
 
     def slope(self) -> float:
-        """MB by which the resident memory of a process grows in 1,000 steps: one slope for all, an offset for each."""
+        """Growth of resident memory in MB per 1,000 steps: one slope for all processes, an offset for each."""
         return 1000 * _common_slope(
             [(look.step, look.resident_mb) for look in looks] for looks in self._after_warm_up()
         )
 
     def descriptors_gained(self) -> int:
-        """The most that open files (the fewest of a half) grew from the first half of a life to the second."""
+        """Largest growth of open files (the minimum of each half) from the first to the second half of a process."""
         gained = [0]
         for looks in self._after_warm_up():
             halves = looks[: len(looks) // 2], looks[len(looks) // 2 :]
@@ -86,8 +87,9 @@ class MemoryWatch(threading.Thread):
 
 
 def _common_slope(groups: Iterable[list[tuple[float, float]]]) -> float:
-    """Least squares over groups of points (x, y): each has its own offset."""
-    products, squares = 0.0, 0.0
+    """Least-squares slope over groups of points (x, y) with an offset for each group."""
+    products = 0.0
+    squares = 0.0
     for points in groups:
         middle_x, middle_y = (statistics.fmean(values) for values in zip(*points, strict=True))
         products += sum((x - middle_x) * (y - middle_y) for x, y in points)

@@ -1,4 +1,4 @@
-"""MoE layers of others, under our routing or their own."""
+"""MoE layers of other projects, with our routing or their own."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ from dynmoe.routing import RoutingPlan
 
 
 class SwiGLUExpert(nn.Module):
-    """One expert as DeepSpeed's users write it."""
+    """One expert as written by DeepSpeed's users."""
 
     def __init__(self, w_up_HD: Tensor, w_down_DF: Tensor) -> None:
         super().__init__()
-        self.w_up_HD, self.w_down_DF = nn.Parameter(w_up_HD.clone()), nn.Parameter(w_down_DF.clone())
+        self.w_up_HD = nn.Parameter(w_up_HD.clone())
+        self.w_down_DF = nn.Parameter(w_down_DF.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = F.linear(x, self.w_up_HD).chunk(2, dim=-1)
@@ -41,7 +42,7 @@ class SwiGLUExpert(nn.Module):
 
 
 class FixedGate(nn.Module):
-    """Gives DeepSpeed's layer a plan of ours, without a drop: K of the busiest token routes, the others unused."""
+    """Gives DeepSpeed's layer our plan without drops: every token gets the maximum K routes, some of them unused."""
 
     def __init__(self, plan: RoutingPlan) -> None:
         super().__init__()
@@ -81,27 +82,27 @@ def deepspeed_top2_gate(hidden: int, num_experts: int) -> TopKGate:
 
 
 class DeepSpeedTop2(nn.Module):
-    """DeepSpeed's whole MoE layer for our decoder, with our initial experts; its loss travels with the output.
+    """DeepSpeed's whole MoE layer for our decoder, with our initial experts; its loss is attached to the output.
 
     Args:
-        model: of our configuration.
+        model: our model configuration.
         layer: index of the decoder layer.
-        seed: of the experts; the gate is drawn from torch's generator, which replicas must have set alike.
-        context: what our own layers get; not needed.
-        ranks: over which the experts are spread.
+        seed: seed of the experts; the gate uses torch's generator, which must be seeded alike on all replicas.
+        context: context of our own layers; unused.
+        ranks: number of ranks that share the experts.
     """
 
     def __init__(self, model: ModelConfig, layer: int, seed: int, context: MoEContext, *, ranks: int) -> None:
         super().__init__()
         moe, std = model.moe, model.init_std
-        self._coefficient = model.router.loss_coefficients["balance"]
+        self._coefficient = model.router.loss_coefficients()["balance"]
         expert: nn.Module = SwiGLUExpert(
             torch.empty(2 * moe.expert_hidden, model.hidden), torch.empty(model.hidden, moe.expert_hidden)
         )
         self.moe = MoE(
             model.hidden, expert, moe.experts, ep_size=ranks, k=2, drop_tokens=False, top2_2nd_expert_sampling=False
         )
-        # DeepSpeed copies the one expert that it is given; ours start as independent draws, and so shall these.
+        # DeepSpeed copies the given expert; ours start as independent draws, so these do too.
         own = self.moe.deepspeed_moe.experts.deepspeed_experts
         first = dist.get_rank() % ranks * len(own)
         with torch.no_grad():
@@ -139,23 +140,24 @@ class AutoEPLayer(nn.Module):
 
 
 class MegatronRouter(nn.Module):
-    """Gives Megatron's layer a plan of ours."""
+    """Gives Megatron's layer our plan."""
 
     def __init__(self, plan: RoutingPlan) -> None:
         super().__init__()
-        self.map_TE, self.gates_TE = plan.routing_map_TE, nn.Parameter(plan.gates_TE.detach().clone())
+        self.map_TE = plan.routing_map_TE
+        self.gates_TE = nn.Parameter(plan.gates_TE.detach().clone())
 
     def forward(self, *_: object) -> tuple[Tensor, Tensor]:
         return self.gates_TE, self.map_TE
 
 
 def megatron_layer(plan: RoutingPlan, w_up_EHD: Tensor, w_down_EDF: Tensor) -> nn.Module:
-    """Megatron-Core's MoELayer in one process, all-to-all dispatcher and sequential experts, under our routing."""
+    """Megatron-Core's MoELayer in one process with our routing, all-to-all dispatcher and sequential experts."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    import dynmoe.engines.megatron  # noqa: F401  its modules run on a CPU too, after this
+    import dynmoe.engines.megatron  # noqa: F401  lets its modules run on a CPU
     from dynmoe.config.parallel import ParallelConfig
     from dynmoe.engines.megatron.groups import make_groups, start_processes
 
@@ -179,8 +181,8 @@ def megatron_layer(plan: RoutingPlan, w_up_EHD: Tensor, w_down_EDF: Tensor) -> n
 
 
 def same_routing_peers(plan: RoutingPlan, w_up_EHD: Tensor, w_down_EDF: Tensor) -> list[Method]:
-    """The layers of others that can be given a plan."""
-    gc.collect()  # theirs refer to themselves: those of the case before would stay, gigabytes of them
+    """Layers of other projects that accept a plan."""
+    gc.collect()  # peers have reference cycles: gigabytes of the previous case would stay allocated
     padded = deepspeed_layer(FixedGate(plan), w_up_EHD, w_down_EDF).to(w_up_EHD.device)
     auto_ep = AutoEPLayer(plan, w_up_EHD, w_down_EDF).to(w_up_EHD.device)
     megatron = megatron_layer(plan, w_up_EHD, w_down_EDF)
@@ -192,7 +194,7 @@ def same_routing_peers(plan: RoutingPlan, w_up_EHD: Tensor, w_down_EDF: Tensor) 
 
 
 def own_routing_peer(hidden: int, w_up_EHD: Tensor, w_down_EDF: Tensor) -> Method:
-    """DeepSpeed's layer with the top-2 gate that it comes with: at K = 2 the same FLOPs, routed evenly by chance."""
+    """DeepSpeed's layer with its own top-2 gate: the same FLOPs at K = 2, routed evenly by chance."""
     gate = deepspeed_top2_gate(hidden, len(w_up_EHD))
     layer = deepspeed_layer(gate, w_up_EHD, w_down_EDF).to(w_up_EHD.device, w_up_EHD.dtype)
     return Method("deepspeed_top2", layer, lambda x: layer(x, None), same_routing=False)

@@ -1,4 +1,4 @@
-"""What a benchmark says: tables for the terminal and for docs/performance.md, and whether it reached what was asked."""
+"""Output of benchmarks: tables for the terminal and for docs/performance.md, and comparisons with targets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Rows = list[dict[str, Any]]
 
 
 def machine() -> str:
-    """What the figures were taken on."""
+    """Describes the machine."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
@@ -28,13 +28,13 @@ def _cpu_name() -> str:
 
 
 def verdict(what: str, value: float, at_most: float) -> str:
-    """One line: what, the figure, the limit, and by how much it is missed."""
-    ending = "reached" if value <= at_most else f"missed by {value - at_most:.3f}"
-    return f"{what}: {value:.3f}, at most {at_most:g} asked: {ending}"
+    """Compares a figure with its upper limit, in one line."""
+    outcome = "reached" if value <= at_most else f"missed by {value - at_most:.3f}"
+    return f"{what}: {value:.3f}, target at most {at_most:g}: {outcome}"
 
 
 def split_constants(rows: Rows) -> tuple[dict[str, Any], list[str]]:
-    """What is the same in every row, and the columns that are left."""
+    """Returns the values that are equal in every row, and the remaining columns."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     same = {name: rows[0].get(name) for name in columns if len({str(row.get(name)) for row in rows}) == 1}
     if len(rows) == 1:
@@ -66,7 +66,7 @@ def print_table(name: str, rows: Rows) -> None:
 
 
 def markdown(title: str, rows: Rows, verdicts: list[str], picture: str | None) -> str:
-    """A section of the page: what was measured, the table, what was asked for, the picture."""
+    """A section of the page: description, table, targets, picture."""
     _, columns = split_constants(rows)
     lines = [f"## {title}", ""]
     if caption(rows):

@@ -1,4 +1,4 @@
-"""Benchmark 9: the router alone, its auxiliary losses and their gradients included, against the whole layer."""
+"""Benchmark 9: the router with its auxiliary losses and their gradients, compared with the whole layer."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import DTYPES, Method, Shape, calibrate, make_layer, tokens_of
+from bench.cases import DTYPES, Method, calibrate, make_layer, tokens_of
 from bench.report import verdict
 from bench.timing import DIRECTIONS, Passes, interleave, median_ratio, time_passes
 from dynmoe.moe import MoELayer
 from dynmoe.moe.statistics import weighted_sum
 from dynmoe.ops.host_memory import keep_freed_memory
+from harness.plans import Shape
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--width", type=int, default=1024, help="of one expert")
+    parser.add_argument("--width", type=int, default=1024, help="width of an expert")
     parser.add_argument("--experts", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--mean-k", type=float, default=2.0)
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=sorted(DTYPES))
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
 
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -46,16 +47,17 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _router(layer: MoELayer, x_TD: Tensor) -> Callable[[], Passes]:
-    """The router's pass; its gates get a gradient as they would from the experts."""
+    """The router's forward and backward pass; its gates get a gradient as from the experts."""
     upstream_TE = torch.randn(len(x_TD), layer.num_experts, device=x_TD.device)
 
     def run() -> Passes:
         layer.zero_grad()
-        leaf, made = x_TD.detach().requires_grad_(), []
+        leaf = x_TD.detach().requires_grad_()
+        made = []
 
         def forward() -> Tensor:
             plan = layer.router(leaf)
-            made.append(weighted_sum(layer._auxiliary(plan, 1), layer.router.loss_coefficients))
+            made.append(weighted_sum(layer.router.losses(plan), layer.router.loss_coefficients))
             return plan.gates_TE
 
         return time_passes(

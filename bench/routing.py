@@ -1,4 +1,4 @@
-"""Does it pay? The quickstart model with each router, the same tokens and the same seeds: loss, K and FLOPs."""
+"""Does dynamic routing pay? The quickstart model with each router, same tokens and seeds: loss, K and FLOPs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ METHODS = {
     "top_k 2": ["model.router.kind=top_k", "model.router.k=2"],
     "top_p 0.4": ["model.router.kind=top_p", "model.router.p=0.4"],
     "top_p held at 2": ["model.router.kind=top_p", "model.router.p=0.15", "budget.method=pi", *_HELD],
-    "top_any released": [_TOP_ANY, "model.router.form=released"],
-    "top_any improved, held at 2": [_TOP_ANY, "model.router.form=improved", "budget.method=loss_free", *_HELD],
+    "top_any released": [_TOP_ANY, "model.router.variant=released"],
+    "top_any improved, held at 2": [_TOP_ANY, "model.router.variant=improved", "budget.method=loss_free", *_HELD],
     # Not part of the default comparison.
     "top_k 2, loss-free": [
         "model.router.kind=top_k", "model.router.k=2", "model.router.balance_loss=0", "budget.method=loss_free",
     ],
     "top_p improved, held at 2": [
-        "model.router.kind=top_p", "model.router.form=improved", "model.router.p=0.15", "budget.method=pi", *_HELD,
+        "model.router.kind=top_p", "model.router.variant=improved", "model.router.p=0.15", "budget.method=pi", *_HELD,
     ],
     "sigmoid, held at 2": [
         "model.router.kind=sigmoid", "model.router.initial_experts=2", "budget.method=loss_free", *_HELD,
@@ -45,14 +45,16 @@ _SETTLED_STEPS = 50
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"), help="model and data")
     parser.add_argument("--methods", nargs="+", default=DEFAULT, choices=METHODS, metavar="METHOD",
-                        help=f"of: {'; '.join(METHODS)}")  # fmt: skip
+                        help=f"methods to compare: {'; '.join(METHODS)}")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
-    parser.add_argument("--steps", type=int, default=160, help="optimizer steps of a run")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, each on one core or GPU")
-    parser.add_argument("--runs", type=Path, default=Path("runs/bench-routing"), help="their directory; what is "
-                        "finished there is not run again: name a new one after a change of the code")  # fmt: skip
-    parser.add_argument("--overrides", nargs="*", default=[], metavar="key=value", help="fields for every run")
-    parser.add_argument("--plot", type=Path, help="draw loss and K over training there (needs matplotlib)")
+    parser.add_argument("--steps", type=int, default=160, help="optimizer steps per run")
+    parser.add_argument("--workers", type=int, default=2, help="concurrent runs, each on one core or GPU")
+    parser.add_argument("--runs", type=Path, default=Path("runs/bench-routing"), help="directory of the runs; finished "
+                        "runs are not repeated, so use a new one after a change of the code")  # fmt: skip
+    parser.add_argument(
+        "--overrides", nargs="*", default=[], metavar="key=value", help="fields to override in every run"
+    )
+    parser.add_argument("--plot", type=Path, help="file for a plot of loss and K over training (needs matplotlib)")
 
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -71,7 +73,7 @@ def _directory(given: argparse.Namespace, method: str, seed: int) -> Path:
 
 
 def _train(given: argparse.Namespace, method: str, seed: int) -> None:
-    """Trains in a process of its own, unless that is done already."""
+    """Trains in its own process unless the run is finished."""
     directory = _directory(given, method, seed)
     overrides = [
         f"run.dir={directory.parent}", f"run.name={directory.name}", f"train.steps={given.steps}",
@@ -81,7 +83,7 @@ def _train(given: argparse.Namespace, method: str, seed: int) -> None:
     outcome = directory / "outcome.json"
     if outcome.exists() and json.loads(outcome.read_text())["status"] == "finished":
         if load_config(directory / "config.yaml") != load_config(given.config, overrides):
-            raise UserError(f"--runs: {directory} was trained with another configuration; name another directory")
+            raise UserError(f"--runs: {directory} was trained with a different configuration; use another directory")
         return
     command = [sys.executable, "train.py", str(given.config), *overrides]
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -115,7 +117,7 @@ def _figures(given: argparse.Namespace, method: str, seed: int) -> dict[str, Any
 
 
 def _rows(given: argparse.Namespace, runs: dict[tuple[str, int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A row for each method: means over seeds, and the differences to the first method, seed by seed."""
+    """A row for each method: means over seeds, and differences to the first method for each seed."""
     first = given.methods[0]
     for method in given.methods:
         own = [runs[method, seed] for seed in range(given.seeds)]
@@ -139,7 +141,7 @@ def _rows(given: argparse.Namespace, runs: dict[tuple[str, int], dict[str, Any]]
 
 
 def _deviation(values: list[float]) -> float | None:
-    """Of one sample there is none."""
+    """Standard deviation; None for a single sample."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
@@ -147,7 +149,7 @@ def _draw(given: argparse.Namespace, path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("--plot: matplotlib is not installed; pip install 'dynmoe[dev]'") from None
+        raise UserError("--plot: matplotlib is not installed; run pip install 'dynmoe[dev]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -173,5 +175,5 @@ def _draw(given: argparse.Namespace, path: Path) -> None:
 
 
 def _smooth(values: list[float], width: int = 10) -> list[float]:
-    """Running mean over the last ``width`` values."""
+    """Moving average over the last ``width`` values."""
     return [statistics.mean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]

@@ -1,8 +1,8 @@
-"""Benchmark 11: training steps while a checkpoint is saved beside them, against the same steps without.
+"""Benchmark 11: training steps during an asynchronous save, compared with the same steps without.
 
-One rank. A save begins, steps go on until it is committed, verified and pruned, and as many steps follow without one;
-then the next save. "first step" begins the save: it has the copy of the state in it. "at once" is the time of the same
-save when the run waits for it.
+One rank. A save begins, steps continue until it is committed, verified and pruned, and as many steps follow without a
+save; then the next save begins. "first step" starts the save and includes the copy of the state. "at once" is the time
+of the same save if the run waits for it.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bench.processes import join_ranks
 from bench.report import Rows, verdict
 from dynmoe.config import load_config
 from dynmoe.data.batches import Batch
 from dynmoe.train.engine import Engine, take_step
+from harness.processes import join_ranks
 
 _ENGINES = ("deepspeed", "megatron")
 _VOCAB = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", default="configs/quickstart.yaml", help="model to measure with")
-    parser.add_argument("overrides", nargs="*", help="model.hidden=256 and the like")
+    parser.add_argument("config", nargs="?", default="configs/quickstart.yaml", help="configuration of the model")
+    parser.add_argument("overrides", nargs="*", help="fields to override, e.g. model.hidden=256")
     parser.add_argument("--engines", nargs="*", default=list(_ENGINES), choices=_ENGINES)
     parser.add_argument("--saves", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU, for the steps")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads for the steps")
 
 
 def run(given: argparse.Namespace) -> Rows:
@@ -62,19 +62,21 @@ def _serve(_: int, given: argparse.Namespace, name: str, folder: Path) -> None:
 
 
 class _Measured:
-    """Steps of an engine, and saves between and beside them.
+    """Steps of an engine, and saves during and between them.
 
     Args:
-        engine: to be stepped.
-        batch: of every step.
+        engine: engine to step.
+        batch: batch of every step.
         lr: learning rate.
-        root: for the checkpoints, of which one is kept.
+        root: directory for the checkpoints; one is kept.
     """
 
     def __init__(self, engine: Engine, batch: Batch, lr: float, root: Path) -> None:
         from dynmoe.train.checkpoint_store import CheckpointStore
 
-        self._engine, self._batch, self._lr = engine, batch, lr
+        self._engine = engine
+        self._batch = batch
+        self._lr = lr
         self._store = CheckpointStore(root, keep=1)
 
     def figures(self, saves: int) -> dict[str, Any]:
@@ -82,14 +84,18 @@ class _Measured:
             self._step()
         self._save()
         self._store.wait()
-        beside, first, whole, at_once, lengths = [], [], [], [], []
+        during = []
+        first = []
+        whole = []
+        at_once = []
+        lengths = []
         for _ in range(saves):
-            self._step()  # each save is of a step of its own
+            self._step()  # so that each save is of a different step
             saving = self._steps_of_a_save()
             plain = [self._step() for _ in saving]
             step = statistics.median(plain)
             first.append(saving[0] / step)
-            beside.append(statistics.median(saving[1:]) / step)
+            during.append(statistics.median(saving[1:]) / step)
             whole.append(sum(saving) / sum(plain))
             lengths.append(len(saving))
             start = time.perf_counter()
@@ -101,12 +107,12 @@ class _Measured:
         shutil.rmtree(self._store.root)
         return {
             "checkpoint_bytes": size, "steps of a save": statistics.median(lengths),
-            "step while saving": statistics.median(beside), "first step": statistics.median(first),
+            "step while saving": statistics.median(during), "first step": statistics.median(first),
             "all steps of a save": statistics.median(whole), "at once, in steps": statistics.median(at_once),
         }  # fmt: skip
 
     def _steps_of_a_save(self) -> list[float]:
-        """Seconds of the steps from the beginning of a save to its end, as the trainer takes them."""
+        """Seconds of the steps from the beginning to the end of a save, as taken by the trainer."""
         start = time.perf_counter()
         self._save()
         begun = time.perf_counter() - start

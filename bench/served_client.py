@@ -1,7 +1,7 @@
-"""Answers the same requests with each model in turn: run by an interpreter that has vLLM, and nothing of this project.
+"""Answers the same requests with each model in turn; run by a Python with vLLM and without this project.
 
-Reads a JSON of ``models`` (name to folder; the first goes to transformers too), ``requests``, ``tokens``, ``rounds``,
-``eager`` and ``vocab``; prints the seconds of each round by name, and the experts per token of the first, by layer.
+Reads JSON with ``models`` (name to folder; the first also runs in transformers), ``requests``, ``tokens``, ``rounds``,
+``eager`` and ``vocab``. Prints the seconds of each round by name, and the first model's experts per token by layer.
 """
 
 import json
@@ -28,7 +28,7 @@ def main() -> None:
     prompts = [[generator.randrange(3, job["vocab"]) for _ in range(16)] for _ in range(job["requests"])]
     greedy = SamplingParams(temperature=0.0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)
     settings = {"trust_remote_code": True, "dtype": "float32", "enforce_eager": job["eager"], "max_model_len": 256}
-    settings["enable_prefix_caching"] = False  # the second round would begin with the work of the first
+    settings["enable_prefix_caching"] = False  # else the second round would reuse the first one's prefixes
     first = next(iter(job["models"]))
 
     def served(folder: str, **more: Any) -> tuple[Any, Callable[[], Any]]:
@@ -45,10 +45,10 @@ def main() -> None:
         for name in generator.sample(list(ways), len(ways)):
             start = time.perf_counter()
             ways[name]()
-            if turn:  # the first warms up
+            if turn:  # the first round is a warm-up
                 seconds[name].append(time.perf_counter() - start)
     counting, ask = served(job["models"][first], hf_overrides={"count_experts": True})
-    counts = attrgetter("model.expert_counts")  # a function of this file would not reach vLLM's own processes
+    counts = attrgetter("model.expert_counts")  # a function of this file cannot be sent to vLLM's processes
     (before,) = counting.apply_model(counts)
     ask()
     (after,) = counting.apply_model(counts)

@@ -1,8 +1,7 @@
-"""An hour of training on two ranks with a fault every minute: the same curve, flat memory, nothing left behind.
+"""An hour of training on two ranks with a fault every minute: the same curve, constant memory, no leftover processes.
 
-The run is slowed to a pace, so that an undisturbed one of as many steps is there for comparison after a fraction of the
-time. Memory and file descriptors of each rank are looked at all along; growth counts within the life of a process,
-after its warm-up.
+The run is slowed down, so that an undisturbed run with as many steps takes a fraction of the time. Memory and file
+descriptors of each rank are sampled throughout. Growth is counted within the life of a process, after its warm-up.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ import psutil
 
 from bench.disturbed import ENGINES, DisturbedRun, make_corpus, steps_lost
 from bench.memory_watch import MemoryWatch
-from bench.processes import Prepare, start_server
 from bench.report import Rows, verdict
 from dynmoe.errors import UserError
 from dynmoe.train.checkpoint import step_directories
+from harness.processes import Prepare, start_server
 
 _TIMEOUT_S = 120.0
 _FIELDS = [
@@ -40,12 +39,12 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=60.0, help="of the disturbed run, without the time it loses")
-    parser.add_argument("--every", type=float, default=60.0, help="seconds from one fault to the next")
-    parser.add_argument("--pace", type=float, default=0.09, help="seconds of a step of the disturbed run, at least")
+    parser.add_argument("--minutes", type=float, default=60.0, help="minutes of the disturbed run, without lost time")
+    parser.add_argument("--every", type=float, default=60.0, help="seconds between faults")
+    parser.add_argument("--pace", type=float, default=0.09, help="minimum seconds per step of the disturbed run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", default="deepspeed", choices=list(ENGINES))
-    parser.add_argument("--folder", type=Path, help="keep the runs there; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder to keep the runs in; default: a temporary folder")
 
 
 def run(given: argparse.Namespace) -> Rows:
@@ -85,7 +84,7 @@ def run(given: argparse.Namespace) -> Rows:
 
 @dataclass(frozen=True)
 class Paced:
-    """For ``prepare``: a step takes ``step_s`` seconds or more."""
+    """For ``prepare``: a step takes at least ``step_s`` seconds."""
 
     step_s: float
 
@@ -107,17 +106,20 @@ class Soak:
     """A run that meets a fault every ``every_s`` seconds.
 
     Args:
-        run: begun.
-        every_s: from one fault to the next.
-        draw: which fault, and where it strikes.
+        run: the started run.
+        every_s: seconds between faults.
+        draw: generator that selects faults and targets.
     """
 
     def __init__(self, run: DisturbedRun, every_s: float, draw: random.Random) -> None:
-        self.run, self._every_s, self._draw = run, every_s, draw
+        self.run = run
+        self._every_s = every_s
+        self._draw = draw
 
     def last(self) -> tuple[MemoryWatch, Counter[str]]:
-        """Until the run is through: what its ranks used, and the faults it met by name."""
-        faults, due = Counter[str](), time.monotonic()
+        """Runs to the end; returns memory samples of its ranks, and counts of the faults by name."""
+        faults = Counter[str]()
+        due = time.monotonic()
         with MemoryWatch(self.run) as memory:
             while self._lives_until(due := due + self._every_s):
                 name = self._draw.choice(list(FAULTS))
@@ -126,7 +128,7 @@ class Soak:
                 faults[name] += 1
                 if not self._goes_on(before):
                     break
-                print(f"fault {faults.total()}, {name}: step {before}, goes on at {self.run.step}", flush=True)
+                print(f"fault {faults.total()}, {name}: step {before}, continues at {self.run.step}", flush=True)
         return memory, faults
 
     def _lives_until(self, due: float) -> bool:
@@ -147,16 +149,16 @@ class Soak:
         self.run.start()
 
     def preempt(self) -> None:
-        """SIGTERM to the launcher; the run saves, ends, and is started again."""
+        """Sends SIGTERM to the launcher; the run saves, ends, and is restarted."""
         self.run.training.signal(signal.SIGTERM)
         self.run.training.wait(30)
         outcome = json.loads((self.run.path / "outcome.json").read_text())
         if outcome["status"] not in ("preempted", "finished"):
-            raise UserError(f"{self.run.path}: told to end, it says {outcome}")
+            raise UserError(f"{self.run.path}: its outcome after a stop request is {outcome}")
         self.run.start()
 
     def stop_rank(self) -> None:
-        """A rank does nothing for some seconds, the other waits."""
+        """Stops a rank for some seconds; the other one waits."""
         with contextlib.suppress(IndexError, ProcessLookupError):
             pid = self._draw.choice(self.run.training.ranks())
             os.kill(pid, signal.SIGSTOP)
@@ -173,18 +175,18 @@ class Soak:
                 time.sleep(self._draw.uniform(0, 0.2))
 
     def rot_old_checkpoint(self) -> None:
-        """A file of the oldest checkpoint changes while the run goes on."""
-        with contextlib.suppress(FileNotFoundError):  # it was its time to go
+        """Changes a file of the oldest checkpoint during the run."""
+        with contextlib.suppress(FileNotFoundError):  # it was just pruned
             self._damage(step_directories(self.run.checkpoints)[-1])
 
     def leave_rubbish(self) -> None:
-        """Files that are none of its own appear among the checkpoints."""
+        """Puts foreign files among the checkpoints."""
         (self.run.checkpoints / "latest").write_text("step_99999999")
         (self.run.checkpoints / f"step_{self._draw.randrange(10**8):08d}").touch()
         (self.run.checkpoints / f"step_00000001.tmp-{self._draw.randrange(10**8):08d}").mkdir()
 
     def damage_checkpoint(self) -> None:
-        """A file of the newest checkpoint is flipped, cut short or gone after the tree was killed."""
+        """Flips, truncates or removes a file of the newest checkpoint after killing the tree."""
         self.run.kill("tree", self._draw)
         self._damage(step_directories(self.run.checkpoints)[0])
         self.run.start()
@@ -203,7 +205,7 @@ class Soak:
             path.write_bytes(content)
 
     def tear_files(self) -> None:
-        """The tree is killed in the middle of writing a row, an event and a checkpoint."""
+        """Kills the tree in the middle of writing a row, an event and a checkpoint."""
         self.run.kill("tree", self._draw)
         for name in ("metrics.jsonl", "events.jsonl"):
             with (self.run.path / name).open("a") as stream:
@@ -214,7 +216,7 @@ class Soak:
         self.run.start()
 
     def fill_disk(self) -> None:
-        """A rank can write no file beyond 4 KiB any more, as on a full disk: it fails, and the ranks start again."""
+        """Limits a rank to files of 4 KiB, as on a full disk: it fails, and the ranks are restarted."""
         with contextlib.suppress(IndexError, ProcessLookupError):
             pid = self._draw.choice(self.run.training.ranks())
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, 4096))
@@ -234,8 +236,8 @@ def verdicts(rows: Rows) -> list[str]:
     (row,) = rows
     nothing = row["lost"] == row["left"] == row["descriptors"] == row["undisturbed_descriptors"] == 0
     return [
-        verdict("growth of a rank's memory, MB in 1,000 steps", row["mb_per_1000_steps"], 1.0),
+        verdict("growth of a rank's memory, MB per 1,000 steps", row["mb_per_1000_steps"], 1.0),
         verdict("the same in the undisturbed run", row["undisturbed_mb_per_1000_steps"], 1.0),
         f"{row['faults']} faults: {row['lost']} steps lost, {row['descriptors']} descriptors gained, {row['left']} "
-        f"processes left behind: {'as asked' if nothing else 'NOT as asked'}",
+        f"processes left behind: {'as required' if nothing else 'NOT as required'}",
     ]

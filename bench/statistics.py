@@ -1,7 +1,7 @@
-"""Benchmark 10: a training step with MoE statistics, and with views of them, against the same step without.
+"""Benchmark 10: a training step with MoE statistics and their views, compared with the same step without.
 
-In a run this is paid on logged steps only; here every step is one, with histograms. W&B's server does not answer: it
-logs offline, as a run with a dead address does.
+A run pays this only on logged steps; here every step is one, with histograms. W&B's server does not answer, so W&B logs
+offline, as in a run with a dead address.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from dynmoe.train.run_directory import RunDirectory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", default="configs/quickstart.yaml", help="model to measure with")
+    parser.add_argument("config", nargs="?", default="configs/quickstart.yaml", help="configuration of the model")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
 
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
-    # Here: whoever runs another benchmark may not have their packages.
+    # Imported here, because other benchmarks do not need these packages.
     from dynmoe.train.tensorboard_view import TensorBoardView
     from dynmoe.train.wandb_view import WandbView
 
@@ -64,7 +64,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _measure(config: Config, views: dict[str, View | None], repeats: int) -> dict[str, list[float]]:
-    """Of each method the ratios to the step without statistics of the same turn."""
+    """Ratios of each method to the step without statistics in the same turn."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = Decoder(config.model, 4096, seed=0).to(device)
     adam = torch.optim.AdamW(model.parameters(), fused=True)
@@ -75,15 +75,17 @@ def _measure(config: Config, views: dict[str, View | None], repeats: int) -> dic
     def step(method: str) -> float:
         nonlocal taken
         start = time.perf_counter()
-        model.context.recording = method != "off"
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        with model.context.running(recording=method != "off"):
+            model(tokens[:, :-1], tokens[:, 1:]).backward()
+        drained = [layer.drain() for layer in model.moe_layers]
         adam.step()
         adam.zero_grad()
         taken += 1
         if method != "off":
-            vectors = torch.stack([layer.take_statistics() for layer in model.moe_layers]).cpu()
+            vectors = torch.stack([own.statistics() for own in drained]).cpu()
             report = StepReport({}, 0, dict(zip(config.model.moe_layers, vectors, strict=True)))
-            row, drawn = moe_row(report, alone, taken), histograms(report, alone, taken)
+            row = moe_row(report, alone, taken)
+            drawn = histograms(report, alone, taken)
             if (view := views[method]) is not None:
                 view.log({"train/step": taken, **row}, drawn)
         elif device.type == "cuda":
@@ -95,7 +97,7 @@ def _measure(config: Config, views: dict[str, View | None], repeats: int) -> dic
         step(method)
     ratios: dict[str, list[float]] = {name: [] for name in views}
     for turn in range(repeats):
-        # The order changes from turn to turn: a drift of the machine favours none.
+        # The order changes every turn, so that a drift of the machine favours no method.
         order = methods[turn % len(methods) :] + methods[: turn % len(methods)]
         seconds = {method: step(method) for method in order}
         for name, own in ratios.items():

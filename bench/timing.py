@@ -1,4 +1,4 @@
-"""Interleaved timing in one process, and what a computation keeps in memory."""
+"""Interleaved timing in one process, and the memory of a computation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def time_passes(forward: Callable[[], Tensor], backward: Callable[[Tensor], obje
 
 
 def interleave(methods: Mapping[str, Callable[[], Passes]], repeats: int) -> dict[str, list[Passes]]:
-    """Runs every method once to warm up, then in turn ``repeats`` times: what disturbs one disturbs its neighbours."""
+    """Runs every method once to warm up, then ``repeats`` times in turn, so that disturbances affect all of them."""
     for run in methods.values():
         run()
     times: dict[str, list[Passes]] = {name: [] for name in methods}
@@ -55,12 +54,12 @@ def interleave(methods: Mapping[str, Callable[[], Passes]], repeats: int) -> dic
 
 
 def median_ratio(times: Iterable[Passes], floor: Iterable[Passes], direction: str) -> float:
-    """Median over turns of the ratio to the floor of the same turn."""
+    """Median over turns of the ratio to the floor in the same turn."""
     return statistics.median(a.of(direction) / b.of(direction) for a, b in zip(times, floor, strict=True))
 
 
 def saved_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
-    """Bytes that autograd keeps for the backward pass, parameters not counted, shared storage counted once."""
+    """Bytes that autograd saves for the backward pass, without parameters, counting shared storage once."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []
@@ -69,29 +68,10 @@ def saved_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # or its address would be used again
+            alive.append(tensor)  # else its address could be reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()
     del output
     return sum(kept.values())
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """Most bytes that ``run`` holds at a time beyond what was there before, on the device in use."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        run()
-    held = peak = 0
-    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak

@@ -1,7 +1,7 @@
-"""Benchmark 7: bytes between the ranks of one layer, forward and backward, for expert parallelism over 1, 2 and 4.
+"""Benchmark 7: bytes between the ranks of one layer, forward and backward, for 1, 2 and 4 expert-parallel ranks.
 
-Two minima: a row for each routed row that leaves its rank, and a row for each token and other rank that has an expert
-of it; both four times, as tokens and outputs and the gradients of both travel. Processes on this machine, over gloo.
+There are two minima: one row for each routed row that leaves its rank, and one row for each token and other rank that
+has an expert of it. Both count four times: tokens, outputs and their gradients. Processes on this machine, over gloo.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bench.cases import DTYPES, FixedRouter, Shape, model_config, spread_plan
+from bench.cases import DTYPES, FixedRouter, model_config
 from bench.report import verdict
-from dynmoe.moe import MoEContext, MoELayer
+from dynmoe.moe import MoEContext, MoEGroups, MoELayer
+from harness.plans import Shape, spread_plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=int, default=1024, help="of one rank")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens per rank")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--mean-k", type=float, nargs="+", default=[1.5, 2.0, 4.0, 6.0])
@@ -45,7 +46,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _serve(rank: int, ranks: int, folder: str, given: argparse.Namespace) -> None:
-    """One rank: runs every case and leaves its counts in ``folder``."""
+    """Runs on each rank: all cases; writes its counts to ``folder``."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
@@ -57,7 +58,7 @@ def _serve(rank: int, ranks: int, folder: str, given: argparse.Namespace) -> Non
 def _measure(rank: int, ranks: int, dtype: str, mean_k: float, given: argparse.Namespace) -> dict[str, Any]:
     shape = Shape(given.tokens, given.hidden, 64, given.experts)
     plan = spread_plan(shape, mean_k, imbalance=1.5, seed=rank, device=torch.device("cpu"))
-    context = MoEContext(expert_group=dist.group.WORLD if ranks > 1 else None)
+    context = MoEContext(MoEGroups(expert=dist.group.WORLD if ranks > 1 else None))
     layer = MoELayer(model_config(shape), 0, 0, context).to(DTYPES[dtype])
     layer.router = FixedRouter(plan)  # type: ignore[assignment]
     x_TD = torch.randn(shape.tokens, shape.hidden, dtype=DTYPES[dtype], requires_grad=True)
@@ -66,7 +67,7 @@ def _measure(rank: int, ranks: int, dtype: str, mean_k: float, given: argparse.N
     away_TRL[:, rank] = False
     row = 4 * shape.hidden * x_TD.element_size()
     return {
-        "dtype": dtype, "mean_k": mean_k, "sent": layer.take_sent_bytes(), "routed": int(away_TRL.sum()) * row,
+        "dtype": dtype, "mean_k": mean_k, "sent": layer.drain().sent_bytes, "routed": int(away_TRL.sum()) * row,
         "tokens": int(away_TRL.any(dim=2).sum()) * row,
     }  # fmt: skip
 

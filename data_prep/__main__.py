@@ -1,4 +1,4 @@
-"""python -m data_prep [SOURCE ...] --out DIR; beside it verify DIR, and adopt PREFIX for files of Megatron's tool."""
+"""python -m data_prep [SOURCE ...] --out DIR; also verify DIR, and adopt PREFIX for files of Megatron-LM's own tool."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dynmoe.train.verification import verify_corpora
 
 def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and texts are told, whatever the locale
+        sys.stdout.reconfigure(errors="backslashreplace")  # prints any file name or text, whatever the locale
     arguments = sys.argv[1:]
     if arguments[:1] == ["verify"]:
         _verify(arguments[1:])
@@ -36,30 +36,30 @@ def main() -> None:
 def _verify(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "python -m data_prep verify",
-        description="Checks a corpus: structure, hashes, ids. A training does not do it again (data.verify=once).",
+        description="Checks a corpus: structure, hashes, token ids. Training then skips this check (data.verify=once).",
     )
-    parser.add_argument("dir", type=Path)
+    parser.add_argument("dir", type=Path, help="directory of the corpus")
     corpus = Corpus.open(parser.parse_args(arguments).dir)
     verify_corpora([corpus], "always")
     for split, tokens in corpus.splits.items():
-        print(f"{split}: {tokens.num_documents} documents, {tokens.num_tokens} tokens, sound")
+        print(f"{split}: {tokens.num_documents} documents, {tokens.num_tokens} tokens, intact")
 
 
 def _adopt(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "python -m data_prep adopt",
-        description="A corpus from .bin/.idx files of Megatron-LM's own tool. Nothing is encoded again.",
+        description="Makes a corpus from .bin/.idx files of Megatron-LM's own tool, without encoding again.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("train", type=Path, metavar="PREFIX", help="path of the files without .bin and .idx")
-    parser.add_argument("--validation", type=Path, metavar="PREFIX", help="those of the validation data; default: the "
-                        "last documents of the others")  # fmt: skip
+    parser.add_argument("train", type=Path, metavar="PREFIX", help="path of the training files without .bin and .idx")
+    parser.add_argument("--validation", type=Path, metavar="PREFIX", help="path of the validation files; default: use "
+                        "the last training documents")  # fmt: skip
     parser.add_argument("--validation-fraction", type=float, default=0.02, help="share of documents for validation")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="the sentencepiece model that made the tokens")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the corpus")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="the sentencepiece model that encoded the tokens")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the corpus")
     given = parser.parse_args(arguments)
     if given.out.exists():
-        raise UserError(f"--out {given.out}: exists; name another directory")
+        raise UserError(f"--out {given.out}: exists; use another directory")
     if not 0.0 < given.validation_fraction < 1.0:
         raise UserError(f"--validation-fraction {given.validation_fraction}: use a number between 0 and 1")
     _report(given.out, adopt(given.train, given.validation, given.validation_fraction, given.tokenizer, given.out))
@@ -68,31 +68,31 @@ def _adopt(arguments: list[str]) -> None:
 def _build(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "python -m data_prep",
-        description="Text to a tokenizer and Megatron .bin/.idx files. 'verify DIR' checks what it "
-        "wrote; 'adopt PREFIX' takes files of Megatron-LM's own tool.",
+        description="Converts text to a tokenizer and Megatron .bin/.idx files. 'verify DIR' checks the result; "
+        "'adopt PREFIX' uses files of Megatron-LM's own tool.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
         "sources", nargs="*", default=[STDLIB],
         help="files of text, JSON lines, other JSON, CSV or TSV, plain or compressed (gzip, Zstandard), Parquet files, "
-        "folders of all these, hf:DATASET[:CONFIGURATION[:SPLIT]] (streamed from the Hugging Face hub), or 'stdlib': "
-        "the source of the running Python's library. What a file is follows from its content and name, and is printed",
+        "folders of these, hf:DATASET[:CONFIGURATION[:SPLIT]] (streamed from the Hugging Face hub), or 'stdlib': the "
+        "source code of Python's standard library. Each file's format is detected from content and name, and printed",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("data/stdlib"), help="directory of the corpus")
+    parser.add_argument("--out", type=Path, default=Path("data/stdlib"), help="directory for the corpus")
     parser.add_argument("--key", "--json-key", default="text", help="field or column that holds the text")
     parser.add_argument(
         "--as", dest="read_as", choices=DECLARED,
-        help="what every file is that is not Parquet; text makes one document of each. Default: what it looks like",
+        help="format of every file except Parquet; text: each file is one document. Default: detected",
     )  # fmt: skip
-    parser.add_argument("--vocab-size", type=int, default=4096, help="pieces of the tokenizer to train")
-    parser.add_argument("--tokenizer", help="an existing sentencepiece model, in place of training one")
-    parser.add_argument("--tokenizer-mb", type=int, default=16, help="megabytes of text to train the tokenizer on")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="vocabulary size of the tokenizer to train")
+    parser.add_argument("--tokenizer", help="existing sentencepiece model to use instead of training one")
+    parser.add_argument("--tokenizer-mb", type=int, default=16, help="megabytes of text for training the tokenizer")
     parser.add_argument("--validation-fraction", type=float, default=0.02, help="share of documents for validation")
-    parser.add_argument("--keep-copies", action="store_true", help="keep documents with the text of an earlier one")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes of this node")
-    parser.add_argument("--nodes", type=int, default=1, help="nodes that prepare the corpus, each with this command")
-    parser.add_argument("--node", type=int, default=0, help="number of this one; node 0 puts the parts together")
-    parser.add_argument("--overwrite", action="store_true", help="replace a corpus made in another way")
+    parser.add_argument("--keep-copies", action="store_true", help="keep documents that repeat an earlier text")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes on this node")
+    parser.add_argument("--nodes", type=int, default=1, help="number of nodes that run this command together")
+    parser.add_argument("--node", type=int, default=0, help="index of this node; node 0 merges the parts")
+    parser.add_argument("--overwrite", action="store_true", help="replace a corpus made from other text or options")
     given = parser.parse_args(arguments)
     nodes = Nodes(given.nodes, given.node)
     recipe = Recipe(
@@ -110,17 +110,17 @@ def _build(arguments: list[str]) -> None:
     out: Path = given.out
     for source in given.sources:
         if source != STDLIB and not source.startswith(HUB) and out.resolve().is_relative_to(Path(source).resolve()):
-            raise UserError(f"--out {out}: lies inside the source {source}, which would read it; name a place outside")
+            raise UserError(f"--out {out}: lies inside the source {source}, which would read it; use a path outside")
     if out.exists() and not (out / MANIFEST).exists():
-        raise UserError(f"--out {out}: exists and is no corpus; name another directory")
+        raise UserError(f"--out {out}: exists and is not a corpus; use another directory")
     if out.exists() and not given.overwrite:
         if is_current(recipe, out, given.workers):
             print(f"{out} is up to date")
             return
-        raise UserError(f"--out {out}: holds a corpus made from other text or options; pass --overwrite to replace it")
+        raise UserError(f"--out {out}: is a corpus made from other text or options; pass --overwrite to replace it")
     manifest = build(recipe, out, given.workers, nodes)
     if manifest is None:
-        print(f"node {nodes.own} has done its part; node 0 writes {out}")
+        print(f"node {nodes.own} has encoded its part; node 0 writes {out}")
     else:
         _report(out, manifest)
 
@@ -133,7 +133,7 @@ def _report(out: Path, manifest: dict[str, Any]) -> None:
         )
     for reason, count in manifest["refused"]["counts"].items():
         names = manifest["refused"]["first_names"][reason]
-        print(f"left out, {reason}: {count} ({', '.join(names[:5])}{', …' if count > 5 else ''})")
+        print(f"skipped, {reason}: {count} ({', '.join(names[:5])}{', …' if count > 5 else ''})")
     print(f"written to {out}")
 
 

@@ -1,4 +1,4 @@
-"""A corpus from .bin/.idx files that exist already, such as Megatron-LM's preprocess_data.py writes."""
+"""Makes a corpus from existing .bin/.idx files, such as those of Megatron-LM's preprocess_data.py."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _COPIED_AT_A_TIME = 1 << 24
 
 
 def adopt(train: Path, validation: Path | None, fraction: float, tokenizer: Path, out: Path) -> dict[str, Any]:
-    """Writes a corpus into ``out`` and returns its manifest. Tokens stay what they are, byte for byte.
+    """Writes a corpus into ``out`` and returns its manifest. Copies the tokens byte for byte.
 
     Args:
         train: prefix of the .bin and .idx files with the training data.
-        validation: that of the validation data; None: the last documents of ``train``.
-        fraction: of the documents that go to the validation data then.
-        tokenizer: the sentencepiece model that made the tokens.
+        validation: prefix of the validation data; None: use the last documents of ``train``.
+        fraction: in that case, the share of the documents for validation.
+        tokenizer: the sentencepiece model that encoded the tokens.
         out: a directory that does not exist.
 
     Raises:
-        UserError: damaged files, or tokens outside the vocabulary.
+        UserError: files are damaged, or tokens are outside the vocabulary.
     """
     model = Tokenizer(tokenizer)
     building = out.with_name(f"{out.name}.adopting-{os.getpid()}")
@@ -48,7 +48,7 @@ def adopt(train: Path, validation: Path | None, fraction: float, tokenizer: Path
         splits = {split: check_indexed(building / split) for split in SPLITS}
         for split, tokens in splits.items():
             if tokens.num_tokens == 0:
-                raise UserError(f"no {split} document came out of {train}; give more text or another fraction")
+                raise UserError(f"{train}: gives no {split} document; use more text or another fraction")
         described = describe_files(building)
         manifest = {
             "format": FORMAT,
@@ -74,7 +74,7 @@ def adopt(train: Path, validation: Path | None, fraction: float, tokenizer: Path
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same file under another name where the file system can, else a copy."""
+    """Hard-links a file if the file system can, else copies it."""
     try:
         os.link(source.resolve(), target)
     except OSError:
@@ -82,7 +82,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _split(tokens: IndexedTokens, first: int, directory: Path) -> None:
-    """Writes the documents before ``first`` as training data, the others as validation data."""
+    """Writes the documents before ``first`` as training data and the others as validation data."""
     cut = int(tokens.boundaries[first])
     ends = {"train": (0, cut, 0, first), "validation": (cut, len(tokens.lengths), first, tokens.num_documents)}
     with with_ending(tokens.prefix, ".bin").open("rb") as stream:

@@ -1,4 +1,4 @@
-"""Builds a prepared corpus: tokenizer, tokens, manifest. An interrupted build goes on where it was."""
+"""Builds a prepared corpus: tokenizer, tokens, manifest. Repeating an interrupted build resumes it."""
 
 from __future__ import annotations
 
@@ -31,47 +31,47 @@ from dynmoe.lock import Lock
 
 _RECIPE = "recipe.json"
 _PARTS = "parts"
-_TOLD_EVERY_S = 30.0
-_CLOCKS_DIFFER_S = 10.0
+_REPORT_EVERY_S = 30.0
+_CLOCK_SKEW_S = 10.0
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
-    """Entropy of the token frequencies in nats: the loss of the best model that knows nothing but frequencies."""
+    """Entropy of the token frequencies in nats: the loss of the best model that uses only frequencies."""
     share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log(share)).sum())
 
 
 def build(recipe: Recipe, out: Path, workers: int, nodes: Nodes | None = None) -> dict[str, Any] | None:
-    """Writes the corpus into ``out`` and returns its manifest; on nodes other than the first, this node's part alone.
+    """Writes the corpus into ``out`` and returns its manifest; nodes other than the first only write their parts.
 
-    Everything is written beside ``out`` and renamed when complete: an interrupted build leaves what was there before,
-    and the same build again goes on from the units that were encoded.
+    Everything is written next to ``out`` and renamed when complete. An interrupted build therefore leaves the previous
+    content intact, and the same build resumes after the units that were encoded.
 
     Raises:
-        UserError: unusable text or options, or this build is under way already.
+        UserError: text or options are unusable, or this build is already running.
     """
     nodes = nodes or Nodes()
     started = time.time()
     try:
         return _build(recipe, out, workers, nodes)
     except FileNotFoundError:
-        # Node 0 found every part there, of an earlier build, and has finished before this one looked.
+        # Node 0 found all parts of an earlier build, and finished before this node looked.
         if nodes.own and _written_since(out, started):
             return None
         raise
 
 
 def _written_since(out: Path, moment: float) -> bool:
-    """Whether the corpus was written after a moment of this host's clock, from which the file system's may differ."""
+    """Whether the corpus was written after ``moment``, allowing for clock skew between host and file system."""
     manifest = out / MANIFEST
-    return manifest.exists() and manifest.stat().st_mtime > moment - _CLOCKS_DIFFER_S
+    return manifest.exists() and manifest.stat().st_mtime > moment - _CLOCK_SKEW_S
 
 
 def _build(recipe: Recipe, out: Path, workers: int, nodes: Nodes) -> dict[str, Any] | None:
     units = list_units(recipe.sources, recipe.read_as)
-    told = overview(units, recipe.json_key)  # on every node: what is amiss there ends each of them
+    summary = overview(units, recipe.json_key)  # on every node, so that an error there ends all of them
     if not nodes.own:
-        print(*told, sep="\n", flush=True)
+        print(*summary, sep="\n", flush=True)
     building = out.with_name(f"{out.name}.building")
     _enter(building, recipe_digest(recipe) + stamp(units), nodes, out)
     with _claim(building / f"node_{nodes.own}.lock"):
@@ -88,14 +88,14 @@ def _build(recipe: Recipe, out: Path, workers: int, nodes: Nodes) -> dict[str, A
         merged = merge(parts, units, finished, tokenizer.vocab_size, recipe.deduplicate)
         for split, count in merged.counts.items():
             if count.documents == 0:
-                cure = f"{merged.refusals}give more text or another fraction"
-                raise UserError(f"no {split} document came out of {recipe.sources}; {cure}")
+                cure = f"{merged.refusals}use more text or another --validation-fraction"
+                raise UserError(f"{', '.join(recipe.sources)}: gave no {split} document; {cure}")
         shutil.copyfile(building / TOKENIZER, finished / TOKENIZER)
         content = fingerprint(units, (read_facts(part, "content")[0] for part in parts))
         manifest = _manifest(recipe, finished, tokenizer, merged, content)
         (finished / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         Corpus.open(finished)
-        if out.exists():  # out of the way first: there is never half of a corpus
+        if out.exists():  # moved away first, so that a half-replaced corpus never exists
             out.rename(building / f"replaced-{secrets.token_hex(4)}")
         finished.rename(out)
         shutil.rmtree(building)
@@ -103,13 +103,13 @@ def _build(recipe: Recipe, out: Path, workers: int, nodes: Nodes) -> dict[str, A
 
 
 def _enter(building: Path, build_id: str, nodes: Nodes, out: Path) -> None:
-    """Makes the directory of the build, or finds the one that an interrupted build of the same kind left."""
+    """Creates the directory of the build, or finds the one of an interrupted build with the same input."""
     recipe = building / _RECIPE
     if nodes.own:
         started = time.time()
 
         def is_this_build() -> bool:
-            # A build that node 0 is about to remove may lie there; or it was complete, and all is done.
+            # There may be a build that node 0 is about to remove, or the build is complete and already gone.
             if not recipe.exists() and _written_since(out, started):
                 raise FileNotFoundError(recipe)
             return recipe.exists() and recipe.read_text() == build_id
@@ -118,7 +118,7 @@ def _enter(building: Path, build_id: str, nodes: Nodes, out: Path) -> None:
         return
     if recipe.exists() and recipe.read_text() == build_id:
         done = len(list((building / _PARTS).glob("[0-9]*.npz")))
-        print(f"{building}: going on with an interrupted build, {done} parts are there", flush=True)
+        print(f"{building}: resuming an interrupted build with {done} finished parts", flush=True)
         return
     if building.exists():
         with _claim(building / "node_0.lock"):
@@ -132,7 +132,7 @@ def _claim(lock: Path) -> Iterator[None]:
     try:
         held = Lock(lock, patience_s=0.0)
     except BlockingIOError:
-        raise UserError(f"{lock.parent}: this build is under way; wait for it, or end it first") from None
+        raise UserError(f"{lock.parent}: another process is running this build; wait for it or stop it") from None
     try:
         yield
     finally:
@@ -146,12 +146,12 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _wait_until(condition: Callable[[], bool], what: Callable[[], str]) -> None:
-    """Waits for another node, and says for what now and then."""
-    told = time.monotonic()
+    """Waits for another node, and regularly prints for what."""
+    reported = time.monotonic()
     while not condition():
-        if time.monotonic() > told + _TOLD_EVERY_S:
+        if time.monotonic() > reported + _REPORT_EVERY_S:
             print(f"waiting for {what()}", flush=True)
-            told = time.monotonic()
+            reported = time.monotonic()
         time.sleep(1.0)
 
 
@@ -173,20 +173,24 @@ def _provide_tokenizer(recipe: Recipe, units: Sequence[Unit], building: Path, no
 def _encode_own(
     recipe: Recipe, units: Sequence[Unit], parts: Sequence[Path], building: Path, workers: int, nodes: Nodes
 ) -> None:
-    """Encodes this node's units, every ``nodes.count``-th, as far as they are not there."""
+    """Encodes this node's missing units, every ``nodes.count``-th unit."""
     numbers = [number for number in range(nodes.own, len(units), nodes.count) if not parts[number].exists()]
     tasks = [(units[number], recipe.json_key, recipe.validation_fraction, parts[number]) for number in numbers]
     if not tasks:
         return
-    started, documents, text_bytes = time.perf_counter(), 0, 0
+    started = time.perf_counter()
+    documents = 0
+    text_bytes = 0
     workers = min(workers, len(tasks))
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("text", total=len(tasks))
         for own_documents, own_bytes in encode_all(tasks, building / TOKENIZER, workers):
-            documents, text_bytes = documents + own_documents, text_bytes + own_bytes
+            documents += own_documents
+            text_bytes += own_bytes
             speed = text_bytes / 1e6 / (time.perf_counter() - started)
             progress.update(bar, advance=1, description=f"{text_bytes / 1e6:.1f} MB of text, {speed:.1f} MB/s")
-    seconds, megabytes = time.perf_counter() - started, text_bytes / 1e6
+    seconds = time.perf_counter() - started
+    megabytes = text_bytes / 1e6
     speed = megabytes / seconds
     print(
         f"encoded {documents} documents, {megabytes:.1f} MB of text, in {seconds:.1f} s: {speed:.1f} MB/s, "
@@ -221,16 +225,16 @@ def _manifest(recipe: Recipe, directory: Path, tokenizer: Tokenizer, merged: Mer
 
 
 def figures(occurrences: np.ndarray) -> dict[str, float]:
-    """What knowing nothing but token frequencies costs, given how often each token occurs."""
+    """Loss and perplexity of a model that uses only token frequencies, from the count of each token."""
     entropy = unigram_entropy(occurrences)
     return {"unigram_entropy_nats": round(entropy, 6), "unigram_perplexity": round(math.exp(entropy), 3)}
 
 
 def is_current(recipe: Recipe, out: Path, workers: int = 1) -> bool:
-    """Whether ``out`` is an undamaged corpus made from this recipe and this text.
+    """Whether ``out`` is an intact corpus made from this recipe and this text.
 
     Raises:
-        UserError: ``out`` is a corpus, but a damaged one.
+        UserError: ``out`` is a damaged corpus.
     """
     corpus = Corpus.open(out)
     if corpus.manifest.get("recipe") != recipe_digest(recipe):

@@ -1,6 +1,7 @@
-"""Text to tokens, a unit at a time, in worker processes. Imports no torch, so that a worker starts quickly.
+"""Encodes text to tokens, one unit at a time, in worker processes. Does not import torch, so that workers start
+quickly.
 
-Each unit becomes one file of arrays. A file that is there is complete: an interrupted build goes on with the others.
+Each unit becomes one file of arrays, written atomically. An interrupted build resumes with the missing files.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from dynmoe.launched import end_with_parent
 Task = TypeVar("Task")
 Done = TypeVar("Done")
 
-_MOST_WORDS = 1_000_000
+_MAX_WORDS = 1_000_000
 _LONGEST_WORD = 32
 
 
 class WordEncoder:
-    """Encodes text word by word and keeps the tokens of each word, several times as fast as the whole at once.
+    """Encodes text word by word and caches the tokens of each word, several times as fast as whole texts.
 
-    The tokens are sentencepiece's own: where no piece of the vocabulary reaches across the beginning of a word, no
-    merge of byte-pair encoding does. A tokenizer for which that does not hold gets whole texts.
+    The tokens are identical to sentencepiece's: if no piece of the vocabulary spans the beginning of a word, no merge
+    of byte-pair encoding does. Other tokenizers encode whole texts.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -48,15 +49,15 @@ class WordEncoder:
         self._words = _Words(tokenizer) if tokenizer.splits_into_words else None
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Token ids, the end of the document not among them."""
+        """Returns the token ids, without the end-of-document token."""
         if self._words is None:
             return np.array(self._tokenizer.encode(text), dtype=np.int32)
-        if len(self._words) > _MOST_WORDS:
+        if len(self._words) > _MAX_WORDS:
             self._words.clear()
         return np.fromiter(chain.from_iterable(map(self._words.__getitem__, _split(text))), np.int32)
 
 
-# A word with the spaces before it; line breaks by themselves. U+2581 is what sentencepiece makes of a space.
+# A word with its preceding spaces; line breaks are separate. Sentencepiece replaces a space by U+2581.
 _split = re.compile("[ \u2581]*[^ \u2581\n]+|\n+|[ \u2581]+").findall
 
 
@@ -74,17 +75,15 @@ class _Words(dict[str, list[int]]):
 
 @dataclass(frozen=True)
 class Part:
-    """What a unit came to.
+    """The encoded documents of a unit.
 
     Attributes:
-        tokens: of all documents, one after the other, each with its end.
-        lengths: tokens of each document.
-        text_bytes: of each document.
-        digests: SHA-256 of each document's text, its first 16 bytes, as two numbers.
-        validation: whether a document belongs to the validation data.
-        numbers: of the documents among all records of the unit, those without text included.
-        records: number of all of them.
-        refused: reason and number of each without text.
+        tokens: tokens of all documents in order, each with its end-of-document token.
+        digests: first 16 bytes of the SHA-256 of each document's text, as two numbers.
+        validation: whether each document belongs to the validation data.
+        numbers: index of each document among all records of the unit, including skipped ones.
+        records: number of all records.
+        refused: reason and index of each skipped record.
         content: SHA-256 of the raw documents.
     """
 
@@ -99,7 +98,7 @@ class Part:
     content: str
 
     def write(self, path: Path) -> None:
-        """Writes the part so that it is there whole or not at all."""
+        """Writes the part atomically."""
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         facts = {"records": self.records, "refused": self.refused, "content": self.content}
         arrays: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
@@ -111,13 +110,13 @@ class Part:
 
     @classmethod
     def read(cls, path: Path) -> Part:
-        """Raises a UserError where the part is damaged."""
+        """Reads a part; raises a UserError if it is damaged."""
         with _opened(path) as (stored, facts):
             return cls(**{name: stored[name] for name in stored.files if name != "facts"}, **facts)
 
 
 def read_facts(path: Path, *names: str) -> list[Any]:
-    """Single fields of a part, without reading its tokens.
+    """Reads single fields of a part without its tokens.
 
     Raises:
         UserError: the part is damaged.
@@ -128,21 +127,25 @@ def read_facts(path: Path, *names: str) -> list[Any]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Arrays of a part, checked by their CRC when they are read, and its facts."""
+    """Opens a part: its arrays, whose CRC is checked when they are read, and its facts."""
     try:
         with np.load(path) as stored:
             yield stored, json.loads(stored["facts"].tobytes())
     except FileNotFoundError:
         raise
-    except Exception as error:  # whatever zip, numpy and JSON make of it
-        raise UserError(f"{path}: is damaged ({first_line(error)}); remove it, and start the build again") from None
+    except Exception as error:  # any error of zip, numpy or JSON
+        raise UserError(f"{path}: is damaged ({first_line(error)}); delete it and repeat the build") from None
 
 
 def encode_unit(unit: Unit, json_key: str, validation_fraction: float, encoder: WordEncoder, eod: int) -> Part:
     """Reads and encodes the documents of a unit."""
     content = ContentHash()
     tokens: list[NDArray[np.int32]] = []
-    text_bytes, digests, numbers, refused, records = [], [], [], [], 0
+    text_bytes = []
+    digests = []
+    numbers = []
+    refused = []
+    records = 0
     end = np.array([eod], dtype=np.int32)
     for number, document in enumerate(content.watch(read_unit(unit, json_key))):
         records += 1
@@ -159,7 +162,7 @@ def encode_unit(unit: Unit, json_key: str, validation_fraction: float, encoder: 
         tokens += [encoder.encode(text), end]
     digest_D2 = np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2).astype(np.uint64)
     lengths = [len(own) + 1 for own in tokens[::2]]
-    # The text itself decides its split: neither order nor number of workers does, and copies stay together.
+    # The text alone decides the split: order and number of workers have no effect, and copies stay in one split.
     validation = digest_D2[:, 0].astype(np.float64) / 2**64 < validation_fraction
     return Part(
         np.concatenate(tokens or [end[:0]]), np.array(lengths, np.int32), np.array(text_bytes, np.int64), digest_D2,
@@ -186,7 +189,7 @@ def _start_encoder(parent: int, tokenizer_path: str) -> None:
 
 
 def encode_to_file(task: tuple[Unit, str, float, Path]) -> tuple[int, int]:
-    """Encodes a unit into a file; returns its documents and the bytes of their text."""
+    """Encodes a unit into a file; returns the number of documents and the bytes of their text."""
     unit, json_key, validation_fraction, path = task
     part = encode_unit(unit, json_key, validation_fraction, *_encoder)
     part.write(path)
@@ -196,19 +199,19 @@ def encode_to_file(task: tuple[Unit, str, float, Path]) -> tuple[int, int]:
 def encode_all(
     tasks: Iterable[tuple[Unit, str, float, Path]], tokenizer: Path, workers: int
 ) -> Iterator[tuple[int, int]]:
-    """Encodes units in ``workers`` processes; yields documents and bytes of text of each.
+    """Encodes units in ``workers`` processes; yields the number of documents and bytes of text of each.
 
     Raises:
-        UserError: unusable text, or a worker was killed.
+        UserError: text is unusable, or a worker was killed.
     """
     return _in_processes(encode_to_file, tasks, workers, _start_encoder, (str(tokenizer),))
 
 
 def hash_all(units: Iterable[Unit], json_key: str, workers: int) -> Iterator[str]:
-    """SHA-256 of the raw documents of each unit, in their order.
+    """Yields the SHA-256 of the raw documents of each unit, in order.
 
     Raises:
-        UserError: unusable text, or a worker was killed.
+        UserError: text is unusable, or a worker was killed.
     """
     return _in_processes(hash_unit, ((unit, json_key) for unit in units), workers, end_with_parent, ())
 
@@ -220,10 +223,10 @@ def _in_processes(
     start: Callable[..., None],
     arguments: tuple[str, ...],
 ) -> Iterator[Done]:
-    """Results in the order of the tasks. A bounded number is under way: memory does not grow with the corpus."""
+    """Yields results in the order of the tasks, with a bounded number in flight, which bounds memory."""
     pending: deque[Future[Done]] = deque()
     context = multiprocessing.get_context("spawn")
-    # The parent is named: one that dies while a worker is still importing would not be noticed.
+    # The parent is passed explicitly: otherwise its death during a worker's imports would go unnoticed.
     with ProcessPoolExecutor(workers, context, start, (os.getpid(), *arguments)) as pool:
         try:
             for task in tasks:
@@ -233,8 +236,8 @@ def _in_processes(
             while pending:
                 yield pending.popleft().result()
         except BaseException as error:
-            # Else the workers are waited for: one that begins late still reads what its directory holds.
+            # Does not wait: a worker that starts late would still read its input.
             pool.shutdown(wait=False, cancel_futures=True)
             if isinstance(error, BrokenProcessPool):
-                raise UserError("a worker was killed, perhaps for want of memory; use fewer --workers") from None
+                raise UserError("a worker was killed, perhaps out of memory; use fewer --workers") from None
             raise

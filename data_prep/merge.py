@@ -1,4 +1,4 @@
-"""Parts to a corpus: copies of documents left out, tokens in order, indices."""
+"""Merges parts into a corpus: removes copies of documents, concatenates tokens, writes indices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dynmoe.data.corpus import SPLITS
 from dynmoe.data.indexed import token_type, write_index
 
 _NAMES_PER_REASON = 20
-# Digests that are compared at a time, of 24 bytes with their places.
+# Digests to compare at a time; each takes 24 bytes with its position.
 _DIGESTS_AT_A_TIME = 16_000_000
 
 
@@ -28,7 +28,7 @@ class SplitCounts:
 
 @dataclass
 class Refusals:
-    """Documents left out, counted by reason, the first of each by name."""
+    """Skipped documents: counts by reason, and the names of the first of each."""
 
     counts: dict[str, int] = field(default_factory=dict)
     names: dict[str, list[str]] = field(default_factory=dict)
@@ -40,14 +40,14 @@ class Refusals:
             names.append(name())
 
     def __str__(self) -> str:
-        """``left out: empty 3 (a.txt)``: each reason with the first that it met; or nothing."""
-        told = ", ".join(f"{reason} {count} ({self.names[reason][0]})" for reason, count in self.counts.items())
-        return told and f"left out: {told}; "
+        """``skipped: empty 3 (a.txt); ``: each reason with its first document; empty if there are none."""
+        reasons = ", ".join(f"{reason} {count} ({self.names[reason][0]})" for reason, count in self.counts.items())
+        return reasons and f"skipped: {reasons}; "
 
 
 @dataclass
 class Merged:
-    """What came into the corpus: by split, the counts and the occurrences of each token; and what did not."""
+    """The merged documents: counts and token occurrences by split, and the skipped documents."""
 
     counts: dict[str, SplitCounts]
     occurrences: dict[str, NDArray[np.int64]]
@@ -55,22 +55,24 @@ class Merged:
 
 
 def find_copies(parts: Sequence[Path], at_a_time: int = _DIGESTS_AT_A_TIME) -> list[NDArray[np.bool_]]:
-    """Of each part, which documents have the text of an earlier one: compared by 128 bits of SHA-256.
+    """Marks in each part the documents with the text of an earlier one, by 128 bits of SHA-256.
 
-    Digests are compared by their residue class, so that no more than about ``at_a_time`` are in memory at once.
+    Digests are compared by residue class, so that only about ``at_a_time`` are in memory at once.
     """
     lengths = [len(read_facts(part, "lengths")[0]) for part in parts]
     copies = [np.zeros(length, dtype=np.bool_) for length in lengths]
     classes = max(1, -(-sum(lengths) // at_a_time))
     for residue in range(classes):
-        digests, places = [], []
+        digests = []
+        places = []
         for number, part in enumerate(parts):
             own_D2 = read_facts(part, "digests")[0]
             chosen = np.flatnonzero(own_D2[:, 1] % np.uint64(classes) == residue)
             digests.append(own_D2[chosen])
             places.append(np.stack([np.full(len(chosen), number), chosen]).astype(np.int32))
-        digest_D2, place_2D = np.concatenate(digests), np.concatenate(places, axis=1)
-        order = np.lexsort((digest_D2[:, 1], digest_D2[:, 0]))  # stable: the first of several equals stays first
+        digest_D2 = np.concatenate(digests)
+        place_2D = np.concatenate(places, axis=1)
+        order = np.lexsort((digest_D2[:, 1], digest_D2[:, 0]))  # stable: the first of equal texts stays first
         same = np.flatnonzero((digest_D2[order[1:]] == digest_D2[order[:-1]]).all(axis=1))
         for number, document in place_2D[:, order[same + 1]].T:
             copies[number][document] = True
@@ -78,7 +80,7 @@ def find_copies(parts: Sequence[Path], at_a_time: int = _DIGESTS_AT_A_TIME) -> l
 
 
 def merge(parts: Sequence[Path], units: Sequence[Unit], directory: Path, vocab_size: int, deduplicate: bool) -> Merged:
-    """Writes .bin and .idx of both splits into ``directory``, the documents in the order of the units."""
+    """Writes .bin and .idx of both splits into ``directory``, with the documents in the order of the units."""
     dtype = token_type(vocab_size)
     merged = Merged(
         {split: SplitCounts() for split in SPLITS},

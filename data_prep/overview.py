@@ -1,4 +1,4 @@
-"""What is told of the sources before they are read: what their files were taken for, and how the text begins."""
+"""A summary of the sources, printed before they are read: detected formats, and how the text begins."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from data_prep.tables import listed
 from data_prep.units import RawDocument, Unit
 
 _CHARACTERS = 60
-_WORDS = {
-    TEXT: "read as text, a document per file",
-    OBJECT: "read as JSON, an object per file",
+_DESCRIPTIONS = {
+    TEXT: "read as text, one document per file",
+    OBJECT: "read as JSON, one object per file",
     JSON_LINES: "read as JSON lines",
-    JSON: "read as JSON, an array or values one after the other",
+    JSON: "read as JSON, an array or concatenated values",
     CSV: "read as CSV",
     TSV: "read as TSV",
     PARQUET: "read as Parquet",
-    ARCHIVE: "left out: an archive, or packed otherwise than by gzip or Zstandard",
+    ARCHIVE: "skipped: an archive, or compressed by other means than gzip or Zstandard",
 }
 
 
 def overview(units: Sequence[Unit], json_key: str) -> list[str]:
-    """A line for each source and each form of its files, with the beginning of the first document.
+    """Returns a line for each source and format, with the beginning of its first document.
 
     Raises:
         UserError: that document cannot be read.
@@ -36,7 +36,8 @@ def overview(units: Sequence[Unit], json_key: str) -> list[str]:
         for number, path in enumerate(unit.paths):
             kind = unit.source, unit.forms[number] if unit.forms else ""
             if kind not in paths:
-                paths[kind], first[kind] = set(), _alone(unit, number)
+                paths[kind] = set()
+                first[kind] = _alone(unit, number)
             paths[kind].add(path)
     return [
         f"{source}: {_chosen(len(paths[source, form]), form)}; {_beginning(unit, json_key)}"
@@ -45,11 +46,11 @@ def overview(units: Sequence[Unit], json_key: str) -> list[str]:
 
 
 def _chosen(files: int, form: str) -> str:
-    return f"{files} {'file' if files == 1 else 'files'} {_WORDS[form]}" if form else "read as a stream"
+    return f"{files} {'file' if files == 1 else 'files'} {_DESCRIPTIONS[form]}" if form else "read as a stream"
 
 
 def _alone(unit: Unit, number: int) -> Unit:
-    """The unit, of several files one alone."""
+    """Returns the unit with only one of its files."""
     if len(unit.paths) == 1:
         return unit
     one = slice(number, number + 1)
@@ -69,7 +70,7 @@ def _beginning(unit: Unit, json_key: str) -> str:
             return f"{name} has no text ({error.reason}{_fields(document) if error.reason == 'missing_key' else ''})"
         shown = "".join(character if character.isprintable() else "?" for character in words[:_CHARACTERS])
         return f'{name} begins "{shown}{"…" if len(words) > _CHARACTERS else ""}"'
-    return f"{unit.names[0]} holds no document"
+    return f"{unit.names[0]} contains no document"
 
 
 def _fields(document: RawDocument) -> str:

@@ -1,4 +1,4 @@
-"""Files as they were before they were compressed: by gzip or Zstandard, as their first bytes tell."""
+"""Decompresses files, by gzip or Zstandard as their first bytes indicate."""
 
 from __future__ import annotations
 
@@ -17,39 +17,44 @@ from dynmoe.errors import UserError, first_line
 ENDINGS = (".gz", ".zst", ".zstd")
 _GZIP = b"\x1f\x8b\x08"
 _ZSTD = b"\x28\xb5\x2f\xfd"
-_SKIPPABLE = b"\x2a\x4d\x18"  # after a byte 0x50 to 0x5f; parallel compressors begin with such a frame
-_LARGEST_WINDOW = 1 << 31  # zstd --long=31; the library's own limit is 128 MB
+_SKIPPABLE = b"\x2a\x4d\x18"  # after a byte 0x50 to 0x5f; parallel compressors write such a frame first
+_LARGEST_WINDOW = 1 << 31  # for zstd --long=31; the library's default limit is 128 MB
 _BLOCK = 1 << 17
 
 
 class DamagedError(Exception):
-    """What a file holds is not of its format; the text says what, and where."""
+    """The content of a file does not match its format; the text says how and where."""
+
+
+def unreadable(path: str | Path, error: BaseException) -> UserError:
+    """Returns the error for a source file that cannot be read."""
+    return UserError(f"source {path}: cannot be read ({first_line(error)}); fix or remove it")
 
 
 @contextmanager
 def named(path: str | Path) -> Iterator[None]:
-    """Whatever shows that a file cannot be read becomes a UserError that names it."""
+    """Turns any read error into a UserError that names the file."""
     try:
         yield
     except (OSError, EOFError, zlib.error, zstandard.ZstdError, DamagedError) as error:
-        raise UserError(f"source {path}: cannot be read ({first_line(error)}); mend or remove it") from None
+        raise unreadable(path, error) from None
 
 
 def is_packed(start: bytes) -> bool:
-    """Whether the first bytes of a file, at least four, are those of a compressed one."""
+    """Whether the first bytes of a file, at least four, indicate compression."""
     skippable = start[1:4] == _SKIPPABLE and 0x50 <= start[0] <= 0x5F
     return start.startswith((_GZIP, _ZSTD)) or skippable
 
 
 @contextmanager
 def unpacked(path: str | Path) -> Iterator[BinaryIO]:
-    """The content of a file, decompressed where it is compressed: all members of gzip, all frames of Zstandard."""
+    """Opens a file, decompressing all gzip members or Zstandard frames if it is compressed."""
     with open(path, "rb") as stored:
         yield unpack(stored)
 
 
 def unpack(stored: BinaryIO) -> BinaryIO:
-    """The same for a file that is open."""
+    """:func:`unpacked` for a file that is already open."""
     stored.seek(0)
     start = stored.read(4)
     stored.seek(0)
@@ -61,10 +66,10 @@ def unpack(stored: BinaryIO) -> BinaryIO:
 
 
 def _frames(stored: BinaryIO) -> Iterator[bytes]:
-    """Contents of all Zstandard frames.
+    """Yields the content of all Zstandard frames.
 
     Raises:
-        EOFError: the last frame is cut off (the library's own readers end there without a word).
+        EOFError: the last frame is truncated (the library's own readers stop there silently).
     """
     frame = None
     while block := stored.read(_BLOCK):
@@ -75,11 +80,11 @@ def _frames(stored: BinaryIO) -> Iterator[bytes]:
             if frame.eof:
                 frame = None
     if frame is not None:
-        raise EOFError("the compressed text is cut off")
+        raise EOFError("the compressed text is truncated")
 
 
 class _Blocks(io.RawIOBase):
-    """Blocks of bytes as a file."""
+    """Presents blocks of bytes as a file."""
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
         self._blocks = blocks

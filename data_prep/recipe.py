@@ -1,4 +1,4 @@
-"""What decides the bytes of a corpus, and who prepares it."""
+"""The options that determine the bytes of a corpus, and the nodes that prepare it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dynmoe.errors import UserError
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the bytes of a corpus, besides the text itself."""
+    """All options that determine the bytes of a corpus, apart from the text."""
 
     sources: list[str]
     json_key: str = "text"
@@ -35,10 +35,10 @@ class Recipe:
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """SHA-256 of the options; an existing tokenizer counts by its content."""
+    """SHA-256 of the options; an existing tokenizer is hashed by content."""
     facts = dataclasses.asdict(recipe) | {"sources": [Path(source).name for source in recipe.sources]}
     if recipe.read_as is None:
-        del facts["read_as"]  # corpora that were made before there was a choice stay current
+        del facts["read_as"]  # keeps corpora current that were made before this option existed
     if recipe.tokenizer is not None:
         facts["tokenizer"] = Tokenizer(recipe.tokenizer).sha256
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -46,11 +46,10 @@ def recipe_digest(recipe: Recipe) -> str:
 
 @dataclass(frozen=True)
 class Nodes:
-    """This node among those that prepare a corpus together, over one file system.
+    """The position of this node among those that prepare a corpus together, over one file system.
 
     Attributes:
-        count: of all.
-        own: number of this one; node 0 trains the tokenizer and puts the parts together.
+        own: index of this node; node 0 trains the tokenizer and merges the parts.
     """
 
     count: int = 1

@@ -1,4 +1,4 @@
-"""Where text comes from: sources, cut into units that workers read one at a time, and the documents of a unit."""
+"""Sources of text, their division into units that workers read one at a time, and the documents of a unit."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from dynmoe.errors import UserError
 
 STDLIB = "stdlib"
 BLANK = "blank"
-# Not part of the library's own text: tests, installed packages, compiled files.
+# Parts of the library that are not its source text: tests, installed packages, compiled files.
 _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _UNIT_BYTES = (4_000_000, 64_000_000)
 _UNITS_WANTED = 256
 _ONE_DOCUMENT = (TEXT, OBJECT, ARCHIVE)
 _LOOKS_AT_A_TIME = 16
-_CURE = "name files with text, JSON, CSV or Parquet, folders of them, hf:DATASET or 'stdlib'"
+_CURE = "use files with text, JSON, CSV or Parquet, folders of them, hf:DATASET or 'stdlib'"
 
 
 @dataclass(frozen=True)
 class RefusedError(Exception):
-    """Why a raw document has no text.
+    """A raw document has no usable text.
 
     Attributes:
         reason: ``not_utf8``, ``empty``, ``bad_json``, ``missing_key``, ``bad_row`` (of a CSV file), ``archive``; or
-            BLANK: a line between JSON lines, which is no document and not missed.
+            BLANK: a blank line between JSON lines, which does not count as a document.
     """
 
     reason: str
@@ -47,7 +47,7 @@ def text_of(document: RawDocument) -> str:
     """Decodes a document.
 
     Raises:
-        RefusedError: with the reason.
+        RefusedError: the document has no text; the reason says why.
     """
     if document.refused is not None:
         raise RefusedError(document.refused)
@@ -56,7 +56,7 @@ def text_of(document: RawDocument) -> str:
     except UnicodeDecodeError:
         raise RefusedError("not_utf8") from None
     if document.json_key is not None:
-        text = text.removeprefix("\ufeff")  # before the first line of a file, or of one that was joined to another
+        text = text.removeprefix("\ufeff")  # before the first line of a file, also of concatenated files
         if not text or text.isspace():
             raise RefusedError(BLANK)
         try:
@@ -69,7 +69,7 @@ def text_of(document: RawDocument) -> str:
         text = value
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON escapes can produce
             raise RefusedError("not_utf8") from None
     if not text.strip():
         raise RefusedError("empty")
@@ -78,7 +78,7 @@ def text_of(document: RawDocument) -> str:
 
 @dataclass(frozen=True)
 class _File:
-    """A file of a source: its name there, where it lies, its size and time of change, and what it is."""
+    """A file of a source: its name relative to the source, path, size and modification time, and format."""
 
     name: str
     path: Path
@@ -87,14 +87,14 @@ class _File:
 
 
 def list_units(sources: Sequence[str], read_as: str | None = None) -> list[Unit]:
-    """The units of all sources, in the order given; within a folder by path.
+    """Lists the units of all sources in the given order, sorted by path within a folder.
 
     Args:
         sources: files, folders, STDLIB, and datasets of the hub.
-        read_as: what text in files is taken for (``formats.DECLARED``), in place of what it looks like.
+        read_as: format to assume for text files (``formats.DECLARED``) instead of detecting it.
 
     Raises:
-        UserError: a source that does not exist, cannot be read or holds no file.
+        UserError: a source does not exist, cannot be read or contains no file.
     """
     found = {source: _look_at(source, read_as) for source in dict.fromkeys(sources) if not source.startswith(HUB)}
     smallest, largest = _UNIT_BYTES
@@ -111,17 +111,19 @@ def _look_at(source: str, read_as: str | None) -> list[_File]:
     root = Path(sysconfig.get_paths()["stdlib"]) if source == STDLIB else Path(source)
     paths = list(_stdlib_files(root) if source == STDLIB else _files(root))
     if not paths:
-        raise UserError(f"source {source}: holds no file; {_CURE}")
+        raise UserError(f"source {source}: contains no file; {_CURE}")
 
     def look(path: Path) -> _File:
         facts = path.stat()
         form = TEXT if source == STDLIB else form_of(path, read_as)
         if form == ARCHIVE and path == root:
-            raise UserError(f"source {source}: is an archive or packed otherwise than by gzip or Zstandard; unpack it")
+            raise UserError(
+                f"source {source}: is an archive or compressed by other means than gzip or Zstandard; unpack it"
+            )
         name = path.name if path == root else path.relative_to(root).as_posix()
         return _File(name, path, (facts.st_size, facts.st_mtime_ns), form)
 
-    with ThreadPoolExecutor(_LOOKS_AT_A_TIME) as pool:  # a file system of a cluster answers late, but many at a time
+    with ThreadPoolExecutor(_LOOKS_AT_A_TIME) as pool:  # cluster file systems have high latency but serve many requests
         return list(pool.map(look, paths))
 
 
@@ -133,7 +135,8 @@ def _units_of_files(files: list[_File], size: int) -> list[Unit]:
         alone = file.form not in _ONE_DOCUMENT
         if gathered and (alone or gathered_bytes >= size):
             units.append(_unit("files", gathered))
-            gathered, gathered_bytes = [], 0
+            gathered = []
+            gathered_bytes = 0
         if alone:
             units += _units_of_file(file, size)
         else:
@@ -143,7 +146,7 @@ def _units_of_files(files: list[_File], size: int) -> list[Unit]:
 
 
 def _units_of_file(file: _File, size: int) -> list[Unit]:
-    """Those of a file that may hold many documents. What is compressed, and tables of text, cannot be cut."""
+    """Units of a file that may contain many documents. Compressed files and tables of text cannot be split."""
     if file.form == PARQUET:
         return [_unit("rows", [file], first, last) for first, last in row_groups(file.path, size)]
     if file.form != JSON_LINES:
@@ -177,16 +180,16 @@ def _stdlib_files(root: Path) -> Iterator[Path]:
 
 
 def read_unit(unit: Unit, json_key: str) -> Iterator[RawDocument]:
-    """The documents of a unit, in their order.
+    """Yields the documents of a unit in order.
 
     Raises:
-        UserError: a file that cannot be read, or was changed since the units were listed.
+        UserError: a file cannot be read, or has changed since the units were listed.
     """
     for path, stamp in zip(unit.paths, unit.stamps, strict=False):
         facts = os.stat(path)
         if (facts.st_size, facts.st_mtime_ns) != stamp:
-            raise UserError(f"source {path}: was changed while it was read; start again")
-    if unit.kind in ("files", "hub"):  # which name what cannot be read themselves
+            raise UserError(f"source {path}: was changed during the build; repeat the build")
+    if unit.kind in ("files", "hub"):  # these readers name unreadable files themselves
         yield from _READERS[unit.kind](unit, json_key)
         return
     with named(unit.paths[0]):
@@ -208,11 +211,11 @@ def _read_files(unit: Unit, json_key: str) -> Iterator[RawDocument]:
 
 def _read_lines(unit: Unit, json_key: str) -> Iterator[RawDocument]:
     if unit.stamps[0][0] == 0:
-        yield RawDocument(b"")  # to be counted as empty
+        yield RawDocument(b"")  # counted as empty
     with open(unit.paths[0], "rb") as stored:
         if unit.start:
             stored.seek(unit.start - 1)
-            stored.readline()  # the end of a line that belongs to the unit before
+            stored.readline()  # the rest of a line that belongs to the previous unit
         position = stored.tell()
         for line in stored if position < unit.stop else ():
             yield RawDocument(line, json_key)
@@ -223,7 +226,7 @@ def _read_lines(unit: Unit, json_key: str) -> Iterator[RawDocument]:
 
 def _read_packed(unit: Unit, json_key: str) -> Iterator[RawDocument]:
     empty = True
-    # The fingerprints of corpora that were made so far hold lines of Zstandard files without their ends.
+    # Fingerprints of existing corpora hash the lines of Zstandard files without their line ends.
     end = b"" if unit.paths[0].endswith(".gz") else b"\n"
     with unpacked(unit.paths[0]) as lines:
         for line in lines:
@@ -234,11 +237,11 @@ def _read_packed(unit: Unit, json_key: str) -> Iterator[RawDocument]:
 
 
 def _read_values(unit: Unit, json_key: str) -> Iterator[RawDocument]:
-    """Objects with their text in a field, or strings that are texts."""
+    """Yields objects with their text in a field, or strings that are texts."""
     with unpacked(unit.paths[0]) as stream:
         for value in json_values(stream):
             if isinstance(value, dict) and json_key not in value:
-                yield RawDocument(json.dumps(dict.fromkeys(value)).encode(), json_key)  # so that its fields can be told
+                yield RawDocument(json.dumps(dict.fromkeys(value)).encode(), json_key)  # keeps the names of its fields
             else:
                 yield document_of(value[json_key] if isinstance(value, dict) else value)
 
@@ -250,17 +253,17 @@ _READERS = {
 
 
 def fingerprint(units: Sequence[Unit], digests: Iterable[str]) -> str:
-    """SHA-256 over names and contents of all units, given those of their documents (see :class:`ContentHash`)."""
+    """SHA-256 over names and contents of all units, given the digests of their documents (:class:`ContentHash`)."""
     facts: list[list[object]] = []
     for unit, digest in zip(units, digests, strict=True):
-        # Text alone has no forms here, so that corpora which were made before there were forms stay current.
+        # Omits the form of text files, so that corpora made before forms existed stay current.
         forms = [unit.forms] if unit.kind == "files" and set(unit.forms) != {TEXT} else []
         facts.append([unit.kind, unit.names, unit.start, unit.stop, digest, *forms])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 class ContentHash:
-    """SHA-256 over the raw documents that pass by."""
+    """SHA-256 over the raw documents of a stream."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
@@ -276,5 +279,5 @@ class ContentHash:
 
 
 def stamp(units: Sequence[Unit]) -> str:
-    """SHA-256 of the units themselves, by which an interrupted build knows that its input is still the same."""
+    """SHA-256 of the units themselves; a resumed build uses it to detect changed input."""
     return hashlib.sha256(json.dumps([dataclasses.asdict(unit) for unit in units]).encode()).hexdigest()

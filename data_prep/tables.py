@@ -1,4 +1,4 @@
-"""Sources that are tables: Parquet and CSV files, and datasets of the Hugging Face hub."""
+"""Tabular sources: Parquet and CSV files, and datasets of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.formats import TSV
-from data_prep.packing import DamagedError, unpacked
+from data_prep.packing import DamagedError, unpacked, unreadable
 from data_prep.units import RawDocument, Unit
 from dynmoe.errors import UserError, first_line
 
 HUB = "hf:"
 _NAMES = 20
 _LONGEST_NAME = 60
-_LONGEST_FIELD = 1 << 28  # what does not end before is a quotation mark without its partner
+_LONGEST_FIELD = 1 << 28  # a longer field has an unmatched quotation mark
 
 
 def _open_parquet(path: str | Path) -> Any:
@@ -27,18 +27,19 @@ def _open_parquet(path: str | Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"source {path}: cannot be read ({first_line(error)}); mend or remove it") from None
+        raise unreadable(path, error) from None
 
 
 def row_groups(path: Path, size: int) -> Iterator[tuple[int, int]]:
-    """Ranges of row groups, each of about ``size`` bytes of columns."""
+    """Yields ranges of row groups with about ``size`` bytes of columns each."""
     metadata = _open_parquet(path).metadata
     first = gathered = 0
     for group in range(metadata.num_row_groups):
         gathered += metadata.row_group(group).total_byte_size
         if gathered >= size or group == metadata.num_row_groups - 1:
             yield first, group + 1
-            first, gathered = group + 1, 0
+            first = group + 1
+            gathered = 0
 
 
 def read_rows(unit: Unit, json_key: str) -> Iterator[RawDocument]:
@@ -53,15 +54,14 @@ def read_rows(unit: Unit, json_key: str) -> Iterator[RawDocument]:
             for value in batch.column(0).to_pylist():
                 yield document_of(value)
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"source {unit.paths[0]}: cannot be read ({first_line(error)}); mend or remove it") from None
+        raise unreadable(unit.paths[0], error) from None
 
 
 def read_table(unit: Unit, json_key: str) -> Iterator[RawDocument]:
-    """Rows of a CSV or TSV file, the first of which names the columns; lines without anything are none.
+    """Yields the rows of a CSV or TSV file whose first row names the columns, skipping empty lines.
 
-    The separator is that of comma, semicolon (which spreadsheets write where the comma is decimal) and tab by which a
-    column is called ``json_key``. A row with more or fewer fields than there are columns is refused: its text may be
-    cut.
+    The separator is a comma, a semicolon (written by spreadsheets with a decimal comma) or a tab: the one that yields a
+    column ``json_key``. Rows with more or fewer fields than columns are refused, because their text may be incomplete.
     """
     path = unit.paths[0]
     csv.field_size_limit(_LONGEST_FIELD)
@@ -98,28 +98,28 @@ def _columns(path: str, separator: str) -> list[str]:
 
 
 def _no_column(json_key: str, path: str, columns: Sequence[str]) -> UserError:
-    return UserError(f"--key {json_key}: {path} has the columns {listed(columns)}; name the one with text")
+    return UserError(f"--key {json_key}: {path} has the columns {listed(columns)}; use the one that contains the text")
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names of columns or fields in one line of bounded length, whatever they are."""
+    """Lists names of columns or fields in one line of bounded length."""
     shown = [" ".join(name[:_LONGEST_NAME].split()) for name in names[:_NAMES]]
     return ", ".join(shown) + (", …" if len(names) > _NAMES else "")
 
 
 def document_of(value: object) -> RawDocument:
-    """A document whose text is at hand; what is no text is refused as a line without its key would be."""
+    """Returns the document of a value; a value that is not text is refused like a line without its key."""
     if isinstance(value, str):
         return RawDocument(value.encode("utf-8", "surrogatepass"))
     return RawDocument(b"{}", refused="missing_key")
 
 
 def _open_hub(source: str) -> Any:
-    """A streamed dataset: hf:NAME, hf:NAME:CONFIGURATION or hf:NAME:CONFIGURATION:SPLIT (train)."""
+    """Opens a streamed dataset: hf:NAME, hf:NAME:CONFIGURATION or hf:NAME:CONFIGURATION:SPLIT (default: train)."""
     try:
         import datasets
     except ImportError:
-        raise UserError(f"source {source}: needs the package datasets; pip install 'dynmoe[hub]'") from None
+        raise UserError(f"source {source}: needs the package datasets; run pip install 'dynmoe[hub]'") from None
     name, configuration, split = (*source.removeprefix(HUB).split(":"), "", "")[:3]
     try:
         return datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
@@ -139,4 +139,4 @@ def read_hub(unit: Unit, json_key: str) -> Iterator[RawDocument]:
         for row in shard:
             yield document_of(row.get(json_key))
     except Exception as error:
-        raise UserError(f"source {unit.paths[0]}: cannot be read ({first_line(error)}); start again") from None
+        raise UserError(f"source {unit.paths[0]}: cannot be read ({first_line(error)}); repeat the build") from None

@@ -1,4 +1,4 @@
-"""The shares in which input is prepared, and what they consist of."""
+"""Units of work into which input is divided, and the documents in them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class RawDocument:
     """Bytes of one document.
 
     Attributes:
-        content: its text in UTF-8, or the JSON that holds it.
-        json_key: the field of that JSON with the text.
-        refused: why it has none, where its reader knows (see ``RefusedError``).
+        content: its text in UTF-8, or the JSON that contains it.
+        json_key: the field of that JSON that contains the text.
+        refused: why it has no text, if its reader knows (see ``RefusedError``).
     """
 
     content: bytes
@@ -22,17 +22,16 @@ class RawDocument:
 
 @dataclass(frozen=True)
 class Unit:
-    """A share of the input that one worker prepares: the same whatever the number of workers and nodes.
+    """A part of the input for one worker, independent of the number of workers and nodes.
 
     Attributes:
-        kind: ``files`` (a document each), ``lines`` of a file of JSON lines (those that begin at bytes ``start`` to
-            ``stop``), ``packed`` (a compressed one, whole), ``values`` (JSON in another layout, whole), ``table`` (CSV,
-            whole), ``rows`` (row groups of a Parquet file) or ``hub`` (a shard of a dataset).
-        names: of the files, relative to their source: the same text has the same names wherever it lies.
-        paths: of the files.
-        stamps: size and time of change of each file, by which a change in the middle of a build is found.
-        source: as it was given; it does not count in the fingerprint.
-        forms: what each file was found to be (``formats``).
+        kind: ``files`` (one document each), ``lines`` of a JSON lines file (those that begin at bytes ``start`` to
+            ``stop``), ``packed`` (a whole compressed one), ``values`` (a whole file in another JSON layout), ``table``
+            (a whole CSV file), ``rows`` (row groups of a Parquet file) or ``hub`` (a shard of a dataset).
+        names: names of the files relative to their source, so that they do not depend on where the text lies.
+        stamps: size and modification time of each file, to detect changes during a build.
+        source: the source as given by the user; not part of the fingerprint.
+        forms: detected format of each file (``formats``).
     """
 
     kind: str
@@ -45,5 +44,5 @@ class Unit:
     forms: tuple[str, ...] = ()
 
     def document_name(self, number: int, before: int) -> str:
-        """What document ``number`` of this unit is called, with ``before`` documents of the same file before it."""
+        """Name of document ``number`` of this unit, which follows ``before`` documents in the same file."""
         return self.names[number] if self.kind == "files" else f"{self.names[0]}:{before + number + 1}"

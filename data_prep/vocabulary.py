@@ -1,4 +1,4 @@
-"""Training of a tokenizer."""
+"""Trains a tokenizer."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _LONGEST_LINE = 1000  # characters; sentencepiece's limit is 4192 bytes
 
 
 def train_tokenizer(recipe: Recipe, units: Sequence[Unit]) -> bytes:
-    """A BPE model with byte fallback; the bytes of a .model file.
+    """Trains a BPE model with byte fallback; returns the bytes of a .model file.
 
-    It gives every text back unchanged, but for U+2581, the character that stands for a space in its pieces.
+    It decodes every text unchanged except for U+2581, the character that represents a space in pieces.
 
     Raises:
-        UserError: too little text for the vocabulary.
+        UserError: there is too little text for the vocabulary.
     """
     model = io.BytesIO()
     refusals = Refusals()
     lines = _lines(recipe, units, refusals)
     first = next(lines, None)
     if first is None:
-        cure = f"{refusals}name the field or column that holds it by --key, or what the files are by --as"
-        raise UserError(f"no text came out of {', '.join(recipe.sources)}; {cure}")
+        cure = f"{refusals}name the field or column with the text by --key, or the format of the files by --as"
+        raise UserError(f"{', '.join(recipe.sources)}: gave no text; {cure}")
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=chain([first], lines),
@@ -46,17 +46,19 @@ def train_tokenizer(recipe: Recipe, units: Sequence[Unit]) -> bytes:
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            num_threads=1,  # the order of threads must not decide the vocabulary
+            num_threads=1,  # the vocabulary must not depend on thread scheduling
             minloglevel=2,
         )
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]  # after the place in the library's source
-        raise UserError(f"--vocab-size {recipe.vocab_size}: no tokenizer ({reason}); use less or more text") from None
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]  # drops the position in the library's source
+        raise UserError(
+            f"--vocab-size {recipe.vocab_size}: training failed ({reason}); use less, or more text"
+        ) from None
     return model.getvalue()
 
 
 def _lines(recipe: Recipe, units: Sequence[Unit], refusals: Refusals) -> Iterator[str]:
-    """Lines of ``tokenizer_mb`` megabytes of text: the beginning of every unit, as much of each."""
+    """Yields lines of ``tokenizer_mb`` megabytes of text, the same amount from the beginning of every unit."""
     share = recipe.tokenizer_mb * 1_000_000 // len(units)
     for unit in units:
         budget = share
@@ -74,5 +76,5 @@ def _lines(recipe: Recipe, units: Sequence[Unit], refusals: Refusals) -> Iterato
 
 
 def _parts(line: str) -> Iterator[str]:
-    """A line in pieces that sentencepiece does not skip for their length; nothing of an empty one."""
+    """Splits a line into parts, because sentencepiece skips long lines; yields nothing if it is empty."""
     yield from (line[start : start + _LONGEST_LINE] for start in range(0, len(line), _LONGEST_LINE))

@@ -1,4 +1,4 @@
-"""dynmoe VERB, the same as python -m dynmoe.VERB: what can be done with a run besides training it."""
+"""The command dynmoe VERB, the same as python -m dynmoe.VERB: tools for runs other than training."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from dynmoe.errors import UserError
 
 VERBS = {
     "checkpoint": "list, verify, show and prune the checkpoints of a run",
-    "compact": "write a run's checkpoint without the experts that adaptation removed",
-    "convert": "write a run's checkpoint for the other engine",
-    "evaluate": "score a run on tasks and domains, with the experts of each",
+    "compact": "remove inactive experts from the checkpoint of a run",
+    "convert": "convert the checkpoint of a run to the other engine",
+    "evaluate": "score a run on tasks and domains, with experts per token",
     "generate": "continue texts, with the experts of each token",
-    "hf": "write a run as a model of Hugging Face, or begin a run from one",
-    "launch": "write a Slurm job for a configuration; what the scripts in launch/ ask before and after a start",
-    "plan": "memory, traffic and speed of a configuration on so many GPUs, and layouts that fit",
+    "hf": "export a run as a Hugging Face model, or start a run from one",
+    "launch": "write a Slurm job for a configuration; also used by the scripts in launch/",
+    "plan": "estimate memory, traffic and speed of a configuration on a number of GPUs, and find layouts that fit",
     "report": "write pages about runs: curves and loads, tokens with their experts, a W&B dashboard",
-    "warmstart": "begin a run from a dense or a top-k one",
+    "warmstart": "start a run from a dense or a top-k run",
 }
 
 
 def main() -> None:
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in ("-h", "--help"):
-        print("usage: dynmoe VERB ...; dynmoe VERB --help says more\n")
+        print("usage: dynmoe VERB ...; dynmoe VERB --help lists the options\n")
         print("\n".join(f"  {name:11}{phrase}" for name, phrase in VERBS.items()))
         return
     if verb not in VERBS:
-        raise UserError(f"dynmoe {verb}: no such verb; use one of {', '.join(VERBS)}")
+        raise UserError(f"dynmoe {verb}: unknown verb; use one of {', '.join(VERBS)}")
     sys.argv = [f"dynmoe {verb}", *sys.argv[2:]]
     importlib.import_module(f"dynmoe.{verb}").main()
 

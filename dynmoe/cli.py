@@ -1,4 +1,4 @@
-"""One way for every tool of the project to fail."""
+"""How the command-line tools report errors."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _TIME_TO_SPEAK_S = 3.0
 def run_tool(main: Callable[[], None]) -> None:
     """Runs ``main``; a :class:`UserError` becomes one line on stderr and exit status 2.
 
-    Under a launcher the first rank of each host speaks first. Launchers end every rank as soon as one exits: the others
-    wait for that, and speak only where it does not come, as the error is then theirs alone. What ended a rank is left
-    for its launcher, which shows the first of them last.
+    Launchers stop every rank as soon as one exits. So the first rank of each host reports the error at once, and the
+    other ranks report it only if they are not stopped meanwhile, because then only they have failed. Each failure is
+    also recorded for the launcher, which prints the first one last.
     """
     try:
         if (failure := failure_to_repeat()) is not None:
@@ -29,9 +29,7 @@ def run_tool(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            signal.signal(
-                signal.SIGTERM, signal.SIG_DFL
-            )  # whatever main has made of it: the launcher's word ends the wait
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # main may have replaced it; SIGTERM must end the wait
             time.sleep(_TIME_TO_SPEAK_S)
         record_failure(str(error), by_user=True)
         print(f"error: {error}", file=sys.stderr, flush=True)

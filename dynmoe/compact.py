@@ -1,4 +1,4 @@
-"""Writes a run's newest checkpoint without the experts that adaptation removed: python -m dynmoe.compact RUN"""
+"""Removes inactive experts from the latest checkpoint of a run: python -m dynmoe.compact RUN"""
 
 from __future__ import annotations
 
@@ -22,45 +22,45 @@ _LAYER = re.compile(r"layers\.(\d+)\.moe\.")
 
 
 def compact(run: Path, output: Path, multiple: int = 1) -> tuple[Config, dict[int, list[int]]]:
-    """Makes the run directory ``output``, whose model has the same logits and only the experts that are in use.
+    """Creates the run directory ``output``: the same logits, with active experts only.
 
-    Masters, moments and router state of the experts that stay are kept, so that a training can go on.
+    Masters, moments and router state of these experts are kept, so that training can resume.
 
     Args:
         run: directory of a run.
         output: directory of the new run; must not exist.
-        multiple: each layer keeps slots that are out of use until their number is a multiple of this, for
-            ``parallel.expert``.
+        multiple: each layer keeps inactive slots until their number is a multiple of this, for ``parallel.expert``.
 
     Returns:
         The configuration of the new run, and the slots that each MoE layer kept.
 
     Raises:
-        UserError: no checkpoint, nothing to remove, or an output that exists.
+        UserError: the run has no checkpoint or nothing to remove, or the output exists.
     """
     if output.exists():
-        raise UserError(f"--output: {output} exists; name a new directory")
+        raise UserError(f"--output={output}: exists; name a new directory")
     config = load_config(run / "config.yaml")
     if config.engine == "deepspeed":
-        return _compact_plain(run, output, multiple, run)
-    # A run of Megatron is converted, and converted back.
+        return _compact_canonical(run, output, multiple, run)
+    # A Megatron run is converted to the canonical form and back.
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
-        plain, compacted = Path(folder) / "plain", Path(folder) / "compact"
-        convert(run, plain, "deepspeed")
-        new, kept = _compact_plain(plain, compacted, multiple, run)
+        canonical = Path(folder) / "canonical"
+        compacted = Path(folder) / "compact"
+        convert(run, canonical, "deepspeed")
+        new, kept = _compact_canonical(canonical, compacted, multiple, run)
         spread = dataclasses.replace(config.parallel, expert=new.parallel.expert)
         return convert(compacted, output, "megatron", spread), kept
 
 
-def _compact_plain(run: Path, output: Path, multiple: int, named: Path) -> tuple[Config, dict[int, list[int]]]:
-    """The same for a run whose checkpoints are in the plain form; ``named`` is what the user calls it."""
-    from dynmoe.engines.plain_state import read_tensor
+def _compact_canonical(run: Path, output: Path, multiple: int, named: Path) -> tuple[Config, dict[int, list[int]]]:
+    """Compacts a run with checkpoints in the canonical form; errors call it ``named``."""
+    from dynmoe.engines.canonical_state import read_tensor
     from dynmoe.engines.state_names import buffer_key
-    from dynmoe.train.checkpoint import continue_run, newest_sound
+    from dynmoe.train.checkpoint import continue_run, latest_valid
 
     config = load_config(run / "config.yaml")
-    checkpoint = newest_sound(run / "checkpoints")
+    checkpoint = latest_valid(run / "checkpoints")
     masks = {layer: read_tensor(checkpoint.path, buffer_key(f"layers.{layer}.moe.router.active_E")).tolist()
              for layer in config.model.moe_layers}  # fmt: skip
     kept = {layer: slots_to_keep(mask, multiple) for layer, mask in masks.items()}
@@ -68,11 +68,11 @@ def _compact_plain(run: Path, output: Path, multiple: int, named: Path) -> tuple
         if len(slots) % multiple:
             used = sum(masks[layer])
             raise UserError(
-                f"--multiple={multiple}: layer {layer} has {used} of {len(masks[layer])} experts in use and too few "
-                f"others to fill up; use a divisor of {len(slots)}"
+                f"--multiple={multiple}: layer {layer} has {used} active experts of {len(masks[layer])}, and too few "
+                f"inactive ones to fill up; use a divisor of {len(slots)}"
             )
     if all(len(kept[layer]) == len(masks[layer]) for layer in masks):
-        raise UserError(f"{named}: every expert is in use (or kept by --multiple={multiple}); nothing to remove")
+        raise UserError(f"{named}: nothing to remove, as every expert is active or kept by --multiple={multiple}")
     new = _configuration(config, output, [len(slots) for slots in kept.values()])
 
     def write(target: Path) -> None:
@@ -84,7 +84,7 @@ def _compact_plain(run: Path, output: Path, multiple: int, named: Path) -> tuple
 
 
 def slots_to_keep(active: list[bool], multiple: int) -> list[int]:
-    """Active slots, and the first of the others up to a multiple of ``multiple``, in order."""
+    """Active slots, filled up with the first inactive ones to a multiple of ``multiple``, in ascending order."""
     used = [slot for slot, on in enumerate(active) if on]
     spare = [slot for slot, on in enumerate(active) if not on]
     return sorted(used + spare[: -len(used) % multiple])
@@ -92,8 +92,10 @@ def slots_to_keep(active: list[bool], multiple: int) -> list[int]:
 
 def _configuration(config: Config, output: Path, counts: list[int]) -> Config:
     moe = dataclasses.replace(config.model.moe, experts_by_layer=counts, active_at_start=None)
-    router = dataclasses.replace(config.model.router, initial_experts=None)  # of a start that is long past
-    # What the experts were spread over may not divide the numbers that are left.
+    router = config.model.router
+    if router.has_field("initial_experts"):  # only for a new run
+        router = dataclasses.replace(router, initial_experts=None)  # type: ignore[call-arg]
+    # The expert-parallel size may not divide the new numbers of experts.
     spread = config.parallel.expert if all(count % config.parallel.expert == 0 for count in counts) else 1
     return dataclasses.replace(
         config,
@@ -123,7 +125,7 @@ def _layer_of(key: str) -> int | None:
 
 
 def _rewrite_key(key: str, kept: Mapping[int, list[int]]) -> str | None:
-    """The key under the new number of its expert; None for an expert that goes."""
+    """The key with the new index of its expert; None for a removed expert."""
     from dynmoe.engines.state_names import parameter_key, split_expert
 
     layer = _layer_of(key)
@@ -134,7 +136,7 @@ def _rewrite_key(key: str, kept: Mapping[int, list[int]]) -> str | None:
 
 
 def _select(key: str, tensor: Tensor, kept: Mapping[int, list[int]]) -> Tensor:
-    """Of a router's tensor the slots that stay; the letters of its name say which dimension counts experts."""
+    """The kept slots of a router tensor; the letter E in the suffix of its name marks the expert dimension."""
     import torch
 
     layer = _layer_of(key)
@@ -150,19 +152,19 @@ def _select(key: str, tensor: Tensor, kept: Mapping[int, list[int]]) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m dynmoe.compact", description=__doc__)
-    parser.add_argument("run", type=Path, help="directory of the run")
-    parser.add_argument("--output", type=Path, help="directory of the new run; default: RUN-compact")
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--output", type=Path, help="directory of the new run (default: RUN-compact)")
     parser.add_argument(
-        "--multiple", type=int, default=1, metavar="N", help="keep the experts of each layer a multiple of N"
+        "--multiple", type=int, default=1, metavar="N", help="keep a multiple of N experts in each layer"
     )
     given = parser.parse_args()
     if given.multiple < 1:
-        raise UserError(f"--multiple={given.multiple}: is too small; use 1 or more")
+        raise UserError(f"--multiple={given.multiple}: is too small; use at least 1")
     output = given.output or given.run.with_name(f"{given.run.name}-compact")
     config, kept = compact(given.run, output, given.multiple)
     counts = ", ".join(f"layer {layer}: {len(slots)}" for layer, slots in kept.items())
-    print(f"{output}: experts left in {counts}; expert-parallel size {config.parallel.expert}.")
-    print(f"Train on with: torchrun train.py {output / 'config.yaml'}")
+    print(f"{output}: experts kept in {counts}; expert-parallel size {config.parallel.expert}.")
+    print(f"Resume training with: torchrun train.py {output / 'config.yaml'}")
 
 
 if __name__ == "__main__":

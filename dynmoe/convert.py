@@ -1,4 +1,4 @@
-"""Writes a run's newest checkpoint for the other engine: python -m dynmoe.convert RUN --engine megatron|deepspeed"""
+"""Converts a run's latest checkpoint to the other engine: python -m dynmoe.convert RUN --engine megatron|deepspeed"""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from dynmoe.errors import UserError
 
 
 def convert(run: Path, output: Path, engine: str, parallel: ParallelConfig | None = None) -> Config:
-    """Makes the run directory ``output``, which the other engine trains on; bitwise the same masters and moments.
+    """Creates the run directory ``output`` for the other engine, with bitwise identical masters and moments.
 
-    The model is built whole, in this process: whatever layout the run had, it needs memory for all of it.
+    The whole model is built in this process, so it must fit into memory whatever the layout of the run.
 
     Args:
         run: directory of a run.
         output: directory of the new run; must not exist.
         engine: ``megatron`` or ``deepspeed``.
-        parallel: sizes of the new run; as far as the engine has them those of the old one by default.
+        parallel: parallel sizes of the new run; default: the old ones that the engine supports.
 
     Returns:
         The configuration of the new run.
 
     Raises:
-        UserError: no checkpoint, one of that engine already, or an output that exists.
+        UserError: the run has no checkpoint or is one of ``engine``, or the output exists.
     """
-    from dynmoe.engines.megatron import checkpoint as megatron
-    from dynmoe.train.checkpoint import continue_run, newest_sound
+    from dynmoe.engines.megatron import conversion
+    from dynmoe.train.checkpoint import continue_run, latest_valid
 
     if output.exists():
-        raise UserError(f"--output: {output} exists; name a new directory")
+        raise UserError(f"--output={output}: exists; name a new directory")
     config = load_config(run / "config.yaml")
     if config.engine == engine:
-        raise UserError(f"--engine={engine}: {run} is a run of this engine; name the other one")
-    source = newest_sound(run / "checkpoints")
+        raise UserError(f"--engine={engine}: {run} already uses this engine; name the other one")
+    source = latest_valid(run / "checkpoints")
     new = _configuration(config, output, engine, parallel)
     alone = dataclasses.replace(config, engine="megatron", parallel=ParallelConfig())
-    write = megatron.to_plain if engine == "deepspeed" else megatron.from_plain
+    write = conversion.to_canonical if engine == "deepspeed" else conversion.from_canonical
     continue_run(source, new, output, lambda target: write(alone, source.path, target))
     return new
 
@@ -54,14 +54,14 @@ def _configuration(config: Config, output: Path, engine: str, parallel: Parallel
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m dynmoe.convert", description=__doc__)
-    parser.add_argument("run", type=Path, help="directory of the run")
-    parser.add_argument("--engine", required=True, choices=("megatron", "deepspeed"), help="that is to train on")
-    parser.add_argument("--output", type=Path, help="directory of the new run; default: RUN-ENGINE")
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--engine", required=True, choices=("megatron", "deepspeed"), help="engine of the new run")
+    parser.add_argument("--output", type=Path, help="directory of the new run (default: RUN-ENGINE)")
     given = parser.parse_args()
     output = given.output or given.run.with_name(f"{given.run.name}-{given.engine}")
     convert(given.run, output, given.engine)
-    print(f"{output}: a run of {given.engine} with the same weights and optimizer state.")
-    print(f"Train on with: torchrun train.py {output / 'config.yaml'}")
+    print(f"{output}: a {given.engine} run with the same weights and optimizer state.")
+    print(f"Resume training with: torchrun train.py {output / 'config.yaml'}")
 
 
 if __name__ == "__main__":

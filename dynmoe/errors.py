@@ -1,4 +1,4 @@
-"""Errors that are meant for the person at the keyboard."""
+"""Errors that are shown to the user without a traceback."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ _MOST_NAMES = 5
 
 
 class UserError(Exception):
-    """Something the user can mend. Its text is one line: what is wrong, with which value, and the cure."""
+    """A problem that the user can fix. Its text is one line: field, value, problem, fix."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type where it says nothing."""
+    """The first line of an error's message, or its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def some(words: Collection[str]) -> str:
-    """A list in one line that can be read: the first few, and how many more there are."""
+    """The first few words of a list, and the number of further ones, in one line."""
     further = len(words) - _MOST_NAMES
     return ", ".join(list(words)[:_MOST_NAMES]) + (f" and {further} more" if further > 0 else "")
 
 
 class ConfigError(UserError):
-    """A configuration field that cannot be used."""
+    """A configuration field with an invalid value."""
 
     def __init__(self, field: str, value: object, problem: str, cure: str) -> None:
         super().__init__(f"{field}={value!r}: {problem}; {cure}")

@@ -1,4 +1,4 @@
-"""Continues texts with a run's model: python -m dynmoe.generate RUN --prompt TEXT"""
+"""Continues texts with the model of a run: python -m dynmoe.generate RUN --prompt TEXT"""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """What one more pass brings for each text.
+    """Result of one forward pass for each text.
 
     Attributes:
-        tokens: drawn, or None where a text has ended.
-        experts_LBS: experts of the tokens that the pass computed, int64 [MoE layers, B, S]: in the first pass of the
-            prompts, padded on the left, then of the tokens drawn before.
+        tokens: the sampled tokens; None for a text that has ended.
+        experts_LBS: experts per token of the forward pass, int64 [MoE layers, B, S]: of the prompts, padded on the
+            left, in the first pass, and of the previously sampled tokens afterwards.
     """
 
     tokens: list[int | None]
@@ -36,34 +36,36 @@ class Step:
 def generate(
     model: TrainedModel, prompts: Sequence[str], num_tokens: int, sampling: Sampling, seed: int = 0
 ) -> Iterator[Step]:
-    """Continues all prompts together, each until its document ends or ``num_tokens`` are drawn.
+    """Continues a batch of prompts, each until its document ends or ``num_tokens`` are sampled.
 
-    A prompt stands at the beginning of a document.
+    Each prompt is the beginning of a document.
 
     Raises:
-        UserError: a prompt and its continuation are longer than the sequences of the training.
+        UserError: a prompt and its continuation are longer than a training sequence.
     """
-    tokenizer, longest = model.tokenizer, model.config.data.sequence_length
+    tokenizer = model.tokenizer
+    longest = model.config.data.sequence_length
     encoded = [[tokenizer.eod, *tokenizer.encode(prompt)] for prompt in prompts]
     for prompt in encoded:
         if len(prompt) + num_tokens > longest:
-            problem = f"with a prompt of {len(prompt)} is more than the {longest} of data.sequence_length"
-            raise UserError(f"--tokens={num_tokens}: {problem}, and positions beyond were never trained; use fewer")
+            problem = f"with a prompt of {len(prompt)} tokens exceeds data.sequence_length ({longest}), the positions"
+            raise UserError(f"--tokens={num_tokens}: {problem} that were trained; use fewer")
     yield from continue_tokens(model, encoded, num_tokens, sampling, seed)
 
 
 def continue_tokens(
     model: TrainedModel, prompts: Sequence[Sequence[int]], num_tokens: int, sampling: Sampling, seed: int = 0
 ) -> Iterator[Step]:
-    """Continues prompts of tokens, none of them empty, together (see :func:`generate`)."""
+    """Continues a batch of prompts given as tokens, none of them empty (see :func:`generate`)."""
     import torch
 
     from dynmoe.model.sampling import pad_left, sample, with_cache
-    from dynmoe.moe.observation import keeping_plans
+    from dynmoe.moe.layer import keeping_plans
 
     tokenizer = model.tokenizer
     tokens_BS, padding_B = pad_left(prompts, tokenizer.eod)
-    tokens_BS, padding_B = tokens_BS.to(model.device), padding_B.to(model.device)
+    tokens_BS = tokens_BS.to(model.device)
+    padding_B = padding_B.to(model.device)
     ended = [False] * len(prompts)
     with keeping_plans(model.decoder.moe_layers) as plans:
         next_logits = with_cache(model.decoder, padding_B)
@@ -80,7 +82,7 @@ def continue_tokens(
 
 
 class _Text:
-    """A text as it grows, given out in parts that are whole characters."""
+    """A growing text that is printed in parts of complete characters."""
 
     def __init__(self, model: TrainedModel, prompt: str) -> None:
         self._tokenizer = model.tokenizer
@@ -88,15 +90,16 @@ class _Text:
         self._shown = 0
 
     def more(self) -> str:
-        """What is new since the last call; bytes of a character that is not complete wait for the next."""
+        """The new text since the last call; bytes of an incomplete character are kept for the next call."""
         text = self._tokenizer.decode(self.tokens)
         end = len(text.rstrip("\ufffd"))
-        new, self._shown = text[self._shown : end], max(self._shown, end)
+        new = text[self._shown : end]
+        self._shown = max(self._shown, end)
         return new
 
 
 def stream(model: TrainedModel, prompt: str, steps: Iterator[Step]) -> Iterator[str]:
-    """One text as it is written, the prompt first."""
+    """Yields one text in parts while it is sampled, the prompt first."""
     text = _Text(model, prompt)
     yield text.more()
     for step in steps:
@@ -107,26 +110,29 @@ def stream(model: TrainedModel, prompt: str, steps: Iterator[Step]) -> Iterator[
 
 
 def stream_with_experts(model: TrainedModel, prompt: str, steps: Iterator[Step]) -> Iterator[str]:
-    """Each piece of the text, with the experts that it used in the mean of the layers behind it: ``the[2.25]``.
+    """Yields each piece of the text followed by its experts per token, averaged over layers: ``the[2.25]``.
 
-    A piece is known when it is drawn, its experts when the pass after has computed it; the last one has none. A
-    character that is written as bytes has those of each byte behind it: ``é[2.25][2.00]``.
+    The experts of a token are known after the forward pass that follows its sampling, so the last token has none. A
+    character that consists of several byte tokens is followed by the experts of each: ``é[2.25][2.00]``.
     """
-    tokenizer, waiting = model.tokenizer, list(model.tokenizer.encode(prompt))
-    tokens, shown = [], []  # of characters that are not whole yet, and what is shown behind them
+    tokenizer = model.tokenizer
+    waiting = list(tokenizer.encode(prompt))
+    tokens = []  # of incomplete characters
+    shown = []  # annotations of these tokens
     for step in steps:
         mean_S = step.experts_LBS[:, 0].float().mean(dim=0).tolist()[-len(waiting) :] if waiting else []
         tokens += waiting
         shown += [f"[{mean:.2f}]" for mean in mean_S]
         whole = len(tokens) - tokenizer.unfinished(tokens)
         yield from _annotated(tokenizer, tokens[:whole], shown)
-        tokens, shown = tokens[whole:], shown[whole:]
+        tokens = tokens[whole:]
+        shown = shown[whole:]
         waiting = [token for token in step.tokens if token is not None]
     yield from _annotated(tokenizer, tokens + waiting, [*shown, *("" for _ in waiting)])
 
 
 def _annotated(tokenizer: Tokenizer, tokens: list[int], shown: list[str]) -> Iterator[str]:
-    """What the tokens are read as, and behind it what is shown of each."""
+    """Yields the text of the tokens, each piece followed by the annotations of its tokens."""
     place = 0
     for text, length in tokenizer.written(tokens):
         yield text + "".join(shown[place : place + length])
@@ -135,16 +141,20 @@ def _annotated(tokenizer: Tokenizer, tokens: list[int], shown: list[str]) -> Ite
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m dynmoe.generate", description="Continues texts with a run's model.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="directory of the run, of either engine")
-    parser.add_argument("--prompt", action="append", default=[], help="a beginning; several are continued together")
-    parser.add_argument("--file", type=Path, help="a file with a beginning in each line")
-    parser.add_argument("--tokens", type=int, default=96, help="to write, at most (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, default=40, help="likeliest tokens to draw from; 0: all (default: 40)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="mass of the tokens to draw from (default: all)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--show-experts", action="store_true", help="experts of each token behind it, mean over layers")
-    parser.add_argument("--device", help="cpu or cuda; default: a GPU where there is one")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, of either engine")
+    parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
+    parser.add_argument("--file", type=Path, help="file with one prompt per line")
+    parser.add_argument("--tokens", type=int, default=96, help="maximum number of new tokens (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy decoding (default: %(default)s)")
+    parser.add_argument(
+        "--top-k", type=int, default=40, help="number of most likely tokens to sample from; 0: all (40)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="probability mass of the tokens to sample from (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    parser.add_argument("--show-experts", action="store_true", help="print experts per token, averaged over layers")
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     given = parser.parse_args()
     prompts = _prompts(given)
     _check(given, len(prompts))
@@ -155,7 +165,7 @@ def main() -> None:
 
     model = open_trained(given.run, None if given.device is None else torch.device(given.device))
     if given.show_experts and not model.decoder.moe_layers:
-        raise UserError(f"--show-experts: the model of {given.run} is dense; leave it out")
+        raise UserError(f"--show-experts: the model of {given.run} is dense; remove the option")
     sampling = Sampling(given.temperature, given.top_k, given.top_p)
     steps = generate(model, prompts, given.tokens, sampling, given.seed)
     if len(prompts) == 1:
@@ -178,21 +188,21 @@ def _prompts(given: argparse.Namespace) -> list[str]:
         try:
             prompts += given.file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--file: {given.file} cannot be read: {error}; name a text file") from None
+            raise UserError(f"--file: {given.file} cannot be read: {error}; name a text file in UTF-8") from None
     return prompts or [""]
 
 
 def _check(given: argparse.Namespace, prompts: int) -> None:
-    """Refuses numbers that mean nothing."""
+    """Refuses options that are out of range."""
     limits = {"tokens": (1, 10**9), "temperature": (0.0, 1e9), "top_k": (0, 10**9)}
     for name, (least, most) in limits.items():
         value = getattr(given, name)
         if not least <= value <= most:
-            raise UserError(f"--{name.replace('_', '-')}={value}: is less than {least}; use {least} or more")
+            raise UserError(f"--{name.replace('_', '-')}={value}: is out of range; use {least} to {most:g}")
     if not 0 < given.top_p <= 1:
-        raise UserError(f"--top-p={given.top_p}: is no share; use a number above 0 and at most 1")
+        raise UserError(f"--top-p={given.top_p}: is out of range; use a number above 0 and at most 1")
     if given.show_experts and prompts > 1:
-        raise UserError(f"--show-experts: shows one text, and there are {prompts}; give one --prompt")
+        raise UserError(f"--show-experts: supports one prompt, but {prompts} are given; give one")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a process owes to the launcher that started it, and what it finds out about its host for it."""
+"""The interface between a process and its launcher: signals, failure records, and network discovery."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Directory for the failures of ranks, set by the scripts in launch/.
+# Environment variable with the directory of failure records, set by the scripts in launch/.
 FAILURES = "DYNMOE_FAILURES"
 
 _TIME_TO_START_S = 5.0
@@ -26,49 +26,53 @@ _SIOCGIFADDR = 0x8915
 
 
 def end_with_launcher() -> None:
-    """Lets the kernel end this rank when its launcher dies, however that happens.
+    """Makes the kernel kill this rank when its launcher dies for any reason.
 
-    torchrun gives each rank a session of its own: without this a SIGKILL to the launcher leaves ranks behind that go on
-    writing into the run directory beside their successors. A process that was started by hand is not touched. Call it
-    before anything slow: what dies earlier goes unnoticed.
+    torchrun starts each rank in its own session. Without this, a SIGKILL of the launcher leaves ranks behind that keep
+    writing to the run directory while their successors run. Has no effect on a process started by hand. Call it before
+    any slow work: an earlier death of the launcher goes unnoticed.
     """
     if "LOCAL_RANK" in os.environ:
         end_with_parent(os.getppid())
 
 
 def end_with_parent(launcher: int) -> None:
-    """Lets the kernel end this process when ``launcher``, which started it, dies, or has died. Linux only."""
+    """Makes the kernel kill this process when ``launcher``, its parent, dies or is already dead. Linux only."""
     if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != launcher:  # it died before the kernel knew
+    if os.getppid() != launcher:  # the parent died before the call to prctl
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Ending:
-    """Whether this process was told to end: by SIGTERM, by SIGUSR1 (Slurm, ahead of a time limit) or from a terminal.
+class StopSignal:
+    """Records stop requests: SIGTERM, SIGUSR1 (sent by Slurm before a time limit) or an interrupt from a terminal.
 
-    Made before anything slow, so that a signal that comes early is not lost: it then counts after the first step. The
+    Create it before any slow work, so that an early signal is not lost: training then stops after the first step. A
     second interrupt from a terminal ends the process at once.
+
+    Attributes:
+        requested: whether a stop was requested.
     """
 
     def __init__(self) -> None:
-        self.told, self._starting = False, True
+        self.requested = False
+        self._starting = True
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
         received, sent = os.pipe()
         os.set_blocking(sent, False)
         signal.set_wakeup_fd(sent, warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(received,), name="ending", daemon=True).start()
-        # Python gives signals back their defaults while it shuts down: a finished run would end as killed.
+        threading.Thread(target=self._listen, args=(received,), name="stop-signal", daemon=True).start()
+        # Python restores default handlers while it shuts down: SIGUSR1 would then kill a finished run.
         atexit.register(signal.signal, signal.SIGUSR1, signal.SIG_IGN)
 
     def has_state_to_save(self) -> None:
-        """From now on a signal is answered at the end of a step, however long that takes."""
+        """From now on the end of the current step handles a signal, however long the step takes."""
         self._starting = False
 
     def _listen(self, received: int) -> None:
-        """Ends a start that SIGTERM does not: it waits, outside Python, for a rank that will not come."""
+        """Ends a start-up that ignores SIGTERM because it waits, outside of Python, for a missing rank."""
         while number := os.read(received, 1):
             if number[0] == signal.SIGTERM:
                 time.sleep(_TIME_TO_START_S)
@@ -76,17 +80,17 @@ class Ending:
                     os._exit(128 + signal.SIGTERM)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.told and number == signal.SIGINT:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.told = True
+        self.requested = True
 
 
 def record_failure(text: str, by_user: bool) -> None:
-    """Leaves what ended this rank where its launcher looks for it; without a launcher of ours it does nothing.
+    """Writes this rank's failure where its launcher looks for it; does nothing without one of our launchers.
 
     Args:
-        text: one line where the user can mend it, else a traceback.
-        by_user: whether another start of the same command must fail in the same way.
+        text: one line if the user can fix it, else a traceback.
+        by_user: whether restarting the same command must fail in the same way.
     """
     directory = os.environ.get(FAILURES)
     if directory is None:
@@ -95,7 +99,7 @@ def record_failure(text: str, by_user: bool) -> None:
         "rank": int(os.environ.get("RANK", "0")),
         "ranks": int(os.environ.get("WORLD_SIZE", "1")),
         "host": socket.gethostname(),
-        # Restarts in place find a new port: what the ranks of one attempt share, on hosts that came later too.
+        # Restarts in place use a new port, so address and port identify an attempt, also on hosts that joined later.
         "attempt": ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")),
         "time": time.time(),
         "by_user": by_user,
@@ -108,10 +112,10 @@ def record_failure(text: str, by_user: bool) -> None:
 
 
 def read_failures(directory: Path) -> list[dict[str, Any]]:
-    """What ranks left there, of their last attempt only, the first failure first."""
+    """Returns the failures of the last attempt in ``directory``, in order of time."""
     failures = []
     for path in directory.glob("rank_*.json"):
-        # Gone where another node begins the next start, damaged where a host died.
+        # The file is removed when another node begins the next start, and damaged if a host died.
         with contextlib.suppress(FileNotFoundError, ValueError):
             failures.append(json.loads(path.read_text()))
     failures.sort(key=lambda failure: failure["time"])
@@ -119,9 +123,9 @@ def read_failures(directory: Path) -> list[dict[str, Any]]:
 
 
 def failure_to_repeat() -> str | None:
-    """What ended an earlier attempt of this launch if it must end this one too: torchrun restarts whatever failed.
+    """Returns the failure of an earlier attempt if it must repeat, because torchrun restarts after any failure.
 
-    Asked by ranks alone, before they do anything: what other launches left was removed before this one began.
+    Only ranks call it, before any other work. Records of previous launches were removed before this launch began.
     """
     directory = os.environ.get(FAILURES)
     if directory is None or "RANK" not in os.environ:
@@ -130,7 +134,7 @@ def failure_to_repeat() -> str | None:
 
 
 def choose_interface() -> None:
-    """Names the network interface that reaches the first rank to gloo and NCCL, unless the user has named one.
+    """Sets the network interface for gloo and NCCL to the one that reaches the first rank, unless the user set one.
 
     gloo asks for the address of this host's own name, which on many machines is a loopback address; NCCL takes the
     first interface that looks usable, which may be a bridge of containers. Both fail late, or hang.
@@ -141,17 +145,17 @@ def choose_interface() -> None:
         return
     try:
         interface = _interface_of(address_towards(master))
-    except OSError:  # IPv6, or a name that nobody knows: joining the others says so
+    except OSError:  # IPv6 or an unknown name: joining the process group reports it
         return
     if interface is not None:
         os.environ.update(dict.fromkeys(names, interface))
 
 
 def address_towards(host: str) -> str:
-    """The address of this host that ``host`` sees: nothing is sent for finding it out.
+    """Returns the address of this host as ``host`` sees it; sends no packet.
 
     Raises:
-        OSError: the name is unknown, or there is no way to it.
+        OSError: the name is unknown or unreachable.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 1))

@@ -1,8 +1,9 @@
-"""A lock on a directory that one process holds as long as it lives, on file systems with ``flock`` and without.
+"""A lock on a directory that one process holds while it lives, on file systems with and without ``flock``.
 
-Some mounts of Lustre, NFS and FUSE know no locks: ``flock`` fails with ENOSYS, EOPNOTSUPP or ENOLCK. There a file names
-the process that holds the directory. Whether that process lives is looked up on the same host. From another host it is
-seen by its pulse: it writes the file anew every few seconds, and one that is silent for a minute has lost the lock.
+Some mounts of Lustre, NFS and FUSE do not support locks: ``flock`` fails with ENOSYS, EOPNOTSUPP or ENOLCK. There, a
+file names the process that holds the directory. On the same host, others check whether that process lives. On other
+hosts they watch its heartbeat: the holder rewrites the file every few seconds, and loses the lock after a minute of
+silence.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ from pathlib import Path
 from typing import Any
 
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-_LOOKED_EVERY_S = 0.1
-_PULSE_S = 5.0
+_POLL_INTERVAL_S = 0.1
+_HEARTBEAT_S = 5.0
 _SILENCE_S = 60.0
-# Two that take over at the same moment both see who came last.
-_SETTLED_S = 0.5
+# After this time, processes that take over at the same moment all see which one was last.
+_SETTLE_S = 0.5
 
 
 class Lock:
-    """Held from when it is made until it is released or the process ends, however that happens.
+    """A lock held from construction until it is released or the process ends for any reason.
 
     Args:
-        path: of the file that stands for what is locked; its directory exists.
-        patience_s: how long another holder is waited for.
+        path: lock file; its directory exists.
+        patience_s: how long to wait for another holder.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds the lock.
         OSError: the file cannot be written.
     """
 
@@ -48,8 +49,8 @@ class Lock:
         try:
             while not _flock(self._stream.fileno()):
                 if time.monotonic() > deadline:
-                    raise BlockingIOError(errno.EAGAIN, "another process holds it", str(path))
-                time.sleep(_LOOKED_EVERY_S)
+                    raise BlockingIOError(errno.EAGAIN, "another process holds the lock", str(path))
+                time.sleep(_POLL_INTERVAL_S)
         except OSError as error:
             self._stream.close()
             if error.errno not in _WITHOUT_LOCKS:
@@ -57,14 +58,14 @@ class Lock:
             self._named = _NamedHolder(path.with_name(f"{path.name}.holder"), patience_s)
 
     def release(self) -> None:
-        """Lets another process have it."""
+        """Releases the lock."""
         self._stream.close()
         if self._named is not None:
             self._named.release()
 
 
 def _flock(descriptor: int) -> bool:
-    """Whether the lock was free."""
+    """Tries to lock; returns whether it succeeded."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -73,10 +74,12 @@ def _flock(descriptor: int) -> bool:
 
 
 class _NamedHolder:
-    """The lock where there is no ``flock``: a file with the name of its holder, and its pulse."""
+    """The lock on file systems without ``flock``: a file with the name and the heartbeat of its holder."""
 
     def __init__(self, path: Path, patience_s: float) -> None:
-        self._path, self._id, self._pulse = path, secrets.token_hex(8), 0
+        self._path = path
+        self._id = secrets.token_hex(8)
+        self._heartbeats = 0
         self._released = threading.Event()
         self._descriptor = self._take(patience_s)
         self._thread = threading.Thread(target=self._live, name="lock", daemon=True)
@@ -84,21 +87,23 @@ class _NamedHolder:
         atexit.register(self.release)
 
     def _content(self) -> bytes:
-        """Always of the same length: it is written over itself."""
-        return f"{json.dumps({'id': self._id, **_this_process()})}\n{self._pulse:012d}\n".encode()
+        """Returns the file's content, always of the same length because it is overwritten in place."""
+        return f"{json.dumps({'id': self._id, **_this_process()})}\n{self._heartbeats:012d}\n".encode()
 
     def _take(self, patience_s: float) -> int:
-        """Waits until the file is this process's own; returns its descriptor.
+        """Waits until this process owns the file; returns its descriptor.
 
         Raises:
-            BlockingIOError: another holds it, and lives.
+            BlockingIOError: another live process holds it.
         """
         began = changed = time.monotonic()
         first = latest = _read(self._path)
         while True:
-            now, content = time.monotonic(), _read(self._path)
+            now = time.monotonic()
+            content = _read(self._path)
             if content != latest:
-                latest, changed = content, now
+                latest = content
+                changed = now
             if content is None:
                 if (descriptor := self._create(self._path)) is not None:
                     return descriptor
@@ -106,11 +111,11 @@ class _NamedHolder:
                 if (descriptor := self._take_over()) is not None:
                     return descriptor
             elif now - began > patience_s and (_is_here(content) or content != first):
-                raise BlockingIOError(errno.EAGAIN, "another process holds it", str(self._path))
-            time.sleep(_LOOKED_EVERY_S)
+                raise BlockingIOError(errno.EAGAIN, "another process holds the lock", str(self._path))
+            time.sleep(_POLL_INTERVAL_S)
 
     def _create(self, path: Path) -> int | None:
-        """A new file of this process; None where there is one already."""
+        """Creates the file for this process; returns None if it exists."""
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
         except FileExistsError:
@@ -119,12 +124,12 @@ class _NamedHolder:
         return descriptor
 
     def _take_over(self) -> int | None:
-        """Puts a file of this process in the place of one whose holder is gone; None where another was faster."""
+        """Replaces the file of a dead holder by one of this process; returns None if another process was faster."""
         own = self._path.with_name(f"{self._path.name}.{self._id}")
         descriptor = self._create(own)
         assert descriptor is not None
         own.rename(self._path)
-        time.sleep(_SETTLED_S)
+        time.sleep(_SETTLE_S)
         if self._is_own():
             return descriptor
         os.close(descriptor)
@@ -138,15 +143,15 @@ class _NamedHolder:
         return _facts(_read(self._path) or b"").get("id") == self._id
 
     def _live(self) -> None:
-        """Shows that this process lives; ends it if another one has taken it for dead meanwhile."""
-        while not self._released.wait(_PULSE_S):
-            self._pulse += 1
-            with contextlib.suppress(OSError):  # the next pulse may reach the file again
+        """Sends heartbeats; ends this process if another one has taken over the lock."""
+        while not self._released.wait(_HEARTBEAT_S):
+            self._heartbeats += 1
+            with contextlib.suppress(OSError):  # the next heartbeat may succeed
                 if (found := _read(self._path)) is not None and _facts(found).get("id", self._id) != self._id:
                     other = _facts(found)
                     print(
-                        f"error: {self._path}: this process was silent for more than {_SILENCE_S:g} s, and process "
-                        f"{other.get('pid')} on {other.get('host')} has taken its place; it ends",
+                        f"error: {self._path}: no heartbeat of this process for {_SILENCE_S:g} s, so process "
+                        f"{other.get('pid')} on {other.get('host')} has taken over; exiting",
                         file=sys.stderr, flush=True,
                     )  # fmt: skip
                     os._exit(1)
@@ -165,7 +170,7 @@ class _NamedHolder:
 
 
 def _read(path: Path) -> bytes | None:
-    """What is in the file; None where there is none. Opening it anew shows what other hosts have written."""
+    """Returns the file's content, None if it is missing. Reopening it shows what other hosts have written."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -173,7 +178,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _facts(content: bytes) -> dict[str, Any]:
-    """What a file says of its holder; nothing where it is just being written."""
+    """Parses the holder's facts; returns an empty dict while the file is being written."""
     try:
         facts = json.loads(content.split(b"\n")[0])
     except ValueError:
@@ -186,7 +191,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _place() -> str | None:
-    """Where a process id means the same process: this boot of this host, and container. None where that is unknown."""
+    """Identifies the scope of a process id: this boot of this host and its PID namespace. None if unknown."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -194,7 +199,7 @@ def _place() -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, by the kernel's clock: ids come again. None where it has ended."""
+    """Start time of a process by the kernel's clock, because ids are reused. None if the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
@@ -203,7 +208,7 @@ def _started(pid: int) -> str | None:
 
 
 def _is_here(content: bytes) -> bool:
-    """Whether the holder can be looked up by this process."""
+    """Whether this process can look up the holder's process id."""
     return _place() is not None and _facts(content).get("place") == _place()
 
 

@@ -7,6 +7,7 @@ python -m dynmoe.warmstart RUN OUT model.router.kind=top_p
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 from dynmoe.cli import run_tool
 from dynmoe.config import Config, ModelConfig, load_config
 from dynmoe.errors import UserError
+from dynmoe.routers import ROUTERS, TopP
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,18 +77,19 @@ def warm_start(
     import torch
 
     from dynmoe.model import Decoder
-    from dynmoe.moe.observation import keeping_plans
+    from dynmoe.moe.layer import keeping_plans
     from dynmoe.moe.upcycling import copy_experts, share_rows
-    from dynmoe.train.checkpoint import taken_along
+    from dynmoe.train.checkpoint import model_files
     from dynmoe.trained import begin_run, open_trained
 
     if output.exists():
         raise UserError(f"OUT: {output} exists; name a new directory")
     old = load_config(run / "config.yaml")
     config = _configuration(old, run, output, experts, granularity, overrides)
-    if config.model.router.kind == "top_p" and old.model.moe_layers and experts_per_token is None:
-        experts_per_token = float(old.model.router.k)
-    if experts_per_token is not None and config.model.router.kind != "top_p":
+    fitted = isinstance(config.model.router, TopP)
+    if fitted and old.model.moe_layers and experts_per_token is None:
+        experts_per_token = old.model.router.expected_experts
+    if experts_per_token is not None and not fitted:
         raise UserError(f"--experts-per-token={experts_per_token}: fits p of a top_p router; set it there")
     model = open_trained(run, torch.device("cpu"))
     tokens_BS = _some_text(config, model.tokenizer.sha256)
@@ -101,7 +104,7 @@ def warm_start(
         fit_p(decoder, tokens_BS, experts_per_token)
     with keeping_plans(decoder.moe_layers) as plans:
         loss_before, loss, difference = _compare(model.decoder, decoder, tokens_BS)
-    begin_run(config, decoder, taken_along(run), output)
+    begin_run(config, decoder, model_files(run), output)
     layers, tokens = len(decoder.moe_layers), tokens_BS.numel()
     means = [sum(float(p.routing_map_TE.sum()) for p in plans[layer::layers]) / tokens for layer in range(layers)]
     return WarmStart(config, loss_before, loss, difference, means)
@@ -119,7 +122,7 @@ def _configuration(
             raise UserError(f"--experts={experts}: {run} has experts already; leave it out")
         if (old.model.router.kind, kind) != ("top_k", "top_p"):
             raise UserError(f"model.router.kind={kind}: {old.model.router.kind} becomes no {kind}; top_k becomes top_p")
-        own = [f"model.router.renormalize={str(old.model.router.options.renormalize).lower()}"]
+        own = [f"model.router.renormalize={str(old.model.router.resolved.renormalize).lower()}"]  # type: ignore[attr-defined]
     else:
         own = _of_dense(old.model, run, kind, experts, granularity)
     config = load_config(run / "config.yaml", [*own, *overrides, *place])
@@ -135,11 +138,8 @@ def _of_dense(old: ModelConfig, run: Path, kind: str, experts: int | None, granu
         cure = f"use a divisor of both, and let the slices of {old.ffn_hidden} be multiples of 8 wide"
         raise UserError(f"--granularity={granularity}: cannot slice {experts} experts evenly; {cure}")
     fields = [f"model.moe.experts={experts}", f"model.moe.expert_hidden={old.ffn_hidden // granularity}"]
-    if kind in ("top_k", "top_p", "sigmoid", "expert_threshold", "null_experts"):
-        fields.append("model.router.renormalize=true")
-    if kind in ("top_p", "top_any", "sigmoid"):
-        fields.append(f"model.router.min_experts={granularity}")
-    return fields
+    wanted = ROUTERS[kind]().upcycling_fields(granularity)
+    return fields + [f"model.router.{name}={json.dumps(value)}" for name, value in wanted.items()]
 
 
 def _check_same(old: ModelConfig, new: ModelConfig) -> None:
@@ -196,17 +196,17 @@ def fit_p(decoder: Decoder, tokens_BS: Tensor, experts_per_token: float) -> None
     """Sets p of each top-p layer, from the first to the last, to ``experts_per_token`` in the mean over the tokens."""
     import torch
 
-    from dynmoe.moe.observation import keeping_plans
-    from dynmoe.moe.routers import TopPRouter
+    from dynmoe.moe.layer import keeping_plans
 
     for layer in decoder.moe_layers:
         router = layer.router
-        assert isinstance(router, TopPRouter)
+        assert isinstance(router.spec, TopP)
         with keeping_plans([layer]) as plans, torch.no_grad():
             decoder.hidden(tokens_BS)
         logits_TE = plans[0].logits_TE
         assert logits_TE is not None
-        router.fit(logits_TE, experts_per_token)
+        with torch.no_grad():
+            router.spec.fit(router, logits_TE, experts_per_token)
 
 
 def _compare(old: Decoder, new: Decoder, tokens_BS: Tensor) -> tuple[float, float, float]:

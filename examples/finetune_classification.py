@@ -1,8 +1,8 @@
-"""DynMoE's language case, small: models with a classification head, top-any against top-k, by transformers' Trainer.
+"""DynMoE's language case at small scale: classification with top-any and top-k routers, by transformers' Trainer.
 
 python examples/finetune_classification.py OUT [OUT ...] with exported models (python -m dynmoe.hf export RUN OUT
---own-code). Without any it makes them: a dense model learns source code, becomes one of experts with each router
-(python -m dynmoe.warmstart), and is exported. The task: from which package of Python's library a few lines are.
+--own-code). Without any it makes them: a dense model is trained on source code, converted to experts with each router
+(python -m dynmoe.warmstart), and exported. The task: from which package of Python's library a few lines are.
 """
 
 import argparse
@@ -25,7 +25,9 @@ from transformers import (
 from transformers.utils import logging
 
 PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml")
-LINES, TOKENS, EPOCHS = 12, 96, 2
+LINES = 12
+TOKENS = 96
+EPOCHS = 2
 ROUTERS = {
     "top_k 1": ["model.router.kind=top_k", "model.router.k=1"],
     "top_k 2": ["model.router.kind=top_k", "model.router.k=2"],
@@ -34,14 +36,16 @@ ROUTERS = {
 
 
 def make_models(steps: int) -> list[Path]:
-    """A dense model that learns source code for so many steps, and one of experts with each router, exported."""
+    """Trains a dense model on source code, converts it to experts with each router, and exports the results."""
 
     def call(*command: str) -> None:
         print("python", *command, flush=True)
         subprocess.run([sys.executable, *command], check=True)
 
     runs = Path("runs/finetune")
-    dense, corpus, made = runs / "dense", Path("data/stdlib"), []
+    dense = runs / "dense"
+    corpus = Path("data/stdlib")
+    made = []
     if not (corpus / "manifest.json").exists():
         call("-m", "data_prep", "stdlib", "--out", str(corpus), "--validation-fraction", "0.05")
     if not dense.exists():
@@ -55,7 +59,8 @@ def make_models(steps: int) -> list[Path]:
             *fields,
         )
     for name, fields in ROUTERS.items():
-        run, out = runs / name.replace(" ", "_"), runs / f"{name.replace(' ', '_')}_exported"
+        run = runs / name.replace(" ", "_")
+        out = runs / f"{name.replace(' ', '_')}_exported"
         if not run.exists():
             call("-m", "dynmoe.warmstart", str(dense), str(run), "--experts", "8", *fields)
         if not out.exists():
@@ -65,7 +70,7 @@ def make_models(steps: int) -> list[Path]:
 
 
 def read_passages() -> tuple[list[dict], list[dict]]:
-    """Passages of the packages with their labels, to learn from and to be tested on; a file is in one of the two."""
+    """Labelled passages of the packages for training and for the test; each file is in one of the two."""
     splits: tuple[list[dict], list[dict]] = ([], [])
     for label, package in enumerate(PACKAGES):
         files = sorted((Path(sysconfig.get_paths()["stdlib"]) / package).rglob("*.py"))
@@ -78,8 +83,9 @@ def read_passages() -> tuple[list[dict], list[dict]]:
 
 @torch.no_grad()
 def test(model, batches: DataLoader) -> tuple[float, Tensor]:
-    """Accuracy, and experts of each token in the mean over layers, [all tokens]."""
-    right, experts = [], []
+    """Accuracy, and experts of each token averaged over layers, [all tokens]."""
+    right = []
+    experts = []
     for batch in batches:
         out = model.eval()(**batch, output_router_logits=True)
         right.append(out.logits.argmax(dim=1) == batch["labels"])
@@ -88,7 +94,7 @@ def test(model, batches: DataLoader) -> tuple[float, Tensor]:
 
 
 def finetune(path: Path, splits: tuple[list[dict], list[dict]], seed: int) -> tuple[float, float, Tensor]:
-    """Learns the task; mean loss of the training, accuracy on passages never seen, experts of each of their tokens."""
+    """Fine-tunes a model; returns mean training loss, test accuracy, and experts of each test token."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -112,16 +118,18 @@ def finetune(path: Path, splits: tuple[list[dict], list[dict]], seed: int) -> tu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", type=Path, metavar="OUT", help="exported models; default: makes some")
-    parser.add_argument("--steps", type=int, default=160, help="of the dense model, where models are made")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("models", nargs="*", type=Path, metavar="OUT", help="exported models; default: creates some")
+    parser.add_argument(
+        "--steps", type=int, default=160, help="training steps of the dense model, if models are created"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the fine-tuning")
     given = parser.parse_args()
     logging.set_verbosity_error()
     models = given.models or make_models(given.steps)
     learn, held_out = splits = read_passages()
     shares = torch.bincount(torch.tensor([own["label"] for own in held_out])) / len(held_out)
     print(
-        f"{len(learn)} passages to learn from, {len(held_out)} for the test, {shares.max():.3f} of them of one package"
+        f"{len(learn)} passages for training, {len(held_out)} for the test, {shares.max():.3f} of them of one package"
     )
     for path in models:
         loss, accuracy, experts_T = finetune(path, splits, given.seed)

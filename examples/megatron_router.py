@@ -1,6 +1,6 @@
 """Top-p routing in Megatron-Core's own MoE layer: torchrun --nproc-per-node 2 examples/megatron_router.py
 
-The router is one argument of the layer spec; the rest is a Megatron training as it stands in anybody's tree."""
+The router is one argument of the layer spec; the rest is an ordinary Megatron training script."""
 
 import torch
 import torch.distributed as dist
@@ -13,8 +13,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
-from dynmoe.config.routing import RouterConfig
 from dynmoe.engines.megatron.router import layer_spec, take_figures
+from dynmoe.routers import TopP
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         hidden_dropout=0.0, attention_dropout=0.0, gradient_accumulation_fusion=False, apply_rope_fusion=False,
         finalize_model_grads_func=finalize_model_grads,
     )  # fmt: skip
-    spec = layer_spec(RouterConfig(kind="top_p", p=0.4, balance_loss=1e-2))
+    spec = layer_spec(TopP(p=0.4, balance_loss=1e-2))
     model = GPTModel(config, spec, vocab_size=256, max_sequence_length=32, position_embedding_type="rope").to(device)
     chunk = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
     optimizer = get_megatron_optimizer(OptimizerConfig(lr=3e-3, use_distributed_optimizer=True), [chunk])

@@ -1,6 +1,6 @@
-"""DynMoE's vision case, small: a ViT that reads digits, whose experts come and go while it trains under DeepSpeed.
+"""DynMoE's vision case at small scale: a ViT that reads digits and adds and removes experts under DeepSpeed.
 
-python examples/vit_digits.py, or torchrun --nproc-per-node 2 examples/vit_digits.py with the experts spread over ranks.
+python examples/vit_digits.py, or torchrun --nproc-per-node 2 examples/vit_digits.py to spread the experts over ranks.
 """
 
 import argparse
@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from dynmoe.config import Config, load_config
 from dynmoe.engines.deepspeed import DeepSpeedMoELayer, make_context, start_processes
 from dynmoe.engines.deepspeed_state import OptimizerState
+from dynmoe.engines.runtime import MoERuntime
 from dynmoe.moe import MoEContext
-from dynmoe.moe.control import RoutingControl
 from dynmoe.train.optimizer import parameter_groups
 
-PATCH, CLASSES = 2, 10
+PATCH = 2
+CLASSES = 10
 SETTINGS = [
     "model.layers=4", "model.hidden=64", "model.heads=4", "model.moe.experts=8", "model.moe.active_at_start=4",
-    "model.moe.expert_hidden=64", "model.router.kind=top_any", "model.router.form=improved",
+    "model.moe.expert_hidden=64", "model.router.kind=top_any", "model.router.variant=improved",
     "adaptation.interval=50", "adaptation.window=25", "adaptation.removal_share=0.1", "optimizer.weight_decay=0.05",
 ]  # fmt: skip
 
@@ -35,7 +36,8 @@ class Block(nn.Module):
     def __init__(self, config: Config, layer: int, context: MoEContext) -> None:
         super().__init__()
         hidden = config.model.hidden
-        self.attention_norm, self.ffn_norm = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+        self.attention_norm = nn.LayerNorm(hidden)
+        self.ffn_norm = nn.LayerNorm(hidden)
         self.attention = nn.MultiheadAttention(hidden, config.model.heads, batch_first=True)
         self.moe = DeepSpeedMoELayer(config.model, layer, config.train.seed, context)
 
@@ -46,15 +48,17 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patches of 2 x 2 pixels, blocks, the mean over patches, ten classes."""
+    """Embeds patches of 2 x 2 pixels, applies the blocks, averages over patches, and classifies."""
 
     def __init__(self, config: Config, context: MoEContext) -> None:
         super().__init__()
-        hidden, patches = config.model.hidden, (8 // PATCH) ** 2
+        hidden = config.model.hidden
+        patches = (8 // PATCH) ** 2
         self.embed = nn.Linear(PATCH * PATCH, hidden)
         self.positions = nn.Parameter(torch.randn(patches, hidden) * 0.02)
         self.blocks = nn.Sequential(*(Block(config, layer, context) for layer in range(config.model.layers)))
-        self.norm, self.head = nn.LayerNorm(hidden), nn.Linear(hidden, CLASSES)
+        self.norm = nn.LayerNorm(hidden)
+        self.head = nn.Linear(hidden, CLASSES)
 
     def forward(self, images_B88: Tensor) -> Tensor:
         patches_BPp = F.unfold(images_B88[:, None], PATCH, stride=PATCH).transpose(1, 2)
@@ -62,7 +66,7 @@ class ViT(nn.Module):
 
 
 def shifted(images_B88: Tensor) -> Tensor:
-    """Each image moved by up to one pixel, so that there is more than 1,400 of them."""
+    """Shifts each image by up to one pixel, to augment the 1,400 images."""
     moved = F.pad(images_B88, (1, 1, 1, 1))
     corners = torch.randint(3, (len(moved), 2)).tolist()
     return torch.stack(
@@ -72,12 +76,14 @@ def shifted(images_B88: Tensor) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=128, help="images of one step, over all ranks")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps")
+    parser.add_argument("--batch", type=int, default=128, help="images per step over all ranks")
     given = parser.parse_args()
-    steps, batch = given.steps, given.batch
+    steps = given.steps
+    batch = given.batch
     device = start_processes()
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
+    ranks = dist.get_world_size()
     config = load_config(None, [*SETTINGS, f"train.steps={steps}", f"parallel.expert={ranks}"])
     context = make_context(ranks)
     torch.manual_seed(0)
@@ -89,35 +95,38 @@ def main() -> None:
         model=model, optimizer=adam,
         config={
             "train_micro_batch_size_per_gpu": batch // ranks,
-            # Of a small model's size: a bucket of 2 GB is allocated in every step otherwise.
+            # Buckets that fit a small model: by default each step allocates 2 GB.
             "zero_optimization": {"stage": 1, "reduce_bucket_size": 2**20, "allgather_bucket_size": 2**20},
         },
     )  # fmt: skip
-    control = RoutingControl(config, layers, context, OptimizerState(optimizer, adam), device)
+    named = model.named_parameters()
+    runtime = MoERuntime(config, layers, context, OptimizerState(optimizer, adam), named, device)
 
     digits = load_digits()
-    images, labels = torch.tensor(digits.images, dtype=torch.float32) / 16, torch.tensor(digits.target)
+    images = torch.tensor(digits.images, dtype=torch.float32) / 16
+    labels = torch.tensor(digits.target)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    test, train = order[:360], order[360:]
+    test = order[:360]
+    train = order[360:]
     for step in range(1, steps + 1):
         for group in adam.param_groups:
             group["lr"] = 2e-3 * min(1.0, step / 50, (steps - step + 1) / (0.5 * steps)) * group["lr_factor"]
-        control.begin_step(step)
         chosen = train[torch.randint(len(train), (batch,))][rank::ranks]  # the same draw on every rank
-        loss = F.cross_entropy(engine(shifted(images[chosen]).to(device)), labels[chosen].to(device))
-        engine.backward(loss)
+        with runtime.step(step, loss_scale=1.0):
+            loss = F.cross_entropy(engine(shifted(images[chosen]).to(device)), labels[chosen].to(device))
+            engine.backward(loss)
         engine.step()
-        events = control.end_step(step)
-        rows = [layer.take_routed_rows() for layer in layers]
+        events = runtime.apply_step(step)
+        rows = runtime.report().routed_rows.values()
         if rank == 0 and (step % 100 == 0 or events):
-            used = ", ".join(f"{count * ranks / (batch * 16):.2f}" for count in rows)
+            used = ", ".join(f"{count / (batch * 16):.2f}" for count in rows)
             active = [int(layer.router.active_E.sum()) for layer in layers]
             print(f"step {step}: loss {loss.item():.3f}, experts per token by layer {used}, in use {active}")
     engine.eval()
     with torch.no_grad():
         right = (engine(images[test].to(device)).argmax(dim=1).cpu() == labels[test]).float().mean().item()
     if rank == 0:
-        print(f"test accuracy {right:.4f} on {len(test)} digits that were never seen")
+        print(f"test accuracy {right:.4f} on {len(test)} unseen digits")
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Our layer in somebody's plain PyTorch model: python examples/your_own_layer.py"""
+"""Our layer in a plain PyTorch model: python examples/your_own_layer.py"""
 
 import torch
 from torch import nn
@@ -7,8 +7,7 @@ from dynmoe.config import load_config
 from dynmoe.moe import MoEContext, MoELayer
 
 sizes = ["model.hidden=32", "model.moe.experts=8", "model.moe.expert_hidden=64", "model.router.kind=top_p"]
-context = MoEContext(recording=True)
-layer = MoELayer(load_config(None, sizes).model, layer=0, seed=0, context=context)
+layer = MoELayer(load_config(None, sizes).model, layer=0, seed=0, context=MoEContext())
 model = nn.Sequential(nn.Linear(2, 32), layer, nn.Linear(32, 1))  # the layer's losses travel with its output
 
 torch.manual_seed(0)
@@ -20,6 +19,6 @@ for step in range(401):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    rows, _ = layer.take_routed_rows(), layer.take_statistics()
+    rows = layer.drain().routed_rows
     if step % 100 == 0:
         print(f"step {step}: loss {loss.item():.4f}, {rows / len(x):.2f} experts per token")

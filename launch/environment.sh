@@ -1,4 +1,4 @@
-# Sourced by the other scripts of this folder: which Python, and what every rank should find set. What you set stays.
+# Sourced by the other scripts of this folder: chooses Python and sets each rank's environment. Keeps what you set.
 # shellcheck shell=bash
 
 if [[ -z ${PYTHON:-} ]]; then
@@ -13,24 +13,23 @@ count_numa_nodes() {
     find /sys/devices/system/node -maxdepth 1 -name 'node[0-9]*' 2>/dev/null | wc -l
 }
 
-# Settings of the ranks, for RANKS of them on this node.
+# Sets the environment for RANKS ranks on this node.
 set_environment() { # RANKS
     local cores ranks=$1
     cores=$(nproc)
-    # torch takes every core in every rank otherwise, or one where torchrun chooses.
+    # By default each rank uses all cores, or only one under torchrun.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
-    # A dynamic number of experts gives tensors of another size in every step: segments that can grow keep the
-    # allocator from ending in fragments.
+    # With a dynamic number of experts, tensor sizes change every step: expandable segments avoid fragmentation.
     export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-    # NCCL says why it fails, not only that it did.
+    # Makes NCCL report why it failed.
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
     export PYTHONUNBUFFERED=1
-    # A restart in place would meet the keys of the attempt before in a store that both share ("connectFullMesh ...
-    # Connection refused" on gloo).
+    # In a shared store, a restart in place would read keys of the previous attempt ("connectFullMesh ... Connection
+    # refused" with gloo).
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-    # Lines on the screen begin with the rank they come from.
+    # Prefixes output lines with their rank.
     # shellcheck disable=SC2016
     export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=${TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE:-'[${rank}] '}
-    # The network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) each rank finds out for itself: the one that
-    # reaches the first rank. Hosts name theirs differently. InfiniBand is NCCL's own choice (NCCL_IB_HCA).
+    # Each rank sets its own network interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) to the one that reaches the first
+    # rank, because interface names differ between hosts. NCCL chooses InfiniBand devices itself (NCCL_IB_HCA).
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Whether this installation trains: prepares a little text and takes three steps. Exit status 0 where it does.
+# Checks that this installation trains: prepares a small corpus and takes three steps. Exits with 0 on success.
 #   launch/health.sh [key=value ...]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Installs the project into the Python that `python3` is, in the versions of requirements.lock: what the images run.
-#   launch/install.sh [options of pip for torch, such as --index-url URL]
-# What is there already stays, above all a torch that was built for the machine; one that the project was not tested with
-# is refused, and not replaced.
+# Installs the project into `python3` with the versions of requirements.lock, as the images do.
+#   launch/install.sh [pip options for torch, such as --index-url URL]
+# Keeps installed packages, in particular a torch built for the machine. A torch version that the project was not tested
+# with is refused, not replaced.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 constraints=$(mktemp)
@@ -23,9 +23,9 @@ if "torch" in present:
     print(f"torch=={present['torch']}")
 PYTHON
 
-# An image may have constraints of its own, which are about packages that it brings and that stay.
+# Ignores an image's own constraints: they are about its installed packages, which are kept anyway.
 export PIP_CONSTRAINT='' PIP_NO_CACHE_DIR=1
-# Torch first, so that no other package draws in another build of it.
+# Torch first, so that no other package pulls in a different build.
 python3 -c 'import torch' 2>/dev/null || python3 -m pip install "$@" --constraint "$constraints" torch
 python3 -m pip install --constraint "$constraints" packaging
 python3 - <<'PYTHON'
@@ -38,6 +38,6 @@ from packaging.requirements import Requirement
 needs = map(Requirement, tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"])
 wanted = next(need.specifier for need in needs if need.name == "torch")
 if not wanted.contains(version("torch"), prereleases=True):
-    sys.exit(f"error: torch {version('torch')} is installed, and {wanted} is what the project was tested with; use another image")
+    sys.exit(f"error: torch {version('torch')} is installed, but the project was tested with {wanted}; use another image")
 PYTHON
 python3 -m pip install --constraint "$constraints" --editable .

@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def summary() -> list[str]:
-    """Lines that are printed after all tests."""
+    """Collects lines that are printed after all tests."""
     return _SUMMARY
 
 
@@ -68,7 +68,7 @@ def four_ranks() -> Iterator[WorkerPool]:
 
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small corpus of made-up text, prepared by data_prep."""
+    """A small corpus of generated text, prepared by data_prep."""
     from data_prep.build import build
     from data_prep.recipe import Recipe
     from tests.texts import write_texts
@@ -81,7 +81,7 @@ def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Directory and output of a finished run of train.py on two ranks; copy it before you change it."""
+    """Directory and output of a finished run of train.py on two ranks; must not be modified."""
     from tests.train.cases import TrainingProcess
 
     runs = tmp_path_factory.mktemp("undisturbed") / "runs"
@@ -92,7 +92,7 @@ def undisturbed(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> t
 
 @pytest.fixture(scope="session")
 def away_from_the_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Code that travels with weights is copied below HF_HOME: not into the user's; and nothing is asked of the hub."""
+    """Sets a temporary HF_HOME, into which code of models is copied, and disables access to the hub."""
     from transformers import dynamic_module_utils
 
     with pytest.MonkeyPatch.context() as patch:

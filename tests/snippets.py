@@ -20,10 +20,10 @@ import pytest
 from markdown_it import MarkdownIt
 from torch.distributed.run import get_args_parser
 
-from bench.processes import ROOT
 from dynmoe.__main__ import VERBS
 from dynmoe.config import Config, describe_fields, load_config
 from dynmoe.plan.speed import Hardware
+from harness.processes import ROOT
 
 # The log is left out: it is history, and what it names was there then.
 _DOCS = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "log.md"]

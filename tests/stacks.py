@@ -17,8 +17,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from xml.etree import ElementTree
 
-from bench.processes import CPU, ROOT
 from dynmoe.errors import UserError
+from harness.processes import CPU, ROOT
 from tests.pages import rows, write
 
 # The folders of tests that meet what differs between versions.

@@ -1,4 +1,4 @@
-"""The benchmarks run and write what they promise; what they measure is no test's business."""
+"""The benchmarks run and write their rows and pages; tests do not check the measurements."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from matplotlib import pyplot
 
 from bench import end_to_end
 from bench.__main__ import main
-from bench.cases import DTYPES, Method, Shape, spread_plan
+from bench.cases import DTYPES, Method
 from bench.layer import check
-from bench.processes import CPU
-from bench.timing import Passes, interleave, median_ratio, peak_bytes, saved_bytes
+from bench.timing import Passes, interleave, median_ratio, saved_bytes
+from harness.memory import peak_bytes
+from harness.plans import Shape, spread_plan
+from harness.processes import CPU
 
 
 def run_benchmark(folder: Path, *arguments: str) -> tuple[list[dict[str, Any]], str]:
@@ -69,7 +71,7 @@ def test_the_layer_against_the_dense_floor_and_its_peers(one_rank):
     assert verdicts[0].startswith("bf16, K̄ 2")
 
 
-def test_a_method_with_another_output_is_not_timed():
+def test_a_method_with_a_different_output_is_not_timed():
     layer = torch.nn.Linear(4, 4)
     for wrong in (lambda x: 1.01 * layer(x), lambda x: layer(x).detach() + 1.01 * (layer(x) - layer(x).detach())):
         with pytest.raises(SystemExit, match=r"fp32: wrong differs from right by .*; no timings"):
@@ -104,7 +106,7 @@ def test_a_benchmark_gives_its_rows(one_rank, name, arguments, rows_expected):
     assert all(math.isfinite(value) for value in figures)
 
 
-def test_plans_have_the_load_that_was_asked_for():
+def test_plans_have_the_requested_load():
     plan = spread_plan(Shape(tokens=64, experts=8), 2.5, imbalance=3.0)
     load_E = plan.tokens_per_expert_E
     assert load_E.sum() == 160
@@ -115,7 +117,7 @@ def test_plans_have_the_load_that_was_asked_for():
 
 
 @pytest.mark.slow  # what one layer sends is tested to the byte in tests/moe
-def test_bytes_on_the_wire_are_those_of_one_row_per_token_and_rank(tmp_path):
+def test_sent_bytes_are_those_of_one_row_per_token_and_rank(tmp_path):
     small = ["--tokens", "32", "--hidden", "256", "--experts", "4", "--mean-k", "2", "--ranks", "1", "2"]
     rows, said = run_benchmark(tmp_path, "wire", *small)
     alone, spread = rows
@@ -126,7 +128,7 @@ def test_bytes_on_the_wire_are_those_of_one_row_per_token_and_rank(tmp_path):
 
 
 @pytest.mark.slow  # the counts themselves are tested in tests/engines
-def test_the_counts_of_a_step_are_told_for_each_layout(tmp_path):
+def test_the_counts_of_a_step_are_reported_for_each_layout(tmp_path):
     rows, said = run_benchmark(tmp_path, "collectives", "--layers", "2", "4")
     assert len(rows) == 3 * 2 * 2
     assert all(row["collectives, ours"] > 0 < row["collectives, engine"] for row in rows)
@@ -146,7 +148,7 @@ def test_whole_steps_of_both_engines_and_of_deepspeeds_own_layer(tmp_path, corpu
         assert row["loss_at_end"] == pytest.approx(rows[0]["loss_at_end"], rel=0.2)
 
 
-def test_the_page_holds_what_was_measured_and_what_was_asked_for(tmp_path, monkeypatch):
+def test_the_page_has_measurements_and_targets(tmp_path, monkeypatch):
     rows = [{"dtype": "fp32", "experts": e, "mean_k": 2.0, "forward": 0.02, "both": 0.031} for e in (16, 64)]
     document = {"machine": "a machine", "torch": "2.0", "rows": rows}
     (tmp_path / "router.json").write_text(json.dumps(document))
@@ -154,11 +156,11 @@ def test_the_page_holds_what_was_measured_and_what_was_asked_for(tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["bench", "all", "--only", "--page", str(page), "--figures", str(tmp_path)])
     main()
     text = page.read_text()
-    assert "## Benchmark 9: the router alone" in text
+    assert "## Benchmark 9: the router with its auxiliary losses" in text
     assert "On: a machine; torch 2.0." in text
     assert "dtype fp32, mean k 2.000, forward 0.020, both 0.031." in text  # the same in every row
     assert "| experts |" in text
-    assert "- fp32, E 16: share of the layer: 0.031, at most 0.03 asked: missed by 0.001" in text
+    assert "- fp32, E 16: share of the layer: 0.031, target at most 0.03: missed by 0.001" in text
     assert "Benchmark 1" not in text
 
 
@@ -190,7 +192,8 @@ def test_methods_take_turns_and_ratios_are_of_the_same_turn():
     assert median_ratio(times["ours"], times["floor"], "both") == pytest.approx(9 / 5)
 
 
-def test_saved_and_peak_bytes_of_a_case_that_is_known():
-    layer, x = torch.nn.Linear(16, 16), torch.randn(64, 16, requires_grad=True)
+def test_saved_and_peak_bytes_of_a_known_case():
+    layer = torch.nn.Linear(16, 16)
+    x = torch.randn(64, 16, requires_grad=True)
     assert saved_bytes(lambda: layer(x).exp(), layer) == 2 * 64 * 16 * 4  # the input, and exp's own output
     assert peak_bytes(lambda: torch.empty(1000).fill_(0)) == 4000

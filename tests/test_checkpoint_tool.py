@@ -1,4 +1,4 @@
-"""python -m dynmoe.checkpoint: what it says of a run's checkpoints, and what it removes."""
+"""The output and the removals of python -m dynmoe.checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dynmoe.train.run_directory import RunDirectory
 
 @pytest.fixture
 def run(undisturbed, tmp_path) -> Path:
-    """Checkpoints of steps 10 to 40 in name, of which 30 and 40 are sound, and what faults leave."""
+    """A run whose checkpoints 30 and 40 are valid and 10 and 20 are not, with the leftovers of faults."""
     run = tmp_path / "tiny"
     shutil.copytree(undisturbed[0], run)
     root = run / "checkpoints"
@@ -30,7 +30,7 @@ def command(monkeypatch, *arguments: str) -> None:
     checkpoint.main()
 
 
-def test_list_has_every_directory(run, monkeypatch, capsys):
+def test_list_shows_every_directory(run, monkeypatch, capsys):
     command(monkeypatch, "list", str(run))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [
@@ -38,34 +38,34 @@ def test_list_has_every_directory(run, monkeypatch, capsys):
         "step_00000050.tmp-abc",
     ]  # fmt: skip
     assert "2 rank(s)" in lines[0]
-    assert "not a checkpoint" in lines[2], "its manifest is another one's"
-    assert "put aside as damaged" in lines[4]
-    assert "left over" in lines[5]
+    assert "not a checkpoint" in lines[2], "its manifest belongs to another checkpoint"
+    assert "quarantined as corrupt" in lines[4]
+    assert "leftover of an interrupted" in lines[5]
 
 
-def test_verify_names_what_is_damaged_and_fails(run, monkeypatch, capsys):
+def test_verify_names_corrupt_files_and_fails(run, monkeypatch, capsys):
     command(monkeypatch, "verify", str(run), "--step", "40")
-    assert capsys.readouterr().out == "step_00000040: sound\n"
+    assert capsys.readouterr().out == "step_00000040: valid\n"
     (run / "checkpoints" / "step_00000040" / "dense.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="step_00000040, step_00000020, step_00000010 cannot be read"):
+    with pytest.raises(UserError, match="step_00000040, step_00000020, step_00000010 cannot be loaded"):
         command(monkeypatch, "verify", str(run))
     said = capsys.readouterr().out
     assert "step_00000040: dense.safetensors is damaged" in said
-    assert "step_00000030: sound" in said
+    assert "step_00000030: valid" in said
 
 
-def test_show_tells_of_one(run):
+def test_show_gives_manifest_and_progress_of_one_checkpoint(run):
     shown = checkpoint.show(run / "checkpoints")
     assert (shown["step"], shown["ranks"], shown["engine"]) == (40, 2, "deepspeed")
     assert shown["progress"]["samples"] == 160
     assert checkpoint.show(run / "checkpoints", 30)["progress"]["step"] == 30
     with pytest.raises(UserError, match="no checkpoint of step 31"):
         checkpoint.show(run / "checkpoints", 31)
-    with pytest.raises(UserError, match="look at another one"):
+    with pytest.raises(UserError, match="choose another one"):
         checkpoint.show(run / "checkpoints", 20)
 
 
-def test_prune_keeps_the_newest_and_milestones(run, monkeypatch, capsys):
+def test_prune_keeps_the_latest_checkpoints_and_milestones(run, monkeypatch, capsys):
     root = run / "checkpoints"
     before = sorted(path.name for path in root.iterdir())
     command(monkeypatch, "prune", str(run), "--keep", "1", "--milestones", "20", "--dry-run")
@@ -75,7 +75,7 @@ def test_prune_keeps_the_newest_and_milestones(run, monkeypatch, capsys):
     assert sorted(path.name for path in root.iterdir()) == ["step_00000020", "step_00000040"]
 
 
-def test_prune_removes_nothing_that_may_be_needed(run):
+def test_prune_removes_nothing_while_a_job_trains_or_a_kept_checkpoint_is_corrupt(run):
     root = run / "checkpoints"
     before = sorted(path.name for path in root.iterdir())
     holder = RunDirectory(run)
@@ -89,8 +89,8 @@ def test_prune_removes_nothing_that_may_be_needed(run):
     assert sorted(path.name for path in root.iterdir()) == before
 
 
-def test_a_directory_without_checkpoints_is_named(tmp_path, monkeypatch):
+def test_a_directory_without_checkpoints_is_refused_by_name(tmp_path, monkeypatch):
     for action in ("list", "verify", "show", "prune"):
-        with pytest.raises(UserError, match="no checkpoint; name the directory of a run"):
+        with pytest.raises(UserError, match="no checkpoint; name a run directory that has one"):
             command(monkeypatch, action, str(tmp_path))
-    assert list(tmp_path.iterdir()) == [], "nothing was made there"
+    assert list(tmp_path.iterdir()) == [], "no file was created"

@@ -1,4 +1,4 @@
-"""Removed experts leave the checkpoint; what the model says stays the same."""
+"""Compaction removes inactive experts from a checkpoint without changing the logits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.train.cases import TrainingProcess, read_rows
 
 @pytest.fixture(scope="module")
 def adapted(corpus_dir, tmp_path_factory) -> Path:
-    """A short run whose experts were thinned out and never filled up again."""
+    """A short run in which adaptation removed experts and added none."""
     runs = tmp_path_factory.mktemp("adapted") / "runs"
     process = TrainingProcess(
         corpus_dir, runs, "train.steps=8", "model.moe.experts=6", "model.moe.active_at_start=5",
@@ -31,14 +31,14 @@ def adapted(corpus_dir, tmp_path_factory) -> Path:
 
 
 def logits_of(run: str, vocab_size: int) -> dict[str, torch.Tensor]:
-    """On one rank of a pool: logits of the newest checkpoint, its state, and two more steps of training."""
+    """Logits and state of the latest checkpoint, and results of two further training steps, on a rank of a pool."""
     from dynmoe.data.batches import Batch
     from dynmoe.engines.deepspeed import DeepSpeedEngine
-    from dynmoe.train.checkpoint import newest_sound
+    from dynmoe.train.checkpoint import latest_valid
 
     config = load_config(f"{run}/config.yaml", ["parallel.expert=1", "adaptation.interval=0"])
     engine = DeepSpeedEngine(config, vocab_size)
-    engine.load(newest_sound(Path(run) / "checkpoints").path)
+    engine.load(latest_valid(Path(run) / "checkpoints").path)
     tokens = torch.arange(96).view(2, 48) % vocab_size
     before = engine.logits(tokens).clone()
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
@@ -49,7 +49,9 @@ def logits_of(run: str, vocab_size: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("multiple", [1, 2])
-def test_fewer_parameters_and_the_same_logits_now_and_after_more_training(one_rank, adapted, tmp_path, multiple):
+def test_compacted_run_has_fewer_parameters_and_the_same_logits_before_and_after_training(
+    one_rank, adapted, tmp_path, multiple
+):
     config, kept = compact(adapted, tmp_path / "small", multiple)
     assert load_config(tmp_path / "small" / "config.yaml") == config
     assert config.model.moe.experts_by_layer == [len(slots) for slots in kept.values()]
@@ -69,7 +71,7 @@ def test_fewer_parameters_and_the_same_logits_now_and_after_more_training(one_ra
 
 
 @pytest.mark.slow
-def test_the_new_run_can_be_trained_on(adapted, corpus_dir, tmp_path):
+def test_training_resumes_in_the_compacted_run(adapted, corpus_dir, tmp_path):
     compact(adapted, tmp_path / "runs" / "tiny")
     counts = load_config(tmp_path / "runs" / "tiny" / "config.yaml").model.moe.experts_by_layer
     process = TrainingProcess(
@@ -83,7 +85,7 @@ def test_the_new_run_can_be_trained_on(adapted, corpus_dir, tmp_path):
     assert f"of {min(counts)}" in process.output()
 
 
-def test_what_cannot_be_compacted_is_named(adapted, tmp_path):
+def test_runs_that_cannot_be_compacted_are_refused_with_the_reason(adapted, tmp_path):
     with pytest.raises(UserError, match="exists; name a new directory"):
         compact(adapted, adapted)
     with pytest.raises(UserError, match="nothing to remove"):
@@ -91,13 +93,13 @@ def test_what_cannot_be_compacted_is_named(adapted, tmp_path):
     shutil.copytree(adapted, tmp_path / "broken")
     for shard in (tmp_path / "broken" / "checkpoints").glob("*/dense.safetensors"):
         shard.write_bytes(b"")
-    with pytest.raises(UserError, match="no undamaged checkpoint"):
+    with pytest.raises(UserError, match="no valid checkpoint"):
         compact(tmp_path / "broken", tmp_path / "small")
     with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
         compact(tmp_path / "nowhere", tmp_path / "small")
 
 
-def test_slots_to_keep_by_hand():
+def test_slots_to_keep_equal_examples_worked_out_by_hand():
     active = [False, True, False, True, True, False]
     assert slots_to_keep(active, 1) == [1, 3, 4]
     assert slots_to_keep(active, 2) == [0, 1, 3, 4]
@@ -112,5 +114,5 @@ def test_the_command_lists_its_verbs_and_names_an_unknown_one(capsys, monkeypatc
     shown = capsys.readouterr().out
     assert all(verb in shown for verb in VERBS)
     monkeypatch.setattr("sys.argv", ["dynmoe", "shrink"])
-    with pytest.raises(UserError, match="dynmoe shrink: no such verb; use one of checkpoint, "):
+    with pytest.raises(UserError, match="dynmoe shrink: unknown verb; use one of checkpoint, "):
         main()

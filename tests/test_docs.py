@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
-import textwrap
 from typing import Any
 
 import pandas
 import pytest
 import torch
 
-from bench.processes import ROOT
-from dynmoe.config import load_config
+from dynmoe.__main__ import VERBS
+from dynmoe.config import describe_fields
 from dynmoe.errors import UserError
-from dynmoe.moe import MoEContext
-from dynmoe.moe.routers import make_router, softmax
-from dynmoe.routing import sigmoid_cutoff
-from dynmoe.routing.selection import threshold_plan
+from harness.processes import ROOT
 from tests.snippets import Shell, Snippet, blocks, check_block, check_inline, inline_code
 from tests.train.cases import read_rows
 
@@ -25,14 +22,17 @@ from tests.train.cases import read_rows
 SHOWN = {
     "Trained a 4-layer decoder": "what make quickstart prints after minutes",
     "runs/quickstart, step 120": "the table of a run's scores",
-    "errors → config": "a picture of what tests/test_layering.py checks",
+    "errors → fields": "a picture of what tests/test_layering.py checks",
     "import os\nfrom operator": "what tests/served/test_counts.py runs, where vLLM is",
 }
 # Snippets with a test of their own below, by how they begin.
-EXPORT, MEGATRON = "from transformers import AutoModelForCausalLM", "from dynmoe.config.routing import RouterConfig"
-SIGMOID, NULL_EXPERTS = "scores_TE = torch.sigmoid(", "class SlotRouter(LogitRouter):"
+EXPORT, MEGATRON = (
+    "from transformers import AutoModelForCausalLM",
+    "from dynmoe.engines.megatron.router import layer_spec",
+)
+ROUTER, LOSS = "from typing import TYPE_CHECKING, Any", "from typing import TYPE_CHECKING\n"
 HISTOGRAMS, TREE, TRACES = '{"train/step"', "train.py            ", "pandas.read_parquet("
-APART = (EXPORT, MEGATRON, SIGMOID, NULL_EXPERTS, HISTOGRAMS, TREE)
+APART = (EXPORT, MEGATRON, ROUTER, LOSS, HISTOGRAMS, TREE)
 BLOCKS = blocks()
 FAULTS = (AssertionError, UserError, ModuleNotFoundError)
 
@@ -103,9 +103,45 @@ def test_the_tree_names_what_there_is():
     lines = [line for line in block(TREE).splitlines() if not line.startswith(" ")]
     assert [line for line in lines if not (ROOT / line.split()[0]).exists()] == []
     shown = {line.split()[0] for line in lines}
-    pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
-    packages = {f"dynmoe/{path.parent.name}/" for path in (ROOT / "dynmoe").glob("*/__init__.py")}
-    assert pages | packages <= shown
+    assert {f"dynmoe/{path.parent.name}/" for path in (ROOT / "dynmoe").glob("*/__init__.py")} <= shown
+
+
+@pytest.fixture(scope="module")
+def generated() -> dict[str, str]:
+    """The pages that the site generates."""
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None and spec.loader is not None  # noqa: PT018
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    return hooks.pages()
+
+
+def test_the_navigation_has_every_page_once(generated):
+    text = (ROOT / "mkdocs.yml").read_text()
+    listed = re.findall(r"^ +- [^:]+: (\S+\.md)$", text[text.index("\nnav:") :], re.MULTILINE)
+    assert sorted(listed) == sorted([*generated, *(path.name for path in (ROOT / "docs").glob("*.md"))])
+
+
+def test_the_reference_has_every_field_and_command(generated):
+    page = generated["reference/configuration.md"]
+    assert [name for name, *_ in describe_fields() if f"| `{name}` |" not in page] == []
+    page = generated["reference/commands.md"]
+    assert [verb for verb in VERBS if f"## dynmoe.{verb}\n" not in page] == []
+    assert "usage: python -m dynmoe.hf export" in page
+
+
+def test_the_api_reference_names_modules_that_exist(generated):
+    for name in ("routing", "moe", "training"):
+        modules = re.findall(r"^::: (\S+)$", generated[f"reference/{name}.md"], re.MULTILINE)
+        assert len(modules) > 4
+        assert [module for module in modules if importlib.util.find_spec(module) is None] == []
+
+
+def test_home_is_a_short_readme_whose_links_work_in_the_site(generated):
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+    links = re.findall(r"\]\(([^)#]+)", generated["index.md"])
+    pages = {*generated, *(str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*"))}
+    assert [link for link in links if not link.startswith("https://") and link not in pages] == []
 
 
 def test_the_line_of_histograms_is_like_a_runs(undisturbed):
@@ -131,28 +167,10 @@ def test_traces_are_read_as_shown(undisturbed):
     assert {"step", "layer", "sample", "position", "token", "experts", "gates"} <= set(frame.columns)
 
 
-def test_all_of_sigmoid_is_sigmoid():
-    names = {"torch": torch, "threshold_plan": threshold_plan}
-    arguments = "logits_TE, cutoff, renormalize, min_experts, max_experts"
-    exec(f"def shown({arguments}):\n{textwrap.indent(block(SIGMOID), '    ')}", names)
-    logits_TE = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
-    for limits in ((False, 0, None), (True, 2, 3)):
-        plan = names["shown"](logits_TE, 0.6, *limits)
-        real = sigmoid_cutoff(logits_TE, 0.6, renormalize=limits[0], min_experts=limits[1], max_experts=limits[2])
-        assert torch.equal(plan.routing_map_TE, real.routing_map_TE)
-        assert torch.equal(plan.gates_TE, real.gates_TE)
-        assert torch.equal(plan.unclaimed_T, real.unclaimed_T)
-
-
-def test_all_of_null_experts_routes_as_they_do():
-    names = dict(vars(softmax))
-    exec(block(NULL_EXPERTS), names)
-    model = load_config(None, ["model.router.kind=null_experts", "model.router.k=3", "model.hidden=32"]).model
-    real = make_router(model, 16, 0, "router", MoEContext())
-    shown = names["NullExpertRouter"](model, 16, 0, "router", MoEContext())
-    x_TD = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(shown.route(x_TD).gates_TE, real.route(x_TD).gates_TE)
-    assert (shown.figure, float(shown.control)) == (real.figure, 3.0)
+def test_the_router_and_the_loss_that_are_shown_are_those_that_are_tested():
+    for beginning, path in ((ROUTER, "relative_router.py"), (LOSS, "spread_loss.py")):
+        text = (ROOT / "tests" / path).read_text().replace("from tests.spread_loss", "from dynmoe.routers.spread")
+        assert block(beginning).strip() == text[text.index("from typing import") :].strip()
 
 
 def train_as_shown(text: str) -> dict[int, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""The matrix of docs/reliability.md and the tests of its rows name each other."""
+"""The fault matrix in docs/reliability.md lists exactly the test files of each row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROWS = [f"F{number}" for number in range(1, 29)]
 
 
 def files_by_row() -> dict[str, set[str]]:
-    """Of each row the files with tests of its name."""
+    """The test files of each row of the matrix."""
     found: dict[str, set[str]] = {row: set() for row in ROWS}
     for path in (ROOT / "tests").rglob("test_*.py"):
         for number in re.findall(r"^def test_f(\d\d)_", path.read_text(), re.MULTILINE):

@@ -1,4 +1,4 @@
-"""Texts that a run's model writes, and the experts that their tokens used."""
+"""Generated texts, and the experts of their tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def model(run):
 
 
 def continued(model, prompt: str, num_tokens: int) -> list[int]:
-    """Tokens by one whole pass for each."""
+    """Tokens from a full forward pass for each."""
     tokens = [model.tokenizer.eod, *model.tokenizer.encode(prompt)]
     for _ in range(num_tokens):
         logits, _ = run_decoder(model.decoder, torch.tensor([tokens]))
@@ -39,7 +39,7 @@ def continued(model, prompt: str, num_tokens: int) -> list[int]:
     return tokens
 
 
-def test_a_text_is_streamed_as_it_is_written(model):
+def test_a_text_is_streamed_while_it_is_sampled(model):
     tokens = continued(model, PROMPTS[0], 12)
     parts = list(stream(model, PROMPTS[0], generate(model, PROMPTS[:1], 12, GREEDY)))
     assert parts[0] == PROMPTS[0]
@@ -48,7 +48,7 @@ def test_a_text_is_streamed_as_it_is_written(model):
     assert "".join(parts) == whole.rstrip("\ufffd")
 
 
-def test_texts_that_are_continued_together_are_those_of_each_alone(model):
+def test_a_batch_of_texts_is_continued_like_each_text_alone(model):
     steps = list(generate(model, PROMPTS, 10, GREEDY))
     for place, prompt in enumerate(PROMPTS):
         drawn = [step.tokens[place] for step in steps]
@@ -58,7 +58,7 @@ def test_texts_that_are_continued_together_are_those_of_each_alone(model):
             assert set(drawn[drawn.index(None) :]) == {None}, "a text goes on after its end"
 
 
-def test_experts_of_each_token_are_those_of_a_whole_pass(model):
+def test_experts_of_each_token_are_those_of_one_forward_pass_over_the_text(model):
     tokens = continued(model, PROMPTS[0], 12)
     _, maps = run_decoder(model.decoder, torch.tensor([tokens]))
     mean = torch.stack([routed[0].sum(dim=-1) for routed in maps]).float().mean(dim=0)
@@ -70,14 +70,14 @@ def test_experts_of_each_token_are_those_of_a_whole_pass(model):
     assert len(set(shown)) > 1, "nothing is dynamic here"
 
 
-def test_experts_stand_behind_whole_characters(model):
+def test_experts_are_printed_after_complete_characters(model):
     prompt = "a\U0001f600\u6c49b"
     parts = stream_with_experts(model, prompt, generate(model, [prompt], 1, GREEDY))
     shown = "".join(parts)
     assert re.match(r"a\[\d\.\d\d\]\U0001f600(\[\d\.\d\d\]){4}\u6c49(\[\d\.\d\d\]){3}b\[\d\.\d\d\]", shown), shown
 
 
-def test_characters_of_several_tokens_wait_until_they_are_whole(model):
+def test_characters_of_several_tokens_are_printed_when_complete(model):
     text = _Text(model, "")
     shown = []
     for token in model.tokenizer.encode("a\U0001f600\u6c49b"):
@@ -93,7 +93,7 @@ def call(monkeypatch, *arguments: str) -> None:
     main()
 
 
-def test_the_command(run, monkeypatch, capsys, tmp_path):
+def test_the_command_continues_one_or_several_prompts(run, monkeypatch, capsys, tmp_path):
     call(monkeypatch, str(run), "--prompt", "the quick", "--tokens", "5", "--device", "cpu")
     first = capsys.readouterr().out
     assert first.startswith("the quick")
@@ -109,17 +109,17 @@ def test_the_command(run, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--tokens", "64"], "--tokens=64: with a prompt of 1 is more than the 64 of data.sequence_length"),
-        (["--tokens", "0"], "--tokens=0: is less than 1"),
-        (["--temperature", "-1"], "--temperature=-1.0: is less than 0"),
+        (["--tokens", "64"], "--tokens=64: with a prompt of 1 tokens exceeds data.sequence_length (64)"),
+        (["--tokens", "0"], "--tokens=0: is out of range; use 1 to"),
+        (["--temperature", "-1"], "--temperature=-1.0: is out of range; use 0.0 to"),
         (["--temperature", "nan"], "--temperature=nan"),
-        (["--top-k", "-1"], "--top-k=-1: is less than 0"),
-        (["--top-p", "1.5"], "--top-p=1.5: is no share"),
-        (["--prompt", "a", "--prompt", "b", "--show-experts"], "--show-experts: shows one text, and there are 2"),
+        (["--top-k", "-1"], "--top-k=-1: is out of range; use 0 to"),
+        (["--top-p", "1.5"], "--top-p=1.5: is out of range; use a number above 0"),
+        (["--prompt", "a", "--prompt", "b", "--show-experts"], "--show-experts: supports one prompt, but 2 are given"),
         (["--file", "nowhere.txt"], "--file: nowhere.txt cannot be read"),
     ],
 )
-def test_what_means_nothing_is_refused(run, monkeypatch, arguments, words):
+def test_options_out_of_range_are_refused(run, monkeypatch, arguments, words):
     with pytest.raises(UserError, match=re.escape(words)):
         call(monkeypatch, str(run), *arguments)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.cases import Shape, spread_plan
-from dynmoe.moe import MoEContext, MoELayer
+from dynmoe.moe import MoEContext, MoELayer, StepState
 from dynmoe.moe.trace import RoutingTrace
 from dynmoe.ops import pick_backend, routed_experts
+from harness.plans import Shape, spread_plan
 from tests.moe.cases import HIDDEN, ROUTERS, run_layer, spread_router, tiny_model
 from tests.ops.test_routed_experts import with_gradients
 
@@ -27,7 +27,9 @@ def test_the_layer_in_bf16_agrees_with_fp32_on_the_cpu(kind, tokens):
     x, upstream = torch.randn(tokens, HIDDEN).bfloat16(), torch.randn(tokens, HIDDEN).bfloat16()
     results = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
-        layer = MoELayer(tiny_model(*ROUTERS[kind], "model.hidden=16"), 0, 0, MoEContext(recording=True))
+        layer = MoELayer(
+            tiny_model(*ROUTERS[kind], "model.hidden=16"), 0, 0, MoEContext(step=StepState(recording=True))
+        )
         spread_router(layer)
         layer.bfloat16().to(device, dtype)  # the same rounded weights on both
         results.append(run_layer(layer, x.to(device, dtype), upstream.to(device, dtype)))
@@ -62,7 +64,12 @@ def test_our_kernels_agree_with_a_loop_at_sizes_of_many_tiles(dtype, experts):
 
 
 def bounded_layer() -> tuple[MoELayer, torch.Tensor]:
-    model = tiny_model("model.hidden=64", "model.router.kind=top_p", "model.moe.ceiling=3", "model.moe.at_ceiling=drop")
+    model = tiny_model(
+        "model.hidden=64",
+        "model.router.kind=top_p",
+        "model.moe.max_mean_experts_per_token=3",
+        "model.moe.on_overflow=drop",
+    )
     layer = MoELayer(model, 0, 0, MoEContext()).to("cuda", torch.bfloat16)
     spread_router(layer)
     return layer, torch.randn(256, 64, device="cuda", dtype=torch.bfloat16)
@@ -82,7 +89,7 @@ def test_a_training_pass_with_a_ceiling_never_waits_for_the_gpu():
 def test_a_traced_pass_never_waits_for_the_gpu():
     trace = RoutingTrace()
     model = tiny_model("model.hidden=64", "model.router.kind=top_k", "model.router.k=2")
-    layer = MoELayer(model, 0, 0, MoEContext(trace=trace)).to("cuda", torch.bfloat16)
+    layer = MoELayer(model, 0, 0, MoEContext(step=StepState(trace=trace))).to("cuda", torch.bfloat16)
     x = torch.randn(256, 64, device="cuda", dtype=torch.bfloat16)
     layer(x)  # compiles
     torch.cuda.synchronize()
@@ -141,9 +148,9 @@ def stock_moe(dispatcher: str) -> torch.nn.Module:
     from megatron.core.transformer.spec_utils import build_module
 
     from dynmoe.config.parallel import ParallelConfig
-    from dynmoe.config.routing import RouterConfig
     from dynmoe.engines.megatron.groups import make_groups, start_processes
     from dynmoe.engines.megatron.router import layer_spec
+    from dynmoe.routers import TopP
 
     start_processes()
     make_groups(ParallelConfig(), seed=1)
@@ -154,7 +161,7 @@ def stock_moe(dispatcher: str) -> torch.nn.Module:
         moe_token_dispatcher_type=dispatcher, moe_flex_dispatcher_backend="hybridep", bf16=True,
         params_dtype=torch.bfloat16,
     )  # fmt: skip
-    layer = build_module(layer_spec(RouterConfig(kind="top_p", p=0.5)), config=config, layer_number=1)
+    layer = build_module(layer_spec(TopP(p=0.5)), config=config, layer_number=1)
     return layer.mlp.cuda()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ ROOT = Path(__file__).parent.parent
 # From the ground up; packages on one line do not know each other.
 LAYERS = [
     {"errors", "launched", "lock"},
-    {"config", "routing"},
+    {"fields", "routing"},
+    {"routers"},
+    {"config"},
     {"ops"},
     {"moe"},
     {"model", "data"},
@@ -32,6 +35,7 @@ OWNERS = {
     "transformers": "dynmoe/hf/",
     "wandb": ("dynmoe/train/wandb_", "dynmoe/report/dashboard.py"),
 }
+OUTSIDE = ("data_prep", "bench", "harness", "tests", "train")  # what dynmoe does not import
 MODULES = sorted(path for folder in ("dynmoe", "data_prep") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -63,7 +67,33 @@ def test_imports_point_down(path):
             assert LEVEL[package(module)] < LEVEL[own], f"{relative} imports {module}"
         if top in OWNERS:
             assert relative.as_posix().startswith(OWNERS[top]), f"{relative} imports {module}"
-        assert top not in ("data_prep", "bench", "tests", "train") or relative.parts[0] == top, f"{relative}: {module}"
+        assert top not in OUTSIDE or relative.parts[0] == top, f"{relative}: {module}"
+
+
+@pytest.mark.parametrize(("folder", "others"), [
+    ("tests", {"bench"}), ("bench", {"tests"}), ("harness", {"bench", "tests"}),
+])  # fmt: skip
+def test_tests_and_benchmarks_share_code_only_through_the_harness(folder, others):
+    paths = {path for path in (ROOT / folder).rglob("*.py") if "golden" not in path.parts}
+    for path in paths - {ROOT / "tests" / "test_bench.py"}:  # which tests the benchmarks
+        assert not {module.split(".")[0] for module in imports(path)} & others, path
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_modules_do_not_import_each_other_in_a_circle():
+    """Within packages too, with imports in functions and for type checkers: none hides a circle."""
+    names = {module_name(path) for path in MODULES}
+    graph = {
+        module_name(path): {found if found in names else found.rpartition(".")[0] for found in imports(path)} & names
+        for path in MODULES
+    }
+    assert len(list(TopologicalSorter(graph).static_order())) == len(names)
+    graph["dynmoe.errors"] = {"dynmoe.moe.layer"}
+    with pytest.raises(CycleError):
+        list(TopologicalSorter(graph).static_order())
 
 
 def test_every_package_has_its_level():

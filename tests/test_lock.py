@@ -1,4 +1,4 @@
-"""A lock is held by one process, on file systems with flock and without; who is gone holds none."""
+"""A lock has one live holder, on file systems with and without flock."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from dynmoe import lock
 def flock(*arguments): raise OSError(errno.ENOSYS, "Function not implemented")
-lock.fcntl.flock, lock._PULSE_S = flock, 0.05
+lock.fcntl.flock, lock._HEARTBEAT_S = flock, 0.05
 held = lock.Lock(Path(sys.argv[2]), 0.0)
 print("held", flush=True)
 time.sleep(60)
@@ -67,7 +67,8 @@ def file_system(request, monkeypatch) -> None:
 
 
 def test_f09_one_job_holds_a_run_directory_on_every_file_system(file_system, tmp_path):
-    first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
+    first = RunDirectory(tmp_path / "run")
+    second = RunDirectory(tmp_path / "run")
     for _ in range(2):
         first.claim()
         with pytest.raises(UserError, match=r"run\.name: another job trains in .*/run; wait for it"):
@@ -78,19 +79,19 @@ def test_f09_one_job_holds_a_run_directory_on_every_file_system(file_system, tmp
 
 
 def test_one_build_holds_a_corpus_on_every_file_system(file_system, tmp_path):
-    with _claim(tmp_path / "node_0.lock"), pytest.raises(UserError, match="this build is under way"):
+    with _claim(tmp_path / "node_0.lock"), pytest.raises(UserError, match="another process is running this build"):
         _claim(tmp_path / "node_0.lock").__enter__()
     with _claim(tmp_path / "node_0.lock"):
         pass
 
 
-def test_f09_what_is_no_lack_of_locks_is_told_as_it_is(monkeypatch, tmp_path):
+def test_f09_other_errors_are_reported_unchanged(monkeypatch, tmp_path):
     without_locks(monkeypatch, errno.EIO)
     with pytest.raises(UserError, match=r"cannot be written \(Input/output error\)"):
         RunDirectory(tmp_path / "run").claim()
 
 
-def test_a_process_that_is_killed_holds_nothing(monkeypatch, tmp_path):
+def test_a_killed_process_loses_the_lock(monkeypatch, tmp_path):
     without_locks(monkeypatch)
     with holder(tmp_path / "lock") as process:
         with pytest.raises(BlockingIOError):
@@ -107,7 +108,7 @@ def another_host(path: Path) -> dict[str, Any]:
     return facts
 
 
-def test_another_host_that_is_silent_holds_nothing(monkeypatch, tmp_path):
+def test_a_silent_host_loses_the_lock(monkeypatch, tmp_path):
     without_locks(monkeypatch)
     monkeypatch.setattr(lock, "_SILENCE_S", 0.5)
     another_host(tmp_path / "lock.holder")
@@ -119,10 +120,11 @@ def test_another_host_that_is_silent_holds_nothing(monkeypatch, tmp_path):
     assert not (tmp_path / "lock.holder").exists()
 
 
-def test_another_host_with_a_pulse_holds_it(monkeypatch, tmp_path):
+def test_a_host_with_a_heartbeat_keeps_the_lock(monkeypatch, tmp_path):
     without_locks(monkeypatch)
     monkeypatch.setattr(lock, "_SILENCE_S", 0.5)
-    path, over = tmp_path / "lock.holder", threading.Event()
+    path = tmp_path / "lock.holder"
+    over = threading.Event()
     facts = another_host(path)
 
     def live() -> None:
@@ -143,14 +145,14 @@ def test_another_host_with_a_pulse_holds_it(monkeypatch, tmp_path):
 
 
 def test_a_process_whose_lock_was_taken_ends(tmp_path):
-    """It had been silent too long, and two may not write into one directory."""
+    """It was silent for too long, and two processes must not write to one directory."""
     with holder(tmp_path / "lock") as process:
         other = tmp_path / "other"
         another_host(other)
         other.rename(tmp_path / "lock.holder")
         said = process.communicate(timeout=20)[1]
         assert process.returncode == 1
-        assert f"process {os.getpid()} on node-b has taken its place; it ends" in said
+        assert f"process {os.getpid()} on node-b has taken over; exiting" in said
 
 
 def test_two_that_take_over_at_once_leave_one_holder(monkeypatch, tmp_path):

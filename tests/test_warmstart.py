@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.processes import WarmTraining
 from dynmoe import warmstart
 from dynmoe.config import load_config
 from dynmoe.data.corpus import Corpus
@@ -18,6 +17,7 @@ from dynmoe.moe.experts import SwiGLU
 from dynmoe.moe.upcycling import copy_experts
 from dynmoe.trained import open_trained
 from dynmoe.warmstart import warm_start
+from harness.processes import WarmTraining
 from tests.faults.test_corpora import store
 from tests.hf.cases import begin
 from tests.moe.cases import tiny_model
@@ -35,7 +35,7 @@ def dense(tmp_path_factory, corpus_dir) -> Path:
 
 
 @pytest.mark.parametrize("router", [TOP_K, TOP_P, TOP_ANY, SIGMOID], ids=" ".join)
-@pytest.mark.parametrize("extra", [[], ["model.moe.every=2"]], ids=["every layer", "every second"])
+@pytest.mark.parametrize("extra", [[], ["model.moe.moe_layer_freq=2"]], ids=["every layer", "every second"])
 def test_copies_leave_the_output_as_it_was(dense, tmp_path, router, extra):
     done = warm_start(dense, tmp_path / "run", experts=4, overrides=[*router, *extra])
     assert done.difference <= 1e-5
@@ -48,7 +48,7 @@ def test_copies_leave_the_output_as_it_was(dense, tmp_path, router, extra):
     "router",
     [
         [*TOP_K, "model.router.k=2"], [*TOP_K, "model.router.k=4"], TOP_ANY,
-        [*TOP_ANY, "model.router.form=improved", "model.router.initial_experts=null"], [*TOP_P, "model.router.p=1"],
+        [*TOP_ANY, "model.router.variant=improved", "model.router.initial_experts=null"], [*TOP_P, "model.router.p=1"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -110,7 +110,7 @@ def test_top_p_begins_with_the_experts_per_token_of_top_k(corpus_dir, tmp_path):
         done = warm_start(run.path, tmp_path / f"top_p_{renormalize}", overrides=TOP_P)
         assert done.experts_per_token == pytest.approx([2.0] * 3, rel=0.01)
         assert done.loss == pytest.approx(done.loss_before, rel=0.02)
-        assert str(done.config.model.router.options.renormalize).lower() == renormalize
+        assert str(done.config.model.router.resolved.renormalize).lower() == renormalize
         layers = open_trained(tmp_path / f"top_p_{renormalize}").decoder.moe_layers
         assert len({float(layer.router.p) for layer in layers}) == 3, "each layer has its own"
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bench.processes import free_port, start_server
+from harness.processes import free_port, start_server
 
 _START_TIMEOUT_S = 120.0
 

@@ -1,25 +1,21 @@
 """The configuration: typed dataclasses and one merge (defaults < YAML file < command line).
 
-Every field carries its meaning and its bounds, so that ``--help``, the validation and the code cannot drift apart. A
-section checks itself when it is made and never changes what it was given; what derives is a property. Imports no
-torch: a mistake is reported before anything heavy is loaded or any process group exists.
+Each field carries its meaning and its bounds, which ``--help`` and the validation share. A section validates itself
+when it is created and never modifies given values; derived values are properties. The package does not import torch, so
+that mistakes are reported before heavy imports and before any process group exists.
 """
 
-from dynmoe.config.load import describe_fields, load_config
-from dynmoe.config.sections import (
-    Config,
-    ModelConfig,
-    OptimizerConfig,
-    RouterConfig,
-    ScheduleConfig,
-)
+from dynmoe.config.load import current_name, describe_fields, load_config
+from dynmoe.config.model import ModelConfig, MoEConfig
+from dynmoe.config.sections import Config, OptimizerConfig, ScheduleConfig
 
 __all__ = [
     "Config",
+    "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
-    "RouterConfig",
     "ScheduleConfig",
+    "current_name",
     "describe_fields",
     "load_config",
 ]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Optional
 
-from dynmoe.config.fields import Section, option
-from dynmoe.config.routing import KINDS, RouterConfig
 from dynmoe.errors import ConfigError
+from dynmoe.fields import Section, option
+from dynmoe.routers import RouterSpec
 
 
 @dataclass
@@ -29,13 +29,13 @@ class BudgetConfig(Section):
         above=0,
     )  # fmt: skip
 
-    def check_router(self, router: RouterConfig, num_experts: int) -> None:
+    def check_router(self, router: RouterSpec, num_experts: int) -> None:
         """Raises a ConfigError where this budget cannot be held by ``router`` over ``num_experts`` active experts."""
-        kind = KINDS[router.kind]
-        if self.method not in ("none", *kind.methods):
+        known = ("none", *router.BUDGET_METHODS)
+        if self.method not in known:
             problem = f"the {router.kind} router has nothing that this could move"
-            raise ConfigError("budget.method", self.method, problem, f"use {' or '.join(('none', *kind.methods))}")
-        needs = kind.own_rule or (self.method != "none" and router.kind != "top_k")
+            raise ConfigError("budget.method", self.method, problem, f"use {' or '.join(known)}")
+        needs = router.HAS_OWN_RULE or (self.method != "none" and router.fixed_experts is None)
         if needs and self.experts_per_token is None:
             raise ConfigError("budget.experts_per_token", None, "is needed to hold a budget", "say how many")
         if not needs and self.experts_per_token is not None:
@@ -48,14 +48,15 @@ class BudgetConfig(Section):
             raise ConfigError("budget.start", self.start, "has no target to lead to", "set budget.experts_per_token")
         if self.rate is not None and self.method != "loss_free":
             raise ConfigError("budget.rate", self.rate, f"has no meaning for budget.method={self.method}", "remove it")
-        if self.scope == "global" and router.kind in ("top_k", "expert_threshold"):
+        if self.scope == "global" and not router.HOLDS_GLOBALLY:
             problem = f"the {router.kind} router holds each layer by itself"
             raise ConfigError("budget.scope", self.scope, problem, "use layer")
-        floor, ceiling = router.options.min_experts, min(router.max_experts or num_experts, num_experts)
+        fewest = router.min_experts_per_token
+        most = router.max_experts_per_token(num_experts)
         for name in ("experts_per_token", "start"):
             value = getattr(self, name)
-            if value is not None and not floor <= value <= ceiling:
-                problem = f"is outside what a token may use ({floor} to {ceiling})"
+            if value is not None and not fewest <= value <= most:
+                problem = f"is outside what a token may use ({fewest} to {most})"
                 raise ConfigError(f"budget.{name}", value, problem, "change it or the limits")
 
 
@@ -78,11 +79,11 @@ class AdaptationConfig(Section):
         0.0, "improved: add an expert where more than this share of tokens passed no threshold", at_least=0, below=1
     )
 
-    def check_run(self, router: RouterConfig, steps: int) -> None:
+    def check_run(self, router: RouterSpec, steps: int) -> None:
         """Raises a ConfigError where the experts of ``router`` cannot be adapted in a run of ``steps`` steps."""
         if self.interval == 0:
             return
-        if router.kind != "top_any":
+        if not router.ADAPTS:
             problem = f"the {router.kind} router has no tokens that ask for another expert"
             raise ConfigError("adaptation.interval", self.interval, problem, "use 0, or model.router.kind=top_any")
         if self.window > min(self.interval, steps):

@@ -1,36 +1,38 @@
-"""What a run does about steps that go wrong, ranks that hang and ranks that are slow."""
+"""Reactions of a run to non-finite steps, loss spikes, hanging ranks and slow ranks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dynmoe.config.fields import Section, option
 from dynmoe.errors import ConfigError
+from dynmoe.fields import Section, option
 
 
 @dataclass
 class GuardConfig(Section):
     _section: ClassVar[str] = "guard"
 
-    bad_steps: int = option(
-        3, "steps in a row without a finite loss and gradient that end the run; those before are left out", at_least=1
-    )
-    spike_window: int = option(0, "latest losses that a step's loss is compared with (0: no step is left out for it)")
+    max_consecutive_nonfinite_steps: int = option(
+        3, "the run fails after this many consecutive steps with a non-finite loss or gradient; earlier ones are "
+        "skipped", at_least=1,
+    )  # fmt: skip
+    spike_window: int = option(0, "number of recent losses that define a loss spike (0: no spike detection)")
     spike_deviations: float = option(
-        6.0, "standard deviations above the mean of the window from which on a loss is a spike", above=0
+        6.0, "a loss is a spike if it exceeds the window's mean by more than this many standard deviations", above=0
     )
-    spike_skips: int = option(3, "steps of one spike that are left out at most", at_least=1)
+    spike_skips: int = option(3, "maximum number of consecutive steps that are skipped as spikes", at_least=1)
     hang_timeout_s: float = option(
-        900.0, "seconds without progress after which a rank reports where it waits, and ends (0: never)", at_least=0
+        900.0, "a rank without progress for this many seconds reports where it waits and exits (0: never)", at_least=0
     )
     straggler_interval: int = option(20, "steps between comparisons of the ranks' speed (0: none)", at_least=0)
     straggler_ratio: float = option(
-        1.5, "a rank that needs so many times the others' time is named, in the second interval in a row", above=1
-    )
+        1.5, "a rank is reported as slow if it takes this many times as long as the others in two consecutive "
+        "intervals", above=1,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.spike_window != 0 and self.spike_window < 8:
-            problem, cure = "is too short to tell a spike from noise", "use 0 or at least 8"
-            raise ConfigError("guard.spike_window", self.spike_window, problem, cure)
+            problem = "is too short to tell a spike from noise"
+            raise ConfigError("guard.spike_window", self.spike_window, problem, "use 0 or at least 8")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from dynmoe.config.fields import Section, option
+from dynmoe.config.model import ModelConfig
 from dynmoe.errors import ConfigError
-
-if TYPE_CHECKING:
-    from dynmoe.config.sections import ModelConfig
+from dynmoe.fields import Section, option
 
 # What only Megatron-Core has.
 _MEGATRON_ONLY = ("tensor", "pipeline", "virtual_pipeline", "context")

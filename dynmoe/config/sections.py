@@ -8,19 +8,20 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Optional
+from typing import ClassVar
 
 from omegaconf import OmegaConf
 
 from dynmoe.config.checkpoint import CheckpointConfig
+from dynmoe.config.constants import MOE_BACKENDS
 from dynmoe.config.control import AdaptationConfig, BudgetConfig
 from dynmoe.config.evaluation import EvalConfig
-from dynmoe.config.fields import Section, check_multiple_of_8, option
 from dynmoe.config.guard import GuardConfig
 from dynmoe.config.logging import LoggingConfig
+from dynmoe.config.model import ModelConfig
 from dynmoe.config.parallel import DeepSpeedConfig, ParallelConfig
-from dynmoe.config.routing import MoEConfig, RouterConfig
 from dynmoe.errors import ConfigError
+from dynmoe.fields import Section, option
 
 _LONGEST_NAME = 240  # a job's log is NAME-JOB.out, a directory under way NAME.tmp-12345678
 
@@ -70,109 +71,6 @@ class DataConfig(Section):
 
 
 @dataclass
-class ModelConfig(Section):
-    _section: ClassVar[str] = "model"
-
-    layers: int = option(4, "decoder layers", at_least=1, at_most=10_000)
-    hidden: int = option(256, "model dimension", at_least=1)
-    heads: int = option(4, "attention heads", at_least=1)
-    kv_heads: int = option(2, "key-value heads (grouped-query attention)", at_least=1)
-    head_dim: Optional[int] = option(None, "width of one attention head; null: model.hidden / model.heads", at_least=2)
-    qk_norm: Optional[str] = option(
-        None, "RMSNorm of queries and keys before rotation: of each head, or of all heads together. null: none",
-        choices=("head", "projection"),
-    )  # fmt: skip
-    ffn_hidden: int = option(1024, "width of a dense SwiGLU layer", at_least=1)
-    vocab_size: Optional[int] = option(None, "rows of the embedding; null: the tokenizer's, padded", at_least=1)
-    norm_eps: float = option(1e-5, "epsilon of RMSNorm", above=0)
-    rope_theta: float = option(10000.0, "base of the rotary position embedding", above=0)
-    tie_embeddings: bool = option(False, "use the input embedding as the output projection")
-    init_std: float = option(0.02, "standard deviation of initial weights", above=0)
-    moe: MoEConfig = field(default_factory=MoEConfig)
-    router: RouterConfig = field(default_factory=RouterConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("hidden", "ffn_hidden"):
-            check_multiple_of_8(f"model.{name}", getattr(self, name))
-        if self.head_dim is None and (self.hidden % self.heads or self.width_of_head % 2):
-            raise ConfigError(
-                "model.heads", self.heads, f"must divide model.hidden ({self.hidden}) into even head dimensions",
-                "change one of them, or set model.head_dim",
-            )  # fmt: skip
-        if self.width_of_head % 2:
-            problem, cure = "must be even for rotary positions", "use an even number"
-            raise ConfigError("model.head_dim", self.head_dim, problem, cure)
-        if self.heads % self.kv_heads:
-            cure = "use a divisor of it"
-            raise ConfigError("model.kv_heads", self.kv_heads, f"must divide model.heads ({self.heads})", cure)
-        self._check_experts()
-
-    def _check_experts(self) -> None:
-        moe, router, layers = self.moe, self.router, len(self.moe_layers)
-        if moe.experts_by_layer and len(moe.experts_by_layer) != layers:
-            cure = f"give {layers} numbers, one for each MoE layer, or none"
-            raise ConfigError("model.moe.experts_by_layer", moe.experts_by_layer, "does not match the layers", cure)
-        if moe.active_at_start is not None and router.kind != "top_any":
-            problem = f"the {router.kind} router uses all of its experts"
-            raise ConfigError("model.moe.active_at_start", moe.active_at_start, problem, "remove it")
-        if layers == 0:
-            return
-        smallest, name_of_limit = self.smallest_layer, "model.moe.experts"
-        # A ceiling that a small layer never reaches does no harm; one that no layer reaches is a mistake.
-        if router.max_experts is not None and router.max_experts > self.largest_layer:
-            cure = f"use at most model.moe.experts ({self.largest_layer})"
-            raise ConfigError("model.router.max_experts", router.max_experts, "is more than there are experts", cure)
-        limits: dict[str, float | None] = {name: getattr(router, name) for name in ("min_experts", "initial_experts")}
-        if router.kind in ("top_k", "null_experts"):
-            limits["k"] = router.k
-        if router.kind == "null_experts":
-            smallest, name_of_limit = smallest + router.num_null, "the real and null experts"
-        for name, value in limits.items():
-            if value is not None and value > smallest:
-                cure = f"use at most {name_of_limit} ({smallest})"
-                raise ConfigError(f"model.router.{name}", value, "is more than there are experts", cure)
-        floor = limits.get("k", router.options.min_experts)
-        if moe.ceiling is not None and floor is not None and moe.ceiling < floor and router.kind != "null_experts":
-            cure = f"use at least the {floor:g} experts that every token has"
-            raise ConfigError("model.moe.ceiling", moe.ceiling, "is always passed", cure)
-        if moe.ceiling is None and moe.at_ceiling != "error":
-            raise ConfigError("model.moe.at_ceiling", moe.at_ceiling, "there is no ceiling", "set model.moe.ceiling")
-
-    @property
-    def width_of_head(self) -> int:
-        return self.head_dim or self.hidden // self.heads
-
-    def is_moe_layer(self, layer: int) -> bool:
-        return self.moe.experts > 0 and layer % self.moe.every == 0
-
-    def experts_of(self, layer: int) -> int:
-        """Expert slots of MoE layer ``layer`` (its index in the decoder)."""
-        by_layer = self.moe.experts_by_layer
-        return by_layer[layer // self.moe.every] if by_layer else self.moe.experts
-
-    @property
-    def smallest_layer(self) -> int:
-        """Experts of the MoE layer that has the fewest."""
-        return min(self.moe.experts_by_layer or [self.moe.experts])
-
-    @property
-    def largest_layer(self) -> int:
-        """Experts of the MoE layer that has the most."""
-        return max(self.moe.experts_by_layer or [self.moe.experts])
-
-    @property
-    def moe_size(self) -> str:
-        """Experts of an MoE layer in words: one number, or the smallest to the largest."""
-        return " to ".join(str(count) for count in sorted({self.smallest_layer, self.largest_layer}))
-
-    @property
-    def moe_layers(self) -> list[int]:
-        """Indices of the layers that are mixtures of experts."""
-        return [layer for layer in range(self.layers) if self.is_moe_layer(layer)]
-
-
-@dataclass
 class TrainConfig(Section):
     _section: ClassVar[str] = "train"
 
@@ -183,7 +81,7 @@ class TrainConfig(Section):
     precision: str = option("fp32", "precision of weights and activations", choices=("fp32", "bf16"))
     moe_backend: str = option(
         "auto", "what computes the experts: our Triton kernels, PyTorch's grouped products, or a loop over experts; "
-        "auto: the first on a GPU, else the second", choices=("auto", "triton", "grouped_mm", "loop"),
+        "auto: the first on a GPU, else the second", choices=MOE_BACKENDS,
     )  # fmt: skip
     recompute: str = option(
         "none", "what the backward pass computes again to save memory: attention (selective) or whole layers (full)",
@@ -256,11 +154,13 @@ class Config(Section):
                 if value not in ("none", 0, None):
                     raise ConfigError(name, value, "the model is dense", "remove it, or set model.moe.experts")
             return
-        ceiling, held = model.moe.ceiling, max(budget.experts_per_token or 0, budget.start or 0)
-        if ceiling is not None and held >= ceiling:
-            problem = f"a budget of {held:g} experts per token passes it in every other pass"
-            raise ConfigError("model.moe.ceiling", ceiling, problem, "leave room above the budget, or remove it")
-        budget.check_router(model.router, model.moe.active_at_start or model.largest_layer)
+        limit = model.moe.max_mean_experts_per_token
+        held = max(budget.experts_per_token or 0, budget.start or 0)
+        if limit is not None and held >= limit:
+            problem = f"a budget of {held:g} experts per token exceeds it in every other micro-batch"
+            cure = "leave room above the budget, or remove it"
+            raise ConfigError("model.moe.max_mean_experts_per_token", limit, problem, cure)
+        budget.check_router(model.router, model.moe.active_at_start or model.max_experts_per_layer)
         adaptation.check_run(model.router, self.train.steps)
 
     def check_world(self, world_size: int) -> None:

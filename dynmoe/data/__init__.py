@@ -1,1 +1,3 @@
-"""Prepared corpora, their tokenizer, and batches in an order that does not depend on the number of ranks."""
+"""Prepared corpora, their tokenizer, and batches whose order does not depend on the number of ranks."""
+
+PREPARE_AGAIN = "prepare the corpus again"

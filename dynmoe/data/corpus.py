@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dynmoe.data import PREPARE_AGAIN
 from dynmoe.data.indexed import IndexedTokens, check_indexed
 from dynmoe.data.pieces import BLOCK_BYTES, Piece, TokenIds, first_problem, hash_blocks
 from dynmoe.data.tokenizer import Tokenizer
@@ -21,7 +22,6 @@ TOKENIZER = "tokenizer.model"
 SPLITS = ("train", "validation")
 FILES = (TOKENIZER, *(f"{split}.{ending}" for split in SPLITS for ending in ("bin", "idx")))
 FORMAT = 1
-PREPARE_AGAIN = "prepare the corpus again"
 _KEYS = {"files", "input", "recipe", "refused", "sources", "splits", "tokenizer"}
 
 
@@ -31,11 +31,12 @@ def sha256_of(path: Path) -> str:
 
 
 def describe_files(directory: Path, block_bytes: int = BLOCK_BYTES) -> dict[str, Any]:
-    """Entries of a manifest: size and SHA-256 of each file, and of a large one the SHA-256 of each of its blocks.
+    """Returns a manifest's entries: size and SHA-256 of each file, and the SHA-256 of each block of large files.
 
-    Blocks stand beside the files, whose entries alone make the fingerprint: it is the one of older manifests.
+    Block hashes are separate from the file entries, so that fingerprints still match those of older manifests.
     """
-    files, blocks = {}, {}
+    files = {}
+    blocks = {}
     for name in FILES:
         path = directory / name
         sha256, hashes = hash_blocks(path, block_bytes)
@@ -50,9 +51,7 @@ class Corpus:
     """A corpus whose structure was checked (see :func:`check_indexed`).
 
     Attributes:
-        path: its directory.
-        manifest: the parsed manifest.
-        tokenizer: the one that made it.
+        tokenizer: the tokenizer that encoded the corpus.
         splits: tokens of ``train`` and ``validation``.
     """
 
@@ -63,10 +62,10 @@ class Corpus:
 
     @classmethod
     def open(cls, path: str | Path) -> Corpus:
-        """Reads a corpus and checks its structure, sizes and tokenizer; hashes and ids are left to :meth:`verify`.
+        """Reads a corpus and checks its structure, sizes and tokenizer; :meth:`verify` checks hashes and token ids.
 
         Raises:
-            UserError: a file that is missing or damaged, by name.
+            UserError: a file is missing or damaged.
         """
         path = Path(path)
         try:
@@ -75,37 +74,39 @@ class Corpus:
             cure = f"prepare one with python -m data_prep --out {path}"
             raise UserError(f"data.dirs: {path} holds no prepared corpus ({MANIFEST} is missing); {cure}") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path / MANIFEST} cannot be read: {error}; prepare the corpus again") from None
+            raise UserError(f"{path / MANIFEST} cannot be read: {error}; {PREPARE_AGAIN}") from None
         if not _is_manifest(manifest):
-            raise UserError(f"{path / MANIFEST} is no manifest of format {FORMAT}; prepare the corpus again")
+            raise UserError(f"{path / MANIFEST} is not a manifest of format {FORMAT}; {PREPARE_AGAIN}")
         tokenizer = Tokenizer(path / TOKENIZER)
         if tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
-            raise UserError(f"{path / TOKENIZER} is not the tokenizer of the manifest; prepare the corpus again")
+            raise UserError(f"{path / TOKENIZER} is not the tokenizer of the manifest; {PREPARE_AGAIN}")
         splits = {split: check_indexed(path / split) for split in SPLITS}
         for name, facts in manifest["files"].items():
             if (path / name).stat().st_size != facts["bytes"]:
-                raise UserError(f"{path / name}: its size is not the manifest's; prepare the corpus again")
+                raise UserError(f"{path / name}: its size differs from the manifest; {PREPARE_AGAIN}")
         for split, tokens in splits.items():
             if manifest["splits"][split]["tokens"] != tokens.num_tokens:
-                raise UserError(f"{path / split}.idx: its tokens are not the manifest's; prepare the corpus again")
+                raise UserError(f"{path / split}.idx: its token count differs from the manifest; {PREPARE_AGAIN}")
         return cls(path, manifest, tokenizer, splits)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 that stands for every file of the corpus."""
+        """SHA-256 over all files of the corpus."""
         return hashlib.sha256(json.dumps(self.manifest["files"], sort_keys=True).encode()).hexdigest()
 
     def sequences(self, split: str, length: int) -> int:
-        """Sequences of ``length`` tokens in a split, each with a token to predict after it."""
+        """Number of sequences of ``length`` tokens in a split, each followed by one more token to predict."""
         return (self.splits[split].num_tokens - 1) // length
 
     def pieces(self) -> list[Piece]:
-        """All bytes of the corpus, in pieces that can be checked apart: blocks, or files where it is an older one."""
-        blocks, pieces = self.manifest.get("blocks", {"bytes": 0, "sha256": {}}), []
+        """Splits the corpus into pieces that can be checked independently: blocks, or whole files if it is older."""
+        blocks = self.manifest.get("blocks", {"bytes": 0, "sha256": {}})
+        pieces = []
         for name, facts in sorted(self.manifest["files"].items()):
             split, ending = name.split(".")
             ids = TokenIds(self.splits[split].dtype, self.tokenizer.vocab_size) if ending == "bin" else None
-            path, size = self.path / name, facts["bytes"]
+            path = self.path / name
+            size = facts["bytes"]
             if name not in blocks["sha256"]:
                 pieces.append(Piece(path, str(path), 0, size, size, facts["sha256"], ids))
                 continue
@@ -115,17 +116,17 @@ class Corpus:
         return pieces
 
     def verify(self) -> None:
-        """Checks every hash and every token id, in this process alone.
+        """Checks every hash and every token id in this process.
 
         Raises:
-            UserError: the file that differs.
+            UserError: a file differs from the manifest.
         """
         if problem := first_problem(self.pieces()):
             raise UserError(f"{problem}; {PREPARE_AGAIN}")
 
 
 def _is_manifest(manifest: Any) -> bool:
-    """Whether it has what is read of a manifest, now or at the end of a training."""
+    """Whether a manifest has all fields that are read, now or at the end of a training run."""
     try:
         return (
             manifest["format"] == FORMAT
@@ -142,14 +143,14 @@ def _is_manifest(manifest: Any) -> bool:
 
 
 def _are_blocks(blocks: Any, files: dict[str, Any]) -> bool:
-    """Whether hashes of blocks cover the files that have some; there are none in older manifests."""
+    """Whether block hashes cover the files that have them; older manifests have none."""
     if blocks is None:
         return True
     size = blocks["bytes"]
     return (
         type(size) is int
         and size > 0
-        and size % 8 == 0  # no token lies in two
+        and size % 8 == 0  # no token crosses a block boundary
         and all(
             len(hashes) == -(-files[name]["bytes"] // size) and all(isinstance(one, str) for one in hashes)
             for name, hashes in blocks["sha256"].items()
@@ -158,16 +159,16 @@ def _are_blocks(blocks: Any, files: dict[str, Any]) -> bool:
 
 
 def open_corpora(dirs: Sequence[str], sequence_length: int) -> list[Corpus]:
-    """Opens the corpora of a blend and checks that they fit each other and the sequence length.
+    """Opens the corpora of a blend and checks that they match each other and the sequence length.
 
     Raises:
-        UserError: a damaged corpus, one with another tokenizer, or one shorter than a sequence.
+        UserError: a corpus is damaged, has a different tokenizer, or is shorter than a sequence.
     """
     corpora = [Corpus.open(path) for path in dirs]
     for corpus in corpora:
         if corpus.tokenizer.sha256 != corpora[0].tokenizer.sha256:
             cure = f"prepare it with --tokenizer {corpora[0].path / TOKENIZER}"
-            raise UserError(f"data.dirs: {corpus.path} has another tokenizer than {corpora[0].path}; {cure}")
+            raise UserError(f"data.dirs: {corpus.path} has a different tokenizer than {corpora[0].path}; {cure}")
         for split, tokens in corpus.splits.items():
             if tokens.num_tokens <= sequence_length:
                 raise UserError(
@@ -178,12 +179,12 @@ def open_corpora(dirs: Sequence[str], sequence_length: int) -> list[Corpus]:
 
 
 def source_names(paths: Sequence[str]) -> dict[str, str]:
-    """What each file or folder is called: its own name, or its whole path where several share the name."""
+    """Display name of each file or folder: its own name, or its whole path if others share the name."""
     count = Counter(Path(path).name for path in set(paths))
     return {path: Path(path).name if count[Path(path).name] == 1 else path for path in paths}
 
 
 def by_domain(corpora: Sequence[Corpus]) -> dict[str, Corpus]:
-    """Corpora by the names of their domains; one that a blend names twice is one domain."""
+    """Corpora by domain name; a corpus that a blend lists twice is one domain."""
     names = source_names([str(corpus.path) for corpus in corpora])
     return {names[str(corpus.path)]: corpus for corpus in corpora}

@@ -1,8 +1,8 @@
-"""Checks of Megatron's .bin/.idx pairs: everything that ``IndexedDataset`` trusts blindly.
+"""Checks of Megatron's .bin/.idx pairs, whose content ``IndexedDataset`` trusts without checks.
 
 Layout of .idx: magic, version (u64), token type code (u8), sequence and document counts (u64 each), then sequence
 lengths (i32), byte pointers of the sequences (i64) and sequence indices at which documents start (i64). The .bin file
-is the tokens and nothing else.
+contains only the tokens.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dynmoe.data import PREPARE_AGAIN
 from dynmoe.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-# Megatron's codes of the types that token ids come in.
+# Megatron's codes for the integer types of token ids.
 _TOKEN_TYPES: dict[int, np.dtype[Any]] = {
     1: np.dtype("uint8"),
     3: np.dtype("<i2"),
@@ -34,7 +35,7 @@ _SEQUENCES_AT_A_TIME = 1 << 20
 
 @dataclass(frozen=True)
 class IndexedTokens:
-    """A checked .bin/.idx pair: tokens of each sequence, and the first sequence of each document, with the end."""
+    """A checked .bin/.idx pair: the length of each sequence, and the first sequence of each document plus the end."""
 
     prefix: Path
     dtype: np.dtype[Any]
@@ -50,20 +51,21 @@ class IndexedTokens:
         return int(self.lengths.sum(dtype=np.int64))
 
     def documents(self) -> Iterator[list[int]]:
-        """Tokens of one document after the other."""
+        """Yields the tokens of each document."""
         if not self.num_tokens:
             return
         tokens = np.memmap(with_ending(self.prefix, ".bin"), dtype=self.dtype, mode="r")
         end = 0
         for first, last in zip(self.boundaries[:-1], self.boundaries[1:], strict=True):
-            start, end = end, end + int(self.lengths[first:last].sum(dtype=np.int64))
+            start = end
+            end = end + int(self.lengths[first:last].sum(dtype=np.int64))
             yield tokens[start:end].tolist()
 
     def counts(self, vocab_size: int) -> NDArray[np.int64]:
-        """Occurrences of each token id, [vocab_size].
+        """Counts the occurrences of each token id, [vocab_size].
 
         Raises:
-            UserError: an id outside the vocabulary, naming file and position.
+            UserError: an id is outside the vocabulary; names file and position.
         """
         path = with_ending(self.prefix, ".bin")
         tokens = np.memmap(path, dtype=self.dtype, mode="r") if self.num_tokens else np.empty(0, self.dtype)
@@ -72,33 +74,34 @@ class IndexedTokens:
             block = np.asarray(tokens[start : start + _TOKENS_PER_SCAN]).astype(np.int64)
             outside = np.flatnonzero((block < 0) | (block >= vocab_size))
             if len(outside):
-                token, place = int(block[outside[0]]), start + int(outside[0])
+                token = int(block[outside[0]])
+                place = start + int(outside[0])
                 raise _damaged(path, f"token {token} at position {place} is outside the vocabulary of {vocab_size}")
             total += np.bincount(block, minlength=vocab_size)
         return total
 
 
 def with_ending(prefix: Path, ending: str) -> Path:
-    """``prefix`` with ``ending`` at its end, whatever dots it has itself."""
+    """Appends ``ending`` to the name, which may contain dots itself."""
     return prefix.with_name(prefix.name + ending)
 
 
 def _damaged(path: Path, problem: str) -> UserError:
-    return UserError(f"{path}: {problem}; prepare the corpus again")
+    return UserError(f"{path}: {problem}; {PREPARE_AGAIN}")
 
 
 def token_type(vocab_size: int) -> np.dtype[Any]:
-    """The type that Megatron's own tool gives to token ids of this vocabulary."""
+    """Integer type that Megatron's own tool uses for token ids of this vocabulary."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
 def write_index(
     prefix: Path, dtype: np.dtype[Any], lengths: NDArray[np.int32], boundaries: NDArray[np.int64] | None = None
 ) -> None:
-    """Writes ``prefix``.idx for sequences of ``lengths`` tokens; the same bytes as Megatron's builder.
+    """Writes ``prefix``.idx for sequences of ``lengths`` tokens, byte for byte like Megatron's builder.
 
-    ``boundaries`` are the sequences at which documents start, and the end; without them each sequence is a document.
-    ``lengths`` may be a file in memory: it is read a block at a time.
+    ``boundaries``: the sequences at which documents start, plus the end; None: each sequence is a document.
+    ``lengths`` may be memory-mapped: it is read in blocks.
     """
     code = next(code for code, known in _TOKEN_TYPES.items() if known == dtype)
     count = len(lengths)
@@ -117,7 +120,7 @@ def write_index(
 
 
 def _blocks(lengths: NDArray[np.int32]) -> Iterator[tuple[NDArray[np.int32], int]]:
-    """Blocks of ``lengths``, each with the tokens before it."""
+    """Yields blocks of ``lengths``, each with the number of tokens before it."""
     tokens = 0
     for start in range(0, len(lengths), _SEQUENCES_AT_A_TIME):
         block = lengths[start : start + _SEQUENCES_AT_A_TIME]
@@ -126,16 +129,18 @@ def _blocks(lengths: NDArray[np.int32]) -> Iterator[tuple[NDArray[np.int32], int
 
 
 def check_indexed(prefix: Path) -> IndexedTokens:
-    """Checks magic, version, sizes, pointers and document boundaries of ``prefix``.bin and .idx; reads no token.
+    """Checks magic, version, sizes, pointers and document boundaries of ``prefix``.bin and .idx; reads no tokens.
 
-    The index is read a block at a time, and stays a file in memory: it may have billions of sequences.
+    The index may have billions of sequences. It is read in blocks and stays memory-mapped.
 
     Raises:
-        UserError: naming the file and what is wrong with it.
+        UserError: names the file and its problem.
     """
-    idx, bin_ = with_ending(prefix, ".idx"), with_ending(prefix, ".bin")
+    idx = with_ending(prefix, ".idx")
+    bin_ = with_ending(prefix, ".bin")
     try:
-        bin_size, idx_size = bin_.stat().st_size, idx.stat().st_size
+        bin_size = bin_.stat().st_size
+        idx_size = idx.stat().st_size
         content = np.memmap(idx, np.uint8, "r") if idx_size else np.empty(0, np.uint8)
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; prepare the corpus with python -m data_prep") from None
@@ -148,7 +153,7 @@ def check_indexed(prefix: Path) -> IndexedTokens:
         raise _damaged(idx, f"has the unknown token type code {code}")
     expected = _HEADER.size + num_sequences * (4 + 8) + num_boundaries * 8
     if idx_size != expected:
-        raise _damaged(idx, f"has {idx_size} bytes where its counts ask for {expected}")
+        raise _damaged(idx, f"has {idx_size} bytes, but its counts require {expected}")
     dtype = _TOKEN_TYPES[code]
     lengths = np.frombuffer(content, "<i4", num_sequences, _HEADER.size)
     pointers = np.frombuffer(content, "<i8", num_sequences, _HEADER.size + 4 * num_sequences)
@@ -160,16 +165,16 @@ def check_indexed(prefix: Path) -> IndexedTokens:
         ends = block.cumsum(dtype=np.int64)
         start = number * _SEQUENCES_AT_A_TIME
         if not np.array_equal(pointers[start : start + len(block)], (first + ends - block) * dtype.itemsize):
-            raise _damaged(idx, "has pointers that do not follow from its sequence lengths")
+            raise _damaged(idx, "has pointers that do not match its sequence lengths")
         wanted = (first + int(ends[-1])) * dtype.itemsize
     if num_boundaries < 1 or boundaries[0] != 0 or boundaries[-1] != num_sequences or not _rises(boundaries):
         raise _damaged(idx, "has document boundaries that are not in order")
     if bin_size != wanted:
-        raise _damaged(bin_, f"has {bin_size} bytes where its index asks for {wanted}")
+        raise _damaged(bin_, f"has {bin_size} bytes, but its index requires {wanted}")
     return IndexedTokens(prefix, dtype, lengths, boundaries)
 
 
 def _rises(numbers: NDArray[np.int64]) -> bool:
-    """Whether no number is smaller than the one before it."""
+    """Whether no number is smaller than the previous one."""
     starts = range(0, len(numbers), _SEQUENCES_AT_A_TIME)
     return all((np.diff(numbers[start : start + _SEQUENCES_AT_A_TIME + 1]) >= 0).all() for start in starts)

@@ -1,4 +1,4 @@
-"""Training batches one step ahead of the step that computes."""
+"""Reads training batches one step ahead."""
 
 from __future__ import annotations
 
@@ -17,52 +17,56 @@ class _Step:
 
 
 class Loader:
-    """Reads the batches of the next step on a thread while the present one computes.
+    """Reads the batches of the next step on a thread while the current step runs.
 
-    Which samples a step has follows from their numbers alone: a run that ends forgets what it has read ahead, and the
-    one that goes on reads it again.
+    The samples of a step depend only on their indices. A run that ends discards the batches that it has read ahead, and
+    the resumed run reads them again.
 
     Args:
-        data: what is read.
-        train: sizes of batches.
-        rank, ranks: of data parallelism.
-        pin: into memory from which a GPU copies while it computes.
+        rank, ranks: data-parallel rank and number of ranks.
+        pin: whether to copy batches to page-locked memory, for asynchronous copies to a GPU.
     """
 
     def __init__(self, data: PretrainingData, train: TrainConfig, rank: int, ranks: int, pin: bool) -> None:
-        self._data, self._train, self._rank, self._ranks, self._pin = data, train, rank, ranks, pin
+        self._data = data
+        self._train = train
+        self._rank = rank
+        self._ranks = ranks
+        self._pin = pin
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._ahead: _Step | None = None
 
-    def take(self, first: int, goes_on: bool) -> tuple[list[range], list[Batch]]:
-        """Samples and batches of each micro-batch of the step that begins with sample ``first``.
+    def take(self, first: int, continues: bool) -> tuple[list[range], list[Batch]]:
+        """Returns the sample indices and batches of each micro-batch of the step that starts at sample ``first``.
 
-        Waits until they are read, and begins to read the step after it where the run ``goes_on``. Collective, as
-        :meth:`PretrainingData.prepare` is.
+        Waits until they are read, then starts to read the next step if the run ``continues``. Collective, like
+        :meth:`PretrainingData.prepare`.
 
         Raises:
-            Exception: whatever reading this step's samples raised.
+            Exception: any error while reading the samples of this step.
         """
-        step, self._ahead = self._ahead or self._begin(first), None
-        assert step.first == first, "steps are taken in order"
+        step = self._ahead or self._begin(first)
+        self._ahead = None
+        assert step.first == first, "steps must be taken in order"
         batches = step.batches.result()
-        if goes_on:
+        if continues:
             self._ahead = self._begin(first + self._train.global_batch)
         return step.samples, batches
 
     def close(self) -> None:
-        """Ends the thread, after what it is reading."""
+        """Ends the thread after its current read."""
         self._thread.shutdown(cancel_futures=True)
 
     def _begin(self, first: int) -> _Step:
-        """Called when nothing is being read: the data may change its passes, on this thread as ranks wait for it."""
+        """Starts reading. Runs while no read is in progress, because ``prepare`` may replace epochs, collectively."""
         self._data.prepare(first, self._train.global_batch)
         samples = self._samples(first)
         return _Step(first, samples, self._thread.submit(self._read, samples))
 
     def _samples(self, first: int) -> list[range]:
-        """Of each micro-batch of this rank: consecutive samples go round the ranks, then to the next pass."""
-        size, end = self._train.micro_batch, first + self._train.global_batch
+        """Samples of each micro-batch of this rank: consecutive micro-batches go to consecutive ranks."""
+        size = self._train.micro_batch
+        end = first + self._train.global_batch
         return [range(start, start + size) for start in range(first + self._rank * size, end, self._ranks * size)]
 
     def _read(self, samples: list[range]) -> list[Batch]:

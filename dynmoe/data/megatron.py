@@ -1,4 +1,4 @@
-"""The parts of ``megatron.core.datasets`` in use. They need no GPU; importing them says so at length, unless hushed."""
+"""Imports the parts of ``megatron.core.datasets`` in use, without their warnings. They need no GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["BlendedMegatronDatasetBuilder", "DType", "GPTDataset", "GPTDatasetCo
 
 
 class _NumpyWithoutPickles:
-    """numpy for Megatron's index files, which it unpickles where they are no arrays: a pickle can call anything."""
+    """numpy for Megatron's index files, without unpickling: a pickle can execute arbitrary code."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(numpy, name)
@@ -30,7 +30,7 @@ class _NumpyWithoutPickles:
         try:
             return numpy.load(path, allow_pickle=False, **options)
         except ValueError:
-            raise UserError(f"{path}: is no array of numbers; remove the directory, which is made again") from None
+            raise UserError(f"{path}: is not an array of numbers; delete its directory, it will be rebuilt") from None
 
 
 blended_dataset.numpy = gpt_dataset.numpy = _NumpyWithoutPickles()

@@ -1,7 +1,7 @@
-"""Files checked piece by piece: by any process, on several threads, with a count of the bytes that are done.
+"""Checks files in pieces: in any process, on multiple threads, with progress in bytes.
 
-A SHA-256 of a whole file is one long computation. Files larger than a block therefore have a hash of each block too, so
-that many processes can share one file.
+The SHA-256 of a whole file is one sequential computation. Files larger than a block therefore also have a hash per
+block, so that many processes can share one file.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _THREADS = 8
 
 
 class DamageError(Exception):
-    """A file that is not what it should be: its name and why."""
+    """A file is damaged; the text has its name and the problem."""
 
 
 @dataclass(frozen=True)
 class TokenIds:
-    """What the numbers in a file are: ``dtype``, each at least 0 and below ``vocab_size``."""
+    """Describes a file of token ids: ``dtype``, and that each id is at least 0 and below ``vocab_size``."""
 
     dtype: np.dtype[Any]
     vocab_size: int
@@ -38,16 +38,15 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a file, or all of it, and what is known of it.
+    """A file or a part of it, with its expected content.
 
     Attributes:
-        path: of the file.
-        name: of the file in messages.
-        start: its first byte.
-        size: in bytes.
-        file_size: of the whole file, in bytes.
-        sha256: of the piece.
-        ids: what the file holds, where that is token ids.
+        name: name of the file in messages.
+        start: first byte of the piece.
+        size: bytes of the piece.
+        file_size: bytes of the whole file.
+        sha256: hash of the piece.
+        ids: set if the file contains token ids.
     """
 
     path: Path
@@ -62,9 +61,11 @@ class Piece:
         """Reads the piece once; yields the number of bytes after each read.
 
         Raises:
-            DamageError: the file is missing, cannot be read, or is another one than is known.
+            DamageError: the file is missing, cannot be read, or differs from the expected content.
         """
-        digest, outside, place = hashlib.sha256(), None, self.start
+        digest = hashlib.sha256()
+        outside = None
+        place = self.start
         try:
             with self.path.open("rb", buffering=0) as stream:
                 if (size := os.fstat(stream.fileno()).st_size) != self.file_size:
@@ -90,22 +91,22 @@ class Piece:
 
 
 def _fill(stream: Any, buffer: memoryview) -> int:
-    """Reads until ``buffer`` is full: no token is cut in two. Returns its length.
+    """Reads until ``buffer`` is full, so that no token is split; returns its length.
 
     Raises:
-        OSError: the file ends before.
+        OSError: the file ends too early.
     """
     read = 0
     while read < len(buffer):
         count = stream.readinto(buffer[read:])
         if not count:
-            raise OSError(0, "it ends while it is read")
+            raise OSError(0, "it was truncated while it was read")
         read += count
     return read
 
 
 def _outside(block: memoryview, ids: TokenIds, place: int) -> str | None:
-    """The first number of ``block``, which begins at byte ``place`` of its file, that is no token."""
+    """Reports the first id outside the vocabulary in ``block``, which starts at byte ``place`` of its file."""
     tokens = np.frombuffer(block, ids.dtype)
     if tokens.max() < ids.vocab_size and (ids.dtype.kind == "u" or tokens.min() >= 0):
         return None
@@ -115,23 +116,24 @@ def _outside(block: memoryview, ids: TokenIds, place: int) -> str | None:
 
 
 class Checking:
-    """Pieces that are being checked by threads of this process, from the first to the last.
+    """Checks pieces in order on threads of this process.
 
     Attributes:
         total: bytes of all pieces.
     """
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
-        self._pieces, self.total = pieces, sum(piece.size for piece in pieces)
+        self._pieces = pieces
+        self.total = sum(piece.size for piece in pieces)
         self._read = [0] * len(pieces)
         self._problems: dict[int, str] = {}
         self._stopped = False
         pool = ThreadPoolExecutor(_threads(), "checking")
         self._futures = [pool.submit(self._check, number) for number in range(len(pieces))]
-        pool.shutdown(wait=False)  # its threads end when no piece is left
+        pool.shutdown(wait=False)  # its threads end after the last piece
 
     def _check(self, number: int) -> None:
-        """Checks one piece, unless one before it is damaged: the first is what is told."""
+        """Checks one piece unless an earlier one is damaged: only the first problem is reported."""
         try:
             for count in self._pieces[number].check():
                 self._read[number] += count
@@ -143,38 +145,39 @@ class Checking:
             self._problems[number] = f"{self._pieces[number].name} could not be checked ({first_line(error)})"
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Whether all is over, at the latest after ``seconds``."""
+        """Waits up to ``seconds``; returns whether all checks are complete."""
         return not wait(self._futures, seconds).not_done
 
     def stop(self) -> None:
-        """Ends the threads after what they read at the moment."""
+        """Stops the threads after their current read."""
         self._stopped = True
 
     @property
     def done(self) -> int:
-        """Bytes that were read."""
+        """Number of bytes read so far."""
         return sum(self._read)
 
     @property
     def problem(self) -> str | None:
-        """What is wrong with the first piece of which that is known."""
+        """Problem of the first damaged piece found so far."""
         return self._problems[min(self._problems)] if self._problems else None
 
     @property
     def place(self) -> str:
-        """The file that is being read at the moment."""
+        """Name of the file that is currently read."""
         reading = (p.name for p, read in zip(self._pieces, self._read, strict=True) if read < p.size)
         return next(reading, "nothing")
 
 
 def _threads() -> int:
-    """Threads of this process: its part of the cores of its host."""
-    cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Number of threads: this rank's share of the host's cores."""
+    cores = len(os.sched_getaffinity(0))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(_THREADS, cores // ranks))
 
 
 def first_problem(pieces: Sequence[Piece]) -> str | None:
-    """What is wrong with the first of ``pieces`` that is damaged; None where all are sound."""
+    """Returns the problem of the first damaged piece; None if all are intact."""
     checking = Checking(pieces)
     try:
         checking.wait()
@@ -184,13 +187,12 @@ def first_problem(pieces: Sequence[Piece]) -> str | None:
 
 
 def assign(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """Which pieces each of ``ranks`` takes: the largest first, each to the rank that has least.
+    """Assigns pieces to ranks: the largest first, each to the rank with the fewest bytes.
 
-    No rank has more than the mean and one piece.
+    No rank gets more than the mean plus one piece.
 
     Args:
-        sizes: of the pieces, in bytes.
-        ranks: how many share them.
+        sizes: bytes of each piece.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     load = [(0, rank) for rank in range(ranks)]
@@ -202,15 +204,18 @@ def assign(sizes: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def hash_blocks(path: Path, block_bytes: int) -> tuple[str, list[str]]:
-    """SHA-256 of a whole file, and of each of its blocks; a file is read once."""
-    whole, blocks = hashlib.sha256(), list[str]()
+    """Returns the SHA-256 of a whole file and of each of its blocks, reading the file once."""
+    whole = hashlib.sha256()
+    blocks = list[str]()
     with path.open("rb") as stream:
-        digest, left = hashlib.sha256(), block_bytes
+        digest = hashlib.sha256()
+        left = block_bytes
         while content := stream.read(min(_READ_AT_A_TIME, left)):
             whole.update(content)
             digest.update(content)
             left -= len(content)
             if not left:
                 blocks.append(digest.hexdigest())
-                digest, left = hashlib.sha256(), block_bytes
+                digest = hashlib.sha256()
+                left = block_bytes
     return whole.hexdigest(), blocks if left == block_bytes else [*blocks, digest.hexdigest()]

@@ -1,4 +1,4 @@
-"""Engines: the only place that knows DeepSpeed or Megatron-Core (datasets excepted)."""
+"""Engines: the only package that imports DeepSpeed or Megatron-Core, except for Megatron's datasets."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def make_engine(config: Config, vocab_size: int) -> Engine:
-    """The engine that the configuration names; only its package is imported.
+    """Creates the configured engine; only its package is imported.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         vocab_size: rows of the embedding.
     """
     if config.engine == "megatron":

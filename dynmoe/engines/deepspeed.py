@@ -29,21 +29,19 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 
 from dynmoe.config import Config, ModelConfig
+from dynmoe.config.constants import DEEPSPEED_BUCKET
 from dynmoe.data.batches import Batch
 from dynmoe.engines import deepspeed_state
 from dynmoe.engines.device import take_gpu
-from dynmoe.engines.nonfinite import GradientWatch, describe_nonfinite
 from dynmoe.engines.patience import PATIENCE, be_patient
-from dynmoe.engines.reports import reduce_report
+from dynmoe.engines.runtime import MoERuntime
 from dynmoe.launched import choose_interface
 from dynmoe.model import Decoder
-from dynmoe.moe import MoEContext, MoELayer
+from dynmoe.moe import MoEContext, MoEGroups, MoELayer
 from dynmoe.moe.adaptation import AdaptationEvent
-from dynmoe.moe.control import RoutingControl
+from dynmoe.moe.trace import RoutingTrace
 from dynmoe.train.engine import Gradients, Snapshot, StepReport
 from dynmoe.train.optimizer import parameter_groups
-
-_BUCKET_ELEMENTS = 500_000_000
 
 
 class DeepSpeedMoELayer(MoELayer, MoE):
@@ -54,7 +52,7 @@ class DeepSpeedMoELayer(MoELayer, MoE):
 
     def __init__(self, model: ModelConfig, layer: int, seed: int, context: MoEContext) -> None:
         MoELayer.__init__(self, model, layer, seed, context)
-        self.ep_size = context.expert_parallel
+        self.ep_size = context.groups.expert_parallel
         self.num_local_experts = self.num_experts // self.ep_size
         self.expert_group_name = _group_name(self.ep_size)
         for parameter in self.experts.parameters():
@@ -102,18 +100,18 @@ class DeepSpeedEngine:
         self.state = deepspeed_state.OptimizerState(self._optimizer, self._adam)
         self.layers = self.module.moe_layers
         self.local_modules: Sequence[nn.Module] = [layer.get_submodule("attention") for layer in self.module.layers]
-        self._control = RoutingControl(config, self.layers, self.context, self.state, self.device)
-        self._watch = GradientWatch(self.module.named_parameters(), self.layers)
+        named = self.module.named_parameters()
+        self.moe = MoERuntime(config, self.layers, self.context, self.state, named, self.device)
         self._batches: Sequence[Batch] = ()
         self.step = 0  # kept on the host: the optimizer's count waits for the device
         self._local_loss = torch.zeros((), device=self.device)
-        self._grad_norm, self._recorded = 0.0, False
+        self._grad_norm = 0.0
 
     def _deepspeed_config(self) -> dict[str, Any]:
         train, stage = self.config.train, self.config.deepspeed.zero_stage
         bf16 = train.precision == "bf16"
         # DeepSpeed refuses odd sizes, and an odd number of experts can have an odd number of parameters.
-        bucket = min(_BUCKET_ELEMENTS, 2 * -(-sum(parameter.numel() for parameter in self.module.parameters()) // 2))
+        bucket = min(DEEPSPEED_BUCKET, 2 * -(-sum(parameter.numel() for parameter in self.module.parameters()) // 2))
         return {
             "train_micro_batch_size_per_gpu": train.micro_batch,
             "gradient_accumulation_steps": self.config.accumulation(self.world_size),
@@ -131,25 +129,22 @@ class DeepSpeedEngine:
             "steps_per_print": sys.maxsize,
         }
 
-    def compute_gradients(self, batches: Sequence[Batch], record: bool) -> Gradients:
+    def compute_gradients(self, batches: Sequence[Batch], record: bool, trace: RoutingTrace | None = None) -> Gradients:
         self.step += 1
         self.module.train()
-        if self._control.needs_calibration:
-            self._calibrate(batches[0])
-        self._control.begin_step(self.step)
+        # One micro-batch of each rank: all that fits in memory for sure.
+        self.moe.calibrate(lambda: self.module.hidden(batches[0].tokens_BS.to(self.device)))
         self._batches = batches
-        self.context.recording = self._recorded = record
-        self.context.loss_scale = 1.0 / len(batches)
         losses = []
-        for number, batch in enumerate(batches):
-            self.context.micro_batch = number
-            own = batch.to(self.device)
-            loss = self._engine(own.tokens_BS, own.labels_BS)
-            self._engine.backward(loss)
-            losses.append(loss.detach())
-            if batch is not batches[-1]:
-                self._engine.step()  # not a boundary: counts the micro-batch
-        self.context.recording = False
+        with self.moe.step(self.step, 1.0 / len(batches), record, trace):
+            for number, batch in enumerate(batches):
+                own = batch.to(self.device)
+                with self.moe.micro_batch(number):
+                    loss = self._engine(own.tokens_BS, own.labels_BS)
+                self._engine.backward(loss)
+                losses.append(loss.detach())
+                if batch is not batches[-1]:
+                    self._engine.step()  # not a boundary: counts the micro-batch
         self._local_loss = torch.stack(losses).mean()
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         for gradient, copies in self._gradients():
@@ -169,7 +164,7 @@ class DeepSpeedEngine:
         for group in self._adam.param_groups:
             group["lr"] = lr * group["lr_factor"]
         self._engine.step()
-        return self._control.end_step(self.step)
+        return self.moe.apply_step(self.step)
 
     def skip(self) -> list[AdaptationEvent]:
         optimizer = self._optimizer
@@ -179,32 +174,19 @@ class DeepSpeedEngine:
                 optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
         with _stepping_does_nothing(optimizer):
             self._engine.step()  # counts the step and clears gradients
-        return self._control.skip_step(self.step)
+        return self.moe.skip_step(self.step)
 
     def describe_nonfinite(self) -> str:
-        finite = bool(torch.isfinite(self._local_loss))
-        return describe_nonfinite(
-            self.config.model, self.layers, self._watch, self._repeat, self.step, finite, self._grad_norm
-        )
+        return self.moe.describe_nonfinite(self._repeat, self.step, self._local_loss, self._grad_norm)
 
     def _repeat(self) -> None:
         """The passes of the latest step once more: nothing is counted, and no gradient reaches DeepSpeed."""
         parameters = list(self.module.parameters())
         for number, batch in enumerate(self._batches):
             own = batch.to(self.device)
-            with self.context.recompute(number):
+            with self.moe.repetition(number):
                 loss = self.module(own.tokens_BS, own.labels_BS)
                 torch.autograd.grad(loss / len(self._batches), parameters, allow_unused=True)
-
-    @torch.no_grad()
-    def _calibrate(self, batch: Batch) -> None:
-        """A pass in which threshold routers set their thresholds, each from what the layers before it give.
-
-        One micro-batch of each rank: all that fits in memory for sure.
-        """
-        self.context.calibrating = True
-        self.module.hidden(batch.tokens_BS.to(self.device))
-        self.context.calibrating = False
 
     def _gradients(self) -> Iterator[tuple[Tensor, int]]:
         """Reduced gradients that this rank holds, each with the number of ranks that hold the same one."""
@@ -215,7 +197,11 @@ class DeepSpeedEngine:
             yield from ((gradient, 1) for gradient in self._optimizer.fp32_groups_gradient_flat_partition)
         else:
             for parameter in self.module.parameters():
-                copies = self.world_size // self.context.expert_parallel if is_moe_param(parameter) else self.world_size
+                copies = (
+                    self.world_size // self.context.groups.expert_parallel
+                    if is_moe_param(parameter)
+                    else self.world_size
+                )
                 if parameter.grad is not None:
                     yield parameter.grad, copies
 
@@ -223,8 +209,7 @@ class DeepSpeedEngine:
         return torch.arange(length)
 
     def report(self) -> StepReport:
-        recorded, self._recorded = self._recorded, False
-        return reduce_report(self.config.model, self.layers, recorded, self.device)
+        return self.moe.report()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], texts: Sequence[int], per_rank: Sequence[float]) -> list[float]:
@@ -284,4 +269,5 @@ def make_context(expert_parallel: int, backend: str = "auto") -> MoEContext:
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(expert_parallel)
     expert_group = groups._get_expert_parallel_group(name) if expert_parallel > 1 else None
-    return MoEContext(expert_group, dist.group.WORLD if dist.get_world_size() > 1 else None, backend=backend)
+    tokens = dist.group.WORLD if dist.get_world_size() > 1 else None
+    return MoEContext(MoEGroups(expert_group, tokens), backend)

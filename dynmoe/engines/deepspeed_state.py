@@ -1,4 +1,4 @@
-"""Model and optimizer state of a DeepSpeed run, and its checkpoints."""
+"""Model and optimizer state of a DeepSpeed run in its checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from dynmoe.engines import plain_state
+from dynmoe.engines import canonical_state
 from dynmoe.engines.random_state import copy_random_state, restore_random_state
 from dynmoe.engines.state_names import MASTER, MOMENTS
 from dynmoe.model import Decoder
@@ -28,13 +28,14 @@ from dynmoe.train.engine import Snapshot
 
 
 class OptimizerState:
-    """fp32 masters and Adam moments of whole parameters, whatever DeepSpeed optimizer holds them.
+    """fp32 masters and Adam moments of whole parameters, for any DeepSpeed optimizer.
 
-    Reading is collective under ZeRO. The moments exist from the start (zeros), as after a first step of size zero.
+    Reading is collective under ZeRO. The moments are created as zeros before the first step.
     """
 
     def __init__(self, optimizer: Any, adam: torch.optim.AdamW) -> None:
-        self._adam, self._optimizer = adam, optimizer
+        self._adam = adam
+        self._optimizer = optimizer
         self._partitioned = isinstance(optimizer, (DeepSpeedZeroOptimizer, BF16_Optimizer))
         self._masters: dict[int, Tensor] = {}
         if isinstance(optimizer, FP16_UnfusedOptimizer):  # bf16 without ZeRO
@@ -52,14 +53,14 @@ class OptimizerState:
                 **{name: torch.zeros_like(tensor) for name in MOMENTS},
             }
         if self._partitioned:
-            # DeepSpeed links moments to parameters once, after the first group's first step, when the others have
-            # none yet: linked here, with all of them in place.
+            # DeepSpeed links moments to parameters after the first step of the first group, when the other groups
+            # have no moments yet. Linking them here includes all groups.
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken."""
+        """Number of optimizer steps taken."""
         return int(next(iter(self._adam.state.values()))["step"].item())
 
     @step.setter
@@ -68,7 +69,7 @@ class OptimizerState:
             state["step"].fill_(value)
 
     def get(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Whole fp32 master and moments, on the parameter's device."""
+        """fp32 master and moments of the whole parameter, on its device."""
         if self._partitioned:
             moments = {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
             return {MASTER: safe_get_full_fp32_param(parameter), **moments}
@@ -85,7 +86,7 @@ class OptimizerState:
 
     @torch.no_grad()
     def set(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
-        """Puts whole values in place: master, moments, and the parameter itself."""
+        """Sets master and moments of a whole parameter, and the parameter itself."""
         parameter.copy_(values[MASTER])
         if self._partitioned:
             safe_set_full_fp32_param(parameter, values[MASTER].to(parameter.device))
@@ -98,30 +99,30 @@ class OptimizerState:
             self._adam.state[master][name].copy_(values[name])
 
 
-def _entries(module: Decoder, state: OptimizerState) -> list[plain_state.Entry]:
-    ranges = plain_state.expert_ranges(module.moe_layers)
+def _entries(module: Decoder, state: OptimizerState) -> list[canonical_state.Entry]:
+    ranges = canonical_state.expert_ranges(module.moe_layers)
     return [
-        plain_state.entry(name, p, ranges, functools.partial(state.get, p), functools.partial(state.set, p))
+        canonical_state.entry(name, p, ranges, functools.partial(state.get, p), functools.partial(state.set, p))
         for name, p in module.named_parameters()
     ]
 
 
 def snapshot(directory: Path, module: Decoder, state: OptimizerState, context: MoEContext) -> Snapshot:
-    """This rank's share: rank 0 writes the dense state, one replica of each expert its experts."""
+    """Copies this rank's share: rank 0 writes the dense state, and one replica of each expert is written."""
     rank = dist.get_rank()
     # Consecutive ranks form an expert-parallel group: the first of them holds one replica of every expert.
-    writes_experts = rank < context.expert_parallel
+    writes_experts = rank < context.groups.expert_parallel
     entries, buffers = _entries(module, state), dict(module.named_buffers())
-    write_state = plain_state.copy(directory, entries, buffers, state.step, rank == 0, writes_experts)
+    write_state = canonical_state.copy(directory, entries, buffers, state.step, rank == 0, writes_experts)
     write_random_state = copy_random_state(directory)
     return Snapshot(lambda: [*write_state(), write_random_state()])
 
 
 def load(directory: Path, module: Decoder, state: OptimizerState) -> None:
-    """Restores what :func:`snapshot` wrote, for this rank's share of the present layout.
+    """Restores this rank's share, under the current layout, of what :func:`snapshot` wrote.
 
     Raises:
-        UserError: tensors that are missing, surplus or of another shape, by name.
+        UserError: names tensors that are missing, unexpected or of another shape.
     """
-    state.step = plain_state.load(directory, _entries(module, state), dict(module.named_buffers()))
+    state.step = canonical_state.load(directory, _entries(module, state), dict(module.named_buffers()))
     restore_random_state(directory)

@@ -10,12 +10,13 @@ from dynmoe.errors import UserError
 
 
 def take_gpu(other_cure: str = "") -> torch.device:
-    """Makes the GPU of this rank's number on its host the current one.
+    """Selects the GPU of this rank's number on the host.
 
     Raises:
-        UserError: more ranks on this host than GPUs; ``other_cure`` is said after the obvious one.
+        UserError: this host has more ranks than GPUs; ``other_cure`` is appended to the suggested fix.
     """
-    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = torch.cuda.device_count()
     if ranks > gpus:
         cure = f"start {gpus} with --nproc-per-node{other_cure}"
         raise UserError(f"{ranks} ranks on this host, but {gpus} GPU(s); {cure}")

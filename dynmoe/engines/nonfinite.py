@@ -1,4 +1,4 @@
-"""Where a loss or gradient that is not finite came from: by rank, layer and parameter."""
+"""Diagnosis of a non-finite loss or gradient: rank, layer and parameter of the first occurrence."""
 
 from __future__ import annotations
 
@@ -12,32 +12,31 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dynmoe.config import ModelConfig
-from dynmoe.config.routing import KINDS
-from dynmoe.engines.plain_state import expert_ranges
+from dynmoe.engines.canonical_state import expert_ranges
 from dynmoe.errors import UserError
 from dynmoe.moe import MoELayer
 
 
 class GradientWatch:
-    """Finds the gradient of this rank that is the first not to be finite, in the order of the backward pass.
+    """Finds the first non-finite gradient of this rank, in the order of the backward pass.
 
-    Once gradients are reduced, all ranks have what one of them did; and to read every gradient of every pass has a
-    price in all steps (``bench gradient_watch``). So it is a step that went wrong that is computed once more, and
-    watched then. All ranks know of it alike: a loss and a norm are those of all.
+    After the gradient reduction, non-finite values of one rank are on all ranks; and checking the gradients of every
+    forward pass would slow down all steps (``bench gradient_watch``). So only a failed step is computed again and
+    checked. All ranks do so together, as they see the same loss and norm.
 
     Args:
-        parameters: with their names in the plain model.
-        layers: MoE layers that hold stacked experts among them.
+        parameters: parameters with their canonical names.
+        layers: MoE layers whose stacked experts are among them.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], layers: Sequence[MoELayer]) -> None:
-        ranges, nothing = expert_ranges(layers), (None, 0)
-        self._parameters = [(name, own, ranges.get(id(own), nothing)[0]) for name, own in parameters]
+        ranges = expert_ranges(layers)
+        self._parameters = [(name, own, ranges.get(id(own), (None, 0))[0]) for name, own in parameters]
         self._sums: list[tuple[str, range | None, Tensor]] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Around passes whose gradients are looked at, and not kept: each is 0 for whoever comes after."""
+        """Checks the gradients of the passes in this context and replaces them by zeros."""
         self._sums.clear()
         hooks = [
             parameter.register_hook(functools.partial(self._see, name, experts))
@@ -55,11 +54,11 @@ class GradientWatch:
         return torch.zeros_like(total).sum().expand_as(gradient)  # takes no memory
 
     def first_bad_gradient(self) -> str | None:
-        """Name of the first one that was not finite while it was watched."""
+        """Name of the first parameter whose gradient was not finite."""
         return next((_name(*seen) for seen in self._sums if not torch.isfinite(seen[2]).all()), None)
 
     def first_bad_weight(self) -> str | None:
-        """Name of the first parameter that is not finite itself."""
+        """Name of the first parameter with non-finite values."""
         for name, parameter, experts in self._parameters:
             flat = parameter.detach().flatten(0 if experts is None else 1)
             if not torch.isfinite(flat).all():
@@ -76,32 +75,34 @@ def _name(name: str, experts: range | None, totals: Tensor) -> str:
 
 def describe_nonfinite(
     model: ModelConfig,
-    layers: Sequence[MoELayer],
+    overflowed: list[int],
+    nonfinite_scores: list[int],
     watch: GradientWatch,
     repeat: Callable[[], None],
     step: int,
     loss_is_finite: bool,
     grad_norm: float,
 ) -> str:
-    """What is not finite, and where first; collective, the same words on every rank.
+    """Describes what is not finite and where it occurred first; collective, the same text on every rank.
 
     Args:
-        model: of the run.
-        layers: that this rank holds.
-        watch: over this rank's gradients.
-        repeat: computes the step's passes once more; collective.
-        step: its number.
-        loss_is_finite: this rank's own.
-        grad_norm: over all ranks.
+        model: configuration of the model.
+        overflowed: layers of this rank whose tokens selected more than ``model.moe.max_mean_experts_per_token``.
+        nonfinite_scores: layers of this rank with scores that are not finite.
+        watch: checks this rank's gradients.
+        repeat: computes the forward and backward passes of the step again; collective.
+        step: number of the step.
+        loss_is_finite: whether the loss of this rank is finite.
+        grad_norm: gradient norm over all ranks.
 
     Raises:
-        UserError: nothing went wrong but a ceiling that was passed, which the next step would pass too.
+        UserError: the limit of mean experts per token was exceeded, which would happen again in the next step.
     """
     with watch.watching():
         repeat()
     seen: dict[str, Any] = {
-        "over": [layer.layer for layer in layers if bool(layer.take_over_ceiling())],
-        "scores": [layer.layer for layer in layers if not bool(layer.router.take_finite())],
+        "over": overflowed,
+        "scores": nonfinite_scores,
         "loss": loss_is_finite,
         "weight": watch.first_bad_weight(),
         "gradient": watch.first_bad_gradient(),
@@ -112,13 +113,14 @@ def describe_nonfinite(
     def ranks(key: str, layer: int) -> str:
         return ", ".join(str(rank) for rank, own in enumerate(everywhere) if layer in own[key])
 
-    for layer in model.moe_layers:  # a ceiling comes first: what lies behind it is made NaN
+    for layer in model.moe_layers:  # this limit first, as exceeding it makes the results NaN
         if where := ranks("over", layer):
-            lower = "lower model.router.max_experts, " if "max_experts" in KINDS[model.router.kind].fields else ""
-            problem = f"tokens want more experts than model.moe.ceiling={model.moe.ceiling}"
+            lower = "lower model.router.max_experts, " if model.router.has_field("max_experts") else ""
+            limit = model.moe.max_mean_experts_per_token
+            problem = f"tokens select more experts than model.moe.max_mean_experts_per_token={limit}"
             raise UserError(
-                f"step {step}: {problem} in layer {layer} on rank {where}; "
-                f"raise it, {lower}or drop routes with model.moe.at_ceiling=drop"
+                f"step {step}: {problem} allows in layer {layer} on rank {where}; "
+                f"raise it, {lower}or drop routes with model.moe.on_overflow=drop"
             )
     found = []
     if weight := _first(everywhere, "weight"):
@@ -130,13 +132,13 @@ def describe_nonfinite(
     if bad_losses:
         found.append(f"the loss is not finite on rank {', '.join(bad_losses)}")
     if gradient := _first(everywhere, "gradient"):
-        found.append(f"the first gradient that is not finite is that of {gradient}")
+        found.append(f"the first non-finite gradient is that of {gradient}")
     again = "but loss and gradients were finite on every rank when the step was computed again: suspect the hardware"
     return "; ".join(found) or f"the gradient norm is {grad_norm}, {again}"
 
 
 def _first(everywhere: list[dict[str, Any]], key: str) -> str:
-    """What the first rank says that has something to say, with the ranks that say the same."""
+    """The first reported entry of ``key``, with all ranks that report the same."""
     text = next((own[key] for own in everywhere if own[key] is not None), None)
     if text is None:
         return ""

@@ -1,4 +1,4 @@
-"""How long process groups wait: the watchdog alone decides that (``guard.hang_timeout_s``)."""
+"""Timeouts of process groups, made so long that only the watchdog (``guard.hang_timeout_s``) ends a hang."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-# Timeouts of PyTorch count the time in which a process was stopped, and those of NCCL end a rank before it has said
-# where it waits. This is the longest that fits: PyTorch's stores keep milliseconds in 32 bits.
+# PyTorch's timeouts count time in which a process is stopped, and NCCL's kill a rank before it can report where it
+# waits. This is the longest possible timeout, as PyTorch's stores keep milliseconds in 32 bits.
 PATIENCE = timedelta(days=24)
 
 
 def be_patient() -> None:
-    """Lets every process group of this rank wait so long, those too that an engine's package made in its own way."""
+    """Sets this timeout for all process groups of this rank, including those created by an engine's package."""
     for group in list(dist.distributed_c10d._world.pg_map):
         if hasattr(dist, "set_timeout"):  # public from torch 2.14 on
             dist.set_timeout(PATIENCE, group)

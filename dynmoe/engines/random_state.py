@@ -1,4 +1,4 @@
-"""Random generators of a rank, as a file of a checkpoint."""
+"""States of the random generators of a rank, as a file in a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ def _path(directory: Path) -> Path:
 
 
 def copy_random_state(directory: Path) -> Callable[[], Path]:
-    """Copies this rank's generators; what is returned writes them into ``directory``, and returns the file."""
+    """Copies the generators' states; returns a function that writes them and returns the file."""
     cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
-    state, path = {"cpu": torch.get_rng_state(), **cuda}, _path(directory)
+    state = {"cpu": torch.get_rng_state(), **cuda}
+    path = _path(directory)
 
     def write() -> Path:
         save_tensors(state, path)
@@ -29,7 +30,7 @@ def copy_random_state(directory: Path) -> Callable[[], Path]:
 
 
 def restore_random_state(directory: Path) -> None:
-    """This rank's generators; a rank that the saving run did not have keeps its own."""
+    """Restores this rank's generators, if the checkpoint has states for this rank."""
     if not _path(directory).exists():
         return
     with safe_open(_path(directory), framework="pt") as file:

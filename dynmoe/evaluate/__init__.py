@@ -1,4 +1,4 @@
-"""What a model is worth: tasks of lm-evaluation-harness and domains, each with the experts that its tokens used."""
+"""Evaluation: tasks of lm-evaluation-harness and domains, each with the experts that its tokens used."""
 
 from dynmoe.evaluate.command import main
 

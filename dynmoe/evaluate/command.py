@@ -1,4 +1,4 @@
-"""The command: scores of a run's newest checkpoint."""
+"""The command: evaluates a run's newest checkpoint."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     from dynmoe.train.metrics import Row
     from dynmoe.train.run_directory import RunDirectory
 
-_DESCRIPTION = """Scores a run's newest checkpoint: loss and perplexity of each corpus by itself, and tasks of
-lm-evaluation-harness, each with the experts that its tokens used. The scores join the run's metrics."""
+_DESCRIPTION = """Evaluates a run's newest checkpoint: loss and perplexity of each corpus, and tasks of
+lm-evaluation-harness, each with the experts that its tokens used. Adds the scores to the run's metrics."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m dynmoe.evaluate", description=_DESCRIPTION)
-    parser.add_argument("run", type=Path, metavar="RUN", help="directory of the run, of either engine")
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run of either engine")
     parser.add_argument(
         "--tasks", nargs="+", default=[], metavar="TASK",
-        help="names of the harness (tasks, groups, tags), or YAML files; commas separate, too",
+        help="harness tasks, groups or tags, or YAML files, separated by spaces or commas",
     )  # fmt: skip
-    parser.add_argument("--include", type=Path, metavar="DIR", help="more YAML files, whose tasks go by their names")
-    parser.add_argument("--shots", type=int, help="examples before each question; default: as each task says")
-    parser.add_argument("--limit", type=int, help="documents of each task at most; default: all")
+    parser.add_argument("--include", type=Path, metavar="DIR", help="folder of more YAML files with named tasks")
+    parser.add_argument("--shots", type=int, help="examples before each question; default: as each task specifies")
+    parser.add_argument("--limit", type=int, help="maximum number of documents per task; default: all")
     domains = parser.add_mutually_exclusive_group()
-    domains.add_argument("--corpora", nargs="+", metavar="DIR", help="of the domains; default: data.dirs of the run")
-    domains.add_argument("--no-domains", action="store_true", help="tasks alone")
-    parser.add_argument("--output", type=Path, help="a JSON file for the scores, which then leave the run as it is")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
+    domains.add_argument("--corpora", nargs="+", metavar="DIR", help="corpora to use as domains; default: data.dirs")
+    domains.add_argument("--no-domains", action="store_true", help="evaluate only tasks")
+    parser.add_argument("--output", type=Path, help="JSON file for the scores, which are then not added to the run")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     given = parser.parse_args()
     names = [name for given_name in given.tasks for name in given_name.split(",") if name]
     _check(given, names)
@@ -50,7 +50,7 @@ def main() -> None:
     config = load_config(directory.config)
     if given.output is None:
         _claim(directory)
-        directory.release()  # scoring may take long, and a training comes first
+        directory.release()  # evaluation may take long and must not block training
     corpora, sequences = ({}, None) if given.no_domains else _open_corpora(config, given.corpora)
     tasks = None
     if names:
@@ -70,7 +70,7 @@ def _score(
     sequences: dict[str, int] | None,
     tasks: Tasks | None,
 ) -> None:
-    """Scores, shows and keeps."""
+    """Computes, prints and stores the scores."""
     import torch
 
     from dynmoe.evaluate.domains import score_domains
@@ -83,8 +83,9 @@ def _score(
     for name, corpus in corpora.items():
         if corpus.tokenizer.sha256 != trained.tokenizer.sha256:
             cure = f"prepare it with --tokenizer {directory.tokenizer}"
-            raise UserError(f"--corpora: {name} is encoded by another tokenizer than the run's; {cure}")
-    model, done = WholeModel(trained), None
+            raise UserError(f"--corpora: {name} was encoded with a different tokenizer than the run; {cure}")
+    model = WholeModel(trained)
+    done = None
     with tempfile.TemporaryDirectory() as cache, _shown("domains") as progress:
         domains = score_domains(model, corpora, Path(cache), progress, sequences)
     if tasks is not None:
@@ -98,7 +99,7 @@ def _score(
     if done is not None:
         longest = config.data.sequence_length
         for name, count in done.cut.items():
-            print(f"{name}: {count} requests are longer than data.sequence_length ({longest}) and lost their beginning")
+            print(f"{name}: truncated {count} requests at the beginning to data.sequence_length ({longest})")
         content |= {"cut": done.cut, "harness": done.report}
     _write(content, given.output or directory.path / "evaluations" / f"step_{trained.step:08d}.json")
     if given.output is None:
@@ -109,23 +110,23 @@ def _check(given: argparse.Namespace, names: Sequence[str]) -> None:
     for name, least in {"limit": 1, "shots": 0}.items():
         value = getattr(given, name)
         if value is not None and not names:
-            raise UserError(f"--{name}={value}: there are no tasks; name some by --tasks, or leave it out")
+            raise UserError(f"--{name}={value}: needs tasks; name some with --tasks, or omit it")
         if value is not None and value < least:
             raise UserError(f"--{name}={value}: is too small; use {least} or more")
     if given.no_domains and not names:
-        raise UserError("--no-domains: nothing is left to score; name --tasks, or leave it out")
+        raise UserError("--no-domains: nothing to evaluate; name --tasks, or omit it")
     if given.include is not None and not given.include.is_dir():
-        raise UserError(f"--include={given.include}: is no directory; name one with YAML files of tasks")
+        raise UserError(f"--include={given.include}: is not a directory; use one with YAML files of tasks")
     folder = None if given.output is None else given.output.parent
     if folder is not None and not folder.is_dir():
-        raise UserError(f"--output={given.output}: {folder} is no directory; make it, or name another file")
+        raise UserError(f"--output={given.output}: {folder} is not a directory; create it, or use another path")
 
 
 def _check_installed() -> None:
     from importlib.util import find_spec
 
     if find_spec("lm_eval") is None:
-        raise UserError("--tasks: lm-evaluation-harness is not here; pip install 'dynmoe[eval]'")
+        raise UserError("--tasks: lm-evaluation-harness is not installed; run pip install 'dynmoe[eval]'")
 
 
 def _claim(directory: RunDirectory) -> None:
@@ -133,11 +134,11 @@ def _claim(directory: RunDirectory) -> None:
         directory.claim()
     except UserError as error:
         problem = str(error).split(": ", 1)[1].split(";")[0]
-        raise UserError(f"{problem}; wait for it, or leave the run as it is: --output FILE") from None
+        raise UserError(f"{problem}; wait for it, or leave the run unchanged with --output FILE") from None
 
 
 def _open_corpora(config: Config, given: Sequence[str] | None) -> tuple[dict[str, Corpus], dict[str, int] | None]:
-    """The corpora by the names of their domains; and for a run's own blend the sequences that its evaluations read."""
+    """Returns the corpora by domain, and for a run's own blend the number of sequences that its evaluations read."""
     from dynmoe.data.corpus import by_domain, open_corpora
     from dynmoe.data.validation import is_weighted, sequences_by_domain
 
@@ -147,12 +148,12 @@ def _open_corpora(config: Config, given: Sequence[str] | None) -> tuple[dict[str
         own_blend = given is None and is_weighted(config, corpora)
         return by_domain(corpora), sequences_by_domain(config, corpora) if own_blend else None
     except UserError as error:
-        raise UserError(f"{error}; or name others by --corpora, or leave domains out by --no-domains") from None
+        raise UserError(f"{error}; or use other corpora with --corpora, or skip domains with --no-domains") from None
 
 
 @contextmanager
 def _shown(what: str) -> Iterator[Progress]:
-    """A bar on a terminal."""
+    """Shows a progress bar on a terminal."""
     from rich.console import Console
     from rich.progress import Progress as Bar
 
@@ -168,12 +169,12 @@ def _write(content: dict[str, Any], path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, json.dumps(content, indent=1, default=str) + "\n")
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); name another file by --output") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); use another path with --output") from None
     print(f"Scores: {path}")
 
 
 def _record(config: Config, directory: RunDirectory, step: int, row: Row) -> None:
-    """Puts the scores into the run's metrics and their views."""
+    """Adds the scores to the run's metrics and their views."""
     from dynmoe.report.pictures import pictures_of_run
     from dynmoe.train.record import on_views
     from dynmoe.train.step_log import merge
@@ -187,4 +188,4 @@ def _record(config: Config, directory: RunDirectory, step: int, row: Row) -> Non
         on_views(views, lambda view: view.close())
     finally:
         directory.release()
-    print(f"They are in {directory.metrics}; python -m dynmoe.report {directory.path} shows them.")
+    print(f"Added to {directory.metrics}; python -m dynmoe.report {directory.path} shows them.")

@@ -1,4 +1,4 @@
-"""The validation loss of each corpus by itself."""
+"""The validation loss of each corpus."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ def score_domains(
     progress: Progress,
     sequences: Mapping[str, int] | None = None,
 ) -> dict[str, Scores]:
-    """Mean loss in nats per token, perplexity and experts per token of each corpus, on its validation sequences.
+    """Computes each corpus's mean loss in nats per token, perplexity and experts per token on validation sequences.
 
     Args:
-        model: the model.
-        corpora: by the name of their domain; with the tokenizer of the model.
+        corpora: corpora by domain, encoded with the model's tokenizer.
         cache: directory of Megatron's index files, shared by all ranks.
-        progress: is told of each pass.
-        sequences: how many of each are read, as far as there are so many; as ``eval.batches`` says by default.
+        progress: called after each forward pass.
+        sequences: maximum number of sequences per domain; None: as ``eval.batches`` specifies.
     """
-    config, scores = model.config, {}
+    config = model.config
+    scores = {}
     wanted = sequences or dict.fromkeys(corpora, config.eval.batches * config.train.global_batch)
     for name, corpus in corpora.items():
         data = PretrainingData([corpus], [], config.data.sequence_length, config.train.seed, cache)
         samples = min(wanted[name], data.validation_samples)
-        rows, use, total = rows_of_pass(model, config.data.sequence_length), ExpertUse(), 0.0
+        rows = rows_of_pass(model, config.data.sequence_length)
+        use = ExpertUse()
+        total = 0.0
         for done, passages in _parts(data, name, samples, rows * model.data_size):
             total -= sum(own.log_prob for own in score(model, passages, use, lambda done, of: None))
             progress(min(done, samples), samples)
@@ -44,7 +46,7 @@ def score_domains(
 
 
 def _parts(data: PretrainingData, name: str, samples: int, size: int) -> Iterator[tuple[int, Sequence[Passage]]]:
-    """The sequences, ``size`` at a time, with the number of those that are done then."""
+    """Yields the sequences, ``size`` at a time, each with the number of sequences done after it."""
     for start in range(0, samples, size):
         batch = data.validation_batch(range(start, min(start + size, samples)))
         passages = [

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness over our models: its tasks, requests, metrics and aggregation; our scoring and experts."""
+"""Runs lm-evaluation-harness on our models: its tasks, requests, metrics and aggregation; our scoring and experts."""
 
 from __future__ import annotations
 
@@ -31,39 +31,39 @@ _GENERATES = "generate_until"
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks and groups of tasks with their data."""
+    """Loaded tasks and groups of tasks."""
 
     manager: TaskManager
     roots: list[Task | Group]
 
 
 def open_tasks(names: Sequence[str], field: str, *, folder: Path | None = None, generation: bool = True) -> Tasks:
-    """Finds tasks, groups and tags by name or by YAML file, and reads their data.
+    """Finds tasks, groups and tags by name or YAML file, and loads their data.
 
     Args:
-        names: of them; a file's ``data_files`` are looked for from the working directory.
-        field: what the names were given by, for messages.
-        folder: of more YAML files, whose tasks are known by name. Where all names are its own, or files, the harness's
-            tasks are not known.
-        generation: tasks that write text are allowed.
+        names: names or files; a file's ``data_files`` are relative to the working directory.
+        field: the option or field that gave the names, for messages.
+        folder: folder of more YAML files with named tasks. If it provides all names that are not files, the harness's
+            own tasks are not loaded.
+        generation: whether to allow tasks that generate text.
 
     Raises:
-        UserError: an unknown name, data that cannot be read, or a task that cannot be scored here.
+        UserError: a name is unknown, data cannot be read, or a task cannot be scored here.
     """
     own = TaskManager(include_path=folder, include_defaults=False)
     unknown = [name for name in names if name not in own.all_tasks and not Path(name).is_file()]
-    # To know the harness's own names thousands of files are read.
+    # Indexing the harness's own names reads thousands of files.
     manager = TaskManager(include_path=folder) if unknown else own
     roots: list[Task | Group] = []
     for name in names:
         if name in unknown and name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
-            cure = f"did you mean {', '.join(near)}?" if near else "name a task of lm-evaluation-harness or a YAML file"
-            raise UserError(f"{field}: {name!r} is no task; {cure}")
+            cure = f"did you mean {', '.join(near)}?" if near else "use a task of lm-evaluation-harness or a YAML file"
+            raise UserError(f"{field}: {name!r} is not a known task; {cure}")
         try:
             found = manager.load([name])
-        except Exception as error:  # of whatever reads tasks and data
-            cure = "mend it, or where its data is on the hub, fetch it once where there is a network (HF_HOME keeps it)"
+        except Exception as error:  # any error while tasks and data are read
+            cure = "fix it, or if its data is on the hub, download it once with network access (HF_HOME caches it)"
             raise UserError(f"{field}: {name} cannot be loaded ({first_line(error)}); {cure}") from error
         children = {child for members in found.get("group_map", {}).values() for child in members}
         groups = [group for key, group in found.get("groups", {}).items() if key not in children]
@@ -73,29 +73,29 @@ def open_tasks(names: Sequence[str], field: str, *, folder: Path | None = None, 
     try:
         manager.load(roots)
     except ValueError as error:
-        raise UserError(f"{field}: {first_line(error)}; name it once") from None
+        raise UserError(f"{field}: {first_line(error)}; list it only once") from None
     return Tasks(manager, roots)
 
 
 def _check_task(task: Task, name: str, field: str, generation: bool) -> None:
     if getattr(task, "UNSAFE_CODE", False):
-        cure = "export the model, and let the harness run it: lm_eval --confirm_run_unsafe_code"
-        raise UserError(f"{field}: {name} runs code that the model writes; {cure}")
+        cure = "export the model, and run it with the harness: lm_eval --confirm_run_unsafe_code"
+        raise UserError(f"{field}: {name} executes code that the model writes; {cure}")
     if getattr(task, "MULTIMODAL", False):
-        raise UserError(f"{field}: {name} is about more than text; leave it out")
+        raise UserError(f"{field}: {name} is multimodal; remove it")
     if task.OUTPUT_TYPE == _GENERATES and not generation:
-        cure = "score it afterwards: python -m dynmoe.evaluate RUN --tasks"
-        raise UserError(f"{field}: {name} lets the model write, which takes too long while training; {cure} {name}")
+        cure = "evaluate it after training: python -m dynmoe.evaluate RUN --tasks"
+        raise UserError(f"{field}: {name} generates text, which takes too long during training; {cure} {name}")
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """What tasks came to.
+    """Results of tasks.
 
     Attributes:
-        scores: figures of each task and group, by name, with experts per token.
-        cut: requests of each task that lost their beginning.
-        report: what the harness says, without the documents.
+        scores: figures of each task and group by name, with experts per token.
+        cut: number of requests of each task that were truncated at the beginning.
+        report: the harness's report without the documents.
     """
 
     scores: dict[str, Scores]
@@ -107,15 +107,13 @@ def score_tasks(
     model: ScoredModel, tasks: Tasks, progress: Progress, *, shots: int | None = None, limit: int | None = None,
     bootstrap: int = 100_000,
 ) -> TaskScores:  # fmt: skip
-    """Runs the harness; of a spread model every rank does, and the first of each host has the result.
+    """Runs the harness; if the model is distributed, on every rank, and the first rank of each host has the result.
 
     Args:
-        model: the model.
-        tasks: what it is scored on.
-        progress: is told of each pass.
-        shots: examples before each question; None: as each task says.
-        limit: documents of each task; None: all.
-        bootstrap: samples for standard errors that have no formula; 0: no standard errors at all.
+        progress: called after each forward pass.
+        shots: examples before each question; None: as each task specifies.
+        limit: maximum number of documents per task; None: all.
+        bootstrap: samples for standard errors without a formula; 0: no standard errors.
     """
     harness = HarnessModel(
         model.tokenizer, model.config.data.sequence_length, partial(score, model, progress=progress),
@@ -132,10 +130,10 @@ def score_tasks(
 
 
 def rehearse(tasks: Tasks, tokenizer: Tokenizer, longest: int, limit: int | None) -> None:
-    """Makes every request of the tasks, and every metric from made-up scores: what is wrong with them shows now.
+    """Builds every request of the tasks and computes every metric from made-up scores, to find errors early.
 
     Raises:
-        UserError: a request that cannot be scored.
+        UserError: a request cannot be scored.
     """
 
     def unscored(passages: Sequence[Passage], use: ExpertUse) -> list[Score]:
@@ -153,7 +151,7 @@ def _run(harness: HarnessModel, tasks: Tasks, shots: int | None, limit: int | No
 
 
 def _figures(result: Mapping[str, Any]) -> Scores:
-    """Figures of a task by name; the harness calls them ``acc,none`` and ``acc_stderr,none``."""
+    """Figures of a task by name; the harness names them like ``acc,none`` and ``acc_stderr,none``."""
     figures = {}
     for key, value in result.items():
         metric, comma, filtered = key.partition(",")
@@ -165,14 +163,15 @@ def _figures(result: Mapping[str, Any]) -> Scores:
 
 
 def _leaves(name: str, children: Mapping[str, Sequence[str]]) -> list[str]:
-    """Tasks of a group, those of its groups included; a task itself."""
+    """Tasks of a group and of its subgroups; a task returns itself."""
     return [leaf for child in children[name] for leaf in _leaves(child, children)] if children.get(name) else [name]
 
 
 @contextmanager
 def _keeping_random_state() -> Iterator[None]:
-    """The harness seeds every generator of the process; a training goes on as if it had not."""
-    ours, numpy_state = random.getstate(), np.random.get_state()
+    """Restores the state of random generators, all of which the harness seeds, so that training is unaffected."""
+    ours = random.getstate()
+    numpy_state = np.random.get_state()
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
         try:
             yield
@@ -183,7 +182,7 @@ def _keeping_random_state() -> Iterator[None]:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """The harness draws a bar for each task on every rank, whatever it is told; ours says the same."""
+    """Disables the harness's progress bars, which it draws for each task on every rank regardless of its options."""
     bars = task_module.tqdm
     task_module.tqdm = lambda items, **options: items
     try:

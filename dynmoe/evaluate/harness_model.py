@@ -1,4 +1,4 @@
-"""A model of ours as lm-evaluation-harness asks it."""
+"""Adapts our models to lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -23,29 +23,31 @@ Scorer = Callable[[Sequence[Passage], ExpertUse], list[Score]]
 
 
 class HarnessModel(TemplateLM):
-    """A model of ours as the harness asks it, with the conventions of the harness's own models of Hugging Face.
+    """A model with the harness's interface and the conventions of its own Hugging Face models.
 
-    A context begins as it is given: nothing is put before it, but the end of a document where it is empty. What is
-    longer than a sequence of the training loses its beginning, and is counted in ``cut``, by task.
+    Nothing is prepended to a context, except that an empty one becomes the end-of-document token. Requests longer than
+    a training sequence are truncated at the beginning, and counted in ``cut`` by task.
 
     Args:
-        tokenizer: of the model.
-        longest: tokens of a sequence of the training.
-        scorer: scores passages, and counts their experts.
-        model: what writes text; None where tasks may not ask for it.
-        progress: is told of what is written.
+        longest: tokens of a training sequence.
+        scorer: scores passages and counts their experts.
+        model: model that generates text; None: tasks may not generate.
+        progress: called while text is generated.
 
     Attributes:
-        use: experts of the tokens of each task: contexts and continuations, as often as they are computed.
-        cut: see above.
+        use: experts of each task's tokens, in contexts and continuations, counted each time they are computed.
+        cut: number of truncated requests of each task.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, longest: int, scorer: Scorer, model: WholeModel | None, progress: Progress
     ) -> None:
         super().__init__()
-        self._tokenizer, self._longest, self._progress = tokenizer, longest, progress
-        self._scorer, self._writer = scorer, model
+        self._tokenizer = tokenizer
+        self._longest = longest
+        self._progress = progress
+        self._scorer = scorer
+        self._writer = model
         self._tasks: list[str] = []
         self.use = ExpertUse()
         self.cut: dict[str, int] = {}
@@ -58,7 +60,7 @@ class HarnessModel(TemplateLM):
         return self._tokenizer.encode(string)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Of each continuation after its context: log-probability, and whether greedy decoding would write it."""
+        """Log-probability of each continuation after its context, and whether greedy decoding would generate it."""
         self._tasks = [request.task_name for request in requests]
         return super().loglikelihood(requests, disable_tqdm=True)
 
@@ -72,7 +74,7 @@ class HarnessModel(TemplateLM):
         return [(own.log_prob, own.greedy) for own in self._scorer(passages, self.use)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Log-probability of each text, in windows of the trained length whose tokens are each scored once."""
+        """Log-probability of each text, in windows of the training length, scoring each token once."""
         passages: list[Passage] = []
         ends = []
         for request in requests:
@@ -88,15 +90,16 @@ class HarnessModel(TemplateLM):
         return [sum(own.log_prob for own in scores[a:b]) for a, b in zip(starts, ends, strict=True)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """The text that follows each context, up to a stop sequence, the end of the document, or its limit.
+        """Generates text after each context, up to a stop sequence, the end of the document, or its token limit.
 
-        Only of a whole model: :func:`open_tasks` refuses such tasks while training.
+        Needs a whole model: :func:`open_tasks` rejects such tasks during training.
         """
         assert self._writer is not None
         alike: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             alike[json.dumps(request.args[1], sort_keys=True)].append(number)
-        rows, written = rows_of_pass(self._writer, self._longest), dict[int, str]()
+        rows = rows_of_pass(self._writer, self._longest)
+        written = dict[int, str]()
         for numbers in alike.values():
             numbers.sort(key=lambda number: -len(requests[number].args[0]))
             for start in range(0, len(numbers), rows):
@@ -107,12 +110,13 @@ class HarnessModel(TemplateLM):
         return [written[number] for number in range(len(requests))]
 
     def _write(self, model: WholeModel, requests: Sequence[Instance], seed: int) -> list[str]:
-        """Continues the contexts of requests with the same settings together."""
+        """Continues the contexts of requests with the same settings as one batch."""
         settings = normalize_gen_kwargs(requests[0].args[1])
-        num_tokens, stops = settings["max_gen_toks"], settings["until"]
+        num_tokens = settings["max_gen_toks"]
+        stops = settings["until"]
         if num_tokens >= self._longest:
-            problem = f"writes up to {num_tokens} tokens, and data.sequence_length is {self._longest}"
-            raise UserError(f"task {requests[0].task_name}: {problem}; give it a smaller max_gen_toks")
+            problem = f"generates up to {num_tokens} tokens, but data.sequence_length is {self._longest}"
+            raise UserError(f"task {requests[0].task_name}: {problem}; use a smaller max_gen_toks")
         sampling = Sampling(
             settings.get("temperature", 1.0) if settings["do_sample"] else 0.0,
             top_k=int(settings.get("top_k", 0)), top_p=float(settings.get("top_p", 1.0)),
@@ -124,7 +128,7 @@ class HarnessModel(TemplateLM):
         ]
         written: list[list[int]] = [[] for _ in prompts]
         texts = [""] * len(prompts)
-        computed = [len(prompt) for prompt in prompts]  # tokens of each that a pass computes; 0: it has ended
+        computed = [len(prompt) for prompt in prompts]  # tokens of each row in the next forward pass; 0: finished
         for step in continue_tokens(model.trained, prompts, num_tokens, sampling, seed):
             for row, token in enumerate(step.tokens):
                 if computed[row] == 0:
@@ -140,14 +144,14 @@ class HarnessModel(TemplateLM):
 
     def _passage(self, task: str, context: list[int], continuation: list[int], text: str) -> Passage:
         if not continuation:
-            raise UserError(f"task {task}: the continuation {text!r} has no token of its own; begin it with a space")
+            raise UserError(f"task {task}: the continuation {text!r} has no token of its own; start it with a space")
         if len(continuation) > self._longest:
-            problem = f"a continuation has {len(continuation)} tokens, and data.sequence_length is {self._longest}"
-            raise UserError(f"task {task}: {problem}; leave the task out")
+            problem = f"a continuation has {len(continuation)} tokens, but data.sequence_length is {self._longest}"
+            raise UserError(f"task {task}: {problem}; remove the task")
         return Passage(self._cut(task, [*context, *continuation], self._longest + 1), len(continuation), task)
 
     def _cut(self, task: str, tokens: list[int], most: int) -> list[int]:
-        """The last ``most`` tokens."""
+        """Returns the last ``most`` tokens."""
         if len(tokens) > most:
             self.cut[task] = self.cut.get(task, 0) + 1
         return tokens[-most:]

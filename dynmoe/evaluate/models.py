@@ -1,4 +1,4 @@
-"""A model as scoring sees it: whole in this process, or as it lies spread over the ranks of a training."""
+"""The model interface for scoring: a whole model in this process, or the distributed model of a training run."""
 
 from __future__ import annotations
 
@@ -17,17 +17,14 @@ from dynmoe.trained import TrainedModel
 
 
 class ScoredModel(Protocol):
-    """Every method is collective over the ranks that hold the model.
+    """A model to score. Every method except ``positions`` is collective over the ranks that hold the model.
 
     Attributes:
-        config: of the run.
-        tokenizer: of the run.
-        device: of this rank.
-        layers: MoE layers of this rank, in their order.
-        vocab_size: logits of one position.
-        parts: sequences have a multiple of so many tokens.
-        data_rank: which share of the passes this rank computes.
-        data_size: how many shares there are.
+        layers: MoE layers of this rank, in order.
+        vocab_size: number of logits per position.
+        parts: sequence lengths must be a multiple of this.
+        data_rank: data-parallel rank.
+        data_size: data-parallel size.
     """
 
     config: Config
@@ -40,22 +37,27 @@ class ScoredModel(Protocol):
     data_size: int
 
     def logits(self, tokens_BS: Tensor, wanted_BS: Tensor) -> Tensor:
-        """Logits [N, V] after the N positions that are wanted, in their order, fp32."""
+        """Logits [N, V] of the N positions wanted, in order, fp32."""
 
     def positions(self, length: int) -> Tensor:
-        """Positions of a sequence of ``length`` tokens that this rank's layers compute, in their order; local."""
+        """Positions of a sequence of ``length`` tokens that this rank's layers compute, in order; not collective."""
 
     def reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType) -> None:
-        """Reduces over all ranks, in place."""
+        """Reduces over all ranks in place."""
 
 
 class WholeModel:
-    """A trained model, in this process alone; fulfils :class:`ScoredModel`."""
+    """A trained model in this process; implements :class:`ScoredModel`."""
 
-    parts, data_rank, data_size = 1, 0, 1
+    parts = 1
+    data_rank = 0
+    data_size = 1
 
     def __init__(self, model: TrainedModel) -> None:
-        self.trained, self.config, self.tokenizer, self.device = model, model.config, model.tokenizer, model.device
+        self.trained = model
+        self.config = model.config
+        self.tokenizer = model.tokenizer
+        self.device = model.device
         self.layers: list[MoELayer] = model.decoder.moe_layers
         self.vocab_size = len(model.decoder.output_weight_VD)
 
@@ -71,12 +73,18 @@ class WholeModel:
 
 
 class ModelInTraining:
-    """The model of an engine between two steps; fulfils :class:`ScoredModel`."""
+    """The model of an engine between two steps; implements :class:`ScoredModel`."""
 
     def __init__(self, engine: Engine, config: Config, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self.config, self.tokenizer, self.vocab_size = config, tokenizer, vocab_size
-        self.device, self.layers, self._engine = engine.device, engine.layers, engine
-        self.data_rank, self.data_size, self.parts = engine.data_rank, engine.data_size, config.parallel.sequence_parts
+        self.config = config
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.device = engine.device
+        self.layers = engine.layers
+        self._engine = engine
+        self.data_rank = engine.data_rank
+        self.data_size = engine.data_size
+        self.parts = config.parallel.sequence_parts
 
     def logits(self, tokens_BS: Tensor, wanted_BS: Tensor) -> Tensor:
         return self._engine.logits(tokens_BS)[wanted_BS].float()

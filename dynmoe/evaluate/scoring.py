@@ -1,4 +1,4 @@
-"""Log-probabilities of passages under a model, and the experts that their tokens used."""
+"""Computes log-probabilities of passages under a model, and the experts that their tokens used."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynmoe.evaluate.models import ScoredModel
-from dynmoe.moe.observation import keeping_plans
+from dynmoe.moe.layer import keeping_plans
 from dynmoe.train.scores import EXPERTS, Scores
 
-# Numbers in the logits of one pass: 1 GiB of fp32.
-_MOST_LOGITS = 2**28
-# Is told of every pass: how many are done, and of how many.
+# Maximum number of logits in a forward pass: 1 GiB in fp32.
+_MAX_LOGITS = 2**28
+# Called after every forward pass with the number done and the total.
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Tokens of which the last ``scored`` are scored, each given those before it; the model sees all but the last.
+    """Tokens, of which the last ``scored`` are scored given the preceding ones; the model sees all but the last.
 
-    ``group`` names what its experts are counted for.
+    ``group`` is the name under which its experts are counted.
     """
 
     tokens: Sequence[int]
@@ -35,49 +35,47 @@ class Passage:
 
 @dataclass(frozen=True)
 class Score:
-    """Of a passage: log-probability of its scored tokens in nats, and whether each of them was the likeliest."""
+    """Log-probability of a passage's scored tokens in nats, and whether each was the most likely token."""
 
     log_prob: float
     greedy: bool
 
 
 class ExpertUse:
-    """Experts that the tokens of each group used, in the mean of the MoE layers."""
+    """Experts that the tokens of each group used, averaged over the MoE layers."""
 
     def __init__(self) -> None:
         self._tokens: dict[str, float] = defaultdict(float)
         self._experts: dict[str, float] = defaultdict(float)
 
     def add(self, group: str, tokens: float, experts: float) -> None:
-        """``tokens`` counts a token once for each layer, as ``experts`` does."""
+        """Adds counts over all layers: ``tokens`` counts a token once per layer."""
         self._tokens[group] += tokens
         self._experts[group] += experts
 
     def figures(self, groups: Sequence[str]) -> Scores:
-        """Experts per token over all of these groups; nothing where no MoE layer saw one of their tokens."""
+        """Experts per token over all of these groups; empty if no MoE layer saw one of their tokens."""
         tokens = sum(self._tokens[group] for group in groups)
         return {EXPERTS: sum(self._experts[group] for group in groups) / tokens} if tokens else {}
 
 
 def rows_of_pass(model: ScoredModel, length: int) -> int:
-    """Sequences of ``length`` tokens in one pass: no more than in training, and no more logits than fit."""
+    """Number of sequences of ``length`` tokens in a forward pass, limited by training's batch and by logits."""
     config = model.config
-    tokens = min(config.train.micro_batch * config.data.sequence_length, _MOST_LOGITS // model.vocab_size)
+    tokens = min(config.train.micro_batch * config.data.sequence_length, _MAX_LOGITS // model.vocab_size)
     return max(1, tokens // length)
 
 
 @torch.no_grad()
 def score(model: ScoredModel, passages: Sequence[Passage], use: ExpertUse, progress: Progress) -> list[Score]:
-    """Scores passages, the longest first; every rank gives all of them, and gets all scores.
+    """Scores passages, the longest first. Every rank passes all of them, and gets all scores.
 
-    Each has two tokens or more, and all but the last fit the sequences of the training. Ranks that read different
-    data share the passes among them.
+    Each passage has at least two tokens; without the last one it fits a training sequence. Data-parallel ranks share
+    the forward passes.
 
     Args:
-        model: the model.
-        passages: what is scored.
-        use: gets the experts of every token that the model sees, padding left out.
-        progress: is told of each pass.
+        use: receives the experts of every token that the model sees, except padding.
+        progress: called after each forward pass.
     """
     groups = sorted({passage.group for passage in passages})
     of_passage_N2 = torch.full((len(passages), 2), -torch.inf, dtype=torch.float64, device=model.device)
@@ -86,7 +84,7 @@ def score(model: ScoredModel, passages: Sequence[Passage], use: ExpertUse, progr
     with keeping_plans(model.layers) as plans:
         for first in range(0, len(passes), model.data_size):
             own = first + model.data_rank
-            # A rank that has nothing left takes part all the same: the experts of others are asked for.
+            # A rank without work still takes part, because other ranks may need its experts.
             numbers = passes[own] if own < len(passes) else passes[first]
             batch = [passages[number] for number in numbers]
             scores_B2, seen_BS = _score_pass(model, batch)
@@ -108,7 +106,7 @@ def score(model: ScoredModel, passages: Sequence[Passage], use: ExpertUse, progr
 
 
 def _passes(model: ScoredModel, passages: Sequence[Passage]) -> list[list[int]]:
-    """Numbers of the passages of each pass: of like length, the longest first, as what is too large fails at once."""
+    """Indices of the passages in each forward pass: of similar length, the longest first, so that OOM shows early."""
     left = sorted(range(len(passages)), key=lambda number: -len(passages[number].tokens))
     passes = []
     while left:
@@ -119,9 +117,9 @@ def _passes(model: ScoredModel, passages: Sequence[Passage]) -> list[list[int]]:
 
 
 def _score_pass(model: ScoredModel, batch: Sequence[Passage]) -> tuple[Tensor, Tensor]:
-    """Log-probability and whether all was likeliest (1 or 0), fp64 [B, 2]; and which positions are no padding, [B, S].
+    """Returns log-probability and whether all tokens were most likely (1 or 0), fp64 [B, 2], and a padding mask [B, S].
 
-    Sequences are padded on the right, where no token sees it.
+    Sequences are padded on the right, which earlier tokens do not see.
     """
     lengths = [len(passage.tokens) - 1 for passage in batch]
     length = -(-max(lengths) // model.parts) * model.parts
@@ -129,12 +127,16 @@ def _score_pass(model: ScoredModel, batch: Sequence[Passage]) -> tuple[Tensor, T
     labels_BS, seen_BS, wanted_BS = (torch.zeros_like(tokens_BS) for _ in range(3))
     for row, (passage, own) in enumerate(zip(batch, lengths, strict=True)):
         tokens = torch.as_tensor(passage.tokens)
-        tokens_BS[row, :own], labels_BS[row, :own] = tokens[:-1], tokens[1:]
+        tokens_BS[row, :own] = tokens[:-1]
+        labels_BS[row, :own] = tokens[1:]
         seen_BS[row, :own] = 1
         wanted_BS[row, own - passage.scored : own] = 1
-    tokens_BS, labels_BS = tokens_BS.to(model.device), labels_BS.to(model.device)
-    wanted_BS, seen_BS = wanted_BS.bool().to(model.device), seen_BS.bool().to(model.device)
-    logits_NV, labels_N = model.logits(tokens_BS, wanted_BS), labels_BS[wanted_BS]
+    tokens_BS = tokens_BS.to(model.device)
+    labels_BS = labels_BS.to(model.device)
+    wanted_BS = wanted_BS.bool().to(model.device)
+    seen_BS = seen_BS.bool().to(model.device)
+    logits_NV = model.logits(tokens_BS, wanted_BS)
+    labels_N = labels_BS[wanted_BS]
     row_N = wanted_BS.nonzero()[:, 0]
     log_prob_N = -F.cross_entropy(logits_NV, labels_N, reduction="none").double()
     misses_N = (logits_NV.argmax(dim=1) != labels_N).double()

@@ -6,12 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-# Of each kind of router; an expert threshold is what training made it, and takes the share that it takes.
-OVERRIDES: dict[str, tuple[str, ...]] = {
-    "top_k": ("k",), "top_p": ("p", "min_experts", "max_experts"), "top_any": ("min_experts", "max_experts"),
-    "sigmoid": ("cutoff", "min_experts", "max_experts"), "relu": ("max_experts",), "null_experts": ("k",),
-    "expert_threshold": (),
-}  # fmt: skip
+from dynmoe.errors import ConfigError
+from dynmoe.routers import router_of
 
 
 class DynMoEConfig(PreTrainedConfig):
@@ -26,7 +22,7 @@ class DynMoEConfig(PreTrainedConfig):
         moe_intermediate_size: width of an expert.
         shared_expert_intermediate_size: width of the expert that every token uses; 0: none.
         router: ``kind`` and what it needs, as DynMoE's export writes it: see ``DynMoERouter``.
-        router_overrides: what to use instead, to take more experts or fewer than in training: see ``OVERRIDES``.
+        router_overrides: ``served_fields`` of the router, to take more experts or fewer than in training.
         count_experts: sum up the tokens of each layer and their experts: see ``DynMoEModel.expert_counts``.
         output_router_logits: give logits, routing maps and experts per token along, and add the routers' own losses,
             with their coefficients in ``router``, to the loss.
@@ -93,31 +89,23 @@ class DynMoEConfig(PreTrainedConfig):
 
         Servers change fields of a configuration that is made already; a model looks again.
         """
-        router, overrides = self.router, self.router_overrides or {}
-        kind, known = router["kind"], OVERRIDES.get(router["kind"], ())
-        if kind == "top_any" and router.get("form") == "released":
-            known = ("max_experts",)  # its floor is one expert
-        fewest = min((count for count in self.layer_experts if count), default=0)
-        whole = range(1, fewest + router.get("num_null", 0) + 1)
+        spec = router_of(self.router)
+        overrides = self.router_overrides or {}
+        known = spec.served_fields
         for name, value in overrides.items():
+            problem = f"router_overrides.{name}={value!r}"
             if name not in known:
                 cure = f"use {' or '.join(known)}" if known else "its experts per token cannot be set"
-                raise ValueError(f"router_overrides.{name}={value!r}: router.kind={kind!r} has no such setting; {cure}")
-            if name in ("p", "cutoff"):
-                wanted = "above 0, and at most 1" if name == "p" else "between 0 and 1"
-                fits = (
-                    isinstance(value, int | float) and value > 0.0 and (value < 1.0 or (value == 1.0 and name == "p"))
-                )
-            elif name == "min_experts" and kind != "top_p":
-                wanted, fits = f"from 0 to {fewest}", type(value) is int and (value == 0 or value in whole)
-            else:
-                wanted, fits = f"from 1 to {whole[-1]}" if whole else "absent", type(value) is int and value in whole
-            if not fits:
-                raise ValueError(f"router_overrides.{name}={value!r} must be {wanted}")
-        merged = router | overrides
-        least, most = merged.get("min_experts") or 0, merged.get("max_experts")
-        if most is not None and least > most:
-            raise ValueError(f"router_overrides: min_experts={least} is above max_experts={most}; set both")
+                raise ValueError(f"{problem}: router.kind={spec.kind!r} has no such setting; {cure}")
+            takes_fractions = spec.__dataclass_fields__[name].type == "float"
+            if isinstance(value, bool) or not isinstance(value, int | float if takes_fractions else int):
+                raise ValueError(f"{problem} must be {'a number' if takes_fractions else 'a whole number'}")
+        experts = [count for count in self.layer_experts if count]
+        try:
+            router_of(self.router | overrides).check_layers(min(experts, default=0), min(experts, default=0))
+        except ConfigError as error:
+            text = str(error).replace("model.router.", "router_overrides.")
+            raise ValueError(text.replace("model.moe.experts", "the number of experts")) from None
 
 
 def tensor_parallel_plan(config: DynMoEConfig, gathers: bool) -> dict[str, str]:

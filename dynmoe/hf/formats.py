@@ -11,6 +11,7 @@ from dynmoe.errors import UserError
 from dynmoe.hf.fields import FAMILIES, KEPT, RESTORE, Settings, check_fields, settings_of, shown
 from dynmoe.hf.qwen2_moe import ABSENT_WIDTH
 from dynmoe.hf.routers import read_router, write_router
+from dynmoe.routers import TopK
 
 _CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -30,14 +31,14 @@ def standard_architecture(model: ModelConfig) -> str | None:
     moe, router = model.moe, model.router
     if not model.moe_layers:
         return "llama" if model.qk_norm is None else None
-    if router.kind != "top_k" or len(set(moe.experts_by_layer)) > 1:
+    if not isinstance(router, TopK) or len(set(moe.experts_by_layer)) > 1:
         return None
-    plain = moe.every == 1 and not moe.shared_hidden
+    plain = moe.moe_layer_freq == 1 and not moe.shared_hidden
     if model.qk_norm == "head":
         return None if moe.shared_hidden else "qwen3_moe"
     if model.qk_norm == "projection":
         return "olmoe" if plain and model.heads * model.width_of_head == model.hidden else None
-    if plain and router.options.renormalize:
+    if plain and router.resolved.renormalize:
         return "mixtral"
     return "qwen2_moe"
 
@@ -96,13 +97,16 @@ def _dynmoe(config: Config) -> dict[str, Any]:
 
 def _top_k(model: ModelConfig, maker: str) -> dict[str, Any]:
     moe, router = model.moe, model.router
-    balance = router.loss_coefficients.get("balance", 0.0)
+    assert isinstance(router, TopK)
+    balance = router.resolved.balance_loss
     named: dict[str, Any] = {"num_experts_per_tok": router.k, "router_aux_loss_coef": balance}
     if maker == "mixtral":
         return named | {
-            "num_local_experts": model.largest_layer, "intermediate_size": moe.expert_hidden, "sliding_window": None,
-        }  # fmt: skip
-    named |= {"num_experts": model.largest_layer, "norm_topk_prob": router.options.renormalize}
+            "num_local_experts": model.max_experts_per_layer,
+            "intermediate_size": moe.expert_hidden,
+            "sliding_window": None,
+        }
+    named |= {"num_experts": model.max_experts_per_layer, "norm_topk_prob": router.resolved.renormalize}
     if maker == "olmoe":
         return named | {"intermediate_size": moe.expert_hidden, "clip_qkv": None, "attention_bias": False}
     named |= {
@@ -195,14 +199,14 @@ def _read_qwen(get: Settings) -> dict[str, Any]:
     dense = set(listed or []) | {n for n in range(layers) if (n + 1) % step}
     return {
         "ffn_hidden": get.count("intermediate_size"),
-        "moe.every": _every(layers, dense, f"decoder_sparse_step={step} and mlp_only_layers={shown(listed)}"),
+        "moe.moe_layer_freq": _every(layers, dense, f"decoder_sparse_step={step} and mlp_only_layers={shown(listed)}"),
         **_experts(get, "moe_intermediate_size"),
         **_choice(get, get["norm_topk_prob"]),
     }
 
 
 def _every(layers: int, dense: set[int], source: str) -> int:
-    """Our ``model.moe.every``, which must leave out just these layers."""
+    """Our ``model.moe.moe_layer_freq``, which must leave out just these layers."""
     every = next((n for n in range(1, layers + 1) if {m for m in range(layers) if m % n} == dense), None)
     if every is None:
         raise UserError(
@@ -229,7 +233,7 @@ def _read_dynmoe(get: Settings) -> dict[str, Any]:
         "qk_norm": get.optional("qk_norm"),
         "ffn_hidden": get.count("intermediate_size"),
         "moe.experts": max(numbers, default=0),
-        "moe.every": _every(layers, dense, f"{name}={shown(experts)}") if numbers else 1,
+        "moe.moe_layer_freq": _every(layers, dense, f"{name}={shown(experts)}") if numbers else 1,
         "moe.experts_by_layer": numbers if len(set(numbers)) > 1 else [],
         "moe.expert_hidden": get.count("moe_intermediate_size"),
         "moe.shared_hidden": get["shared_expert_intermediate_size"],
@@ -252,10 +256,10 @@ def _read_dynamic_moe(get: Settings) -> dict[str, Any]:
         "kv_heads": heads,
         "rope_theta": 10000.0,
         "ffn_hidden": get.count("intermediate_size"),
-        "moe.every": get.count("expert_frequency"),
+        "moe.moe_layer_freq": get.count("expert_frequency"),
         **_experts(get, "intermediate_size"),
         "router.kind": "top_p",
-        "router.form": "released",
+        "router.variant": "released",
         "router.p": get["top_p_threshold"],
     }
 

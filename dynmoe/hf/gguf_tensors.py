@@ -14,6 +14,7 @@ from torch import Tensor
 from dynmoe.config import ModelConfig
 from dynmoe.errors import ConfigError
 from dynmoe.hf.formats import standard_architecture
+from dynmoe.routers import TopK
 
 SERVERS = "serve its export (python -m dynmoe.hf export) with transformers or vLLM"
 # Of transformers' architectures, llama.cpp's: where gates are left as they are, and where they are made to sum to 1.
@@ -40,11 +41,14 @@ def find_architecture(model: ModelConfig) -> str:
     Raises:
         ConfigError: there is none; the field that stands against it is named.
     """
-    maker, moe, renormalize = standard_architecture(model), model.moe, model.router.options.renormalize
+    maker = standard_architecture(model)
+    moe = model.moe
+    renormalize = isinstance(model.router, TopK) and model.router.resolved.renormalize
     if maker is None:
         raise _without_architecture(model)
-    if maker != "llama" and moe.every != 1:
-        raise ConfigError("model.moe.every", moe.every, "llama.cpp wants experts in every layer", SERVERS)
+    if maker != "llama" and moe.moe_layer_freq != 1:
+        problem = "llama.cpp wants experts in every layer"
+        raise ConfigError("model.moe.moe_layer_freq", moe.moe_layer_freq, problem, SERVERS)
     name = _NAMES[maker][bool(renormalize)]
     if name is None:
         problem = f"llama.cpp's {maker} leaves the gates of a token as they are"
@@ -57,13 +61,14 @@ def find_architecture(model: ModelConfig) -> str:
 
 def _without_architecture(model: ModelConfig) -> ConfigError:
     router, moe = model.router, model.moe
-    if model.moe_layers and router.kind != "top_k":
+    if model.moe_layers and not isinstance(router, TopK):
         problem = "llama.cpp gives every token the same number of experts"
         return ConfigError("model.router.kind", router.kind, problem, SERVERS)
     if len(set(moe.experts_by_layer)) > 1:
         problem = "llama.cpp has as many experts in every layer"
         return ConfigError("model.moe.experts_by_layer", moe.experts_by_layer, problem, SERVERS)
-    others = f"model.moe.every={moe.every}, shared_hidden={moe.shared_hidden}" if model.moe_layers else "no experts"
+    experts = f"model.moe.moe_layer_freq={moe.moe_layer_freq}, shared_hidden={moe.shared_hidden}"
+    others = experts if model.moe_layers else "no experts"
     return ConfigError("model.qk_norm", model.qk_norm, f"nothing in llama.cpp has it with {others}", SERVERS)
 
 
@@ -92,7 +97,8 @@ def describe(model: ModelConfig, name: str, vocab_size: int, longest: int) -> di
         "rope.freq_base": model.rope_theta,
     }
     if model.moe_layers:
-        fields |= {"expert_count": model.largest_layer, "expert_used_count": model.router.k}
+        assert isinstance(model.router, TopK)
+        fields |= {"expert_count": model.max_experts_per_layer, "expert_used_count": model.router.k}
         fields["expert_feed_forward_length"] = moe.expert_hidden
     if name in ("qwen2moe", "granitemoe"):
         fields["expert_shared_feed_forward_length"] = moe.shared_hidden or moe.expert_hidden

@@ -13,7 +13,8 @@ from dynmoe.hf.formats import from_transformers
 from dynmoe.hf.kept import to_keep
 from dynmoe.hf.qwen2_moe import has_shared_expert
 from dynmoe.hf.routers import settle
-from dynmoe.hf.weights import Tensors, fill, read_json
+from dynmoe.hf.tensors import Tensors, read_json
+from dynmoe.hf.weights import fill
 from dynmoe.model import Decoder
 from dynmoe.trained import begin_run
 

@@ -29,9 +29,10 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from dynmoe.hf.attention_dynmoe import DynMoEAttention
 from dynmoe.hf.configuration_dynmoe import DynMoEConfig, tensor_parallel_plan
-from dynmoe.hf.moe_dynmoe import STATE, DynMoEBlock, DynMoEExperts, DynMoEMLP, DynMoERouter
+from dynmoe.hf.moe_dynmoe import DynMoEBlock, DynMoEExperts, DynMoEMLP, DynMoERouter, router_buffers
 from dynmoe.hf.serving_dynmoe import ExpertsHost  # noqa: F401 (transformers 5.6 takes along what this file names)
 from dynmoe.ops.opaque import opaque_experts  # noqa: F401
+from dynmoe.routers.base import without_shape
 from dynmoe.routing import RoutingPlan  # noqa: F401
 
 # transformers renamed the argument and the field during version 5.
@@ -120,8 +121,9 @@ class DynMoEPreTrainedModel(PreTrainedModel):
         if config._attn_implementation == "vllm":  # whose attention has a rank's own heads: see ``ProjectionNorm``
             config.base_model_tp_plan = tensor_parallel_plan(config, gathers=False)
         super().__init__(config)
-        state = STATE.get(config.router["kind"])  # in bf16 thresholds would move
-        self._keep_in_fp32_modules_strict = {f"router.{state}"} if state and any(config.layer_experts) else set()
+        state = router_buffers(config, 1) if any(config.layer_experts) else {}
+        # In bf16 thresholds would move.
+        self._keep_in_fp32_modules_strict = {f"router.{without_shape(name)}" for name in state}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -131,9 +133,9 @@ class DynMoEPreTrainedModel(PreTrainedModel):
             init.normal_(module.gate_up_proj, std=std)
             init.normal_(module.down_proj, std=std)
         elif isinstance(module, DynMoERouter):
-            init.normal_(module.prototypes if module.kind == "top_any" else module.weight, std=std)
-            for name, value in module.initial_values().items():
-                init.constant_(getattr(module, name), value)
+            for name, tensor in module.initial.items():
+                own = getattr(module, name)
+                init.normal_(own, std=std) if tensor.initial is None else init.constant_(own, tensor.initial)
         elif isinstance(module, DynMoEBlock) and module.counts_2 is not None:
             init.zeros_(module.counts_2)
 

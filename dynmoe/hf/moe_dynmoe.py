@@ -1,12 +1,11 @@
 """The MoE layer of an exported model: routers, experts, shared expert. This file travels with the weights.
 
-The routers' formulas are the project's own, and travel in ``routing_dynmoe.py``. Shape letters as in
+The routers are the project's own, and travel in ``routers_dynmoe.py`` and ``routing_dynmoe.py``. Shape letters as in
 ``modeling_dynmoe.py``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -17,66 +16,60 @@ from torch import Tensor, nn
 
 from dynmoe.hf.configuration_dynmoe import DynMoEConfig
 from dynmoe.hf.serving_dynmoe import ExpertsHost
-from dynmoe.routing import RoutingPlan, expert_threshold, null_experts, relu, sigmoid_cutoff, top_any, top_k, top_p
-from dynmoe.routing.losses import (
-    choice_balance,
-    diversity,
-    efficiency,
-    entropy,
-    gate_balance,
-    load_balance,
-    simplicity,
-    z_loss,
-)
-from dynmoe.routing.null_experts import null_balance
+from dynmoe.routers.base import LossInputs, TensorSpec, router_of, without_shape
+from dynmoe.routing import RoutingPlan
 
-# What training changes by other means than gradients: the name of a buffer by kind of router.
-STATE = {"top_k": "bias", "top_p": "p"} | dict.fromkeys(("sigmoid", "expert_threshold", "top_any"), "offset")
+
+def router_buffers(config: DynMoEConfig, num_experts: int) -> dict[str, TensorSpec]:
+    """What training changes by other means than gradients, under the names that training has for it."""
+    buffers = router_of(config.router).buffers(config.hidden_size, num_experts)
+    return {name: tensor for name, tensor in buffers.items() if tensor.export == "tensor"}
+
+
+class RouterTensors:
+    """The tensors of a router under the names of its description, which carry shapes."""
+
+    active_E: Tensor
+
+    def __init__(self, router: nn.Module, names: dict[str, str], instead: dict[str, Any]) -> None:
+        self.training = router.training
+        for ours, theirs in names.items():
+            setattr(self, ours, instead.get(theirs, getattr(router, theirs)))
+
+    def linear(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        return F.linear(x_TD.float(), weight_ED.float())
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
 
 
 class DynMoERouter(nn.Module):
     """Which experts a token takes, and with what gates, in fp32 whatever the precision of the weights.
 
-    ``config.router`` has its ``kind`` and, by kind: ``k``; ``form``, ``renormalize``, ``min_experts``, ``max_experts``;
-    ``weights``, ``straight_through``, ``scale`` (top_any; None: trained); ``cutoff``; ``num_null``. ``losses`` are
-    coefficients of its own losses. ``config.router_overrides`` replaces some of it, as serving may want.
+    ``config.router`` has its ``kind`` and the fields of that router (see ``routers_dynmoe.py``);
+    ``config.router_overrides`` replaces some of them for serving.
     """
 
     active: Tensor
-    bias: Tensor
-    offset: Tensor
-    p: Tensor
 
     def __init__(self, config: DynMoEConfig, num_experts: int) -> None:
         super().__init__()
-        overrides = config.router_overrides or {}
-        self.settings: dict[str, Any] = config.router | overrides
-        self.kind: Any = self.settings["kind"]
-        self.fixed_p: float | None = overrides.get("p")  # instead of the one that was trained
-        total = num_experts + self.settings.get("num_null", 0)
-        limit = self.settings["k"] if self.kind in ("top_k", "null_experts") else self.settings.get("max_experts")
-        self.most_experts = min(total if limit is None else limit, num_experts)
-        if self.kind == "top_any":
-            self.prototypes = nn.Parameter(torch.empty(config.hidden_size, num_experts))
-            self.thresholds = nn.Parameter(torch.zeros(num_experts))
-            if self.settings.get("scale") is None:
-                self.log_scale = nn.Parameter(torch.zeros(1))
-        else:
-            rows = num_experts + self.settings.get("num_null", 0)
-            self.weight = nn.Parameter(torch.empty(rows, config.hidden_size))
-        self.register_buffer("active", torch.ones(num_experts, dtype=torch.bool))
-        if self.kind in STATE:
-            shape = () if self.kind == "top_p" else (num_experts,)
-            self.register_buffer(STATE[self.kind], torch.full(shape, self._initial_state, dtype=torch.float32))
-
-    @property
-    def _initial_state(self) -> float:
-        return float(self.settings.get("p", 0.4)) if self.kind == "top_p" else 0.0
-
-    def initial_values(self) -> dict[str, float]:
-        """Of what does not begin at random, by name."""
-        values = {"active": 1.0} | ({STATE[self.kind]: self._initial_state} if self.kind in STATE else {})
-        return values | {name: 0.0 for name in ("thresholds", "log_scale") if hasattr(self, name)}
+        self.overrides = config.router_overrides or {}
+        # Losses count the tokens of one batch, whatever they counted in training.
+        self.spec = router_of(config.router | self.overrides | {"balance_scope": "micro_batch"}).resolved
+        self.most_experts = self.spec.max_experts_per_token(num_experts)
+        self.initial: dict[str, TensorSpec] = {}
+        self.names: dict[str, str] = {}
+        active = {"active_E": TensorSpec((num_experts,), True, "bool")}
+        parameters = self.spec.parameters(config.hidden_size, num_experts)
+        for name, tensor in (parameters | active | router_buffers(config, num_experts)).items():
+            stem = self.names[name] = without_shape(name)
+            self.initial[stem] = tensor
+            if name in parameters:
+                self.register_parameter(stem, nn.Parameter(torch.full(tensor.shape, tensor.initial or 0.0)))
+            else:
+                values = torch.full(tensor.shape, tensor.initial or 0, dtype=getattr(torch, tensor.dtype))
+                self.register_buffer(stem, values)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynMoERouter:
         """Moves with the model, but keeps the precision of its buffers."""
@@ -87,65 +80,22 @@ class DynMoERouter(nn.Module):
                 self._buffers[name] = buffer.to(getattr(self, name).device)
         return self
 
+    @property
+    def tensors(self) -> RouterTensors:
+        # An override of what training has moved, such as p, takes its place.
+        return RouterTensors(self, self.names, self.overrides)
+
     def forward(self, x_TD: Tensor) -> tuple[RoutingPlan, Tensor]:
         """The plan, and the logits [T, E] before softmax, sigmoid or ReLU (those of null experts at the end)."""
-        settings = self.settings
-        limits: Any = {name: settings[name] for name in ("min_experts", "max_experts") if name in settings}
-        renormalize: Any = {"renormalize": settings.get("renormalize", False)}
-        form = "released" if settings.get("form") == "released" else "paper"
-        if self.kind == "top_any":
-            scale = settings.get("scale")
-            thresholds = self.thresholds.float() + self.offset
-            plan = top_any(
-                x_TD, self.prototypes, thresholds, self.active, form=form, training=self.training,
-                scale=self.log_scale.float().exp() if scale is None else scale,
-                straight_through=settings.get("straight_through"), weights=settings.get("weights", "uniform"),
-                **renormalize, **limits,
-            )  # fmt: skip
-            return plan, torch.logit(plan.scores_TE)
-        logits_TE = F.linear(x_TD.float(), self.weight.float())
-        if self.kind == "top_k":
-            plan = top_k(logits_TE, settings["k"], bias_E=self.bias, **renormalize)
-        elif self.kind == "top_p":
-            p = self.p if self.fixed_p is None else self.fixed_p
-            plan = top_p(logits_TE, p, form=form, **renormalize, **limits)
-        elif self.kind == "sigmoid":
-            base = math.log(settings["cutoff"] / (1.0 - settings["cutoff"]))
-            plan = sigmoid_cutoff(logits_TE, torch.sigmoid(base + self.offset), **renormalize, **limits)
-        elif self.kind == "expert_threshold":
-            plan = expert_threshold(logits_TE, self.offset, **renormalize)
-        elif self.kind == "relu":
-            plan = relu(logits_TE, max_experts=settings.get("max_experts"))
-        elif self.kind == "null_experts":
-            plan = null_experts(logits_TE, settings["k"], settings["num_null"], **renormalize)
-        else:
-            raise ValueError(f"router.kind={self.kind!r} is not known")
-        return plan, logits_TE
+        plan = self.spec.route(self.tensors, x_TD)
+        return plan, torch.logit(plan.scores_TE) if plan.logits_TE is None else plan.logits_TE
 
     def loss(self, plan: RoutingPlan) -> Tensor:
         """Sum of the losses that the model was trained with, times their coefficients."""
-        losses = [coefficient * self._loss(name, plan) for name, coefficient in self.settings["losses"].items()]
+        inputs = LossInputs(self.spec, self.tensors, plan)
+        functions = self.spec.losses
+        losses = [factor * functions[name](inputs) for name, factor in self.spec.loss_coefficients().items()]
         return torch.stack(losses).sum() if losses else plan.scores_TE.new_zeros(())
-
-    def _loss(self, name: str, plan: RoutingPlan) -> Tensor:
-        settings = self.settings
-        counted = None if settings.get("form") == "released" else self.active  # the released code counts every slot
-        per_route = settings.get("balance_per_route", False)
-        if name != "balance":
-            return {
-                "diversity": lambda: diversity(self.prototypes, self.active),
-                "simplicity": lambda: simplicity(self.prototypes, counted),
-                "efficiency": lambda: efficiency(plan, active_E=counted),
-                "entropy": lambda: entropy(plan),
-                "z": lambda: z_loss(plan),
-            }[name]()
-        if self.kind == "null_experts":
-            return null_balance(plan, settings["k"], settings["num_null"])
-        if self.kind != "top_any":
-            return load_balance(plan, per_route=per_route)
-        if settings.get("form") == "improved":
-            return choice_balance(plan, self.active)
-        return gate_balance(plan, active_E=counted, per_route=per_route)
 
 
 class DynMoEMLP(nn.Module):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dynmoe.config import ModelConfig
+from dynmoe.routers.base import without_shape
 
 
 @dataclass(frozen=True)
@@ -139,20 +140,11 @@ def _moe(model: ModelConfig, layer: int, maker: str, ours: str, theirs: str) -> 
 
 
 def _router(model: ModelConfig, experts: int, ours: str, theirs: str) -> Iterator[Part]:
-    """Parameters and state of any router of ours, in modeling_dynmoe.py."""
-    router = model.router
-    if router.kind == "top_any":
-        yield Part(f"{ours}.prototypes_DE", (f"{theirs}.prototypes",), (model.hidden, experts))
-        yield Part(f"{ours}.thresholds_E", (f"{theirs}.thresholds",), (experts,))
-        if router.options.temperature == "learned":
-            yield Part(f"{ours}.log_scale", (f"{theirs}.log_scale",), (1,))
-    else:
-        rows = experts + (router.num_null if router.kind == "null_experts" else 0)
-        yield Part(f"{ours}.weight_ED", (f"{theirs}.weight",), (rows, model.hidden))
-    state = {"top_k": "bias", "top_p": "p"} | dict.fromkeys(("top_any", "sigmoid", "expert_threshold"), "offset")
+    """Parameters and exported state of a router, in modeling_dynmoe.py."""
+    hidden = model.hidden
+    for name, tensor in model.router.parameters(hidden, experts).items():
+        yield Part(f"{ours}.{name}", (f"{theirs}.{without_shape(name)}",), tensor.shape)
     yield Part(f"{ours}.active_E", (f"{theirs}.active",), (experts,), state=True)
-    name = state.get(router.kind)
-    if name == "p":
-        yield Part(f"{ours}.p", (f"{theirs}.p",), (), state=True)
-    elif name is not None:
-        yield Part(f"{ours}.{name}_E", (f"{theirs}.{name}",), (experts,), state=True)
+    for name, tensor in model.router.buffers(hidden, experts).items():
+        if tensor.export == "tensor":
+            yield Part(f"{ours}.{name}", (f"{theirs}.{without_shape(name)}",), tensor.shape, state=True)

@@ -9,13 +9,9 @@ An export writes them so that they change nothing, and in no other way are they 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dynmoe.config import ModelConfig
 from dynmoe.errors import UserError, some
-
-if TYPE_CHECKING:
-    from dynmoe.hf.weights import Tensors
+from dynmoe.hf.tensors import Tensors
 
 # Of a shared expert that is none: tensor parallelism divides it, and formats of llama.cpp quantize 32 weights together.
 ABSENT_WIDTH = 32

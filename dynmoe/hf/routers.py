@@ -1,9 +1,9 @@
-"""The field ``router`` of an export's config.json: what our modeling code reads, and what only training asks for."""
+"""The field ``router`` of an export's config.json: the settings of the routers, and the budget of the run."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
@@ -11,137 +11,140 @@ import torch
 
 from dynmoe.config import Config
 from dynmoe.config.control import BudgetConfig
-from dynmoe.config.routing import RouterConfig
 from dynmoe.errors import UserError
 from dynmoe.hf.fields import RESTORE, Settings, shown
 from dynmoe.model import Decoder
-from dynmoe.moe.routers import ReLURouter, ThresholdRouter
+from dynmoe.routers import ROUTERS, RouterSpec
 
-# Fields of ours without which there are no logits or losses: of all kinds, and of each.
-_OF_ALL = ("renormalize", "balance_per_route")
-_OF_KIND: dict[str, tuple[str, ...]] = {
-    "top_k": ("k",),
-    "top_p": ("min_experts", "max_experts"),
-    "top_any": ("min_experts", "max_experts", "weights", "straight_through"),
-    "sigmoid": ("min_experts", "max_experts", "cutoff"),
-    "expert_threshold": (),
-    "relu": ("max_experts",),
-    "null_experts": ("k", "num_null"),
-}
-# Fields of trainings, which older exports lack: a run that begins with one has our defaults.
-_OF_TRAINING = ("balance_scope", "lr_factor")
-_OF_TRAINING_OF_KIND = {"top_p": ("p",), "expert_threshold": ("cutoff", "cutoff_decay")}
 _BUDGET = ("method", "experts_per_token", "scope", "proportional", "integral", "rate")
-_LOSSES = ("balance", "entropy", "z", "diversity", "simplicity", "efficiency")
+# What exports of older versions may lack: settings of trainings, which then begin with our defaults.
+_NOT_IN_OLDER = {
+    "variant", "lr_factor", "balance_scope", "p", "cutoff", "cutoff_decay", "initial_experts", "temperature", "scale",
+    "l1_start",
+}  # fmt: skip
 
 
 def write_router(config: Config) -> dict[str, Any]:
-    """The settings of a run's routers; ``scale`` is the factor on cosines, None where it is trained.
-
-    Of a budget that is what its schedule leads to.
-    """
-    router, budget = config.model.router, config.budget
-    settings: dict[str, Any] = {"kind": router.kind, "form": router.form}
-    values = _values(router)
-    settings |= {name: values[name] for name in (*_OF_ALL, *_OF_KIND[router.kind], *_of_training(router.kind))}
-    if router.kind == "top_any":
-        settings["scale"] = _scale(router, config.model.hidden)
-    settings["losses"] = router.loss_coefficients
+    """Every field of a run's router as it is in force, and the budget that its schedule leads to."""
+    settings = dataclasses.asdict(config.model.router.resolved)
+    budget = config.budget
     if budget.method != "none" or budget.experts_per_token is not None:
         settings["budget"] = {name: getattr(budget, name) for name in _BUDGET}
     return settings
 
 
 def read_router(found: Any, hidden: int) -> dict[str, Any]:
-    """The fields of our configuration that :func:`write_router` made ``found`` of, but for what a form has anyway.
+    """The fields of our configuration that :func:`write_router` wrote, without those that the variant has anyway.
 
     Args:
         found: the field ``router``.
         hidden: the model dimension.
 
     Raises:
-        UserError: a setting that is missing, or is not known here, by name.
+        UserError: a setting that is missing or unknown, by name.
     """
-    get = Settings(_mapping("router", found), path="router.")
-    kind, losses, budget = get["kind"], _mapping("router.losses", get["losses"]), found.get("budget")
-    if kind not in list(_OF_KIND):
-        raise UserError(f"config.json: router.kind={shown(kind)} is not known here; known are {', '.join(_OF_KIND)}")
-    special = {"top_any": ("scale",), "relu": ("l1",)}.get(kind, ())
-    needed, of_training = (*_OF_ALL, *_OF_KIND[kind]), _of_training(kind)
-    _check_known("router", found, ("kind", "form", "losses", "budget", *needed, *of_training, *special))
-    _check_known("router.losses", losses, _LOSSES)
-    ordinary = RouterConfig(kind=kind, form=get["form"])
-    values = {name: get.optional(name) for name in needed}
-    values |= {name: found[name] for name in of_training if name in found}
-    if kind == "top_any" and get.optional("scale") != _scale(ordinary, hidden):
-        learned = get.optional("scale") is None
-        values |= {"temperature": "learned"} if learned else {"temperature": "fixed", "scale": get["scale"]}
-    values |= {f"{name}_loss": losses.get(name, 0.0) for name in _LOSSES}
-    usual = _values(ordinary) | {f"{name}_loss": ordinary.loss_coefficients.get(name, 0.0) for name in _LOSSES}
-    fields = {"model.router.kind": kind, "model.router.form": ordinary.form}
-    fields |= {f"model.router.{name}": value for name, value in values.items() if value != usual[name]}
+    found = _mapping("router", found)
+    kind = Settings(found, path="router.")["kind"]
+    if kind not in list(ROUTERS):
+        raise UserError(f"config.json: router.kind={shown(kind)} is not known here; known are {', '.join(ROUTERS)}")
+    spec = ROUTERS[kind]
+    if "form" in found:
+        found = _from_older(spec, found, hidden)
+    fields = [field.name for field in dataclasses.fields(spec)]
+    state = [name for name, tensor in spec().buffers(hidden, 1).items() if tensor.export == "config"]
+    _check_known("router", found, (*fields, *state, "budget"))
+    get = Settings(found, path="router.")
+    given = {name: get.optional(name) for name in fields}
+    usual = dataclasses.asdict(spec(variant=given["variant"]).resolved)
+    named = {"model.router.kind": kind, "model.router.variant": given["variant"]}
+    named |= {f"model.router.{name}": value for name, value in given.items() if value != usual[name]}
+    budget = found.get("budget")
     if budget is not None:
         _check_known("router.budget", _mapping("router.budget", budget), _BUDGET)
-        fields |= {f"budget.{name}": value for name, value in budget.items() if value != getattr(BudgetConfig(), name)}
-    return fields
+        named |= {f"budget.{name}": value for name, value in budget.items() if value != getattr(BudgetConfig(), name)}
+    return named
+
+
+def _from_older(spec: type[RouterSpec], found: Mapping[str, Any], hidden: int) -> dict[str, Any]:
+    """Settings as an older version wrote them, as they are written today.
+
+    It named a variant ``form``, kept losses in a mapping of their own, and wrote as ``scale`` the whole factor on
+    cosines, null where it is trained.
+    """
+    get = Settings(found, path="router.")
+    losses = _mapping("router.losses", get["losses"])
+    names = [field.name for field in dataclasses.fields(spec)]
+    known = {name.removesuffix("_loss") for name in names if name.endswith("_loss")}
+    # Every loss was known for every router.
+    _check_known("router.losses", losses, {*known, *(name for name, value in losses.items() if value == 0)})
+    ordinary = spec(variant=get["form"]).resolved
+    # These two were written for every router.
+    elsewhere = {"form", "losses", "scale", *({"renormalize", "balance_per_route"} - set(names))}
+    today = {name: value for name, value in found.items() if name not in elsewhere}
+    today["variant"] = found["form"]
+    today |= {f"{name}_loss": losses.get(name, 0.0) for name in known}
+    today |= {name: getattr(ordinary, name) for name in _NOT_IN_OLDER & set(names) if name not in today}
+    if "temperature" in names:
+        scale = get.optional("scale")
+        factor = {"fixed": 1.0, "sqrt_hidden": hidden**0.5}.get(today["temperature"])
+        if scale is None:
+            today["temperature"] = "learned"
+        elif factor is None or scale != today["scale"] * factor:
+            today |= {"temperature": "fixed", "scale": scale}
+    return today
 
 
 def router_state(decoder: Decoder) -> dict[str, Any]:
-    """State that no tensor of an export holds: coefficients of the ReLU routers' penalty, by MoE layer."""
-    coefficients = [float(layer.router.l1) for layer in decoder.moe_layers if isinstance(layer.router, ReLURouter)]
-    return {"l1": coefficients} if coefficients else {}
+    """State of routers that config.json keeps: one number for each MoE layer, by name."""
+    if not decoder.moe_layers:
+        return {}
+    return {
+        name: [float(layer.router.get_buffer(name)) for layer in decoder.moe_layers]
+        for name in _state_in_config(decoder)
+    }
+
+
+def _state_in_config(decoder: Decoder) -> list[str]:
+    spec = decoder.settings.router
+    return [name for name, tensor in spec.buffers(decoder.settings.hidden, 1).items() if tensor.export == "config"]
 
 
 @torch.no_grad()
 def settle(decoder: Decoder, found: Mapping[str, Any]) -> None:
-    """Makes routers that have their tensors those of a training under way.
+    """Makes routers that have their tensors those of a training in progress.
 
-    Thresholds stay as they are, in place of being set by first scores; the penalty of ReLU routers too, where
-    ``found`` (the field ``router``) says it.
+    Thresholds stay as they are instead of being set from first scores, and state that config.json keeps is restored
+    where ``found`` (the field ``router``) has it.
 
     Raises:
         UserError: it is not one positive number for each MoE layer.
     """
     for layer in decoder.moe_layers:
-        if isinstance(layer.router, ThresholdRouter):
-            layer.router.calibrated.fill_(True)
-    penalized = [layer.router for layer in decoder.moe_layers if isinstance(layer.router, ReLURouter)]
-    if not penalized or "l1" not in found:
-        return
-    values = found["l1"]
-    if not (isinstance(values, list) and len(values) == len(penalized) and all(map(_is_positive, values))):
-        problem = f"router.l1={shown(values)} is not a positive number for each of {len(penalized)} layers"
-        raise UserError(f"config.json: {problem}; {RESTORE}")
-    for router, value in zip(penalized, values, strict=True):
-        router.l1.fill_(value)
+        if layer.router.is_calibrated is not None:
+            layer.router.is_calibrated.fill_(True)
+    for name in _state_in_config(decoder) if decoder.moe_layers else ():
+        if name not in found:
+            continue
+        values, layers = found[name], decoder.moe_layers
+        if not (isinstance(values, list) and len(values) == len(layers) and all(map(_is_positive, values))):
+            problem = f"router.{name}={shown(values)} is not a positive number for each of {len(layers)} layers"
+            raise UserError(f"config.json: {problem}; {RESTORE}")
+        for layer, value in zip(layers, values, strict=True):
+            layer.router.get_buffer(name).fill_(value)
 
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, float) and isfinite(value) and value > 0
 
 
-def _values(router: RouterConfig) -> dict[str, Any]:
-    """Every field, with the choices in force where a form has some."""
-    return asdict(router) | asdict(router.options)
-
-
-def _of_training(kind: str) -> tuple[str, ...]:
-    return (*_OF_TRAINING, *_OF_TRAINING_OF_KIND.get(kind, ()))
-
-
-def _scale(router: RouterConfig, hidden: int) -> float | None:
-    factor = {"fixed": 1.0, "sqrt_hidden": hidden**0.5}.get(router.options.temperature)
-    return None if factor is None else router.scale * factor
-
-
 def _mapping(name: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise UserError(f"config.json: {name}={shown(value)} is no mapping; {RESTORE}")
+        raise UserError(f"config.json: {name}={shown(value)} is not a mapping; {RESTORE}")
     return value
 
 
 def _check_known(path: str, found: Mapping[str, Any], known: Collection[str]) -> None:
     for name, value in found.items():
         if name not in known and value is not None:
-            cure = "remove it, if the modeling code beside the weights does without"
-            raise UserError(f"config.json: {path}.{name}={shown(value)}: what it does is not known here; {cure}")
+            cure = "remove it if the modeling code next to the weights works without it"
+            raise UserError(f"config.json: {path}.{name}={shown(value)}: is not known to this version; {cure}")

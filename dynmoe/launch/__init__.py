@@ -1,4 +1,4 @@
-"""What the scripts in launch/ ask before and after a start, and job scripts for Slurm. Trains nothing."""
+"""Checks before and after a start, for the scripts in launch/, and job scripts for Slurm. Does no training."""
 
 from dynmoe.launch.command import main
 

@@ -1,4 +1,4 @@
-"""python -m dynmoe.launch: job scripts for Slurm, and what the scripts in launch/ ask before and after a start."""
+"""python -m dynmoe.launch: job scripts for Slurm, and checks before and after a start for the scripts in launch/."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dynmoe.errors import UserError
 from dynmoe.launched import address_towards
 
 _USAGE = """%(prog)s slurm CONFIG --nodes N --gpus G --time T [key=value ...]   writes a job script
-       %(prog)s begin CONFIG --ranks N [--node I] [key=value ...]      checks and notes a start; for scripts
-       %(prog)s after CONFIG [key=value ...]                           why it ended, and what should follow
-       %(prog)s address HOST                                           the address of this host that HOST sees"""
+       %(prog)s begin CONFIG --ranks N [--node I] [key=value ...]      checks and records a start; for scripts
+       %(prog)s after CONFIG [key=value ...]                           why the start ended, and what should follow
+       %(prog)s address HOST                                           the address of this host as HOST sees it"""
 
-# Taken over into the job script as they are.
+# Copied into the job script unchanged.
 _SBATCH_OPTIONS = ("partition", "account", "qos", "constraint", "exclude", "mem")
 
 
@@ -34,7 +34,7 @@ def main() -> None:
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(name, description=description, allow_abbrev=False)
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration fields to override")
     return parser
 
 
@@ -43,18 +43,20 @@ def _load(given: argparse.Namespace) -> Config:
 
 
 def _slurm(name: str, arguments: list[str]) -> None:
-    parser = _parser(name, "Writes a job script after checking that the configuration fits nodes and ranks.")
-    parser.add_argument("--nodes", type=int, required=True)
-    parser.add_argument("--gpus", type=int, required=True, help="GPUs of each node, a rank each; 0: see --ranks")
-    parser.add_argument("--ranks", type=int, default=1, help="ranks of each node where --gpus is 0 (%(default)s)")
-    parser.add_argument("--time", required=True, help="limit of one start, like 24:00:00; the job is requeued")
+    parser = _parser(name, "Writes a job script after checking that the configuration fits the nodes and ranks.")
+    parser.add_argument("--nodes", type=int, required=True, help="number of nodes")
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs per node, one rank each; 0: use --ranks")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks per node if --gpus is 0 (default: %(default)s)")
     parser.add_argument(
-        "--grace", type=int, default=300, metavar="S", help="seconds before the limit at which the run saves and ends; "
-        "more than its longest step, evaluation and checkpoint together (%(default)s)",
+        "--time", required=True, help="time limit of one start, e.g. 24:00:00; the job is then requeued"
+    )
+    parser.add_argument(
+        "--grace", type=int, default=300, metavar="S", help="seconds before the time limit at which the run saves and "
+        "stops; longer than its longest step, evaluation and checkpoint together (default: %(default)s)",
     )  # fmt: skip
     for option in _SBATCH_OPTIONS:
-        parser.add_argument(f"--{option}", help=f"sbatch --{option}")
-    parser.add_argument("--output", type=Path, help="the script (run.name.sbatch)")
+        parser.add_argument(f"--{option}", help=f"passed to sbatch as --{option}")
+    parser.add_argument("--output", type=Path, help="file for the job script (default: run.name.sbatch)")
     given = parser.parse_intermixed_args(arguments)
     from dynmoe.launch.slurm import Resources, job_script
 
@@ -66,18 +68,19 @@ def _slurm(name: str, arguments: list[str]) -> None:
     try:
         output.write_text(script)
     except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror}); name another file") from None
-    print(f"{output}: {resources.nodes} nodes of {resources.ranks} ranks; start it with sbatch {output}")
+        raise UserError(f"--output {output}: cannot be written ({error.strerror}); use another path") from None
+    print(f"{output}: {resources.nodes} nodes with {resources.ranks} ranks each; submit it with sbatch {output}")
 
 
 def _begin(name: str, arguments: list[str]) -> None:
-    parser = _parser(name, "Checks configuration, layout and data, notes the start and prints the run's directory.")
-    parser.add_argument("--ranks", type=int, required=True, help="of all nodes")
-    parser.add_argument("--node", type=int, default=0, help="number of this one")
+    parser = _parser(name, "Checks configuration, layout and data, records the start, and prints the run directory.")
+    parser.add_argument("--ranks", type=int, required=True, help="number of ranks on all nodes")
+    parser.add_argument("--node", type=int, default=0, help="index of this node (default: %(default)s)")
     parser.add_argument(
-        "--patience", type=float, default=5.0, metavar="S", help="for another job in the directory to end"
-    )
-    parser.add_argument("--port", type=int, help="on which the first rank of all nodes will listen, on this one")
+        "--patience", type=float, default=5.0, metavar="S",
+        help="seconds to wait for another job in the run directory to end (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--port", type=int, help="port on this node where the first rank will listen")
     parser.add_argument("--merged", type=Path, help="file for the merged configuration")
     given = parser.parse_intermixed_args(arguments)
     config = _load(given)
@@ -92,32 +95,38 @@ def _begin(name: str, arguments: list[str]) -> None:
 
 
 def _address(name: str, arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(name, description="Prints the address of this host that HOST sees.")
-    parser.add_argument("host", metavar="HOST", help="MASTER_ADDR of a launch")
+    parser = argparse.ArgumentParser(name, description="Prints the address of this host as HOST sees it.")
+    parser.add_argument("host", metavar="HOST", help="MASTER_ADDR of the launch")
     host = parser.parse_args(arguments).host
     try:
         print(address_towards(host))
     except OSError as error:
-        raise UserError(f"MASTER_ADDR {host}: {error.strerror}; give a name or IPv4 address known here") from None
+        raise UserError(
+            f"MASTER_ADDR {host}: {error.strerror}; use a name or IPv4 address that this host knows"
+        ) from None
 
 
 def _after(name: str, arguments: list[str]) -> None:
     parser = _parser(
-        name, "Tells how a start ended, the first failing rank's traceback last. Exit status: 0 finished, 75 told to "
-        "end, 76 failed but another start may go on, 2 failed by configuration or data, 3 too often without progress.",
+        name, "Prints how a start ended, then the first failing rank's traceback. Exit status: 0 finished, 75 stopped "
+        "on request, 76 failed but can resume, 2 invalid configuration or data, 3 too many starts without progress.",
     )  # fmt: skip
     parser.add_argument(
-        "--starts-without-progress", type=int, default=3, metavar="N", help="at most so many in a row (%(default)s)"
+        "--starts-without-progress",
+        type=int,
+        default=3,
+        metavar="N",
+        help="maximum number of consecutive starts without progress (default: %(default)s)",
     )
-    parser.add_argument("--node", type=int, default=0, help="number of this one")
+    parser.add_argument("--node", type=int, default=0, help="index of this node (default: %(default)s)")
     given = parser.parse_intermixed_args(arguments)
     config = _load(given)
-    from dynmoe.launch.starts import FINISHED, TOLD_TO_END, after, describe_failures
+    from dynmoe.launch.starts import FINISHED, STOP_REQUESTED, after, describe_failures
     from dynmoe.train.run_directory import RunDirectory
 
     directory = RunDirectory(config.run.path)
     verdict = after(directory, given.starts_without_progress, given.node)
     print(f"{directory.path}: {verdict.reason}", flush=True)
-    if verdict.status not in (FINISHED, TOLD_TO_END) and (failures := describe_failures(directory)):
+    if verdict.status not in (FINISHED, STOP_REQUESTED) and (failures := describe_failures(directory)):
         print(failures, file=sys.stderr, flush=True)
     raise SystemExit(verdict.status)

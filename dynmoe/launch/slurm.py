@@ -1,4 +1,4 @@
-"""A job script for Slurm, for one configuration. What the job does is launch/slurm.sbatch."""
+"""Writes a Slurm job script for one configuration. The job itself runs launch/slurm.sbatch."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ _NAME = re.compile(r"[A-Za-z0-9_.:,=*%/+-]+")
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job asks Slurm for.
+    """Resources that a job requests from Slurm.
 
     Attributes:
-        nodes: their number.
-        gpus: of each node; 0: ``ranks`` processes on CPUs.
-        ranks: of each node.
-        time: limit, in Slurm's notation.
-        grace_s: seconds before the limit at which the run is told to save and end.
-        options: further options of sbatch, by name (partition, account, ...).
+        gpus: GPUs per node; 0: ``ranks`` processes on CPUs.
+        ranks: ranks per node.
+        time: time limit in Slurm's notation.
+        grace_s: seconds before the limit at which the run is asked to save and stop.
+        options: further sbatch options by name (partition, account, ...).
     """
 
     nodes: int
@@ -37,20 +36,20 @@ class Resources:
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.ranks < 1:
-            raise UserError(f"--nodes {self.nodes}, {self.ranks} ranks each: use at least 1 of both")
+            raise UserError(f"--nodes {self.nodes}, {self.ranks} ranks each: must both be at least 1; use 1 or more")
         if not _TIME.fullmatch(self.time):
-            raise UserError(f"--time {self.time}: is not Slurm's notation; write it like 24:00:00 or 2-12:00:00")
+            raise UserError(f"--time {self.time}: is not in Slurm's notation; write e.g. 24:00:00 or 2-12:00:00")
         if self.grace_s >= _seconds(self.time):
-            raise UserError(f"--grace {self.grace_s}: is no less than --time {self.time}; the job would end at once")
+            raise UserError(f"--grace {self.grace_s}: is not below --time {self.time}; use a longer time or less grace")
         if not 0 < self.grace_s < 65536:
-            raise UserError(f"--grace {self.grace_s}: Slurm takes 1 to 65535 seconds")
+            raise UserError(f"--grace {self.grace_s}: Slurm accepts 1 to 65535 seconds; use one of these")
         for name, value in self.options.items():
             if not _NAME.fullmatch(value):
-                raise UserError(f"--{name} {value!r}: cannot stand in a job script; use letters, digits and -_.:,=")
+                raise UserError(f"--{name} {value!r}: is unsafe in a job script; use letters, digits and -_.:,=")
 
 
 def _seconds(time: str) -> int:
-    """Slurm's notation: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    """Parses Slurm's notation: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
     days, dash, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if dash:
@@ -58,20 +57,21 @@ def _seconds(time: str) -> int:
     elif len(parts) == 3:
         hours, minutes, seconds = parts
     else:
-        hours, (minutes, seconds) = 0, (*parts, 0)[:2]
+        hours = 0
+        minutes, seconds = (*parts, 0)[:2]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def job_script(config: Config, path: str, overrides: Sequence[str], resources: Resources) -> str:
-    """The script: resources, then a call of launch/slurm.sbatch with this configuration.
+    """Returns the job script: resources, then a call of launch/slurm.sbatch with this configuration.
 
     Raises:
-        UserError: parallel sizes or batches that do not fit the ranks; the package lies outside its project.
+        UserError: parallel sizes or batches do not fit the ranks, or launch/slurm.sbatch is missing.
     """
     config.check_world(resources.nodes * resources.ranks)
     root = Path(__file__).resolve().parents[2]
     if not (root / "launch" / "slurm.sbatch").exists():
-        raise UserError(f"{root}: holds no launch/slurm.sbatch; install the project with pip install --editable")
+        raise UserError(f"{root}: contains no launch/slurm.sbatch; install the project with pip install --editable")
     lines = {
         "job-name": config.run.name,
         "nodes": resources.nodes,
@@ -85,7 +85,7 @@ def job_script(config: Config, path: str, overrides: Sequence[str], resources: R
     }
     whole = ["#SBATCH --exclusive", *([] if "mem" in resources.options else ["#SBATCH --mem=0"])]
     header = "\n".join([*(f"#SBATCH --{name}={value}" for name, value in lines.items()), *whole])
-    # The job runs in the project's directory, whatever the one is in which this script is written.
+    # The job runs in the project's directory, wherever this script is written.
     arguments = " ".join(shlex.quote(argument) for argument in (str(Path(path).resolve()), *overrides))
     return f"""#!/usr/bin/env bash
 # {config.run.name}: {resources.nodes * resources.ranks} ranks. Written by python -m dynmoe.launch slurm.

@@ -1,6 +1,6 @@
-"""Starts of a run: what must hold before one, and whether another should follow.
+"""Starts of a run: checks before each, and the decision whether another one should follow.
 
-Every launcher asks the same two questions here, so that torchrun, DeepSpeed and Slurm stop and go on alike.
+All launchers (torchrun, DeepSpeed, Slurm) use these two functions, so they stop and restart alike.
 """
 
 from __future__ import annotations
@@ -16,35 +16,38 @@ from dynmoe.config import Config
 from dynmoe.data.corpus import open_corpora
 from dynmoe.errors import UserError
 from dynmoe.launched import read_failures
-from dynmoe.train.checkpoint import newest_complete
+from dynmoe.train.checkpoint import latest_complete
 from dynmoe.train.run_directory import PATIENCE_S, RunDirectory
 
-# Exit statuses of ``after``, for shell scripts; torchrun and others hide those of the ranks.
-FINISHED, FAILED_BY_USER, NO_PROGRESS, TOLD_TO_END, FAILED = 0, 2, 3, 75, 76
+# Exit statuses of ``after`` for shell scripts; torchrun and other launchers hide those of the ranks.
+FINISHED = 0
+FAILED_BY_USER = 2
+NO_PROGRESS = 3
+STOP_REQUESTED = 75
+FAILED = 76
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a launcher should do after a start: an exit status, and the reason in words."""
+    """What a launcher should do after a start: an exit status, and a reason to print."""
 
     status: int
     reason: str
 
 
 def begin(config: Config, ranks: int, node: int, patience_s: float = PATIENCE_S) -> RunDirectory:
-    """Checks what can be checked without a rank, and opens the run directory for a start.
+    """Checks everything that needs no rank, and opens the run directory for a start.
 
-    Each node takes note of the start; the first one forgets how the last one ended.
+    Each node records the start; the first one also deletes the outcome of the previous start.
 
     Args:
-        config: of the run.
-        ranks: of all nodes.
-        node: number of this node.
-        patience_s: how long another job in the directory is waited for.
+        ranks: number of ranks on all nodes.
+        node: index of this node.
+        patience_s: how long to wait for another job in the directory to end.
 
     Raises:
-        UserError: parallel sizes or batches that do not fit the ranks, a missing or damaged corpus, a directory that
-            cannot be written to or in which another job trains.
+        UserError: parallel sizes or batches do not fit the ranks, a corpus is missing or damaged, or the directory is
+            not writable or in use by another job.
     """
     directory = RunDirectory(config.run.path)
     if node == 0:
@@ -57,15 +60,15 @@ def begin(config: Config, ranks: int, node: int, patience_s: float = PATIENCE_S)
         open_corpora(config.data.dirs, config.data.sequence_length)
         _note(directory, ranks, node)
     finally:
-        directory.release()  # to the ranks
+        directory.release()  # the ranks lock it next
     return directory
 
 
 def check_port(port: int, patience_s: float = PATIENCE_S) -> None:
-    """Refuses a port of this host on which somebody listens after ``patience_s``: a launch that ends may let it go.
+    """Checks that a port of this host is free, waiting up to ``patience_s`` for a launch that is ending.
 
     Raises:
-        UserError: naming it.
+        UserError: the port is in use.
     """
     deadline = time.monotonic() + patience_s
     while True:
@@ -77,7 +80,7 @@ def check_port(port: int, patience_s: float = PATIENCE_S) -> None:
             except OSError as error:
                 problem = error.strerror
         if time.monotonic() > deadline:
-            raise UserError(f"MASTER_PORT={port}: {problem} on this host; give another one, the same on every node")
+            raise UserError(f"MASTER_PORT={port}: {problem} on this host; use another port, the same on every node")
         time.sleep(0.2)
 
 
@@ -87,32 +90,31 @@ def _note(directory: RunDirectory, ranks: int, node: int) -> None:
         stream.write(json.dumps(start) + "\n")
 
 
-def after(directory: RunDirectory, most_without_progress: int, node: int = 0) -> Verdict:
-    """What should follow a start that ended.
+def after(directory: RunDirectory, max_without_progress: int, node: int = 0) -> Verdict:
+    """Decides what should follow a start that ended.
 
     Args:
-        directory: of the run.
-        most_without_progress: starts in a row that may end without a checkpoint newer than the one they began from.
-        node: number of the one that asks, which goes by its own starts: another may have begun the next one already.
+        max_without_progress: maximum number of consecutive starts that end without a newer checkpoint.
+        node: index of the calling node. Each node counts its own starts: another may have begun the next one already.
     """
     failures = read_failures(directory.failures)
     if any(failure["by_user"] for failure in failures):
-        return Verdict(FAILED_BY_USER, "failed in a way that another start would repeat; not started again")
+        return Verdict(FAILED_BY_USER, "failed in a way that a restart would repeat; not restarting")
     outcome = _read_outcome(directory)
     if outcome.get("status") == "finished":
         return Verdict(FINISHED, f"finished at step {outcome['step']}")
     step = _newest_step(directory)
     if outcome.get("status") == "preempted":
-        return Verdict(TOLD_TO_END, f"told to end; the same command goes on from step {step}")
-    vain = _starts_in_vain(directory, step, node)
-    if vain >= most_without_progress:
-        problem = f"{vain} start(s) in a row got no further than step {step}"
-        return Verdict(NO_PROGRESS, f"{problem}; not started again")
-    return Verdict(FAILED, f"failed; can go on from step {step} ({vain} of {most_without_progress} starts in vain)")
+        return Verdict(STOP_REQUESTED, f"stopped on request; rerun the same command to resume from step {step}")
+    stalled = _starts_without_progress(directory, step, node)
+    if stalled >= max_without_progress:
+        return Verdict(NO_PROGRESS, f"{stalled} consecutive start(s) made no progress past step {step}; not restarting")
+    counted = f"{stalled} of {max_without_progress} starts without progress"
+    return Verdict(FAILED, f"failed; can resume from step {step} ({counted})")
 
 
 def describe_failures(directory: RunDirectory) -> str:
-    """The first failing rank's traceback, and which ranks left none; '' where no rank left anything."""
+    """Returns the first failing rank's traceback and the ranks without one; '' if no rank left a record."""
     failures = read_failures(directory.failures)
     if not failures:
         return ""
@@ -121,34 +123,34 @@ def describe_failures(directory: RunDirectory) -> str:
     lines = []
     if silent and not first["by_user"]:
         shown = ", ".join(str(rank) for rank in silent[:8]) + (", ..." if len(silent) > 8 else "")
-        lines.append(f"rank(s) {shown} left no traceback: ended by a signal, or with their host")
+        lines.append(f"rank(s) {shown} left no traceback: killed by a signal, or lost with their host")
     lines.append(f"first failure: rank {first['rank']} on {first['host']}; output of all ranks: {directory.logs}")
     lines.append(("error: " if first["by_user"] else "") + first["text"])
     return "\n".join(lines)
 
 
 def _newest_step(directory: RunDirectory) -> int:
-    checkpoint = newest_complete(directory.checkpoints)
+    checkpoint = latest_complete(directory.checkpoints)
     return 0 if checkpoint is None else checkpoint.step
 
 
 def _read_outcome(directory: RunDirectory) -> dict[str, Any]:
     try:
         outcome = json.loads(directory.outcome.read_text())
-    except (FileNotFoundError, ValueError):  # damaged: then the other files decide
+    except (FileNotFoundError, ValueError):  # a damaged file is ignored: the other files decide
         return {}
     return outcome if isinstance(outcome, dict) else {}
 
 
-def _starts_in_vain(directory: RunDirectory, step: int, node: int) -> int:
-    """Starts at the end of the list that began from ``step``, the newest checkpoint there is."""
+def _starts_without_progress(directory: RunDirectory, step: int, node: int) -> int:
+    """Counts the latest consecutive starts that began from ``step``, the newest checkpoint."""
     starts = directory.starts(node)
     lines = starts.read_text().splitlines() if starts.exists() else []
     count = 0
     for line in reversed(lines):
         try:
             began_from = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):  # half a line, of a host that died
+        except (ValueError, KeyError, TypeError):  # truncated line of a host that died
             continue
         if began_from != step:
             break

@@ -1,4 +1,4 @@
-"""The decoder as plain PyTorch modules; no engine is known here."""
+"""The decoder as PyTorch modules, independent of engines."""
 
 from dynmoe.model.decoder import Decoder
 from dynmoe.model.size import ModelSize

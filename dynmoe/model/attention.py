@@ -1,4 +1,4 @@
-"""Causal self-attention with rotary positions and grouped queries."""
+"""Causal self-attention with rotary position embedding and grouped queries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dynmoe.moe.initialization import named_normal
 
 
 def rotary_tables(num_positions: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of RoPE (arXiv 2104.09864), fp32 [positions, head_dim]; the halves of a head rotate together."""
+    """cos and sin of RoPE (arXiv 2104.09864), fp32 [positions, head_dim], for pairs (i, i + head_dim / 2)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angle = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=device), frequency)
     angle = torch.cat([angle, angle], dim=1)
@@ -22,16 +22,16 @@ def rotary_tables(num_positions: int, head_dim: int, theta: float, device: torch
 
 
 def rotate(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
-    """Applies RoPE; the angles are fp32, the result has the dtype of ``x``."""
+    """Applies RoPE with fp32 tables; the result has the dtype of ``x``."""
     first, second = x_BHSd.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return (x_BHSd * cos_Sd + turned * sin_Sd).to(x_BHSd.dtype)
 
 
 def causal_attention(q_BHSd: Tensor, k_BKPd: Tensor, v_BKPd: Tensor, mask_B1SP: Tensor | None = None) -> Tensor:
-    """Softmax attention in which H query heads share K key-value heads in consecutive groups; [B, H, S, d].
+    """Softmax attention in which consecutive groups of the H query heads share one of K key-value heads; [B, H, S, d].
 
-    Each position sees itself and those before it, or what the mask has True.
+    Each position attends to itself and earlier positions, or to those where the mask is True.
     """
     grouped = q_BHSd.shape[1] != k_BKPd.shape[1]
     return F.scaled_dot_product_attention(
@@ -40,14 +40,14 @@ def causal_attention(q_BHSd: Tensor, k_BKPd: Tensor, v_BKPd: Tensor, mask_B1SP: 
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm of each head by itself, with one weight for all of them."""
+    """RMSNorm of each head separately, with a weight shared by all heads."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model.width_of_head, model.norm_eps)
 
 
 class ProjectionNorm(nn.RMSNorm):
-    """RMSNorm of ``heads`` heads together."""
+    """RMSNorm over all ``heads`` heads together."""
 
     def __init__(self, model: ModelConfig, heads: int) -> None:
         super().__init__(heads * model.width_of_head, model.norm_eps)
@@ -58,23 +58,26 @@ class ProjectionNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Query, key and value in one projection (rows in that order), softmax attention by SDPA.
+    """Attention with one projection for query, key and value (rows in this order), using PyTorch's SDPA.
 
-    Queries and keys may be normalized before they are rotated (``model.qk_norm``; arXiv 2010.04245).
+    Queries and keys may be normalized before rotation (``model.qk_norm``; arXiv 2010.04245).
 
     Args:
-        model: heads and initial scale.
-        seed: of the initial weights.
-        name: prefix of this module's parameter names in the whole model.
-        recompute: do not keep what lies between the projections for the backward pass (arXiv 2205.05198, selective
-            activation recomputation).
+        model: configuration of the model.
+        seed: seed of the initial weights.
+        name: prefix of this module's parameter names in the decoder.
+        recompute: recompute the activations between the projections in the backward pass (selective activation
+            recomputation, arXiv 2205.05198).
     """
 
     def __init__(self, model: ModelConfig, seed: int, name: str, recompute: bool = False) -> None:
         super().__init__()
         self.recompute = recompute
-        self.heads, self.kv_heads, self.head_dim = model.heads, model.kv_heads, model.width_of_head
-        rows, width = (model.heads + 2 * model.kv_heads) * self.head_dim, model.heads * self.head_dim
+        self.heads = model.heads
+        self.kv_heads = model.kv_heads
+        self.head_dim = model.width_of_head
+        rows = (model.heads + 2 * model.kv_heads) * self.head_dim
+        width = model.heads * self.head_dim
         self.w_qkv = nn.Parameter(named_normal((rows, model.hidden), model.init_std, seed, f"{name}.w_qkv"))
         self.w_out = nn.Parameter(named_normal((model.hidden, width), down_std(model), seed, f"{name}.w_out"))
         self.q_norm, self.k_norm = (
@@ -83,19 +86,21 @@ class Attention(nn.Module):
         )
 
     def forward(self, x_BSD: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """[B, S, D] to the same.
+        """Attention output, [B, S, D].
 
         Args:
-            x_BSD: of the latest positions.
-            cos_Sd, sin_Sd: of their angles, alike for all sequences, or [B, 1, S, d].
-            cache: of the positions before; None where ``x`` is all there is.
+            x_BSD: input of the latest positions.
+            cos_Sd, sin_Sd: rotary tables of these positions, for all sequences or [B, 1, S, d].
+            cache: cache of earlier positions; None if there are none.
         """
         batch, positions, _ = x_BSD.shape
         qkv = F.linear(x_BSD, self.w_qkv).view(batch, positions, -1, self.head_dim).transpose(1, 2)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos_Sd, sin_Sd), rotate(k, cos_Sd, sin_Sd)
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        q = rotate(q, cos_Sd, sin_Sd)
+        k = rotate(k, cos_Sd, sin_Sd)
         if cache is not None:
             out_BHSd = causal_attention(q, *cache.extend(k, v), cache.mask_B1SP)
         elif self.recompute and torch.is_grad_enabled():

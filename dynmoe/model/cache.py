@@ -1,4 +1,4 @@
-"""What attention keeps of the tokens before, while a text is generated."""
+"""The key-value cache for text generation."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 class LayerCache:
-    """Keys and values of one layer at all positions so far, [B, K, P, d], and what the latest of them see.
+    """Keys and values of one layer at all positions so far, [B, K, P, d].
 
-    ``mask_B1SP`` is True where one of the latest positions sees one of all.
+    ``mask_B1SP`` is True where one of the S latest positions attends to one of all P positions.
     """
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class LayerCache:
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def extend(self, k_BKSd: Tensor, v_BKSd: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all positions, once those of the latest are given."""
+        """Appends keys and values of the latest positions; returns those of all positions."""
         new = (k_BKSd, v_BKSd)
         if self._kept is not None:
             new = (torch.cat([self._kept[0], k_BKSd], dim=2), torch.cat([self._kept[1], v_BKSd], dim=2))
@@ -26,15 +26,15 @@ class LayerCache:
 
 
 class KeyValueCache:
-    """The caches of all layers, for sequences that may begin with padding.
+    """The caches of all layers, for sequences that may be padded on the left.
 
     Args:
-        layers: of the decoder.
-        padding_B: how many positions at the beginning of each sequence are padding.
+        layers: number of layers of the decoder.
+        padding_B: number of padding positions of each sequence.
 
     Attributes:
-        layers: one cache for each.
-        length: positions so far, padding included.
+        layers: one cache for each layer.
+        length: number of positions so far, including padding.
     """
 
     def __init__(self, layers: int, padding_B: Tensor) -> None:
@@ -43,11 +43,11 @@ class KeyValueCache:
         self._padding_B1 = padding_B[:, None]
 
     def advance(self, num_new: int) -> Tensor:
-        """Makes room for the next tokens of each sequence; their positions in its text, [B, S] (padding: 0)."""
+        """Adds ``num_new`` positions to each sequence; returns their positions in the text, [B, S] (padding: 0)."""
         place_P = torch.arange(self.length + num_new, device=self._padding_B1.device)
         place_S = place_P[self.length :]
         seen_BSP = (place_P <= place_S[:, None]) & (place_P >= self._padding_B1[:, None])
-        # Padding sees itself, as a softmax over nothing is no number.
+        # Padding attends to itself, as a softmax over no positions is NaN.
         mask_B1SP = (seen_BSP | (place_P == place_S[:, None])).unsqueeze(1)
         for layer in self.layers:
             layer.mask_B1SP = mask_B1SP

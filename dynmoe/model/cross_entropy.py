@@ -1,4 +1,4 @@
-"""Cross-entropy of the output projection without the [T, V] logits."""
+"""Cross-entropy of the output projection, computed in chunks without the full [T, V] logits."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits that exist at a time. On a CPU they should fit a cache, on a GPU fill the machine.
-_CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
+from dynmoe.config.constants import CHUNK_LOGITS
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Takes the gradients chunk by chunk on the way forward, so that nothing is computed twice."""
+    """Computes the gradients chunk by chunk in the forward pass, so that no logits are computed twice."""
 
     @staticmethod
     def forward(ctx: Any, h_TD: Tensor, w_VD: Tensor, labels_T: Tensor) -> Tensor:
         num_tokens = h_TD.shape[0]
-        chunk = max(1, _CHUNK_LOGITS[h_TD.device.type] // w_VD.shape[0])
+        chunk = max(1, CHUNK_LOGITS[h_TD.device.type] // w_VD.shape[0])
         differentiate = any(ctx.needs_input_grad)
         grad_h_TD = torch.empty_like(h_TD) if differentiate else None
         grad_w_VD = torch.zeros_like(w_VD, dtype=torch.float32) if differentiate else None
         loss = h_TD.new_zeros((), dtype=torch.float32)
         for start in range(0, num_tokens, chunk):
-            h, labels = h_TD[start : start + chunk], labels_T[start : start + chunk].unsqueeze(1)
+            h = h_TD[start : start + chunk]
+            labels = labels_T[start : start + chunk].unsqueeze(1)
             logits = F.linear(h, w_VD).float()
             log_total = logits.logsumexp(dim=1, keepdim=True)
             loss += (log_total - logits.gather(1, labels)).sum()
@@ -50,5 +50,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(h_TD: Tensor, w_VD: Tensor, labels_T: Tensor) -> Tensor:
-    """Mean over tokens of the cross-entropy of logits ``h @ w.T``, in nats, fp32 scalar."""
+    """Cross-entropy of the logits ``h @ w.T`` in nats, averaged over tokens; fp32 scalar."""
     return _LinearCrossEntropy.apply(h_TD, w_VD, labels_T)

@@ -1,4 +1,4 @@
-"""A Llama-style decoder with dynamic mixtures of experts."""
+"""A Llama-style decoder with dynamic mixture-of-experts layers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MakeMoE = Callable[[ModelConfig, int, int, MoEContext], MoELayer]
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each after an RMSNorm and added to the residual stream."""
+    """Pre-norm attention and feed-forward with residual connections."""
 
     def __init__(
         self, model: ModelConfig, layer: int, seed: int, context: MoEContext, make_moe: MakeMoE, recompute: str
@@ -51,16 +51,16 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm, output projection.
+    """Embedding, decoder layers, final norm and output projection.
 
     Args:
-        model: the architecture.
+        model: configuration of the model.
         vocab_size: rows of the embedding.
-        seed: of the initial weights; nothing else decides them.
-        context: process groups and step state for the MoE layers; a fresh one serves a single process.
-        recompute: what the backward pass repeats: nothing (``none``), attention without its projections
-            (``selective``), or each layer from its input (``full``).
-        make_moe: the class of MoE layers; engines put their own subclass here.
+        seed: seed of the initial weights, which depend on nothing else.
+        context: process groups and step state of the MoE layers; default: a new one for a single process.
+        recompute: activation recomputation in the backward pass: ``none``, ``selective`` (attention without its
+            projections) or ``full`` (each layer).
+        make_moe: class of the MoE layers; engines pass their own subclass.
     """
 
     def __init__(
@@ -73,7 +73,8 @@ class Decoder(nn.Module):
         make_moe: MakeMoE = MoELayer,
     ) -> None:
         super().__init__()
-        self.settings, self.recompute = model, recompute
+        self.settings = model
+        self.recompute = recompute
         self.context = MoEContext() if context is None else context
         self.w_embed_VD = nn.Parameter(initial_embedding(model, vocab_size, seed, "w_embed"))
         layers = [DecoderLayer(model, layer, seed, self.context, make_moe, recompute) for layer in range(model.layers)]
@@ -91,14 +92,16 @@ class Decoder(nn.Module):
         return [module for module in self.modules() if isinstance(module, MoELayer)]
 
     def hidden(self, tokens_BS: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Output of the last layer after the final norm, [B, S, D]; with a cache ``tokens_BS`` follow what it has."""
-        settings, num_positions = self.settings, tokens_BS.shape[1] + (0 if cache is None else cache.length)
+        """Output of the final norm, [B, S, D]; with a cache, ``tokens_BS`` follow the cached positions."""
+        settings = self.settings
+        num_positions = tokens_BS.shape[1] + (0 if cache is None else cache.length)
         cos_Sd, sin_Sd = rotary_tables(
             num_positions, settings.width_of_head, settings.rope_theta, self.w_embed_VD.device
         )
         if cache is not None:
             position_BS = cache.advance(tokens_BS.shape[1])
-            cos_Sd, sin_Sd = cos_Sd[position_BS].unsqueeze(1), sin_Sd[position_BS].unsqueeze(1)
+            cos_Sd = cos_Sd[position_BS].unsqueeze(1)
+            sin_Sd = sin_Sd[position_BS].unsqueeze(1)
         x_BSD = F.embedding(tokens_BS, self.w_embed_VD)
         for number, layer in enumerate(self.layers):
             if cache is not None:
@@ -110,15 +113,15 @@ class Decoder(nn.Module):
                 )  # fmt: skip
             else:
                 x_BSD = layer(x_BSD, cos_Sd, sin_Sd)
-        self.context.start_counts()  # of all layers, while the head and the loss are computed
+        self.context.start_counts()  # of all layers; overlaps with the output projection and the loss
         return self.norm(x_BSD)
 
     def next_logits(self, tokens_BS: Tensor, cache: KeyValueCache) -> Tensor:
-        """Logits [B, V] of what follows the last of ``tokens_BS``, which follow what the cache has."""
+        """Logits [B, V] of the token after ``tokens_BS``, which follow the cached positions."""
         return F.linear(self.hidden(tokens_BS, cache)[:, -1], self.output_weight_VD)
 
     def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
-        """Logits [B, S, V]; with labels (the next tokens) the mean cross-entropy in nats, without the logits."""
+        """Logits [B, S, V], or the mean cross-entropy in nats if labels (the next tokens) are given."""
         hidden_BSD = self.hidden(tokens_BS)
         if labels_BS is None:
             return F.linear(hidden_BSD, self.output_weight_VD)

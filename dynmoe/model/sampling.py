@@ -1,4 +1,4 @@
-"""Text from a model, token by token."""
+"""Autoregressive sampling."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from dynmoe.model.cache import KeyValueCache
 from dynmoe.model.decoder import Decoder
 
-# Maps the latest tokens [B, S] to the logits [B, V] of what follows them; knows those before.
+# Maps the latest tokens [B, S] to the logits [B, V] of the next token; remembers earlier tokens.
 NextLogits = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn: from the ``top_k`` likeliest of the tokens that reach the mass ``top_p``.
+    """Sampling parameters; tokens must pass both the top-k and the top-p filter.
 
-    ``temperature`` 0 takes the likeliest, ``top_k`` 0 all.
+    ``temperature`` 0 is greedy decoding; ``top_k`` 0 disables the top-k filter.
     """
 
     temperature: float = 0.8
@@ -27,17 +27,17 @@ class Sampling:
     top_p: float = 1.0
 
     def draw(self, logits_BV: Tensor, generator: torch.Generator) -> Tensor:
-        """One token for each row of fp32 logits on the CPU, int64 [B]."""
+        """Samples a token for each row of fp32 logits on the CPU, int64 [B]."""
         if self.temperature == 0:
             return logits_BV.argmax(dim=1)
         sorted_BV, order_BV = (logits_BV / self.temperature).sort(dim=1, descending=True, stable=True)
         probs_BV = sorted_BV.softmax(dim=1)
-        better_BV = probs_BV.cumsum(dim=1) - probs_BV
-        left_out_BV = better_BV >= self.top_p
+        mass_above_BV = probs_BV.cumsum(dim=1) - probs_BV
+        excluded_BV = mass_above_BV >= self.top_p
         if self.top_k:
-            left_out_BV[:, self.top_k :] = True
-        left_out_BV[:, 0] = False
-        drawn_B1 = torch.multinomial(probs_BV.masked_fill(left_out_BV, 0.0), 1, generator=generator)
+            excluded_BV[:, self.top_k :] = True
+        excluded_BV[:, 0] = False
+        drawn_B1 = torch.multinomial(probs_BV.masked_fill(excluded_BV, 0.0), 1, generator=generator)
         return order_BV.gather(1, drawn_B1).squeeze(1)
 
 
@@ -54,13 +54,13 @@ def sample(
     """Yields the tokens [B] that continue ``prompts_BS``, ``num_tokens`` times.
 
     Args:
-        next_logits: :func:`whole_context` or :func:`with_cache`; with expert parallelism every rank must sample alike,
-            which the seeded generator on the CPU sees to.
+        next_logits: :func:`whole_context` or :func:`with_cache`. With expert parallelism, every rank must sample the
+            same tokens, which the seeded generator on the CPU ensures.
         prompts_BS: tokens, padded on the left.
-        num_tokens: of each continuation.
-        vocab_size: ids at or above it (padding rows of the embedding) are never drawn.
-        sampling: how tokens are drawn.
-        seed: of the generator.
+        num_tokens: length of each continuation.
+        vocab_size: ids at or above it (padding rows of the embedding) are never sampled.
+        sampling: sampling parameters.
+        seed: seed of the generator.
     """
     generator = torch.Generator().manual_seed(seed)
     latest_BS = prompts_BS
@@ -71,7 +71,7 @@ def sample(
 
 
 def whole_context(logits_of: Callable[[Tensor], Tensor], sequence_length: int) -> NextLogits:
-    """One full pass for each token, over the last ``sequence_length``; for whatever gives logits [B, S, V]."""
+    """Computes a full forward pass for each token, over the last ``sequence_length`` tokens, without a cache."""
     so_far: list[Tensor] = []
 
     def next_logits(latest_BS: Tensor) -> Tensor:
@@ -82,13 +82,13 @@ def whole_context(logits_of: Callable[[Tensor], Tensor], sequence_length: int) -
 
 
 def with_cache(decoder: Decoder, padding_B: Tensor) -> NextLogits:
-    """Each token computed once; ``padding_B`` positions at the beginning of each sequence are padding."""
+    """Computes each token once, with a key-value cache; the first ``padding_B`` positions are padding."""
     cache = KeyValueCache(len(decoder.layers), padding_B)
     return lambda latest_BS: decoder.next_logits(latest_BS, cache)
 
 
 def pad_left(prompts: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
-    """Prompts as one tensor [B, S], and how many positions of each are padding."""
+    """Prompts as one tensor [B, S], and the number of padding positions of each."""
     longest = max(len(prompt) for prompt in prompts)
     rows = [[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     return torch.tensor(rows), torch.tensor([longest - len(prompt) for prompt in prompts])

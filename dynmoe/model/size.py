@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dynmoe.config import ModelConfig
@@ -38,10 +39,8 @@ class ModelSize:
         return 3 * self.model.hidden * self.model.moe.expert_hidden
 
     def _router(self, layer: int) -> int:
-        router, experts = self.model.router, self.model.experts_of(layer)
-        rows = experts + (router.num_null if router.kind == "null_experts" else 0)
-        scalars = (experts if router.kind == "top_any" else 0) + (1 if router.options.temperature == "learned" else 0)
-        return self.model.hidden * rows + scalars
+        tensors = self.model.router.parameters(self.model.hidden, self.model.experts_of(layer))
+        return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
     @property
     def _qk_norms(self) -> int:

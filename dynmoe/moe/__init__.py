@@ -1,6 +1,6 @@
 """The mixture-of-experts layer: router, dispatcher, experts. Plain modules that take process groups."""
 
-from dynmoe.moe.context import MoEContext
+from dynmoe.moe.context import MoEContext, MoEGroups, StepState
 from dynmoe.moe.layer import MoELayer
 
-__all__ = ["MoEContext", "MoELayer"]
+__all__ = ["MoEContext", "MoEGroups", "MoELayer", "StepState"]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dynmoe.config.control import AdaptationConfig
-from dynmoe.moe.observation import Observation
-from dynmoe.moe.routers import Router, TopAnyRouter
-
-if TYPE_CHECKING:
-    from dynmoe.moe.layer import MoELayer
+from dynmoe.moe.layer import MoELayer
+from dynmoe.moe.router import Router
+from dynmoe.routers.base import RouterState
+from dynmoe.routing.control_statistics import ControlStatistics
 
 
 @dataclass(frozen=True)
@@ -68,17 +67,12 @@ def slot_to_fill(active_E: Tensor, num_ranks: int) -> int | None:
     return None
 
 
-def prototype_of(unclaimed_D: Tensor) -> Tensor:
-    """Prototype of an expert for the tokens that nobody took: the normalised sum of their router inputs."""
-    return unclaimed_D / unclaimed_D.norm()
-
-
 def _window_of(router: Router) -> Tensor:
-    """What decides on a layer's experts, fp64: tokens, those that nobody took, the size of the sum of their inputs, the
-    tokens that selected each expert, and the experts in use."""
-    assert isinstance(router, TopAnyRouter)
-    scalars = torch.stack([router.window_tokens, router.window_unclaimed, router.window_unclaimed_D.norm()])
-    return torch.cat([scalars, router.window_selected_E, router.active_E.double()])
+    """What decides on a layer's experts, fp64: tokens, those that exceeded no threshold, the norm of the sum of their
+    inputs, the tokens that selected each expert, and the experts in use."""
+    state: RouterState = router
+    scalars = torch.stack([state.window_tokens, state.window_unclaimed, state.window_unclaimed_D.norm()])
+    return torch.cat([scalars, state.window_selected_E, state.active_E.double()])
 
 
 class Adaptation:
@@ -117,25 +111,22 @@ class Adaptation:
 
     @torch.no_grad()
     def update(
-        self, layers: Sequence[MoELayer], observations: Sequence[Observation] | None, step: int
+        self, layers: Sequence[MoELayer], statistics: Sequence[ControlStatistics] | None, step: int
     ) -> list[AdaptationEvent]:
-        """Adds what step ``step`` saw to the window; at its end changes the experts and says how.
+        """Adds the statistics of step ``step`` to the window; at its end changes the experts and returns the changes.
 
-        A step without ``observations`` was skipped, and adds nothing.
+        A step without ``statistics`` was skipped, and adds nothing.
         """
         if not self.records(step):
             return []
         for number, layer in enumerate(layers):
-            router = layer.router
-            assert isinstance(router, TopAnyRouter)
-            windows = (
-                router.window_tokens, router.window_selected_E, router.window_unclaimed, router.window_unclaimed_D,
-            )  # fmt: skip
+            state: RouterState = layer.router
+            windows = (state.window_tokens, state.window_selected_E, state.window_unclaimed, state.window_unclaimed_D)
             if self._is_first(step):  # whatever an earlier start with another interval left there
                 for window in windows:
                     window.zero_()
-            if observations is not None:
-                seen = observations[number]
+            if statistics is not None:
+                seen = statistics[number]
                 assert seen.unclaimed is not None
                 assert seen.unclaimed_D is not None
                 sums = (seen.tokens, seen.selected_E, seen.unclaimed, seen.unclaimed_D)
@@ -151,11 +142,10 @@ class Adaptation:
     def _change(self, layer: MoELayer, window: Tensor, step: int) -> list[AdaptationEvent]:
         """Removes and adds experts of a layer; ``window`` is that of :func:`_window_of`, on the host."""
         router, config = layer.router, self.config
-        assert isinstance(router, TopAnyRouter)
         tokens, unclaimed, size_of_sum = window[:3].tolist()
         selected_E, active_E = window[3:].chunk(2)
         active_E = active_E.bool()
-        ranks = layer.context.expert_parallel
+        ranks = layer.context.groups.expert_parallel
         per_rank = len(active_E) // ranks
         events = []
         for expert in experts_to_remove(active_E, selected_E, config.removal_share, self.keep):
@@ -174,17 +164,11 @@ class Adaptation:
         return events
 
     def _add(self, layer: MoELayer, active_E: Tensor, slot: int, step: int) -> None:
-        router, experts = layer.router, layer.experts
-        assert isinstance(router, TopAnyRouter)
-        offset = router.offset_E.new_zeros(())
-        if self.config.policy == "improved":
-            # The median: one threshold out of reach must not put the new one there too.
-            others_E = (router.base_E() + router.offset_E)[active_E.to(router.offset_E.device)]
-            offset = others_E.median()
-        router.offset_E[slot] = offset
-        zero = torch.zeros((), device=offset.device)
-        self.renewal.renew(router.thresholds_E, (slot,), zero)
-        self.renewal.renew(router.prototypes_DE, (slice(None), slot), prototype_of(router.window_unclaimed_D).float())
+        router = layer.router
+        at_median = self.config.policy == "improved"
+        for name, (index, fresh) in router.spec.new_expert(router, slot, active_E, at_median).items():
+            self.renewal.renew(router.get_parameter(name), index, fresh)
+        experts = layer.experts
         if slot in experts.experts:
             local = slot - experts.experts.start
             for parameter, fresh in experts.fresh_weights(slot, f"step{step}"):

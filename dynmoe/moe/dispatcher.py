@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dynmoe.ops import Backend, Exchange, Permutation, Wire, exchange_routes, gather_rows, pick_backend, sum_rows
+from dynmoe.ops import Backend, Permutation, gather_rows, pick_backend, sum_rows
+from dynmoe.ops.all_to_all import AllToAllGroup, AsyncAllToAll, exchange_routes
 from dynmoe.routing import RoutingPlan
 
 
@@ -31,7 +32,7 @@ class DispatchedTokens:
     permutation: Permutation
     routes: Permutation
     backend: Backend
-    exchange: Exchange | None = None
+    exchange: AsyncAllToAll | None = None
     senders: Permutation | None = None
 
 
@@ -48,7 +49,26 @@ class TokenDispatcher:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, backend: str = "auto") -> None:
-        self.wire, self._backend = None if group is None else Wire(group), backend
+        self.wire = None if group is None else AllToAllGroup(group)
+        self._backend = backend
+
+    @property
+    def count_bytes(self) -> bool:
+        """Whether the bytes are counted that leave this rank."""
+        return self.wire is not None and self.wire.counting
+
+    @count_bytes.setter
+    def count_bytes(self, counting: bool) -> None:
+        if self.wire is not None:
+            self.wire.counting = counting
+
+    def take_sent_bytes(self) -> int:
+        """Bytes that left this rank, and came back from here, while they were counted; since the last call."""
+        if self.wire is None:
+            return 0
+        sent = self.wire.sent_bytes
+        self.wire.sent_bytes = 0
+        return sent
 
     def dispatch(self, x_TD: Tensor, plan: RoutingPlan, most_rows: int | None = None) -> DispatchedTokens:
         """Sends the tokens off; what does not need them may run before :meth:`receive`.
@@ -65,7 +85,7 @@ class TokenDispatcher:
         return self._send(x_TD, plan, self.wire, backend)
 
     @staticmethod
-    def _send(x_TD: Tensor, plan: RoutingPlan, wire: Wire, backend: Backend) -> DispatchedTokens:
+    def _send(x_TD: Tensor, plan: RoutingPlan, wire: AllToAllGroup, backend: Backend) -> DispatchedTokens:
         map_TE = plan.routing_map_TE
         num_local = map_TE.shape[1] // wire.num_ranks
         map_TRL = map_TE.view(len(map_TE), wire.num_ranks, num_local)  # L: experts of one rank
@@ -84,7 +104,7 @@ class TokenDispatcher:
             wire, send_routes, receive_routes,
         )  # fmt: skip
         senders = backend.permutation(needed_TR, sum(send))
-        exchange = Exchange(wire, send, receive)
+        exchange = AsyncAllToAll(wire, send, receive)
         under_way = exchange.start(gather_rows(x_TD, senders))
 
         # S: tokens received, rank after rank. A route's number counts from the first one of its sender.

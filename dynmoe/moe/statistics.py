@@ -1,25 +1,23 @@
-"""One vector per layer and step: what is recorded in a forward pass, and what is read from it after the reduction."""
+"""What a layer counts in an optimizer step, and what is read of its statistics once they are summed over ranks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dynmoe.config import ModelConfig
-from dynmoe.config.routing import KINDS
-from dynmoe.moe.routers import ROUTERS
 from dynmoe.routing import RoutingPlan
 from dynmoe.routing.statistics import LayerCounts, pack, packed_size, summarize
 
 
 def _per_pass_names(model: ModelConfig) -> list[str]:
-    """Entries whose mean over forward passes and ranks is meant; the others are sums."""
-    control = ROUTERS[model.router.kind].figure
-    # The z-loss is a mean over tokens whatever its coefficient, and is taken from the counts.
-    return [*(f"{name}_loss" for name in model.router.loss_names if name != "z"), "auxiliary_loss", control]
+    """Entries that are averaged over forward passes and ranks; the others are sums."""
+    # The z-loss is a mean over tokens whatever its coefficient, and is computed from the counts.
+    losses = [f"{name}_loss" for name in model.router.losses if name != "z"]
+    return [*losses, "auxiliary_loss", model.router.CONTROL_METRIC]
 
 
 def vector_size(model: ModelConfig, layer: int) -> int:
@@ -33,10 +31,10 @@ class PassStatistics:
     """What one forward pass adds to the vector of its layer.
 
     Attributes:
-        losses: every auxiliary loss in force, without gradient, in the order of ``RouterConfig.loss_names``. Those that
+        losses: every auxiliary loss in force, without gradient, in the order of ``RouterSpec.losses``. Those that
             count over ranks get their values later (see ``Router.losses``).
         coefficients: of these losses.
-        rest: fp64: the router's control, experts in use, counts of the plan.
+        rest: fp64: the router's control value, experts in use, counts of the plan.
     """
 
     losses: dict[str, Tensor]
@@ -62,21 +60,57 @@ def record(
     plan: RoutingPlan,
     losses: dict[str, Tensor],
     coefficients: dict[str, float | Tensor],
-    control: Tensor,
+    control_value: Tensor,
     active_E: Tensor,
 ) -> PassStatistics:
     """Statistics of one forward pass.
 
     Args:
         plan: of this rank's tokens.
-        losses: every auxiliary loss in force, in the order of ``RouterConfig.loss_names``.
+        losses: every auxiliary loss in force, in the order of ``RouterSpec.losses``.
         coefficients: of these losses at present.
-        control: the k, p, L1 coefficient or mean threshold in force, a scalar.
+        control_value: the k, p, L1 coefficient or mean threshold in force, a scalar.
         active_E: mask of the experts in use.
     """
-    rest = torch.cat([control.double().view(1), active_E.double(), pack(plan)])
+    rest = torch.cat([control_value.double().view(1), active_E.double(), pack(plan)])
     kept = {name: c.clone() if isinstance(c, Tensor) else c for name, c in coefficients.items()}
     return PassStatistics({name: loss.detach() for name, loss in losses.items()}, kept, rest)
+
+
+@dataclass
+class LayerStepStats:
+    """What one layer counted on this rank in the training passes since it was last drained.
+
+    Attributes:
+        routed_rows: rows that the experts of this rank computed, int64 scalar.
+        overflowed: whether tokens selected more experts than ``model.moe.max_mean_experts_per_token``, a bool scalar.
+        finite: whether all scores were finite, a bool scalar.
+        sent_bytes: bytes that left this rank for the experts of others and back.
+        control: sums of :func:`pack_control_statistics`; None where none were collected.
+        recorded: statistics of each pass in a step that was recorded.
+    """
+
+    routed_rows: Tensor
+    overflowed: Tensor
+    finite: Tensor
+    sent_bytes: int = 0
+    control: Tensor | None = None
+    recorded: list[PassStatistics] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, device: torch.device) -> LayerStepStats:
+        no = torch.zeros((), dtype=torch.bool, device=device)
+        return cls(torch.zeros((), dtype=torch.int64, device=device), no, ~no)
+
+    def statistics(self) -> Tensor:
+        """The vector of :class:`PassStatistics`, summed over passes; every loss must have its value.
+
+        Raises:
+            RuntimeError: nothing was recorded.
+        """
+        if not self.recorded:
+            raise RuntimeError("no statistics: run a training pass with StepState(recording=True)")
+        return torch.stack([seen.vector() for seen in self.recorded]).sum(dim=0)
 
 
 class LayerStatistics:
@@ -89,23 +123,23 @@ class LayerStatistics:
     """
 
     def __init__(self, vector: Tensor, model: ModelConfig, layer: int) -> None:
-        names, num_experts, router = _per_pass_names(model), model.experts_of(layer), model.router
+        names = _per_pass_names(model)
+        num_experts = model.experts_of(layer)
         passes, means, active_E, counts = vector.split(
             [1, len(names), num_experts, len(vector) - 1 - len(names) - num_experts]
         )
         self._means = dict(zip(names, (means / passes).tolist(), strict=True))
         self._active_E = (active_E / passes).round().long()  # the same in every pass of a step
         self._counts = LayerCounts(counts, num_experts)
-        fixed = router.k if router.kind in ("top_k", "null_experts") else router.max_experts
         # A token cannot use what is out of use.
-        self._ceiling = min(fixed or num_experts, int(self._active_E.sum()))
-        self._has_logits = "z_loss" in KINDS[router.kind].fields
+        self._most_experts = min(model.router.max_experts_per_token(num_experts), int(self._active_E.sum()))
+        self._has_z_loss = model.router.has_field("z_loss")
 
     def figures(self, expert_parallel: int) -> dict[str, float]:
         """Figures under the names of the metrics file; ``expert_parallel`` ranks share the experts."""
         counts = self._counts
-        z = {"z_loss": counts.scalar("z") / counts.scalar("tokens")} if self._has_logits else {}
-        return self._means | z | summarize(counts, int(self._active_E.sum()), self._ceiling, expert_parallel)
+        z = {"z_loss": counts.scalar("z") / counts.scalar("tokens")} if self._has_z_loss else {}
+        return self._means | z | summarize(counts, int(self._active_E.sum()), self._most_experts, expert_parallel)
 
     def histograms(self) -> dict[str, Any]:
         """Tokens by their number of experts (0 to E), tokens by expert, and which experts are in use: lists of int."""

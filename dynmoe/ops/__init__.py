@@ -1,6 +1,6 @@
-"""The moving parts of an MoE layer that know nothing of routers: permutation, experts, all-to-all."""
+"""Operators of an MoE layer that do not depend on routers: permutation, experts, all-to-all."""
 
-from dynmoe.ops.all_to_all import Exchange, Wire, exchange_routes
+from dynmoe.ops.all_to_all import AllToAllGroup, AsyncAllToAll, exchange_routes
 from dynmoe.ops.attach_loss import attach_loss
 from dynmoe.ops.backends import Backend
 from dynmoe.ops.linear_fp32 import linear_fp32
@@ -8,10 +8,10 @@ from dynmoe.ops.permute import Permutation, gather_rows, sum_rows
 from dynmoe.ops.routed_experts import pick_backend, routed_experts
 
 __all__ = [
+    "AllToAllGroup",
+    "AsyncAllToAll",
     "Backend",
-    "Exchange",
     "Permutation",
-    "Wire",
     "attach_loss",
     "exchange_routes",
     "gather_rows",

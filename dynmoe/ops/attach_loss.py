@@ -1,4 +1,4 @@
-"""Auxiliary losses that travel with an activation."""
+"""Auxiliary losses attached to an activation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, loss: Tensor, scale: float) -> Tensor:
-        ctx.scale, ctx.dtype = scale, loss.dtype
+        ctx.scale = scale
+        ctx.dtype = loss.dtype
         return hidden.view_as(hidden)
 
     @staticmethod
@@ -20,9 +21,9 @@ class _AttachLoss(torch.autograd.Function):
 
 
 def attach_loss(hidden: Tensor, loss: Tensor, scale: float) -> Tensor:
-    """Returns ``hidden`` unchanged; in the backward pass ``scale * loss`` (a scalar) is added to the objective.
+    """Returns ``hidden`` unchanged; the backward pass adds ``scale * loss`` (a scalar) to the objective.
 
-    An auxiliary loss then needs no way of its own to the end of the model, through pipeline stages and
-    recomputation. ``scale`` must be what the engine multiplies the main loss with (1 / accumulation steps).
+    The auxiliary loss therefore needs no path of its own through pipeline stages and recomputation. ``scale`` must be
+    the factor that the engine applies to the main loss (1 / accumulation steps).
     """
     return _AttachLoss.apply(hidden, loss, scale)

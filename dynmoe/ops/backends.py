@@ -1,8 +1,8 @@
-"""Ways of computing routed SwiGLU experts: the same two functions, each without autograd.
+"""Backends that compute routed SwiGLU experts: each has the same ``forward`` and ``backward``, without autograd.
 
-``forward`` gives the output and the up projection h, all that the way back needs beside its inputs; ``backward`` gives
-the gradients of tokens, gates and weights, and may overwrite h. The gate scales the activation, before the down
-projection: its gradient is then <dO · W_down^T, a>, and the experts' outputs are neither saved nor passed over again.
+``forward`` returns the output and the up projection h, the only activation that ``backward`` needs besides its inputs.
+``backward`` returns the gradients of tokens, gates and weights, and may overwrite h. The gate scales the activation
+before the down projection. Its gradient is then <dO · W_down^T, a>, so the experts' outputs need not be saved.
 """
 
 from __future__ import annotations
@@ -23,52 +23,52 @@ Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Backend(Protocol):
-    """Tokens to rows, two grouped products with the activation between them, and the sum over each token's rows."""
+    """Gathers tokens into rows, multiplies them by the experts' weights, and sums the rows of each token."""
 
     @property
     def name(self) -> str: ...
 
-    def permutation(self, routing_map_TE: Tensor, most_rows: int | None = None) -> Permutation:
-        """From tokens to rows; ``most_rows`` is N or a bound of it, where one is known on the host."""
+    def permutation(self, routing_map_TE: Tensor, max_rows: int | None = None) -> Permutation:
+        """Builds the permutation from tokens to rows; ``max_rows``: N or an upper bound, if the host knows one."""
 
     def forward(
         self, x_TD: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, permutation: Permutation
     ) -> tuple[Tensor, Tensor]:
-        """The output [T, D] and h [N, 2F], rows sorted by expert."""
+        """Returns the output [T, D] and h [N, H], with rows sorted by expert."""
 
     def backward(
         self,
         grad_TD: Tensor,
-        h_N2F: Tensor,
+        h_NH: Tensor,
         x_TD: Tensor,
         gates_TE: Tensor,
         w_up_EHD: Tensor,
         w_down_EDF: Tensor,
         permutation: Permutation,
     ) -> Gradients:
-        """Gradients towards x, gates and both weights; ``h_N2F`` is used up."""
+        """Returns the gradients of x, gates and both weights; overwrites ``h_NH``."""
 
 
 def grouped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
-    """PyTorch's grouped GEMM over rows: group e is ``offsets_E[e-1]`` to ``offsets_E[e]`` (int32 ends).
+    """Multiplies groups of rows with PyTorch's grouped GEMM: group e is ``offsets_E[e-1]`` to ``offsets_E[e]`` (int32).
 
     Args:
-        a: [N, J], or [I, N] where the groups run over the contraction (weight gradients).
+        a: [N, J], or [I, N] if the groups split the contraction (weight gradients).
         b: [E, J, I], or [N, J].
 
     Returns:
         [N, I]; or [E, I, J], zero for empty groups.
     """
-    if a.shape[1 if b.dim() == 2 else 0] == 0:  # the kernel refuses empty operands
+    if a.shape[1 if b.dim() == 2 else 0] == 0:  # the kernel rejects empty operands
         shape = (offsets_E.shape[0], a.shape[0], b.shape[1]) if b.dim() == 2 else (0, b.shape[2])
         return a.new_zeros(shape)
     if a.device.type == "cpu" and b.dim() == 3 and a.shape[0] < 4 * b.shape[0]:
-        return looped_mm(a, b, offsets_E)  # PyTorch's multiplies empty groups too, and a few rows leave most empty
+        return looped_mm(a, b, offsets_E)  # PyTorch also multiplies empty groups, and with few rows most are empty
     return F.grouped_mm(a, b, offs=offsets_E)
 
 
 def looped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
-    """:func:`grouped_mm` by one product for each group: any dtype and stride; waits for the device."""
+    """:func:`grouped_mm` with one product for each group: any dtype and stride; synchronizes with the device."""
     ends = [0, *offsets_E.tolist()]
     groups = [(e, slice(*pair)) for e, pair in enumerate(pairwise(ends)) if pair[0] < pair[1]]
     if b.dim() == 3:
@@ -85,23 +85,24 @@ def looped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
 def _one_token(
     x_1D: Tensor, gates_1E: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, permutation: Permutation
 ) -> tuple[Tensor, Tensor]:
-    """The same for one token, as in generation: each call that is left out counts there."""
+    """``PackedBackend.forward`` for one token, as in generation, where the overhead of each call matters."""
     experts = permutation.route_N.tolist()
-    h_N2F = torch.cat([F.linear(x_1D, w_up_EHD[expert]) for expert in experts])
-    activation_NF = gated_activation(h_N2F, permutation.of_rows(gates_1E))
+    h_NH = torch.cat([F.linear(x_1D, w_up_EHD[expert]) for expert in experts])
+    activation_NF = gated_activation(h_NH, permutation.of_rows(gates_1E))
     split = zip(activation_NF.split(1), experts, strict=True)
     rows = [F.linear(row_1F, w_down_EDF[expert]) for row_1F, expert in split]
-    return torch.cat(rows).sum(dim=0, keepdim=True), h_N2F
+    return torch.cat(rows).sum(dim=0, keepdim=True), h_NH
 
 
 class PackedBackend:
-    """Grouped products over the routed rows, with ``product`` as their one building block."""
+    """Grouped products over the routed rows, built on ``product``."""
 
     def __init__(self, name: str, product: Product) -> None:
-        self.name, self._product = name, product
+        self.name = name
+        self._product = product
 
-    def permutation(self, routing_map_TE: Tensor, most_rows: int | None = None) -> Permutation:
-        """Exact, whatever the bound: PyTorch's products and sums go over all rows that there are."""
+    def permutation(self, routing_map_TE: Tensor, max_rows: int | None = None) -> Permutation:
+        """Counts the rows exactly, whatever the bound: PyTorch's products and sums process every allocated row."""
         return Permutation.of(routing_map_TE)
 
     def forward(
@@ -110,15 +111,15 @@ class PackedBackend:
         if len(x_TD) == 1 and x_TD.device.type == "cpu" and len(permutation.route_N) > 0:
             return _one_token(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
         ends_E = permutation.ends_E
-        h_N2F = self._product(gather(x_TD, permutation), w_up_EHD.transpose(1, 2), ends_E)
-        activation_NF = gated_activation(h_N2F, permutation.of_rows(gates_TE))
+        h_NH = self._product(gather(x_TD, permutation), w_up_EHD.transpose(1, 2), ends_E)
+        activation_NF = gated_activation(h_NH, permutation.of_rows(gates_TE))
         rows_ND = self._product(activation_NF, w_down_EDF.transpose(1, 2), ends_E)
-        return scatter_sum(rows_ND, permutation), h_N2F
+        return scatter_sum(rows_ND, permutation), h_NH
 
     def backward(
         self,
         grad_TD: Tensor,
-        h_N2F: Tensor,
+        h_NH: Tensor,
         x_TD: Tensor,
         gates_TE: Tensor,
         w_up_EHD: Tensor,
@@ -127,17 +128,18 @@ class PackedBackend:
         *,
         of_weights: bool = True,
     ) -> Gradients:
-        """Without ``of_weights`` those of the weights, which are frozen, are empty."""
+        """Returns empty weight gradients if ``of_weights`` is false (frozen weights)."""
         ends_E = permutation.ends_E
         grad_ND = gather(grad_TD, permutation)
         grad_NF = self._product(grad_ND, w_down_EDF, ends_E)
-        grad_gates_N = gated_activation_backward(h_N2F, permutation.of_rows(gates_TE), grad_NF)
-        grad_h_N2F, activation_NF = h_N2F, grad_NF  # both were written over
+        grad_gates_N = gated_activation_backward(h_NH, permutation.of_rows(gates_TE), grad_NF)
+        grad_h_NH = h_NH
+        activation_NF = grad_NF  # gated_activation_backward wrote both in place
         grad_up_EHD = grad_down_EDF = w_up_EHD.new_empty(0)
         if of_weights:
             grad_down_EDF = self._product(grad_ND.t(), activation_NF, ends_E)
-        del grad_ND, grad_NF, activation_NF  # the weight gradients to come are large
+        del grad_ND, grad_NF, activation_NF  # frees memory for the large weight gradients
         if of_weights:
-            grad_up_EHD = self._product(grad_h_N2F.t(), gather(x_TD, permutation), ends_E)
-        grad_x_TD = scatter_sum(self._product(grad_h_N2F, w_up_EHD, ends_E), permutation)
+            grad_up_EHD = self._product(grad_h_NH.t(), gather(x_TD, permutation), ends_E)
+        grad_x_TD = scatter_sum(self._product(grad_h_NH, w_up_EHD, ends_E), permutation)
         return grad_x_TD, permutation.of_routes(grad_gates_N, gates_TE), grad_up_EHD, grad_down_EDF

@@ -1,4 +1,4 @@
-"""A linear map in fp32 of operands in any precision, which keeps no fp32 copy of them."""
+"""A linear map computed in fp32 from operands of any precision, without saving an fp32 copy of them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Routed experts as one operator into which compilers do not look: what exported models call.
+"""Routed experts as one opaque operator, which exported models call.
 
-``torch.compile``, ``torch.export`` and servers compile around it, as a plan has another number of rows each time. It is
-registered once in a process, whichever export comes first: another meaning takes another name.
+``torch.compile``, ``torch.export`` and inference servers treat it as a black box, because the number of rows changes
+with every plan. The first export that a process loads registers it: a change of its meaning needs a new name.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dynmoe.ops.backends import Gradients, PackedBackend, grouped_mm, looped_mm
 from dynmoe.ops.permute import Permutation
 from dynmoe.ops.swiglu import gated_activation
 
-# Rows that may exist at a time where they are not counted: most of them are empty, and they take memory all the same.
-_MOST_ROWS = 1 << 16
-_BYTES = 16  # that the strides of grouped products are multiples of; half an expert may have others
+# Rows allocated at a time when they are not counted: most of them stay empty but take memory.
+_MAX_ROWS_AT_ONCE = 1 << 16
+_BYTES = 16  # grouped products need strides that are multiples of this; half an expert may have other strides
 
 
 def _backend(x_TD: Tensor, w_down_EDF: Tensor) -> PackedBackend:
@@ -35,17 +35,17 @@ def _experts(
     if x_TD.device.type == "cpu" or backend.name == "loop":
         permutation = Permutation.of(routing_map_TE)
         return backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)[0]
-    return without_waiting(x_TD, routing_map_TE, gates_TE, w_up_EHD, w_down_EDF, most_experts)
+    return static_shape_experts(x_TD, routing_map_TE, gates_TE, w_up_EHD, w_down_EDF, most_experts)
 
 
-def without_waiting(
+def static_shape_experts(
     x_TD: Tensor, routing_map_TE: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, most_experts: int
 ) -> Tensor:
-    """The same with as many rows as there may be; how many there are is known on the device alone.
+    """Computes the same with room for the maximum number of rows; only the device knows how many are in use.
 
-    A graph of CUDA can hold it, and it sums in the same order each time.
+    It can be captured in a CUDA graph, and always sums in the same order.
     """
-    step = max(1, _MOST_ROWS // most_experts)
+    step = max(1, _MAX_ROWS_AT_ONCE // most_experts)
     parts = zip(x_TD.split(step), routing_map_TE.split(step), gates_TE.split(step), strict=True)
     return torch.cat([_part(*part, w_up_EHD, w_down_EDF, most_experts) for part in parts])
 
@@ -54,23 +54,23 @@ def _part(
     x_TD: Tensor, routing_map_TE: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, most_experts: int
 ) -> Tensor:
     num_tokens, num_experts = routing_map_TE.shape
-    most_rows = num_tokens * min(most_experts, num_experts)
+    max_rows = num_tokens * min(most_experts, num_experts)
     ends_E = routing_map_TE.sum(dim=0).cumsum(0)
     row_TE = routing_map_TE.cumsum(dim=0) - 1 + F.pad(ends_E, (1, 0))[:-1]
-    # What is not routed is written to one place more, behind the others.
-    places = row_TE.masked_fill(~routing_map_TE, most_rows).flatten()
+    # Entries without a route are written to one extra position at the end.
+    places = row_TE.masked_fill(~routing_map_TE, max_rows).flatten()
     routes = torch.arange(num_tokens * num_experts, device=x_TD.device)
-    route_N = routes.new_zeros(most_rows + 1).scatter_(0, places, routes)[:-1]
+    route_N = routes.new_zeros(max_rows + 1).scatter_(0, places, routes)[:-1]
     offsets_T1 = F.pad(routing_map_TE.sum(dim=1).cumsum(0), (1, 0))
     place_TE = routing_map_TE.cumsum(dim=1) - 1 + offsets_T1[:-1, None]
-    places = place_TE.masked_fill(~routing_map_TE, most_rows).flatten()
-    row_N = routes.new_zeros(most_rows + 1).scatter_(0, places, row_TE.flatten())[:-1]
+    places = place_TE.masked_fill(~routing_map_TE, max_rows).flatten()
+    row_N = routes.new_zeros(max_rows + 1).scatter_(0, places, row_TE.flatten())[:-1]
     ends_E = ends_E.to(torch.int32)
-    h_N2F = F.grouped_mm(x_TD.index_select(0, route_N // num_experts), w_up_EHD.transpose(1, 2), offs=ends_E)
-    activation_NF = gated_activation(h_N2F, gates_TE.flatten().index_select(0, route_N))
+    h_NH = F.grouped_mm(x_TD.index_select(0, route_N // num_experts), w_up_EHD.transpose(1, 2), offs=ends_E)
+    activation_NF = gated_activation(h_NH, gates_TE.flatten().index_select(0, route_N))
     rows_ND = F.grouped_mm(activation_NF, w_down_EDF.transpose(1, 2), offs=ends_E)
-    # Rows behind the last one hold anything: they are the sum of a token more, which is left out.
-    offsets_T2 = F.pad(offsets_T1, (0, 1), value=most_rows)
+    # Rows past the last route hold arbitrary values: they are summed into one extra token, which is dropped.
+    offsets_T2 = F.pad(offsets_T1, (0, 1), value=max_rows)
     return F.embedding_bag(row_N, rows_ND, offsets_T2, mode="sum", include_last_offset=True)[:-1]
 
 
@@ -78,12 +78,13 @@ def _gradients(
     grad_TD: Tensor, x_TD: Tensor, routing_map_TE: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor,
     of_weights: bool,
 ) -> Gradients:  # fmt: skip
-    backend, permutation = _backend(x_TD, w_down_EDF), Permutation.of(routing_map_TE)
-    # Made again, as its size is not known when a graph is made; the second product goes with it.
-    _, h_N2F = backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
-    given = (grad_TD.contiguous(), h_N2F, x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
+    backend = _backend(x_TD, w_down_EDF)
+    permutation = Permutation.of(routing_map_TE)
+    # Recomputed, because its size is unknown when a graph is captured; this also repeats the second product.
+    _, h_NH = backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
+    given = (grad_TD.contiguous(), h_NH, x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
     grad_x_TD, grad_gates_TE, grad_up_EHD, grad_down_EDF = backend.backward(*given, of_weights=of_weights)
-    # Two outputs of an operator may not be one tensor.
+    # Two outputs of an operator may not share a tensor.
     return grad_x_TD, grad_gates_TE, grad_up_EHD, grad_down_EDF if of_weights else grad_up_EHD.clone()
 
 
@@ -105,7 +106,8 @@ def _backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
 
 def _register() -> None:
     tensors = "Tensor x, Tensor routing_map, Tensor gates, Tensor up, Tensor down"
-    forward, backward = "dynmoe::experts_1", "dynmoe::experts_gradients_1"
+    forward = "dynmoe::experts_1"
+    backward = "dynmoe::experts_gradients_1"
     torch.library.custom_op(forward, _experts, mutates_args=(), schema=f"({tensors}, int most_experts) -> Tensor")
     torch.library.register_fake(forward, lambda x, *others: torch.empty_like(x))
     torch.library.register_autograd(forward, _backward, setup_context=_save)
@@ -128,8 +130,7 @@ def opaque_experts(
         routing_map_TE: bool; which expert computes which token.
         gates_TE: fp32 weight of each expert's output; read where the map is True.
         w_up_EHD: gate and up projections stacked along H = 2F; contraction dimension last, as in ``nn.Linear``.
-        w_down_EDF: down projections.
-        most_experts: that a token may have: the room that a GPU, which is not waited for, keeps.
+        most_experts: maximum number of experts of one token; sets how many rows are allocated on a GPU.
     """
     y_TD: Tensor = torch.ops.dynmoe.experts_1(x_TD, routing_map_TE, gates_TE, w_up_EHD, w_down_EDF, most_experts)
     return y_TD

@@ -1,7 +1,7 @@
-"""Rows by expert and back: the CSR form of a routing map, and the two moves over it.
+"""Permutation of tokens to rows sorted by expert and back: a routing map in CSR form, and two operators over it.
 
-No padding and no T x E x C tensor: only the N routed rows exist. Both moves are each other's gradient, read
-memory row by row and sum in a fixed order, so that they are deterministic on every device.
+There is no padding and no T x E x C tensor: only the N routed rows exist. Each operator is the gradient of the other.
+Both read memory row by row and sum in a fixed order, so they are deterministic on every device.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _FEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class Permutation:
-    """Compressed sparse rows of a routing map, in both orders.
+    """Compressed sparse rows (CSR) of a routing map, sorted by expert and by token.
 
     Attributes:
-        token_N: token of each routed row; rows are sorted by expert, within it by token.
+        token_N: token of each routed row; rows are sorted by expert, then by token.
         route_N: flat index t * E + e of each routed row into a [T, E] tensor.
-        row_N: routed rows sorted by token, within it by expert: where the rows of a token lie.
-        token_offsets_T1: start of each token in ``row_N``, and N at the end.
-        ends_E: where the rows of each expert end, int32.
+        row_N: indices of the routed rows sorted by token, then by expert.
+        token_offsets_T1: start of each token in ``row_N``, followed by N.
+        ends_E: end of each expert's rows, int32.
 
-    For our own kernels the index tensors may be longer than there are rows, so that a GPU need not be waited for:
-    ``ends_E[-1]`` rows are in use, and what lies behind them is not initialised.
+    For our Triton kernels the index tensors may be longer than the number of rows, to avoid a device synchronization:
+    the first ``ends_E[-1]`` rows are in use, the others are uninitialized.
     """
 
     token_N: Tensor
@@ -41,9 +41,9 @@ class Permutation:
 
     @classmethod
     def of(cls, routing_map_TE: Tensor) -> Permutation:
-        """Builds the index tensors of a bool [T, E] map (True: routed), exactly as long as there are rows.
+        """Builds the index tensors of a bool [T, E] map (True: routed) with exactly N rows.
 
-        Waits for a GPU; our kernels have a way of their own (``dynmoe.ops.triton.routes``).
+        Synchronizes with a GPU; the Triton kernels use ``dynmoe.ops.triton.routes`` instead.
         """
         num_tokens, num_experts = routing_map_TE.shape
         if num_tokens <= _FEW_TOKENS and routing_map_TE.device.type == "cpu":
@@ -51,7 +51,7 @@ class Permutation:
         expert_N, token_N = routing_map_TE.t().nonzero(as_tuple=True)
         tokens_per_expert_E = routing_map_TE.sum(dim=0)
         experts_per_token_T = routing_map_TE.sum(dim=1)
-        # Row of (t, e): the rows of the experts before e, and the tokens of e before t.
+        # Row of (t, e): all rows of the experts before e, plus the tokens of e before t.
         ends_E = tokens_per_expert_E.cumsum(0)
         row_TE = routing_map_TE.cumsum(dim=0) - 1 + (ends_E - tokens_per_expert_E)
         token_offsets_T1 = F.pad(experts_per_token_T.cumsum(0), (1, 0))
@@ -65,9 +65,9 @@ class Permutation:
 
     @classmethod
     def _of_few(cls, routing_map_TE: Tensor) -> Permutation:
-        """The same by NumPy, whose calls cost a third of torch's: they are all that there is to few tokens."""
+        """``of`` for few tokens, where the overhead of each call dominates: NumPy's is a third of PyTorch's."""
         map_TE = routing_map_TE.numpy()
-        if len(map_TE) == 1:  # in generation, all the time
+        if len(map_TE) == 1:  # the common case in generation
             (routes,) = map_TE[0].nonzero()
             zeros_N, places_N, offsets_2 = _indices_of_one(len(routes))
             ends_E = torch.from_numpy(map_TE[0].cumsum(dtype=np.int32))
@@ -85,38 +85,38 @@ class Permutation:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The fields in their order, for ``save_for_backward``."""
+        """All fields in order, for ``save_for_backward``."""
         return self.token_N, self.route_N, self.row_N, self.token_offsets_T1, self.ends_E
 
     @property
     def num_rows(self) -> Tensor:
-        """Rows in use, an int32 scalar on the device."""
+        """Number of rows in use, an int32 scalar on the device."""
         return self.ends_E[-1]
 
     def of_rows(self, values_TE: Tensor) -> Tensor:
-        """Entries of the routed rows, [N]."""
+        """Gathers the entries of the routed rows, [N]."""
         return values_TE.flatten().index_select(0, self.route_N)
 
     def of_routes(self, values_N: Tensor, like_TE: Tensor) -> Tensor:
-        """The way back: [T, E] with 0 where nothing is routed."""
+        """Scatters values of rows into a [T, E] tensor, 0 where nothing is routed."""
         return torch.zeros_like(like_TE).flatten().index_copy_(0, self.route_N, values_N).view_as(like_TE)
 
 
 @cache
-@torch.inference_mode(False)  # they may be saved for a backward pass later
+@torch.inference_mode(False)  # a later backward pass may save them
 def _indices_of_one(num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``token_N``, ``row_N`` and ``token_offsets_T1`` of one token; nobody writes to them."""
+    """``token_N``, ``row_N`` and ``token_offsets_T1`` of one token; shared, never written to."""
     return torch.zeros(num_rows, dtype=torch.int64), torch.arange(num_rows), torch.tensor([0, num_rows])
 
 
 def gather(x_TD: Tensor, permutation: Permutation) -> Tensor:
-    """:func:`gather_rows` for use inside autograd functions."""
+    """:func:`gather_rows` without autograd, for use inside autograd functions."""
     return x_TD.index_select(0, permutation.token_N)
 
 
 def scatter_sum(rows_ND: Tensor, permutation: Permutation) -> Tensor:
-    """:func:`sum_rows` for use inside autograd functions."""
-    if rows_ND.shape[0] == 0:  # embedding_bag wants at least one row
+    """:func:`sum_rows` without autograd, for use inside autograd functions."""
+    if rows_ND.shape[0] == 0:  # embedding_bag needs at least one row
         return rows_ND.new_zeros(permutation.token_offsets_T1.shape[0] - 1, rows_ND.shape[1])
     return F.embedding_bag(
         permutation.row_N, rows_ND, permutation.token_offsets_T1, mode="sum", include_last_offset=True

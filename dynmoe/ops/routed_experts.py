@@ -1,4 +1,4 @@
-"""Dispatch, experts and combine of one rank as one autograd function, over a choice of backends."""
+"""Gather, experts and combine on one rank as a single autograd function, with a choice of backends."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
+from dynmoe.config.constants import MOE_BACKENDS
 from dynmoe.errors import ConfigError
 from dynmoe.ops.backends import Backend, PackedBackend, grouped_mm, looped_mm
 from dynmoe.ops.permute import Permutation
 
-BACKENDS = ("auto", "grouped_mm", "loop", "triton")
-
 
 def _runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether our kernels do: on a GPU, and in Triton's interpreter, which cannot multiply in bf16."""
+    """Whether the Triton kernels run: on a GPU, or in Triton's interpreter, which cannot multiply in bf16."""
     if find_spec("triton") is None:
         return False
     return device.type == "cuda" or (import_module("triton").knobs.runtime.interpret and dtype != torch.bfloat16)
@@ -28,13 +27,13 @@ def _runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
 
 @cache
 def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend named ``wanted``, or with ``auto`` the fastest for a device and dtype.
+    """Returns the backend named ``wanted``; ``auto`` picks the fastest for the device and dtype.
 
-    ``triton``: our own kernels, for GPUs. ``grouped_mm``: PyTorch's grouped GEMM, for everything else in fp32, bf16 or
-    fp16. ``loop``: one product for each expert, for any dtype.
+    ``triton``: our own kernels, for GPUs. ``grouped_mm``: PyTorch's grouped GEMM, for fp32, bf16 and fp16 on any
+    device. ``loop``: one product for each expert, for any dtype.
 
     Raises:
-        ConfigError: a name that does not exist, or a backend that does not run on the device.
+        ConfigError: the name is unknown, or the backend does not run on the device.
     """
     field = "train.moe_backend"
     if wanted == "auto":
@@ -48,12 +47,12 @@ def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backe
         return TritonBackend()
     products = {"grouped_mm": grouped_mm, "loop": looped_mm}
     if wanted not in products:
-        raise ConfigError(field, wanted, "is not a known backend", f"use one of {', '.join(BACKENDS)}")
+        raise ConfigError(field, wanted, "is not a known backend", f"use one of {', '.join(MOE_BACKENDS)}")
     return PackedBackend(wanted, products[wanted])
 
 
 class _RoutedExperts(torch.autograd.Function):
-    """Saves the tokens and the up projection; everything else is made again in the backward pass."""
+    """Saves the tokens and the up projection; the backward pass recomputes everything else."""
 
     @staticmethod
     def forward(
@@ -65,47 +64,38 @@ class _RoutedExperts(torch.autograd.Function):
         permutation: Permutation,
         backend: Backend,
     ) -> Tensor:
-        y_TD, h_N2F = backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
-        ctx.save_for_backward(h_N2F, x_TD, gates_TE, w_up_EHD, w_down_EDF, *permutation.tensors)
+        y_TD, h_NH = backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
+        ctx.save_for_backward(h_NH, x_TD, gates_TE, w_up_EHD, w_down_EDF, *permutation.tensors)
         ctx.backend = backend
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        h_N2F, x_TD, gates_TE, w_up_EHD, w_down_EDF, *tensors = ctx.saved_tensors
-        # The backend writes over h; autograd must hear of it from us, as it does not see what kernels write.
-        increment_version(h_N2F)
+        h_NH, x_TD, gates_TE, w_up_EHD, w_down_EDF, *tensors = ctx.saved_tensors
+        # The backend overwrites h. Autograd cannot see what kernels write, so it is told here.
+        increment_version(h_NH)
         gradients = ctx.backend.backward(
-            grad_TD.contiguous(), h_N2F, x_TD, gates_TE, w_up_EHD, w_down_EDF, Permutation(*tensors)
+            grad_TD.contiguous(), h_NH, x_TD, gates_TE, w_up_EHD, w_down_EDF, Permutation(*tensors)
         )
         return *gradients, None, None
 
 
 def routed_experts(
-    x_TD: Tensor,
-    gates_TE: Tensor,
-    w_up_EHD: Tensor,
-    w_down_EDF: Tensor,
-    permutation: Permutation,
-    backend: Backend,
+    x_TD: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, permutation: Permutation, backend: Backend
 ) -> Tensor:
     """Sum over the experts of each token of gate * W_down(silu(x W_gate) * (x W_up)), [T, D].
 
-    Only x and the up projection of the routed rows are kept for the backward pass, which writes over the latter and can
-    therefore be run once.
+    For the backward pass it saves only x and the up projection of the routed rows. The backward pass overwrites the
+    latter and can therefore run only once.
 
     Args:
-        x_TD: tokens.
         gates_TE: fp32 weight of each expert's output; read where the permutation has a route.
         w_up_EHD: gate and up projections stacked along H = 2F; contraction dimension last, as in ``nn.Linear``.
-        w_down_EDF: down projections.
-        permutation: from tokens to rows.
-        backend: that computes it.
 
     Raises:
-        RuntimeError: in a second backward pass over the same graph.
+        RuntimeError: in a second backward pass through the same graph.
     """
-    if not torch.is_grad_enabled():  # a third of the time of one token
+    if not torch.is_grad_enabled():  # skipping autograd saves a third of the time for one token
         return backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)[0]
     return _RoutedExperts.apply(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation, backend)

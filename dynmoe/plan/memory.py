@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dynmoe.config.constants import CHUNK_LOGITS, DEEPSPEED_BUCKET
 from dynmoe.plan.layout import Layout
 
-# DeepSpeed's buckets hold so many elements at most (see engines/deepspeed.py).
-_BUCKET = 500_000_000
-# Logits that exist at a time (see model/cross_entropy.py), with what is made of them.
-_CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
+# Bytes per logit in the cross-entropy, including temporaries.
 _LOGIT_BYTES = 12
 
 
@@ -94,7 +92,7 @@ class _Held:
     def deepspeed(self) -> tuple[float, float, float, float]:
         whole, shard, element = self._whole, self._shard, self.element
         largest, ranks = max(self.parts)
-        bucket, flat = element * min(whole, _BUCKET), element * min(largest, _BUCKET)
+        bucket, flat = element * min(whole, DEEPSPEED_BUCKET), element * min(largest, DEEPSPEED_BUCKET)
         if self.stage == 0:
             state = (8.0 if element == 4 else 12.0) * whole
             earlier = element * whole if self.accumulates else 0.0
@@ -181,7 +179,7 @@ def _head(layout: Layout, device: str) -> float:
         whole = tokens * layout.config.parallel.tensor
         logits = whole * layout.vocab_size / layout.config.parallel.tensor
         return tokens * 3 * model.hidden * element + logits * (element + 4)
-    logits = min(_CHUNK_LOGITS[device], tokens * layout.vocab_size)
+    logits = min(CHUNK_LOGITS[device], tokens * layout.vocab_size)
     return tokens * 3 * model.hidden * element + layout.size.embedding * 4 + logits * _LOGIT_BYTES
 
 

@@ -34,23 +34,20 @@ class Plan:
 
 
 def most_experts(config: Config) -> float:
-    """Experts per token at which memory is largest: the ceiling, else what the router can select."""
+    """Experts per token at which memory is largest: the configured limit, or what the router can select."""
     model = config.model
     if not model.moe_layers:
         return 0.0
-    router = model.router
-    most = router.k if router.kind in ("top_k", "null_experts") else router.max_experts or model.largest_layer
-    return float(min(most, model.moe.ceiling or most, model.largest_layer))
+    most = model.router.max_experts_per_token(model.max_experts_per_layer)
+    return float(min(most, model.moe.max_mean_experts_per_token or most))
 
 
 def expected_experts(config: Config) -> float | None:
     """Experts per token in the mean, where the configuration says how many."""
-    router = config.model.router
     if not config.model.moe_layers:
         return 0.0
-    if router.kind in ("top_k", "null_experts"):
-        return float(router.k)
-    return config.budget.experts_per_token
+    expected = config.model.router.expected_experts
+    return config.budget.experts_per_token if expected is None else float(expected)
 
 
 def plan(layout: Layout, experts_per_token: float, hardware: Hardware, device: str = "cuda") -> Plan:

@@ -1,4 +1,4 @@
-"""What people look at: the report of runs, the token view, dashboards. Reads run directories; trains nothing."""
+"""Pages for people: the report of runs, the token view, dashboards. Reads run directories; does no training."""
 
 from dynmoe.report.command import main
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from dynmoe.errors import UserError
 
-_USAGE = """%(prog)s RUN [RUN ...] [--output FILE]      one page about a run, or several laid over each other
-       %(prog)s tokens RUN [--text FILE ...]       real text, each token with the experts it used
+_USAGE = """%(prog)s RUN [RUN ...] [--output FILE]      one page about a run, or about several runs in comparison
+       %(prog)s tokens RUN [--text FILE ...]       a text, with the experts that each token used
        %(prog)s dashboard RUN                      the W&B dashboard, as code"""
 
 
 def main() -> None:
-    program, arguments = Path(sys.argv[0]).name, sys.argv[1:]
+    program = Path(sys.argv[0]).name
+    arguments = sys.argv[1:]
     name = sys.argv[0] if program != "__main__.py" else "python -m dynmoe.report"
     if arguments[:1] == ["tokens"]:
         _tokens(f"{name} tokens", arguments[1:])
@@ -29,10 +30,10 @@ def _report(name: str, arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(name, usage=_USAGE, description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
     parser.add_argument(
-        "--output", type=Path, help="the page; default: report.html in the run, of several runs in this directory"
+        "--output", type=Path, help="the page; default: report.html in RUN, or in this directory for several runs"
     )
     given = parser.parse_args(arguments)
-    # Not before the arguments are known to be sound: plotly takes a while.
+    # Imported after the arguments are checked, because plotly loads slowly.
     from dynmoe.report.page import write_report
     from dynmoe.report.runs import read_runs
 
@@ -48,23 +49,23 @@ def _report(name: str, arguments: list[str]) -> None:
 
 def _tokens(name: str, arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        name, description="Runs a checkpoint over real text and writes a page where each token shows its experts."
+        name, description="Runs a checkpoint on text and writes a page that shows the experts of each token."
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run")
     parser.add_argument(
-        "--text", nargs="+", metavar="FILE", help="text files, or JSON lines with text and source; - for standard "
-        "input; each file is a source of its own. Default: validation text of the run's corpora",
+        "--text", nargs="+", metavar="FILE", help="text files, or JSON lines with text and source; -: standard input; "
+        "each file is its own source. Default: validation text of the run's corpora",
     )  # fmt: skip
-    parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="at most so many (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
-    parser.add_argument("--output", type=Path, help="the page, with .json beside it; default: tokens.html in the run")
+    parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="maximum number of tokens (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
+    parser.add_argument("--output", type=Path, help="the page, with a .json file next to it; default: RUN/tokens.html")
     given = parser.parse_args(arguments)
     if given.tokens < 1:
         raise UserError(f"--tokens={given.tokens}: is too small; use 1 or more")
     output = given.output or given.run / "tokens.html"
     data = output.with_suffix(".json")
     if output.suffix != ".html" or data.name in ("outcome.json", "dashboard.json"):
-        raise UserError(f"--output={output}: its data would go to {data.name}; name another file that ends in .html")
+        raise UserError(f"--output={output}: its data would overwrite {data.name}; use another name that ends in .html")
     _check_folder(output)
     import torch
 
@@ -77,16 +78,16 @@ def _tokens(name: str, arguments: list[str]) -> None:
     view = view_tokens(model, validation_texts(model, given.tokens) if texts is None else texts, given.tokens)
     write_view(view, output)
     mean = sum(row["mean"] for row in view["tables"]["layers"]) / len(view["tables"]["layers"])
-    print(f"{len(view['tokens'])} tokens used {mean:.2f} experts in the mean of the layers.")
+    print(f"{len(view['tokens'])} tokens used {mean:.2f} experts on average over the layers.")
     print(f"Token view: {output} (data: {data})")
 
 
 def _dashboard(name: str, arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(name, description="Builds the W&B dashboard of a run's project.")
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run of the project")
-    parser.add_argument("--entity", default="", help="W&B user or team; default: the one that is logged in")
+    parser.add_argument("--entity", default="", help="W&B user or team; default: the current login")
     parser.add_argument(
-        "--output", type=Path, help="where the definition goes if W&B cannot be reached; default: dashboard.json in RUN"
+        "--output", type=Path, help="file for the definition if W&B is unreachable; default: dashboard.json in RUN"
     )
     given = parser.parse_args(arguments)
     from dynmoe.config import load_config
@@ -100,6 +101,6 @@ def _dashboard(name: str, arguments: list[str]) -> None:
 
 def _check_folder(output: Path) -> None:
     if not output.parent.is_dir():
-        raise UserError(f"--output={output}: {output.parent} is no directory; make it, or name another file")
+        raise UserError(f"--output={output}: {output.parent} is not a directory; create it, or use another path")
     if not os.access(output.parent, os.W_OK):
-        raise UserError(f"--output={output}: {output.parent} cannot be written to; name another file")
+        raise UserError(f"--output={output}: {output.parent} is not writable; use another path")

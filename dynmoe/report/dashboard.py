@@ -1,4 +1,4 @@
-"""The W&B dashboard as code: sections and panels over the names of the metrics."""
+"""The W&B dashboard as code: sections and panels over metric names."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from typing import Any
 
 from dynmoe.config import Config
 from dynmoe.errors import first_line
+from dynmoe.routers import ROUTERS
 from dynmoe.train.checkpoint import write_atomically
 
-_STEP, _TOKENS, _FLOPS = "train/step", "train/tokens", "train/cumulative_flops"
+_STEP = "train/step"
+_TOKENS = "train/tokens"
+_FLOPS = "train/cumulative_flops"
 _TIMEOUT_S = 5
-# Sections: panels by title, each with its x axis and metrics, or a pattern over the metrics of all layers.
+_CONTROL_METRICS = sorted({router.CONTROL_METRIC for router in ROUTERS.values()})
+# Sections of panels: title, x axis, and metrics or a regular expression over the metrics of all layers.
 _PANELS: dict[str, list[tuple[str, str, list[str] | str]]] = {
     "Loss": [
         ("Loss by step", _STEP, ["train/lm_loss", "eval/loss"]),
@@ -22,7 +26,7 @@ _PANELS: dict[str, list[tuple[str, str, list[str] | str]]] = {
     ],
     "Experts per token": [
         (
-            "Selected, mean over layers, and the budget",
+            "Selected experts, mean over layers, and budget",
             _STEP,
             ["moe/selected_per_token_mean", "moe/experts_per_token_target"],
         ),
@@ -44,7 +48,7 @@ _PANELS: dict[str, list[tuple[str, str, list[str] | str]]] = {
     ],
     "Router": [
         ("Entropy", _STEP, "moe/layer_.*/router_entropy"),
-        ("Threshold, p or k", _STEP, "moe/layer_.*/router_(k|p|threshold_mean|l1)"),
+        ("Control value (threshold, p or k)", _STEP, f"moe/layer_.*/({'|'.join(_CONTROL_METRICS)})"),
         ("Auxiliary losses", _STEP, "moe/.*_loss"),
     ],
     "Speed": [
@@ -57,7 +61,7 @@ _PANELS: dict[str, list[tuple[str, str, list[str] | str]]] = {
 
 
 def build(project: str, entity: str) -> Any:
-    """The workspace (wandb-workspaces) of ``project``; nothing is sent."""
+    """Builds the workspace (wandb-workspaces) of ``project`` without sending it."""
     import wandb_workspaces.reports.v2 as panels
     from wandb_workspaces import workspaces
 
@@ -75,10 +79,10 @@ def build(project: str, entity: str) -> Any:
 
 
 def publish(config: Config, entity: str, output: Path) -> str:
-    """Saves the dashboard at W&B; without an account or a server its definition goes into ``output``.
+    """Saves the dashboard at W&B, or its definition in ``output`` without an account or a server.
 
     Returns:
-        What was done, in a sentence.
+        What was done, in one sentence.
     """
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
@@ -86,13 +90,13 @@ def publish(config: Config, entity: str, output: Path) -> str:
     project = config.logging.wandb_project
     try:
         if not wandb.login(prompt=False, verify=False):
-            raise wandb.errors.UsageError("no API key; wandb login keeps one")
-        # Asked first, as it gives up in time where nobody answers.
+            raise wandb.errors.UsageError("no API key; run wandb login")
+        # Requested first, because this call times out early if the server does not respond.
         own = wandb.Api(timeout=_TIMEOUT_S).default_entity
         workspace = build(project, entity or own)
         workspace.save()
-    except Exception as error:  # whatever it is: the definition can be written
-        definition = build(project, entity)._spec  # the package has no other way to tell it
+    except Exception as error:  # whatever fails, the definition can be written
+        definition = build(project, entity)._spec  # the package has no public access to it
         write_atomically(output, json.dumps(definition, indent=1) + "\n")
         return f"W&B cannot be reached ({first_line(error)}). Definition of the dashboard: {output}"
     return f"Dashboard: {workspace.url}"

@@ -12,11 +12,12 @@ from dynmoe.report.runs import Run
 from dynmoe.train.metrics import Histograms
 from dynmoe.train.scores import EXPERTS, figures_of
 
-_MAX_POINTS, _MAX_FRAMES = 2000, 60
+_MAX_POINTS = 2000
+_MAX_FRAMES = 60
 _PALETTE = plotly.colors.qualitative.D3
-# Layers from the first to the last, in colours that stand out from light and dark pages.
+# Colours from the first to the last layer, visible on light and dark pages.
 _DEPTH = plotly.colors.make_colorscale(["#3b82f6", "#14b8a6", "#84cc16", "#f59e0b"])
-# What a loss can be drawn against: title of the axis, metric, factor.
+# x axes of the loss: title, metric, factor.
 _AXES = (
     ("step", "train/step", 1.0),
     ("tokens (M)", "train/tokens", 1e-6),
@@ -26,7 +27,7 @@ _AXES = (
 
 
 def _figure(title: str, y_title: str, x_title: str = "step", **layout: Any) -> go.Figure:
-    """An empty figure in the report's style; colours of text and grid are the page's."""
+    """Creates an empty figure in the report's style; the page sets the colours of text and grid."""
     figure = go.Figure()
     figure.update_layout(
         title={"text": title, "x": 0, "xanchor": "left", "y": 0.97, "yanchor": "top", "font": {"size": 15}},
@@ -38,25 +39,26 @@ def _figure(title: str, y_title: str, x_title: str = "step", **layout: Any) -> g
 
 
 def _thinned(values: list[Any], most: int = _MAX_POINTS) -> list[Any]:
-    """At most about ``most`` of the values, evenly spread, the last one among them."""
+    """Selects about ``most`` values, evenly spaced, including the last one."""
     stride = -(-len(values) // most)
     return values[::-1][::stride][::-1] if stride > 1 else values
 
 
 def _colour(number: int) -> str:
-    """Of a run, by its place among those that are compared."""
+    """Colour of a run by its index among the compared runs."""
     return _PALETTE[number % len(_PALETTE)]
 
 
 def _shades(layers: int) -> list[str]:
-    """A colour for each layer."""
+    """Colours of the layers."""
     return plotly.colors.sample_colorscale(_DEPTH, [place / max(1, layers - 1) for place in range(layers)])
 
 
 def _line(x: list[Any], y: list[Any], name: str, colour: str, **settings: Any) -> go.Scatter:
-    x, y = _thinned(x), _thinned(y)
+    x = _thinned(x)
+    y = _thinned(y)
     hover = f"<b>{name}</b><br>%{{x:.6~g}}: %{{y:.4~g}}<extra></extra>"
-    mode = "lines" if len(x) > 1 else "markers"  # a run of one row is a point
+    mode = "lines" if len(x) > 1 else "markers"  # a run with one row is a point
     return go.Scatter(x=x, y=y, name=name, mode=mode, line_color=colour, hovertemplate=hover, **settings)
 
 
@@ -66,7 +68,7 @@ def _menu(buttons: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def loss(runs: Sequence[Run]) -> go.Figure | None:
-    """Training and validation loss against steps, tokens, wall clock or activated FLOPs, as chosen in the figure."""
+    """Training and validation loss against steps, tokens, wall clock or activated FLOPs, selected in the figure."""
     figure = _figure("Loss", "nats per token")
     rows_of_trace: list[list[dict[str, float]]] = []
     for number, run in enumerate(runs):
@@ -76,9 +78,10 @@ def loss(runs: Sequence[Run]) -> go.Figure | None:
             if not rows:
                 continue
             weighted = what == "validation" and "eval/loss_by_tokens" in rows[-1]
-            what_kind = f"{what}, weighted as training" if weighted else what
+            what_kind = f"{what}, weighted as in training" if weighted else what
             name = f"{run.name}, {what_kind}" if len(runs) > 1 else what_kind
-            x, y = [row["train/step"] for row in rows], [row[metric] for row in rows]
+            x = [row["train/step"] for row in rows]
+            y = [row[metric] for row in rows]
             trace = _line(x, y, name, colour)
             if what == "validation":
                 trace.update(mode="lines+markers", line={"dash": "dot"}, marker={"size": 8})
@@ -95,10 +98,10 @@ def loss(runs: Sequence[Run]) -> go.Figure | None:
 
 
 def by_layer(runs: Sequence[Run], figure_name: str, title: str, y_title: str) -> go.Figure | None:
-    """A figure of the MoE layers over training.
+    """A metric of the MoE layers over training.
 
-    One run: a line for each layer and their mean. Several: a line for each run, of the mean or of the layer that is
-    chosen in the figure.
+    One run: a line for each layer and their mean. Several: a line for each run, of the mean or of the layer selected in
+    the figure.
     """
     figure = _figure(title, y_title)
     layers = sorted({layer for run in runs for layer in run.layers})
@@ -115,14 +118,15 @@ def by_layer(runs: Sequence[Run], figure_name: str, title: str, y_title: str) ->
             if not steps:
                 continue
             if several:
-                colour, settings = _colour(number), dict[str, Any](visible=place == 0)
+                colour = _colour(number)
+                settings = dict[str, Any](visible=place == 0)
             else:
                 colour = _PALETTE[3] if shade is None else shades[shade]
                 settings = {"line_width": 3} if shade is None else {}
             figure.add_trace(_line(steps, values, f"{run.name}, {label}" if several else label, colour, **settings))
             shown_in.append(place)
     if several:
-        # Only the traces of this function: whatever is drawn beside them stays.
+        # Only the traces of this function, so that traces added later stay visible.
         which = list(range(len(shown_in)))
         buttons = [
             {"label": label, "method": "restyle", "args": [{"visible": [own == place for own in shown_in]}, which]}
@@ -133,7 +137,7 @@ def by_layer(runs: Sequence[Run], figure_name: str, title: str, y_title: str) ->
 
 
 def experts_per_token(runs: Sequence[Run]) -> go.Figure | None:
-    """Experts per token by layer, with the budget where there is one."""
+    """Experts per token by layer, with the budget if there is one."""
     figure = by_layer(runs, "experts_per_token_mean", "Experts per token", "experts per token")
     for number, run in enumerate(runs):
         steps, targets = run.series("moe/experts_per_token_target")
@@ -145,7 +149,7 @@ def experts_per_token(runs: Sequence[Run]) -> go.Figure | None:
 
 
 def over_time(runs: Sequence[Run], metric: str, title: str, y_title: str) -> go.Figure | None:
-    """One figure of each run over training."""
+    """One metric of each run over training."""
     figure = _figure(title, y_title)
     for number, run in enumerate(runs):
         steps, values = run.series(metric)
@@ -155,7 +159,7 @@ def over_time(runs: Sequence[Run], metric: str, title: str, y_title: str) -> go.
 
 
 def experts_by_task(runs: Sequence[Run]) -> go.Figure | None:
-    """Experts per token of every task and domain, as newest scored."""
+    """Latest experts per token of every task and domain."""
     figure = _figure("Experts per token by task", "experts per token", "")
     for number, run in enumerate(runs):
         experts = {name: scores[EXPERTS] for name, scores in run.scores.items() if EXPERTS in scores}
@@ -169,7 +173,7 @@ def experts_by_task(runs: Sequence[Run]) -> go.Figure | None:
 
 
 def scores(runs: Sequence[Run]) -> go.Figure | None:
-    """Scores over training, of the task and figure that is chosen; nothing where each was scored once only."""
+    """Scores over training of the selected task and metric; None if each was scored only once."""
     figure = _figure("Scores", "score")
     chosen = {
         f"{name} {own}": f"eval/{name}/{own}"
@@ -180,7 +184,8 @@ def scores(runs: Sequence[Run]) -> go.Figure | None:
         for number, run in enumerate(runs):
             steps, values = run.series(metric)
             if steps:
-                colour, visible = _colour(number), label == next(iter(chosen))
+                colour = _colour(number)
+                visible = label == next(iter(chosen))
                 figure.add_trace(_line(steps, values, run.name, colour, visible=visible, showlegend=len(runs) > 1))
                 figure.data[-1].update(mode="lines+markers")
                 shown_in.append(label)
@@ -192,7 +197,7 @@ def scores(runs: Sequence[Run]) -> go.Figure | None:
 
 
 def load(run: Run) -> go.Figure | None:
-    """Layer × expert heatmap of the load, relative to its layer's mean, with a slider over training."""
+    """Heatmap of the load by layer and expert, relative to the layer's mean, with a slider over training."""
     entries = _thinned([entry for entry in run.histograms if entry["layers"]], _MAX_FRAMES)
     if not entries:
         return None
@@ -205,7 +210,7 @@ def load(run: Run) -> go.Figure | None:
             hovertemplate="%{y}, expert %{x}<br>%{z:.2f} × the mean load<extra></extra>",
         )  # fmt: skip
         frames.append((int(entry["train/step"]), [heatmap]))
-    figure = _figure(f"Load of each expert: {run.name}", "", "expert (gaps: out of use)")
+    figure = _figure(f"Load of each expert: {run.name}", "", "expert (gaps: inactive)")
     figure.update_yaxes(autorange="reversed", title=None)
     return _animate(figure, frames)
 
@@ -223,13 +228,15 @@ def _relative_load(entry: Histograms) -> list[list[float | None]]:
 
 
 def histogram(run: Run) -> go.Figure | None:
-    """Share of tokens by their number of experts, a colour for each layer, with a slider over training."""
+    """Share of tokens by number of experts, one colour per layer, with a slider over training."""
     entries = _thinned([entry for entry in run.histograms if entry["layers"]], _MAX_FRAMES)
     if not entries:
         return None
     layers = list(entries[-1]["layers"])
     shades = _shades(len(layers))
-    frames, highest, widest = [], 0.0, 0
+    frames = []
+    highest = 0.0
+    widest = 0
     for entry in entries:
         bars = []
         for colour, (layer, own) in zip(shades, entry["layers"].items(), strict=False):
@@ -243,29 +250,29 @@ def histogram(run: Run) -> go.Figure | None:
                 go.Bar(x=list(range(len(counts))), y=share, name=name, marker_color=colour, hovertemplate=hover)
             )
         frames.append((int(entry["train/step"]), bars))
-    figure = _figure(f"Tokens by their number of experts: {run.name}", "share of tokens", "experts of a token")
+    figure = _figure(f"Tokens by number of experts: {run.name}", "share of tokens", "experts per token")
     figure.update_xaxes(range=[-0.6, widest + 0.6], dtick=1 if widest <= 20 else None)
     figure.update_yaxes(range=[0, highest * 1.05], tickformat=".0%")
     return _animate(figure, frames)
 
 
 def _animate(figure: go.Figure, frames: list[tuple[int, list[Any]]]) -> go.Figure:
-    """Puts the traces of each step behind a slider that shows the last one first."""
+    """Adds a slider over the traces of each step, which initially shows the last step."""
     figure.add_traces(frames[-1][1])
     figure.frames = [go.Frame(name=str(step), data=traces) for step, traces in frames]
     now = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
     steps = [{"label": str(step), "method": "animate", "args": [[str(step)], now]} for step, _ in frames]
     slider = {"active": len(frames) - 1, "currentvalue": {"prefix": "step "}, "pad": {"t": 52}, "steps": steps}
-    legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}  # the slider is where it is elsewhere
+    legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}  # the slider takes the usual place
     figure.update_layout(sliders=[slider], height=480, margin_t=96, legend=legend)
     return figure
 
 
 def adaptation(run: Run) -> go.Figure | None:
-    """Experts that came and went: which, where, when and why."""
+    """Experts added and removed: which, where, when and why."""
     if not run.events:
         return None
-    figure = _figure(f"Experts that came and went: {run.name}", "layer")
+    figure = _figure(f"Experts added and removed: {run.name}", "layer")
     for change, symbol, colour in (("added", "triangle-up", _PALETTE[2]), ("removed", "x", _PALETTE[3])):
         own = [event for event in run.events if event["change"] == change]
         figure.add_trace(go.Scatter(

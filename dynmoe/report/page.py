@@ -1,4 +1,4 @@
-"""Pages that need nothing but themselves: no network, readable on a phone and in the dark."""
+"""Self-contained pages: no network access, readable on a phone and in dark mode."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("dynmoe.report"), autoescape=True, undefined=jinja2.StrictUndefined,
     trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
-# Only where eval/loss weights several corpora as training does.
+# Shown only if eval/loss weights several corpora as training does.
 _BY_TOKENS = "eval/loss_by_tokens"
-# Rows of the summary: heading, name among the metrics, format, factor.
+# Rows of the summary: heading, metric, format, factor.
 _SUMMARY = (
     ("step", "train/step", "{:.0f}", 1.0),
     ("tokens (M)", "train/tokens", "{:.2f}", 1e-6),
@@ -43,27 +43,28 @@ def write_page(template: str, output: Path, **values: Any) -> None:
 
 
 def write_report(runs: Sequence[Run], output: Path) -> None:
-    """The report of one run, or of several laid over each other.
+    """Writes the report of one run, or of several in comparison.
 
-    Figures of nothing but zeros are a line of words at the end of their section.
+    Figures that are zero throughout are listed at the end of their section instead of drawn.
     """
-    zeros, drawn = zero_throughout(runs), sections(runs)
+    zeros = zero_throughout(runs)
+    drawn = sections(runs)
     pages = {
         section: [
             figure.to_html(
                 full_html=False, include_plotlyjs=False, div_id=f"figure-{name}", auto_play=False,
-                config={"responsive": True, "displaylogo": False},
+                config={"responsive": True, "displaylogo": False}
             )
             for name, figure in own.items() if name not in zeros
         ]
         for section, own in drawn.items()
     }  # fmt: skip
-    told = {
+    quiet = {
         section: "; ".join(zeros[name][0].lower() + zeros[name][1:] for name in own if name in zeros)
         for section, own in drawn.items()
     }
     write_page(
-        "report.html.j2", output, runs=runs, sections=pages, zeros=told, plotly=get_plotlyjs(), headline=_headline,
+        "report.html.j2", output, runs=runs, sections=pages, zeros=quiet, plotly=get_plotlyjs(), headline=_headline,
         summary=[(heading, [_shown(run, metric, form, factor) for run in runs])
                  for heading, metric, form, factor in _SUMMARY
                  if metric != _BY_TOKENS or any(run.last(metric) is not None for run in runs)],
@@ -73,11 +74,11 @@ def write_report(runs: Sequence[Run], output: Path) -> None:
 
 def _headline(run: Run) -> str:
     """What was trained, by which engine, and how it ended."""
-    ended = "not ended" if run.outcome is None else str(run.outcome["status"])
+    ended = "not finished" if run.outcome is None else str(run.outcome["status"])
     if run.config is None:
         return ended
     model = run.config.model
-    kind = f"{model.moe_size} experts in a layer, {model.router.kind} router" if model.moe_layers else "dense"
+    kind = f"{model.moe_size} experts per layer, {model.router.kind} router" if model.moe_layers else "dense"
     return f"{run.config.engine}, {model.layers} layers, {kind}, {ended}"
 
 
@@ -87,7 +88,7 @@ def _shown(run: Run, metric: str, form: str, factor: float) -> str:
 
 
 def _scores(runs: Sequence[Run]) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Task or domain, figure, and of each run its value and experts per token."""
+    """Rows of task or domain, metric, and for each run its value and experts per token."""
     found = [run.scores for run in runs]
     rows = {(name, figure): None for own in found for name, scores in own.items() for figure in figures_of(scores)}
     return [
@@ -99,7 +100,7 @@ def _scores(runs: Sequence[Run]) -> list[tuple[str, str, list[tuple[str, str]]]]
 
 
 def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Fields of the configuration in which the runs differ."""
+    """Configuration fields in which the runs differ."""
     configs = [{} if run.config is None else dataclasses.asdict(run.config) for run in runs]
     flat = [{name: str(value) for name, value in flatten(config)} for config in configs]
     names = sorted({name for own in flat for name in own})

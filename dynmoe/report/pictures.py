@@ -1,4 +1,4 @@
-"""Which figures a report has, in which order."""
+"""Selects and orders the figures of a report."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from dynmoe.report.runs import Run, read_run
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-# Sections of by-layer figures: name among the metrics, title, axis.
+# Sections of per-layer figures: metric, title, axis.
 _ROUTER = (
-    ("router_entropy", "Entropy of the router", "nats"),
-    ("top1_margin", "Margin of the best score over the second", "score"),
-    ("auxiliary_loss", "Auxiliary losses with their coefficients", "nats"),
+    ("router_entropy", "Router entropy", "nats"),
+    ("top1_margin", "Margin between the best and the second-best score", "score"),
+    ("auxiliary_loss", "Auxiliary losses times their coefficients", "nats"),
 )
 _LOAD = (
-    ("load_max_over_mean", "Imbalance: busiest expert over the mean", "× mean load"),
-    ("ep_rank_load_max_over_mean", "Imbalance: busiest expert-parallel rank over the mean", "× mean load"),
-    ("dead_experts", "Experts in use that computed no token", "experts"),
-    ("active_experts", "Experts in use", "experts"),
+    ("load_max_over_mean", "Imbalance: load of the busiest expert over the mean", "× mean load"),
+    ("ep_rank_load_max_over_mean", "Imbalance: load of the busiest expert-parallel rank over the mean", "× mean load"),
+    ("dead_experts", "Active experts without tokens", "experts"),
+    ("active_experts", "Active experts", "experts"),
     ("dropped_routes_frac", "Dropped routes", "share of routes"),
-    ("tokens_without_expert_frac", "Tokens without any expert", "share of tokens"),
+    ("tokens_without_expert_frac", "Tokens without an expert", "share of tokens"),
 )
 _SPEED = (
     ("train/tokens_per_s", "Throughput", "tokens/s"),
-    ("train/tflops_per_rank", "Activated FLOPs per second and rank", "TFLOP/s"),
-    ("train/mfu", "Model FLOPs utilization, from activated FLOPs", "share of the peak"),
-    ("train/step_time_s", "Time of a step", "s"),
+    ("train/tflops_per_rank", "Activated FLOPs per second per rank", "TFLOP/s"),
+    ("train/mfu", "Model FLOPs utilization (activated FLOPs)", "share of peak"),
+    ("train/step_time_s", "Step time", "s"),
     ("memory/peak_gib", "Peak memory of the first rank", "GiB"),
 )
 _OPTIMIZER = (
-    ("train/grad_norm", "Norm of the gradient", "norm"),
+    ("train/grad_norm", "Gradient norm", "norm"),
     ("train/learning_rate", "Learning rate", "learning rate"),
 )
 
 
 def sections(runs: Sequence[Run]) -> dict[str, dict[str, go.Figure]]:
-    """Figures by section and name; what a run has no data for is left out."""
-    from dynmoe.report import figures  # plotly: a training loads it only where a view shows pictures
+    """Figures by section and name, without those that have no data."""
+    from dynmoe.report import figures  # training loads plotly only if a view shows pictures
 
     drawn: dict[str, dict[str, go.Figure | None]] = {
         "Loss": {"loss": figures.loss(runs)},
@@ -55,7 +55,7 @@ def sections(runs: Sequence[Run]) -> dict[str, dict[str, go.Figure]]:
             **{f"load_{number}": figures.load(run) for number, run in enumerate(runs)},
             **{name: figures.by_layer(runs, name, title, y) for name, title, y in _LOAD},
         },
-        "Experts that come and go": {
+        "Experts added and removed": {
             f"adaptation_{number}": figures.adaptation(run) for number, run in enumerate(runs)
         },
         "Router": {name: figures.by_layer(runs, name, title, y) for name, title, y in _ROUTER},
@@ -71,7 +71,7 @@ def sections(runs: Sequence[Run]) -> dict[str, dict[str, go.Figure]]:
 
 
 def zero_throughout(runs: Sequence[Run]) -> dict[str, str]:
-    """Titles, by name, of the figures that show nothing but zeros, of all runs that have them."""
+    """Titles, by name, of the figures that are zero in all runs that have them."""
     places = ["moe", *(f"moe/layer_{layer:02d}" for layer in sorted({layer for run in runs for layer in run.layers}))]
     metrics = {(name, title): [f"{place}/{name}" for place in places] for name, title, _ in _ROUTER + _LOAD}
     metrics |= {(_short(metric), title): [metric] for metric, title, _ in _SPEED + _OPTIMIZER}
@@ -79,7 +79,7 @@ def zero_throughout(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _are_zero(runs: Sequence[Run], metrics: Sequence[str]) -> bool:
-    """Whether there is a value, and each of every run is 0; a figure itself leaves some out."""
+    """Whether there are values and all are 0; checks more values than the figure may draw."""
     found = False
     for metric in metrics:
         for run in runs:
@@ -95,5 +95,5 @@ def _short(metric: str) -> str:
 
 
 def pictures_of_run(path: Path) -> dict[str, go.Figure]:
-    """Every figure of a run's report, by name; for views that show them elsewhere."""
+    """Figures of a run's report by name, for other views."""
     return {name: figure for own in sections([read_run(path)]).values() for name, figure in own.items()}

@@ -1,4 +1,4 @@
-"""A run directory as far as it can be read: what is missing or damaged is said, and the rest is there."""
+"""Reads a run directory as far as possible, and reports what is missing or damaged."""
 
 from __future__ import annotations
 
@@ -20,25 +20,24 @@ from dynmoe.train.scores import Scores, newest_scores
 
 _LARGEST = 2**63
 _INCIDENTS = {
-    "not finite": "steps left out as not finite", "spike": "steps left out as spikes of the loss",
+    "not finite": "steps skipped as not finite", "spike": "steps skipped as loss spikes",
     "straggler": "intervals with a slow rank",
 }  # fmt: skip
-_LONGEST_NAME = 200  # of a metric; some hold the number of a layer, which Python reads up to a limit only
+_LONGEST_NAME = 200  # of a metric; names may contain a layer's number, and Python limits the digits of integers
 
 
 @dataclass
 class Run:
-    """What was read of a run.
+    """The content of a run directory.
 
     Attributes:
-        path: its directory.
-        name: what it is called in a page.
-        config: None where it cannot be read.
-        rows: of metrics.jsonl, by step.
-        histograms: of histograms.jsonl, by step.
-        events: of events.jsonl.
-        outcome: of outcome.json; None while the run goes on.
-        problems: what is missing, damaged or not finished, in sentences.
+        name: display name.
+        config: the configuration; None if it cannot be read.
+        rows: rows of metrics.jsonl, by step.
+        histograms: rows of histograms.jsonl, by step.
+        events: rows of events.jsonl.
+        outcome: content of outcome.json; None while the run is active.
+        problems: sentences about what is missing, damaged or unfinished.
     """
 
     path: Path
@@ -52,18 +51,18 @@ class Run:
 
     @property
     def layers(self) -> list[int]:
-        """MoE layers that any row has figures of."""
+        """MoE layers that occur in the metrics."""
         return sorted({layer for row in self.rows for layer in layers_of(row)})
 
     def series(self, metric: str) -> tuple[list[float], list[float | None]]:
-        """Steps and values of the rows that have ``metric``; None for what is not a finite number."""
+        """Steps and values of the rows that have ``metric``; None for values that are not finite."""
         found = [(row["train/step"], row[metric]) for row in self.rows if metric in row]
         values = [value if math.isfinite(value) else None for _, value in found]
         return [step for step, _ in found], values
 
     @property
     def scores(self) -> dict[str, Scores]:
-        """Newest figures of every task and domain, those that are no finite number left out."""
+        """Latest finite scores of every task and domain."""
         finite = {
             name: {figure: value for figure, value in scores.items() if math.isfinite(value)}
             for name, scores in newest_scores(self.rows).items()
@@ -71,15 +70,15 @@ class Run:
         return {name: scores for name, scores in finite.items() if scores}
 
     def last(self, metric: str) -> float | None:
-        """The newest value of ``metric``."""
+        """Latest value of ``metric``."""
         return next((row[metric] for row in reversed(self.rows) if metric in row), None)
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Several run directories; those of the same name go by their paths.
+    """Reads several run directories; runs with the same name are named by path.
 
     Raises:
-        UserError: one of them is no run.
+        UserError: a path is not a run directory.
     """
     runs = [read_run(path) for path in paths]
     names = Counter(run.name for run in runs)
@@ -93,11 +92,12 @@ def read_run(path: Path) -> Run:
     """Reads a run directory.
 
     Raises:
-        UserError: it is none.
+        UserError: ``path`` is not a run directory.
     """
-    directory, run = RunDirectory(path), Run(path, path.resolve().name)
+    directory = RunDirectory(path)
+    run = Run(path, path.resolve().name)
     if not path.is_dir() or not any(p.exists() for p in (directory.config, directory.metrics, directory.checkpoints)):
-        raise UserError(f"{path}: holds no run (neither config.yaml nor metrics.jsonl); name a directory of runs/")
+        raise UserError(f"{path}: contains no run (neither config.yaml nor metrics.jsonl); use a directory of runs/")
     try:
         run.config = load_config(directory.config)
     except UserError as error:
@@ -105,17 +105,17 @@ def read_run(path: Path) -> Run:
     run.rows = _read_lines(run, directory.metrics, _is_row, "train/step")
     if run.config is None or run.config.model.moe_layers:
         run.histograms = _read_lines(run, directory.histograms, _is_histograms, "train/step")
-    if directory.events.exists():  # a run whose experts stay has nothing to say there
+    if directory.events.exists():  # only written if experts are added or removed
         run.events = _read_lines(run, directory.events, _is_event)
     if directory.incidents.exists():
-        _tell_incidents(run, _read_lines(run, directory.incidents, _is_incident))
+        _report_incidents(run, _read_lines(run, directory.incidents, _is_incident))
     _read_outcome(run, directory.outcome)
     _find_gaps(run)
     return run
 
 
-def _read_lines(run: Run, path: Path, sound: Callable[[Any], bool], key: str | None = None) -> list[Any]:
-    """The sound objects of a file of JSON lines; with a ``key`` that must grow, only those in which it does."""
+def _read_lines(run: Run, path: Path, valid: Callable[[Any], bool], key: str | None = None) -> list[Any]:
+    """Reads the valid objects of a JSON lines file; with a ``key``, only those in which it increases."""
     try:
         lines = [line for line in path.read_text(errors="replace").split("\n") if line]
     except OSError as error:
@@ -131,21 +131,21 @@ def _read_lines(run: Run, path: Path, sound: Callable[[Any], bool], key: str | N
             entry = json.loads(line)
         except (ValueError, RecursionError):
             entry = None
-        if not sound(entry):
+        if not valid(entry):
             damaged.append(number)
         elif key is not None and kept and entry[key] <= kept[-1][key]:
             repeated.append(number)
         else:
             kept.append(entry)
-    for numbers, what in ((damaged, "damaged"), (repeated, "out of order, or repeated")):
+    for numbers, what in ((damaged, "damaged"), (repeated, "out of order or repeated")):
         if numbers:
             shown = ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
-            run.problems.append(f"{path.name}: {len(numbers)} of {len(lines)} lines left out ({what}): line {shown}")
+            run.problems.append(f"{path.name}: {len(numbers)} of {len(lines)} lines skipped ({what}): line {shown}")
     return kept
 
 
 def _is_number(value: Any) -> bool:
-    """A number that can be drawn; NaN and infinity are, as gaps."""
+    """Whether a value can be drawn; NaN and infinity can, as gaps."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return isinstance(value, float) or abs(value) <= _LARGEST
@@ -188,8 +188,8 @@ def _is_incident(entry: Any) -> bool:
     )  # fmt: skip
 
 
-def _tell_incidents(run: Run, incidents: list[dict[str, Any]]) -> None:
-    """A sentence for each kind of incident, with the first of them."""
+def _report_incidents(run: Run, incidents: list[dict[str, Any]]) -> None:
+    """Adds a sentence for each kind of incident, with the first one."""
     for kind, count in Counter(incident["kind"] for incident in incidents).items():
         first = next(incident for incident in incidents if incident["kind"] == kind)
         what = _INCIDENTS.get(kind, kind)
@@ -203,27 +203,29 @@ def _read_outcome(run: Run, path: Path) -> None:
             raise ValueError
         run.outcome = outcome
     except FileNotFoundError:
-        last, of = run.last("train/step"), "" if run.config is None else f" of {run.config.train.steps}"
-        seen = "no step was logged" if last is None else f"its last row is of step {last:.0f}{of}"
-        run.problems.append(f"outcome.json is missing: the run goes on, or ended without a word; {seen}")
+        last = run.last("train/step")
+        of = "" if run.config is None else f" of {run.config.train.steps}"
+        seen = "no step was logged" if last is None else f"its last row is step {last:.0f}{of}"
+        run.problems.append(f"outcome.json is missing: the run is active, or died without recording why; {seen}")
     except (OSError, ValueError, RecursionError):
         run.problems.append("outcome.json cannot be read")
     if run.outcome is not None and run.outcome["status"] == "failed":
-        run.problems.append(f"the run failed: {run.outcome.get('error', 'no reason was kept')}")
+        run.problems.append(f"the run failed: {run.outcome.get('error', 'no reason was recorded')}")
     elif run.outcome is not None and run.outcome["status"] == "preempted":
-        run.problems.append(f"the run was told to end after step {run.outcome.get('step', '?')}, and can go on")
+        run.problems.append(f"the run stopped on request after step {run.outcome.get('step', '?')}, and can be resumed")
     if len(run.rows) == 1:
-        run.problems.append("there is one row: curves are points")
+        run.problems.append("there is only one row: curves are points")
 
 
 def _find_gaps(run: Run) -> None:
-    """Says where rows are missing: further apart than the interval of logging, and than the rows before and after.
+    """Reports missing rows: gaps larger than the logging interval and than the neighbouring gaps.
 
-    So a run that began elsewhere (after ``dynmoe.convert``), or with another interval, is not taken for a damaged one.
+    A run that starts at a later step (after ``dynmoe.convert``), or changes its interval, is therefore not reported.
     """
     if run.config is None:
         return
-    interval, steps = run.config.logging.interval, [int(row["train/step"]) for row in run.rows]
+    interval = run.config.logging.interval
+    steps = [int(row["train/step"]) for row in run.rows]
     apart = [after - before for before, after in itertools.pairwise(steps)]
     gaps = [
         place

@@ -1,4 +1,4 @@
-"""Texts for the token view, each with the source that it comes from."""
+"""Texts for the token view, each with its source."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dynmoe.trained import TrainedModel
 
 @dataclass(frozen=True)
 class Text:
-    """A document, as text or as the tokens that it is stored as; ``source`` names its domain."""
+    """A document as text or token ids; ``source`` is the name of its domain."""
 
     source: str
     content: str | list[int]
@@ -27,12 +27,12 @@ class Text:
 
 
 def read_texts(names: Sequence[str]) -> list[Text]:
-    """Text files, JSON lines (fields ``text`` and, optionally, ``source``), ``-`` for standard input.
+    """Reads text files, JSON lines (fields ``text`` and, optionally, ``source``), or ``-`` for standard input.
 
-    JSON lines are what is named ``.jsonl``, and what begins with a line of JSON that has a text.
+    A file is read as JSON lines if it is named ``.jsonl`` or its first line is JSON with a text.
 
     Raises:
-        UserError: a file that cannot be read or holds no text.
+        UserError: a file cannot be read or contains no text.
     """
     sources = source_names(names)
     return [text for name in names for text in _read(name, sources[name])]
@@ -43,11 +43,11 @@ def _read(name: str, source: str) -> list[Text]:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         text = content.decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"--text {name}: cannot be read ({error.strerror}); name a text file, or -") from None
+        raise UserError(f"--text {name}: cannot be read ({error.strerror}); use a text file, or -") from None
     except UnicodeDecodeError:
-        raise UserError(f"--text {name}: is not UTF-8; convert it first") from None
+        raise UserError(f"--text {name}: is not UTF-8; convert it to UTF-8") from None
     if not text.strip():
-        raise UserError(f"--text {name}: holds no text; give it some")
+        raise UserError(f"--text {name}: contains no text; use another file")
     if name.endswith(".jsonl") or _begins_with_record(text):
         return list(_read_lines(name, text, source))
     return [Text("standard input" if name == "-" else source, text)]
@@ -62,37 +62,41 @@ def _begins_with_record(text: str) -> bool:
 
 
 def _read_lines(name: str, text: str, source_of_file: str) -> Iterator[Text]:
-    for number, line in enumerate(text.split("\n"), start=1):  # JSON strings may hold other line ends
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON strings may contain other line separators
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-            content, source = record["text"], record.get("source", source_of_file)
+            content = record["text"]
+            source = record.get("source", source_of_file)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             content = source = None
         if not isinstance(content, str) or not isinstance(source, str):
-            raise UserError(f"--text {name}: line {number} has no text; write objects with the fields text and source")
+            raise UserError(f"--text {name}: line {number} has no text; use objects with the fields text and source")
         yield Text(source, content)
 
 
 def validation_texts(model: TrainedModel, num_tokens: int) -> list[Text]:
-    """The first validation documents of each corpus of the run, ``num_tokens`` over all of them or a little more.
+    """The first validation documents of each corpus of the run, about ``num_tokens`` tokens in total.
 
     Raises:
-        UserError: a corpus that is not there any more.
+        UserError: a corpus is missing, or was encoded with a different tokenizer.
     """
     dirs = model.config.data.dirs
-    sources, texts = source_names(dirs), []
+    sources = source_names(dirs)
+    texts = []
     for path in dirs:
         corpus = Corpus.open(path)
         stored = corpus.splits["validation"]
         if corpus.tokenizer.sha256 != model.tokenizer.sha256:
-            raise UserError(f"data.dirs: {corpus.path} has another tokenizer than the run; give a text by --text")
-        left, start = -(-num_tokens // len(dirs)), 0
+            raise UserError(f"data.dirs: {corpus.path} has a different tokenizer than the run; use --text")
+        left = -(-num_tokens // len(dirs))
+        start = 0
         tokens = np.memmap(stored.prefix.with_suffix(".bin"), dtype=stored.dtype, mode="r")
         for length in stored.lengths.tolist():
             if left <= 0:
                 break
             texts.append(Text(sources[path], tokens[start : start + min(length, left)].tolist()))
-            start, left = start + length, left - length
+            start += length
+            left -= length
     return texts

@@ -1,4 +1,4 @@
-"""The token view: a checkpoint over real text, each token with the experts that it used."""
+"""The token view: a checkpoint's experts for each token of a text."""
 
 from __future__ import annotations
 
@@ -13,46 +13,48 @@ import torch
 
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
-from dynmoe.moe.observation import keeping_plans
+from dynmoe.moe.layer import keeping_plans
 from dynmoe.report.page import write_page
 from dynmoe.report.texts import Text
 from dynmoe.routing import RoutingPlan
 from dynmoe.train.checkpoint import write_atomically
 from dynmoe.trained import TrainedModel
 
-_POSITION_BUCKETS, _TOP = 16, 20
-# A piece of text that occurs less often says little about itself.
+_POSITION_BUCKETS = 16
+_TOP = 20
+# Pieces of text that occur less often are not listed.
 _FEW = 3
 
 
 def view_tokens(model: TrainedModel, texts: Sequence[Text], num_tokens: int) -> dict[str, Any]:
-    """Runs the model over the texts, in windows of the trained length that each begin like a document.
+    """Runs the model over the texts, in windows of the training length that each start like a document.
 
-    Each source has an equal share of the ``num_tokens`` tokens, as far as it has so many.
+    The sources share the ``num_tokens`` tokens equally, as far as each has enough.
 
     Returns:
-        What tokens.json holds: ``run``, ``step``, ``layers`` (indices), ``sources``; ``tokens``, each with ``id``,
-        ``piece``, ``source`` (its number), ``position`` and, by layer, ``experts`` and their ``gates``; and ``tables``
-        (see :func:`tables`). A byte of a character that is whole in its window has this ``character`` too, and in
-        ``byte`` which of its bytes it is, from 0.
+        Content of tokens.json: ``run``, ``step``, ``layers`` (indices), ``sources``; ``tokens``, each with ``id``,
+        ``piece``, ``source`` (index), ``position`` and, by layer, ``experts`` and their ``gates``; and ``tables`` (see
+        :func:`tables`). A byte of a character that is complete in its window also has this ``character``, and its index
+        in it, ``byte``.
 
     Raises:
-        UserError: a dense model, or no text.
+        UserError: the model is dense, or there is no text.
     """
     layers = model.config.model.moe_layers
     if not layers:
-        raise UserError(f"{model.config.run.path}: the model is dense; no token chooses experts")
+        raise UserError(f"{model.config.run.path}: the model is dense, so no token chooses experts; use an MoE run")
     sources = sorted({text.source for text in texts})
     tokens: list[dict[str, Any]] = []
-    window = max(1, model.config.data.sequence_length - 1)  # with what ends the document before
+    window = max(1, model.config.data.sequence_length - 1)  # one position is for the end-of-document token
     left = dict.fromkeys(sources, max(1, num_tokens // max(1, len(sources))))
     for text in texts:
-        ids, source = text.tokens(model)[: left[text.source]], sources.index(text.source)
+        ids = text.tokens(model)[: left[text.source]]
+        source = sources.index(text.source)
         left[text.source] -= len(ids)
         for start in range(0, len(ids), window):
             tokens += _run_window(model, ids[start : start + window], source)
     if not tokens:
-        raise UserError("--text: holds no token; give more text")
+        raise UserError("--text: contains no token; use more text")
     return {
         "run": model.config.run.name, "step": model.step, "layers": layers, "sources": sources, "tokens": tokens,
         "tables": tables(tokens, layers, sources, window),
@@ -61,7 +63,7 @@ def view_tokens(model: TrainedModel, texts: Sequence[Text], num_tokens: int) -> 
 
 @torch.no_grad()
 def _run_window(model: TrainedModel, ids: list[int], source: int) -> list[dict[str, Any]]:
-    """One forward pass over the end of a document and ``ids``; what the routers chose for each of these."""
+    """Runs one forward pass over an end-of-document token and ``ids``; returns the routes of each of the ids."""
     with keeping_plans(model.decoder.moe_layers) as plans:
         model.decoder.hidden(torch.tensor([[model.tokenizer.eod, *ids]], device=model.device))
     chosen = [_routes(plan) for plan in plans]
@@ -75,7 +77,7 @@ def _run_window(model: TrainedModel, ids: list[int], source: int) -> list[dict[s
 
 
 def _read(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Each token, its piece, and the character that it is a byte of."""
+    """Yields each token, its piece, and the character of which it is a byte."""
     left = iter(ids)
     for text, length in tokenizer.written(ids):
         for byte, token in enumerate(islice(left, length)):
@@ -84,8 +86,9 @@ def _read(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[tuple[int, str, 
 
 
 def _routes(plan: RoutingPlan) -> tuple[list[list[int]], list[list[float]]]:
-    """Experts of each token, the one of the largest gate first, and their gates."""
-    experts, gates = [], []
+    """Returns the experts of each token, by decreasing gate, and their gates."""
+    experts = []
+    gates = []
     for map_E, gates_E in zip(plan.routing_map_TE.cpu(), plan.gates_TE.float().cpu(), strict=True):
         used = map_E.nonzero().flatten()
         used = used[gates_E[used].argsort(descending=True, stable=True)]
@@ -95,18 +98,18 @@ def _routes(plan: RoutingPlan) -> tuple[list[list[int]], list[list[float]]]:
 
 
 def _mean_used(token: dict[str, Any]) -> float:
-    """Experts of a token in the mean over layers."""
+    """Experts of a token, averaged over layers."""
     return sum(map(len, token["experts"])) / len(token["experts"])
 
 
 def tables(
     tokens: Sequence[dict[str, Any]], layers: Sequence[int], sources: Sequence[str], window: int
 ) -> dict[str, Any]:
-    """Where experts go: each row has a ``name``, a ``count`` of tokens and their ``mean`` experts over all layers.
+    """Tables of experts: each row has a ``name``, a ``count`` of tokens and their ``mean`` experts over all layers.
 
-    ``most`` and ``fewest``: pieces by their mean, of those that occur at least three times. ``positions``: by position
-    in the window of ``window`` tokens. ``ranks``: by frequency rank of the piece in this text. ``sources``. ``layers``:
-    of each layer the mean, and in ``histogram`` how many tokens used 0, 1, 2, … experts there.
+    ``most`` and ``fewest``: pieces by mean, if they occur at least three times. ``positions``: by position in the
+    window of ``window`` tokens. ``ranks``: by frequency rank of the piece in this text. ``sources``. ``layers``: the
+    mean of each layer, and in ``histogram`` the number of tokens that used 0, 1, 2, … experts.
     """
     used = [_mean_used(token) for token in tokens]
     pieces = Counter(token["id"] for token in tokens)
@@ -136,7 +139,7 @@ def _span(first: int, last: int) -> str:
 
 
 def _grouped(keys: Iterable[int], used: Sequence[float]) -> list[dict[str, Any]]:
-    """Rows by key, in ascending order."""
+    """Rows by ascending key."""
     groups: dict[int, list[float]] = defaultdict(list)
     for key, value in zip(keys, used, strict=True):
         groups[key].append(value)
@@ -154,6 +157,6 @@ def _layer_row(tokens: Sequence[dict[str, Any]], place: int, layer: int) -> dict
 
 
 def write_view(view: dict[str, Any], output: Path) -> None:
-    """The page, and its data as JSON beside it."""
+    """Writes the page, and its data as JSON next to it."""
     write_atomically(output.with_suffix(".json"), json.dumps(view))
     write_page("tokens.html.j2", output, view=view)

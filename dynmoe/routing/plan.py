@@ -19,7 +19,7 @@ class RoutingPlan:
         routing_map_TE: bool; True where the expert computes the token.
         selected_map_TE: bool; what the router chose before capacity dropped routes (routed + dropped = selected).
         scores_TE: fp32, not negative: softmax probabilities, sigmoid scores or ReLU activations. Carries gradients.
-        logits_TE: what went into the softmax; None for routers without one.
+        logits_TE: what the scores were made of, fp32, those of null experts at the end; None for routers without.
         unclaimed_T: bool; tokens that no expert's threshold let in, whether or not a floor gave them one. None for
             routers in which that cannot happen.
         choice_TE: the selection as 0 and 1 in fp32, with the straight-through gradient of top_any; else None.

@@ -22,8 +22,8 @@ def relu(logits_TE: Tensor, *, max_experts: int | None = None) -> RoutingPlan:
         ValueError: ``max_experts`` below 1.
     """
     check_limits(logits_TE.shape[1], 0, max_experts)
-    scores_TE = torch.relu(logits_TE.float())
-    return threshold_plan(scores_TE, 0.0, False, 0, max_experts)
+    logits_TE = logits_TE.float()
+    return threshold_plan(torch.relu(logits_TE), logits_TE, 0.0, False, 0, max_experts)
 
 
 def adapt_l1(coefficient: Tensor, experts_per_token: Tensor, target: float, factor: float = 1.2) -> Tensor:

@@ -67,7 +67,12 @@ def softmax_plan(logits_TE: Tensor, probs_TE: Tensor, map_TE: Tensor, renormaliz
 
 
 def threshold_plan(
-    scores_TE: Tensor, threshold: float | Tensor, renormalize: bool, min_experts: int, max_experts: int | None
+    scores_TE: Tensor,
+    logits_TE: Tensor,
+    threshold: float | Tensor,
+    renormalize: bool,
+    min_experts: int,
+    max_experts: int | None,
 ) -> RoutingPlan:
     """A plan whose gates are the scores of the experts that exceed a threshold, within floor and ceiling.
 
@@ -79,6 +84,6 @@ def threshold_plan(
     map_TE = limit_experts(passed_TE, rank_descending(margin_TE), min_experts, max_experts)
     gates_TE = scores_TE.masked_fill(~map_TE, 0.0)
     return RoutingPlan(
-        sum_to_one(gates_TE) if renormalize else gates_TE, map_TE, map_TE, scores_TE,
+        sum_to_one(gates_TE) if renormalize else gates_TE, map_TE, map_TE, scores_TE, logits_TE,
         unclaimed_T=~passed_TE.any(dim=1),
     )  # fmt: skip

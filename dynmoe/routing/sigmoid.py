@@ -32,5 +32,5 @@ def sigmoid_cutoff(
     if not isinstance(cutoff, Tensor) and not 0.0 <= cutoff < 1.0:
         raise ValueError(f"cutoff={cutoff} must lie in [0, 1)")
     check_limits(logits_TE.shape[1], min_experts, max_experts)
-    scores_TE = torch.sigmoid(logits_TE.float())
-    return threshold_plan(scores_TE, cutoff, renormalize, min_experts, max_experts)
+    logits_TE = logits_TE.float()
+    return threshold_plan(torch.sigmoid(logits_TE), logits_TE, cutoff, renormalize, min_experts, max_experts)

@@ -73,13 +73,13 @@ class LayerCounts:
         return int((cumulative * 100 < percent * cumulative[-1]).sum())
 
 
-def summarize(counts: LayerCounts, active_experts: int, ceiling: int, expert_parallel: int) -> dict[str, float]:
+def summarize(counts: LayerCounts, active_experts: int, most_experts: int, expert_parallel: int) -> dict[str, float]:
     """Figures of one layer under the names of the metrics file.
 
     Args:
         counts: sums over all ranks and micro-batches of a step.
         active_experts: number of experts that are not masked off.
-        ceiling: the most experts that a token may use.
+        most_experts: the most experts that a token can use.
         expert_parallel: ranks over which the experts are spread, in equal consecutive blocks.
     """
     tokens = counts.scalar("tokens")
@@ -96,7 +96,7 @@ def summarize(counts: LayerCounts, active_experts: int, ceiling: int, expert_par
         "experts_per_token_max": used.max().item(),
         "selected_per_token_mean": selected / tokens,
         "tokens_without_expert_frac": counts.scalar("unselected_tokens") / tokens,
-        "tokens_at_ceiling_frac": histogram_K[ceiling:].sum().item() / tokens,
+        "tokens_at_ceiling_frac": histogram_K[most_experts:].sum().item() / tokens,
         "active_experts": float(active_experts),
         "dead_experts": float(active_experts - int((load_E > 0).sum())),
         "load_max_over_mean": load_E.max().item() / mean_load if routes else 0.0,

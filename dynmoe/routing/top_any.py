@@ -24,13 +24,18 @@ class _StraightThroughStep(torch.autograd.Function):
         return grad
 
 
+def cosines(hidden_TD: Tensor, prototypes_DE: Tensor) -> Tensor:
+    """Cosine of each token with each prototype, fp32 [T, E]."""
+    return F.normalize(hidden_TD.float(), dim=1) @ F.normalize(prototypes_DE.float(), dim=0)
+
+
 def top_any(
     hidden_TD: Tensor,
     prototypes_DE: Tensor,
     thresholds_E: Tensor,
     active_E: Tensor,
     *,
-    form: str = "paper",
+    variant: str = "paper",
     training: bool = True,
     scale: float | Tensor = 1.0,
     straight_through: str | None = None,
@@ -48,25 +53,25 @@ def top_any(
         prototypes_DE: one column for each expert slot.
         thresholds_E: G, before the sigmoid.
         active_E: bool; False masks an expert slot off.
-        form: ``paper`` or ``released``. The released code ignores ``min_experts``, lets a token select nobody in
+        variant: ``paper`` or ``released``. The released code ignores ``min_experts``, lets a token select nobody in
             training, and gives it the single best score in evaluation.
-        training: matters in the released form only.
+        training: matters in the released variant only.
         scale: the papers' temperature, 1 in the released code; a tensor of one element may carry a gradient.
-        straight_through: ``all`` lets the gradient of the step through for every expert (the paper's form),
-            ``selected`` only where the expert is selected (the released form: its ReLU ends the others' gradient).
-            None: by the form.
-        weights: ``uniform`` gates 1/K with K a constant (both forms), or ``score``: s_e times the step.
+        straight_through: ``all`` lets the gradient of the step through for every expert (the paper's variant),
+            ``selected`` only where the expert is selected (the released variant: its ReLU ends the others' gradient).
+            None: by the variant.
+        weights: ``uniform`` gates 1/K with K a constant (both variants), or ``score``: s_e times the step.
         renormalize: with ``score``, make the gates of a token sum to 1; uniform ones always do.
         min_experts: floor of experts per token; 0 lets a token select nobody (its output is then 0).
         max_experts: ceiling of experts per token. The best experts of a token, for floor and ceiling, are those that
-            exceed their threshold by most; in the released form those of the highest score.
+            exceed their threshold by most; in the released variant those of the highest score.
 
     Raises:
-        ValueError: a number, form or choice outside its range, or no active expert (looked for on a CPU only, and
+        ValueError: a number, variant or choice outside its range, or no active expert (looked for on a CPU only, and
             not in a compiled graph: a GPU would be waited for).
     """
-    if form not in ("paper", "released"):
-        raise ValueError(f"form={form!r} must be 'paper' or 'released'")
+    if variant not in ("paper", "released"):
+        raise ValueError(f"variant={variant!r} must be 'paper' or 'released'")
     if weights not in ("uniform", "score"):
         raise ValueError(f"weights={weights!r} must be 'uniform' or 'score'")
     if straight_through not in (None, "all", "selected"):
@@ -75,18 +80,17 @@ def top_any(
     active_E = active_E.to(torch.bool)
     if active_E.device.type == "cpu" and not torch.compiler.is_compiling() and not active_E.any():
         raise ValueError(f"active_E masks all {len(active_E)} experts off: leave at least one on")
-    cosine_TE = F.normalize(hidden_TD.float(), dim=1) @ F.normalize(prototypes_DE.float(), dim=0)
-    scores_TE = torch.sigmoid(scale * cosine_TE) * active_E
+    scores_TE = torch.sigmoid(scale * cosines(hidden_TD, prototypes_DE)) * active_E
     margin_TE = scores_TE - torch.sigmoid(scale * thresholds_E.float())
-    ranked_TE = (scores_TE if form == "released" else margin_TE).detach()
-    if (straight_through or ("all" if form == "paper" else "selected")) == "selected":
+    ranked_TE = (scores_TE if variant == "released" else margin_TE).detach()
+    if (straight_through or ("all" if variant == "paper" else "selected")) == "selected":
         margin_TE = torch.relu(margin_TE)
     step_TE = _StraightThroughStep.apply(margin_TE)
 
     map_TE = (step_TE.detach() > 0) & active_E
     unclaimed_T = ~map_TE.any(dim=1)
     rank_TE = rank_descending(ranked_TE.masked_fill(~active_E, -torch.inf))
-    if form == "released":
+    if variant == "released":
         min_experts = 0
         if not training:
             map_TE = map_TE | ((rank_TE < 1) & unclaimed_T.unsqueeze(1))

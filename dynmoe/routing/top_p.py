@@ -13,7 +13,7 @@ def top_p(
     logits_TE: Tensor,
     p: float | Tensor,
     *,
-    form: str = "paper",
+    variant: str = "paper",
     renormalize: bool = False,
     min_experts: int = 1,
     max_experts: int | None = None,
@@ -24,18 +24,18 @@ def top_p(
         logits_TE: router logits, any float dtype; the softmax is taken in fp32.
         p: mass to reach, in (0, 1]; 1 selects every expert. A tensor of one element is not checked, as that would
             wait for the device: a controller keeps it in range.
-        form: ``paper`` stops at a sum of at least p, ``released`` at a sum above p; they differ on exact hits.
-        renormalize: make the gates of a token sum to 1; both forms of the paper use raw probabilities.
+        variant: ``paper`` stops at a sum of at least p, ``released`` at a sum above p; they differ on exact hits.
+        renormalize: make the gates of a token sum to 1; both variants use raw probabilities.
         min_experts: floor of experts per token, at least 1.
         max_experts: ceiling of experts per token.
 
     Raises:
-        ValueError: a number or form outside its range.
+        ValueError: a number or variant outside its range.
     """
     if not isinstance(p, Tensor) and not 0.0 < p <= 1.0:
         raise ValueError(f"p={p} must lie in (0, 1]")
-    if form not in ("paper", "released"):
-        raise ValueError(f"form={form!r} must be 'paper' or 'released'")
+    if variant not in ("paper", "released"):
+        raise ValueError(f"variant={variant!r} must be 'paper' or 'released'")
     if min_experts < 1:
         raise ValueError(f"min_experts={min_experts} must be at least 1: top_p always selects an expert")
     check_limits(logits_TE.shape[1], min_experts, max_experts)
@@ -46,7 +46,7 @@ def top_p(
     # those of no mass included.
     better_TE = torch.cat([torch.zeros_like(sorted_TE[:, :1]), sorted_TE[:, :-1].cumsum(dim=1)], dim=1)
     p = torch.as_tensor(p, dtype=torch.float32, device=logits_TE.device)
-    keep_TE = (better_TE < p if form == "paper" else better_TE <= p) | (p >= 1.0)
+    keep_TE = (better_TE < p if variant == "paper" else better_TE <= p) | (p >= 1.0)
     keep_TE[:, :min_experts] = True
     if max_experts is not None:
         keep_TE[:, max_experts:] = False

@@ -1,1 +1,1 @@
-"""The order of a training step and what belongs to it; engines fulfil the protocol that lies here."""
+"""The training loop, and the protocol that engines implement."""

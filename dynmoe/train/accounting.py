@@ -1,4 +1,4 @@
-"""How far a run has come, and what its rows of metrics count since the last one."""
+"""Progress of a run, and the totals behind its metrics."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from dynmoe.train.engine import Engine, Gradients, StepReport
 from dynmoe.train.guard import GuardState
 from dynmoe.train.metrics import Row, moe_row, peak_memory_gib, peak_tflops, throughput_row
 
+# Experts per token of a report that knows no dynamic number.
+_STATIC_K = 2.0
+
 
 @dataclass
 class Progress:
-    """How far a run has come; part of every checkpoint.
+    """Progress of a run; part of every checkpoint.
 
-    ``wall_clock_s`` is what its steps, evaluations and checkpoints took, over all starts; what a kill lost and the
-    time between starts are not in it. ``unlogged_bytes`` crossed between ranks since the last row of metrics, for
-    ``unlogged_tokens``.
+    ``wall_clock_s`` is the time spent in steps, evaluations and checkpoints over all starts, without steps lost by a
+    kill and without the time between starts. ``unlogged_bytes`` is the traffic between ranks since the last row of
+    metrics, during ``unlogged_tokens`` tokens.
     """
 
     step: int = 0
@@ -35,10 +38,10 @@ class Progress:
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> Progress:
-        """The progress that a checkpoint has as a dictionary.
+        """The progress that a checkpoint stores as a dictionary.
 
         Raises:
-            UserError: it is none.
+            UserError: the dictionary is not a progress.
         """
         try:
             guard = GuardState(**saved["guard"])
@@ -47,56 +50,60 @@ class Progress:
                 progress.step, progress.samples, progress.tokens, progress.unlogged_tokens, progress.unlogged_bytes,
                 guard.skipped_steps, guard.bad_in_a_row, guard.spikes_in_a_row, *progress.routed_rows.values(),
             ]  # fmt: skip
-            sound = all(isinstance(count, int) and count >= 0 for count in counts)
-            sound = sound and all(isinstance(number, float) for number in (progress.wall_clock_s, *guard.losses))
-            sound = sound and isinstance(progress.wandb_id, str | None)
+            valid = all(isinstance(count, int) and count >= 0 for count in counts)
+            valid = valid and all(isinstance(number, float) for number in (progress.wall_clock_s, *guard.losses))
+            valid = valid and isinstance(progress.wandb_id, str | None)
         except (KeyError, TypeError, AttributeError):
-            sound = False
-        if not sound:
-            raise UserError("checkpoint: its progress is not that of a run; go on from another checkpoint")
+            valid = False
+        if not valid:
+            raise UserError("checkpoint: its progress is invalid; resume from another checkpoint")
         return progress
 
 
 class Account:
-    """Adds up what steps come to, for the run and for its next row of metrics.
+    """Accumulates the totals of the run and of its next row of metrics.
 
     Args:
-        config: of the run.
-        engine: that takes the steps.
-        size: of the model.
-        progress: of the run; it is changed.
+        config: configuration of the run.
+        engine: the engine that runs the steps.
+        size: size of the model.
+        progress: progress of the run; it is modified.
     """
 
     def __init__(self, config: Config, engine: Engine, size: ModelSize, progress: Progress) -> None:
-        self._config, self._engine, self._size, self.progress = config, engine, size, progress
+        self._config = config
+        self._engine = engine
+        self._size = size
+        self.progress = progress
         self._peak = peak_tflops(config.logging.peak_tflops)
         self._clock = time.perf_counter()
         self.start_interval()
 
     def start_interval(self) -> None:
-        """Throughput is taken from here on; evaluations and saves are not part of it."""
+        """Starts the interval for throughput, which excludes evaluations and saves."""
         self._start = time.perf_counter()
         self._tokens = 0
         self._rows: dict[int, int] = {}
 
     def add_step(self) -> None:
-        config, progress = self._config, self.progress
-        progress.step += 1
-        progress.samples += config.train.global_batch
-        progress.tokens += config.tokens_per_step
-        progress.unlogged_tokens += config.tokens_per_step
-        self._tokens += config.tokens_per_step
+        tokens = self._config.tokens_per_step
+        self.progress.step += 1
+        self.progress.samples += self._config.train.global_batch
+        self.progress.tokens += tokens
+        self.progress.unlogged_tokens += tokens
+        self._tokens += tokens
 
     def read_clock(self) -> float:
-        """Adds the time since the last reading to the run's, which it returns."""
+        """Adds the time since the last call to the wall-clock time of the run, and returns that."""
         now = time.perf_counter()
         self.progress.wall_clock_s += now - self._clock
         self._clock = now
         return self.progress.wall_clock_s
 
     def take_report(self) -> StepReport:
-        """The engine's report; the rows computed since the last one are added to the run's. Collective."""
-        report, progress = self._engine.report(), self.progress
+        """The engine's report, whose routed rows are added to those of the run. Collective."""
+        report = self._engine.report()
+        progress = self.progress
         for layer, rows in report.routed_rows.items():
             progress.routed_rows[str(layer)] = progress.routed_rows.get(str(layer), 0) + rows
             self._rows[layer] = self._rows.get(layer, 0) + rows
@@ -104,10 +111,13 @@ class Account:
         return report
 
     def row(self, report: StepReport, gradients: Gradients, lr: float) -> Row:
-        """The row of the latest step, which ends the interval; without loss and routing where they are not finite."""
+        """The row of metrics of the latest step, which ends the interval; without loss and routing if not finite."""
         seconds = time.perf_counter() - self._start
-        config, progress, router = self._config, self.progress, self._config.model.router
-        rows, total_rows = sum(self._rows.values()), sum(progress.routed_rows.values())
+        config = self._config
+        progress = self.progress
+        rows = sum(self._rows.values())
+        total_rows = sum(progress.routed_rows.values())
+        static_k = config.model.router.expected_experts or _STATIC_K
         row = {
             "train/step": progress.step,
             "train/learning_rate": lr,
@@ -117,9 +127,7 @@ class Account:
             "train/wall_clock_s": self.read_clock(),
             "train/cumulative_flops": self._size.flops(progress.tokens, total_rows),
             "memory/peak_gib": peak_memory_gib(),
-            **throughput_row(
-                self._size, self._tokens, rows, seconds, self._engine.world_size, self._peak, float(router.k)
-            ),
+            **throughput_row(self._size, self._tokens, rows, seconds, self._engine.world_size, self._peak, static_k),
         }
         if config.parallel.expert > 1:
             row["moe/all_to_all_bytes_per_token"] = progress.unlogged_bytes / progress.unlogged_tokens

@@ -1,8 +1,8 @@
-"""Checkpoints that are complete or do not count: write beside, hash, manifest last, rename.
+"""Atomic checkpoints: a checkpoint is complete, or it does not exist.
 
-A step's directory is written as ``step_N.tmp-<id>``, its manifest (sizes and SHA-256 of every file) comes last, and
-the rename makes it a checkpoint. Loading goes from the newest to the oldest, verifies every hash before anything is
-read, and puts a damaged one aside. Directories are never reused.
+The directory is written as ``step_N.tmp-<id>``. Its manifest (size and SHA-256 of every file) is written last, and
+renaming the directory commits the checkpoint. Loading tries checkpoints from the latest to the oldest, verifies every
+hash before reading any state, and quarantines corrupt checkpoints. Directories are never reused.
 """
 
 from __future__ import annotations
@@ -26,28 +26,30 @@ from dynmoe.data.pieces import Piece, first_problem
 from dynmoe.errors import UserError
 
 MANIFEST = "manifest.json"
-# What an imported checkpoint had beside its weights; see dynmoe.hf.kept.
+# Folder of a run with the files that an imported checkpoint had next to its weights; see dynmoe.hf.kept.
 IMPORTED = "imported"
 TRAINER = "trainer.json"
 WITHOUT_MANIFEST = f"{MANIFEST} is missing, damaged or not this checkpoint's"
-# Beside complete ones, which are named after their step alone.
-UNFINISHED, _DAMAGED, _REMOVED = ".tmp-", ".damaged-", ".removed"
+# Suffixes of directories that are not complete checkpoints.
+UNFINISHED = ".tmp-"
+_DAMAGED = ".damaged-"
+_REMOVED = ".removed"
 _COMPLETE = re.compile(r"step_\d{8}")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint; verified where it is to be read."""
+    """A complete checkpoint. Whoever finds it for reading verifies it."""
 
     path: Path
     step: int
 
     @property
     def trainer_state(self) -> dict[str, Any]:
-        """What the trainer gave along: its ``progress``, the run's ``config``, fingerprints of its ``data``.
+        """State of the trainer: ``progress``, ``config`` of the run, and fingerprints of its ``data``.
 
         Raises:
-            UserError: the file is something else.
+            UserError: the file is not a trainer state.
         """
         path = self.path / TRAINER
         try:
@@ -56,16 +58,16 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             parts = []
         if parts != [dict, dict, list]:
-            raise UserError(f"checkpoint {path}: is not the state of a run; go on from another checkpoint")
+            raise UserError(f"checkpoint {path}: is not a trainer state; resume from another checkpoint")
         return state
 
 
-# Some network and FUSE file systems cannot be asked to bring a directory to the disk.
+# Errors of network and FUSE file systems that cannot sync a directory.
 _NO_SYNC_OF_DIRECTORIES = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def _sync(path: Path) -> None:
-    """Returns when a file or a directory has reached the disk."""
+    """Flushes a file or a directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -77,7 +79,7 @@ def _sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces ``path`` so that a reader, also after a crash, sees the old content or the new one."""
+    """Replaces ``path`` atomically: after a crash it has either the old or the new content."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with temporary.open("wb") as stream:
         stream.write(content.encode() if isinstance(content, str) else content)
@@ -93,41 +95,41 @@ def _own_hash(manifest: Mapping[str, Any]) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a checkpoint directory; None where it is missing, damaged or another one's."""
+    """The manifest of a checkpoint directory; None if it is missing, corrupt or of another checkpoint."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        named = manifest["step"] == step_of(path) and TRAINER in manifest["files"]
-        named = named and manifest["sha256"] == _own_hash(manifest)
+        valid = manifest["step"] == step_of(path) and TRAINER in manifest["files"]
+        valid = valid and manifest["sha256"] == _own_hash(manifest)
         for name, facts in manifest["files"].items():
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-            named = named and inside and isinstance(facts["bytes"], int) and isinstance(facts["sha256"], str)
+            valid = valid and inside and isinstance(facts["bytes"], int) and isinstance(facts["sha256"], str)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return manifest if named else None
+    return manifest if valid else None
 
 
-def problem_of(path: Path) -> str | None:
-    """What is wrong with a checkpoint directory; None where every file is as its manifest says."""
+def find_corruption(path: Path) -> str | None:
+    """Describes the corruption of a checkpoint directory; None if every file matches the manifest."""
     manifest = read_manifest(path)
     if manifest is None:
         return WITHOUT_MANIFEST
-    return problem_of_files(path, manifest["files"])
+    return find_corrupt_file(path, manifest["files"])
 
 
-def problem_of_files(root: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The first of ``files`` (sizes and hashes by name) that is not below ``root`` as it should be, and why."""
+def find_corrupt_file(root: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Describes the first of ``files`` (sizes and hashes by name) that does not match below ``root``, if any."""
     return first_problem(pieces_of(root, files))
 
 
 def pieces_of(root: Path, files: Mapping[str, Mapping[str, Any]]) -> list[Piece]:
-    """The same, to be checked apart."""
+    """The ``files`` below ``root`` as pieces to be verified."""
     return [
         Piece(root / name, name, 0, facts["bytes"], facts["bytes"], facts["sha256"]) for name, facts in files.items()
     ]
 
 
 def step_directories(root: Path) -> list[Path]:
-    """Directories in ``root`` that are named after a step, as complete checkpoints are; newest first."""
+    """Directories in ``root`` with the name of a complete checkpoint, ``step_N``; latest first."""
     if not root.is_dir():
         return []
     found = [path for path in root.iterdir() if path.is_dir() and _COMPLETE.fullmatch(path.name)]
@@ -135,12 +137,12 @@ def step_directories(root: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step that such a directory is named after."""
+    """The step in the name of such a directory."""
     return int(path.name.removeprefix("step_"))
 
 
 def hashes(files: list[Path], root: Path) -> dict[str, dict[str, Any]]:
-    """Sizes and hashes for a manifest, of files below ``root`` that have reached the disk with their directories."""
+    """Flushes files below ``root`` and their directories to disk; returns sizes and hashes for a manifest."""
     hashed = {}
     for file in files:
         _sync(file)
@@ -151,78 +153,78 @@ def hashes(files: list[Path], root: Path) -> dict[str, dict[str, Any]]:
 
 
 def commit(building: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Makes a directory of files a checkpoint: by its manifest, which hashes itself too, and then by its name."""
+    """Turns a directory into a checkpoint: writes the manifest with its own hash, then renames the directory."""
     write_atomically(building / MANIFEST, json.dumps({**manifest, "sha256": _own_hash(manifest)}, indent=1))
     building.rename(final)
     _sync(final.parent)
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint: out of the way first, as half a removal must not look like one."""
+    """Removes a checkpoint. It is renamed first, so that an interrupted removal does not look like a checkpoint."""
     rmtree(path.rename(path.with_name(f"{path.name}{_REMOVED}")))
 
 
 def leftovers(root: Path) -> list[Path]:
-    """What saves and removals that were interrupted left in ``root``."""
+    """Directories in ``root`` that interrupted saves and removals left behind."""
     return sorted(path for pattern in (f"step_*{UNFINISHED}*", f"step_*{_REMOVED}") for path in root.glob(pattern))
 
 
 def damaged(root: Path) -> list[Path]:
-    """What :func:`put_aside` has renamed in ``root``."""
+    """Quarantined checkpoints in ``root``."""
     return sorted(root.glob(f"step_*{_DAMAGED}*"))
 
 
-def put_aside(path: Path) -> Path:
-    """Renames a damaged checkpoint, so that it is not looked at again; returns where it is then."""
+def quarantine(path: Path) -> Path:
+    """Renames a corrupt checkpoint, so that it is not loaded; returns its new path."""
     return path.rename(path.with_name(f"{path.name}{_DAMAGED}{secrets.token_hex(4)}"))
 
 
-def beyond(paths: Sequence[Path], keep: int, milestones: int) -> list[Path]:
-    """Of checkpoint directories, newest first, those that need not stay.
+def checkpoints_to_prune(paths: Sequence[Path], keep: int, milestones: int) -> list[Path]:
+    """The checkpoints of a run that may be removed.
 
     Args:
-        paths: of one run.
-        keep: newest ones that stay.
-        milestones: those of a step that is a multiple of it stay too; 0: none.
+        paths: checkpoint directories of the run, latest first.
+        keep: number of latest checkpoints to keep.
+        milestones: checkpoints at multiples of this step are kept too; 0: none.
     """
     return [path for path in paths[keep:] if not milestones or step_of(path) % milestones]
 
 
-def newest_complete(root: Path) -> Checkpoint | None:
-    """The newest complete checkpoint in ``root``, by its name alone: to be referred to, not to be read."""
+def latest_complete(root: Path) -> Checkpoint | None:
+    """The latest complete checkpoint in ``root``, not verified: for references to it, not for reading it."""
     return next((Checkpoint(path, step_of(path)) for path in step_directories(root)), None)
 
 
-def newest_sound(root: Path) -> Checkpoint:
-    """The newest undamaged checkpoint in ``root``, which is left as it is; for tools, outside a process group.
+def latest_valid(root: Path) -> Checkpoint:
+    """The latest valid checkpoint in ``root``. Corrupt ones are not quarantined. For tools without a process group.
 
     Raises:
         UserError: there is none.
     """
     for path in step_directories(root):
-        problem = problem_of(path)
+        problem = find_corruption(path)
         if problem is None:
             return Checkpoint(path, step_of(path))
-        print(f"checkpoint {path}: {problem}; trying the one before", flush=True)
-    raise UserError(f"{root}: no undamaged checkpoint; name the directory of a run that has one")
+        print(f"checkpoint {path}: {problem}; trying the previous one", flush=True)
+    raise UserError(f"{root}: no valid checkpoint; name a run directory that has one")
 
 
 def continue_run(source: Checkpoint, config: Config, output: Path, write: Callable[[Path], None]) -> None:
-    """A new run directory with one checkpoint, which goes on from another run's; for tools, of one process.
+    """Creates a run that resumes from a checkpoint of another run. For tools with one process.
 
     Args:
-        source: where the new run goes on from.
-        config: of the new run.
-        output: its directory, which does not exist; half of one is never left there.
-        write: puts all files of the model into the directory it is given.
+        source: the checkpoint of the other run.
+        config: configuration of the new run.
+        output: directory of the new run, which must not exist; it is created atomically.
+        write: writes all files of the model into the given directory.
     """
-    state, files = source.trainer_state, taken_along(source.path.parents[1])
-    state["progress"]["wandb_id"] = None  # another run
-    write_run(config, output, source.step, state["progress"], state["data"], files, write)
+    state = source.trainer_state
+    state["progress"]["wandb_id"] = None  # a new run for W&B
+    write_run(config, output, source.step, state["progress"], state["data"], model_files(source.path.parents[1]), write)
 
 
-def taken_along(run: Path) -> dict[str, bytes]:
-    """Files that belong to the model of a run, by their place in its directory: a run that goes on from it has them."""
+def model_files(run: Path) -> dict[str, bytes]:
+    """Contents of the files that a run passes on with its model, by their path in the run directory."""
     paths = (run / TOKENIZER, *sorted((run / IMPORTED).rglob("*")))
     return {path.relative_to(run).as_posix(): path.read_bytes() for path in paths if path.is_file()}
 
@@ -236,16 +238,16 @@ def write_run(
     files: Mapping[str, bytes],
     write: Callable[[Path], None],
 ) -> None:
-    """A new run directory with the checkpoint of ``step``; for tools, of one process.
+    """Creates a run with one checkpoint. For tools with one process.
 
     Args:
-        config: of the run.
-        output: its directory, which does not exist; half of one is never left there.
-        step: of the checkpoint.
-        progress: how far the run has come, as a dictionary.
-        data: fingerprints of the corpora it has read.
-        files: further ones, by their place in the directory (see :func:`taken_along`).
-        write: puts all files of the model into the directory it is given.
+        config: configuration of the run.
+        output: directory of the run, which must not exist; it is created atomically.
+        step: step of the checkpoint.
+        progress: progress of the run as a dictionary.
+        data: fingerprints of the corpora that the run has read.
+        files: contents of further files, by their path in the directory (see :func:`model_files`).
+        write: writes all files of the model into the given directory.
     """
     settings = dataclasses.asdict(config)
     facts = {"ranks": 1, "parallel": settings["parallel"], "config": config.digest(), "data": data}

@@ -1,8 +1,8 @@
-"""The checkpoints of a run in training: saved beside the steps that follow, committed by all ranks together.
+"""Checkpoints of a training run: saved asynchronously, committed by all ranks together.
 
-A save is a chain of jobs. Each runs on a thread of every rank (writing and hashing need no process group), and the next
-begins when it has ended everywhere, which ranks tell each other between two steps. So nothing is exchanged behind the
-back of a step, and saving at once is the same chain, waited for.
+A save is a sequence of jobs. Every rank runs each job on a thread, without collectives. The next job starts when all
+ranks have finished, which they communicate between two steps. So no collective runs concurrently with a step. A
+synchronous save is the same sequence, waited for.
 """
 
 from __future__ import annotations
@@ -30,41 +30,42 @@ from dynmoe.train.checkpoint import (
     UNFINISHED,
     WITHOUT_MANIFEST,
     Checkpoint,
-    beyond,
+    checkpoints_to_prune,
     commit,
     damaged,
+    find_corrupt_file,
     hashes,
     leftovers,
     pieces_of,
-    problem_of_files,
-    put_aside,
+    quarantine,
     read_manifest,
     remove,
     step_directories,
     step_of,
 )
 from dynmoe.train.engine import Snapshot
-from dynmoe.train.verification import check_together, over_ranks, share
+from dynmoe.train.verification import check_together, gather_ranks, share
 
-# How long a network file system may take to show a file that another host has made.
-_SIGHT_S = 5.0
+# Time until a file that another host has created must be visible on a network file system.
+_VISIBLE_S = 5.0
 
 Job = Callable[[], Any]
-# What another start would meet again.
-_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+# Errors that would recur after a restart.
+_PERSISTENT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
-class _Work:
-    """A job on a thread that gives way to the step beside it."""
+class _BackgroundJob:
+    """A job on a thread of low priority, so that it does not slow down the training step."""
 
     def __init__(self, job: Job) -> None:
-        self._job, self.result = job, None
+        self._job = job
+        self.result: Any = None
         self.error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # Linux: of this thread alone
+        with contextlib.suppress(OSError, AttributeError):  # Linux: priority of this thread only
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         try:
             self.result = self._job()
@@ -72,7 +73,7 @@ class _Work:
             self.error = error
 
     @property
-    def goes_on(self) -> bool:
+    def is_running(self) -> bool:
         return self._thread.is_alive()
 
     def wait(self) -> None:
@@ -80,31 +81,33 @@ class _Work:
 
 
 class CheckpointStore:
-    """The checkpoints of one run, in ``root``. Methods are collective unless they say otherwise.
+    """The checkpoints of one run, in ``root``. Methods are collective unless documented as local.
 
     Args:
         root: directory, shared by all ranks.
-        keep: newest checkpoints that stay.
-        milestones: checkpoints of a step that is a multiple of it stay too; 0: none.
+        keep: number of latest checkpoints to keep.
+        milestones: checkpoints at multiples of this step are kept too; 0: none.
     """
 
     def __init__(self, root: Path, keep: int, milestones: int = 0) -> None:
-        self.root, self.keep, self.milestones = root, keep, milestones
+        self.root = root
+        self.keep = keep
+        self.milestones = milestones
         self._is_first = dist.get_rank() == 0
         self._jobs: Generator[Job, Any, None] | None = None
-        self._work: _Work | None = None
+        self._work: _BackgroundJob | None = None
         self._building = root
 
     def begin(
         self, step: int, snapshot: Callable[[Path], Snapshot], trainer_state: dict[str, Any], facts: dict[str, Any]
     ) -> None:
-        """Begins to save step ``step``, when an earlier save has ended; what it holds is taken now.
+        """Starts saving the current state as step ``step``, after waiting for an earlier save.
 
         Args:
-            step: of the checkpoint.
-            snapshot: of the engine, given the directory to write into.
-            trainer_state: the rest of the run's state; the first rank's is written.
-            facts: for whoever looks at the manifest: parallel sizes, hashes of configuration and data.
+            step: step of the checkpoint.
+            snapshot: takes the engine's snapshot, given the directory to write into.
+            trainer_state: the rest of the run's state; that of rank 0 is written.
+            facts: further entries of the manifest: parallel sizes, hashes of configuration and data.
 
         Raises:
             UserError: the directory cannot be written to, or the earlier save failed.
@@ -117,11 +120,11 @@ class CheckpointStore:
         self._together(lambda: self._building.mkdir(parents=True) if self._is_first else None)
         made = snapshot(self._building)
         self._jobs = self._save(final, made, json.dumps(trainer_state), {"step": step, **facts})
-        self._work = _Work(next(self._jobs))
+        self._work = _BackgroundJob(next(self._jobs))
 
     def _save(self, final: Path, snapshot: Snapshot, trainer_state: str, manifest: dict[str, Any]) -> Generator[Job]:
-        """The jobs of a save, one after the other; what stands between them is collective."""
-        building, nothing = self._building, lambda: None
+        """Yields the jobs of a save in order; the code between the jobs is collective."""
+        building = self._building
 
         def write() -> dict[str, dict[str, Any]]:
             files = snapshot.write()
@@ -132,49 +135,51 @@ class CheckpointStore:
 
         own = yield write
         own |= self._together(lambda: hashes(snapshot.finish(), building))
-        files = {name: facts for part in over_ranks(own) for name, facts in part.items()}
-        yield (lambda: commit(building, final, {**manifest, "files": files})) if self._is_first else nothing
+        files = {name: facts for part in gather_ranks(own) for name, facts in part.items()}
+        yield (lambda: commit(building, final, {**manifest, "files": files})) if self._is_first else _no_job
 
         def verify() -> None:
-            if problem := problem_of_files(final, own):
-                raise OSError(f"{final}: {problem} right after it was written; older checkpoints are kept")
+            if problem := find_corrupt_file(final, own):
+                raise OSError(f"{final}: {problem} immediately after writing; older checkpoints are kept")
 
         yield verify
-        yield self._prune if self._is_first else nothing
+        yield self._prune if self._is_first else _no_job
 
     @property
     def saving(self) -> bool:
-        """Whether a save has begun and not ended; the same on every rank, local."""
+        """Whether a save is in progress; local, the same on every rank."""
         return self._work is not None
 
     @property
     def busy(self) -> bool:
-        """Whether this rank's present job goes on; local."""
-        return self._work is not None and self._work.goes_on
+        """Whether this rank is running a job; local."""
+        return self._work is not None and self._work.is_running
 
     def advance(self) -> None:
-        """Goes on to the next job of a save; for when no rank is busy.
+        """Starts the next job of the save; to be called when no rank is busy.
 
         Raises:
-            UserError: a rank could not write, for a reason that stays.
+            UserError: a rank could not write, and a restart would not help.
             OSError: a rank could not write.
         """
         assert self._work is not None
         assert self._jobs is not None
         self._work.wait()
-        done, self._work = self._work, None
+        done = self._work
+        self._work = None
         self._agree(done.error)
         with contextlib.suppress(StopIteration):
-            self._work = _Work(self._jobs.send(done.result))
+            self._work = _BackgroundJob(self._jobs.send(done.result))
 
     def wait(self) -> None:
-        """Ends a save that was begun; raises what :meth:`advance` does."""
+        """Completes a save that is in progress; raises the same errors as :meth:`advance`."""
         while self.saving:
             self.advance()
 
     def _together(self, action: Callable[[], Any]) -> Any:
-        """Does something on every rank, and fails on all of them where it fails on one."""
-        result, failure = None, None
+        """Runs ``action`` on every rank; raises on all ranks if it fails on any of them."""
+        result = None
+        failure = None
         try:
             result = action()
         except Exception as error:
@@ -183,104 +188,110 @@ class CheckpointStore:
         return result
 
     def _agree(self, failure: Exception | None) -> None:
-        told = None if failure is None else (first_line(failure), _lasts(failure))
-        failed = [(rank, *told) for rank, told in enumerate(over_ranks(told)) if told is not None]
+        """Raises on all ranks if any rank reports a failure."""
+        own = None if failure is None else (first_line(failure), _is_persistent(failure))
+        failed = [(rank, *report) for rank, report in enumerate(gather_ranks(own)) if report is not None]
         if not failed:
             return
         if self._is_first and self._building != self.root:
-            shutil.rmtree(self._building, ignore_errors=True)  # a full disk gets its space back
-        rank, text, lasting = failed[0]
+            shutil.rmtree(self._building, ignore_errors=True)  # frees space on a full disk
+        rank, text, persistent = failed[0]
         problem = f"checkpoint {self._building} could not be saved (rank {rank}: {text})"
-        if lasting:
-            raise UserError(f"{problem}; make room or mend the rights, and start again: the one before is intact")
+        if persistent:
+            cure = "free disk space or fix the permissions, and restart"
+            raise UserError(f"{problem}; {cure}: the previous checkpoint is intact")
         raise OSError(problem) from failure
 
     def _prune(self) -> None:
-        for old in beyond(step_directories(self.root), self.keep, self.milestones):
+        for old in checkpoints_to_prune(step_directories(self.root), self.keep, self.milestones):
             remove(old)
 
     def check_shared(self) -> None:
-        """Refuses a directory that is not the same one for every rank: half a checkpoint would lie on each host.
+        """Checks that all ranks see the same directory; otherwise each host would save a part of the checkpoint.
 
         Raises:
-            UserError: naming the ranks that look elsewhere.
+            UserError: names the ranks that see another directory.
         """
         mark = [f".shared-{secrets.token_hex(4)}"]
         dist.broadcast_object_list(mark, src=0)
         path = self.root / mark[0]
 
-        def make() -> None:
+        def create() -> None:
             self.root.mkdir(parents=True, exist_ok=True)
             path.touch()
 
-        self._together(make if self._is_first else lambda: None)
-        deadline = time.monotonic() + _SIGHT_S
+        self._together(create if self._is_first else _no_job)
+        deadline = time.monotonic() + _VISIBLE_S
         while not (seen := path.exists()) and time.monotonic() < deadline:
             time.sleep(0.1)
             with contextlib.suppress(OSError):
-                os.listdir(self.root)  # network file systems remember that a file was not there
-        everywhere = over_ranks(None if seen else socket.gethostname())
+                os.listdir(self.root)  # network file systems cache that a file is missing
+        everywhere = gather_ranks(None if seen else socket.gethostname())
         if self._is_first:
             path.unlink()
         blind = [f"{rank} (on {host})" for rank, host in enumerate(everywhere) if host is not None]
         if blind:
-            problem = f"{self.root.resolve()} of rank 0 is not seen by rank {', '.join(blind)}"
-            raise UserError(f"run.dir: {problem}; name a directory that all hosts share, by its whole path")
+            problem = f"{self.root.resolve()} of rank 0 is not visible to rank {', '.join(blind)}"
+            raise UserError(f"run.dir: {problem}; use the absolute path of a directory that all hosts share")
 
     def remove_leftovers(self) -> None:
-        """Removes what interrupted saves and removals left behind."""
+        """Removes the leftovers of interrupted saves and removals."""
         if self._is_first:
             for leftover in leftovers(self.root):
                 shutil.rmtree(leftover)
         dist.barrier()
 
     def newest(self, progress: Callable[[str], None] = lambda doing: None) -> Checkpoint | None:
-        """The newest checkpoint whose every hash is right; None in a run that has none yet. Ranks share the files.
+        """The latest valid checkpoint; None if the run has no checkpoint yet. Each rank verifies a share of the files.
 
-        Damaged ones are renamed to ``step_N.damaged-<id>`` and reported.
+        Corrupt checkpoints are renamed to ``step_N.damaged-<id>`` and reported.
 
         Args:
-            progress: is told when the ranks get on.
+            progress: called when the verification progresses.
 
         Raises:
-            UserError: there are checkpoints, and all of them are damaged.
+            UserError: the run has checkpoints, and all of them are corrupt.
         """
         problems = []
         for path in self._of_first(lambda: step_directories(self.root)):
-            problem = self._problem_of(path, progress)
+            problem = self._find_corruption(path, progress)
             if problem is None:
                 return Checkpoint(path, step_of(path))
             problems.append(f"{path.name}: {problem}")
-            self._of_first(lambda: str(put_aside(path)))  # noqa: B023  called at once
+            self._of_first(lambda: str(quarantine(path)))  # noqa: B023  called at once
             if self._is_first:
-                print(f"checkpoint {path}: {problem}; put aside, trying the one before", flush=True)
+                print(f"checkpoint {path}: {problem}; quarantined, trying the previous one", flush=True)
         if problems or self._of_first(lambda: bool(damaged(self.root))):
-            why, cure = "; ".join(problems) or "all were found damaged before", "start anew with another run.name"
-            raise UserError(f"{self.root}: no checkpoint is undamaged ({why}); restore one, or {cure}")
+            why = "; ".join(problems) or "all were quarantined before"
+            raise UserError(f"{self.root}: no valid checkpoint ({why}); restore one, or use another run.name")
         return None
 
     def _of_first(self, look: Callable[[], Any]) -> Any:
-        """What the first rank sees: others may see what was there a moment ago."""
+        """The result of ``look`` on rank 0; other ranks may see an outdated directory."""
         seen = [look() if self._is_first else None]
         dist.broadcast_object_list(seen, src=0)
         return seen[0]
 
-    def _problem_of(self, path: Path, progress: Callable[[str], None]) -> str | None:
-        """What is wrong with a checkpoint directory, the same on every rank; None where all of its files are sound."""
+    def _find_corruption(self, path: Path, progress: Callable[[str], None]) -> str | None:
+        """Describes the corruption of a checkpoint directory, the same on every rank; None if it is valid."""
         manifest = self._of_first(lambda: read_manifest(path))
         if manifest is None:
             return WITHOUT_MANIFEST
-        rank, ranks = dist.get_rank(), range(dist.get_world_size())
-        own = share(pieces_of(path, manifest["files"]), ranks, rank)
+        rank = dist.get_rank()
+        own = share(pieces_of(path, manifest["files"]), range(dist.get_world_size()), rank)
         for folder in {piece.path.parent for piece in own}:
             with contextlib.suppress(OSError):
-                os.listdir(folder)  # network file systems remember that a file was not there
-        return check_together(Checking(own), over_ranks, rank, progress, f"checkpoint {path.name}")
+                os.listdir(folder)  # network file systems cache that a file is missing
+        return check_together(Checking(own), gather_ranks, rank, progress, f"checkpoint {path.name}")
 
 
-def _lasts(failure: Exception) -> bool:
-    """Whether another start would meet it again, by its number; safetensors has that in its text alone."""
+def _no_job() -> None:
+    """The job of ranks that have nothing to do."""
+
+
+def _is_persistent(failure: Exception) -> bool:
+    """Whether a failure would recur after a restart, by its errno, which safetensors gives only in its message."""
     number = getattr(failure, "errno", None)
     if number is None and (said := re.search(r"os error (\d+)", str(failure))):
         number = int(said.group(1))
-    return number in _LASTING
+    return number in _PERSISTENT

@@ -1,4 +1,4 @@
-"""What the person at the keyboard sees while a run goes on."""
+"""Console output of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dynmoe.train.health import layers_of
 from dynmoe.train.metrics import Row
 from dynmoe.train.scores import figures_of, scores_of, shown_score
 
-# Columns of the table of the layers: heading, name among the metrics, format.
+# Columns of the table of layers: heading, name of the metric, format.
 _COLUMNS = (
     ("experts/token", "experts_per_token_mean", "{:.2f}"),
     ("p5", "experts_per_token_p5", "{:.0f}"),
@@ -33,7 +33,7 @@ def _duration(seconds: float) -> str:
 
 
 def print_scores(row: Row, title: str, console: Console | None = None) -> None:
-    """A table of the tasks and domains of a row; nothing where it has none."""
+    """Prints a table of the tasks and domains of a row, if it has any."""
     found = scores_of(row)
     if not found:
         return
@@ -47,10 +47,11 @@ def print_scores(row: Row, title: str, console: Console | None = None) -> None:
 
 
 class RunConsole:
-    """One line that is kept up to date on a terminal, a line per row where the output is none; tables and warnings."""
+    """Prints a line that is updated on a terminal, or else one line per row; also tables and warnings."""
 
     def __init__(self, steps: int, first_step: int) -> None:
-        self._steps, self._first = steps, first_step
+        self._steps = steps
+        self._first = first_step
         self._console = Console(soft_wrap=True, highlight=False)
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
         self._start = time.perf_counter()
@@ -74,7 +75,7 @@ class RunConsole:
         print_scores(row, f"step {step}", self._console)
 
     def show_layers(self, row: Row, step: int) -> None:
-        """A table of the layers; nothing for a dense model."""
+        """Prints a table of the MoE layers, if there are any."""
         layers = layers_of(row)
         if not layers:
             return

@@ -1,4 +1,4 @@
-"""What the trainer asks of an engine. Engines depend on this; the trainer on none of them."""
+"""The protocol between trainer and engines. Engines depend on it; the trainer depends on no engine."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from dynmoe.data.batches import Batch
 from dynmoe.errors import UserError
 from dynmoe.moe import MoEContext, MoELayer
 from dynmoe.moe.adaptation import AdaptationEvent
+from dynmoe.moe.trace import RoutingTrace
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """What a step's forward and backward passes came to, the same on every rank.
+    """Result of the forward and backward passes of a step, the same on every rank.
 
     Attributes:
         lm_loss: cross-entropy in nats, mean over all tokens of the global batch.
-        grad_norm: norm of the whole model's gradient before clipping.
+        grad_norm: norm of the gradient of the whole model before clipping.
     """
 
     lm_loss: float
@@ -39,8 +40,8 @@ class StepReport:
     """Counts of the latest step, the same on every rank.
 
     Attributes:
-        routed_rows: rows that each MoE layer (by index) computed over all ranks since the last report.
-        sent_bytes: what expert parallelism sent between ranks since the last report, over all layers and ranks.
+        routed_rows: rows computed by each MoE layer (by index) on all ranks since the last report.
+        sent_bytes: bytes sent between ranks by expert parallelism since the last report, over all layers and ranks.
         statistics: vector of each MoE layer (see ``dynmoe.moe.statistics``), summed over all ranks; empty unless the
             step was recorded.
     """
@@ -52,12 +53,12 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A rank's state after one step, copied to host memory on its way into a checkpoint's directory.
+    """A copy in host memory of a rank's state after a step, to be written into a checkpoint directory.
 
     Attributes:
-        write: puts this rank's files into place and returns them; local, once, on any thread: later steps change
-            nothing of what it writes.
-        finish: writes what is known only when every rank has written, and returns it; collective.
+        write: writes this rank's files and returns their paths; local, called once, on any thread. Later steps do not
+            affect what it writes.
+        finish: writes the files that depend on the files of all ranks, and returns their paths; collective.
     """
 
     write: Callable[[], list[Path]]
@@ -65,12 +66,14 @@ class Snapshot:
 
 
 class Engine(Protocol):
-    """A model, its optimizer and its process groups. Every method is collective unless it says otherwise.
+    """A model, its optimizer and its process groups. Every method is collective unless documented as local.
 
-    ``context`` is what all MoE layers of this rank share; ``data_rank`` of ``data_size`` says which sequences it reads;
-    ``step`` is the number of the latest step, those included that were skipped; ``layers`` are the MoE layers of this
-    rank, in their order; ``local_modules`` take part in every forward pass with the same shapes on every rank, and no
-    collective lies in them.
+    Attributes:
+        context: state shared by all MoE layers of this rank.
+        data_rank, data_size: data-parallel rank and size, which determine the sequences that this rank reads.
+        step: number of the latest step, including skipped steps.
+        layers: the MoE layers of this rank, in order.
+        local_modules: modules without collectives that run in every forward pass, with the same shapes on every rank.
     """
 
     context: MoEContext
@@ -83,65 +86,65 @@ class Engine(Protocol):
     layers: list[MoELayer]
     local_modules: Sequence[nn.Module]
 
-    def compute_gradients(self, batches: Sequence[Batch], record: bool) -> Gradients:
-        """The next step over the micro-batches of this rank; with ``record`` MoE statistics are collected.
+    def compute_gradients(self, batches: Sequence[Batch], record: bool, trace: RoutingTrace | None = None) -> Gradients:
+        """Runs the next step over the micro-batches of this rank; with ``record``, MoE statistics are collected.
 
-        Then comes either :meth:`update` or :meth:`skip`.
+        ``trace`` collects the routes of this rank. Must be followed by either :meth:`update` or :meth:`skip`.
         """
 
     def update(self, lr: float) -> list[AdaptationEvent]:
-        """Takes the step: clips, and lets the optimizer and what acts between steps have it.
+        """Clips the gradients, updates the model, and runs budget and adaptation.
 
-        Returns the experts that came and went after it, the same list on every rank.
+        Returns the experts that were added or removed, the same list on every rank.
         """
 
     def skip(self) -> list[AdaptationEvent]:
-        """Forgets the step's gradients and what it saw: parameters, moments and budgets stay as they are.
+        """Discards the step's gradients and statistics: parameters, moments and budgets do not change.
 
-        A window of adaptation goes on, or ends, without it.
+        An adaptation window continues, or ends, without this step.
         """
 
     def describe_nonfinite(self) -> str:
-        """What of the step is not finite, and on which rank, in which layer and parameter first.
+        """Describes what in the step is not finite, with rank, layer and parameter of the first occurrence.
 
         Raises:
-            UserError: only a ceiling of experts per token was passed.
+            UserError: the only problem is that the ceiling of experts per token was exceeded.
         """
 
     def positions(self, length: int) -> Tensor:
-        """Positions of a sequence of ``length`` tokens that this rank's layers compute, in their order; local."""
+        """Positions in a sequence of ``length`` tokens that this rank computes, in its order; local."""
 
     def report(self) -> StepReport:
-        """Reduces the figures of the latest step over all ranks, in one collective."""
+        """Reduces the counts of the latest step over all ranks in one collective."""
 
     def evaluate(self, batches: Sequence[Batch], texts: Sequence[int], per_rank: Sequence[float]) -> list[float]:
         """Mean cross-entropy of each text over the batches of all ranks, in one reduction.
 
         Args:
-            batches: of this rank; every rank gives as many, of the same shape.
-            texts: which text each of them is of.
-            per_rank: of each text, how many batches a data-parallel rank has of it in the mean.
+            batches: batches of this rank; number and shapes must be the same on every rank.
+            texts: index of the text of each batch.
+            per_rank: batches of each text per data-parallel rank, on average.
         """
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
-        """Logits [B, S, V] in evaluation; ranks of different ``data_rank`` may give different tokens."""
+        """Logits [B, S, V] in evaluation mode; ranks with different ``data_rank`` may pass different tokens."""
 
     def snapshot(self, directory: Path) -> Snapshot:
-        """Copies model, optimizer and random state, to be written into ``directory``, which exists."""
+        """Copies model, optimizer and random state, to be written into the existing ``directory``."""
 
     def load(self, directory: Path) -> None:
-        """Restores what a :class:`Snapshot` wrote, under any parallel layout."""
+        """Restores the state that a :class:`Snapshot` wrote, under any parallel layout."""
 
 
 def take_step(
-    engine: Engine, batches: Sequence[Batch], lr: float, record: bool = False
+    engine: Engine, batches: Sequence[Batch], lr: float, record: bool = False, trace: RoutingTrace | None = None
 ) -> tuple[Gradients, list[AdaptationEvent]]:
-    """A whole step, whatever its loss is, and the experts that came and went after it.
+    """Runs a step and its update without a guard; returns the experts added or removed as well.
 
     Raises:
-        UserError: it is not finite; parameters and moments are as before.
+        UserError: the step is not finite; parameters and moments have not changed.
     """
-    gradients = engine.compute_gradients(batches, record)
+    gradients = engine.compute_gradients(batches, record, trace)
     if not gradients.finite:
         raise UserError(f"step {engine.step}: {engine.describe_nonfinite()}")
     return gradients, engine.update(lr)

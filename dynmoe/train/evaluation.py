@@ -1,4 +1,4 @@
-"""The validation loss of a run: of its blend, with that of each domain beside it, or of all text as one."""
+"""The validation loss of a run: of its blend and of each domain, or of all text together."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from dynmoe.train.scores import scores_row
 
 
 class Evaluation:
-    """The validation loss over the first validation sequences: as many as ``eval.batches`` asks for, or as there are.
+    """The validation loss over the first ``eval.batches`` global batches of validation sequences, or all if fewer.
 
-    Of several corpora with ``eval.weighting=blend`` each micro-batch is of one domain, and ``eval/loss`` weights the
-    domains' means as training does. Else the validation text of all corpora is one. A remainder that does not fill a
-    forward pass on every rank is left out.
+    For several corpora with ``eval.weighting=blend``, each micro-batch is of one domain, and ``eval/loss`` weights the
+    mean losses of the domains as training does. Otherwise the validation text of all corpora is concatenated. A
+    remainder that does not fill a forward pass on every rank is skipped.
 
     Attributes:
-        sequences: how many a score of a domain reads, by the domain's name.
+        sequences: number of sequences for the score of a domain, by the domain's name.
 
     Args:
-        config: of the run.
-        engine: whose model is evaluated.
-        data: of the run.
+        config: configuration of the run.
+        engine: engine of the evaluated model.
+        data: data of the run.
 
     Raises:
-        ConfigError: the validation data is too small: now, not at the first evaluation.
+        ConfigError: the validation data is too small; raised before training, not at the first evaluation.
     """
 
     def __init__(self, config: Config, engine: Engine, data: PretrainingData) -> None:
-        self._engine, corpora, domains = engine, data.corpora, by_domain(data.corpora)
+        self._engine = engine
+        corpora = data.corpora
+        domains = by_domain(corpora)
         if is_weighted(config, corpora):
             self._shares = training_shares(corpora, config.data.weights)
             self._shares_by_tokens = validation_shares(corpora)
@@ -41,10 +43,11 @@ class Evaluation:
                 PretrainingData([domains[name]], [], data.sequence_length, data.seed, data.cache)
                 for name in self.sequences
             ]
-            # Asked on every rank, each text builds its index here: later the ranks read different ones.
+            # validation_samples builds an index collectively, so every rank asks every text here.
             counts = [min(n, t.validation_samples) for n, t in zip(self.sequences.values(), self._texts, strict=True)]
         else:
-            self._shares, self._texts = {}, [data]
+            self._shares = {}
+            self._texts = [data]
             self.sequences = dict.fromkeys(domains, config.eval.batches * config.train.global_batch)
             counts = [_sequences_of_all(config, engine, data)]
         rows = config.train.micro_batch
@@ -53,7 +56,7 @@ class Evaluation:
         self._own = every[engine.data_rank :: engine.data_size]
 
     def row(self) -> Row:
-        """The loss in nats per token and its perplexity, with the figures of each domain of a blend. Collective."""
+        """The loss in nats per token and its perplexity, in a blend also those of each domain. Collective."""
         batches = [self._texts[text].validation_batch(numbers) for text, numbers in self._own]
         losses = self._engine.evaluate(batches, [text for text, _ in self._own], self._per_rank)
         if not self._shares:
@@ -69,13 +72,13 @@ class Evaluation:
 
 
 def _sequences_of_all(config: Config, engine: Engine, data: PretrainingData) -> int:
-    """Validation sequences of all text that an evaluation reads; collective."""
+    """Number of validation sequences that an evaluation of all text reads; collective."""
     per_pass = config.train.micro_batch * engine.data_size
     if data.validation_samples < per_pass:
         problem = (
             f"the validation data has {data.validation_samples} sequences, "
-            f"fewer than one pass over all ranks ({per_pass})"
+            f"fewer than one forward pass on all ranks ({per_pass})"
         )
-        raise ConfigError("train.micro_batch", config.train.micro_batch, problem, "use a smaller one or more text")
+        raise ConfigError("train.micro_batch", config.train.micro_batch, problem, "use a smaller value or more text")
     wanted = min(config.eval.batches * config.train.global_batch, data.validation_samples)
     return wanted // per_pass * per_pass

@@ -1,4 +1,4 @@
-"""Steps that must not reach the optimizer: those without a finite loss and gradient, and spikes of the loss."""
+"""Steps that must not reach the optimizer: those with a non-finite loss or gradient, and loss spikes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass, field
 from dynmoe.config.guard import GuardConfig
 from dynmoe.train.engine import Gradients
 
-# A window of equal losses has no deviation; what lies within this part of their mean is no spike.
+# Least standard deviation, relative to the mean: a window of equal losses has none, and noise is not a spike.
 _LEAST_DEVIATION = 1e-3
 
 
 @dataclass
 class GuardState:
-    """What the guard goes by; part of every checkpoint.
+    """State of the guard; part of every checkpoint.
 
     Attributes:
-        skipped_steps: steps of the run whose update was left out.
-        bad_in_a_row: latest steps that were not finite.
-        spikes_in_a_row: latest steps that were left out as spikes.
-        losses: of the latest steps that were taken, at most ``guard.spike_window``.
+        skipped_steps: number of steps of the run without an update.
+        bad_in_a_row: latest consecutive steps that were not finite.
+        spikes_in_a_row: latest consecutive steps that were skipped as spikes.
+        losses: losses of the latest steps that were not skipped, at most ``guard.spike_window``.
     """
 
     skipped_steps: int = 0
@@ -30,18 +30,19 @@ class GuardState:
 
 
 class StepGuard:
-    """Decides whether a step's gradients are used. Every rank has the same figures, and so decides alike.
+    """Decides whether a step is skipped. All ranks see the same loss and norm, so they decide alike.
 
     Args:
         config: limits.
-        state: to go on from; it is changed.
+        state: state to resume from; it is modified.
     """
 
     def __init__(self, config: GuardConfig, state: GuardState) -> None:
-        self.config, self.state = config, state
+        self.config = config
+        self.state = state
 
-    def is_bad(self, gradients: Gradients) -> bool:
-        """Whether a step is not finite: it is left out, and leaves no trace in the window of losses."""
+    def is_nonfinite(self, gradients: Gradients) -> bool:
+        """Whether loss or gradient is not finite: the step must be skipped, and the loss window ignores it."""
         if gradients.finite:
             self.state.bad_in_a_row = 0
             return False
@@ -51,15 +52,17 @@ class StepGuard:
 
     @property
     def gives_up(self) -> bool:
-        """Whether so many steps in a row were not finite that going on makes no sense."""
-        return self.state.bad_in_a_row >= self.config.bad_steps
+        """Whether too many consecutive steps were not finite to continue."""
+        return self.state.bad_in_a_row >= self.config.max_consecutive_nonfinite_steps
 
     def spike(self, gradients: Gradients) -> str | None:
-        """Why a finite step is left out, in words; None for one that is taken, whose loss the window then has.
+        """Why a finite step is skipped as a spike; None for a step that is used, whose loss joins the window.
 
-        After ``guard.spike_skips`` in a row the next step is taken, and the window begins anew.
+        After ``guard.spike_skips`` consecutive skips the next step is used, and a new window begins.
         """
-        config, state, loss = self.config, self.state, gradients.lm_loss
+        config = self.config
+        state = self.state
+        loss = gradients.lm_loss
         if not config.spike_window:
             return None
         if len(state.losses) >= config.spike_window:
@@ -70,7 +73,7 @@ class StepGuard:
                 state.spikes_in_a_row += 1
                 state.skipped_steps += 1
                 which = f"{state.spikes_in_a_row} of at most {config.spike_skips}"
-                return f"loss {loss:.4g} is above {limit:.4g}, its limit after {mean:.4g}; left out ({which})"
+                return f"loss {loss:.4g} is above the limit {limit:.4g} (recent mean {mean:.4g}); skipped ({which})"
             if loss > limit:
                 state.losses.clear()
         state.spikes_in_a_row = 0

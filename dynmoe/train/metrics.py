@@ -1,4 +1,4 @@
-"""The rows of metrics.jsonl and histograms.jsonl, which are the truth, and what a view of them is."""
+"""The rows of metrics.jsonl and histograms.jsonl, and the interface of views that display them."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from dynmoe.moe.budget import Budget
 from dynmoe.moe.statistics import LayerStatistics
 from dynmoe.train.engine import StepReport
 
-# Dense bf16 peaks of one device in TFLOP/s, by a part of its name, from the makers' data sheets.
+# Dense bf16 peak of one device in TFLOP/s by a part of its name, from the vendors' data sheets.
 _PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.4, "H200": 989.4, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
 
 Row = dict[str, float]
-# Of a step: "train/step", and under "layers" what LayerStatistics.histograms gives, by the layer's index as text.
+# "train/step" of a step, and in "layers" the result of LayerStatistics.histograms by the layer's index as a string.
 Histograms = dict[str, Any]
-# Draws the figures of a run directory, by name (plotly's); the report does.
+# Draws the plotly figures of a run directory, by name; implemented by the report.
 Pictures = Callable[[Path], dict[str, Any]]
 
 
 class View(Protocol):
-    """Something that shows rows elsewhere, and may fail. ``name`` is what users call it."""
+    """Displays rows of metrics elsewhere, and may fail. ``name`` is shown to users."""
 
     name: str
 
     def log(self, row: Row, histograms: Histograms | None) -> None:
-        """A row, on some steps with histograms."""
+        """Logs a row of metrics, for some steps with histograms."""
 
     def close(self) -> None:
-        """The last call: of this start of the run nothing more will come."""
+        """Ends the view. This is the last call in this start of the run."""
 
 
 def peak_tflops(given: float | None) -> float | None:
-    """Peak of one device, given or by the GPU's name; None where it is unknown."""
+    """Peak TFLOP/s of one device: the given one, or that of the GPU's name; None if unknown."""
     if given is not None or not torch.cuda.is_initialized():
         return given
     name = torch.cuda.get_device_name()
@@ -47,19 +47,19 @@ def peak_tflops(given: float | None) -> float | None:
 
 
 def peak_memory_gib() -> float:
-    """High-water mark of this process: device memory on a GPU, resident memory on a CPU."""
+    """Peak memory of this process: device memory on a GPU, resident memory on a CPU."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
 
 
 def perplexity(loss: float) -> float:
-    """Of a loss in nats per token; one that is too large for a float is the largest that is not."""
+    """Perplexity of a loss in nats per token, limited to the range of a float."""
     return math.exp(min(loss, 700.0))
 
 
 def moe_row(report: StepReport, config: Config, step: int) -> Row:
-    """Figures of every MoE layer after optimizer step ``step``, and their mean over layers without a layer's name."""
+    """Metrics of every MoE layer after optimizer step ``step``, and their means over layers."""
     figures = {
         layer: LayerStatistics(vector, config.model, layer).figures(config.parallel.expert)
         for layer, vector in report.statistics.items()
@@ -83,10 +83,10 @@ def histograms(report: StepReport, config: Config, step: int) -> Histograms:
 def throughput_row(
     size: ModelSize, tokens: int, routed_rows: int, seconds: float, world_size: int, peak: float | None, static_k: float
 ) -> Row:
-    """Speed over an interval of ``tokens`` tokens.
+    """Throughput over an interval of ``tokens`` tokens.
 
-    FLOPs come from the rows that were computed; beside them the figure that a report for a fixed number of
-    ``static_k`` experts per token would give. ``train/mfu`` is absent where the peak is unknown.
+    FLOPs are those of the computed rows; ``train/tflops_per_rank_static`` instead assumes ``static_k`` experts per
+    token. ``train/mfu`` is absent if the peak is unknown.
     """
     per_rank = size.flops(tokens, routed_rows) / seconds / world_size / 1e12
     row = {

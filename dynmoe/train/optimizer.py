@@ -1,4 +1,4 @@
-"""AdamW with one parameter group for each kind of weight."""
+"""Parameter groups for AdamW, one for each role of a weight."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 from torch import nn
 
 from dynmoe.config import Config
-from dynmoe.moe.routers import Router
+from dynmoe.moe.router import Router
 
 
 def parameter_groups(module: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Groups by role: ``decay`` (matrices), ``no_decay`` (norms, thresholds) and ``router``.
+    """Parameter groups ``decay`` (matrices), ``no_decay`` (norms), ``router`` and ``router_no_decay`` (thresholds).
 
-    Each has a ``name``, its ``weight_decay`` and an ``lr_factor`` on the scheduled learning rate. Router matrices
-    decay; router thresholds do not. Experts carry their own mark (``allreduce = False``), by which engines split
-    groups further.
+    Each has a ``name``, a ``weight_decay`` and a factor ``lr_factor`` of the scheduled learning rate. Expert
+    parameters are marked by ``allreduce = False``, by which engines split the groups further.
     """
     router = {id(p) for m in module.modules() if isinstance(m, Router) for p in m.parameters()}
-    decay, factor = config.optimizer.weight_decay, config.model.router.lr_factor
+    decay = config.optimizer.weight_decay
+    factor = config.model.router.lr_factor
     groups: dict[str, dict[str, Any]] = {
         "decay": {"weight_decay": decay, "lr_factor": 1.0},
         "no_decay": {"weight_decay": 0.0, "lr_factor": 1.0},

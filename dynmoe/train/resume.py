@@ -1,4 +1,4 @@
-"""What a resumed run must keep of the configuration of its checkpoint."""
+"""Checks that a resumed run keeps the configuration of its checkpoint."""
 
 from __future__ import annotations
 
@@ -6,43 +6,49 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from dynmoe.config import Config
+from dynmoe.config import Config, current_name
+from dynmoe.config.router_fields import chosen_router, without_foreign_fields
 from dynmoe.errors import ConfigError
 
-# A resumed run may differ from its checkpoint in everything but the latter.
-_FREE = ("model.moe.ceiling", "model.moe.at_ceiling")
+# Fields and sections that a resumed run must keep, with exceptions; all others may change.
 _FIXED = ("model", "data.weights", "data.sequence_length", "train.seed")
-# Before the first sample the data may still be chosen.
+_FREE = ("model.moe.max_mean_experts_per_token", "model.moe.on_overflow")
+# Before the first sample, only these must be kept.
 _FIXED_BEFORE = ("model",)
 
 
-def refuse_changes(saved: dict[str, Any], current: dict[str, Any], has_begun: bool = True) -> None:
-    """Raises a ConfigError that shows what differs in a field that a resumed run must keep.
+def check_unchanged(saved: dict[str, Any], current: dict[str, Any], has_begun: bool = True) -> None:
+    """Raises a ConfigError for a field that a resumed run must keep and that has changed.
 
-    Less is kept by one that has read nothing yet (``has_begun`` is False). What is named in
-    ``checkpoint.accept_changes`` may differ, as far as the tensors fit.
+    A run that has read no sample yet (``has_begun`` is False) must keep fewer fields. Fields named in
+    ``checkpoint.accept_changes`` may change, as long as the tensors fit.
     """
     if saved.get("engine") != current["engine"]:
         cure = f"keep it, or convert the run: python -m dynmoe.convert RUN --engine {current['engine']}"
-        raise ConfigError("engine", current["engine"], f"the run's checkpoint is of {saved.get('engine')}", cure)
-    old, new = dict(flatten(saved)), dict(flatten(current))
+        raise ConfigError("engine", current["engine"], f"the run's checkpoint was saved by {saved.get('engine')}", cure)
+    # Older versions saved the fields of all routers.
+    saved = without_foreign_fields(chosen_router([saved]), saved)
+    old = {current_name(name): value for name, value in flatten(saved)}
+    new = dict(flatten(current))
     fixed = _FIXED if has_begun else _FIXED_BEFORE
-    free = [*_FREE, *current["checkpoint"]["accept_changes"]]
-    for name in sorted(old.keys() | new.keys()):
+    free = [*_FREE, *map(current_name, current["checkpoint"]["accept_changes"])]
+    for name in sorted(old.keys() | new.keys(), key=lambda name: (name != "model.router.kind", name)):
         if _is_in(name, fixed) and not _is_in(name, free) and old.get(name) != new.get(name):
-            cure = "keep it, start anew with another run.name, or name it in checkpoint.accept_changes"
+            cure = "keep it, start a new run with another run.name, or name it in checkpoint.accept_changes"
             raise ConfigError(name, new.get(name), f"the run's checkpoint has {old.get(name)!r}", cure)
 
 
 def with_weighting(config: Config, saved: dict[str, Any] | None) -> Config:
-    """The configuration with ``eval.weighting`` settled: a run keeps the one that it began with, unless one is given.
+    """The configuration with ``eval.weighting`` resolved: unless it is given, a run keeps its initial one.
 
     Args:
-        config: of this start.
-        saved: that of the checkpoint; None where the run begins. Runs that know no weighting count tokens.
+        config: the current configuration.
+        saved: configuration of the checkpoint; None for a new run. Runs without this field weighted by tokens.
     """
-    began = "blend" if saved is None else dict(flatten(saved)).get("eval.weighting") or "tokens"
-    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, weighting=config.eval.weighting or began))
+    initial = "blend" if saved is None else dict(flatten(saved)).get("eval.weighting") or "tokens"
+    return dataclasses.replace(
+        config, eval=dataclasses.replace(config.eval, weighting=config.eval.weighting or initial)
+    )
 
 
 def _is_in(name: str, sections: Sequence[str]) -> bool:
@@ -50,7 +56,7 @@ def _is_in(name: str, sections: Sequence[str]) -> bool:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Name and value of every field of a nested configuration, such as ``model.router.p``."""
+    """Dotted name (such as ``model.router.p``) and value of every field of a nested configuration."""
     flat: list[tuple[str, Any]] = []
     for key, value in tree.items():
         name = f"{prefix}{key}"

@@ -12,15 +12,15 @@ from dynmoe.errors import UserError
 from dynmoe.lock import Lock
 from dynmoe.train.checkpoint import write_atomically
 
-# A predecessor on another host may still be ending.
+# A previous job on another host may still be exiting.
 PATIENCE_S = 5.0
 
 
 class RunDirectory:
-    """Paths and small files of a run. Only the first rank writes.
+    """Paths and small files of a run. Only rank 0 writes them.
 
     Args:
-        path: the directory; made by :meth:`claim`.
+        path: the directory; created by :meth:`claim`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,16 +43,16 @@ class RunDirectory:
         self._lock: Lock | None = None
 
     def starts(self, node: int) -> Path:
-        """Where node ``node`` takes note of its starts: each in a file of its own, which nobody else writes."""
+        """The file in which node ``node``, and no other, records its starts."""
         return self.logs / f"starts_node_{node}.jsonl"
 
     def claim(self, patience_s: float = PATIENCE_S) -> None:
-        """Makes the directory and holds it for this process until it ends; waits ``patience_s`` for another to end.
+        """Creates the directory and locks it for this process; waits up to ``patience_s`` for another job to exit.
 
-        Megatron's index files are removed: one that a kill cut short would be trusted, and they are soon made again.
+        Megatron's index files are removed: Megatron would trust a truncated one, and rebuilding them is fast.
 
         Raises:
-            UserError: the directory cannot be made or written to, or another job trains in it.
+            UserError: the directory cannot be created or written to, or another job is training in it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -66,22 +66,19 @@ class RunDirectory:
         shutil.rmtree(self.data_index, ignore_errors=True)
 
     def release(self) -> None:
-        """Lets another process claim the directory."""
+        """Releases the lock, so that another process can claim the directory."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
     def begin(self, config_yaml: str, tokenizer: bytes) -> None:
-        """Keeps the configuration and the tokenizer, and forgets how an earlier start ended: only this one counts.
-
-        With them a run can be looked at wherever its directory lies.
-        """
+        """Writes the configuration and the tokenizer, which make the directory self-contained; removes the outcome."""
         write_atomically(self.config, config_yaml)
         write_atomically(self.tokenizer, tokenizer)
         self.outcome.unlink(missing_ok=True)
 
     def write_outcome(self, status: str, step: int, **facts: Any) -> None:
-        """``status``: finished or preempted, by the first rank; failed, by the first rank that fails."""
+        """Writes the outcome: finished or preempted by rank 0, failed by the first rank that fails."""
         if status == "failed" and self.outcome.exists():
-            return  # the others fail because one did
+            return  # other ranks fail as a consequence
         write_atomically(self.outcome, json.dumps({"status": status, "step": step, **facts}, indent=1) + "\n")

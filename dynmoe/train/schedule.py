@@ -1,4 +1,4 @@
-"""Learning rate as a function of the step."""
+"""The learning rate schedule."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dynmoe.config import OptimizerConfig, ScheduleConfig
 
 
 def learning_rate(step: int, steps: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
-    """Rate of step ``step`` (the first is 1) of a run of ``steps``.
+    """Learning rate of step ``step`` (the first is 1) in a run of ``steps`` steps.
 
-    Linear warm-up, then ``cosine`` to the floor, ``wsd`` (constant, then linear to the floor over the last
+    Linear warmup, then ``cosine`` decay to the floor, ``wsd`` (constant, then linear decay to the floor over the last
     ``decay_fraction`` of all steps) or ``constant``.
     """
     if step <= schedule.warmup_steps:

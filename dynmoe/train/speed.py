@@ -1,4 +1,4 @@
-"""Which rank is slow: ranks that wait for each other all take the same time, so work is timed that nobody waits in."""
+"""Detection of slow ranks. Since ranks wait for each other in collectives, only work without collectives is timed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from dynmoe.config.guard import GuardConfig
 
 
 class SpeedComparison:
-    """Compares the ranks in intervals of steps: by the forward passes of modules without collectives, and by loading.
+    """Compares the ranks at regular steps by the forward passes of modules without collectives, and by data loading.
 
     Args:
         config: interval and limit.
-        modules: of this rank; each takes part in every forward pass, with the same shapes on every rank.
-        device: that they run on.
+        modules: modules of this rank that run in every forward pass, with the same shapes on every rank.
+        device: device of the modules.
     """
 
     def __init__(self, config: GuardConfig, modules: Sequence[nn.Module], device: torch.device) -> None:
-        self._config, self._cuda = config, device.type == "cuda"
-        self._host, self._was_slow = socket.gethostname(), set[int]()
+        self._config = config
+        self._cuda = device.type == "cuda"
+        self._host = socket.gethostname()
+        self._was_slow: set[int] = set()
         self._marks: list[tuple[Any, Any]] = []
         self._begun: dict[int, Any] = {}
         if config.straggler_interval:
@@ -38,7 +40,8 @@ class SpeedComparison:
 
     def _start_interval(self) -> None:
         self._marks.clear()
-        self._loading_s, self._start = 0.0, time.perf_counter()
+        self._loading_s = 0.0
+        self._start = time.perf_counter()
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -57,15 +60,15 @@ class SpeedComparison:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Around the time in which a step waits for its data: what is read beside the step before slows nobody."""
+        """Measures the time in which a step waits for its data, without prefetching during the previous step."""
         start = time.perf_counter()
         yield
         self._loading_s += time.perf_counter() - start
 
     def after_step(self, step: int) -> list[str]:
-        """Sentences on ranks that are slow in the second interval in a row, on every rank alike.
+        """Descriptions of the ranks that are slow in two consecutive intervals, the same on every rank.
 
-        Collective where an interval ends with optimizer step ``step``.
+        Collective if an interval ends with optimizer step ``step``.
         """
         if not self._config.straggler_interval or step % self._config.straggler_interval:
             return []
@@ -74,9 +77,9 @@ class SpeedComparison:
         dist.all_gather_object(ranks, own)
         self._start_interval()
         slow = self._slow(ranks)
-        told = [text for rank, text in slow.items() if rank in self._was_slow]
+        reported = [text for rank, text in slow.items() if rank in self._was_slow]
         self._was_slow = set(slow)
-        return told
+        return reported
 
     def _seconds_per_call(self) -> float:
         if not self._marks:
@@ -89,10 +92,12 @@ class SpeedComparison:
         return total / len(self._marks)
 
     def _slow(self, ranks: Sequence[tuple[str, float, float, float]]) -> dict[int, str]:
-        """What is slow about each slow rank, given host, seconds per call, loading and whole interval of all."""
+        """Describes each slow rank, given host, seconds per call, of loading and of the interval of all ranks."""
         _, computing, loading, whole = zip(*ranks, strict=True)
-        usual_computing, usual_loading = statistics.median_low(computing), statistics.median_low(loading)
-        limit, found = self._config.straggler_ratio, {}
+        usual_computing = statistics.median_low(computing)
+        usual_loading = statistics.median_low(loading)
+        limit = self._config.straggler_ratio
+        found = {}
         for rank, (host, own, own_loading, _) in enumerate(ranks):
             if usual_computing > 0 and own > limit * usual_computing:
                 ratio = own / usual_computing

@@ -1,4 +1,4 @@
-"""JSON lines that belong to steps, and that a resumed run cuts back to where it goes on."""
+"""Logs of JSON lines with one entry per step, which a resumed run truncates to its first step."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from dynmoe.train.checkpoint import write_atomically
 
 
 class StepLog:
-    """Appends objects to ``path``, one per line; ``last`` is the newest, empty before the first.
+    """Appends objects to ``path``, one per line; ``last`` is the latest one, empty if there is none.
 
     Args:
         path: the file.
-        key: the entry that holds an object's step.
-        step: the step that the run resumes from; later lines are cut off, as they will come again.
+        key: key of an object's step.
+        step: the step from which the run resumes; later lines are removed, as they will be written again.
     """
 
     def __init__(self, path: Path, key: str, step: int) -> None:
-        kept = [(line, entry) for line, entry in _sound_lines(path, key) if entry[key] <= step]
+        kept = [(line, entry) for line, entry in _valid_lines(path, key) if entry[key] <= step]
         write_atomically(path, b"".join(line + b"\n" for line, _ in kept))
         self.last: dict[str, Any] = kept[-1][1] if kept else {}
         self._stream: TextIO = path.open("a")
@@ -35,17 +35,14 @@ class StepLog:
 
 
 def merge(path: Path, key: str, step: int, entries: Mapping[str, Any]) -> None:
-    """Adds ``entries`` to the object of ``step``, which is made in its place where there is none.
-
-    Of a log that nobody has open.
-    """
-    found = {entry[key]: entry for _, entry in _sound_lines(path, key)}
+    """Adds ``entries`` to the object of ``step``, which is created if missing. The log must not be open elsewhere."""
+    found = {entry[key]: entry for _, entry in _valid_lines(path, key)}
     found[step] = {key: step, **found.get(step, {}), **entries}
     write_atomically(path, "".join(json.dumps(found[own]) + "\n" for own in sorted(found)))
 
 
-def _sound_lines(path: Path, key: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Lines of ``path`` and their objects; without what has no step: a kill may leave half of the last line."""
+def _valid_lines(path: Path, key: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yields the lines of ``path`` that have a step, and their objects; a kill may truncate the last line."""
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
             entry = json.loads(line.decode())

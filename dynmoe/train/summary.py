@@ -1,4 +1,4 @@
-"""The start and the end of a run in plain words."""
+"""Messages at the start and the end of a run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from dynmoe.train.trainer import Result
 
 
 def validation_unigram_entropy(corpora: list[Corpus], shares: Mapping[str, float]) -> float:
-    """Unigram entropy of the validation text in nats per token; of several domains the mean by their ``shares``."""
+    """Unigram entropy of the validation text in nats per token, weighted over domains by ``shares``."""
     splits = {name: corpus.manifest["splits"]["validation"] for name, corpus in by_domain(corpora).items()}
     return sum(share * splits[name]["unigram_entropy_nats"] for name, share in shares.items())
 
 
 def write_sample(engine: Engine, tokenizer: Tokenizer, sequence_length: int, num_tokens: int) -> str:
-    """A text of at most ``num_tokens`` that the model writes from the beginning of a document. Collective."""
+    """A text of at most ``num_tokens`` sampled from the model, as the start of a document. Collective."""
     if not num_tokens:
         return ""
     prompt = [tokenizer.eod, *tokenizer.encode("def ")]
@@ -41,26 +41,26 @@ def write_sample(engine: Engine, tokenizer: Tokenizer, sequence_length: int, num
 
 
 def describe_start(config: Config, device: torch.device) -> str:
-    """What computes, and how: whoever wonders about the speed should see it first.
+    """A line with precision, device and MoE backend, the first things to check if a run is slow.
 
     Raises:
-        ConfigError: a backend that does not run there.
+        ConfigError: the backend does not run on the device.
     """
     if not config.model.moe_layers:
-        return f"A dense model, in {config.train.precision} on {device}."
+        return f"Training a dense model in {config.train.precision} on {device}."
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     backend = pick_backend(config.train.moe_backend, device, dtype)
-    return f"Experts are computed in {config.train.precision} on {device} by the {backend.name} backend."
+    return f"Training in {config.train.precision} on {device}; experts are computed by the {backend.name} backend."
 
 
 def conclude(
     config: Config, engine: Engine, size: ModelSize, result: Result, corpora: list[Corpus], directory: RunDirectory
 ) -> None:
-    """The last words of a start, and the outcome of a finished run, by the first rank. Collective."""
+    """Prints the final message of a start and writes the outcome of a finished run, on rank 0. Collective."""
     first = engine.rank == 0
     if result.status == "preempted":
         if first:
-            print(f"Told to end: checkpoint saved at step {result.progress.step}; the same command goes on.")
+            print(f"Stop requested: checkpoint saved at step {result.progress.step}; the same command resumes the run.")
         return
     text = write_sample(engine, corpora[0].tokenizer, config.data.sequence_length, config.eval.sample_tokens)
     if first:
@@ -69,9 +69,9 @@ def conclude(
 
 
 def describe(config: Config, size: ModelSize, result: Result, corpora: list[Corpus], text: str) -> str:
-    """What was trained, how good it is, how many experts a token used, and where it lies."""
-    row, progress = result.last_row, result.progress
-    router = config.model.router
+    """A summary: model, experts per token, validation loss, a sample, run directory."""
+    row = result.last_row
+    progress = result.progress
     lines = [
         f"Trained a {config.model.layers}-layer decoder with {size.total_parameters / 1e6:.1f} M parameters on "
         f"{progress.tokens / 1e6:.2f} M tokens in {progress.step} steps ({_layout(config)})."
@@ -82,8 +82,8 @@ def describe(config: Config, size: ModelSize, result: Result, corpora: list[Corp
         }
         mean = sum(per_layer.values()) / len(per_layer)
         lines.append(
-            f"A token met {size.active_parameters(mean) / 1e6:.1f} M of them: the {router.kind} router gave it "
-            f"{mean:.2f} of {config.model.moe_size} experts per MoE layer in the mean over the whole training."
+            f"Active parameters per token: {size.active_parameters(mean) / 1e6:.1f} M. The {config.model.router.kind} "
+            f"router selected {mean:.2f} of {config.model.moe_size} experts per token and MoE layer on average."
         )
         if f"moe/layer_{config.model.moe_layers[0]:02d}/experts_per_token_mean" in row:
             at_end = (f"layer {i}: {row[f'moe/layer_{i:02d}/experts_per_token_mean']:.2f}" for i in per_layer)
@@ -91,19 +91,23 @@ def describe(config: Config, size: ModelSize, result: Result, corpora: list[Corp
     if "eval/loss" in row:
         lines.append(_validation(config, row, corpora))
     if text:
-        lines += ["A sample of what it writes:", *(f"    {line}" for line in text.splitlines())]
+        lines += ["Sample of generated text:", *(f"    {line}" for line in text.splitlines())]
     lines.append(f"Run directory: {config.run.path}")
     return "\n".join(lines)
 
 
 def _validation(config: Config, row: Row, corpora: list[Corpus]) -> str:
-    """The validation loss, and what it means."""
+    """The validation loss, compared with the unigram entropy."""
     if "eval/loss_by_tokens" in row:
-        shares, weighting = training_shares(corpora, config.data.weights), ", corpora weighted as in training"
+        shares = training_shares(corpora, config.data.weights)
+        weighting = ", corpora weighted as in training"
         others = f"; {row['eval/loss_by_tokens']:.3f} weighted by their validation tokens"
     else:
-        shares, weighting, others = validation_shares(corpora), "", ""
-    loss, entropy = row["eval/loss"], validation_unigram_entropy(corpora, shares)
+        shares = validation_shares(corpora)
+        weighting = ""
+        others = ""
+    loss = row["eval/loss"]
+    entropy = validation_unigram_entropy(corpora, shares)
     gain = entropy - loss
     verdict = "better" if gain > 0 else "worse"
     return (
@@ -113,13 +117,13 @@ def _validation(config: Config, row: Row, corpora: list[Corpus]) -> str:
 
 
 def _layout(config: Config) -> str:
-    """The engine and what it spread over ranks."""
+    """The engine and its parallel sizes."""
     sizes = {name: getattr(config.parallel, name) for name in ("tensor", "pipeline", "context", "expert")}
     return ", ".join([config.engine, *(f"{name}-parallel over {size}" for name, size in sizes.items() if size > 1)])
 
 
 def facts(result: Result) -> dict[str, Any]:
-    """Figures for outcome.json."""
+    """The metrics in outcome.json."""
     names = (
         "eval/loss", "eval/perplexity", "eval/loss_by_tokens", "train/lm_loss", "moe/experts_per_token_mean",
         "train/cumulative_flops",

@@ -1,6 +1,6 @@
-"""Tensors in files that others may read as they may read all others.
+"""safetensors files with the permissions of ordinary files.
 
-safetensors writes a private file beside and renames it, so that what it saved were its owner's alone
+safetensors writes a private temporary file and renames it, so that only its owner could read it
 (findings/safetensors_private_files.sh).
 """
 
@@ -15,14 +15,14 @@ from torch import Tensor
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file; its mode is what the umask leaves."""
+    """Writes a safetensors file with the permissions that the umask gives."""
     save_file(dict(tensors), path)
     follow_umask(path)
 
 
 def follow_umask(path: Path) -> None:
-    """Gives a file the mode of a new one."""
-    # The umask itself can only be asked for by changing it, for all threads.
+    """Sets the permissions of a file to those of a new file."""
+    # Reading the umask requires changing it, for all threads; so the permissions of a new file are copied.
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     new.touch()
     path.chmod(new.stat().st_mode & 0o777)

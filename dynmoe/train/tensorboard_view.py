@@ -1,4 +1,4 @@
-"""TensorBoard as a view of the metrics."""
+"""A view of the metrics in TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dynmoe.train.metrics import Histograms, Row
 
 
 class TensorBoardView:
-    """Event files in ``directory``: every figure as a scalar; experts per token as histograms, loads as an image.
+    """Writes event files: metrics as scalars, experts per token as histograms, loads of experts as an image.
 
     Args:
-        directory: of the event files.
-        first_step: the step that this start goes on from; later events of an earlier start are hidden.
+        directory: directory of the event files.
+        first_step: the step from which the run resumes; later events of an earlier start are hidden.
     """
 
     name = "TensorBoard"
@@ -43,7 +43,7 @@ class TensorBoardView:
                 sum=counts @ values, sum_squares=counts @ values**2, bucket_limits=(values + 0.5).tolist(),
                 bucket_counts=counts.tolist(), global_step=step,
             )  # fmt: skip
-        # A row of the image for each layer, a column for each expert; white is the largest load of the layer.
+        # Rows of the image are layers, columns are experts; white is the largest load in a layer.
         image = torch.zeros(1, len(layers), max(len(own["load"]) for own in layers.values()))
         for place, own in enumerate(layers.values()):
             load = torch.tensor(own["load"], dtype=torch.float32)

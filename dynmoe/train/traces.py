@@ -1,17 +1,17 @@
-"""Routing traces: every token of a step with its experts and gates, as Parquet.
+"""Routing traces: experts and gates of every token of a step, as Parquet.
 
-A traced step has a directory ``traces/step_N`` with a file of each rank that holds MoE layers. A row is one token in
+A traced step has a directory ``traces/step_N`` with a file for each rank that holds MoE layers. A row is one token in
 one layer:
 
 =========  =============  ====================================================================================
 step       int32          optimizer step
 layer      int16          index of the decoder layer
-sample     int64          number of the training sequence, in the run's order of the data
-position   int32          of the token in its sequence
-token      int32          its id
-experts    list<int16>    experts that computed it, in ascending order
-gates      list<float32>  the weight of each of them
-dropped    list<int16>    experts that the router chose and that capacity or ceiling took away
+sample     int64          number of the training sequence in the data order of the run
+position   int32          position of the token in its sequence
+token      int32          token id
+experts    list<int16>    experts that computed the token, in ascending order
+gates      list<float32>  gate of each of these experts
+dropped    list<int16>    experts selected by the router and dropped by the capacity or the ceiling
 =========  =============  ====================================================================================
 """
 
@@ -39,18 +39,18 @@ def write_trace(
     batches: Sequence[Batch],
     positions_P: Tensor,
 ) -> None:
-    """Writes what this rank traced of optimizer step ``step``; a file is there whole or not at all.
+    """Writes this rank's trace of a step atomically.
 
     Args:
-        directory: of the run's traces.
-        step: the step.
-        rank: of this process, which names its file.
-        trace: of the step.
+        directory: directory of the run's traces.
+        step: number of the optimizer step.
+        rank: rank of this process, used in the file name.
+        trace: trace of the step.
         samples: numbers of the sequences of each micro-batch.
-        batches: the micro-batches themselves.
-        positions_P: positions of a sequence that this rank's layers computed, in their order.
+        batches: the micro-batches.
+        positions_P: positions in a sequence that this rank computed, in its order.
     """
-    import pyarrow as pa  # here: only who asks for traces needs it
+    import pyarrow as pa  # imported here, as only traces need it
     from pyarrow import parquet
 
     tables = [
@@ -74,7 +74,8 @@ def _columns(traced: TracedPass, step: int, samples: range, batch: Batch, positi
     position_T = positions_P.repeat(len(tokens_BP))
     sample_T = torch.arange(samples.start, samples.stop).repeat_interleave(len(positions_P))
     route_N, gates_N = traced.sorted_routes()
-    token_N, expert_N = route_N // traced.num_experts, route_N % traced.num_experts
+    token_N = route_N // traced.num_experts
+    expert_N = route_N % traced.num_experts
     dropped_M = traced.dropped_M
     return {
         "step": pa.array([step] * num_rows, pa.int32()),
@@ -89,7 +90,7 @@ def _columns(traced: TracedPass, step: int, samples: range, batch: Batch, positi
 
 
 def _lists(token_N: Tensor, values_N: Tensor, num_tokens: int, kind: Any) -> Any:
-    """A list for each token, of the values that are its own; both are sorted by token."""
+    """An Arrow array with the list of values of each token; ``token_N`` is sorted."""
     import pyarrow as pa
 
     ends_T = token_N.bincount(minlength=num_tokens).cumsum(0)
@@ -98,7 +99,7 @@ def _lists(token_N: Tensor, values_N: Tensor, num_tokens: int, kind: Any) -> Any
 
 
 def cut_traces(directory: Path, step: int) -> None:
-    """Removes the traces of steps after ``step``: a resumed run writes them again."""
+    """Removes the traces of steps after ``step``, which a resumed run writes again."""
     for folder in step_directories(directory):
         if step_of(folder) > step:
             shutil.rmtree(folder)

@@ -1,7 +1,7 @@
-"""Files that all ranks check together before a training, each its part, and the note that it was done.
+"""Verification of files, shared by all ranks before training, and a record of completed verifications.
 
-Ranks meet every few seconds and tell how far they are. So a rank that waits for the others sees that they get on, as do
-its watchdog and whoever looks at the screen; damage ends the check everywhere; and no collective takes long.
+Every few seconds the ranks gather their progress. So a waiting rank, its watchdog and the user see that the others
+progress, corruption stops the verification on all ranks, and no collective waits for long.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynmoe.data.corpus import MANIFEST, PREPARE_AGAIN, Corpus
+from dynmoe.data import PREPARE_AGAIN
+from dynmoe.data.corpus import MANIFEST, Corpus
 from dynmoe.data.pieces import Checking, Piece, assign
 from dynmoe.errors import UserError
 from dynmoe.train.checkpoint import write_atomically
 
 ROUND_S = 5.0
-_SAID_EVERY_S = 30.0
+_PRINT_EVERY_S = 30.0
 _STAMP = ".verified.json"
 
-# Gives what every rank has, in their order, for what this one has; collective.
+# Gathers one object from every rank, in rank order; collective.
 Gather = Callable[[Any], list[Any]]
 
 
 @dataclass(frozen=True)
 class Report:
-    """How far a rank is: bytes done of all of its own, at which file, what it found, whether it has ended."""
+    """Progress of a rank: verified and total bytes, current file, problem found, whether it has finished."""
 
     done: int
     total: int
@@ -42,17 +43,18 @@ class Report:
 def check_together(
     checking: Checking, gather: Gather, rank: int, progress: Callable[[str], None], what: str
 ) -> str | None:
-    """The first problem that any rank has found, the same on all of them; None where all is sound. Collective.
+    """The first problem found by any rank, the same on all ranks; None if all files are valid. Collective.
 
     Args:
-        checking: this rank's part.
-        gather: over the ranks.
-        rank: of this process; the first one says now and then how far all are.
-        progress: is told when the ranks together have got on.
-        what: is checked, in words.
+        checking: verification of this rank's share.
+        gather: gathers over the ranks.
+        rank: rank of this process; rank 0 prints the progress from time to time.
+        progress: called when any rank has progressed.
+        what: description of the files.
     """
-    before, began = -1, time.monotonic()
-    said = began
+    before = -1
+    start = time.monotonic()
+    printed = start
     try:
         while True:
             ended = checking.wait(ROUND_S)
@@ -62,30 +64,31 @@ def check_together(
                 return problem
             if all(report.ended for report in reports):
                 return None
-            done, total = sum(report.done for report in reports), sum(report.total for report in reports)
+            done = sum(report.done for report in reports)
+            total = sum(report.total for report in reports)
             if done > before:
                 progress(f"the verification of {what} ({_slowest(reports)})")
                 before = done
             now = time.monotonic()
-            if rank == 0 and now - said > _SAID_EVERY_S:
-                speed = done / 1e9 / (now - began)
+            if rank == 0 and now - printed > _PRINT_EVERY_S:
+                speed = done / 1e9 / (now - start)
                 print(f"verifying {what}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {speed:.2f} GB/s", flush=True)
-                said = now
+                printed = now
     finally:
         checking.stop()
 
 
 def _slowest(reports: Sequence[Report]) -> str:
-    """The rank that has most to do, in words: where a check does not get on, it is most likely there."""
+    """Describes the rank with the most bytes left, which is the likely one if the verification hangs."""
     rank, report = max(enumerate(reports), key=lambda item: item[1].total - item[1].done)
     return f"rank {rank} is at {report.place}"
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """What was true of a corpus when it was verified: its manifest, and size, time of change and inode of each file.
+    """Record of a verified corpus: hash of its manifest; size, modification time and inode of each file.
 
-    It lies beside the corpus, or in ``other`` where that cannot be written to.
+    It is stored in the corpus directory, or in ``other`` if that is read-only.
     """
 
     corpus: Path
@@ -94,7 +97,7 @@ class Stamp:
 
     @classmethod
     def of(cls, corpus: Corpus, other: Path | None) -> Stamp:
-        """Of a corpus as it is now."""
+        """The record of a corpus in its current state."""
         found = {name: (corpus.path / name).stat() for name in sorted(corpus.manifest["files"])}
         files = {name: [facts.st_size, facts.st_mtime_ns, facts.st_ino] for name, facts in found.items()}
         return cls(corpus.path, other, {MANIFEST: digest(corpus.manifest), **files})
@@ -105,7 +108,7 @@ class Stamp:
         return [self.corpus / _STAMP, *other]
 
     def difference(self) -> str | None:
-        """The file that is not as it was verified; '' where nothing was verified, None where all is as it was."""
+        """A file that has changed since the verification; '' without a verification, None if nothing has changed."""
         earlier = [facts for path in self._places if (facts := _read(path)) is not None]
         if self.facts in earlier:
             return None
@@ -113,9 +116,9 @@ class Stamp:
         return next(changed, "")
 
     def write(self) -> None:
-        """Notes that the corpus was verified, where that can be."""
+        """Stores the record, if a directory for it is writable."""
         for path in self._places:
-            with contextlib.suppress(OSError):  # many may read a corpus that few may write to
+            with contextlib.suppress(OSError):  # a shared corpus is often read-only
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, json.dumps(self.facts, indent=1) + "\n")
                 return
@@ -130,18 +133,18 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def digest(content: Any) -> str:
-    """SHA-256 of what JSON can hold."""
+    """SHA-256 of a JSON-serializable object."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def alone(own: Any) -> list[Any]:
-    """Gathers over this process alone."""
+def gather_alone(own: Any) -> list[Any]:
+    """Gathers from this process only."""
     return [own]
 
 
-def over_ranks(own: Any) -> list[Any]:
-    """Gathers over all ranks of the process group."""
-    import torch.distributed as dist  # one process alone verifies before anything heavy is loaded
+def gather_ranks(own: Any) -> list[Any]:
+    """Gathers from all ranks of the process group."""
+    import torch.distributed as dist  # a single process verifies before heavy imports
 
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, own)
@@ -152,24 +155,24 @@ def verify_corpora(
     corpora: Sequence[Corpus],
     mode: str,
     directory: Path | None = None,
-    gather: Gather = alone,
+    gather: Gather = gather_alone,
     rank: int = 0,
     progress: Callable[[str], None] = lambda doing: None,
 ) -> None:
-    """Checks every hash and token id of corpora, of each once. Collective.
+    """Verifies every hash and token id of each corpus. Collective.
 
-    Ranks that see the very same files share the work; hosts that keep copies of their own check each its own.
+    Ranks that see the same files share the work; hosts with copies of their own verify their copies.
 
     Args:
-        corpora: of a blend.
-        mode: ``once``: unless it was done before and no file has changed; ``always``; ``never``.
-        directory: for notes of what was verified, where a corpus cannot be written to; None: there are none then.
-        gather: over the ranks that verify.
-        rank: of this process among them.
-        progress: is told when they get on.
+        corpora: corpora of a blend, possibly with repetitions.
+        mode: ``once``: skip corpora that were verified before and have not changed; ``always``; ``never``.
+        directory: directory for the records of read-only corpora; None: no such records.
+        gather: gathers over the ranks that verify.
+        rank: rank of this process among them.
+        progress: called when the ranks progress.
 
     Raises:
-        UserError: the file that differs, the same on every rank.
+        UserError: names the corrupt file, the same on every rank.
     """
     if mode == "never":
         return
@@ -178,7 +181,8 @@ def verify_corpora(
     view = digest([stamp.facts for stamp in stamps])
     everywhere = gather((view, [stamp.difference() if mode == "once" else "" for stamp in stamps]))
     peers = [other for other, (seen, _) in enumerate(everywhere) if seen == view]
-    pieces, done = list[Piece](), list[Stamp]()
+    pieces: list[Piece] = []
+    done: list[Stamp] = []
     for corpus, stamp, difference in zip(each, stamps, everywhere[peers[0]][1], strict=True):
         if difference is None:
             continue
@@ -195,5 +199,5 @@ def verify_corpora(
 
 
 def share(pieces: Sequence[Piece], ranks: Sequence[int], rank: int) -> list[Piece]:
-    """The part of ``rank`` where all of ``ranks`` share the pieces."""
+    """The pieces of ``rank`` when they are divided among ``ranks``."""
     return [pieces[number] for number in assign([piece.size for piece in pieces], len(ranks))[ranks.index(rank)]]

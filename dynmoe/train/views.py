@@ -1,4 +1,4 @@
-"""The views of the metrics that a configuration asks for."""
+"""Creation of the configured views of the metrics."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from dynmoe.train.run_directory import RunDirectory
 def make_views(
     config: Config, directory: RunDirectory, pictures: Pictures, run_id: str | None, first_step: int
 ) -> tuple[list[View], str | None]:
-    """The views, and the id under which W&B knows the run.
+    """Creates the views; returns them and the W&B id of the run.
 
     Args:
-        config: of the run.
-        directory: of the run.
+        config: configuration of the run.
+        directory: directory of the run.
         pictures: draws the report's figures of a run directory, by name.
-        run_id: what W&B knew an earlier start by; None where there was none.
-        first_step: the step that the run goes on from.
+        run_id: W&B id of an earlier start; None if there was none.
+        first_step: the step from which the run resumes.
     """
     views: list[View] = []
-    if config.logging.tensorboard:  # each view's package is imported only where it is asked for
+    if config.logging.tensorboard:  # the package of a view is imported only if needed
         from dynmoe.train.tensorboard_view import TensorBoardView
 
         views.append(TensorBoardView(directory.path / "tensorboard", first_step))

@@ -1,4 +1,4 @@
-"""Ends a rank that makes no progress, after it has written where it is and which collective it waits in."""
+"""A watchdog that kills a rank without progress, after reporting its stack and the collective it waits in."""
 
 from __future__ import annotations
 
@@ -20,41 +20,47 @@ import torch
 from dynmoe.launched import record_failure
 from dynmoe.train.pulse import Pulse
 
-# What is waited for: other ranks notice the same hang a little later.
+# Time to wait for the reports of other ranks, which notice the same hang slightly later.
 _TIME_TO_REPORT_S = 5.0
 _REMEMBERED_COLLECTIVES = "1000"
 _STATUS = 1
 
 
 class Watchdog:
-    """Watches over one rank, on a thread; every rank has its own, as who hangs cannot report for others.
+    """Watches its own rank on a thread; use it as a context manager.
 
-    Only time in which this process could run counts: one that was stopped, or whose host slept, goes on. Another
-    process watches over this thread (see :mod:`dynmoe.train.pulse`).
+    Only time in which the process can run is counted, not time in which it is stopped or its host is suspended. An
+    observer process watches this thread (see :mod:`dynmoe.train.pulse`).
 
-    Make it before process groups: they decide then whether they remember their collectives. It ends with its ``with``.
+    Create it before the process groups, which read on creation whether to record their collectives.
 
     Args:
-        directory: for reports, of all ranks; made when there is one.
-        timeout_s: without progress after which the rank ends; 0: never.
+        directory: directory for the reports of all ranks; created when needed.
+        timeout_s: seconds without progress after which the rank exits; 0: never.
     """
 
     def __init__(self, directory: Path, timeout_s: float) -> None:
-        self._directory, self._timeout_s = directory, timeout_s
-        self._rank, self._ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self._doing, self._silent_s, self._over = "the start", 0.0, threading.Event()
-        self._report, self._main = directory / f"rank_{self._rank}.json", threading.get_ident()
+        self._directory = directory
+        self._timeout_s = timeout_s
+        self._rank = int(os.environ.get("RANK", "0"))
+        self._ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        self._doing = "the start"
+        self._silent_s = 0.0
+        self._over = threading.Event()
+        self._report = directory / f"rank_{self._rank}.json"
+        self._main = threading.get_ident()
         if timeout_s > 0:
             os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _REMEMBERED_COLLECTIVES)
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                self._report.unlink()  # of an earlier attempt
+                self._report.unlink()  # report of an earlier attempt
             self._pulse = Pulse(timeout_s + 2 * _TIME_TO_REPORT_S)
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 
     def progress(self, doing: str) -> None:
-        """Says that the rank got on, and to what."""
-        self._doing, self._silent_s = doing, 0.0
+        """Resets the timeout; ``doing`` describes what the rank does next."""
+        self._doing = doing
+        self._silent_s = 0.0
 
     def __enter__(self) -> Watchdog:
         return self
@@ -73,14 +79,14 @@ class Watchdog:
             self._silent_s += tick
             if self._silent_s > self._timeout_s:
                 try:
-                    self._tell()
-                except Exception:  # such as a full disk, which must not keep the rank
+                    self._write_report()
+                except Exception:  # such as a full disk; the rank must exit nevertheless
                     traceback.print_exc()
                 finally:
                     os._exit(_STATUS)
 
-    def _tell(self) -> None:
-        """Writes where this rank is; the first that does says it for all."""
+    def _write_report(self) -> None:
+        """Writes the stacks and pending collective of this rank; the first reporting rank prints a summary."""
         self._directory.mkdir(parents=True, exist_ok=True)
         with (self._directory / f"rank_{self._rank}.txt").open("w") as stacks:
             faulthandler.dump_traceback(stacks, all_threads=True)
@@ -96,7 +102,7 @@ class Watchdog:
             print(text, file=sys.stderr, flush=True)
 
     def _summary(self) -> str:
-        """What the ranks have reported, each in a line, when all have or none comes any more."""
+        """One line per rank, after all ranks have reported or time has run out."""
         deadline = time.monotonic() + _TIME_TO_REPORT_S
         while len(reports := read_reports(self._directory)) < self._ranks and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -104,17 +110,17 @@ class Watchdog:
         for rank in range(self._ranks):
             report = reports.get(rank)
             if report is None:
-                lines.append(f"  rank {rank} reports nothing: it is stopped, gone, or not watched")
+                lines.append(f"  rank {rank} has not reported: it is stopped, has exited, or has no watchdog")
             elif report["waits_in"]:
                 lines.append(f"  rank {rank} on {report['host']} waits in {report['waits_in']}")
             else:
                 where = report["stack"][-1] if report["stack"] else "nowhere"
-                lines.append(f"  rank {rank} on {report['host']} waits for no other: it is at {where}")
+                lines.append(f"  rank {rank} on {report['host']} waits in no collective: it is at {where}")
         return "\n".join([*lines, f"stacks and flight recorders of all ranks: {self._directory}"])
 
 
 def read_reports(directory: Path) -> dict[int, dict[str, Any]]:
-    """Reports of ranks that hung, by rank; one that is being written is left out."""
+    """Reports of hanging ranks, by rank, without those that are being written."""
     reports = {}
     for path in directory.glob("rank_*.json"):
         with contextlib.suppress(OSError, ValueError):
@@ -124,7 +130,7 @@ def read_reports(directory: Path) -> dict[int, dict[str, Any]]:
 
 
 def pending_collective() -> str | None:
-    """The oldest collective of this process that has not ended, by PyTorch's flight recorder; None where all have."""
+    """The oldest unfinished collective of this process in PyTorch's flight recorder, if any."""
     recorder = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
     if recorder is None:
         return None
@@ -132,18 +138,18 @@ def pending_collective() -> str | None:
     for entry in trace.get("entries", []):
         if not entry["retired"]:
             group = entry["process_group"][1] or entry["process_group"][0]
-            name, count, sizes = entry["profiling_name"], entry["collective_seq_id"], entry["input_sizes"]
-            return f"{name} (number {count} of group {group}, input {sizes})"
+            number = f"number {entry['collective_seq_id']} of group {group}"
+            return f"{entry['profiling_name']} ({number}, input {entry['input_sizes']})"
     return None
 
 
 def _dump_flight_recorder(path: Path) -> None:
-    """In the form that PyTorch's own analyzer reads."""
+    """Writes the flight recorder in the format of PyTorch's analyzer."""
     recorder = getattr(torch._C._distributed_c10d, "_dump_fr_trace", None)
     if recorder is not None:
         path.write_bytes(recorder())
 
 
 def _stack(frame: FrameType | None) -> list[str]:
-    """Where a thread is, from the outermost call to the innermost."""
+    """The call stack of a thread, outermost call first."""
     return [f"{entry.filename}:{entry.lineno} ({entry.name})" for entry in traceback.extract_stack(frame)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.processes import CPU
+from harness.processes import CPU
 from tests.cluster.hosts import Cluster, Host, wait_until, why_no_hosts
 from tests.train.cases import curve, parameter_hashes, read_rows, tiny
 
@@ -114,7 +114,7 @@ def test_a_script_that_is_told_to_end_saves_first(hosts, job, undisturbed, launc
         assert process.wait(90) == 75, job.output(alpha).read_text()
     outcome = json.loads((job.run / "outcome.json").read_text())
     assert outcome["status"] == "preempted"
-    assert "told to end; the same command goes on from step" in job.output(alpha).read_text()
+    assert "stopped on request; rerun the same command to resume from step" in job.output(alpha).read_text()
     again = job.deepspeed(alpha)
     assert again.wait(120) == 0
     job.is_the_undisturbed(undisturbed[0])
@@ -127,7 +127,7 @@ def test_torchrun_names_the_host_that_never_comes(hosts, job):
     assert process.wait(60) != 0
     assert time.monotonic() - started < 40
     output = job.output(hosts[0]).read_text()
-    assert "error: node 1 (beta) is not there, 10 s after the others began to wait; start this command on it" in output
+    assert "error: node 1 (beta) did not join within 10 s; run this command on it" in output
     assert "node 0" not in output
 
 
@@ -154,7 +154,7 @@ def test_f28_a_run_without_progress_ends_with_the_traceback_of_the_first_failing
         first = [line for line in lines if line.startswith("first failure: rank ")]
         assert first
         assert all("on beta; output of all ranks: " in line for line in first)
-    assert "3 start(s) in a row got no further than step 0; not started again" in job.output(beta).read_text()
+    assert "3 consecutive start(s) made no progress past step 0; not restarting" in job.output(beta).read_text()
 
 
 def test_f06_a_host_whose_disk_is_full_ends_the_run_with_one_line(hosts, job):

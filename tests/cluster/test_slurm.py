@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.processes import CPU, ROOT
+from harness.processes import CPU, ROOT
 from tests.cluster.hosts import wait_until
 from tests.cluster.slurm import SlurmCluster, why_no_slurm
 from tests.train.cases import TrainingProcess, curve, parameter_hashes, read_rows, tiny
@@ -68,8 +68,8 @@ def test_f05_a_job_over_both_nodes_goes_on_after_requeues_and_time_limits(slurm,
     assert len(starts) >= 3, f"a requeue and a time limit at least: {text}"
     assert starts == sorted(set(starts)), "each start goes on from a checkpoint of its own"
     assert text.count("ended by Slurm") == 1
-    assert text.count("back into the queue") == len(starts) - 2
-    assert text.count("told to end; the same command goes on from step") == len(starts) - 2
+    assert text.count("; requeueing it") == len(starts) - 2
+    assert text.count("stopped on request; rerun the same command to resume from step") == len(starts) - 2
     assert text.rstrip().endswith("finished at step 1500")
     assert {path.name for path in (run / "logs").glob("node_*")} == {"node_0", "node_1"}
     ids = [re.search(r"offline-run-\d+_\d+-(\w+)$", path.name)[1] for path in (run / "wandb").glob("offline-run-*")]
@@ -109,7 +109,7 @@ def test_f05_a_run_that_gets_no_further_is_not_requeued_for_ever(slurm, corpus_d
     assert slurm.wait(job, 180) == "FAILED"
     assert slurm.facts(job)["Restarts"] == "1"
     text = output.read_text()
-    assert "2 start(s) in a row got no further than step 0; not started again" in text
+    assert "2 consecutive start(s) made no progress past step 0; not restarting" in text
     assert text.rstrip().splitlines()[-1].startswith("slurmstepd") or "Error: [Errno" in text
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from dynmoe.config import Config, describe_fields, load_config
+from dynmoe.config import Config, describe_fields, load, load_config
+from dynmoe.config.guard import GuardConfig
 from dynmoe.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
-# What a user types, and what the one line of the answer must name: field, value, cure.
+# Overrides, and what the one line of the error must contain: field, value, fix.
 BAD = [
     ("model.router.q=1", ["model.router.q", "no such field", "model.router.p"]),
     ("modell.layers=1", ["modell", "no such field"]),
@@ -29,17 +30,23 @@ BAD = [
     ("model.router.p=nan", ["model.router.p=nan", "finite"]),
     ("optimizer.lr=inf", ["optimizer.lr=inf", "finite"]),
     ("optimizer.lr=-1", ["optimizer.lr=-1", "above 0"]),
-    ("model.router.kind=soft", ["model.router.kind='soft'", "top_k, top_p, top_any"]),
+    ("model.router.kind=soft", ["model.router.kind='soft'", "top_any, top_k, top_p"]),
     ("model.router.kind=top_k model.router.k=17", ["model.router.k=17", "model.moe.experts (16)"]),
     ("model.router.min_experts=3 model.router.max_experts=2", ["model.router.max_experts=2", "at least"]),
     ("model.router.max_experts=17", ["model.router.max_experts=17", "model.moe.experts (16)"]),
     ("model.router.min_experts=0", ["model.router.min_experts=0", "use 1 or more"]),
     ("model.router.diversity_loss=0.1", ["model.router.diversity_loss=0.1", "top_p", "remove it"]),
-    ("model.router.kind=top_k model.router.form=released", ["model.router.form='released'", "one form", "remove it"]),
+    (
+        "model.router.kind=top_k model.router.variant=released",
+        ["model.router.variant='released'", "no such variant; use paper"],
+    ),
     ("model.router.cutoff=0.3", ["model.router.cutoff=0.3", "top_p", "remove it"]),
     ("model.router.weights=score", ["model.router.weights='score'", "top_p", "remove it"]),
     ("model.router.kind=null_experts model.router.k=33", ["model.router.k=33", "real and null experts (32)"]),
-    ("model.router.kind=top_any model.router.form=released model.router.min_experts=1", ["min_experts=1", "no floor"]),
+    (
+        "model.router.kind=top_any model.router.variant=released model.router.min_experts=1",
+        ["min_experts=1", "no lower limit"],
+    ),
     ("model.router.kind=top_any model.router.initial_experts=17", ["initial_experts=17", "model.moe.experts (16)"]),
     ("model.router.kind=top_any model.router.balance_scope=sequence", ["balance_scope='sequence'", "global_batch"]),
     ("model.moe.active_at_start=4", ["model.moe.active_at_start=4", "top_p", "remove it"]),
@@ -86,16 +93,20 @@ BAD = [
         "model.router.kind=top_any adaptation.interval=10 adaptation.policy=released adaptation.removal_share=0.1",
         ["adaptation.removal_share=0.1", "policy=improved"],
     ),
-    ("model.moe.ceiling=0.5", ["model.moe.ceiling=0.5", "at least 1"]),
-    ("model.moe.at_ceiling=drop", ["model.moe.at_ceiling='drop'", "set model.moe.ceiling"]),
-    ("model.router.kind=top_k model.router.k=3 model.moe.ceiling=2", ["model.moe.ceiling=2.0", "at least the 3"]),
+    ("model.moe.max_mean_experts_per_token=0.5", ["model.moe.max_mean_experts_per_token=0.5", "at least 1"]),
+    ("model.moe.on_overflow=drop", ["model.moe.on_overflow='drop'", "set model.moe.max_mean_experts_per_token"]),
     (
-        "model.moe.ceiling=2 budget.method=pi budget.experts_per_token=2",
-        ["model.moe.ceiling=2.0", "budget of 2", "leave room"],
+        "model.router.kind=top_k model.router.k=3 model.moe.max_mean_experts_per_token=2",
+        ["model.moe.max_mean_experts_per_token=2.0", "at least the 3"],
     ),
     (
-        "model.moe.ceiling=3 budget.method=pi budget.experts_per_token=2 budget.start=4 budget.over_steps=9",
-        ["model.moe.ceiling=3.0", "budget of 4"],
+        "model.moe.max_mean_experts_per_token=2 budget.method=pi budget.experts_per_token=2",
+        ["model.moe.max_mean_experts_per_token=2.0", "budget of 2", "leave room"],
+    ),
+    (
+        "model.moe.max_mean_experts_per_token=3 budget.method=pi budget.experts_per_token=2 budget.start=4 "
+        "budget.over_steps=9",
+        ["model.moe.max_mean_experts_per_token=3.0", "budget of 4"],
     ),
     ("train.moe_backend=cutlass", ["train.moe_backend='cutlass'", "triton, grouped_mm, loop"]),
     ("model.moe.capacity_factor=0", ["model.moe.capacity_factor=0", "above 0"]),
@@ -120,7 +131,7 @@ BAD = [
     ("data.weights=[1,2]", ["data.weights=[1.0, 2.0]", "data.dirs"]),
     ("data.dirs=[[a]]", ["data.dirs", "list"]),
     ("data.dirs=[{a: b}]", ["data.dirs.a", "no such field"]),
-    ('data.dirs=["a\\nb"]', ["data.dirs='a\\nb'", "printed"]),
+    ('data.dirs=["a\\nb"]', ["data.dirs='a\\nb'", "unprintable"]),
     ("run.name=../escape", ["run.name='../escape'", "letters, digits"]),
     ("run.name=a\nb", ["run.name", "letters, digits"]),
     (f"run.name={'a' * 241}", ["run.name", "241 characters", "at most 240"]),
@@ -135,15 +146,15 @@ BAD = [
     (f"train.steps={'9' * 5000}", ["train.steps in the command line", "Integer"]),
     ("train.steps=1:30", ["train.steps", "'1:30'", "Integer"]),  # YAML 1.1: a number to base 60
     ("train.steps='not in'", ["train.steps in the command line", "Integer"]),
-    ("eval.domains=7", ["eval.domains", "'7'", "neither true nor false"]),
-    ("eval.domains=2.5", ["eval.domains", "'2.5'", "neither true nor false"]),
+    ("eval.domains=7", ["eval.domains", "'7'", "not a boolean"]),
+    ("eval.domains=2.5", ["eval.domains", "'2.5'", "not a boolean"]),
     ("data.verify=twice", ["data.verify='twice'", "once, always, never"]),
     ("a\nb=1", ["'a\\nb'", "no such field"]),
     ("run.name.x=1", ["run.name.x", "did you mean run.name?"]),
     (f"{'a.' * 5000}b=1", ["no such field"]),
     (f"train.steps={'[' * 5000}", ["nested too deeply"]),
-    ('run.dir="\\0"', ["run.dir='\\x00'", "printed"]),
-    ('run.dir="\\ud800"', ["run.dir='\\ud800'", "printed"]),
+    ('run.dir="\\0"', ["run.dir='\\x00'", "unprintable"]),
+    ('run.dir="\\ud800"', ["run.dir='\\ud800'", "unprintable"]),
     ("run.dir=/tmp/\x1b[2J", ["run.dir", "not allowed"]),
     ('train.steps="\\e[2J"', ["train.steps", "\\x1b", "Integer"]),
     ("train.seed=4294967296", ["train.seed=4294967296", "below 4294967296"]),
@@ -154,7 +165,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("typed", "named"), BAD, ids=[typed[:80] for typed, _ in BAD])
-def test_f25_bad_input_gets_one_line_that_names_it(typed, named):
+def test_f25_invalid_override_is_refused_in_one_line_with_field_value_and_fix(typed, named):
     overrides = re.split(r" (?=[a-z_.]+=)", typed)
     with pytest.raises(UserError) as caught:
         load_config(None, overrides)
@@ -180,14 +191,14 @@ def test_f25_bad_input_gets_one_line_that_names_it(typed, named):
         ),
     ],
 )
-def test_f25_what_does_not_fit_the_ranks_is_refused(overrides, world_size, named):
+def test_f25_layout_that_does_not_fit_the_world_size_is_refused(overrides, world_size, named):
     with pytest.raises(UserError) as caught:
         load_config(None, overrides).check_world(world_size)
     for part in named:
         assert part in str(caught.value)
 
 
-def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path):
+def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("train:\n  steps: 7\n  seed: 3\nmodel:\n  router: {kind: top_k, k: 4}\n")
     config = load_config(path, ["train.steps=9"])
@@ -195,7 +206,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
     assert (config.model.router.kind, config.model.router.k) == ("top_k", 4)
 
 
-# Files that are no configuration, hostile ones among them.
+# Files that are not valid configurations, including malicious ones.
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
 
 
@@ -215,8 +226,8 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" fo
         ("${oc.env:DYNMOE_MARKER}: 1\n", "no such field"),
         (LAUGHS, "aliases are not supported .line 2"),
         ("train: &x\n  steps: *x\n", "aliases are not supported .line 2"),
-        ("train: {steps: 3, steps: 4}\n", "'steps' is there twice"),
-        ("train: {steps: 3}\nrun: {name: a}\ntrain: {seed: 4}\n", "'train' is there twice"),
+        ("train: {steps: 3, steps: 4}\n", "'steps' occurs twice"),
+        ("train: {steps: 3}\nrun: {name: a}\ntrain: {seed: 4}\n", "'train' occurs twice"),
         ("[" * 10**5, "nested too deeply"),
         ("train: " + "{a: " * 10**4, "nested too deeply"),
         ("\n".join(" " * n + "a:" for n in range(400)), "nested too deeply .line 16"),
@@ -230,7 +241,7 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" fo
         (b"train: {steps: \xe9}", "is not YAML"),
     ],
 )  # fmt: skip
-def test_f25_a_bad_file_gets_one_line(tmp_path, monkeypatch, content, named):
+def test_f25_invalid_file_is_refused_in_one_line(tmp_path, monkeypatch, content, named):
     monkeypatch.setenv("DYNMOE_MARKER", "known to the environment alone")
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "run.yaml"
@@ -245,7 +256,7 @@ def test_f25_a_bad_file_gets_one_line(tmp_path, monkeypatch, content, named):
 
 
 @pytest.mark.parametrize("content", ["", "{}\n", "# nothing yet\n", "---\n"])
-def test_a_file_without_a_field_changes_nothing(tmp_path, content):
+def test_empty_file_gives_the_defaults(tmp_path, content):
     path = tmp_path / "a.yaml"
     path.write_text(content)
     assert load_config(path, []) == load_config(None, [])
@@ -272,12 +283,12 @@ def test_a_file_without_a_field_changes_nothing(tmp_path, content):
         ("run={name: a.b, dir: c d}", "run.dir", "c d"),
     ],
 )
-def test_f25_what_is_accepted_is_what_was_meant(typed, field, meant):
+def test_f25_accepted_value_has_the_type_and_meaning_of_its_field(typed, field, meant):
     value = attrgetter(field)(load_config(None, [typed]))
     assert (value, type(value)) == (meant, type(meant))
 
 
-def test_f25_a_mistake_is_told_before_anything_could_make_a_process_group():
+def test_f25_mistake_is_reported_before_torch_is_imported():
     code = (
         "import runpy, sys\n"
         "try: runpy.run_path('train.py', run_name='__main__')\n"
@@ -293,42 +304,42 @@ def test_f25_a_mistake_is_told_before_anything_could_make_a_process_group():
         assert failed.stderr.count("\n") == 1
 
 
-def test_a_missing_file_is_named():
+def test_missing_file_is_refused_by_name():
     with pytest.raises(UserError, match=r"nowhere\.yaml cannot be read"):
         load_config("nowhere.yaml")
 
 
-def test_the_printed_configuration_gives_itself_again(tmp_path):
+def test_printed_configuration_loads_as_the_same_configuration(tmp_path):
     config = load_config(None, ["model.router.kind=top_any", "data.weights=[2.5]", "model.moe.capacity_factor=1.25"])
     path = tmp_path / "run.yaml"
     path.write_text(config.to_yaml())
     assert load_config(path) == config
 
 
-def test_auxiliary_coefficients_are_the_papers_unless_given():
+def test_default_loss_coefficients_are_those_of_the_papers():
     def coefficients(*overrides: str) -> dict[str, float]:
-        return load_config(None, overrides).model.router.loss_coefficients
+        return load_config(None, overrides).model.router.loss_coefficients()
 
     assert coefficients() == {"balance": 1e-2, "entropy": 1e-4}
     assert coefficients("model.router.balance_loss=0") == {"entropy": 1e-4}
     assert coefficients("model.router.kind=top_k", "model.router.z_loss=1e-3") == {"balance": 1e-2, "z": 1e-3}
-    assert set(coefficients("model.router.kind=top_any", "model.router.form=released")) == {
+    assert set(coefficients("model.router.kind=top_any", "model.router.variant=released")) == {
         "balance", "diversity", "simplicity", "efficiency",
     }  # fmt: skip
 
 
-def test_a_form_decides_what_is_not_given():
+def test_a_form_sets_the_defaults_of_router_options():
     def options(*overrides: str):
-        return load_config(None, overrides).model.router.options
+        return load_config(None, overrides).model.router.resolved
 
     kind = "model.router.kind=top_any"
     paper, released, improved = (
-        options(kind, f"model.router.form={form}") for form in ("paper", "released", "improved")
+        options(kind, f"model.router.variant={form}") for form in ("paper", "released", "improved")
     )
     assert (paper.straight_through, paper.min_experts, paper.temperature) == ("all", 1, "fixed")
     assert (released.straight_through, released.min_experts, released.weights) == ("selected", 0, "uniform")
     assert (improved.weights, improved.renormalize, improved.temperature) == ("score", True, "sqrt_hidden")
-    given = options(kind, "model.router.form=improved", "model.router.weights=uniform")
+    given = options(kind, "model.router.variant=improved", "model.router.weights=uniform")
     assert (given.weights, given.temperature) == ("uniform", "sqrt_hidden")
     assert options("model.router.kind=top_k").balance_per_route
     assert not options().balance_per_route
@@ -356,12 +367,84 @@ def test_help_lists_every_field_and_print_config_prints_what_load_config_gives()
     )
 
 
-def test_f25_a_mistake_on_the_command_line_costs_one_line_and_no_traceback():
+def test_f25_mistake_on_the_command_line_prints_one_line_without_traceback():
     failed = run_train("model.router.p=2")
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr == "error: model.router.p=2.0: is too large; use a value of at most 1\n"
 
 
-def test_reading_a_configuration_loads_nothing_heavy():
+def test_importing_the_configuration_does_not_import_torch():
     code = "import dynmoe.config, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+OLD_NAME = "guard.bad_steps"
+NEW_NAME = "guard.max_consecutive_nonfinite_steps"
+
+
+def load_with_old_name(source: str, *arguments) -> Config:
+    """Calls ``load_config`` and checks that it gives exactly one warning, about the old name."""
+    with pytest.warns(FutureWarning) as caught:
+        config = load_config(*arguments)
+    (warning,) = caught
+    assert str(warning.message) == (
+        f"{OLD_NAME} is now called {NEW_NAME}; rename it, as the next release no longer accepts the former name"
+    )
+    assert warning.filename == source
+    return config
+
+
+def test_old_field_name_in_a_file_sets_the_new_field_with_a_warning(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("guard: {bad_steps: 5, spike_window: 8}\ntrain: {steps: 7}\n")
+    config = load_with_old_name(str(path), path)
+    assert config.guard == GuardConfig(max_consecutive_nonfinite_steps=5, spike_window=8)
+    assert config.train.steps == 7
+
+
+@pytest.mark.parametrize("override", ["guard.bad_steps=5", "guard={bad_steps: 5}"])
+def test_old_field_name_in_an_override_sets_the_new_field_with_a_warning(override):
+    config = load_with_old_name("the command line", None, [override])
+    assert config.guard == GuardConfig(max_consecutive_nonfinite_steps=5)
+
+
+def test_new_field_name_in_an_override_wins_over_the_old_name_in_a_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("guard: {bad_steps: 5}\n")
+    assert load_with_old_name(str(path), path, [f"{NEW_NAME}=6"]).guard.max_consecutive_nonfinite_steps == 6
+
+
+@pytest.mark.parametrize("overrides", [["guard.bad_steps=5", f"{NEW_NAME}=5"], [f"{NEW_NAME}=5", "guard.bad_steps=5"]])
+def test_both_names_of_a_field_in_one_source_are_refused(tmp_path, overrides):
+    both = rf"{OLD_NAME} in .*: is the former name of {NEW_NAME}, which is also given; remove {OLD_NAME}"
+    with pytest.raises(UserError, match=both):
+        load_config(None, overrides)
+    path = tmp_path / "run.yaml"
+    path.write_text("guard: {bad_steps: 5, max_consecutive_nonfinite_steps: 5}\n")
+    with pytest.raises(UserError, match=both):
+        load_config(path)
+
+
+def test_wrong_value_under_an_old_name_is_refused_under_the_new_name():
+    with pytest.warns(FutureWarning), pytest.raises(UserError, match=rf"{NEW_NAME}=0: is too small"):
+        load_config(None, ["guard.bad_steps=0"])
+
+
+def test_only_rank_0_warns_about_an_old_name(monkeypatch, recwarn):
+    monkeypatch.setenv("RANK", "1")
+    assert load_config(None, ["guard.bad_steps=5"]).guard.max_consecutive_nonfinite_steps == 5
+    assert not recwarn.list
+
+
+def test_old_name_warning_is_one_line_of_output_and_help_does_not_list_old_names():
+    printed = run_train("guard.bad_steps=5", "--print-config")
+    assert f"{NEW_NAME.partition('.')[2]}: 5" in printed.stdout
+    assert printed.stderr.count("\n") == 1
+    assert "bad_steps" not in printed.stdout
+    assert all(name != OLD_NAME for name, *_ in describe_fields())
+
+
+def test_a_field_can_move_to_another_section(monkeypatch):
+    monkeypatch.setattr(load, "_RENAMED", {"old.part.name": "model.router.p"})
+    with pytest.warns(FutureWarning, match=r"old\.part\.name is now called model\.router\.p"):
+        assert load_config(None, ["old.part.name=0.25", "train.steps=3"]).model.router.p == 0.25

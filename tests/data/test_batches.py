@@ -43,10 +43,11 @@ def test_labels_are_the_next_tokens(corpus_dir, tmp_path):
 def test_a_pass_shows_every_sample_once_and_the_next_in_another_order(corpus_dir, tmp_path):
     data = open_data([corpus_dir], tmp_path)
     data.prepare(0, 1)
-    size = data.samples_per_pass
+    size = data.samples_per_epoch
     data.prepare(0, 2 * size)
     tokens = [tuple(data.train_batch(range(n, n + 1)).tokens_BS[0].tolist()) for n in range(2 * size)]
-    first, second = tokens[:size], tokens[size:]
+    first = tokens[:size]
+    second = tokens[size:]
     # Both passes hold all the text; sequences are cut at other places, since documents come in another order.
     assert len(set(first)) == size
     assert first != second
@@ -55,7 +56,7 @@ def test_a_pass_shows_every_sample_once_and_the_next_in_another_order(corpus_dir
 def test_the_order_is_the_same_after_a_restart_and_across_the_end_of_a_pass(corpus_dir, tmp_path):
     data = open_data([corpus_dir], tmp_path / "a")
     data.prepare(0, 1)
-    size = data.samples_per_pass
+    size = data.samples_per_epoch
     first = size - 3
     data.prepare(first, 6)
     straight = data.train_batch(range(first, first + 6))
@@ -67,10 +68,10 @@ def test_the_order_is_the_same_after_a_restart_and_across_the_end_of_a_pass(corp
     assert torch.equal(later.train_batch(range(first + 3, first + 6)).tokens_BS, straight.tokens_BS[3:])
 
 
-def test_a_batch_may_span_several_passes(corpus_dir, tmp_path):
+def test_a_batch_may_span_several_epochs(corpus_dir, tmp_path):
     data = open_data([corpus_dir], tmp_path / "a")
     data.prepare(0, 1)
-    count = 2 * data.samples_per_pass + 2
+    count = 2 * data.samples_per_epoch + 2
     data.prepare(0, count)
     whole = data.train_batch(range(count)).tokens_BS
     other = open_data([corpus_dir], tmp_path / "b")
@@ -89,11 +90,11 @@ def test_seeds_give_other_orders(corpus_dir, tmp_path):
 
 
 def read_blend(directories: list[str], cache: str) -> tuple[list[list[int]], list[int]]:
-    """One pass over a blend of 3 : 1, and the tokens that only the second corpus has. Needs a process group."""
+    """One epoch of a blend of 3 : 1, and the tokens that only the second corpus has. Needs a process group."""
     data = open_data(directories, Path(cache), weights=[3, 1])
     data.prepare(0, 1)
     marker = set(data.tokenizer.encode("zzzz")) - set(data.tokenizer.encode("The router takes 1 of the gates."))
-    return data.train_batch(range(data.samples_per_pass)).tokens_BS.tolist(), sorted(marker)
+    return data.train_batch(range(data.samples_per_epoch)).tokens_BS.tolist(), sorted(marker)
 
 
 def test_a_blend_keeps_its_weights(corpus_dir, second_corpus, tmp_path, one_rank):
@@ -110,5 +111,5 @@ def test_corpora_that_do_not_fit_are_refused(corpus_dir, tmp_path):
         open_corpora([str(corpus_dir)], 10_000_000)
     write_texts(tmp_path / "text", documents=30)
     build(Recipe([str(tmp_path / "text")], vocab_size=350, validation_fraction=0.2), tmp_path / "other", workers=1)
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UserError, match="a different tokenizer"):
         open_corpora([str(corpus_dir), str(tmp_path / "other")], LENGTH)

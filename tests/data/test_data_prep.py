@@ -49,7 +49,8 @@ def test_every_document_is_there_and_decodes_to_itself(corpus_dir):
     from dynmoe.data.megatron import IndexedDatasetBuilder  # noqa: F401  (hushes Megatron's import)
 
     corpus = Corpus.open(corpus_dir)
-    tokenizer, texts = corpus.tokenizer, set()
+    tokenizer = corpus.tokenizer
+    texts = set()
     for split in ("train", "validation"):
         dataset = IndexedDataset(str(corpus_dir / split))
         for tokens in (dataset[i].tolist() for i in range(len(dataset))):
@@ -111,7 +112,7 @@ def test_several_zstandard_frames_are_one_text(tmp_path):
 def test_a_directory_that_is_no_corpus_is_never_overwritten(tmp_path):
     write_texts(tmp_path / "text", documents=3)
     write_texts(tmp_path / "other", documents=3)
-    for out, problem in (("other", "exists and is no corpus"), ("text/out", "lies inside the source")):
+    for out, problem in (("other", "exists and is not a corpus"), ("text/out", "lies inside the source")):
         failed = run(str(tmp_path / "text"), "--out", str(tmp_path / out), "--overwrite")
         assert failed.returncode == 2
         assert problem in failed.stderr
@@ -175,7 +176,7 @@ def test_the_command_builds_verifies_and_fails_in_one_line(tmp_path):
     built = run(str(tmp_path / "text"), "--out", out, "--vocab-size", "400", "--validation-fraction", "0.2")
     assert built.returncode == 0, built.stderr
     assert "unigram entropy" in built.stdout
-    assert "sound" in run("verify", out).stdout
+    assert "intact" in run("verify", out).stdout
     flip(tmp_path / "out" / "train.bin", 100)
     for failed in (run("verify", out), run(str(tmp_path / "nowhere"), "--out", str(tmp_path / "other"))):
         assert failed.returncode == 2

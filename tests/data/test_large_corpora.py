@@ -17,7 +17,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.processes import is_running
 from data_prep import sources
 from data_prep.build import build
 from data_prep.encode import WordEncoder
@@ -30,6 +29,7 @@ from dynmoe.data.indexed import check_indexed, write_index
 from dynmoe.data.megatron import DType, IndexedDatasetBuilder
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
+from harness.processes import is_running
 from tests.data.test_data_prep import contents, read_all, recipe, run
 from tests.texts import make_text, write_texts
 
@@ -94,7 +94,7 @@ def test_the_bytes_do_not_depend_on_units_nor_on_the_packing(tmp_path, monkeypat
 
 def test_a_column_that_is_not_there_is_named(tmp_path):
     write_parquet(tmp_path / "a.parquet", TEXTS[:3])
-    with pytest.raises(UserError, match=r"--key body: .*a\.parquet has the columns text, number; name"):
+    with pytest.raises(UserError, match=r"--key body: .*a\.parquet has the columns text, number; use"):
         list(read_unit(list_units([str(tmp_path / "a.parquet")])[0], "body"))
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and nothing")
     with pytest.raises(UserError, match=r"b\.parquet: cannot be read"):
@@ -145,13 +145,14 @@ def build_tokenizer(folder: Path) -> str:
     return str(folder / "tokenizer" / "tokenizer.model")
 
 
-def test_copies_are_found_in_any_number_of_passes(tmp_path):
+def test_copies_are_found_in_any_number_of_epochs(tmp_path):
     random = np.random.default_rng(0)
     digests = random.integers(0, 30, (7, 20, 2)).astype(np.uint64)
     parts = [tmp_path / f"{number}.npz" for number in range(7)]
     for path, own in zip(parts, digests, strict=True):
         np.savez(path, facts=np.frombuffer(b"{}", np.uint8), digests=own, lengths=np.zeros(20, np.int32))
-    seen, expected = set(), []
+    seen = set()
+    expected = []
     for own in digests:
         expected.append([(pair := tuple(digest)) in seen or seen.add(pair) for digest in own.tolist()])
     for at_a_time in (7, 50, 1000):
@@ -209,7 +210,7 @@ def finished_parts(folder: Path) -> int:
     return len(list((folder / "out.building" / "parts").glob("[0-9]*.npz")))
 
 
-def test_a_killed_build_goes_on_and_gives_the_same_bytes(tmp_path):
+def test_a_killed_build_resumes_and_gives_the_same_bytes(tmp_path):
     for place in ("killed", "undisturbed"):
         (tmp_path / place).mkdir()
         write_jsonl(tmp_path / place / "a.jsonl", TEXTS * 20)
@@ -230,7 +231,7 @@ def test_a_killed_build_goes_on_and_gives_the_same_bytes(tmp_path):
     again = start(tmp_path / "killed")
     output, _ = again.communicate(timeout=60)
     assert again.returncode == 0, output
-    assert f"going on with an interrupted build, {there} parts are there" in output
+    assert f"resuming an interrupted build with {there} finished parts" in output
     assert contents(tmp_path / "killed" / "out") == contents(tmp_path / "undisturbed" / "out")
     assert not (tmp_path / "killed" / "out.building").exists()
 
@@ -254,7 +255,7 @@ def test_nodes_share_the_work_and_give_the_same_bytes(tmp_path):
     nodes = [start(tmp_path / "three", "--nodes", "3", "--node", str(node)) for node in (2, 1, 0)]
     outputs = [node.communicate(timeout=60)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0, 0], outputs
-    assert "node 2 has done its part" in outputs[0]
+    assert "node 2 has encoded its part" in outputs[0]
     shares = [int(output.split("encoded ")[1].split()[0]) for output in outputs]
     assert sum(shares) == 600
     assert all(share > 100 for share in shares)
@@ -273,7 +274,7 @@ def test_a_node_that_comes_late_finds_all_done(tmp_path):
     (tmp_path / "built").rename(tmp_path / "out")
     output, _ = late.communicate(timeout=30)
     assert late.returncode == 0, output
-    assert "node 1 has done its part" in output
+    assert "node 1 has encoded its part" in output
 
 
 def test_an_index_has_the_bytes_of_megatrons_own_builder(tmp_path):
@@ -302,7 +303,8 @@ def test_files_of_megatrons_tool_are_taken_unchanged(tmp_path, corpus_dir):
     tokenizer = Tokenizer(corpus_dir / "tokenizer.model")
     for name, texts in (("my.en_text_document", TEXTS[:100]), ("other_text_document", TEXTS[100:])):
         write_as_megatron_does(tmp_path / name, tokenizer, texts)
-    model, prefix = str(corpus_dir / "tokenizer.model"), str(tmp_path / "my.en_text_document")
+    model = str(corpus_dir / "tokenizer.model")
+    prefix = str(tmp_path / "my.en_text_document")
     done = run("adopt", prefix, "--validation", str(tmp_path / "other_text_document"), "--tokenizer", model,
                "--out", str(tmp_path / "two"))  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -325,7 +327,8 @@ def test_files_of_megatrons_tool_are_taken_unchanged(tmp_path, corpus_dir):
 def test_a_blend_over_many_shards_keeps_its_weights(one_rank, tmp_path, corpus_dir):
     """Each of 24 corpora has one token of its own, so that a sample tells where it comes from."""
     tokenizer = str(corpus_dir / "tokenizer.model")
-    dirs, weights = [], [1 + number % 4 for number in range(24)]
+    dirs = []
+    weights = [1 + number % 4 for number in range(24)]
     for number in range(24):
         prefix = tmp_path / f"shard_{number}"
         for name in (f"{prefix}", f"{prefix}_validation"):
@@ -345,7 +348,7 @@ def test_a_blend_over_many_shards_keeps_its_weights(one_rank, tmp_path, corpus_d
 def first_tokens(dirs: list[str], weights: list[float], cache: Path) -> torch.Tensor:
     """The first token of each sample of a pass."""
     data = PretrainingData(open_corpora(dirs, 16), weights, 16, 0, cache)
-    return data.train_batch(range(data.samples_per_pass)).tokens_BS[:, 0]
+    return data.train_batch(range(data.samples_per_epoch)).tokens_BS[:, 0]
 
 
 def run_adopt(train: str, validation: str, tokenizer: str, out: str) -> str:

@@ -57,11 +57,11 @@ def no_thread_is_left():
 def test_the_next_step_is_read_while_a_step_computes_and_no_later_one():
     data = Noting()
     ahead = loader(data)
-    ahead.take(0, goes_on=False)
+    ahead.take(0, continues=False)
     data.began.clear()
-    ahead.take(4, goes_on=True)  # returns with step 4 read; the step computes from here on
+    ahead.take(4, continues=True)  # returns with step 4 read; the step computes from here on
     assert data.began.wait(PATIENCE_S)
-    _, batches = ahead.take(8, goes_on=False)
+    _, batches = ahead.take(8, continues=False)
     assert [int(batch.tokens_BS) for batch in batches] == [8, 9, 10, 11]
     assert data.read == [*range(12)], "what does not go on reads nothing more"
     ahead.close()
@@ -69,7 +69,9 @@ def test_the_next_step_is_read_while_a_step_computes_and_no_later_one():
 
 def test_a_step_does_not_wait_for_the_next_one_and_closing_does():
     data = Noting()
-    plain, reads, read_on = data.train_batch, threading.Event(), threading.Event()
+    plain = data.train_batch
+    reads = threading.Event()
+    read_on = threading.Event()
 
     def train_batch(samples: range) -> Batch:
         if samples.start == 4:
@@ -79,7 +81,7 @@ def test_a_step_does_not_wait_for_the_next_one_and_closing_does():
 
     data.train_batch = train_batch  # type: ignore[method-assign]
     ahead = loader(data)
-    ahead.take(0, goes_on=True)
+    ahead.take(0, continues=True)
     assert data.read == [*range(4)]
     assert reads.wait(PATIENCE_S), "what has not begun is not read any more"
     timer = threading.Timer(0.05, read_on.set)
@@ -91,7 +93,7 @@ def test_a_step_does_not_wait_for_the_next_one_and_closing_does():
 
 def test_ranks_share_the_samples_of_a_step_in_turn():
     steps = [loader(Noting(), rank, ranks=2) for rank in range(2)]
-    samples = [own.take(8, goes_on=False)[0] for own in steps]
+    samples = [own.take(8, continues=False)[0] for own in steps]
     assert samples == [[range(8, 9), range(10, 11)], [range(9, 10), range(11, 12)]]
     for own in steps:
         own.close()
@@ -101,7 +103,7 @@ def test_collectives_stay_on_the_callers_thread_and_reading_off_it():
     data = Noting()
     ahead = loader(data)
     for first in (0, 4, 8):
-        ahead.take(first, goes_on=first < 8)
+        ahead.take(first, continues=first < 8)
     ahead.close()
     here = threading.current_thread().name
     assert data.prepared == [(0, here), (4, here), (8, here)], "once for each step, in their order"
@@ -111,9 +113,9 @@ def test_collectives_stay_on_the_callers_thread_and_reading_off_it():
 
 def test_what_reading_raises_comes_out_at_the_step_that_needs_it():
     ahead = loader(Noting(damaged=6))
-    assert len(ahead.take(0, goes_on=True)[1]) == 4
+    assert len(ahead.take(0, continues=True)[1]) == 4
     with pytest.raises(UserError, match="sample 6 is damaged"):
-        ahead.take(4, goes_on=True)
+        ahead.take(4, continues=True)
     ahead.close()
 
 
@@ -126,7 +128,7 @@ def test_batches_are_pinned_by_the_thread_that_reads_them(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     ahead = loader(Noting(), pin=True)
-    _, batches = ahead.take(0, goes_on=False)
+    _, batches = ahead.take(0, continues=False)
     ahead.close()
     assert [int(batch.tokens_BS) for batch in batches] == [int(batch.labels_BS) for batch in batches]
     assert [int(batch.tokens_BS) for batch in batches] == [100, 101, 102, 103]
@@ -134,9 +136,9 @@ def test_batches_are_pinned_by_the_thread_that_reads_them(monkeypatch):
 
 
 def test_order_and_resume_over_the_end_of_a_pass(corpus_dir: Path, tmp_path: Path):
-    """Against the data read step by step on one thread; the second start goes on where the first one was."""
+    """Against the data read step by step on one thread; the second start continues where the first ended."""
     plain = open_data([corpus_dir], tmp_path / "plain")
-    begin = plain.samples_per_pass - 6
+    begin = plain.samples_per_epoch - 6
     expected = []
     for first in range(begin, begin + 20, 4):
         plain.prepare(first, 4)
@@ -145,7 +147,7 @@ def test_order_and_resume_over_the_end_of_a_pass(corpus_dir: Path, tmp_path: Pat
     for start, steps in ((begin, 2), (begin + 8, 3)):
         ahead = loader(open_data([corpus_dir], tmp_path / f"{start}"))
         for step in range(steps):  # the first start ends with a step read ahead, which is lost
-            found += [batch.tokens_BS for batch in ahead.take(start + 4 * step, goes_on=True)[1]]
+            found += [batch.tokens_BS for batch in ahead.take(start + 4 * step, continues=True)[1]]
         ahead.close()
     assert len(found) == len(expected) == 20
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

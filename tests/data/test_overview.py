@@ -1,4 +1,4 @@
-"""What is told before text is read: what its files were taken for, how it begins, why there is none."""
+"""The summary printed before text is read: detected formats, how it begins, why there is none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.data.test_formats import TEXTS, json_lines
 from tests.texts import make_text
 
 
-def test_what_was_chosen_is_told_with_the_beginning(tmp_path):
+def test_detected_formats_are_printed_with_the_beginning_of_the_text(tmp_path):
     (tmp_path / "a.json").write_bytes(json_lines())
     (tmp_path / "b.json").write_bytes(b'\n\n{"id": 1, "body": "x"}\n{"id": 2}\n')
     (tmp_path / "c").mkdir()
@@ -23,11 +23,11 @@ def test_what_was_chosen_is_told_with_the_beginning(tmp_path):
     beginning = " ".join(TEXTS[0].split())[:60]
     assert a == f'{names[0]}: 1 file read as JSON lines; a.json:1 begins "{beginning}…"'
     assert b == f"{names[1]}: 1 file read as JSON lines; b.json:3 has no text (missing_key; its fields: id, body)"
-    assert c_text == f'{names[2]}: 1 file read as text, a document per file; a.txt begins "some text?[0m"'
-    assert c_json == f'{names[2]}: 2 files read as JSON, an array or values one after the other; b.json:1 begins "c"'
+    assert c_text == f'{names[2]}: 1 file read as text, one document per file; a.txt begins "some text?[0m"'
+    assert c_json == f'{names[2]}: 2 files read as JSON, an array or concatenated values; b.json:1 begins "c"'
 
 
-def test_the_command_tells_and_does_as_it_is_asked(tmp_path):
+def test_the_command_prints_the_overview_and_obeys_options(tmp_path):
     (tmp_path / "text").mkdir()
     for number in range(20):
         lines = "".join(json.dumps({"body": make_text(number * 9 + line)}) + "\n" for line in range(9))
@@ -36,13 +36,13 @@ def test_the_command_tells_and_does_as_it_is_asked(tmp_path):
     failed = run(*given)
     assert failed.returncode == 2
     assert "missing_key; its fields: body" in failed.stdout
-    assert "no text came out of" in failed.stderr
-    assert "left out: missing_key 180 (0.json:1); name the field or column that holds it by --key" in failed.stderr
+    assert "gave no text" in failed.stderr
+    assert "skipped: missing_key 180 (0.json:1); name the field or column with the text by --key" in failed.stderr
     built = run(*given, "--key", "body")
     assert built.returncode == 0, built.stderr
     assert '20 files read as JSON lines; 0.json:1 begins "# Document 0 The ' in built.stdout
     assert "180 documents" in built.stdout
     refused = run(*given, "--as", "text")
-    assert "holds a corpus made from other text or options" in refused.stderr
+    assert "is a corpus made from other text or options" in refused.stderr
     asked = run(*given, "--as", "text", "--overwrite", "--validation-fraction", "0.2")
-    assert '20 files read as text, a document per file; 0.json begins "{"body": ' in asked.stdout, asked.stderr
+    assert '20 files read as text, one document per file; 0.json begins "{"body": ' in asked.stdout, asked.stderr

@@ -41,7 +41,7 @@ def test_a_manifest_has_the_hashes_of_files_and_of_their_blocks(copied):
         hashes = [hashlib.sha256(block).hexdigest() for block in blocks]
         assert manifest["blocks"]["sha256"].get(name) == (hashes if len(blocks) > 1 else None)
     assert len(manifest["blocks"]["sha256"]["train.bin"]) > 3
-    assert Corpus.open(copied).fingerprint == before, "a run goes on with a corpus that was prepared again"
+    assert Corpus.open(copied).fingerprint == before, "a run resumes with a corpus that was prepared again"
 
 
 def test_the_pieces_of_a_corpus_are_all_of_its_bytes(corpus_dir, copied):
@@ -87,7 +87,7 @@ def test_blocks_that_do_not_cover_their_files_are_refused(copied, change):
     manifest = in_blocks(copied)
     change(manifest["blocks"])
     (copied / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="is no manifest of format 1"):
+    with pytest.raises(UserError, match="is not a manifest of format 1"):
         Corpus.open(copied)
 
 
@@ -99,7 +99,8 @@ def test_every_number_of_a_file_is_a_token(tmp_path, dtype, wrong):
     tokens[place] = 89 if wrong == "largest" else np.array(wrong).astype(dtype)
     path = tmp_path / "train.bin"
     tokens.tofile(path)
-    size, sha256 = path.stat().st_size, hashlib.sha256(tokens.tobytes()).hexdigest()
+    size = path.stat().st_size
+    sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
     half = size // 2
     pieces = [
         Piece(path, "train.bin", start, half, size, hashlib.sha256(tokens.tobytes()[start : start + half]).hexdigest(),
@@ -116,7 +117,8 @@ def test_every_number_of_a_file_is_a_token(tmp_path, dtype, wrong):
 def test_the_first_damaged_file_is_told_however_fast_another_is_found(tmp_path):
     pieces = []
     for number in range(40):
-        path, content = tmp_path / f"{number}", b"x" * (1 << 24 if number == 5 else 1)
+        path = tmp_path / f"{number}"
+        content = b"x" * (1 << 24 if number == 5 else 1)
         path.write_bytes(content)
         right = hashlib.sha256(b"y" if number == 5 else content).hexdigest()
         pieces.append(Piece(path, path.name, 0, len(content), len(content), right))

@@ -20,12 +20,18 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "broken.json": (b'[{"text": "a"}, {"text": "b"} {}]' + b" " * 300_000, r"Expecting ',' or '\]' at character 30"),
     "cut.csv": (b'text,n\n"a,1\n', r"cannot be read \(line 2: unexpected end of data\)"),
     "quote.csv": (b'text,n\n"a"b,1\n', r"line 2: ',' expected after '\"'"),
-    "column.csv": (b"id,body\n1,a\n", r"--key text: .*column\.csv has the columns id, body; name the one with text"),
-    "column.tsv": (b"id;body\n1;a\n", r"--key text: .*column\.tsv has the columns id, body; name"),
-    "a.json.gz": (json_lines(), "is neither gzip nor Zstandard, as its name says"),
-    "wide.json": (json_lines().decode().encode("utf-16"), "is UTF-16; make it UTF-8: iconv -f UTF-16 -t UTF-8"),
-    "cut.txt.zst": (zstandard.compress(json_lines())[:-9], "cannot be read .the compressed text is cut off"),
-    "a.jsonl.xz": (b"\xfd7zXZ\x00 and so on", "is an archive or packed otherwise than by gzip or Zstandard; unpack it"),
+    "column.csv": (
+        b"id,body\n1,a\n", r"--key text: .*column\.csv has the columns id, body; use the one that contains the text",
+    ),
+    "column.tsv": (b"id;body\n1;a\n", r"--key text: .*column\.tsv has the columns id, body; use"),
+    "a.json.gz": (json_lines(), "is neither gzip nor Zstandard, despite its name"),
+    "wide.json": (
+        json_lines().decode().encode("utf-16"), "is UTF-16; convert it to UTF-8 with iconv -f UTF-16 -t UTF-8",
+    ),
+    "cut.txt.zst": (zstandard.compress(json_lines())[:-9], "cannot be read .the compressed text is truncated"),
+    "a.jsonl.xz": (
+        b"\xfd7zXZ\x00 and so on", "is an archive or compressed by other means than gzip or Zstandard; unpack it",
+    ),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What runs on the ranks of a pool for the tests of engines: a short training on made-up tokens."""
+"""Functions that engine tests run on the ranks of a pool: short training runs on synthetic tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from dynmoe.model import Decoder
 from dynmoe.train.engine import take_step
 from dynmoe.train.optimizer import parameter_groups
 
-VOCAB, LENGTH, GLOBAL_BATCH = 64, 24, 8
+VOCAB = 64
+LENGTH = 24
+GLOBAL_BATCH = 8
 
 
 def config_for(*overrides: str) -> Config:
@@ -31,7 +33,7 @@ def config_for(*overrides: str) -> Config:
 
 
 def batch_of_step(step: int) -> torch.Tensor:
-    """The global batch [B, S + 1] of a step: short cycles with noise, so that there is something to learn."""
+    """The global batch [B, S + 1] of a step: short cycles with noise, so that a model can learn them."""
     generator = torch.Generator().manual_seed(step)
     start = torch.randint(VOCAB, (GLOBAL_BATCH, 1), generator=generator)
     tokens = (start + 3 * torch.arange(LENGTH + 1)) % VOCAB
@@ -40,13 +42,14 @@ def batch_of_step(step: int) -> torch.Tensor:
 
 
 def micro_batches(config: Config, step: int, data_rank: int = 0, data_size: int = 1) -> list[Batch]:
-    tokens, size = batch_of_step(step), config.train.micro_batch
+    tokens = batch_of_step(step)
+    size = config.train.micro_batch
     starts = range(data_rank * size, GLOBAL_BATCH, data_size * size)
     return [Batch(tokens[s : s + size, :-1], tokens[s : s + size, 1:]) for s in starts]
 
 
 def keep_maps(layers: list[Any]) -> dict[int, list[torch.Tensor]]:
-    """By layer the routing maps of every pass to come."""
+    """Records the routing maps of all later forward passes, by layer."""
     maps: dict[int, list[torch.Tensor]] = {layer.layer: [] for layer in layers}
     for layer in layers:
         own = maps[layer.layer]
@@ -55,14 +58,19 @@ def keep_maps(layers: list[Any]) -> dict[int, list[torch.Tensor]]:
 
 
 def train(overrides: list[str], first: int, last: int, load: str = "", save: str = "") -> dict[str, Any]:
-    """Steps ``first`` to ``last`` - 1: losses, gradient norms, routing maps, statistics, and the state at the end."""
+    """Trains steps ``first`` to ``last`` - 1; returns losses, norms, routing maps, statistics and the final state."""
     config = config_for(*overrides)
     config.check_world(dist.get_world_size())
     engine = make_engine(config, VOCAB)
     if load:
         engine.load(Path(load))
     maps = keep_maps(engine.layers)
-    losses, norms, rows, statistics, events, attentions = [], [], [], [], [], 0
+    losses = []
+    norms = []
+    rows = []
+    statistics = []
+    events = []
+    attentions = 0
     for step in range(first, last):
         batches = micro_batches(config, step, engine.data_rank, engine.data_size)
         with patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as attention:
@@ -83,20 +91,20 @@ def train(overrides: list[str], first: int, last: int, load: str = "", save: str
 
 
 def settings(engine: Any) -> list[dict[str, Any]]:
-    """What the optimizer works with, by parameter group."""
+    """Hyperparameters of each optimizer parameter group."""
     if engine.config.engine == "deepspeed":
         return []
     return [{name: value for name, value in g.items() if name != "params"} for g in engine.optimizer.param_groups]
 
 
 def refusal(overrides: list[str], load: str) -> str:
-    """What a checkpoint is refused with."""
+    """The error with which the engine refuses a checkpoint."""
     engine = make_engine(config_for(*overrides), VOCAB)
     try:
         engine.load(Path(load))
     except UserError as error:
         return str(error)
-    return "nothing was said"
+    return "no error was raised"
 
 
 def save_state(engine: Any, directory: str) -> None:
@@ -110,15 +118,15 @@ def save_state(engine: Any, directory: str) -> None:
 
 
 def place(engine: Any) -> tuple[int, int]:
-    """Which sequences a rank has (its data-parallel rank), and which part of each (its tensor-parallel rank)."""
-    group = engine.context.sequence_group
+    """The data-parallel rank (which sequences) and tensor-parallel rank (which part of each) of a rank."""
+    group = engine.context.groups.sequence
     return engine.data_rank, 0 if group is None else dist.get_rank(group)
 
 
 def whole_state(engine: Any) -> dict[str, torch.Tensor]:
-    """All buffers, and of the parameters that this rank holds the parameter, its fp32 master and moments.
+    """All buffers of this rank, and all its parameters with their fp32 masters and moments.
 
-    Under Megatron the parameter as it lies there, and the flat shards of the others that this rank holds.
+    Under Megatron, parameters have Megatron's layout, and masters and moments are this rank's flat shards.
     """
     state = {}
     for layer in engine.layers:
@@ -140,8 +148,7 @@ def whole_state(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def train_into_nan(overrides: list[str], layer: int, rank: int) -> tuple[str, bool]:
-    """Two sound steps and one in which the router of ``layer`` sees NaN on ``rank``; what is said, and whether the
-    state is as it was before that step."""
+    """Trains two steps, then one in which the router of ``layer`` sees NaN on ``rank``; see :func:`failing_step`."""
     engine = make_engine(config_for(*overrides), VOCAB)
     for step in range(2):
         step_once(engine, step)
@@ -152,7 +159,7 @@ def train_into_nan(overrides: list[str], layer: int, rank: int) -> tuple[str, bo
 
 
 def step_that_fails(overrides: list[str]) -> tuple[str, bool]:
-    """What the first step is stopped with, and whether the state is as it was."""
+    """See :func:`failing_step`, for the first step."""
     return failing_step(make_engine(config_for(*overrides), VOCAB), 0)
 
 
@@ -162,19 +169,20 @@ def step_once(engine: Any, step: int) -> None:
 
 
 def failing_step(engine: Any, step: int) -> tuple[str, bool]:
+    """The error that stops the step, and whether the state is unchanged."""
     before = whole_state(engine)
     try:
         step_once(engine, step)
     except UserError as error:
         after = whole_state(engine)
         return str(error), all(torch.equal(value, after[name]) for name, value in before.items())
-    return "nothing was said", False
+    return "no error was raised", False
 
 
 def train_plainly(overrides: list[str], steps: int) -> dict[str, Any]:
-    """The plain model and torch's AdamW, in a loop that anyone can check by eye; no engine.
+    """Trains the plain model with torch's AdamW in a simple loop, without an engine.
 
-    Also the first moment after the first step, a tenth of the clipped gradient, by the keys of a checkpoint.
+    Returns also the first moments after step 0 (a tenth of the clipped gradients), by checkpoint key.
     """
     config = config_for(*overrides)
     model = Decoder(config.model, VOCAB, config.train.seed)
@@ -182,15 +190,16 @@ def train_plainly(overrides: list[str], steps: int) -> dict[str, Any]:
     settings = config.optimizer
     betas = (settings.beta1, settings.beta2)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=settings.lr, betas=betas, eps=settings.eps)
-    losses, norms, moments = [], [], {}
+    losses = []
+    norms = []
+    moments = {}
     for step in range(steps):
         optimizer.zero_grad()
         batches = micro_batches(config, step)
-        model.context.loss_scale = 1.0 / len(batches)
         total = 0.0
         for number, batch in enumerate(batches):
-            model.context.micro_batch = number
-            loss = model(batch.tokens_BS, batch.labels_BS) / len(batches)
+            with model.context.running(micro_batch=number, loss_scale=1.0 / len(batches)):
+                loss = model(batch.tokens_BS, batch.labels_BS) / len(batches)
             loss.backward()
             total += loss.item()
         losses.append(total)
@@ -207,7 +216,7 @@ def train_plainly(overrides: list[str], steps: int) -> dict[str, Any]:
 
 
 def forward_only(overrides: list[str]) -> dict[str, Any]:
-    """Mean losses of two texts, of two batches and of one; and logits of a sequence whose length nothing divides."""
+    """Losses of two texts, with two batches and one, and logits of a sequence whose length no layout divides."""
     config = config_for(*overrides)
     engine = make_engine(config, VOCAB)
     batches = micro_batches(config, 0, engine.data_rank, engine.data_size)
@@ -215,9 +224,9 @@ def forward_only(overrides: list[str]) -> dict[str, Any]:
     return {"losses": engine.evaluate(batches[:3], [0, 1, 0], [2.0, 1.0]), "logits": engine.logits(tokens)}
 
 
-def to_plain(overrides: list[str], source: str, target: str) -> None:
-    """Converts a checkpoint of a Megatron run."""
-    from dynmoe.engines.megatron import checkpoint
+def to_canonical(overrides: list[str], source: str, target: str) -> None:
+    """Converts a Megatron checkpoint."""
+    from dynmoe.engines.megatron import conversion
 
     Path(target).mkdir(parents=True)
-    checkpoint.to_plain(config_for("engine=megatron", *overrides), Path(source), Path(target))
+    conversion.to_canonical(config_for("engine=megatron", *overrides), Path(source), Path(target))

@@ -1,4 +1,4 @@
-"""How results of ranks are put together and compared."""
+"""Combines and compares the results of several ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.engines.cases import LENGTH
 
 
 def maps_of_all_ranks(results: list[dict[str, Any]]) -> dict[int, list[torch.Tensor]]:
-    """Routing maps in the order of one process: by layer and pass, sequences of all ranks, each with all positions."""
+    """Routing maps in the token order of one process, by layer and forward pass."""
     whole: dict[int, list[torch.Tensor]] = {}
     for layer in sorted({layer for result in results for layer in result["maps"]}):
         held = [result for result in results if layer in result["maps"]]
@@ -26,18 +26,18 @@ def maps_of_all_ranks(results: list[dict[str, Any]]) -> dict[int, list[torch.Ten
 
 
 def _joined(held: list[dict[str, Any]], layer: int, number: int, data_rank: int, parts: int) -> torch.Tensor:
-    """Map [B, S, E] of the sequences of a data-parallel rank, from the ranks that each have some of the positions."""
+    """Routing map [B, S, E] of a data-parallel rank, joined over the ranks that share its sequences."""
     by_part = {result["place"][1]: result["maps"][layer][number] for result in held if result["place"][0] == data_rank}
     return torch.cat([by_part[part].unflatten(0, (-1, LENGTH // parts)) for part in range(parts)], dim=1)
 
 
-def read_plain(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint in the plain model's names, but for random generators."""
+def read_canonical(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a canonical checkpoint, except random states."""
     files = [path for path in directory.glob("*.safetensors") if not path.name.startswith("random")]
     return {name: value for path in files for name, value in load_file(path).items()}
 
 
 def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """Largest norm of a difference relative to the norm, over tensors of the same names."""
+    """Largest relative norm of the difference, over tensors of the same name."""
     assert ours.keys() == theirs.keys()
     return max(((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-12)).item() for n in theirs)

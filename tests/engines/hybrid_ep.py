@@ -1,7 +1,7 @@
-"""HybridEP's two device calls over gloo, for tests of the code around them.
+"""HybridEP's two device calls on gloo, to test the code around them.
 
-They do what ``HybridEPBuffer`` (DeepEP, branch hybrid-ep) does for Megatron-Core: hand over the rows of all ranks in
-the order of this rank's experts, at most ``num_permuted_tokens``; and add them up for the tokens again.
+They do what ``HybridEPBuffer`` (DeepEP, branch hybrid-ep) does for Megatron-Core: dispatch at most
+``num_permuted_tokens`` rows of all ranks, ordered by expert, to this rank; and sum the rows of each token again.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ def _dispatch(
     expert, token = torch.cat(maps)[:, held].T.nonzero(as_tuple=True)
     room = len(token) if num_permuted_tokens is None else int(num_permuted_tokens)
     overflow = torch.tensor(len(token) > room)
-    expert, token = expert[:room], token[:room]
-    rows, row_probs = x_all[token], probs_all[:, held][token, expert]
+    expert = expert[:room]
+    token = token[:room]
+    rows = x_all[token]
+    row_probs = probs_all[:, held][token, expert]
     if room > len(token):
         rows = torch.cat([rows, rows.new_zeros(room - len(token), rows.shape[1])])
         row_probs = torch.cat([row_probs, row_probs.new_zeros(room - len(token))])
@@ -49,7 +51,7 @@ def _combine(x: Tensor, handle: tuple[Any, ...], num_permuted_tokens: Any, **of_
 
 @contextlib.contextmanager
 def on_the_cpu() -> Iterator[None]:
-    """Megatron's dispatcher without the device, and without compiling its steps."""
+    """Runs Megatron's dispatcher without a GPU and without compilation."""
     from megatron.core.transformer.moe import token_dispatcher
 
     with (

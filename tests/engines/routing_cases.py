@@ -1,4 +1,4 @@
-"""What runs on the ranks of a pool for the tests of statistics and traces: steps whose routing is kept whole."""
+"""Training steps that record their complete routing, run on the ranks of a pool by tests of statistics and traces."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.engines.cases import GLOBAL_BATCH, VOCAB, config_for, micro_batches, 
 
 
 def keep_plans(engine: Any) -> dict[tuple[int, int], dict[str, Any]]:
-    """By layer and micro-batch what the dispatcher is given; a repeated pass takes the place of the first."""
+    """Records the dispatcher's input by layer and micro-batch; a recomputed pass replaces the first."""
     kept: dict[tuple[int, int], dict[str, Any]] = {}
     for layer in engine.layers:
         dispatch = layer.dispatcher.dispatch
 
         def watched(x_TD, plan, most_rows=None, layer=layer, dispatch=dispatch):
             router = layer.router
-            kept[layer.layer, engine.context.micro_batch] = {
+            kept[layer.layer, engine.context.step.micro_batch] = {
                 "routed": plan.routing_map_TE.tolist(),
                 "selected": plan.selected_map_TE.tolist(),
                 "scores": plan.scores_TE.tolist(),
@@ -40,18 +40,18 @@ def keep_plans(engine: Any) -> dict[tuple[int, int], dict[str, Any]]:
 
 
 def train_and_keep(overrides: list[str], steps: int, traces: str = "") -> dict[str, Any]:
-    """Trains; of the last step its row, its histograms, and this rank's plans; with ``traces`` its trace as a file."""
+    """Trains; returns metrics, histograms and this rank's plans of the last step; writes its trace to ``traces``."""
     config = config_for(*overrides)
     config.check_world(dist.get_world_size())
     engine = make_engine(config, VOCAB)
     plans = keep_plans(engine)
     for step in range(1, steps + 1):
         batches = micro_batches(config, step, engine.data_rank, engine.data_size)
-        trace = engine.context.trace = RoutingTrace() if traces and step == steps else None
+        trace = RoutingTrace() if traces and step == steps else None
         plans.clear()
-        # A recomputation usually ends where the last saved tensor is there again: here it goes through to the end.
+        # Recomputation usually stops once the last saved tensor is available; here it must run to the end.
         with set_checkpoint_early_stop(False):
-            take_step(engine, batches, config.optimizer.lr, record=step == steps)
+            take_step(engine, batches, config.optimizer.lr, record=step == steps, trace=trace)
         report = engine.report()
     if trace is not None:
         size = config.train.micro_batch

@@ -1,4 +1,4 @@
-"""What a package would take, read from its files: it need not be installed, nor its Python version be there."""
+"""Signatures of a package, parsed from its files; neither the package nor its Python version is needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Sources:
         return next((path for path in (below.with_suffix(".py"), below / "__init__.py") if path.is_file()), None)
 
     def _names(self, module: str) -> dict[str, ast.AST | str]:
-        """What a module binds at its top level: its definition, or where it is imported from (``module:name``)."""
+        """Top-level names of a module, each with its definition or the origin of its import (``module:name``)."""
         if module not in self._read:
             path = self._path(module)
             self._read[module] = {} if path is None else self._bound(module, path)
@@ -37,7 +37,7 @@ class Sources:
                 names |= {alias.asname or alias.name: f"{source}:{alias.name}" for alias in node.names}
             elif isinstance(node, ast.Assign | ast.AnnAssign):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                # What is a function where a package is installed, and None where not, is a function.
+                # A name that is None only where an optional package is missing counts as a function.
                 names = {target.id: node for target in targets if isinstance(target, ast.Name)} | names
         return names
 
@@ -50,7 +50,7 @@ class Sources:
         return ".".join([*base, *([node.module] if node.module else [])])
 
     def find(self, module: str, name: str) -> tuple[str, ast.AST] | None:
-        """The module that defines what ``module`` calls ``name``, and its definition; None where there is none."""
+        """The module that defines ``name``, as imported in ``module``, and its definition; None if there is none."""
         if self._path(f"{module}.{name}") is not None:
             return f"{module}.{name}", ast.Module([], [])
         found = self._names(module).get(name)
@@ -60,7 +60,7 @@ class Sources:
         return None if found is None else (module, found)
 
     def parameters(self, module: str, definition: Definition) -> list[str] | None:
-        """Names that a call may give; None where it may give any."""
+        """Parameter names; None if a call may pass any."""
         if isinstance(definition, ast.ClassDef):
             return self._of_class(module, definition)
         arguments = definition.args
@@ -82,7 +82,7 @@ class Sources:
         return names
 
     def method(self, module: str, definition: ast.ClassDef, name: str) -> tuple[str, ast.FunctionDef] | None:
-        """Of a class or of what it inherits from."""
+        """The method of a class or its bases, with the module that defines it."""
         for own in definition.body:
             if isinstance(own, ast.FunctionDef) and own.name == name:
                 return module, own
@@ -94,7 +94,7 @@ class Sources:
 
 
 def _top_level(tree: ast.Module) -> Iterator[ast.stmt]:
-    """Statements of a module, those under ``if`` and ``try`` too."""
+    """Statements of a module, including those in ``if`` and ``try``."""
     waiting: list[ast.stmt] = list(tree.body)
     while waiting:
         node = waiting.pop(0)
@@ -106,7 +106,7 @@ def _top_level(tree: ast.Module) -> Iterator[ast.stmt]:
 
 
 def problems(sources: Sources, code: Path) -> list[str]:
-    """What a file of ours imports of the package and does not find there, or calls with what it does not take."""
+    """Imports of a file that the package lacks, and keyword arguments that it does not accept."""
     tree = ast.parse(code.read_text())
     bound: dict[str, tuple[str, ast.AST]] = {}
     said = []
@@ -130,7 +130,7 @@ def problems(sources: Sources, code: Path) -> list[str]:
 def _called(
     sources: Sources, bound: dict[str, tuple[str, ast.AST]], called: ast.expr
 ) -> tuple[str, Definition, str] | None:
-    """Where what a call names is defined, if that is in the package."""
+    """Module, definition and name of a called object, if the package defines it."""
     if isinstance(called, ast.Name) and called.id in bound:
         module, definition = bound[called.id]
         return (module, definition, called.id) if isinstance(definition, Definition) else None

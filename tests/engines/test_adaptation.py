@@ -1,19 +1,22 @@
-"""Experts that come and go: the same decisions and the same new weights on every rank, in every layout."""
+"""Adding and removing experts: the same decisions and new weights on every rank, in every layout."""
 
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dynmoe.config import load_config
-from dynmoe.moe.adaptation import experts_to_remove, prototype_of, slot_to_fill
+from dynmoe.moe.adaptation import experts_to_remove, slot_to_fill
 from dynmoe.moe.initialization import named_normal
+from dynmoe.moe.router import initially_active
+from dynmoe.routers import TopAny
 from tests.engines.cases import config_for, train
 
 ADAPTIVE = [
-    "model.router.kind=top_any", "model.router.form=improved", "model.router.initial_experts=1",
+    "model.router.kind=top_any", "model.router.variant=improved", "model.router.initial_experts=1",
     "model.router.min_experts=0", "model.moe.experts=8", "model.moe.active_at_start=4", "adaptation.interval=20",
     "adaptation.window=10", "adaptation.removal_share=0.3", "train.micro_batch=4",
 ]  # fmt: skip
@@ -39,14 +42,14 @@ def experts_are_spread(overrides: list[str]) -> bool:
 
 
 def replicated(state: dict[str, torch.Tensor], overrides: list[str]) -> dict[str, torch.Tensor]:
-    """What two ranks must hold alike: all but spread experts, and the shards of Megatron's optimizer."""
+    """State that two ranks replicate: all but sharded experts and the shards of Megatron's optimizer."""
     unlike = [".experts."] if experts_are_spread(overrides) else []
     unlike += ["|"] if MEGATRON in overrides else []
     return {name: value for name, value in state.items() if not any(part in name for part in unlike)}
 
 
 def whole_part(results, rank: int, name: str, part: str, overrides: list[str]) -> torch.Tensor:
-    """A master or moment of a parameter that ``rank`` has; Megatron's shards put together."""
+    """A master or moment of a parameter on ``rank``; joins Megatron's shards."""
     own = results[rank]["state"]
     if MEGATRON not in overrides or (experts_are_spread(overrides) and ".experts." in name):
         return own[f"{name}|{part}"].view_as(own[name])
@@ -65,7 +68,7 @@ def test_replicas_stay_bitwise_equal_through_removals_and_additions(two_ranks, o
     for event in first["events"]:
         assert event.rank == event.expert // (4 if experts_are_spread(overrides) else 8)
     if overrides == PIPELINE:
-        return  # no rank holds what the other has
+        return  # the two stages share no state
     ours, theirs = (replicated(result["state"], overrides) for result in (first, second))
     assert ours.keys() == theirs.keys()
     names = ["active_E", "prototypes_DE", "offset_E"]
@@ -82,7 +85,8 @@ def test_replicas_of_spread_experts_stay_bitwise_equal(four_ranks, stage, precis
     results = four_ranks.run(train, overrides, 0, 60)
     assert {event.change for event in results[0]["events"]} == {"removed", "added"}
     for first, second in ((0, 2), (1, 3)):
-        ours, theirs = results[first]["state"], results[second]["state"]
+        ours = results[first]["state"]
+        theirs = results[second]["state"]
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
@@ -97,15 +101,17 @@ def test_replicas_of_spread_experts_stay_bitwise_equal(four_ranks, stage, precis
     ],
 )  # fmt: skip
 def test_a_new_expert_has_fresh_weights_fresh_masters_and_no_moments(two_ranks, overrides, precision):
-    """Looked at right after the update, next to an expert that stayed."""
+    """Checked right after the update, and compared with an expert that stayed active."""
     results = two_ranks.run(train, [*ADAPTIVE, *overrides, f"train.precision={precision}"], 0, 20)
     added = [event for event in results[0]["events"] if event.change == "added"]
     assert added
     changed = {(event.layer, event.expert) for event in results[0]["events"]}
     spread = experts_are_spread(overrides)
-    per_rank, low = 4 if spread else 8, torch.float32 if precision == "fp32" else torch.bfloat16
+    per_rank = 4 if spread else 8
+    low = torch.float32 if precision == "fp32" else torch.bfloat16
     for event, rank in itertools.product(added, range(2)):
-        moe, state = f"layers.{event.layer}.moe", results[rank]["state"]
+        moe = f"layers.{event.layer}.moe"
+        state = results[rank]["state"]
         if f"{moe}.router.thresholds_E" not in state:
             continue  # of another stage
         parts = {f"{moe}.router.prototypes_DE": (slice(None), event.expert)}
@@ -137,7 +143,7 @@ def test_a_new_expert_has_fresh_weights_fresh_masters_and_no_moments(two_ranks, 
         for overrides in (layout(2, 1), layout(2, 2), LAYOUTS["Megatron EP 2"], PIPELINE)
     ],
 )
-def test_a_run_resumed_within_a_window_decides_as_if_it_had_not_stopped(two_ranks, tmp_path, overrides):
+def test_resuming_within_a_window_does_not_change_decisions(two_ranks, tmp_path, overrides):
     overrides = [*ADAPTIVE, *SHORT, *overrides]
     straight = two_ranks.run(train, overrides, 0, 22)
     half = two_ranks.run(train, overrides, 0, 17, "", str(tmp_path / "saved"))
@@ -148,8 +154,8 @@ def test_a_run_resumed_within_a_window_decides_as_if_it_had_not_stopped(two_rank
         assert all(torch.equal(value, after["state"][name]) for name, value in whole["state"].items())
 
 
-def test_layouts_take_the_same_decisions(one_rank, two_ranks):
-    """One process, data parallelism and expert parallelism: by slot where the rank does not choose it."""
+def test_all_layouts_make_the_same_decisions(one_rank, two_ranks):
+    """One process, data parallelism, and expert parallelism with a policy that does not choose slots by rank."""
     overrides = [*ADAPTIVE, *SHORT, "adaptation.policy=released", "adaptation.removal_share=0"]
     (alone,) = one_rank.run(train, [*overrides, "train.micro_batch=8"], 0, 21)
     wanted = [(event.step, event.layer, event.expert, event.change) for event in alone["events"]]
@@ -160,7 +166,7 @@ def test_layouts_take_the_same_decisions(one_rank, two_ranks):
 
 
 def test_windows_count_optimizer_steps(one_rank):
-    """Not forward passes: neither accumulation nor recomputation records a token twice."""
+    """Windows do not count forward passes: neither accumulation nor recomputation records a token twice."""
     few = ["train.micro_batch=8", *layout(1, 1)]
     (plain,) = one_rank.run(train, [*ADAPTIVE, *few], 0, 20)
     (again,) = one_rank.run(train, [*ADAPTIVE, *few, "train.recompute=full"], 0, 20)
@@ -175,44 +181,50 @@ def test_windows_count_optimizer_steps(one_rank):
     ("active", "load", "share", "removed"),
     [
         ([1, 1, 1, 1], [5, 0, 7, 0], 0.0, [1, 3]),
-        ([1, 0, 1, 1], [5, 0, 7, 0], 0.0, [3]),  # a slot that is off is not removed again
+        ([1, 0, 1, 1], [5, 0, 7, 0], 0.0, [3]),  # an inactive slot is not removed again
         ([1, 1, 1, 1], [9, 1, 9, 5], 0.2, [1]),  # at most 0.2 of the mean load, 6
         ([1, 1, 1, 1], [6, 6, 6, 6], 0.9, []),
-        ([0, 1, 1, 0], [0, 0, 0, 0], 0.0, []),  # where nobody was selected the thresholds are wrong
+        ([0, 1, 1, 0], [0, 0, 0, 0], 0.0, []),  # if no expert was selected, the thresholds are wrong, not the experts
     ],
 )
-def test_removal_by_hand(active, load, share, removed):
+def test_removal_in_cases_computed_by_hand(active, load, share, removed):
     assert experts_to_remove(torch.tensor(active).bool(), torch.tensor(load).double(), share) == removed
 
 
-def test_removal_keeps_as_many_as_are_needed():
-    active, load = torch.ones(5).bool(), torch.tensor([9.0, 0.0, 1.0, 0.0, 0.0])
+def test_removal_keeps_the_required_number_of_experts():
+    active = torch.ones(5).bool()
+    load = torch.tensor([9.0, 0.0, 1.0, 0.0, 0.0])
     assert experts_to_remove(active, load, 0.5, keep=1) == [1, 2, 3, 4]
-    assert experts_to_remove(active, load, 0.5, keep=3) == [3, 4]  # on ties the lower index stays
+    assert experts_to_remove(active, load, 0.5, keep=3) == [3, 4]  # ties keep the lower index
 
 
 @pytest.mark.parametrize(
     ("active", "ranks", "slot"),
     [
-        ([1, 1, 0, 1, 0, 0], 1, 2),  # the first free one
+        ([1, 1, 0, 1, 0, 0], 1, 2),  # the first free slot
         ([1, 1, 0, 1, 0, 0], 2, 4),  # the second rank has one active expert, the first two
         ([1, 1, 0, 0], 2, 2),
         ([1, 0, 1, 0], 2, 1),  # a tie goes to the lower rank
         ([1, 1, 1, 1], 2, None),
     ],
 )
-def test_the_slot_of_a_new_expert_by_hand(active, ranks, slot):
+def test_slot_of_a_new_expert_in_cases_computed_by_hand(active, ranks, slot):
     assert slot_to_fill(torch.tensor(active).bool(), ranks) == slot
 
 
-def test_a_prototype_points_at_the_tokens_that_nobody_took():
-    assert prototype_of(torch.tensor([3.0, 0.0, -4.0])).tolist() == pytest.approx([0.6, 0.0, -0.8])
+def test_a_new_prototype_points_at_the_tokens_without_experts():
+    state = SimpleNamespace(
+        offset_E=torch.tensor([0.1, 0.2, 0.6, 9.0]), thresholds_E=torch.zeros(4),
+        window_unclaimed_D=torch.tensor([3.0, 0.0, -4.0], dtype=torch.float64),
+    )  # fmt: skip
+    fresh = TopAny().new_expert(state, slot=3, active_E=torch.arange(4) < 3, at_median=True)
+    assert fresh["prototypes_DE"][0] == (slice(None), 3)
+    assert fresh["prototypes_DE"][1].tolist() == pytest.approx([0.6, 0.0, -0.8])
+    assert state.offset_E.tolist() == pytest.approx([0.1, 0.2, 0.6, 0.2])
 
 
 def test_active_experts_at_the_start_are_spread_over_ranks():
-    from dynmoe.moe.routers.base import active_at_start
-
-    assert active_at_start(8, 4, spread=True).nonzero().flatten().tolist() == [0, 2, 4, 6]
-    assert active_at_start(8, 3, spread=False).nonzero().flatten().tolist() == [0, 1, 2]
+    assert initially_active(8, 4, spread=True).nonzero().flatten().tolist() == [0, 2, 4, 6]
+    assert initially_active(8, 3, spread=False).nonzero().flatten().tolist() == [0, 1, 2]
     assert config_for(*ADAPTIVE).model.moe.active_at_start == 4
     assert load_config().model.moe.active_at_start is None

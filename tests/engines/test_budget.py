@@ -1,4 +1,4 @@
-"""A budget of experts per token holds: from both sides, and after a change of the target."""
+"""The budget of experts per token is reached from both sides and after a change of the target."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import torch
 
 from tests.engines.cases import GLOBAL_BATCH, LENGTH, train
 
-SETTLED, WINDOW = 70, 50
+SETTLED = 70
+WINDOW = 50
 BASE = ["model.moe.experts=16", "train.micro_batch=8"]
 TWO = "budget.experts_per_token=2"
 TOP_ANY = ["model.router.kind=top_any"]
-IMPROVED = [*TOP_ANY, "model.router.form=improved"]
-# Overrides that hold the budget, and those that start with every token at one expert, or at half of them.
-FEW, HALF = ["model.router.initial_experts=0.01"], ["model.router.initial_experts=8"]
+IMPROVED = [*TOP_ANY, "model.router.variant=improved"]
+# Overrides that enable the budget, that start with one expert per token, and with half of the experts.
+FEW = ["model.router.initial_experts=0.01"]
+HALF = ["model.router.initial_experts=8"]
 HOLDERS = {
     "top_p": (["model.router.kind=top_p", "budget.method=pi"], ["model.router.p=0.01"], ["model.router.p=0.7"]),
     "top_any": ([*TOP_ANY, "budget.method=pi"], FEW, HALF),
@@ -31,7 +33,7 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-# Two passes of four sequences over all ranks; the fast tests try a router from each side, alone.
+# Two forward passes of four sequences over all ranks. The fast tests cover one router from each side on one rank.
 SPREAD = {
     "EP 2": ["engine=megatron", "train.micro_batch=2", "parallel.expert=2"],
     "PP 2": ["engine=megatron", "train.micro_batch=4", "parallel.pipeline=2"],
@@ -49,7 +51,7 @@ BOTH_SIDES = [
 
 
 @pytest.mark.parametrize(("holder", "start", "layout"), BOTH_SIDES)
-def test_the_budget_holds_from_both_sides_and_after_a_change(one_rank, two_ranks, tmp_path, holder, start, layout):
+def test_the_budget_is_reached_from_both_sides_and_after_a_change(one_rank, two_ranks, tmp_path, holder, start, layout):
     overrides, few, half = HOLDERS[holder]
     pool = one_rank if layout == "alone" else two_ranks
     overrides = [*BASE, *overrides, *(few if start == "one" else half), *SPREAD.get(layout, [])]
@@ -65,7 +67,7 @@ def test_the_budget_holds_from_both_sides_and_after_a_change(one_rank, two_ranks
 
 
 @pytest.mark.parametrize("layout", ["alone", pytest.param("PP 2", marks=pytest.mark.slow)])
-def test_each_layer_holds_its_own_budget_or_the_mean_holds(one_rank, two_ranks, layout):
+def test_each_layer_or_the_mean_over_layers_reaches_the_budget(one_rank, two_ranks, layout):
     pool = one_rank if layout == "alone" else two_ranks
     overrides = [*BASE, *HOLDERS["top_p"][0], TWO, "model.router.p=0.7", *SPREAD.get(layout, [])]
     own = pool.run(train, overrides, 0, SETTLED + WINDOW)
@@ -81,12 +83,12 @@ def test_each_layer_holds_its_own_budget_or_the_mean_holds(one_rank, two_ranks, 
 
 
 def probabilities(results) -> list[torch.Tensor]:
-    """The p of both layers, which may lie on different ranks."""
+    """The p of both layers, which may be on different ranks."""
     state = {name: value for result in results for name, value in result["state"].items()}
     return [state[f"buffer layers.{layer}.moe.router.p"] for layer in (0, 1)]
 
 
-def test_a_schedule_leads_from_start_to_target(one_rank):
+def test_a_schedule_moves_the_budget_from_start_to_target(one_rank):
     schedule = ["budget.start=6", "budget.experts_per_token=2", "budget.over_steps=150"]
     (result,) = one_rank.run(train, [*BASE, *HOLDERS["top_p"][0], *schedule, "model.router.p=0.7"], 0, 200)
     observed = experts_per_token(result)
@@ -120,7 +122,7 @@ def test_loss_free_thresholds_balance_the_load_too(one_rank):
 
 
 def variation_of_load(result, layer: int) -> float:
-    """Coefficient of variation of the experts' load over the last steps; loads are the end of a layer's statistics."""
+    """Coefficient of variation of the experts' load over the last steps; a statistics vector ends with the loads."""
     loads = sum(torch.tensor(vectors[layer][-16:]) for vectors in result["statistics"][SETTLED:])
     return (loads.std(correction=0) / loads.mean()).item()
 
@@ -137,7 +139,7 @@ def test_loss_free_bias_balances_top_k(one_rank):
 
 
 @pytest.mark.parametrize("kind", [pytest.param("relu", marks=pytest.mark.slow), "expert_threshold"])
-def test_routers_with_a_rule_of_their_own_hold_their_budget(one_rank, kind):
-    """They settle later and swing wider than the controllers: held within a tenth."""
+def test_routers_with_their_own_update_rule_reach_the_budget(one_rank, kind):
+    """They converge later and oscillate more than the controllers: within 10 %."""
     (result,) = one_rank.run(train, [*BASE, f"model.router.kind={kind}", TWO], 0, 250)
     assert mean(experts_per_token(result)[200:]) == pytest.approx(2.0, rel=0.1)

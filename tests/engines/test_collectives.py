@@ -1,4 +1,4 @@
-"""What a step asks of the ranks and of the device does not grow with the number of layers."""
+"""The numbers of collectives and of device-to-host reads per step do not grow with the number of layers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bench.collectives import LAYOUTS, count_steps
-from dynmoe.moe import MoEContext, MoELayer
+from dynmoe.moe import MoEContext, MoEGroups, MoELayer, StepState
 from dynmoe.moe.counts import CountsUnderWay
+from harness.collectives import LAYOUTS, count_steps
 from tests.moe.cases import HIDDEN, ROUTERS, spread_router, tiny_model
 
-# Our own: loss and norm; what the step saw of the routing, or under pipelines the budget of all stages; the counts of
-# each of two micro-batches where ranks share them; the report of a logged step.
+# Our collectives: loss and norm; the step's routing observations, or with pipelines the budget of all stages; the
+# counts of each of two micro-batches where ranks share them. A logged step adds its report.
 COLLECTIVES = {"deepspeed, data": 4, "megatron, data": 4, "megatron, pipeline": 2}
 
 
@@ -28,7 +28,7 @@ def totals(counts: Counter[tuple[str, str, str]]) -> dict[tuple[str, str], int]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_collectives_and_reads_of_a_step_do_not_grow_with_the_layers(two_ranks, layout):
+def test_collectives_and_host_reads_of_a_step_do_not_grow_with_the_layers(two_ranks, layout):
     few, many = (two_ranks.run(count_steps, layout, layers) for layers in (2, 4))
     for own, more in zip(few, many, strict=True):
         for step, added in (("plain", 0), ("logged", 1)):
@@ -39,7 +39,7 @@ def test_collectives_and_reads_of_a_step_do_not_grow_with_the_layers(two_ranks, 
 
 
 def layers_of(overrides: list[str], group: dist.ProcessGroup | None) -> list[MoELayer]:
-    context = MoEContext(token_group=group, recording=True)
+    context = MoEContext(MoEGroups(tokens=group), step=StepState(recording=True))
     layers = [MoELayer(tiny_model(*overrides), number, 0, context) for number in range(2)]
     for layer in layers:
         spread_router(layer)
@@ -47,9 +47,10 @@ def layers_of(overrides: list[str], group: dist.ProcessGroup | None) -> list[MoE
 
 
 def counted_pass(overrides: list[str]) -> dict[str, Any]:
-    """A pass through two layers in somebody's own loop on two ranks, and in one process over the tokens of both."""
+    """Passes tokens through two layers without an engine: on two ranks, and in one process with the tokens of both."""
     tokens = torch.randn(2, 12, HIDDEN, generator=torch.Generator().manual_seed(0))
-    ours, alone = layers_of(overrides, dist.group.WORLD), layers_of(overrides, None)
+    ours = layers_of(overrides, dist.group.WORLD)
+    alone = layers_of(overrides, None)
     loss_at_first = []
     losses = ours[0].router.losses
 
@@ -65,7 +66,8 @@ def counted_pass(overrides: list[str]) -> dict[str, Any]:
     ):
         y = ours[1](ours[0](tokens[dist.get_rank()]))
         known = not bool(loss_at_first[0].isnan())
-        waits, before = get.call_count, all_reduce.call_count
+        waits = get.call_count
+        before = all_reduce.call_count
         y.backward(torch.zeros_like(y))
         after = all_reduce.call_count
     alone[1](alone[0](tokens.flatten(0, 1))).backward(torch.zeros(24, HIDDEN))
@@ -76,17 +78,17 @@ def counted_pass(overrides: list[str]) -> dict[str, Any]:
             differences.append(
                 (parameter.grad / 2 - expected.grad).abs().max().item() / expected.grad.abs().max().item()
             )
-    statistics = ours[0].take_statistics()
+    statistics = ours[0].drain().statistics()
     dist.all_reduce(statistics)
     return {
         "known": known, "waits": waits, "reduced": (before, after), "difference": max(differences),
-        "balance": statistics[1].item() / 2, "expected": alone[0].take_statistics()[1].item(),
+        "balance": statistics[1].item() / 2, "expected": alone[0].drain().statistics()[1].item(),
         "value": loss_at_first[0].item(), "own": ours[0].router.loss_coefficients,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["top_p", "top_any"])
-def test_a_forward_pass_waits_for_no_count_and_a_backward_pass_has_them_all_at_once(two_ranks, kind):
+def test_a_forward_pass_waits_for_no_counts_and_a_backward_pass_reduces_all_at_once(two_ranks, kind):
     overrides = [*ROUTERS[kind], "model.router.balance_loss=1e-2"]
     first, second = two_ranks.run(counted_pass, overrides)
     for found in (first, second):

@@ -1,4 +1,4 @@
-"""The same training whatever the layout: data parallelism, expert parallelism, ZeRO, accumulation, recomputation."""
+"""Training does not depend on data or expert parallelism, ZeRO, gradient accumulation or recomputation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.engines.cases import refusal, step_that_fails, train, train_into_nan
-from tests.engines.comparisons import maps_of_all_ranks, read_plain
+from tests.engines.comparisons import maps_of_all_ranks, read_canonical
 from tests.moe.cases import BASELINES, ROUTERS
 
 STEPS = 20
@@ -19,13 +19,13 @@ NO_LOSSES = {
     "top_p": ["model.router.balance_loss=0", "model.router.entropy_loss=0"],
     "top_any": ["model.router.diversity_loss=0", "model.router.simplicity_loss=0"],
 }
-# Losses that are means over tokens, or know parameters only: they do not depend on micro-batches. A balance does.
+# Losses over single tokens or parameters, which do not depend on micro-batches. Balance losses do.
 WITHOUT_BALANCE = {
     "top_k": ["model.router.balance_loss=0", "model.router.z_loss=1e-2"],
     "top_p": ["model.router.balance_loss=0", "model.router.entropy_loss=1e-2", "model.router.z_loss=1e-2"],
     "top_any": ["model.router.efficiency_loss=1e-2"],
 }
-# All losses of a router at once, counts over all ranks among them.
+# All losses of a router together, including those that need counts over all ranks.
 ALL_LOSSES = {
     "top_k": ["model.router.z_loss=1e-3", "model.router.entropy_loss=1e-3"],
     "top_p": ["model.router.z_loss=1e-3"],
@@ -58,21 +58,21 @@ def test_two_ranks_train_like_one_with_auxiliary_losses(alone, two_ranks, kind, 
     assert results[0]["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert results[0]["norms"] == pytest.approx(expected["norms"], rel=1e-4)
     assert results[0]["losses"] == results[1]["losses"]
-    assert expected["losses"][-1] < expected["losses"][0] - 0.3, "nothing was learnt: the comparison says little"
+    assert expected["losses"][-1] < expected["losses"][0] - 0.3, "the model learned nothing: the comparison is weak"
     assert_same_maps(results, expected)
     assert results[0]["rows"] == expected["rows"]
     for ours, one_process in zip(results[0]["statistics"], expected["statistics"], strict=True):
         for layer, vector in ours.items():
             reference = one_process[layer]
-            # Two ranks make two passes of half the tokens: counts are the same, values per pass count twice.
+            # Two ranks run two passes of half the tokens: counts stay the same, values per pass are added twice.
             assert vector[0] == 2 * reference[0]
             counts = -(4 + 1 + 4)  # histogram of K and load per expert
             assert vector[counts:] == reference[counts:]
 
 
 @pytest.mark.parametrize("kind", sorted(BASELINES))
-def test_the_other_routers_train_alike_too(one_rank, two_ranks, kind):
-    """Their state between steps included: cut-offs, the L1 coefficient, thresholds from first scores."""
+def test_baseline_routers_train_like_one_rank(one_rank, two_ranks, kind):
+    """Includes their state between steps: cut-offs, the L1 coefficient, calibrated thresholds."""
     overrides = [*BASELINES[kind], "optimizer.lr=1e-3"]
     (alone,) = one_rank.run(train, [*overrides, *ONE], 0, 10)
     results = two_ranks.run(train, [*overrides, *HALF, "parallel.expert=2"], 0, 10)
@@ -94,7 +94,7 @@ def test_accumulation_changes_nothing_without_auxiliary_losses(one_rank, two_ran
 
 @pytest.mark.parametrize("kind", sorted(ROUTERS))
 def test_losses_that_are_means_over_tokens_do_not_depend_on_micro_batches(one_rank, kind):
-    """Their scale follows the accumulation; few steps, as a route that flips by rounding says nothing about it."""
+    """Their scale follows the accumulation. Few steps, as rounding may flip a route later."""
     overrides = [*ROUTERS[kind], *WITHOUT_BALANCE[kind], "optimizer.clip_grad=0"]
     (whole,) = one_rank.run(train, [*overrides, *ONE], 0, 5)
     (quarters,) = one_rank.run(train, [*overrides, "train.micro_batch=2"], 0, 5)
@@ -130,18 +130,19 @@ def whole_run(one_rank):
 
 @pytest.mark.parametrize("after", [(0, 0), (1, 1), (1, 2)], ids=["one rank", "DP 2", "EP 2, another stage"])
 def test_f19_a_checkpoint_fits_other_layouts(whole_run, one_rank, two_ranks, tmp_path, after):
-    """Written by EP 2 under ZeRO 2: rewritten it has the same bits, and training goes on as on one rank."""
-    saved, again = tmp_path / "saved", tmp_path / "again"
+    """Saved under EP 2 and ZeRO 2: saving it again is bitwise identical, and training continues as on one rank."""
+    saved = tmp_path / "saved"
+    again = tmp_path / "again"
     two_ranks.run(train, [*HALF, "parallel.expert=2", "deepspeed.zero_stage=2"], 0, 5, "", str(saved))
     stage, expert_parallel = after
     pool = two_ranks if expert_parallel else one_rank
     layout = [*HALF, f"parallel.expert={expert_parallel}"] if expert_parallel else ONE
     overrides = [*layout, f"deepspeed.zero_stage={stage}"]
     pool.run(train, overrides, 5, 5, str(saved), str(again))
-    tensors = read_plain(saved)
+    tensors = read_canonical(saved)
     assert {name.split("|")[-1] for name in tensors} >= {"param", "exp_avg", "exp_avg_sq"}
-    assert tensors.keys() == read_plain(again).keys()
-    assert all(torch.equal(value, tensors[name]) for name, value in read_plain(again).items())
+    assert tensors.keys() == read_canonical(again).keys()
+    assert all(torch.equal(value, tensors[name]) for name, value in read_canonical(again).items())
     assert pool.run(train, overrides, 5, 55, str(saved))[0]["losses"] == pytest.approx(whole_run[5:], rel=1e-4)
 
 
@@ -153,7 +154,7 @@ def test_recomputation_changes_nothing(two_ranks):
         assert again["losses"] == plain["losses"]
         assert again["rows"] == plain["rows"]
         assert again["statistics"] == plain["statistics"]
-        assert again["attentions"] == 2 * plain["attentions"], "nothing was repeated"
+        assert again["attentions"] == 2 * plain["attentions"], "nothing was recomputed"
 
 
 def test_clipping_uses_the_norm_of_the_whole_model(one_rank, two_ranks):
@@ -161,7 +162,7 @@ def test_clipping_uses_the_norm_of_the_whole_model(one_rank, two_ranks):
     for expert_parallel in (1, 2):
         overrides = [*HALF, "optimizer.clip_grad=0.1", f"parallel.expert={expert_parallel}"]
         spread = two_ranks.run(train, overrides, 0, 5)[0]
-        assert min(spread["norms"]) > 0.1, "the ceiling never bit"
+        assert min(spread["norms"]) > 0.1, "clipping was never active"
         assert spread["norms"] == pytest.approx(alone["norms"], rel=1e-5)
         assert spread["losses"] == pytest.approx(alone["losses"], rel=1e-5)
 
@@ -169,13 +170,13 @@ def test_clipping_uses_the_norm_of_the_whole_model(one_rank, two_ranks):
 def test_a_checkpoint_of_another_model_is_refused_by_name(one_rank, tmp_path):
     saved = str(tmp_path / "saved")
     one_rank.run(train, ONE, 0, 1, "", saved)
-    for change, said in (("model.moe.expert_hidden=64", "this model wants"), ("model.layers=1", "this model lacks")):
+    for change, said in (("model.moe.expert_hidden=64", "this model needs"), ("model.layers=1", "this model lacks")):
         (message,) = one_rank.run(refusal, [*ONE, change], saved)
         assert message.startswith("checkpoint"), message
         assert said in message
 
 
-def test_expert_times_data_parallelism_trains_like_one_process(one_rank, four_ranks, tmp_path):
+def test_expert_and_data_parallelism_together_train_like_one_process(one_rank, four_ranks, tmp_path):
     overrides = [*ROUTERS["top_p"], *ALL_LOSSES["top_p"]]
     saved = str(tmp_path / "saved")
     (alone,) = one_rank.run(train, [*overrides, *ONE], 0, 8)
@@ -183,7 +184,7 @@ def test_expert_times_data_parallelism_trains_like_one_process(one_rank, four_ra
     spread = four_ranks.run(train, quarter, 0, 4, "", saved)
     assert spread[0]["losses"] == pytest.approx(alone["losses"][:4], rel=1e-5)
     assert spread[0]["norms"] == pytest.approx(alone["norms"][:4], rel=1e-4)
-    # The replicas of an expert, two ranks apart, stay bitwise equal.
+    # Replicas of an expert are two ranks apart and stay bitwise identical.
     for first, second in ((0, 2), (1, 3)):
         assert all(torch.equal(v, spread[second]["state"][n]) for n, v in spread[first]["state"].items())
     resumed = four_ranks.run(train, [*quarter, "parallel.expert=4"], 4, 8, saved)[0]
@@ -191,18 +192,25 @@ def test_expert_times_data_parallelism_trains_like_one_process(one_rank, four_ra
 
 
 @pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
-def test_f17_a_passed_ceiling_stops_every_rank_before_the_optimizer_and_names_the_knobs(two_ranks, engine):
-    overrides = [f"engine={engine}", *HALF, "parallel.expert=2", "model.router.p=0.9", "model.moe.ceiling=1"]
+def test_f17_exceeding_the_ceiling_stops_every_rank_before_the_optimizer_and_names_the_options(two_ranks, engine):
+    overrides = [
+        f"engine={engine}",
+        *HALF,
+        "parallel.expert=2",
+        "model.router.p=0.9",
+        "model.moe.max_mean_experts_per_token=1",
+    ]
     for message, untouched in two_ranks.run(step_that_fails, overrides):
         assert message.startswith(
-            "step 1: tokens want more experts than model.moe.ceiling=1.0 in layer 0 on rank 0, 1; "
+            "step 1: tokens select more experts than model.moe.max_mean_experts_per_token=1.0 allows in layer 0 "
+            "on rank 0, 1; "
         )
-        assert "raise it, lower model.router.max_experts, or drop routes with model.moe.at_ceiling=drop" in message
+        assert "raise it, lower model.router.max_experts, or drop routes with model.moe.on_overflow=drop" in message
         assert untouched
 
 
 @pytest.mark.parametrize("kind", sorted(ROUTERS))
-def test_scores_that_are_no_numbers_stop_every_rank_and_name_step_layer_and_rank(two_ranks, kind):
+def test_nonfinite_scores_stop_every_rank_and_name_step_layer_and_rank(two_ranks, kind):
     messages = two_ranks.run(train_into_nan, [*ROUTERS[kind], *HALF, "parallel.expert=2"], 1, 1)
     for message, untouched in messages:
         assert message.startswith("step 3: router scores are not finite in layer 1 on rank 1; "), message

@@ -1,4 +1,4 @@
-"""One set of weights and data, trained by the plain model and by both engines in every layout: the same numbers."""
+"""Both engines in every layout train like the plain model from the same weights and data."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engines.cases import to_plain, train, train_plainly
-from tests.engines.comparisons import largest_difference, maps_of_all_ranks, read_plain
+from tests.engines.cases import to_canonical, train, train_plainly
+from tests.engines.comparisons import largest_difference, maps_of_all_ranks, read_canonical
 from tests.moe.cases import ROUTERS
 
 STEPS = 20
-# Every loss of a router at once; every pass, over all ranks, is of the same two sequences.
+# All losses of a router together. Every forward pass, over all ranks, has the same two sequences.
 COMMON = ["model.layers=4", "model.kv_heads=2", "optimizer.clip_grad=1.0"]
 LOSSES = {
     "top_k": ["model.router.z_loss=1e-3", "model.router.entropy_loss=1e-3"],
     "top_p": ["model.router.z_loss=1e-3"],
     "top_any": ["model.router.balance_loss=1e-2"],
 }
-# By what is in the first column of the table.
+# By name in the table.
 MODELS = {kind: [*ROUTERS[kind], *losses] for kind, losses in LOSSES.items()} | {
     "top_p, heads normalized": [*ROUTERS["top_p"], "model.qk_norm=head", "model.head_dim=24"],
     "top_p, projections normalized": [*ROUTERS["top_p"], "model.qk_norm=projection"],
 }
-WHOLE, HALF = ["train.micro_batch=2"], ["train.micro_batch=1"]
+WHOLE = ["train.micro_batch=2"]
+HALF = ["train.micro_batch=1"]
 MEGATRON = "engine=megatron"
 LAYOUTS = {
     "DeepSpeed EP 2": (2, [*HALF, "parallel.expert=2"]),
@@ -40,7 +41,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def table(summary):
-    """Rows of differences from the plain model, printed when the tests have run."""
+    """Collects the differences from the plain model, printed after the tests."""
     summary += ["| layout | router | first loss | gradient norm | gradients | 20 losses |", "|---|---|---|---|---|---|"]
     return lambda *key, row: summary.append(f"| {' | '.join([*key, *(f'{value:.0e}' for value in row)])} |")
 
@@ -59,7 +60,7 @@ def relative(ours: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
-# The fast tests try one router in a layout of each kind of parallelism, with another attention where that is spread.
+# The fast tests cover each kind of parallelism with one router, and another attention where it is sharded.
 FAST = {(layout, "top_p") for layout in ("DeepSpeed EP 2", "Megatron PP 2 interleaved", "Megatron EP 2")}
 FAST.add(("Megatron TP 2", "top_p, projections normalized"))
 CASES = [
@@ -76,13 +77,14 @@ def test_training_does_not_depend_on_engine_or_layout(
     ranks, overrides = LAYOUTS[layout]
     overrides = [*COMMON, *MODELS[name], *overrides]
     pool = {2: two_ranks, 4: four_ranks}[ranks]
-    expected, saved = plain(name), str(tmp_path / "saved")
+    expected = plain(name)
+    saved = str(tmp_path / "saved")
     first = pool.run(train, overrides, 0, 1, "", saved)
     results = pool.run(train, overrides, 1, STEPS, saved)
     if MEGATRON in overrides:
-        one_rank.run(to_plain, [*COMMON, *MODELS[name]], saved, str(tmp_path / "plain"))
+        one_rank.run(to_canonical, [*COMMON, *MODELS[name]], saved, str(tmp_path / "plain"))
         saved = str(tmp_path / "plain")
-    moments = {name: value for name, value in read_plain(Path(saved)).items() if name.endswith("|exp_avg")}
+    moments = {name: value for name, value in read_canonical(Path(saved)).items() if name.endswith("|exp_avg")}
 
     losses = first[0]["losses"] + results[0]["losses"]
     differences = [
@@ -92,8 +94,8 @@ def test_training_does_not_depend_on_engine_or_layout(
         relative(losses, expected["losses"]),
     ]
     table(layout, name, row=differences)
-    assert min(expected["norms"]) > 1.0, "clipping is not in force"
-    assert expected["losses"][-1] < expected["losses"][0] - 0.3, "nothing was learnt: the comparison says little"
+    assert min(expected["norms"]) > 1.0, "clipping is not active"
+    assert expected["losses"][-1] < expected["losses"][0] - 0.3, "the model learned nothing: the comparison is weak"
     assert max(differences[:3]) <= 1e-5
     assert differences[3] <= 1e-4
     reference = maps_of_all_ranks([expected])

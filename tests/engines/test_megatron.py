@@ -1,4 +1,4 @@
-"""What Megatron's layouts must not change beside the training itself (test_layouts.py): checkpoints, figures, state."""
+"""Megatron layouts do not change checkpoints, statistics or state; test_layouts.py covers training itself."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ import torch
 
 from dynmoe.engines import make_engine
 from dynmoe.errors import ConfigError
-from tests.engines.cases import config_for, forward_only, refusal, to_plain, train, train_into_nan, train_plainly
-from tests.engines.comparisons import maps_of_all_ranks, read_plain
+from tests.engines.cases import config_for, forward_only, refusal, to_canonical, train, train_into_nan, train_plainly
+from tests.engines.comparisons import maps_of_all_ranks, read_canonical
 from tests.golden.make_megatron import FIELDS
 from tests.moe.cases import BASELINES, ROUTERS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 BASE = ["engine=megatron", "model.layers=4", "model.kv_heads=2", "model.router.z_loss=1e-3"]
-# Every pass, over all ranks, is of the same two sequences.
-ALONE, DP2, EP2 = ["train.micro_batch=2"], ["train.micro_batch=1"], ["train.micro_batch=1", "parallel.expert=2"]
-TP2, PP2 = [*ALONE, "parallel.tensor=2"], [*ALONE, "parallel.pipeline=2"]
+# Every forward pass, over all ranks, has the same two sequences.
+ALONE = ["train.micro_batch=2"]
+DP2 = ["train.micro_batch=1"]
+EP2 = [*DP2, "parallel.expert=2"]
+TP2 = [*ALONE, "parallel.tensor=2"]
+PP2 = [*ALONE, "parallel.pipeline=2"]
 INTERLEAVED = [*PP2, "parallel.virtual_pipeline=2"]
 
 
@@ -58,14 +61,15 @@ def plain(one_rank):
     ],
 )
 def test_f19_a_checkpoint_fits_another_layout(plain, one_rank, two_ranks, tmp_path, before, after):
-    saved, again = tmp_path / "saved", tmp_path / "again"
+    saved = tmp_path / "saved"
+    again = tmp_path / "again"
     pool_of(before, one_rank, two_ranks).run(train, [*BASE, *before], 0, 5, "", str(saved))
     pool = pool_of(after, one_rank, two_ranks)
     pool.run(train, [*BASE, *after], 5, 5, str(saved), str(again))
     tensors = []
     for path in (saved, again):
-        one_rank.run(to_plain, BASE, str(path), str(tmp_path / f"{path.name} plain"))
-        tensors.append(read_plain(tmp_path / f"{path.name} plain"))
+        one_rank.run(to_canonical, BASE, str(path), str(tmp_path / f"{path.name} plain"))
+        tensors.append(read_canonical(tmp_path / f"{path.name} plain"))
     assert tensors[0].keys() == tensors[1].keys()
     assert {name.split("|")[-1] for name in tensors[0]} >= {"param", "exp_avg", "exp_avg_sq"}
     assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
@@ -75,29 +79,33 @@ def test_f19_a_checkpoint_fits_another_layout(plain, one_rank, two_ranks, tmp_pa
 
 @pytest.mark.parametrize("version", ["0.16", "0.19"])
 def test_checkpoints_of_other_versions_are_read(one_rank, tmp_path, version):
-    """Masters and moments bit by bit; an older Megatron-Core says that it cannot read the newer form."""
+    """Masters and moments are bitwise identical; an older Megatron-Core refuses the newer format."""
     saved = GOLDEN / f"megatron_{version.replace('.', '_')}"
     if version == "0.19" and not reads_common_state():
         (said,) = one_rank.run(refusal, FIELDS, str(saved))
         assert re.search(r"has no common\.pt: Megatron-Core 0\.19 or later wrote it", said)
         return
-    one_rank.run(to_plain, FIELDS, str(saved), str(tmp_path / "plain"))
-    read, expected = read_plain(tmp_path / "plain"), read_plain(saved / "plain")
+    one_rank.run(to_canonical, FIELDS, str(saved), str(tmp_path / "plain"))
+    read = read_canonical(tmp_path / "plain")
+    expected = read_canonical(saved / "plain")
     assert read.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in read.items())
 
 
 @pytest.mark.parametrize(
     ("before", "after", "extra"),
-    [(TP2, ALONE, ["model.moe.every=2", "model.ffn_hidden=64", "model.moe.shared_hidden=32"]),
+    [(TP2, ALONE, ["model.moe.moe_layer_freq=2", "model.ffn_hidden=64", "model.moe.shared_hidden=32"]),
      (PP2, TP2, ["model.tie_embeddings=true"]), (ALONE, TP2, ["model.moe.experts=0", "model.ffn_hidden=64"])],
     ids=["dense layers and shared experts", "tied embeddings", "a dense model"],
 )  # fmt: skip
-def test_checkpoints_of_other_architectures_fit_too(plain, one_rank, two_ranks, tmp_path, before, after, extra):
-    base, saved = [*BASE, "model.router.z_loss=0", *extra], str(tmp_path / "saved")
+def test_checkpoints_of_other_architectures_fit_other_layouts(
+    plain, one_rank, two_ranks, tmp_path, before, after, extra
+):
+    base = [*BASE, "model.router.z_loss=0", *extra]
+    saved = str(tmp_path / "saved")
     first = pool_of(before, one_rank, two_ranks).run(train, [*base, *before], 0, 2, "", saved)[0]
     second = pool_of(after, one_rank, two_ranks).run(train, [*base, *after], 2, 5, saved)[0]
-    one_rank.run(to_plain, base, saved, str(tmp_path / "plain"))
+    one_rank.run(to_canonical, base, saved, str(tmp_path / "plain"))
     expected = plain("model.router.z_loss=0", *extra, steps=5)
     assert first["losses"] + second["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     (alone,) = one_rank.run(train, [*base, "engine=deepspeed", *ALONE], 2, 5, str(tmp_path / "plain"))
@@ -105,8 +113,9 @@ def test_checkpoints_of_other_architectures_fit_too(plain, one_rank, two_ranks, 
 
 
 def test_precision_and_optimizer_may_change_on_resume(two_ranks, tmp_path):
-    """Masters are exact whatever the precision, on every replica; settings are those of the configuration."""
-    saved, low = str(tmp_path / "saved"), [*BASE, *DP2, "train.precision=bf16"]
+    """Masters are exact in any precision, on every replica; hyperparameters come from the configuration."""
+    saved = str(tmp_path / "saved")
+    low = [*BASE, *DP2, "train.precision=bf16"]
     half = two_ranks.run(train, low, 0, 2, "", saved)
     whole = two_ranks.run(train, [*BASE, *DP2], 2, 2, saved)
     assert all(torch.equal(value, whole[1]["state"][name]) for name, value in replicated(whole[0]).items())
@@ -124,7 +133,7 @@ def replicated(result) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("layout", [pytest.param(DP2, marks=pytest.mark.slow), TP2, PP2], ids=["DP 2", "TP 2", "PP 2"])
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(two_ranks, tmp_path, layout):
+def test_a_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(two_ranks, tmp_path, layout):
     overrides = [*BASE, *layout, "train.precision=bf16"]
     straight = two_ranks.run(train, overrides, 0, 4)
     two_ranks.run(train, overrides, 0, 2, "", str(tmp_path / "saved"))
@@ -147,12 +156,12 @@ def test_recomputation_changes_nothing(two_ranks, layout):
         again = two_ranks.run(train, [*overrides, f"train.recompute={recompute}"], 0, 3)[0]
         for figure in ("losses", "norms", "rows", "statistics"):
             assert again[figure] == expected[figure], (recompute, figure)
-        assert again["attentions"] == 2 * expected["attentions"], "nothing was repeated"
+        assert again["attentions"] == 2 * expected["attentions"], "nothing was recomputed"
 
 
 @pytest.mark.parametrize("layout", [TP2, PP2, INTERLEAVED, EP2], ids=["TP 2", "PP 2", "PP 2 interleaved", "EP 2"])
 def test_statistics_count_every_token_once(plain, one_rank, two_ranks, layout):
-    """Rows of every layer, on every rank; the last entries of a vector are the histogram of K and the loads."""
+    """On every rank and for every layer; a statistics vector ends with the histogram of K and the loads."""
     (alone,) = one_rank.run(train, [*BASE, *ALONE], 0, 2)
     results = two_ranks.run(train, [*BASE, *layout], 0, 2)
     reference = maps_of_all_ranks([plain()])
@@ -172,8 +181,8 @@ def test_statistics_count_every_token_once(plain, one_rank, two_ranks, layout):
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=() if "top_any" in kind else pytest.mark.slow) for kind in sorted(BASELINES)]
 )
-def test_the_other_routers_train_alike_too(one_rank, two_ranks, kind):
-    """Under tensor parallelism: their state between steps, and counts over ranks that share sequences."""
+def test_baseline_routers_train_like_one_rank(one_rank, two_ranks, kind):
+    """Under tensor parallelism, with their state between steps and counts over ranks that share sequences."""
     overrides = [part for part in BASE if "z_loss" not in part] + [*BASELINES[kind], "optimizer.lr=1e-3"]
     (alone,) = one_rank.run(train, [*overrides, *ALONE], 0, 6)
     spread = two_ranks.run(train, [*overrides, *TP2], 0, 6)[0]
@@ -183,7 +192,7 @@ def test_the_other_routers_train_alike_too(one_rank, two_ranks, kind):
 
 @pytest.mark.parametrize(
     "extra", [["model.router.balance_scope=sequence"], ["model.tie_embeddings=true"], ["model.moe.shared_hidden=32"],
-              ["model.moe.every=2", "model.ffn_hidden=64"]], ids=lambda extra: extra[0],
+              ["model.moe.moe_layer_freq=2", "model.ffn_hidden=64"]], ids=lambda extra: extra[0],
 )  # fmt: skip
 @pytest.mark.parametrize("layout", [TP2, PP2], ids=["TP 2", "PP 2"])
 def test_other_architectures_train_like_the_plain_model(plain, two_ranks, layout, extra):
@@ -204,12 +213,12 @@ def test_f18_capacity_drops_the_same_routes_in_a_pipeline(one_rank, two_ranks):
 
 
 def test_a_stage_without_moe_layers_takes_part_in_all_decisions(one_rank, two_ranks):
-    """First thresholds, a budget over layers, adaptation, statistics: nobody waits for the stage that has none."""
+    """Calibration, a budget over layers, adaptation, statistics: no collective hangs on the stage without them."""
     overrides = [
-        "engine=megatron", "model.layers=2", "model.moe.every=2", "model.ffn_hidden=64", "model.router.kind=top_any",
-        "model.router.form=improved", "model.router.initial_experts=1", "model.router.min_experts=0",
-        "model.moe.active_at_start=2", "adaptation.interval=6", "adaptation.window=3", "adaptation.removal_share=0.5",
-        "budget.method=pi", "budget.experts_per_token=1", "budget.scope=global",
+        "engine=megatron", "model.layers=2", "model.moe.moe_layer_freq=2", "model.ffn_hidden=64",
+        "model.router.kind=top_any", "model.router.variant=improved", "model.router.initial_experts=1",
+        "model.router.min_experts=0", "model.moe.active_at_start=2", "adaptation.interval=6", "adaptation.window=3",
+        "adaptation.removal_share=0.5", "budget.method=pi", "budget.experts_per_token=1", "budget.scope=global",
     ]  # fmt: skip
     (alone,) = one_rank.run(train, [*overrides, *ALONE], 0, 13)
     results = two_ranks.run(train, [*overrides, *PP2], 0, 13)
@@ -229,7 +238,7 @@ def test_bf16_follows_fp32(two_ranks, layout):
 
 
 @pytest.mark.parametrize("layout", [TP2, PP2, INTERLEAVED, EP2], ids=["TP 2", "PP 2", "PP 2 interleaved", "EP 2"])
-def test_evaluation_and_logits_are_the_plain_models(one_rank, two_ranks, layout):
+def test_evaluation_and_logits_equal_those_of_the_plain_model(one_rank, two_ranks, layout):
     overrides = [part for part in BASE if part != "engine=megatron"]
     (expected,) = one_rank.run(forward_only, [*overrides, *ALONE])
     for result in two_ranks.run(forward_only, [*BASE, *layout]):
@@ -238,7 +247,7 @@ def test_evaluation_and_logits_are_the_plain_models(one_rank, two_ranks, layout)
 
 
 @pytest.mark.parametrize(("layout", "rank"), [(EP2, 1), (PP2, 1), (TP2, 0)], ids=["EP 2", "PP 2", "TP 2"])
-def test_scores_that_are_no_numbers_stop_every_rank_and_name_step_layer_and_rank(two_ranks, layout, rank):
+def test_nonfinite_scores_stop_every_rank_and_name_step_layer_and_rank(two_ranks, layout, rank):
     for message, untouched in two_ranks.run(train_into_nan, [*BASE, *layout], 3, rank):
         assert message.startswith(f"step 3: router scores are not finite in layer 3 on rank {rank}; "), message
         assert untouched
@@ -256,14 +265,14 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(one_rank, tmp_path):
         assert said in message
 
 
-def test_an_embedding_that_cannot_be_spread_is_refused():
+def test_an_embedding_that_cannot_be_sharded_is_refused():
     config = config_for("engine=megatron", "parallel.tensor=3", "model.hidden=48", "model.heads=3", "model.kv_heads=3",
                         "model.ffn_hidden=24")  # fmt: skip
-    with pytest.raises(ConfigError, match=r"parallel.tensor=3: does not divide the rows of the embedding \(64\)"):
+    with pytest.raises(ConfigError, match=r"parallel.tensor=3: must divide the number of embedding rows \(64\)"):
         make_engine(config, 64)
 
 
-def test_context_positions_are_spread_without_rest():
+def test_context_parallel_ranks_cover_every_position_once():
     from dynmoe.engines.megatron.groups import context_positions
 
     assert context_positions(8, 2, 0).tolist() == [0, 1, 6, 7]
@@ -271,7 +280,7 @@ def test_context_positions_are_spread_without_rest():
     assert sorted(torch.cat([context_positions(24, 3, rank) for rank in range(3)]).tolist()) == list(range(24))
 
 
-def test_weights_lie_as_megatron_groups_them():
+def test_sharded_weights_have_megatrons_layout():
     """Two key-value heads with two query heads each, one row per head: q0 q1 k0 v0, q2 q3 k1 v1."""
     from dynmoe.engines.megatron.weights import _gate_and_up, _query_key_value
 
@@ -287,7 +296,7 @@ def test_weights_lie_as_megatron_groups_them():
     assert torch.equal(_gate_and_up().join(parts), gate_up)
 
 
-def test_every_router_is_tried_somewhere():
-    from dynmoe.config.routing import KINDS
+def test_every_router_kind_is_tested():
+    from dynmoe import routers
 
-    assert {name.split()[0] for name in [*BASELINES, *ROUTERS]} == set(KINDS)
+    assert {name.split()[0] for name in [*BASELINES, *ROUTERS]} == set(routers.ROUTERS)

@@ -1,4 +1,4 @@
-"""Our routers in Megatron's own MoE layer, dispatchers and loop."""
+"""Our routers in Megatron's own MoE layer, dispatchers and training loop."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bench.processes import CPU, ROOT
-from dynmoe.config.routing import RouterConfig
 from dynmoe.errors import UserError
 from dynmoe.moe.initialization import named_normal
+from dynmoe.routers import ExpertThreshold, NullExperts, ReLU, Sigmoid, TopAny, TopK, TopP
+from harness.processes import CPU, ROOT
 
 KINDS = {
-    "top_k": RouterConfig(kind="top_k", k=2, z_loss=1e-2),
-    "top_p": RouterConfig(kind="top_p", p=0.5, balance_loss=1e-1),
-    "top_any": RouterConfig(kind="top_any", form="improved"),
-    "sigmoid": RouterConfig(kind="sigmoid", balance_loss=1e-1),
-    "null_experts": RouterConfig(kind="null_experts", k=3, num_null=2),
+    "top_k": TopK(k=2, z_loss=1e-2),
+    "top_p": TopP(p=0.5, balance_loss=1e-1),
+    "top_any": TopAny(variant="improved"),
+    "sigmoid": Sigmoid(balance_loss=1e-1),
+    "null_experts": NullExperts(k=3, num_null=2),
 }
-# Fewer and more routes than moe_router_topk = 2 makes room for.
-EVERY_TOKEN = {"one": RouterConfig(kind="top_k", k=1), "all": RouterConfig(kind="top_k", k=4)}
+# Fewer and more routes than moe_router_topk = 2 allocates.
+EVERY_TOKEN = {"one": TopK(k=1), "all": TopK(k=4)}
 
 
 def transformer(**fields):
@@ -42,7 +42,7 @@ def transformer(**fields):
 
 
 def draw_weight(name: str, parameter: torch.nn.Parameter, tensor: int, expert: int) -> None:
-    """The same weights however they are spread; router weights large enough for the number of experts to vary."""
+    """Initializes the same weights in every layout; router weights are large, so that the number of experts varies."""
     if "router" in name:
         parameter.mul_(30.0 if parameter.dim() > 1 else 1.0)
     elif found := re.search(r"(.*local_experts)\.(\d+)\.(.*)", name):
@@ -58,7 +58,7 @@ def draw_weight(name: str, parameter: torch.nn.Parameter, tensor: int, expert: i
 def train_stock_layers(
     kind: str, tensor: int, expert: int, dispatcher: str = "alltoall", recompute: bool = False
 ) -> dict:
-    """Three steps of a GPTModel with Megatron's MoELayer and optimizer; the same tokens however they are spread."""
+    """Trains three steps of a GPTModel with Megatron's MoELayer and optimizer, on the same tokens in every layout."""
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -81,7 +81,7 @@ def train_stock_layers(
         moe_token_dispatcher_type=dispatcher, moe_flex_dispatcher_backend="hybridep", **(full if recompute else {}),
     )  # fmt: skip
     spec = layer_spec({**KINDS, **EVERY_TOKEN}[kind], seed=3)
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm  # torch's refuse sequence parallelism
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm  # not torch's: sequence parallelism
     block = TransformerBlockSubmodules(layer_specs=[spec] * config.num_layers, layer_norm=RMSNorm)
     model = GPTModel(config, block, 64, 16, position_embedding_type="rope")
     with torch.no_grad():
@@ -100,7 +100,9 @@ def train_stock_layers(
         losses = model(tokens[:, :-1].contiguous(), None, None, labels=tokens[:, 1:].contiguous())
         return losses, lambda losses: (losses.mean(), losses.mean().detach())
 
-    losses, norms, figures = [], [], []
+    losses = []
+    norms = []
+    figures = []
     for _ in range(3):
         chunk.zero_grad_buffer()
         optimizer.zero_grad()
@@ -121,11 +123,11 @@ def train_stock_layers(
 @pytest.mark.parametrize(("tensor", "expert"), [(1, 1), (1, 2), (2, 2)], ids=["DP 2", "EP 2", "TP 2 x EP 2"])
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_two_ranks_train_like_one(one_rank, two_ranks, kind, tensor, expert):
-    """Losses, gradients of auxiliary losses in the norm, and figures over all ranks."""
+    """Compares losses, gradient norms with auxiliary losses, and metrics over all ranks."""
     (alone,) = one_rank.run(train_stock_layers, kind, 1, 1)
     spread = two_ranks.run(train_stock_layers, kind, tensor, expert)[0]
     assert spread["losses"] == pytest.approx(alone["losses"], rel=1e-5)
-    if tensor == 1:  # experts of the other tensor-parallel ranks are missing from Megatron's norm
+    if tensor == 1:  # Megatron's norm lacks the experts of the other tensor-parallel ranks
         assert spread["norms"] == pytest.approx(alone["norms"], rel=1e-4)
     for ours, whole in zip(spread["figures"], alone["figures"], strict=True):
         assert sorted(ours) == [0, 1]
@@ -134,7 +136,7 @@ def test_two_ranks_train_like_one(one_rank, two_ranks, kind, tensor, expert):
             assert own["auxiliary_loss"] == pytest.approx(whole[layer]["auxiliary_loss"], rel=1e-4)
 
 
-def test_both_dispatchers_and_recomputation_carry_a_variable_number(one_rank):
+def test_both_dispatchers_and_recomputation_support_a_variable_number_of_experts(one_rank):
     (expected,) = one_rank.run(train_stock_layers, "top_p", 1, 1)
     means = [own["experts_per_token_mean"] for own in expected["figures"][0].values()]
     assert all(1.0 < mean < 4.0 and mean % 1 for mean in means), means
@@ -142,7 +144,7 @@ def test_both_dispatchers_and_recomputation_carry_a_variable_number(one_rank):
         (other,) = one_rank.run(train_stock_layers, "top_p", 1, 1, dispatcher, recompute)
         assert other["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert other["norms"] == pytest.approx(expected["norms"], rel=1e-5)
-        assert other["figures"] == expected["figures"] or not recompute, "a repeated pass was counted"
+        assert other["figures"] == expected["figures"] or not recompute, "a recomputed pass was counted"
 
 
 def train_over_hybrid_ep(kind: str, tensor: int) -> dict:
@@ -154,8 +156,8 @@ def train_over_hybrid_ep(kind: str, tensor: int) -> dict:
 
 @pytest.mark.parametrize("expert", [1, 2])
 @pytest.mark.parametrize("kind", sorted(EVERY_TOKEN))
-def test_no_row_is_lost_or_added(one_rank, two_ranks, kind, expert):
-    """The all-gather dispatcher counts its rows in every version; of the other the room is moe_router_topk a token."""
+def test_the_all_to_all_dispatcher_neither_loses_nor_adds_rows(one_rank, two_ranks, kind, expert):
+    """The reference is the all-gather dispatcher; the stock all-to-all one allocates moe_router_topk rows per token."""
     pool = two_ranks if expert == 2 else one_rank
     gathered = pool.run(train_stock_layers, kind, 1, expert, "allgather")[0]
     exchanged = pool.run(train_stock_layers, kind, 1, expert, "alltoall")[0]
@@ -167,7 +169,7 @@ def test_no_row_is_lost_or_added(one_rank, two_ranks, kind, expert):
 
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("kind", ["top_p", "one", "all"])
-def test_hybrid_ep_carries_a_variable_number(two_ranks, kind, tensor):
+def test_hybrid_ep_supports_a_variable_number_of_experts(two_ranks, kind, tensor):
     expected = two_ranks.run(train_stock_layers, kind, tensor, 2)[0]
     result = two_ranks.run(train_over_hybrid_ep, kind, tensor)[0]
     assert result["losses"] == pytest.approx(expected["losses"], rel=1e-6)
@@ -175,7 +177,7 @@ def test_hybrid_ep_carries_a_variable_number(two_ranks, kind, tensor):
 
 
 def dispatch_within_budget(room: float) -> dict:
-    """Rows of HybridEP's static budget, and what the tokens get back through experts that change nothing."""
+    """Dispatches and combines with HybridEP's fixed number of rows, through identity experts."""
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
     from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
 
@@ -189,11 +191,12 @@ def dispatch_within_budget(room: float) -> dict:
         moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="hybridep", moe_router_topk=2,
         expert_model_parallel_size=2,
     )  # fmt: skip
-    # Made so it would need Transformer Engine's fused experts, for which the budget is a multiple of 256.
-    config.moe_expert_rank_capacity_factor, config.use_transformer_engine_op_fuser = room, True
+    # Set afterwards: the constructor would require Transformer Engine's fused experts, with a multiple of 256 rows.
+    config.moe_expert_rank_capacity_factor = room
+    config.use_transformer_engine_op_fuser = True
     generator = torch.Generator().manual_seed(dist.get_rank())
     with hybrid_ep.on_the_cpu():
-        router = DynamicRouter(config, settings=RouterConfig(kind="top_p", p=0.5), seed=3)
+        router = DynamicRouter(config, settings=TopP(p=0.5), seed=3)
         with torch.no_grad():
             router.router.weight_ED.mul_(30.0)
         experts = range(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
@@ -209,7 +212,7 @@ def dispatch_within_budget(room: float) -> dict:
 
 
 @pytest.mark.parametrize("room", [2.0, 0.5])
-def test_a_budget_of_rows_says_when_it_was_not_enough(two_ranks, room):
+def test_exceeding_a_fixed_number_of_rows_is_reported(two_ranks, room):
     from megatron.core.transformer import TransformerConfig
 
     if not hasattr(TransformerConfig, "moe_expert_rank_capacity_factor"):
@@ -227,8 +230,8 @@ def test_a_budget_of_rows_says_when_it_was_not_enough(two_ranks, room):
         ({"moe_token_dispatcher_type": "flex"}, "moe_flex_dispatcher_backend='deepep'.*use 'hybridep'"),
         ({"moe_expert_capacity_factor": 1.0}, "moe_expert_capacity_factor=1.0"),
         ({"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}, "moe_expert_capacity_factor"),
-        ({"moe_aux_loss_coeff": 0.01}, "moe_aux_loss_coeff=0.01.*RouterConfig.balance_loss"),
-        ({"moe_z_loss_coeff": 0.01}, "moe_z_loss_coeff=0.01.*RouterConfig.z_loss"),
+        ({"moe_aux_loss_coeff": 0.01}, "moe_aux_loss_coeff=0.01.*use balance_loss of the router"),
+        ({"moe_z_loss_coeff": 0.01}, "moe_z_loss_coeff=0.01.*use z_loss of the router"),
         ({"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}, "expert_bias=True"),
         ({"moe_input_jitter_eps": 0.1}, "moe_input_jitter_eps=0.1"),
         ({"moe_enable_routing_replay": True}, "moe_enable_routing_replay=True"),
@@ -239,12 +242,12 @@ def test_a_budget_of_rows_says_when_it_was_not_enough(two_ranks, room):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_counts_a_fixed_k_is_refused_by_name(fields, named):
+def test_options_that_assume_a_fixed_k_are_refused_by_name(fields, named):
     from dynmoe.engines.megatron.stock_config import check_config
 
     config = transformer()
     check_config(config, KINDS["top_p"])
-    for name, value in fields.items():  # as a user's object has it; some need a GPU's packages to be made
+    for name, value in fields.items():  # set afterwards: the constructor requires GPU packages for some of them
         setattr(config, name, value)
     with pytest.raises(UserError, match=named):
         check_config(config, KINDS["top_p"])
@@ -253,9 +256,9 @@ def test_what_counts_a_fixed_k_is_refused_by_name(fields, named):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        (RouterConfig(kind="relu"), "kind='relu'.*engine=megatron"),
-        (RouterConfig(kind="expert_threshold"), "kind='expert_threshold'"),
-        (RouterConfig(kind="top_p", balance_scope="sequence"), "balance_scope='sequence'"),
+        (ReLU(), "kind='relu'.*engine=megatron"),
+        (ExpertThreshold(), "kind='expert_threshold'"),
+        (TopP(balance_scope="sequence"), "balance_scope='sequence'"),
     ],
 )
 def test_routers_that_a_stock_loop_cannot_run_are_refused(settings, named):
@@ -265,19 +268,19 @@ def test_routers_that_a_stock_loop_cannot_run_are_refused(settings, named):
         check_config(transformer(), settings)
 
 
-def test_a_spec_without_moe_is_refused():
+def test_a_spec_without_an_moe_layer_is_refused():
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     from dynmoe.engines.megatron.router import top_p_spec, with_router
 
-    with pytest.raises(UserError, match="give num_experts"):
+    with pytest.raises(UserError, match="build it with num_experts"):
         with_router(get_gpt_layer_local_spec(normalization="RMSNorm"), KINDS["top_p"])
     mlp = top_p_spec.submodules.mlp  # from 0.18 on a functools.partial
     parts = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
     assert parts.router.keywords["settings"].kind == "top_p"
 
 
-def test_the_stack_of_a_hybrid_model_takes_a_router():
+def test_a_router_fits_the_stack_of_a_hybrid_model():
     hybrid = pytest.importorskip(
         "megatron.core.models.hybrid.hybrid_layer_specs", reason="this Megatron-Core has no HybridModel (0.18 has)"
     )

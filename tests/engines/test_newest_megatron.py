@@ -1,6 +1,6 @@
-"""What we call of Megatron-Core is there, and takes what we give it, in the newest release that we allow.
+"""The newest allowed release of Megatron-Core has every name that we use and accepts our arguments.
 
-Only its wheel is fetched, and read: to be installed it would want another Python and a torch of 3 GB.
+The tests download and parse its wheel without installing it, which would need another Python and a torch of 3 GB.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import zipfile
 
 import pytest
 
-from bench.processes import ROOT
+from harness.processes import ROOT
 from tests.engines.signatures import Sources, problems
 
 OURS = sorted(
@@ -22,7 +22,7 @@ OURS = sorted(
     for path in (ROOT / folder).rglob("*.py")
     if "import megatron" in path.read_text() or "from megatron" in path.read_text()
 )
-# What is overridden, replaced or called on objects, which the files do not show: parameters, None for an attribute.
+# Names that we override, replace or call on objects, which imports do not show: parameters, None for an attribute.
 BEYOND_IMPORTS = {
     "core.dist_checkpointing.strategies.torch.TorchDistSaveShardedStrategy.async_save": ["sharded_state_dict"],
     "core.dist_checkpointing.strategies.filesystem_async.FileSystemWriterAsync.write_preloaded_data": ["use_fsync"],
@@ -64,14 +64,14 @@ def newest(tmp_path_factory) -> Sources:
 
 
 @pytest.mark.parametrize("path", OURS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_what_we_call_is_there(newest, path):
+def test_imported_names_exist_and_take_our_arguments(newest, path):
     assert problems(newest, path) == []
 
 
 @pytest.mark.parametrize("name", sorted(BEYOND_IMPORTS))
-def test_what_we_override_is_there(newest, name):
+def test_overridden_names_exist_and_take_our_arguments(newest, name):
     parts = name.split(".")
-    # A class begins with a capital.
+    # Class names begin with a capital.
     place = next((number for number, part in enumerate(parts) if part.lstrip("_")[:1].isupper()), len(parts) - 1)
     found = newest.find(".".join(["megatron", *parts[:place]]), parts[place])
     assert found is not None
@@ -86,8 +86,7 @@ def test_what_we_override_is_there(newest, name):
         assert taken is None or set(BEYOND_IMPORTS[name]) <= set(taken)
 
 
-def test_a_break_is_seen(newest, tmp_path):
-    """Of a name that is gone, and of an argument that is."""
+def test_missing_names_and_arguments_are_found(newest, tmp_path):
     code = tmp_path / "code.py"
     code.write_text(
         "from megatron.core import parallel_state\n"

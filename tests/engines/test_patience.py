@@ -1,4 +1,4 @@
-"""Process groups wait as long as the watchdog lets them, whoever made them."""
+"""The timeout of every process group is longer than the watchdog's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENGINES = {
 
 
 def shortest_timeout(overrides: list[str]) -> timedelta:
-    """Of all process groups of this rank, when its engine is made."""
+    """Shortest timeout of all process groups of this rank, after its engine is built."""
     make_engine(config_for(*overrides), VOCAB)
     groups = [group for group in dist.distributed_c10d._world.pg_map if dist.get_rank(group) >= 0]
     assert len(groups) > 2
@@ -26,6 +26,6 @@ def shortest_timeout(overrides: list[str]) -> timedelta:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_no_process_group_ends_a_rank_before_the_watchdog_does(two_ranks, engine):
-    """PyTorch's own would after 10 or 30 minutes, and count the time in which a rank was stopped."""
+def test_no_process_group_times_out_before_the_watchdog(two_ranks, engine):
+    """PyTorch's defaults are 10 and 30 minutes, and include the time in which a rank was suspended."""
     assert two_ranks.run(shortest_timeout, ENGINES[engine]) == [timedelta(days=24)] * 2

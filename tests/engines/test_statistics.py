@@ -1,4 +1,4 @@
-"""Every figure of every layer against a count, token by token, over the routing that the step itself used."""
+"""Compares every metric of every layer with a token-by-token count over the routing of the step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.oracles import entropy
 STEPS = 3
 MEGATRON = "engine=megatron"
 ROUTERS = {
-    # Drops by capacity, a ceiling, a budget on its way, and every loss that a softmax router has.
+    # Capacity drops, a ceiling, a budget on its schedule, and every loss of a softmax router.
     "top_p": ["model.router.kind=top_p", "model.router.p=0.6", "model.router.max_experts=3",
               "model.moe.capacity_factor=1.0", "model.router.z_loss=1e-3", "budget.method=pi",
               "budget.experts_per_token=1.5", "budget.start=2.5", "budget.over_steps=10"],
-    # Tokens without experts and slots out of use.
+    # Tokens without experts, and inactive slots.
     "top_any": ["model.router.kind=top_any", "model.router.min_experts=0", "model.moe.active_at_start=3",
                 "model.router.temperature=sqrt_hidden", "model.router.balance_loss=1e-2"],
 }  # fmt: skip
@@ -43,23 +43,25 @@ def mean(values: list[float]) -> float:
 
 
 def passes_of(layer: int, results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The plans of a layer: by micro-batch those of every rank that holds it."""
+    """The plans of a layer, by micro-batch, of every rank that holds it."""
     numbers = sorted({number for result in results for own, number in result["plans"] if own == layer})
     held = [result["plans"] for result in results if (layer, numbers[0]) in result["plans"]]
     return [[plans[layer, number] for plans in held] for number in numbers]
 
 
 def rows_of(plans: list[dict[str, Any]], name: str) -> list[list[Any]]:
-    """One entry of every token of several plans."""
+    """One entry per token, over several plans."""
     return [row for plan in plans for row in plan[name]]
 
 
 def counted(layer: int, results: list[dict[str, Any]], config: Any, ranks_of_experts: int) -> dict[str, float]:
-    """The figures of a layer that are counts over tokens."""
+    """Metrics of a layer that are counts over tokens."""
     plans = [plan for ranks in passes_of(layer, results) for plan in ranks]
     routed, selected, scores = (rows_of(plans, name) for name in ("routed", "selected", "scores"))
-    tokens, experts = len(routed), len(routed[0])
-    used, chosen = [sum(row) for row in routed], [sum(row) for row in selected]
+    tokens = len(routed)
+    experts = len(routed[0])
+    used = [sum(row) for row in routed]
+    chosen = [sum(row) for row in selected]
     load = [sum(row[expert] for row in routed) for expert in range(experts)]
     active = [expert for expert in range(experts) if plans[0]["active"][expert]]
     loads = [load[expert] for expert in active]
@@ -85,7 +87,7 @@ def counted(layer: int, results: list[dict[str, Any]], config: Any, ranks_of_exp
         "ep_rank_load_max_over_mean": max(rank_load) / mean(rank_load),
     }
     for percent in (5, 50, 95):
-        # The smallest K that at least this share of the tokens does not exceed.
+        # The smallest K that at least this percentage of tokens does not exceed.
         exact = next(k for k in range(experts + 1) if sum(count <= k for count in used) * 100 >= percent * tokens)
         figures[f"experts_per_token_p{percent}"] = exact
     return figures
@@ -96,7 +98,8 @@ def counts_of(layer: int, results: list[dict[str, Any]]) -> dict[str, list[int]]
     plans = [plan for ranks in passes_of(layer, results) for plan in ranks]
     routed = rows_of(plans, "routed")
     assert len(routed) == GLOBAL_BATCH * LENGTH
-    used, experts = [sum(row) for row in routed], range(len(routed[0]))
+    used = [sum(row) for row in routed]
+    experts = range(len(routed[0]))
     return {
         "experts_per_token": [used.count(number) for number in range(len(experts) + 1)],
         "load": [sum(row[expert] for row in routed) for expert in experts],
@@ -105,14 +108,15 @@ def counts_of(layer: int, results: list[dict[str, Any]]) -> dict[str, list[int]]
 
 
 def losses(layer: int, results: list[dict[str, Any]], config: Any) -> dict[str, float]:
-    """The auxiliary losses of a layer: means over the passes, whose balance knows the step's passes so far."""
+    """Auxiliary losses of a layer, averaged over passes; the balance loss counts over the step's passes so far."""
     router = config.model.router
-    figures: dict[str, list[float]] = {name: [] for name in router.loss_names}
+    figures: dict[str, list[float]] = {name: [] for name in router.losses}
     passes = passes_of(layer, results)
     for number, ranks in enumerate(passes):
         so_far = [plan for earlier in passes[: number + 1] for plan in earlier]
         selected = rows_of(so_far, "selected")
-        experts, takers = len(selected[0]), [row for row in selected if any(row)]
+        experts = len(selected[0])
+        takers = [row for row in selected if any(row)]
         active = [expert for expert in range(experts) if ranks[0]["active"][expert]]
         if router.kind == "top_p":
             scores = rows_of(ranks, "scores")
@@ -123,9 +127,9 @@ def losses(layer: int, results: list[dict[str, Any]], config: Any) -> dict[str, 
             logits = rows_of(ranks, "logits")
             figures["z"].append(mean([math.log(sum(map(math.exp, row))) ** 2 for row in logits]))
             continue
-        # Uniform gates: those of a token that selected somebody are 1 / K.
+        # Uniform gates: 1 / K for a token with K experts.
         gates = [[on / max(1, sum(row)) for on in row] for row in rows_of(ranks, "selected")]
-        takers_of_rank = len(takers) / (number + 1)  # of all ranks, in the mean over the passes so far
+        takers_of_rank = len(takers) / (number + 1)  # over all ranks, averaged over the passes so far
         gate = [sum(row[e] for row in gates) / takers_of_rank for e in range(experts)]
         fraction = [sum(row[e] for row in takers) / len(takers) for e in range(experts)]
         figures["balance"].append(len(active) * sum(g * f for g, f in zip(gate, fraction, strict=True)))
@@ -139,7 +143,7 @@ def losses(layer: int, results: list[dict[str, Any]], config: Any) -> dict[str, 
         ]
         figures["diversity"].append(math.sqrt(sum(squares)))
     means = {name: mean(values) for name, values in figures.items()}
-    total = sum(router.loss_coefficients[name] * value for name, value in means.items())
+    total = sum(router.loss_coefficients()[name] * value for name, value in means.items())
     return {"auxiliary_loss": total, **{f"{name}_loss": value for name, value in means.items()}}
 
 
@@ -147,7 +151,7 @@ def losses(layer: int, results: list[dict[str, Any]], config: Any) -> dict[str, 
     "layout", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LAYOUTS]
 )
 @pytest.mark.parametrize("kind", ROUTERS)
-def test_every_figure_equals_a_count_over_the_routing_of_the_step(two_ranks, layout, kind):
+def test_every_metric_equals_a_count_over_the_routing_of_the_step(two_ranks, layout, kind):
     overrides = [*ROUTERS[kind], *LAYOUTS[layout]]
     config = config_for(*overrides)
     results = two_ranks.run(train_and_keep, overrides, STEPS)
@@ -162,7 +166,7 @@ def test_every_figure_equals_a_count_over_the_routing_of_the_step(two_ranks, lay
         expected[f"moe/{name}"] = mean([expected[f"moe/layer_{layer:02d}/{name}"] for layer in layers])
     control = {"top_p": "router_p", "top_any": "router_threshold_mean"}[kind]
     if kind == "top_p":
-        # From 2.5 to 1.5 over ten steps; two of them lie before the third.
+        # From 2.5 to 1.5 over ten steps; this is the third.
         expected["moe/experts_per_token_target"] = 2.3
         assert row["moe/layer_00/dropped_routes_frac"] > 0
         assert row["moe/layer_00/tokens_at_ceiling_frac"] > 0
@@ -170,7 +174,7 @@ def test_every_figure_equals_a_count_over_the_routing_of_the_step(two_ranks, lay
         assert row["moe/layer_00/tokens_without_expert_frac"] > 0
         assert row["moe/layer_00/active_experts"] == 3
         assert row["moe/layer_00/tokens_at_ceiling_frac"] > 0
-    # Nothing is reported that was not counted here, but for the state of the router.
+    # No other metrics are reported, except the state of the router.
     assert {name for name in row if not name.endswith(control)} == set(expected)
     for name, value in expected.items():
         assert row[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name

@@ -1,4 +1,4 @@
-"""A trace says of each token what its layer did with it, whatever rank computed it."""
+"""A trace records the routing of each token in each layer, whichever rank computed it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import sys
 import pandas as pd
 import pytest
 
-from bench.processes import ROOT
+from harness.processes import ROOT
 from tests.engines.cases import GLOBAL_BATCH, LENGTH, batch_of_step
 from tests.engines.routing_cases import train_and_keep
 from tests.train.cases import read_rows
 
-STEPS = 1  # from the same weights: later ones depend on the accumulation, by the balance over passes so far
+STEPS = 1  # one, as later ones depend on the accumulation: the balance loss counts over the passes so far
 MEGATRON = "engine=megatron"
 PLACE = ["layer", "sample", "position"]
 WHOLE = ["model.router.kind=top_p", "train.micro_batch=8", "model.kv_heads=2", "model.layers=4"]
@@ -48,19 +48,23 @@ def test_the_trace_is_the_same_in_every_layout(two_ranks, of_one_rank, tmp_path,
         assert own == pytest.approx(other, abs=1e-5)
 
 
-def test_each_row_is_its_token_with_what_the_layer_was_given(two_ranks, tmp_path):
-    """Here capacity drops routes."""
+def test_each_row_has_the_token_and_its_routing(two_ranks, tmp_path):
+    """With routes dropped by capacity."""
     overrides = ["model.router.kind=top_p", "model.moe.capacity_factor=0.8", "train.micro_batch=2"]
     results = two_ranks.run(train_and_keep, overrides, STEPS, str(tmp_path))
-    trace, tokens = read(tmp_path), batch_of_step(STEPS)
+    trace = read(tmp_path)
+    tokens = batch_of_step(STEPS)
     assert len(trace) == 2 * GLOBAL_BATCH * LENGTH
     dropped = 0
     for row in trace.itertuples():
         assert (row.step, row.token) == (STEPS, tokens[row.sample, row.position])
-        # Samples go round: two of the first rank, two of the second, and again for the second micro-batch.
-        rank, micro_batch = row.sample // 2 % 2, row.sample // 4
-        plan, place = results[rank]["plans"][row.layer, micro_batch], row.sample % 2 * LENGTH + row.position
-        routed, selected = plan["routed"][place], plan["selected"][place]
+        # Samples alternate by two between the ranks, first in one micro-batch, then in the next.
+        rank = row.sample // 2 % 2
+        micro_batch = row.sample // 4
+        plan = results[rank]["plans"][row.layer, micro_batch]
+        place = row.sample % 2 * LENGTH + row.position
+        routed = plan["routed"][place]
+        selected = plan["selected"][place]
         assert list(row.experts) == [e for e, on in enumerate(routed) if on]
         assert list(row.gates) == [plan["gates"][place][e] for e in row.experts]
         assert list(row.dropped) == [e for e, on in enumerate(selected) if on and not routed[e]]
@@ -68,19 +72,20 @@ def test_each_row_is_its_token_with_what_the_layer_was_given(two_ranks, tmp_path
     assert dropped > 0
 
 
-def test_the_example_reads_what_the_metrics_say(undisturbed, capsys, monkeypatch):
+def test_the_example_agrees_with_the_metrics(undisturbed, capsys, monkeypatch):
     run, _ = undisturbed
     monkeypatch.setattr(sys, "argv", ["read_traces.py", str(run)])
     example = runpy.run_path(str(ROOT / "examples" / "read_traces.py"), run_name="__main__")
     said = capsys.readouterr().out
-    assert all(f"{part}:\n" in said for part in ("experts per token", "tokens that use most"))
+    assert all(f"{part}:\n" in said for part in ("experts per token", "tokens with the most experts"))
     routes = example["load"](run)
     traced = {row["train/step"]: row for row in read_rows(run / "metrics.jsonl") if row["train/step"] % 8 == 0}
     means = routes.pivot_table(index="step", columns="layer", values="k")
     for step, row in traced.items():
         for layer in (0, 1):
             assert means[layer][step] == pytest.approx(row[f"moe/layer_{layer:02d}/experts_per_token_mean"])
-    experts, pairs = routes[routes["layer"] == 0]["experts"], example["pairs"](routes)
+    experts = routes[routes["layer"] == 0]["experts"]
+    pairs = example["pairs"](routes)
     assert pairs[0][(0, 1)] == sum({0, 1} <= set(own) for own in experts)
 
 

@@ -78,7 +78,8 @@ def score_passages(overrides: list[str]) -> dict[str, Any]:
     config.check_world(dist.get_world_size())
     engine = make_engine(config, VOCAB)
     model = ModelInTraining(engine, config, tokenizer=None, vocab_size=VOCAB)
-    use, passes = ExpertUse(), []
+    use = ExpertUse()
+    passes = []
     passages = some_passages(VOCAB, config.data.sequence_length)
     scores = score(model, passages, use, lambda done, of: passes.append((done, of)))
     return {

@@ -97,7 +97,8 @@ def test_texts_are_those_that_the_exported_model_writes(exported, monkeypatch):
 
 def test_experts_of_a_task_are_those_of_the_tokens_that_were_computed(exported):
     use = ours(exported, "choices", "rolling").scores
-    tokenizer, decoder = exported.model.tokenizer, exported.model.trained.decoder
+    tokenizer = exported.model.tokenizer
+    decoder = exported.model.trained.decoder
     task = open_tasks([exported.tasks["choices"]], "tasks").roots[0]
     task.build_all_requests()
     experts = tokens = 0
@@ -116,7 +117,8 @@ def test_experts_of_a_task_are_those_of_the_tokens_that_were_computed(exported):
 
 def test_experts_of_written_text_are_counted_once_for_each_token(exported):
     use = ours(exported, "writing").scores["writing"][EXPERTS]
-    tokenizer, decoder = exported.model.tokenizer, exported.model.trained.decoder
+    tokenizer = exported.model.tokenizer
+    decoder = exported.model.trained.decoder
     task = open_tasks([exported.tasks["writing"]], "tasks").roots[0]
     task.build_all_requests()
     experts = tokens = 0
@@ -164,9 +166,9 @@ def rewritten(exported: Exported, name: str, folder: Path, **changes: Any) -> st
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
-        ("choices", {"doc_to_choice": ["a " * 200, "b"]}, "and data.sequence_length is 64; leave the task out"),
+        ("choices", {"doc_to_choice": ["a " * 200, "b"]}, "but data.sequence_length is 64; remove the task"),
         ("writing", {"generation_kwargs": {"until": [], "max_gen_toks": 64}},
-         "task writing: writes up to 64 tokens, and data.sequence_length is 64; give it a smaller max_gen_toks"),
+         "task writing: generates up to 64 tokens, but data.sequence_length is 64; use a smaller max_gen_toks"),
     ],
 )  # fmt: skip
 def test_requests_that_mean_nothing_are_refused_with_the_task(exported, tmp_path, name, changes, words):
@@ -184,25 +186,25 @@ def test_a_continuation_that_becomes_part_of_the_context_is_refused(exported, tm
     )  # fmt: skip
     changes = {"doc_to_text": start, "doc_to_choice": [end, "?"], "target_delimiter": ""}
     tasks = open_tasks([rewritten(exported, "choices", tmp_path, **changes)], "tasks")
-    words = f"task choices: the continuation '{end}' has no token of its own; begin it with a space"
+    words = f"task choices: the continuation '{end}' has no token of its own; start it with a space"
     with pytest.raises(UserError, match=re.escape(words)):
         score_tasks(exported.model, tasks, nothing)
 
 
 def test_tasks_that_cannot_be_scored_are_refused_by_name(exported, tmp_path, monkeypatch):
     gone = rewritten(exported, "choices", tmp_path, dataset_kwargs={"data_files": {"test": "gone.jsonl"}})
-    with pytest.raises(UserError, match=r"--tasks: .*changed.yaml cannot be loaded \(.*gone.jsonl.*\); mend it"):
+    with pytest.raises(UserError, match=r"--tasks: .*changed.yaml cannot be loaded \(.*gone.jsonl.*\); fix it"):
         open_tasks([gone], "--tasks")
-    with pytest.raises(UserError, match=r"eval.tasks: writing lets the model write.*python -m dynmoe.evaluate"):
+    with pytest.raises(UserError, match=r"eval.tasks: writing generates text.*python -m dynmoe.evaluate"):
         open_tasks([exported.tasks["writing"]], "eval.tasks", generation=False)
-    with pytest.raises(UserError, match=r"--tasks: Duplicate task 'choices': found in both .*; name it once"):
+    with pytest.raises(UserError, match=r"--tasks: Duplicate task 'choices': found in both .*; list it only once"):
         open_tasks(["both", "choices"], "--tasks", folder=Path(exported.tasks["both"]).parent)
     unsafe = rewritten(exported, "choices", tmp_path, unsafe_code=True)
-    with pytest.raises(UserError, match="choices runs code that the model writes"):
+    with pytest.raises(UserError, match="choices executes code that the model writes"):
         open_tasks([unsafe], "--tasks")
 
 
 @pytest.mark.slow  # all of the harness's own tasks are read
 def test_an_unknown_task_is_told_with_those_of_like_names():
-    with pytest.raises(UserError, match=r"--tasks: 'hellaswagg' is no task; did you mean .*hellaswag"):
+    with pytest.raises(UserError, match=r"--tasks: 'hellaswagg' is not a known task; did you mean .*hellaswag"):
         open_tasks(["hellaswagg"], "--tasks")

@@ -46,7 +46,8 @@ def call(monkeypatch, *arguments: object) -> None:
 
 
 def test_scores_join_the_metrics_their_views_and_the_report(run, tasks, monkeypatch, capsys):
-    config, before = run / "config.yaml", curve(run / "metrics.jsonl")
+    config = run / "config.yaml"
+    before = curve(run / "metrics.jsonl")
     config.write_text(config.read_text().replace("wandb: disabled", "wandb: offline"))
     call(monkeypatch, run, "--tasks", tasks["choices"], f"{tasks['rolling']},{tasks['writing']}", "--limit", 3)
     printed = capsys.readouterr().out
@@ -83,7 +84,9 @@ def test_another_output_leaves_the_run_as_it_is_even_while_it_trains(run, tasks,
     directory = RunDirectory(run)
     directory.claim()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"another job trains in .*tiny; wait for it, or leave the run as it is: --out"):
+    with pytest.raises(
+        UserError, match=r"another job trains in .*tiny; wait for it, or leave the run unchanged with --out"
+    ):
         call(monkeypatch, run)
     call(monkeypatch, run, "--output", tmp_path / "scores.json", "--no-domains", "--tasks", tasks["choices"])
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
@@ -95,12 +98,12 @@ def test_another_output_leaves_the_run_as_it_is_even_while_it_trains(run, tasks,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--limit", "2"], "--limit=2: there are no tasks; name some by --tasks"),
+        (["--limit", "2"], "--limit=2: needs tasks; name some with --tasks"),
         (["--limit", "0", "--tasks", "a.yaml"], "--limit=0: is too small; use 1 or more"),
         (["--shots", "-1", "--tasks", "a.yaml"], "--shots=-1: is too small; use 0 or more"),
-        (["--no-domains"], "--no-domains: nothing is left to score"),
-        (["--include", "nowhere"], "--include=nowhere: is no directory"),
-        (["--output", "nowhere/a.json"], "--output=nowhere/a.json: nowhere is no directory"),
+        (["--no-domains"], "--no-domains: nothing to evaluate"),
+        (["--include", "nowhere"], "--include=nowhere: is not a directory"),
+        (["--output", "nowhere/a.json"], "--output=nowhere/a.json: nowhere is not a directory"),
         (["--corpora", "nowhere"], "nowhere holds no prepared corpus (manifest.json is missing)"),
     ],
 )
@@ -116,7 +119,9 @@ def test_a_corpus_of_another_tokenizer_is_refused(run, monkeypatch, tmp_path):
 
     write_texts(tmp_path / "text", documents=20)
     build(Recipe([str(tmp_path / "text")], vocab_size=390, validation_fraction=0.3), tmp_path / "other", workers=1)
-    with pytest.raises(UserError, match=r"--corpora: other is encoded by another tokenizer than the run's; prepare it"):
+    with pytest.raises(
+        UserError, match=r"--corpora: other was encoded with a different tokenizer than the run; prepare it"
+    ):
         call(monkeypatch, run, "--corpora", tmp_path / "other")
 
 
@@ -157,13 +162,11 @@ def test_scores_while_training_are_those_of_the_checkpoint_and_change_nothing(
 @pytest.mark.parametrize(
     ("name", "length", "words"),
     [
-        ("writing", 32, "error: eval.tasks: writing lets the model write, which takes too long while training"),
-        ("choices", 2, "error: task choices: a continuation has 3 tokens, and data.sequence_length is 2"),
+        ("writing", 32, "error: eval.tasks: writing generates text, which takes too long during training"),
+        ("choices", 2, "error: task choices: a continuation has 3 tokens, but data.sequence_length is 2"),
     ],
 )
-def test_tasks_that_cannot_be_scored_while_training_are_told_before_it_begins(
-    corpus_dir, tasks, tmp_path, name, length, words
-):
+def test_tasks_that_cannot_be_scored_are_reported_before_training(corpus_dir, tasks, tmp_path, name, length, words):
     fields = [f"eval.tasks=[{tasks[name]}]", f"data.sequence_length={length}"]
     process = TrainingProcess(corpus_dir, tmp_path / "runs", *fields)
     assert process.wait() != 0
@@ -202,5 +205,5 @@ def test_tasks_need_the_harness(monkeypatch):
 
     config = config_for("eval.tasks=[arc_easy]")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"eval.tasks=\['arc_easy'\]: needs a package that is not here \(lm_eval\)"):
+    with pytest.raises(ConfigError, match=r"eval.tasks=\['arc_easy'\]: requires lm_eval, which is not installed"):
         config.check_world(1)

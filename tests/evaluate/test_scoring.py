@@ -43,8 +43,9 @@ def test_scores_are_those_of_one_passage_after_the_other(model):
     prompt = passages[0].tokens[:5]
     logits, _ = run_decoder(model.trained.decoder, torch.tensor([prompt]))
     passages.append(Passage([*prompt, int(logits[0, -1].argmax())], 1, "easy"))  # what greedy decoding writes
-    use, told = ExpertUse(), []
-    scores = score(model, passages, use, lambda done, of: told.append((done, of)))
+    use = ExpertUse()
+    calls = []
+    scores = score(model, passages, use, lambda done, of: calls.append((done, of)))
     used = {"easy": [], "hard": []}
     for passage, own in zip(passages, scores, strict=True):
         total, greedy, experts = by_hand(model, passage)
@@ -57,12 +58,12 @@ def test_scores_are_those_of_one_passage_after_the_other(model):
         assert use.figures([group]) == {EXPERTS: pytest.approx(sum(counts) / len(counts), rel=1e-12)}
     everything = used["easy"] + used["hard"]
     assert use.figures(["easy", "hard"]) == {EXPERTS: pytest.approx(sum(everything) / len(everything), rel=1e-12)}
-    assert len(told) > 3, "nothing was batched"
-    assert told == [(number, len(told)) for number in range(1, len(told) + 1)]
+    assert len(calls) > 3, "nothing was batched"
+    assert calls == [(number, len(calls)) for number in range(1, len(calls) + 1)]
 
 
 def test_passes_are_no_larger_than_memory_allows(model, monkeypatch):
-    monkeypatch.setattr(scoring, "_MOST_LOGITS", 448 * 64)  # one sequence
+    monkeypatch.setattr(scoring, "_MAX_LOGITS", 448 * 64)  # one sequence
     assert scoring.rows_of_pass(model, 64) == 1
     assert scoring.rows_of_pass(model, 16) == 4
     assert scoring.rows_of_pass(model, 65) == 1, "what is too large is computed alone"
@@ -91,11 +92,11 @@ def test_deepspeeds_ranks_share_passes_of_unequal_lengths(one_rank, two_ranks):
 
 def test_the_domain_of_a_run_on_one_corpus_has_its_validation_loss(undisturbed, corpus_dir, tmp_path):
     model = WholeModel(open_trained(undisturbed[0], torch.device("cpu")))
-    told = []
+    calls = []
     scores = score_domains(
-        model, {"here": Corpus.open(corpus_dir)}, tmp_path, lambda done, of: told.append((done, of))
+        model, {"here": Corpus.open(corpus_dir)}, tmp_path, lambda done, of: calls.append((done, of))
     )["here"]
     assert scores["loss"] == pytest.approx(evaluation_loss(undisturbed[0], tmp_path / "other"), rel=1e-5)
     assert scores["perplexity"] == pytest.approx(2.718281828 ** scores["loss"], rel=1e-6)
     assert 0 < scores[EXPERTS] < 4
-    assert told[-1] == (8, 8)
+    assert calls[-1] == (8, 8)

@@ -1,4 +1,4 @@
-"""What the rows of the fault matrix compare with."""
+"""Comparisons for the tests of the fault matrix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MEGATRON = ["engine=megatron", "parallel.expert=1", "parallel.pipeline=2"]
 
 
 def is_undisturbed(run: Path, reference: Path, step: int = 40) -> None:
-    """Rows, events, histograms, traces and final parameters are those of ``reference``, bit by bit."""
+    """Checks that rows, events, histograms, traces and final parameters are bitwise those of ``reference``."""
     assert curve(run / "metrics.jsonl") == curve(reference / "metrics.jsonl")
     for name in ("events.jsonl", "histograms.jsonl"):
         assert (run / name).read_text() == (reference / name).read_text(), name
@@ -23,11 +23,11 @@ def is_undisturbed(run: Path, reference: Path, step: int = 40) -> None:
 
 
 def incidents(run: Path) -> list[str]:
-    """What a run met, but for stragglers: those are of the machine, and of what else runs there."""
+    """Incidents of a run, without stragglers, which depend on the load of the machine."""
     lines = (run / "incidents.jsonl").read_text().splitlines()
     return [line for line in lines if json.loads(line)["kind"] != "straggler"]
 
 
 def errors(process: TrainingProcess) -> list[str]:
-    """What a run told its user to mend."""
+    """The error lines that a run has printed."""
     return [line for line in process.output().splitlines() if line.startswith("error: ")]

@@ -10,7 +10,7 @@ from tests.train.cases import TrainingProcess
 
 @pytest.fixture(scope="session")
 def undisturbed_pipeline(corpus_dir, tmp_path_factory) -> Path:
-    """A finished run of Megatron over two pipeline stages."""
+    """A finished Megatron run with two pipeline stages."""
     runs = tmp_path_factory.mktemp("pipeline") / "runs"
     process = TrainingProcess(corpus_dir, runs, *MEGATRON)
     assert process.wait() == 0, process.output()

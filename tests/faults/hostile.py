@@ -1,4 +1,4 @@
-"""Damage as it happens to files, and what must follow from it: what was meant, or a refusal in one line."""
+"""Random corruption of files, which must be read correctly or refused in one line."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from dynmoe.errors import UserError
 
 Result = TypeVar("Result")
-_PATIENCE_S = 20.0  # of an input that takes milliseconds, on a machine that computes other things
+_TIMEOUT_S = 20.0  # inputs take milliseconds, but the machine may be busy
 
 
 @contextmanager
 def in_bounded_time() -> Iterator[None]:
-    """Raises a TimeoutError in whatever is still under way after the patience."""
+    """Raises a TimeoutError if the context takes longer than the timeout."""
 
     def too_late(*_: Any) -> None:
-        raise TimeoutError(f"still under way after {_PATIENCE_S:.0f} s")
+        raise TimeoutError(f"not finished after {_TIMEOUT_S:.0f} s")
 
     before = signal.signal(signal.SIGALRM, too_late)
-    signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S)
+    signal.setitimer(signal.ITIMER_REAL, _TIMEOUT_S)
     try:
         yield
     finally:
@@ -33,33 +33,35 @@ def in_bounded_time() -> Iterator[None]:
 
 
 def attempt(action: Callable[[], Result]) -> Result | None:
-    """What an action gives; None where it is refused, as users must be told: in one line."""
-    told = None
+    """The result of an action; None if it is refused by a UserError, which must be one line."""
+    refusal = None
     try:
         with in_bounded_time():
             result = action()
     except UserError as error:
-        told = str(error)
+        refusal = str(error)
     if currently_in_test_context():
-        event("accepted" if told is None else "refused")
-    if told is None:
+        event("accepted" if refusal is None else "refused")
+    if refusal is None:
         return result
-    assert len(told.splitlines()) == 1, told
+    assert len(refusal.splitlines()) == 1, refusal
     return None
 
 
 def fuzz(examples: int) -> settings:
-    """So many inputs, always the same; with HYPOTHESIS_PROFILE=fuzz 10,000 others."""
+    """A fixed set of ``examples`` inputs; with HYPOTHESIS_PROFILE=fuzz, 10,000 random ones."""
     return settings(max_examples=examples) if settings.get_current_profile_name() == "project" else settings()
 
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes, words: Sequence[bytes] = (b"\0", b"\xff\xff\xff\xff")) -> bytes:
-    """``content`` after one to four blows: bytes flipped, cut off, taken out, swapped or written over; words added."""
+    """``content`` after one to four changes: bytes flipped, cut, removed, swapped or overwritten; words inserted."""
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(content)))
         stop = min(len(content), start + draw(st.sampled_from((1, 1, 2, 4, 8, 60, 1000))))
-        before, hit, after = content[:start], content[start:stop], content[stop:]
+        before = content[:start]
+        hit = content[start:stop]
+        after = content[stop:]
         word = draw(st.sampled_from(words) | st.binary(max_size=8))
         other = draw(st.integers(0, len(content)))
         flipped = bytes(byte ^ 1 << start % 8 for byte in hit)

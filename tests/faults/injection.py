@@ -1,7 +1,7 @@
-"""Faults that strike within a rank at a chosen place; the product knows nothing of them.
+"""Injection of faults into a rank at a given place, without support by the tested code.
 
-Each is given to a training process as ``prepare``: it replaces a function of the product, in that process only, by one
-that counts its calls. ``place`` names a function as ``module:Class.function`` by where it is called from.
+A fault is passed to a training process as ``prepare``: it replaces a function in that process by one that counts its
+calls. ``place`` names the function as ``module:Class.function``, with the module that calls it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 
 def replace(place: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Puts what ``make`` makes of the function at ``place`` there."""
+    """Replaces the function at ``place`` by the result of ``make``, which is given the function."""
     module, _, path = place.partition(":")
     owner: Any = importlib.import_module(module)
     *owners, name = path.split(".")
@@ -32,7 +32,7 @@ def replace(place: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class Strike:
-    """One kill: SIGKILL to the rank itself in the ``call``-th call (from 1 on) of ``place``, before or after it."""
+    """A SIGKILL of the rank before or after the ``call``-th call (counted from 1) of ``place``."""
 
     place: str
     call: int
@@ -42,11 +42,11 @@ class Strike:
 
 @dataclass(frozen=True)
 class KillInTurn:
-    """Every attempt of a launch is struck once, each by the next of ``strikes``; then attempts live.
+    """Kills each attempt of a launch once, by the next of ``strikes``; further attempts are not killed.
 
     Args:
-        strikes: in order.
-        folder: where attempts leave what struck them: ``struck_N``.
+        strikes: kills in order.
+        folder: directory in which each kill leaves a file ``struck_N``.
     """
 
     strikes: tuple[Strike, ...]
@@ -58,7 +58,8 @@ class KillInTurn:
             replace(self.strikes[number].place, functools.partial(self._deadly, number))
 
     def _deadly(self, number: int, function: Callable[..., Any]) -> Callable[..., Any]:
-        strike, calls = self.strikes[number], 0
+        strike = self.strikes[number]
+        calls = 0
 
         @functools.wraps(function)
         def deadly(*arguments: Any, **options: Any) -> Any:
@@ -70,7 +71,7 @@ class KillInTurn:
                 function(*arguments, **options)
             (self.folder / f"struck_{number}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-            return time.sleep(60)  # until the kernel has done it
+            return time.sleep(60)  # until the kernel has killed the process
 
         return deadly
 

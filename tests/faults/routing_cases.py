@@ -1,4 +1,4 @@
-"""What runs on the ranks of a pool for routing at its edges: one expert has all tokens, nobody any, everybody all."""
+"""Scenarios of extreme routing on the ranks of a pool: all tokens on one expert, on no expert, or on all experts."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynmoe.engines import make_engine
 from dynmoe.moe import MoELayer
-from dynmoe.moe.routers.threshold import TopAnyRouter
+from dynmoe.routers import TopAny
 from dynmoe.train.engine import take_step
 from tests.engines.cases import VOCAB, config_for, micro_batches
 from tests.moe.cases import run_layer
 
-# Of four experts, two on each of two ranks: by how much each is preferred to what the tokens say.
+# Offsets of the scores of four experts, two on each of two ranks.
 FAR = 30.0
 PREFERENCES = {
     "an expert of the first rank": [FAR, -FAR, -FAR, -FAR],
@@ -26,17 +26,18 @@ PREFERENCES = {
 
 
 def steer(layer: MoELayer, preference: list[float]) -> None:
-    """Moves the scores of experts, and with them the choice of every token, whatever its hidden state is."""
-    router, preference_E = layer.router, torch.tensor(preference)
-    if isinstance(router, TopAnyRouter):
+    """Shifts the scores of experts, which determines the selection of every token."""
+    router = layer.router
+    preference_E = torch.tensor(preference)
+    if isinstance(router.spec, TopAny):
         router.offset_E.copy_(-preference_E)
         return
-    logits_TE = router.logits_TE
-    router.logits_TE = lambda x_TD: logits_TE(x_TD) + preference_E
+    linear = router.linear
+    router.linear = lambda x_TD, weight_ED: linear(x_TD, weight_ED) + preference_E
 
 
 class Collectives(TorchDispatchMode):
-    """Notes the name of every collective of this process, in order."""
+    """Records the names of all collectives of this process, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,12 +50,14 @@ class Collectives(TorchDispatchMode):
 
 
 def train_steered(overrides: list[str], preference: list[float], steps: int = 3) -> dict[str, Any]:
-    """Losses, norms, rows of each step, and the collectives of all of them."""
+    """Losses, gradient norms and routed rows of each step, and the collectives of all steps."""
     config = config_for(*overrides)
     engine = make_engine(config, VOCAB)
     for layer in engine.layers:
         steer(layer, preference)
-    losses, norms, rows = [], [], []
+    losses = []
+    norms = []
+    rows = []
     with Collectives() as collectives:
         for step in range(steps):
             batches = micro_batches(config, step, engine.data_rank, engine.data_size)
@@ -66,7 +69,7 @@ def train_steered(overrides: list[str], preference: list[float], steps: int = 3)
 
 
 def steered_pass(layer: MoELayer, preference: list[float], tokens: int) -> dict[str, torch.Tensor]:
-    """Output and all gradients of a pass of a layer whose router is steered."""
+    """Output and all gradients of a forward and backward pass of a layer with shifted scores."""
     steer(layer, preference)
     width = layer.experts.w_up_EHD.shape[2]
     x, upstream = torch.randn(2, tokens, width, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""F6 to F9, F20, F24, F27: what happens to files, and what must not be read from them."""
+"""F6 to F9, F20, F24 and F27: faults of file systems and checkpoints, and checkpoints with code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.train.cases import TrainingProcess, read_rows
 
 
 def limit_files(rank: int, size: int) -> None:
-    """No file of this process may grow beyond ``size``, as on a full disk."""
+    """Limits the size of files that this process writes, like a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
@@ -32,21 +32,23 @@ def limit_files(rank: int, size: int) -> None:
         for way in (("deepspeed", "true"), ("deepspeed", "false"), ("megatron", "true"), ("megatron", "false"))
     ],
 )
-def test_f06_a_disk_that_fills_up_while_saving(
+def test_f06_disk_full_during_checkpoint_write(
     undisturbed, undisturbed_pipeline, corpus_dir, tmp_path, engine, asynchronous
 ):
     run = tmp_path / "runs" / "tiny"
     overrides = [f"checkpoint.asynchronous={asynchronous}", *(MEGATRON if engine == "megatron" else [])]
     first = TrainingProcess(corpus_dir, tmp_path / "runs", *overrides, "checkpoint.asynchronous=false")
-    first.wait_for_row(run / "metrics.jsonl", 18)  # the checkpoint of step 10 is there
+    first.wait_for_row(run / "metrics.jsonl", 18)  # step 10 is saved
     first.kill_tree()
     process = TrainingProcess(corpus_dir, tmp_path / "runs", *overrides, prepare=partial(limit_files, size=100_000))
     assert process.wait() != 0
     (line,) = set(errors(process))
-    for part in (str(run / "checkpoints" / "step_00000020.tmp-"), "large", "the one before is intact"):
+    for part in (str(run / "checkpoints" / "step_00000020.tmp-"), "large", "the previous checkpoint is intact"):
         assert part in line, process.output()
     assert json.loads((run / "outcome.json").read_text())["status"] == "failed"
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000010"], "space is not given back"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000010"], (
+        "the unfinished checkpoint was not removed"
+    )
     last = TrainingProcess(corpus_dir, tmp_path / "runs", *overrides)
     assert last.wait() == 0, last.output()
     is_undisturbed(run, undisturbed_pipeline if engine == "megatron" else undisturbed[0])
@@ -54,7 +56,7 @@ def test_f06_a_disk_that_fills_up_while_saving(
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Mounts file systems, by the options of ``mount``; needs root."""
+    """Mounts file systems with the given options of ``mount``; needs root."""
     mounted = []
 
     def make(name: str, *options: str) -> Path:
@@ -72,7 +74,7 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 
 @pytest.mark.faults
-def test_f06_a_file_system_without_room(corpus_dir, mount):
+def test_f06_file_system_full_at_start(corpus_dir, mount):
     disk = mount("disk", "-t", "tmpfs", "-o", "size=3m", "tmpfs")
     process = TrainingProcess(corpus_dir, disk / "runs", "checkpoint.interval=5", "checkpoint.keep=9")
     assert process.wait() != 0
@@ -80,7 +82,7 @@ def test_f06_a_file_system_without_room(corpus_dir, mount):
     assert "No space left on device" in line
     assert str(disk / "runs" / "tiny" / "checkpoints") in line
     kept = step_directories(disk / "runs" / "tiny" / "checkpoints")
-    assert kept, "one fits"
+    assert kept, "the first checkpoint fits"
     subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
     again = TrainingProcess(corpus_dir, disk / "runs", "checkpoint.interval=5", "checkpoint.keep=9")
     assert again.wait() == 0, again.output()
@@ -104,7 +106,7 @@ def garble(path: Path) -> None:
     path.write_text('{"step": [')
 
 
-DAMAGES = {
+CORRUPTIONS = {
     "flipped": (flip, "experts_00001.safetensors"),
     "cut off": (cut, "dense.safetensors"),
     "empty": (empty, "random_00000.safetensors"),
@@ -113,23 +115,23 @@ DAMAGES = {
     "manifest": (garble, "manifest.json"),
     "no manifest": (Path.unlink, "manifest.json"),
 }
-MEGATRONS = {
+MEGATRON_CORRUPTIONS = {
     "flipped": (flip, "megatron/__1_0.distcp"),
     "metadata": (flip, "megatron/.metadata"),
     "common": (cut, "megatron/common.pt"),
     "missing": (Path.unlink, "megatron/__0_0.distcp"),
 }
-CASES = [("deepspeed", name) for name in DAMAGES] + [("megatron", name) for name in MEGATRONS]
+CASES = [("deepspeed", name) for name in CORRUPTIONS] + [("megatron", name) for name in MEGATRON_CORRUPTIONS]
 
 
 @pytest.mark.parametrize(("engine", "damage"), CASES)
-def test_f07_damage_is_named_and_the_checkpoint_before_is_taken(
+def test_f07_corrupt_checkpoint_is_named_and_the_previous_one_loads(
     undisturbed, undisturbed_pipeline, two_ranks, tmp_path, engine, damage
 ):
     source = undisturbed_pipeline if engine == "megatron" else undisturbed[0]
     root = tmp_path / "checkpoints"
     shutil.copytree(source / "checkpoints", root)
-    harm, name = (MEGATRONS if engine == "megatron" else DAMAGES)[damage]
+    harm, name = (MEGATRON_CORRUPTIONS if engine == "megatron" else CORRUPTIONS)[damage]
     harm(root / "step_00000040" / name)
     for found in two_ranks.run(newest_of, str(root)):
         assert found["step"] == 30
@@ -138,14 +140,14 @@ def test_f07_damage_is_named_and_the_checkpoint_before_is_taken(
     assert [path.name[:21] for path in sorted(root.iterdir())] == ["step_00000030", "step_00000040.damaged"]
     harm(root / "step_00000030" / name)
     for found in two_ranks.run(newest_of, str(root)):
-        assert "no checkpoint is undamaged" in found["error"]
+        assert "no valid checkpoint" in found["error"]
         assert "step_00000030" in found["error"]
     for found in two_ranks.run(newest_of, str(root)):
-        assert "all were found damaged before" in found["error"], "never silently from scratch"
+        assert "all were quarantined before" in found["error"], "the run must not restart from scratch silently"
 
 
 def newest_of(root: str) -> dict[str, Any]:
-    """What every rank of a pool gets from a directory of checkpoints; what is said goes into a file beside it."""
+    """The checkpoint that this rank of a pool finds in ``root``; printed messages are written to a file next to it."""
     import contextlib
 
     from dynmoe.errors import UserError
@@ -164,7 +166,7 @@ def two_ranks_said(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("content", ["", "step_00000099", "\x00garbage\n", "../../elsewhere"])
-def test_f08_pointers_to_the_latest_checkpoint_are_not_believed(undisturbed, two_ranks, tmp_path, content):
+def test_f08_corrupt_latest_pointer_file_is_ignored(undisturbed, two_ranks, tmp_path, content):
     root = tmp_path / "checkpoints"
     root.mkdir()
     for path in step_directories(undisturbed[0] / "checkpoints"):
@@ -176,7 +178,7 @@ def test_f08_pointers_to_the_latest_checkpoint_are_not_believed(undisturbed, two
     assert [found["step"] for found in two_ranks.run(newest_of, str(root))] == [30, 30]
 
 
-def test_f09_a_run_directory_that_is_a_file(corpus_dir, tmp_path):
+def test_f09_run_directory_is_a_file(corpus_dir, tmp_path):
     (tmp_path / "runs").write_text("a file")
     process = TrainingProcess(corpus_dir, tmp_path / "runs")
     assert process.wait() != 0
@@ -186,7 +188,7 @@ def test_f09_a_run_directory_that_is_a_file(corpus_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_f09_a_second_job_in_the_same_directory(corpus_dir, tmp_path):
+def test_f09_second_job_in_the_same_run_directory(corpus_dir, tmp_path):
     first = TrainingProcess(corpus_dir, tmp_path / "runs", "train.steps=100000")
     try:
         first.wait_for_row(tmp_path / "runs" / "tiny" / "metrics.jsonl", 1)
@@ -198,7 +200,7 @@ def test_f09_a_second_job_in_the_same_directory(corpus_dir, tmp_path):
 
 
 @pytest.mark.faults
-def test_f09_a_directory_that_is_read_only(corpus_dir, mount):
+def test_f09_run_directory_is_read_only(corpus_dir, mount):
     disk = mount("disk", "-t", "tmpfs", "-o", "ro", "tmpfs")
     process = TrainingProcess(corpus_dir, disk.parent, f"run.dir={disk / 'runs'}")
     assert process.wait() != 0
@@ -207,21 +209,21 @@ def test_f09_a_directory_that_is_read_only(corpus_dir, mount):
     assert str(disk / "runs") in line
 
 
-def test_f20_another_model_is_refused_with_the_difference_unless_asked_for(undisturbed, corpus_dir, tmp_path):
+def test_f20_changed_model_on_resume_is_refused_unless_accepted(undisturbed, corpus_dir, tmp_path):
     run = tmp_path / "runs" / "tiny"
     shutil.copytree(undisturbed[0], run)
     changes = ["train.steps=42", "model.moe.experts=8", "adaptation.removal_share=0.7"]
     refused = TrainingProcess(corpus_dir, tmp_path / "runs", *changes)
     assert refused.wait() != 0
     assert errors(refused) == [
-        "error: model.moe.experts=8: the run's checkpoint has 4; keep it, start anew with another run.name, or name it "
-        "in checkpoint.accept_changes"
+        "error: model.moe.experts=8: the run's checkpoint has 4; keep it, start a new run with another run.name, or "
+        "name it in checkpoint.accept_changes"
     ]
     assert json.loads((run / "outcome.json").read_text())["status"] == "finished"
     accepted = "checkpoint.accept_changes=[model.moe.experts]"
     misshapen = TrainingProcess(corpus_dir, tmp_path / "runs", *changes, accepted)
     assert misshapen.wait() != 0
-    assert "has shape" in errors(misshapen)[0], "what does not fit is refused by tensor"
+    assert "has shape" in errors(misshapen)[0], "tensors that do not fit are refused by name"
     coefficient = ["model.router.simplicity_loss=0.02", "checkpoint.accept_changes=[model.router]"]
     again = TrainingProcess(corpus_dir, tmp_path / "runs", "train.steps=42", *coefficient)
     assert again.wait() == 0, again.output()
@@ -229,7 +231,7 @@ def test_f20_another_model_is_refused_with_the_difference_unless_asked_for(undis
 
 
 class Bomb:
-    """A pickle of it makes a directory when it is loaded."""
+    """Its pickle creates a directory when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -251,7 +253,7 @@ def bytes_of_bomb(path: Path, as_torch: bool) -> bytes:
 
 
 def replace_extra_state(folder: Path, bomb: bytes) -> None:
-    """Puts ``bomb`` in place of the state of a layer that is no tensor."""
+    """Replaces the non-tensor state of a layer by ``bomb``."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
     description = pickle.loads((folder / ".metadata").read_bytes())
@@ -265,11 +267,12 @@ def replace_extra_state(folder: Path, bomb: bytes) -> None:
 
 
 @pytest.mark.parametrize("place", [".metadata", "common.pt", "state of a layer"])
-def test_f24_a_checkpoint_never_executes_code(one_rank, undisturbed_pipeline, tmp_path, place):
-    """Its hashes may be right: whoever made the file made the manifest too."""
+def test_f24_checkpoint_with_code_is_not_executed(one_rank, undisturbed_pipeline, tmp_path, place):
+    """The hashes may be valid, as an attacker can also write the manifest."""
     checkpoint = tmp_path / "step_00000040"
     shutil.copytree(undisturbed_pipeline / "checkpoints" / checkpoint.name, checkpoint)
-    folder, exploded = checkpoint / "megatron", tmp_path / "exploded"
+    folder = checkpoint / "megatron"
+    exploded = tmp_path / "exploded"
     bomb = bytes_of_bomb(exploded, as_torch=place != ".metadata")
     if place == "state of a layer":
         replace_extra_state(folder, bomb)
@@ -282,37 +285,38 @@ def test_f24_a_checkpoint_never_executes_code(one_rank, undisturbed_pipeline, tm
 
 
 def load_and_say(config: str, checkpoint: str) -> str:
-    """What loading a checkpoint is refused with, in one process."""
+    """The error of loading a checkpoint in one process."""
     import dataclasses
 
     from dynmoe.config import load_config
     from dynmoe.config.parallel import ParallelConfig
-    from dynmoe.engines.megatron.checkpoint import to_plain
+    from dynmoe.engines.megatron.conversion import to_canonical
     from dynmoe.errors import UserError
 
     alone = dataclasses.replace(load_config(config), parallel=ParallelConfig())
     try:
-        to_plain(alone, Path(checkpoint), Path(checkpoint).parent)
+        to_canonical(alone, Path(checkpoint), Path(checkpoint).parent)
     except UserError as error:
         return str(error)
     return "nothing was said"
 
 
 @pytest.mark.slow
-def test_f27_a_checkpoint_directory_that_hosts_do_not_share(corpus_dir, tmp_path):
-    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+def test_f27_checkpoint_directory_not_shared_between_hosts(corpus_dir, tmp_path):
+    here = tmp_path / "here"
+    elsewhere = tmp_path / "elsewhere"
     here.mkdir()
     process = TrainingProcess(
         corpus_dir, here / "runs", "run.dir=runs", prepare=partial(two_directories, here=here, elsewhere=elsewhere)
     )
     assert process.wait() != 0
     line = errors(process)[0]
-    assert f"run.dir: {here / 'runs' / 'tiny' / 'checkpoints'} of rank 0 is not seen by rank 1" in line
-    assert "name a directory that all hosts share" in line
+    assert f"run.dir: {here / 'runs' / 'tiny' / 'checkpoints'} of rank 0 is not visible to rank 1" in line
+    assert "use the absolute path of a directory that all hosts share" in line
     assert not read_rows(here / "runs" / "tiny" / "metrics.jsonl"), "a step was taken"
 
 
 def two_directories(rank: int, here: Path, elsewhere: Path) -> None:
-    """The second rank is on a host with a directory of the same name that is not the same directory."""
+    """Simulates a second host on which the same path is another directory."""
     elsewhere.mkdir(exist_ok=True)
     os.chdir(elsewhere if rank else here)

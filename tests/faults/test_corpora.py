@@ -1,4 +1,4 @@
-"""F10, F11 and F24: corpora that are damaged, corpora of which nothing can be learned, and index files with code."""
+"""F10, F11 and F24: corrupt corpora, corpora that are too small to train on, and index files with code."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from tests.texts import write_texts
 from tests.train.cases import tiny
 
 ROOT = Path(__file__).parents[2]
-LENGTHS = 34  # where the lengths of the sequences begin in an index
+LENGTHS = 34  # offset of the sequence lengths in an index file
 
 
 @pytest.fixture
 def prepared(corpus_dir, tmp_path) -> Path:
-    """A copy that may be damaged, and was never verified."""
+    """A copy of the corpus without a verification record."""
     ignored = shutil.ignore_patterns(".verified.json")
     return Path(shutil.copytree(corpus_dir, tmp_path / "prepared", ignore=ignored))
 
@@ -45,7 +45,7 @@ def flip(path: Path, place: int) -> None:
 
 
 def store(corpus: Path, split: str, tokens: list[int], dtype: str = "<u2") -> None:
-    """Puts one document of these tokens in the place of a split; the manifest is made to agree."""
+    """Replaces a split by one document with these tokens, and updates the manifest."""
     np.array(tokens, dtype).tofile(corpus / f"{split}.bin")
     write_index(corpus / split, np.dtype(dtype), np.array([len(tokens)] if tokens else [], np.int32))
     edit_manifest(corpus, lambda manifest: manifest["splits"][split].update(tokens=len(tokens)))
@@ -59,7 +59,7 @@ def edit_manifest(corpus: Path, change: Callable[[dict[str, Any]], object]) -> N
 
 
 def without(*path: str) -> Callable[[Path], None]:
-    """Takes an entry out of the manifest."""
+    """A function that removes an entry from the manifest."""
 
     def take_out(manifest: dict[str, Any]) -> None:
         del reduce(getitem, path[:-1], manifest)[path[-1]]
@@ -71,16 +71,16 @@ def longer(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\0\0")
 
 
-# What harms a corpus, the file that the error must name, and what it must say.
+# Corruption of a corpus, the file that the error must name, and a part of the message.
 DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a flipped token": (lambda corpus: flip(corpus / "train.bin", 100), "train.bin", "SHA-256"),
-    "a .bin cut short": (lambda corpus: os.truncate(corpus / "train.bin", 50), "train.bin", "its index asks for"),
-    "a longer .bin": (lambda corpus: longer(corpus / "train.bin"), "train.bin", "its index asks for"),
+    "a .bin cut short": (lambda corpus: os.truncate(corpus / "train.bin", 50), "train.bin", "but its index requires"),
+    "a longer .bin": (lambda corpus: longer(corpus / "train.bin"), "train.bin", "but its index requires"),
     "a missing .bin": (lambda corpus: (corpus / "train.bin").unlink(), "train.bin", "No such file"),
     "wrong magic": (lambda corpus: flip(corpus / "train.idx", 0), "train.idx", "not a Megatron index"),
     "an unknown type": (lambda corpus: flip(corpus / "train.idx", 17), "train.idx", "type code"),
-    "an .idx cut short": (lambda corpus: os.truncate(corpus / "train.idx", 90), "train.idx", "its counts ask for"),
-    "a longer .idx": (lambda corpus: longer(corpus / "train.idx"), "train.idx", "its counts ask for"),
+    "an .idx cut short": (lambda corpus: os.truncate(corpus / "train.idx", 90), "train.idx", "but its counts require"),
+    "a longer .idx": (lambda corpus: longer(corpus / "train.idx"), "train.idx", "but its counts require"),
     "an empty .idx": (lambda corpus: os.truncate(corpus / "train.idx", 0), "train.idx", "less than its header"),
     "a wrong length": (lambda corpus: flip(corpus / "train.idx", LENGTHS), "train.idx", "pointers"),
     "a negative length": (lambda corpus: set_length(corpus, -1), "train.idx", "negative length"),
@@ -93,20 +93,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a negative id": (lambda corpus: store(corpus, "train", [5, -1] * 40, "<i4"), "train.bin", "token -1 at position"),
     "another split": (
         lambda corpus: [shutil.copy(corpus / f"validation.{end}", corpus / f"train.{end}") for end in ("bin", "idx")],
-        "train.bin", "its size is not",
+        "train.bin", "its size differs from",
     ),
     "a manifest cut short": (lambda corpus: os.truncate(corpus / MANIFEST, 100), MANIFEST, "cannot be read"),
     "a manifest of brackets": (lambda corpus: (corpus / MANIFEST).write_text("[" * 10**5), MANIFEST, "cannot be read"),
-    "a manifest of nothing": (lambda corpus: (corpus / MANIFEST).write_text("[]"), MANIFEST, "no manifest of format 1"),
-    "a manifest of fewer files": (without("files", "train.bin"), MANIFEST, "no manifest of format 1"),
-    "a manifest without a hash": (without("files", "train.bin", "sha256"), MANIFEST, "no manifest of format 1"),
-    "a manifest without a tokenizer": (without("tokenizer", "sha256"), MANIFEST, "no manifest of format 1"),
+    "an empty manifest": (lambda corpus: (corpus / MANIFEST).write_text("[]"), MANIFEST, "not a manifest of format 1"),
+    "a manifest of fewer files": (without("files", "train.bin"), MANIFEST, "not a manifest of format 1"),
+    "a manifest without a hash": (without("files", "train.bin", "sha256"), MANIFEST, "not a manifest of format 1"),
+    "a manifest without a tokenizer": (without("tokenizer", "sha256"), MANIFEST, "not a manifest of format 1"),
     "a manifest without what the summary tells": (
-        without("splits", "validation", "unigram_entropy_nats"), MANIFEST, "no manifest of format 1",
+        without("splits", "validation", "unigram_entropy_nats"), MANIFEST, "not a manifest of format 1",
     ),
     "a manifest of other tokens": (
         lambda corpus: edit_manifest(corpus, lambda manifest: manifest["splits"]["train"].update(tokens=7)),
-        "train.idx", "its tokens are not the manifest's",
+        "train.idx", "its token count differs from the manifest",
     ),
     "no tokenizer": (lambda corpus: (corpus / "tokenizer.model").unlink(), "tokenizer.model", "No such file"),
     "a tokenizer of garbage": (
@@ -116,7 +116,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
 
 
 def pointers(corpus: Path) -> int:
-    """Where the pointers begin in the index of the training data."""
+    """Offset of the pointers in the index file of the training split."""
     return LENGTHS + 4 * len(Corpus.open(corpus).splits["train"].lengths)
 
 
@@ -127,7 +127,7 @@ def set_length(corpus: Path, length: int) -> None:
 
 
 @pytest.mark.parametrize("damage", sorted(DAMAGE))
-def test_f10_damage_is_found_and_named(prepared, damage):
+def test_f10_corrupt_corpus_file_is_found_and_named(prepared, damage):
     harm, named, problem = DAMAGE[damage]
     harm(prepared)
     with pytest.raises(UserError, match=problem) as caught:
@@ -136,13 +136,13 @@ def test_f10_damage_is_found_and_named(prepared, damage):
     assert "\n" not in str(caught.value)
 
 
-def test_f10_a_token_outside_the_vocabulary_is_found_without_hashes(corpus_dir):
+def test_f10_token_outside_the_vocabulary_is_found_without_hashes(corpus_dir):
     with pytest.raises(UserError, match="outside the vocabulary of 300"):
         Corpus.open(corpus_dir).splits["train"].counts(300)
 
 
 @pytest.mark.parametrize("damage", ["a wrong pointer", "an id beyond the vocabulary"])
-def test_f10_a_damaged_corpus_is_refused_before_there_is_a_process_group(prepared, tmp_path, damage):
+def test_f10_corrupt_corpus_is_refused_before_a_process_group_exists(prepared, tmp_path, damage):
     harm, named, _ = DAMAGE[damage]
     harm(prepared)
     code = (
@@ -160,7 +160,7 @@ def test_f10_a_damaged_corpus_is_refused_before_there_is_a_process_group(prepare
 
 
 class Mark:
-    """A pickle that creates a file when it is loaded."""
+    """Its pickle creates a file when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -169,39 +169,40 @@ class Mark:
         return Path.touch, (self.path,)
 
 
-def test_f24_an_index_file_of_megatron_never_executes_code(corpus_dir, tmp_path):
+def test_f24_megatron_index_file_with_code_is_not_executed(corpus_dir, tmp_path):
     def open_data() -> PretrainingData:
         return PretrainingData(open_corpora([str(corpus_dir)], 32), [], 32, 0, tmp_path / "cache")
 
     open_data().train_batch(range(2))
-    mark, files = tmp_path / "executed", sorted((tmp_path / "cache").glob("*.npy"))
+    mark = tmp_path / "executed"
+    files = sorted((tmp_path / "cache").glob("*.npy"))
     assert len(files) >= 3
     for path in files:
         path.write_bytes(pickle.dumps(Mark(mark)))
-        with pytest.raises(UserError, match="is no array of numbers"):
+        with pytest.raises(UserError, match="is not an array of numbers"):
             open_data().train_batch(range(2))
         assert not mark.exists()
         path.unlink()
-        open_data().train_batch(range(2))  # which makes it again
+        open_data().train_batch(range(2))  # which builds the file again
     pickle.loads(pickle.dumps(Mark(mark)))
-    assert mark.exists()  # the pickle would have done it
+    assert mark.exists()  # the pickle does execute code
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 @pytest.mark.parametrize(("tokens", "problem"), [([], "has 0"), ([5] * 32, "has 32")])
-def test_f11_less_than_one_sequence_is_a_configuration_error(prepared, split, tokens, problem):
+def test_f11_corpus_shorter_than_one_sequence_is_a_configuration_error(prepared, split, tokens, problem):
     store(prepared, split, tokens)
     with pytest.raises(UserError, match=rf"data\.sequence_length=32: .* {problem} {split} tokens") as caught:
         open_corpora([str(prepared)], 32)
     assert "\n" not in str(caught.value)
 
 
-def test_f11_one_sequence_is_enough(prepared, tmp_path):
+def test_f11_corpus_of_one_sequence_is_accepted(prepared, tmp_path):
     tokens = list(range(5, 38))
     store(prepared, "train", tokens)
     data = PretrainingData(open_corpora([str(prepared)], 32), [], 32, 0, tmp_path / "cache")
     batch = data.train_batch(range(1))
-    assert data.samples_per_pass == 1
+    assert data.samples_per_epoch == 1
     assert [*batch.tokens_BS[0].tolist(), batch.labels_BS[0, -1].item()] == tokens
 
 
@@ -210,17 +211,17 @@ def test_f11_one_sequence_is_enough(prepared, tmp_path):
     [
         ("[0]", "data.weights=0.0: is too small"),
         ("[-1]", "data.weights=-1.0: is too small"),
-        ("[nan]", "data.weights=nan: is not a finite number"),
-        ("[inf]", "data.weights=inf: is not a finite number"),
+        ("[nan]", "data.weights=nan: is not finite"),
+        ("[inf]", "data.weights=inf: is not finite"),
         ("[1e-320]", "data.weights=1e-320: is too small"),
         ("[1e308]", "data.weights=1e+308: is too large"),
         ("[1,2]", "data.weights=[1.0, 2.0]: does not match data.dirs"),
-        ("[[1]]", "data.weights=['1']: is within the list"),
+        ("[[1]]", "data.weights=['1']: is nested in a list"),
         ("[none]", "data.weights[0] in the command line: Value 'none'"),
         ("[]", None),
     ],
 )
-def test_f11_weights_that_are_none(weights, problem):
+def test_f11_invalid_blend_weights_are_refused(weights, problem):
     if problem is None:
         assert load_config(None, [f"data.weights={weights}"]).data.weights == []
         return
@@ -230,24 +231,24 @@ def test_f11_weights_that_are_none(weights, problem):
     assert "\n" not in str(caught.value)
 
 
-def test_f11_a_blend_without_one_sequence(corpus_dir, prepared, tmp_path):
+def test_f11_blend_with_a_corpus_shorter_than_one_sequence_is_refused(corpus_dir, prepared, tmp_path):
     store(prepared, "train", [5] * 33)
     corpora = open_corpora([str(corpus_dir), str(prepared)], 32)
     data = PretrainingData(corpora, [1e-9, 1e9], 32, 0, tmp_path / "cache")
-    assert data._size_of_weighted_pass == 1
-    with pytest.raises(UserError, match=r"data\.weights: a pass over this blend holds no sequence"):
-        _ = PretrainingData(corpora, [1, 1 - 1e-9], 64, 0, tmp_path / "cache").samples_per_pass
+    assert data._weighted_epoch_size == 1
+    with pytest.raises(UserError, match=r"data\.weights: an epoch of this blend holds no sequence"):
+        _ = PretrainingData(corpora, [1, 1 - 1e-9], 64, 0, tmp_path / "cache").samples_per_epoch
 
 
-def test_f11_text_without_a_document(tmp_path):
+def test_f11_sources_without_a_document_are_refused(tmp_path):
     (tmp_path / "nothing").mkdir()
     (tmp_path / "blank").mkdir()
     (tmp_path / "blank" / "a.txt").write_text(" \n")
     write_texts(tmp_path / "one", documents=1)
     problems = {
-        "nothing": "holds no file",
-        "blank": r"no text came out of .*blank; left out: empty 1 \(a\.txt\)",
-        "one": "no (train|validation) document came out of",
+        "nothing": "contains no file",
+        "blank": r"blank: gave no text; skipped: empty 1 \(a\.txt\)",
+        "one": "one: gave no (train|validation) document",
     }
     for name, problem in problems.items():
         with pytest.raises(UserError, match=problem) as caught:

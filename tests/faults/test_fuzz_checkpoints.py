@@ -1,4 +1,4 @@
-"""F7 and F24 by chance: a checkpoint is read as it was written, or refused in one line."""
+"""Fuzzing for F7 and F24: a checkpoint is read as written, or refused in one line."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch import nn
 
 from dynmoe.checkpoint import describe, show, verify
 from dynmoe.config import Config, load_config
+from dynmoe.engines.canonical_state import load_weights
 from dynmoe.engines.megatron.safe_loading import tensors_only
-from dynmoe.engines.plain_state import load_weights
 from dynmoe.engines.state_names import MASTER, parameter_key
 from dynmoe.errors import UserError
 from dynmoe.train.accounting import Progress
@@ -29,9 +29,9 @@ from dynmoe.train.checkpoint import (
     Checkpoint,
     commit,
     hashes,
-    newest_sound,
+    latest_valid,
 )
-from dynmoe.train.resume import refuse_changes
+from dynmoe.train.resume import check_unchanged
 from tests.faults.hostile import JSON, attempt, damaged, fuzz
 
 
@@ -42,7 +42,7 @@ def config() -> Config:
 
 @pytest.fixture(scope="module")
 def content(config) -> dict[str, bytes]:
-    """The files of a checkpoint, but for its manifest."""
+    """The files of a checkpoint except the manifest."""
     module = nn.Linear(3, 2)
     tensors = {parameter_key(name, MASTER): value.detach() for name, value in module.named_parameters()}
     state = {"progress": dataclasses.asdict(Progress(step=2)), "config": dataclasses.asdict(config), "data": ["f" * 64]}
@@ -50,8 +50,9 @@ def content(config) -> dict[str, bytes]:
 
 
 def write(root: Path, step: int, content: dict[str, bytes]) -> Path:
-    """A checkpoint of these files whose hashes are right."""
-    building, final = root / "building", root / f"step_{step:08d}"
+    """Writes a checkpoint of these files with valid hashes."""
+    building = root / "building"
+    final = root / f"step_{step:08d}"
     building.mkdir(parents=True)
     for name, own in content.items():
         (building / name).write_bytes(own)
@@ -62,8 +63,8 @@ def write(root: Path, step: int, content: dict[str, bytes]) -> Path:
 
 @fuzz(50)
 @given(data=st.data())
-def test_f07_fuzz_damaged_checkpoints(tmp_path, content, data):
-    """What is taken for sound has every byte that was written, its manifest included; and an older one is there."""
+def test_f07_fuzz_corrupt_checkpoints(tmp_path, content, data):
+    """A checkpoint found valid is bitwise as written, including its manifest; otherwise the older one is found."""
     root = tmp_path / "checkpoints"
     shutil.rmtree(root, ignore_errors=True)
     older, newer = (write(root, step, content) for step in (1, 2))
@@ -75,7 +76,7 @@ def test_f07_fuzz_damaged_checkpoints(tmp_path, content, data):
             (newer / name).unlink()
         else:
             (newer / name).write_bytes(hit)
-    found = attempt(lambda: newest_sound(root))
+    found = attempt(lambda: latest_valid(root))
     for look in (describe, show, verify):
         attempt(lambda look=look: look(root))
     assert found is not None
@@ -89,8 +90,8 @@ def test_f07_fuzz_damaged_checkpoints(tmp_path, content, data):
 
 @fuzz(50)
 @given(data=st.data())
-def test_f24_fuzz_states_whose_hashes_are_right(tmp_path, config, content, data):
-    """Whoever made the files made the manifest too: what is read of them is usable, or they are refused."""
+def test_f24_fuzz_trainer_states_with_valid_hashes(tmp_path, config, content, data):
+    """With a manifest that matches the files, the state read from them is usable, or they are refused."""
     shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
     state = json.loads(content[TRAINER])
     progress = state["progress"]
@@ -105,7 +106,7 @@ def test_f24_fuzz_states_whose_hashes_are_right(tmp_path, config, content, data)
 
     def resume() -> Progress:
         found = checkpoint.trainer_state
-        refuse_changes(found["config"], dataclasses.asdict(config))
+        check_unchanged(found["config"], dataclasses.asdict(config))
         return Progress.of(found["progress"])
 
     progress = attempt(resume)
@@ -116,7 +117,7 @@ def test_f24_fuzz_states_whose_hashes_are_right(tmp_path, config, content, data)
 
 @fuzz(50)
 @given(data=st.data())
-def test_f24_fuzz_tensors_whose_hashes_are_right(tmp_path, content, data):
+def test_f24_fuzz_tensor_files_with_valid_hashes(tmp_path, content, data):
     name = "dense.safetensors"
     (tmp_path / name).write_bytes(data.draw(damaged(content[name])))
     module = nn.Linear(3, 2)
@@ -132,8 +133,8 @@ def description(tmp_path_factory) -> bytes:
 
 @fuzz(50)
 @given(data=st.data())
-def test_f24_fuzz_descriptions_whose_hashes_are_right(tmp_path, description, data):
-    """Megatron's description of a checkpoint is a pickle."""
+def test_f24_fuzz_megatron_metadata_with_valid_hashes(tmp_path, description, data):
+    """Megatron's metadata file is a pickle."""
     words = (b"cposix\nsystem\n", b"\x8c\x05posix\x8c\x06system\x93", b"R", b"\x81", b"b", b".")
     (tmp_path / ".metadata").write_bytes(data.draw(damaged(description, words)))
 
@@ -144,8 +145,8 @@ def test_f24_fuzz_descriptions_whose_hashes_are_right(tmp_path, description, dat
     attempt(read)
 
 
-def test_f24_a_description_that_asks_for_memory_is_refused(tmp_path):
-    """Found by fuzzing: an index in six bytes, for which unpickling makes room, gigabytes of it."""
+def test_f24_megatron_metadata_that_requests_huge_memory_is_refused(tmp_path):
+    """Found by fuzzing: six bytes with an index for which unpickling allocates gigabytes."""
     (tmp_path / ".metadata").write_bytes(b"\x80\x02Nr\x00\x00\x00\x40.")
-    with pytest.raises(UserError, match="does not describe tensors"), tensors_only(tmp_path):
+    with pytest.raises(UserError, match="is not valid tensor metadata"), tensors_only(tmp_path):
         pass

@@ -1,4 +1,4 @@
-"""F25 by chance: whatever a file or a command line holds, it is what was meant, or it is refused in one line."""
+"""Fuzzing for F25: a file or a command line is read as intended, or refused in one line."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from hypothesis import strategies as st
 
 from dynmoe.config import Config, describe_fields, load_config
 from dynmoe.errors import UserError
+from dynmoe.routers import ROUTERS
 from tests.faults.hostile import attempt, damaged, fuzz
 
 ROOT = Path(__file__).parents[2]
 SECRET = "known to the environment alone"
 KINDS = {name: (kind, default == "null") for name, kind, default, _ in describe_fields()}
 NULLS = ("", "~", "null", "Null", "NULL")
-TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+TRUE = ("true", "yes", "on", "1")
+FALSE = ("false", "no", "off", "0")
 FORMER = {"data.verify": dict.fromkeys(TRUE, "once") | dict.fromkeys(FALSE, "never")}  # what older runs wrote
-# What people and attackers write into configurations, as it is spelled.
+# Values that users and attackers write into configurations.
 WORDS = (
     "nan", ".nan", "inf", "-.inf", "1e400", "9" * 400, "-1", "0", "1.5", "010", "0x10", "1:30", "1_0", "+3", "true",
     "off", "null", "~", "''", "???", "${oc.env:DYNMOE_MARKER}", "${run.dir}", "'../x'", '"a\\nb"', '"\\0"', '"\\ud800"',
@@ -40,10 +42,10 @@ YAML_WORDS = tuple(
 
 
 def meaning(name: str, text: Any) -> Any:
-    """What a field makes of text.
+    """The value that a field takes from text.
 
     Raises:
-        ValueError: nothing; it had to be refused.
+        ValueError: the text must be refused.
     """
     kind, optional = KINDS[name]
     if text is None:
@@ -68,7 +70,7 @@ def scalar(kind: str, text: Any) -> Any:
 
 @st.composite
 def values(draw: st.DrawFn, name: str) -> tuple[str, Any]:
-    """A value as it is spelled in YAML, and its text (a list of texts, or None) or ... where that is not foretold."""
+    """A value in YAML, and its text (a list of texts, or None), or ... if the result is not predicted."""
     kind = KINDS[name][0]
     if draw(st.integers(0, 4)) == 0:
         return draw(st.sampled_from(WORDS)), ...
@@ -93,19 +95,25 @@ def _spelled(draw: st.DrawFn, text: str) -> tuple[str, str | None]:
 
 @st.composite
 def fields(draw: st.DrawFn) -> dict[str, tuple[str, Any]]:
-    """Some fields with their values."""
+    """One or two fields with their values."""
     names = draw(st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=2, unique=True))
     return {name: draw(values(name)) for name in names}
 
 
-def is_what_was_meant(config: Config, given: dict[str, tuple[str, Any]]) -> None:
+def check_values(config: Config, given: dict[str, tuple[str, Any]]) -> None:
     for name, (_, text) in given.items():
-        if text is not ...:
-            value, expected = attrgetter(name)(config), meaning(name, text)
+        router = config.model.router
+        field = name.rpartition(".")[2]
+        if name.startswith("model.router.") and not router.has_field(field):
+            defaults = [own.__dataclass_fields__[field].default for own in ROUTERS.values() if own.has_field(field)]
+            assert text is ... or field in ("k", "p") or meaning(name, text) in (0, *defaults), name
+        elif text is not ...:
+            value = attrgetter(name)(config)
+            expected = meaning(name, text)
             assert (value, type(value)) == (expected, type(expected)), name
 
 
-def gives_itself_again(config: Config, path: Path) -> None:
+def check_round_trip(config: Config, path: Path) -> None:
     content = config.to_yaml()
     assert SECRET not in content
     path.write_text(content)
@@ -119,8 +127,8 @@ def test_f25_fuzz_overrides(tmp_path, monkeypatch, given_fields):
     overrides = [f"{name}={spelling}" for name, (spelling, _) in given_fields.items()]
     config = attempt(lambda: load_config(None, overrides))
     if config is not None:
-        is_what_was_meant(config, given_fields)
-        gives_itself_again(config, tmp_path / "again.yaml")
+        check_values(config, given_fields)
+        check_round_trip(config, tmp_path / "again.yaml")
 
 
 ODD = st.builds(
@@ -134,11 +142,11 @@ def test_f25_fuzz_overrides_of_anything(tmp_path, monkeypatch, overrides):
     monkeypatch.setenv("DYNMOE_MARKER", SECRET)
     config = attempt(lambda: load_config(None, overrides))
     if config is not None:
-        gives_itself_again(config, tmp_path / "again.yaml")
+        check_round_trip(config, tmp_path / "again.yaml")
 
 
 def block(tree: dict[str, Any], indent: str = "") -> str:
-    """A mapping in YAML's lines."""
+    """A mapping in YAML block style."""
     return "".join(
         f"{indent}{key}:\n{block(value, indent + ' ')}" if isinstance(value, dict) else f"{indent}{key}: {value}\n"
         for key, value in tree.items()
@@ -146,13 +154,13 @@ def block(tree: dict[str, Any], indent: str = "") -> str:
 
 
 def flow(tree: dict[str, Any]) -> str:
-    """A mapping in YAML's brackets."""
+    """A mapping in YAML flow style."""
     return "{" + ", ".join(f"{key}: {flow(v) if isinstance(v, dict) else v}" for key, v in tree.items()) + "}"
 
 
 @fuzz(75)
 @given(given_fields=fields(), write=st.sampled_from((block, flow)))
-def test_f25_fuzz_files(tmp_path, monkeypatch, given_fields, write):
+def test_f25_fuzz_configuration_files(tmp_path, monkeypatch, given_fields, write):
     monkeypatch.setenv("DYNMOE_MARKER", SECRET)
     tree: dict[str, Any] = {}
     for name, (spelling, _) in given_fields.items():
@@ -164,25 +172,27 @@ def test_f25_fuzz_files(tmp_path, monkeypatch, given_fields, write):
     (tmp_path / "run.yaml").write_text(write(tree), encoding="utf-8", errors="replace", newline="")
     config = attempt(lambda: load_config(tmp_path / "run.yaml"))
     if config is not None:
-        is_what_was_meant(config, given_fields)
-        gives_itself_again(config, tmp_path / "again.yaml")
+        check_values(config, given_fields)
+        check_round_trip(config, tmp_path / "again.yaml")
 
 
-SOUND_FILES = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
+VALID_FILES = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
 
 
 @fuzz(100)
-@given(content=st.sampled_from(SOUND_FILES).flatmap(lambda sound: damaged(sound, YAML_WORDS)) | st.binary(max_size=40))
-def test_f25_fuzz_damaged_files(tmp_path, monkeypatch, content):
-    """What is accepted is what a reader of YAML without types finds in the file."""
+@given(content=st.sampled_from(VALID_FILES).flatmap(lambda valid: damaged(valid, YAML_WORDS)) | st.binary(max_size=40))
+def test_f25_fuzz_corrupt_configuration_files(tmp_path, monkeypatch, content):
+    """Accepted values are those that an untyped YAML parser reads."""
     monkeypatch.setenv("DYNMOE_MARKER", SECRET)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_bytes(content)
     config = attempt(lambda: load_config(tmp_path / "run.yaml"))
     assert not (tmp_path / "executed").exists()
     if config is not None:
-        gives_itself_again(config, tmp_path / "again.yaml")
+        check_round_trip(config, tmp_path / "again.yaml")
         for name, text in leaves(yaml.load(content, yaml.BaseLoader)):
+            if name.startswith("model.router.") and not config.model.router.has_field(name.rpartition(".")[2]):
+                continue  # a default of another router
             value = attrgetter(name)(config)
             assert value == (None if value is None and text in NULLS else meaning(name, text)), name
 
@@ -198,12 +208,12 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         assert tree is None or tree in NULLS  # an empty file, or one that says nothing
 
 
-def test_f25_the_properties_would_notice(tmp_path):
-    """The checks above fail where they should."""
+def test_f25_fuzz_properties_detect_a_wrong_loader(tmp_path):
+    """The checks above detect wrong values."""
     config = load_config(None, ["run.name=1.1"])
     with pytest.raises(AssertionError):
-        is_what_was_meant(config, {"run.name": ("1.10", "1.10")})
+        check_values(config, {"run.name": ("1.10", "1.10")})
     with pytest.raises(ValueError, match="is no int"):
-        is_what_was_meant(config, {"train.steps": ("x", ["x"])})
+        check_values(config, {"train.steps": ("x", ["x"])})
     with pytest.raises(AssertionError):
         attempt(lambda: (_ for _ in ()).throw(UserError("two\nlines")))

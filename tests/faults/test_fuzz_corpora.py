@@ -1,4 +1,4 @@
-"""F10 by chance: a corpus has the tokens that were prepared, or it is refused in one line."""
+"""Fuzzing for F10: a corpus has the tokens that were prepared, or it is refused in one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sound(corpus_dir) -> dict[str, bytes]:
 
 @st.composite
 def damaged_manifest(draw: st.DrawFn, content: bytes) -> bytes:
-    """Entries taken out of a manifest, put elsewhere, or made something else."""
+    """A manifest with entries removed, renamed or replaced."""
     manifest = json.loads(content)
     for _ in range(draw(st.integers(1, 3))):
         entry: Any = manifest
@@ -48,7 +48,7 @@ def damaged_manifest(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def open_written(folder: Path, content: dict[str, bytes]) -> Corpus | None:
-    """What a corpus of these files is taken for."""
+    """The corpus read from these files; None if it is refused."""
     for name, own in content.items():
         (folder / name).write_bytes(own)
 
@@ -62,8 +62,8 @@ def open_written(folder: Path, content: dict[str, bytes]) -> Corpus | None:
 
 @fuzz(75)
 @given(data=st.data())
-def test_f10_fuzz_corpora(tmp_path, sound, data):
-    """A corpus that is opened and verified has the bytes that were prepared."""
+def test_f10_fuzz_corpus_files(tmp_path, sound, data):
+    """A corpus that passes the verification has the bytes that were prepared."""
     content = dict(sound)
     for name in data.draw(st.lists(st.sampled_from(sorted(sound)), min_size=1, max_size=2)):
         others = st.sampled_from(sorted(sound)).map(sound.__getitem__)
@@ -74,8 +74,8 @@ def test_f10_fuzz_corpora(tmp_path, sound, data):
 
 @fuzz(75)
 @given(data=st.data())
-def test_f10_fuzz_manifests(tmp_path, sound, data):
-    """What is read of a manifest is there, also what is read at the end of a training only."""
+def test_f10_fuzz_corpus_manifests(tmp_path, sound, data):
+    """An accepted manifest has all entries that are used, including those used only at the end of training."""
     corpus = open_written(tmp_path, {**sound, MANIFEST: data.draw(damaged_manifest(sound[MANIFEST]))})
     if corpus is not None:
         assert len(corpus.fingerprint) == 64
@@ -85,7 +85,7 @@ def test_f10_fuzz_manifests(tmp_path, sound, data):
 @fuzz(75)
 @given(data=st.data())
 def test_f10_fuzz_parts_of_an_interrupted_build(tmp_path, data):
-    """A part from which a build goes on has what was written into it."""
+    """A part from which a build resumes has the written content."""
     path = tmp_path / "00000000.npz"
     part = Part(
         np.arange(30, dtype=np.int32), np.array([10, 20], np.int32), np.array([7, 9]), np.ones((2, 2), np.uint64),
@@ -100,7 +100,7 @@ def test_f10_fuzz_parts_of_an_interrupted_build(tmp_path, data):
 
 @st.composite
 def indexed(draw: st.DrawFn) -> tuple[np.ndarray, list[int], list[int]]:
-    """Tokens, the lengths of their sequences, and the sequences at which documents begin, with the end."""
+    """Tokens, lengths of the sequences, and document boundaries."""
     dtype = np.dtype(draw(st.sampled_from(("uint8", "<i2", "<i4", "<i8", "<u2"))))
     lengths = draw(st.lists(st.integers(0, 6), max_size=6))
     bounds = np.iinfo(dtype)
@@ -112,7 +112,7 @@ def indexed(draw: st.DrawFn) -> tuple[np.ndarray, list[int], list[int]]:
 
 @st.composite
 def damaged_index(draw: st.DrawFn, content: bytes) -> bytes:
-    """A number of an index made another one."""
+    """An index file with one number replaced."""
     width = draw(st.sampled_from((1, 4, 8)))
     place = draw(st.integers(9, max(9, len(content) - width)))
     number = draw(st.integers(-2, 40) | st.integers(-(2**63), 2**63 - 1)) % 256**width
@@ -121,9 +121,9 @@ def damaged_index(draw: st.DrawFn, content: bytes) -> bytes:
 
 @fuzz(100)
 @given(pair=indexed(), data=st.data())
-def test_f10_fuzz_indexed_files(tmp_path, pair, data):
-    """Where structure alone is checked: what is accepted is what Megatron reads, within the file."""
-    from dynmoe.data.megatron import IndexedDatasetBuilder  # noqa: F401  (hushes Megatron's import)
+def test_f10_fuzz_megatron_indexed_files(tmp_path, pair, data):
+    """Without hashes: an accepted file is read by Megatron in the same way and within its bounds."""
+    from dynmoe.data.megatron import IndexedDatasetBuilder  # noqa: F401  (suppresses warnings of Megatron's import)
 
     tokens, lengths, boundaries = pair
     prefix = tmp_path / "train"
@@ -163,8 +163,8 @@ def is_what_megatron_reads(found: IndexedTokens, content: bytes) -> None:
 
 @fuzz(100)
 @given(data=st.data())
-def test_f10_fuzz_tokenizers(tmp_path, sound, data):
-    """A model that is taken can encode, and every id is within its vocabulary."""
+def test_f10_fuzz_tokenizer_files(tmp_path, sound, data):
+    """An accepted tokenizer can encode, with all ids in its vocabulary."""
     (tmp_path / "tokenizer.model").write_bytes(data.draw(damaged(sound["tokenizer.model"]) | st.binary(max_size=60)))
     tokenizer = attempt(lambda: Tokenizer(tmp_path / "tokenizer.model"))
     if tokenizer is not None:

@@ -1,4 +1,4 @@
-"""F10 by chance: files of any content under any name give their documents, or are refused in one line."""
+"""Fuzzing for F10: files of any content and name give their documents, or are refused in one line."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ WORDS = (*JSON_WORDS, b",", b"]", b"}", b";", b"\t", b"PAR1", b"\x1f\x8b", b"\x2
 @given(records=st.lists(st.dictionaries(st.text(max_size=3), JSON, max_size=3) | JSON, max_size=6),
        layout=st.sampled_from(("array", "indented", "joined", "apart")), block=st.integers(1, 40))  # fmt: skip
 @example(records=[12345, -1.5e-7, float("inf"), True, '\\\ud83d\ude00"'], layout="apart", block=1)
-def test_f10_fuzz_json_is_read_as_pythons_own_reader_does(monkeypatch, records, layout, block):
-    """In whatever blocks it comes; elements of a list beside others count one by one."""
+def test_f10_fuzz_json_parser_agrees_with_pythons(monkeypatch, records, layout, block):
+    """For any block size; top-level lists are read element by element."""
     if layout in ("array", "indented"):
         written = json.dumps(records, indent=2 if layout == "indented" else None)
         expected = json.loads(written, parse_int=float)
@@ -67,8 +67,8 @@ def test_f10_fuzz_json_is_read_as_pythons_own_reader_does(monkeypatch, records, 
     harm=st.sampled_from(("none", "inside", "outside")),
     size=st.integers(9, 999),
 )
-def test_f10_fuzz_files_of_any_name(tmp_path, monkeypatch, data, name, layout, harm, size):
-    """Read twice alike, whatever the size of the units; what is told of them beforehand needs no more."""
+def test_f10_fuzz_source_files_of_any_name(tmp_path, monkeypatch, data, name, layout, harm, size):
+    """Files are read equally for any unit size; whatever can be read can also be summarized."""
     content = LAYOUTS[layout].encode()
     content = data.draw(damaged(content, WORDS)) if harm == "inside" else content
     content = PACK.get(name.rpartition(".")[2], bytes)(content)

@@ -1,4 +1,4 @@
-"""F10 by chance: lines of JSON, of text that is prepared and of runs that go on or are looked at."""
+"""Fuzzing for F10: JSON lines of sources, of resumed runs and of reported runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OTHER_FORMATS = (
 
 @st.composite
 def json_lines(draw: st.DrawFn) -> tuple[list[bytes], list[str | None]]:
-    """Lines of JSON, and the text that each is to give; None where something else stands there."""
+    """JSON lines, and the expected text of each; None for a corrupt line."""
     lines: list[bytes] = []
     texts: list[str | None] = []
     for text in draw(st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=12), max_size=8)):
@@ -47,7 +47,7 @@ def json_lines(draw: st.DrawFn) -> tuple[list[bytes], list[str | None]]:
 
 
 def read_documents(path: Path) -> list[str]:
-    """The text of each document, or why it is refused."""
+    """The text of each document, or the reason why it is refused."""
     found = []
     for unit in list_units([str(path)]):
         for document in read_unit(unit, "text"):
@@ -61,7 +61,7 @@ def read_documents(path: Path) -> list[str]:
 @fuzz(100)
 @given(written=json_lines(), size=st.integers(1, 60), end=st.sampled_from((b"", b"\n")))
 def test_f10_fuzz_json_lines(tmp_path, monkeypatch, written, size, end):
-    """Sound lines give their texts, whatever stands beside them, however they are packed and wherever units are cut."""
+    """Valid lines give their texts, whatever the other lines, the compression and the unit boundaries."""
     lines, texts = written
     content = b"\n".join(lines) + (end if lines else b"")
     assume(not content.startswith(OTHER_FORMATS))
@@ -88,7 +88,7 @@ def test_f10_fuzz_json_lines(tmp_path, monkeypatch, written, size, end):
 @fuzz(100)
 @given(data=st.data(), pack=st.sampled_from((gzip.compress, zstandard.ZstdCompressor(write_checksum=True).compress)))
 def test_f10_fuzz_packed_files(tmp_path, data, pack):
-    """A damaged file is refused, or what was damaged did not matter."""
+    """A corrupt file is refused, or the corruption has no effect."""
     lines = [json.dumps({"text": f"line {number} of {'x' * number}"}).encode() for number in range(40)]
     content = data.draw(damaged(pack(b"\n".join(lines))))
     path = tmp_path / ("a.jsonl.gz" if pack is gzip.compress else "a.jsonl.zst")
@@ -100,11 +100,12 @@ def test_f10_fuzz_packed_files(tmp_path, data, pack):
 
 @st.composite
 def logs(draw: st.DrawFn, entries: list[dict[str, Any]]) -> tuple[bytes, list[dict[str, Any]]]:
-    """A log with damage, and those of its entries that were not touched."""
+    """A corrupt log, and its entries that are intact."""
     lines: list[bytes] = []
     sound: list[dict[str, Any]] = []
     for entry in entries:
-        line, harm = json.dumps(entry).encode(), draw(st.integers(0, 3)) == 0
+        line = json.dumps(entry).encode()
+        harm = draw(st.integers(0, 3)) == 0
         lines.append(
             draw(damaged(line, JSON_WORDS) | JSON.map(lambda value: json.dumps(value).encode())) if harm else line
         )
@@ -126,8 +127,8 @@ INCIDENTS = [{"step": step, "kind": "spike", "text": "the loss is 9.0"} for step
 @given(written=logs(ROWS), step=st.integers(0, 9))
 @example(written=(b'{"train/step": "1"}\n7\n"train/step"\n{"train/step": null}\n\xff', []), step=9)
 @example(written=(b'\r{"train/step": 1}\n', []), step=9)
-def test_f10_fuzz_logs_that_a_run_goes_on_with(tmp_path, written, step):
-    """Every sound line up to the step is kept byte for byte; what follows is appended to whole lines."""
+def test_f10_fuzz_logs_of_a_resumed_run(tmp_path, written, step):
+    """Every valid line up to the step is kept unchanged, and new entries are appended as whole lines."""
     content, sound = written
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(content)
@@ -139,7 +140,7 @@ def test_f10_fuzz_logs_that_a_run_goes_on_with(tmp_path, written, step):
     assert all(entry["train/step"] <= step for entry in entries)
     wanted = iter(entries)
     assert all(entry in wanted for entry in sound if entry["train/step"] <= step)
-    assert repr(log.last) == repr(entries[-1] if entries else {})  # repr: NaN may stand there
+    assert repr(log.last) == repr(entries[-1] if entries else {})  # repr, as NaN is possible
     log.append({"train/step": step + 1})
     log.close()
     assert json.loads(path.read_bytes().splitlines()[-1]) == {"train/step": step + 1}
@@ -160,8 +161,8 @@ LAYER_BEYOND_COUNTING = b'{"train/step": 1, "moe/layer_%s/active_experts": 1.0}'
     config=st.just(CONFIG) | damaged(CONFIG),
     outcome=st.binary(max_size=9) | OUTCOMES.map(lambda outcome: json.dumps(outcome).encode()),
 )  # fmt: skip
-def test_f10_fuzz_runs_that_are_looked_at(tmp_path, metrics, histograms, events, incidents, config, outcome):
-    """Whatever lies in its directory, a run is read; sound rows are there unless a damaged one stands in their way."""
+def test_f10_fuzz_logs_of_a_reported_run(tmp_path, metrics, histograms, events, incidents, config, outcome):
+    """Any run directory can be read; valid rows are kept unless a corrupt one conflicts with them."""
     files = {
         "config.yaml": config, "metrics.jsonl": metrics[0], "histograms.jsonl": histograms[0],
         "events.jsonl": events[0], "incidents.jsonl": incidents[0], "outcome.json": outcome,

@@ -1,4 +1,4 @@
-"""F21 and F22: a rank that hangs or goes another way ends the run with a report; one that is slow is named."""
+"""F21 and F22: a hanging or diverging rank ends the run with a report; a slow rank is reported."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from bench.processes import start_server
 from dynmoe.config.guard import GuardConfig
 from dynmoe.train import watchdog
 from dynmoe.train.speed import SpeedComparison
+from harness.processes import start_server
 from tests.faults.injection import replace
 from tests.train.cases import TrainingProcess, read_rows
 
@@ -32,7 +32,7 @@ TIMEOUT_S = 3.0
 
 
 def divert(rank: int, victim: int, place: str, call: int, way: str) -> None:
-    """In the ``call``-th call of ``place`` one rank sleeps, or joins another collective than the others do."""
+    """Lets one rank sleep, or join another collective than the others, in the ``call``-th call of ``place``."""
 
     def make(function: Any) -> Any:
         calls = 0
@@ -56,14 +56,14 @@ def divert(rank: int, victim: int, place: str, call: int, way: str) -> None:
 HANGS = {
     "sleeps in the forward pass": ("dynmoe.moe.layer:MoELayer.forward", 25, "sleeps"),
     "sleeps in a save": ("dynmoe.train.checkpoint_store:CheckpointStore.advance", 2, "sleeps"),
-    "calls another collective": ("dynmoe.train.trainer:Trainer._agree", 7, "other"),
+    "calls another collective": ("dynmoe.train.trainer:Trainer._stop_requested", 7, "other"),
 }
 
 
 @pytest.mark.parametrize(
     "hang", [pytest.param(name, marks=pytest.mark.slow if name == "sleeps in a save" else ()) for name in HANGS]
 )
-def test_f21_a_rank_that_hangs_ends_the_run_and_is_named(corpus_dir, tmp_path, hang):
+def test_f21_hanging_rank_ends_the_run_and_is_named(corpus_dir, tmp_path, hang):
     place, call, way = HANGS[hang]
     prepare = functools.partial(divert, victim=1, place=place, call=call, way=way)
     failures = tmp_path / "failures"
@@ -81,7 +81,7 @@ def test_f21_a_rank_that_hangs_ends_the_run_and_is_named(corpus_dir, tmp_path, h
     waiting = [line for line in output.splitlines() if " waits in gloo:" in line]
     assert any("rank 0 on " in line for line in waiting)
     if way == "sleeps":
-        assert "rank 1 on " in next(line for line in output.splitlines() if "waits for no other: it is at " in line)
+        assert "rank 1 on " in next(line for line in output.splitlines() if "waits in no collective: it is at " in line)
         assert "test_hangs.py" in output, "where it sleeps"
     else:
         assert any("rank 1 on " in line for line in waiting), "in another collective"
@@ -92,29 +92,29 @@ def test_f21_a_rank_that_hangs_ends_the_run_and_is_named(corpus_dir, tmp_path, h
     recorder = (run / "logs" / "hangs" / "flight_recorder_rank_0").read_bytes()
     assert b"gloo:" in recorder
     failure = json.loads(next(failures.glob("rank_*.json")).read_text())
-    assert failure["text"].startswith("no progress for"), "what a launcher of ours shows"
-    assert not failure["by_user"], "another start may do better"
+    assert failure["text"].startswith("no progress for"), "which the launcher prints"
+    assert not failure["by_user"], "a restart may succeed"
 
 
-@pytest.mark.slow  # a launcher gives a rank time before it kills it
-def test_f21_a_rank_that_is_stopped_is_missed_and_goes_on_if_it_comes_back(corpus_dir, tmp_path, undisturbed):
+@pytest.mark.slow  # a launcher waits before it kills a rank
+def test_f21_stopped_rank_is_reported_and_continues_after_sigcont(corpus_dir, tmp_path, undisturbed):
     run = tmp_path / "runs" / "tiny"
     process = TrainingProcess(corpus_dir, tmp_path / "runs", f"guard.hang_timeout_s={TIMEOUT_S}")
     process.wait_for_row(run / "metrics.jsonl", 8)
-    for pid in process.ranks():  # a laptop that sleeps: nobody's silence counts
+    for pid in process.ranks():  # like a suspended laptop: no rank counts as hanging
         os.kill(pid, signal.SIGSTOP)
-    time.sleep(TIMEOUT_S + 15)  # longer than what stands behind the watchdog waits
+    time.sleep(TIMEOUT_S + 15)  # longer than the timeout of the observer process
     for pid in process.ranks():
         os.kill(pid, signal.SIGCONT)
     process.wait_for_row(run / "metrics.jsonl", 12)
     os.kill(process.ranks()[1], signal.SIGSTOP)
     assert process.wait() != 0
-    assert "rank 1 reports nothing: it is stopped, gone, or not watched" in process.output()
+    assert "rank 1 has not reported: it is stopped, has exited, or has no watchdog" in process.output()
     assert "rank 0 on " in process.output()
 
 
-def keep_the_interpreter(folder: Path) -> None:
-    """A watched process in which one thread never lets another run."""
+def never_release_the_gil(folder: Path) -> None:
+    """Runs a thread that never releases the GIL, under a watchdog."""
     with watched(folder, timeout_s=0.5) as progress:
         progress("a step")
         time.sleep(0.2)
@@ -122,12 +122,12 @@ def keep_the_interpreter(folder: Path) -> None:
 
 
 def go_on(folder: Path) -> None:
-    """A watched process that says when it may be stopped, and when it has gone on for a while."""
+    """Runs under a watchdog; creates files when it may be stopped and when it has continued for a while."""
     with watched(folder, timeout_s=0.5) as progress:
         for name, seconds in (("begun", 0.5), ("going", 1.0), ("done", 0.0)):
             (folder / name).touch()
             end = time.monotonic() + seconds
-            while time.monotonic() < end:  # without rest: the watchdog's thread is not the first to run after a stop
+            while time.monotonic() < end:  # busy, so that the watchdog's thread is not the first to run after a stop
                 progress("a step")
 
 
@@ -140,25 +140,25 @@ def watched(folder: Path, timeout_s: float) -> Iterator[Callable[[str], None]]:
 
 
 def start(function: Callable[[Path], None], folder: Path) -> multiprocessing.process.BaseProcess:
-    """Calls a function in a process that has imported everything."""
+    """Calls a function in a process forked from a server with all imports."""
     start_server()
     process = multiprocessing.get_context("forkserver").Process(target=function, args=(folder,))
     process.start()
     return process
 
 
-def test_f21_a_thread_that_keeps_the_interpreter_to_itself(tmp_path):
-    """Then nothing of Python runs, the watchdog neither; the stacks are written all the same, and the rank ends."""
-    process = start(keep_the_interpreter, tmp_path)
+def test_f21_thread_that_never_releases_the_gil(tmp_path):
+    """No other Python thread can run, including the watchdog; the stacks are written and the rank is killed anyway."""
+    process = start(never_release_the_gil, tmp_path)
     process.join(20)
     assert process.exitcode == -signal.SIGKILL
     said = (tmp_path / "output").read_text()
-    assert "in keep_the_interpreter" in said
+    assert "in never_release_the_gil" in said
     assert "in _watch" in said, "the stacks of all threads"
-    assert "one thread keeps the interpreter to itself; killed" in said
+    assert "one thread does not release the GIL; killed" in said
 
 
-def test_f21_a_stop_longer_than_all_timeouts_is_no_hang(tmp_path):
+def test_f21_stop_longer_than_all_timeouts_is_not_a_hang(tmp_path):
     process = start(go_on, tmp_path)
     wait_for(tmp_path / "begun")
     time.sleep(0.2)
@@ -177,11 +177,11 @@ def wait_for(path: Path, timeout_s: float = 30.0) -> None:
 
 
 def never_end(rank: int) -> None:
-    """The end of the process groups waits for a rank that is gone."""
+    """Lets destroy_process_group wait, as for a rank that is gone."""
     replace("torch.distributed:destroy_process_group", lambda function: lambda: time.sleep(600))
 
 
-def test_f21_the_end_of_a_run_is_watched_too(corpus_dir, tmp_path):
+def test_f21_hang_at_the_end_of_a_run(corpus_dir, tmp_path):
     fields = ["train.steps=2", "adaptation.interval=0", "parallel.expert=1", f"guard.hang_timeout_s={TIMEOUT_S}"]
     process = TrainingProcess(corpus_dir, tmp_path / "runs", *fields, ranks=1, prepare=never_end)
     assert process.wait(40) != 0
@@ -201,7 +201,7 @@ class Slow(nn.Module):
 
 
 def compare_speeds(computing: list[float], loading: list[float], steps: int) -> list[tuple[int, str]]:
-    """What each step of ranks with these seconds for a forward pass and for loading has to tell."""
+    """Messages after each step, for ranks with these seconds per forward pass and for loading."""
     rank = dist.get_rank()
     module = Slow(computing[rank])
     speed = SpeedComparison(GuardConfig(straggler_interval=5, straggler_ratio=1.5), [module], torch.device("cpu"))
@@ -224,9 +224,9 @@ def compare_speeds(computing: list[float], loading: list[float], steps: int) -> 
     ],
     ids=["computes slowly", "loads slowly", "is as fast as the others"],
 )
-def test_f22_a_slow_rank_is_named_in_the_second_interval(two_ranks, computing, loading, said):
+def test_f22_slow_rank_is_named_in_the_second_interval(two_ranks, computing, loading, said):
     first, second = two_ranks.run(compare_speeds, computing, loading, 10)
-    assert first == second, "every rank knows"
+    assert first == second, "all ranks report the same"
     if said is None:
         assert first == []
     else:
@@ -250,7 +250,7 @@ def slow_down(rank: int) -> None:
         replace("dynmoe.model.attention:Attention.forward", make)
 
 
-def test_f22_a_straggler_is_in_the_log_within_fifty_steps_and_lives(corpus_dir, tmp_path):
+def test_f22_straggler_is_logged_within_fifty_steps_and_not_killed(corpus_dir, tmp_path):
     process = TrainingProcess(
         corpus_dir, tmp_path / "runs", "guard.straggler_interval=10", "train.steps=24", prepare=slow_down
     )

@@ -1,4 +1,4 @@
-"""F1 to F4, F26: killed, told to end or with a clock that jumps, a run has the curve of an undisturbed one."""
+"""F1 to F4 and F26: a run that is killed, stopped or has clock jumps gives the results of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from bench.processes import is_running
-from dynmoe.train.checkpoint import problem_of, step_directories
+from dynmoe.train.checkpoint import find_corruption, step_directories
+from harness.processes import is_running
 from tests.faults.cases import MEGATRON, is_undisturbed
 from tests.faults.injection import KillInTurn, Strike, replace
 from tests.train.cases import TrainingProcess, read_rows
 
-# Phases of a step, and calls of two layers or one that come between two checkpoints, of ten steps.
+# Phases of a step; the calls lie between two checkpoints, ten steps apart, of a model with two layers.
 STRIKES = {
     "deepspeed": (
         Strike("dynmoe.moe.layer:MoELayer.forward", 25, 1),
-        Strike("dynmoe.ops.all_to_all:Wire.start", 30, 0),
+        Strike("dynmoe.ops.all_to_all:AllToAllGroup.start", 30, 0),
         Strike("dynmoe.ops.routed_experts:_RoutedExperts.backward", 20, 1),
         Strike("torch.optim:AdamW.step", 5, 0, after=True),
         Strike("dynmoe.data.batches:PretrainingData.train_batch", 7, 1),
@@ -45,7 +45,7 @@ STRIKES = {
         pytest.param("megatron", range(4), marks=pytest.mark.slow),
     ],
 )
-def test_f01_a_rank_killed_in_any_phase_of_a_step(
+def test_f01_kill_of_a_rank_in_any_phase_of_a_step(
     undisturbed, undisturbed_pipeline, corpus_dir, tmp_path, engine, numbers
 ):
     kills = KillInTurn(tuple(STRIKES[engine][number] for number in numbers), tmp_path)
@@ -57,16 +57,16 @@ def test_f01_a_rank_killed_in_any_phase_of_a_step(
     is_undisturbed(tmp_path / "runs" / "tiny", undisturbed_pipeline if engine == "megatron" else undisturbed[0])
 
 
-# Before and after each part of a save: the shard, its hash, the manifest, the rename, the look at what is there, and
-# the removal of the oldest, of which half is left.
+# Before and after each part of a save: shard, hash, manifest, rename, verification, and (interrupted) removal of the
+# oldest checkpoint.
 SAVE = (
-    Strike("dynmoe.engines.plain_state:save_file", 1, 1),
+    Strike("dynmoe.engines.canonical_state:save_file", 1, 1),
     Strike("dynmoe.train.checkpoint_store:hashes", 1, 0),
     Strike("dynmoe.train.checkpoint_store:hashes", 1, 1, after=True),
     Strike("dynmoe.train.checkpoint_store:commit", 1, 0),
     Strike("dynmoe.train.checkpoint:write_atomically", 1, 0, after=True),
     Strike("dynmoe.train.checkpoint_store:commit", 1, 0, after=True),
-    Strike("dynmoe.train.checkpoint_store:problem_of_files", 1, 1),
+    Strike("dynmoe.train.checkpoint_store:find_corrupt_file", 1, 1),
     Strike("dynmoe.train.checkpoint_store:remove", 1, 0),
     Strike("dynmoe.train.checkpoint:rmtree", 1, 0),
     Strike("dynmoe.train.checkpoint_store:remove", 1, 0, after=True),
@@ -74,40 +74,44 @@ SAVE = (
 
 
 class KillInSaves(KillInTurn):
-    """Looks, before each attempt, at what the last one left: what is named like a checkpoint must be one."""
+    """Also checks before each attempt that every directory with the name of a checkpoint is valid."""
 
     def __call__(self, rank: int) -> None:
         if rank == 0:
             paths = step_directories(self.folder / "runs" / "tiny" / "checkpoints")
-            assert all(problem_of(path) is None for path in paths), "half a checkpoint"
+            assert all(find_corruption(path) is None for path in paths), "an incomplete checkpoint"
         super().__call__(rank)
 
 
-def test_f02_a_rank_killed_around_the_commit_of_a_save(undisturbed, corpus_dir, tmp_path):
-    """The strikes between which a save begins to count; all others are slow."""
+def test_f02_kill_around_the_checkpoint_commit(undisturbed, corpus_dir, tmp_path):
+    """Only kills right before and after the commit; the test with all phases is slow."""
     killed_in_saves((SAVE[3], SAVE[5]), undisturbed[0], corpus_dir, tmp_path, ["checkpoint.asynchronous=true"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 @pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
-def test_f02_a_rank_killed_in_any_phase_of_a_save(
+def test_f02_kill_in_any_phase_of_a_checkpoint_save(
     undisturbed, undisturbed_pipeline, corpus_dir, tmp_path, engine, asynchronous
 ):
-    strikes, overrides, reference = SAVE, [f"checkpoint.asynchronous={asynchronous}"], undisturbed[0]
+    strikes = SAVE
+    overrides = [f"checkpoint.asynchronous={asynchronous}"]
+    reference = undisturbed[0]
     if engine == "megatron":
         place = "dynmoe.engines.megatron.checkpoint:FileSystemWriterAsync.write_preloaded_data"
         metadata = "dynmoe.engines.megatron.checkpoint:FileSystemWriterAsync.finish"
         strikes = (Strike(place, 1, 1), Strike(metadata, 1, 0), Strike(metadata, 1, 0, after=True), *SAVE[3:6])
-        overrides, reference = [*overrides, *MEGATRON], undisturbed_pipeline
+        overrides += MEGATRON
+        reference = undisturbed_pipeline
     killed_in_saves(strikes, reference, corpus_dir, tmp_path, overrides)
 
 
 def killed_in_saves(
     strikes: tuple[Strike, ...], reference: Path, corpus_dir: Path, tmp_path: Path, overrides: list[str]
 ) -> None:
-    kills, overrides = KillInSaves(strikes, tmp_path), [*overrides, "checkpoint.interval=4"]
-    process = TrainingProcess(corpus_dir, tmp_path / "runs", *overrides, restarts=len(strikes), prepare=kills)
+    kills = KillInSaves(strikes, tmp_path)
+    fields = [*overrides, "checkpoint.interval=4"]
+    process = TrainingProcess(corpus_dir, tmp_path / "runs", *fields, restarts=len(strikes), prepare=kills)
     assert process.wait() == 0, process.output()
     assert kills.struck() == len(strikes), process.output()
     run = tmp_path / "runs" / "tiny"
@@ -117,7 +121,7 @@ def killed_in_saves(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["launcher", "tree"])
-def test_f03_a_launcher_or_the_whole_tree_killed(undisturbed, corpus_dir, tmp_path, victim):
+def test_f03_kill_of_the_launcher_or_of_all_processes(undisturbed, corpus_dir, tmp_path, victim):
     step = random.SystemRandom().randint(3, 37)
     process = TrainingProcess(corpus_dir, tmp_path / "runs")
     run = tmp_path / "runs" / "tiny"
@@ -133,8 +137,8 @@ def test_f03_a_launcher_or_the_whole_tree_killed(undisturbed, corpus_dir, tmp_pa
     is_undisturbed(run, undisturbed[0])
 
 
-def test_f04_told_to_end_a_run_saves_whoever_is_told_and_when(undisturbed, corpus_dir, tmp_path):
-    """All ranks; one of them; twice; in the middle of a save: each time the next start goes on."""
+def test_f04_sigterm_to_any_rank_at_any_time_saves_a_checkpoint(undisturbed, corpus_dir, tmp_path):
+    """Signals all ranks, one rank, all ranks twice, and all ranks during a save; each next start resumes."""
     run = tmp_path / "runs" / "tiny"
 
     def all_ranks(process: TrainingProcess) -> None:
@@ -163,7 +167,7 @@ def test_f04_told_to_end_a_run_saves_whoever_is_told_and_when(undisturbed, corpu
         assert time.monotonic() - start < 10, "not within the grace period"
         outcome = json.loads((run / "outcome.json").read_text())
         assert outcome["status"] == "preempted", (tell.__name__, process.output())
-        assert reached < outcome["step"] < 40, "nothing was done, or all"
+        assert reached < outcome["step"] < 40, "the run made no progress, or finished"
         reached = outcome["step"]
         assert step_directories(run / "checkpoints")[0].name == f"step_{reached:08d}"
     assert TrainingProcess(corpus_dir, tmp_path / "runs", "checkpoint.interval=5").wait() == 0
@@ -171,14 +175,15 @@ def test_f04_told_to_end_a_run_saves_whoever_is_told_and_when(undisturbed, corpu
 
 
 def jumping_clock(rank: int) -> None:
-    """The time of day jumps by years, back and forth, from one look to the next."""
-    draw, now = random.Random(rank), time.time
+    """Lets the wall clock jump by years in both directions at each call."""
+    draw = random.Random(rank)
+    now = time.time
 
     replace("time:time", lambda function: lambda: now() + draw.choice([-1, 1]) * draw.randint(0, 10**8))
 
 
 @pytest.mark.slow
-def test_f26_a_clock_that_jumps_changes_nothing(undisturbed, corpus_dir, tmp_path):
+def test_f26_clock_jumps_do_not_affect_the_run(undisturbed, corpus_dir, tmp_path):
     run = tmp_path / "runs" / "tiny"
     kills = TrainingProcess(corpus_dir, tmp_path / "runs", prepare=jumping_clock)
     kills.wait_for_row(run / "metrics.jsonl", 25)
@@ -189,7 +194,7 @@ def test_f26_a_clock_that_jumps_changes_nothing(undisturbed, corpus_dir, tmp_pat
     assert process.wait() == 0, process.output()
     is_undisturbed(run, undisturbed[0])
     rows = read_rows(run / "metrics.jsonl")
-    assert all(0 < row["train/step_time_s"] < 60 for row in rows), "a timer follows the clock"
+    assert all(0 < row["train/step_time_s"] < 60 for row in rows), "a timer uses the wall clock"
     clocks = [row["train/wall_clock_s"] for row in rows]
     assert clocks == sorted(clocks)
     assert 0 < clocks[-1] < 120

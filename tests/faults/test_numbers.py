@@ -1,4 +1,4 @@
-"""F13 and F14: losses and gradients that are no numbers, and losses that leap, never reach the optimizer."""
+"""F13 and F14: non-finite losses and gradients, and loss spikes, never reach the optimizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from tests.faults.cases import errors
 from tests.faults.injection import replace
 from tests.train.cases import TrainingProcess, curve, parameter_hashes, read_rows
 
-WHOLE, HALF = "train.micro_batch=2", "train.micro_batch=1"
+WHOLE = "train.micro_batch=2"
+HALF = "train.micro_batch=1"
 LAYOUTS = {
     "DeepSpeed EP 2": ["parallel.expert=2", HALF],
     "DeepSpeed EP 2 ZeRO 0": ["parallel.expert=2", "deepspeed.zero_stage=0", HALF],
@@ -38,7 +39,7 @@ TOP_ANY = ["model.router.kind=top_any", "budget.method=loss_free", "budget.exper
 
 
 def poison(engine: Any, rank: int, fault: str, value: float) -> tuple[str, Any]:
-    """Lets one rank meet ``value`` in its next step; the parameter that is to be named, and what ends it."""
+    """Injects ``value`` into the next step of a rank; returns the parameter to be named and a handle for removal."""
     config = engine.config.model
     if engine.config.engine == "megatron":
         from dynmoe.engines.megatron.weights import weights
@@ -60,11 +61,11 @@ def poison(engine: Any, rank: int, fault: str, value: float) -> tuple[str, Any]:
         return spoilt
 
     parameter: nn.Parameter = own[name]
-    return name, parameter.register_hook(spoil)  # before what watches over gradients, which is to see the fault
+    return name, parameter.register_hook(spoil)  # runs before the hooks of GradientWatch
 
 
 def meet(overrides: list[str], rank: int, fault: str, value: float) -> dict[str, Any]:
-    """Two sound steps, one with the fault that is left out, one more; what was said and what changed."""
+    """Runs two steps, a step with the fault, which is skipped, and another step; returns messages and changes."""
     engine = make_engine(config_for(*overrides), VOCAB)
     config = engine.config
 
@@ -84,18 +85,18 @@ def meet(overrides: list[str], rank: int, fault: str, value: float) -> dict[str,
     if handle is not None:
         handle.remove()
     report = engine.report()
-    sound = gradients(3)
+    following = gradients(3)
     engine.update(config.optimizer.lr)
     return {
-        "finite": bad.finite, "text": text, "name": name, "sound": sound.finite, "rows": report.routed_rows,
+        "finite": bad.finite, "text": text, "name": name, "following": following.finite, "rows": report.routed_rows,
         "untouched": all(torch.equal(value, after[key]) for key, value in before.items()),
         "moved": any(not torch.equal(value, after[key]) for key, value in whole_state(engine).items()),
-        "next": (sound.lm_loss, sound.grad_norm),
+        "next": (following.lm_loss, following.grad_norm),
     }  # fmt: skip
 
 
 def without_the_step(overrides: list[str]) -> tuple[float, float]:
-    """What the step after the fault comes to where the one before it never was."""
+    """Loss and norm of the step after the fault, in a run without the faulty step."""
     engine = make_engine(config_for(*overrides), VOCAB)
     for step in (0, 1, 3):
         batches = micro_batches(engine.config, step, engine.data_rank, engine.data_size)
@@ -107,7 +108,7 @@ def without_the_step(overrides: list[str]) -> tuple[float, float]:
 @pytest.mark.parametrize(
     "layout", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in LAYOUTS]
 )
-def test_f13_a_step_that_is_not_finite_is_left_out_on_every_rank(two_ranks, layout):
+def test_f13_nonfinite_step_is_skipped_on_every_rank(two_ranks, layout):
     overrides = [*LAYOUTS[layout], *TOP_ANY]
     expected = two_ranks.run(without_the_step, overrides)[0]
     holder = 1  # in a pipeline, of the second layer
@@ -116,11 +117,11 @@ def test_f13_a_step_that_is_not_finite_is_left_out_on_every_rank(two_ranks, layo
         first = results[0]
         for result in results:
             assert not result["finite"], fault
-            assert result["text"] == first["text"], "the same words everywhere"
+            assert result["text"] == first["text"], "the same message on every rank"
             assert result["untouched"], fault
-            assert result["sound"], fault
-            assert result["moved"], "the next step is taken"
-            assert result["next"] == expected, "nothing of the step is left"
+            assert result["following"], fault
+            assert result["moved"], "the next step updates the model"
+            assert result["next"] == expected, "the skipped step has no effect"
         named = results[holder]["name"]
         if fault == "scores":
             assert f"router scores are not finite in layer 1 on rank {holder}" in first["text"]
@@ -128,15 +129,16 @@ def test_f13_a_step_that_is_not_finite_is_left_out_on_every_rank(two_ranks, layo
             assert f"{named} (expert " in first["text"]
             assert first["text"].endswith(f"on rank {holder}"), first["text"]
         else:
-            assert f"the first gradient that is not finite is that of {named} on rank {holder}" in first["text"]
+            assert f"the first non-finite gradient is that of {named} on rank {holder}" in first["text"]
 
 
 def gradients_that_are_read(overrides: list[str]) -> tuple[list[int], str]:
-    """How many gradients were watched after a sound step, after a bad one, and after it was described; and the text.
+    """Number of gradients checked after a valid step, after a faulty one, and after its description; and the text.
 
-    The fault strikes one rank once: it is not there when the step is computed again.
+    The fault occurs once, on one rank, and not when the step is computed again.
     """
-    struck, counts = [], []
+    struck = []
+    counts = []
 
     def spoil_once(gradient: torch.Tensor) -> torch.Tensor:
         if engine.step == 2 and dist.get_rank() == 0 and not struck:
@@ -159,21 +161,21 @@ def gradients_that_are_read(overrides: list[str]) -> tuple[list[int], str]:
 
 
 @pytest.mark.parametrize("overrides", [[HALF], ["engine=megatron", HALF]], ids=["DeepSpeed", "Megatron"])
-def test_f13_gradients_are_read_only_of_a_step_that_went_wrong(two_ranks, overrides):
+def test_f13_gradients_are_checked_only_after_a_nonfinite_step(two_ranks, overrides):
     for counts, text in two_ranks.run(gradients_that_are_read, overrides):
-        assert counts[:2] == [0, 0], "a sound step pays for nothing"
-        assert counts[2] > 4 * 10, "every gradient of four passes"
+        assert counts[:2] == [0, 0], "no check without a fault"
+        assert counts[2] > 4 * 10, "all gradients of four forward passes"
         assert text.startswith("the gradient norm is nan, but ")
         assert text.endswith("finite on every rank when the step was computed again: suspect the hardware")
 
 
 def spoil_losses(rank: int, steps: dict[int, float]) -> None:
-    """Of each step in ``steps`` the loss, as every rank sees it, is what stands there."""
+    """Replaces the losses of ``steps`` on every rank."""
 
     def make(function: Any) -> Any:
         @functools.wraps(function)
-        def compute(engine: Any, batches: Any, record: bool) -> Gradients:
-            gradients = function(engine, batches, record)
+        def compute(engine: Any, *arguments: Any) -> Gradients:
+            gradients = function(engine, *arguments)
             return Gradients(steps.get(engine.step, gradients.lm_loss), gradients.grad_norm)
 
         return compute
@@ -181,7 +183,7 @@ def spoil_losses(rank: int, steps: dict[int, float]) -> None:
     replace("dynmoe.engines.deepspeed:DeepSpeedEngine.compute_gradients", make)
 
 
-def test_f13_several_in_a_row_end_the_run_with_the_reason(corpus_dir, tmp_path):
+def test_f13_consecutive_nonfinite_steps_end_the_run_with_the_reason(corpus_dir, tmp_path):
     steps = {5: math.nan, 6: math.inf, 9: math.nan, 10: math.nan, 11: math.nan}
     process = TrainingProcess(
         corpus_dir, tmp_path / "runs", "checkpoint.interval=4", prepare=functools.partial(spoil_losses, steps=steps)
@@ -190,16 +192,16 @@ def test_f13_several_in_a_row_end_the_run_with_the_reason(corpus_dir, tmp_path):
     run = tmp_path / "runs" / "tiny"
     (line,) = set(errors(process))
     assert line.startswith("error: step 11: ")
-    assert "guard.bad_steps=3 in a row were not finite" in line
+    assert "guard.max_consecutive_nonfinite_steps=3 was reached" in line
     outcome = json.loads((run / "outcome.json").read_text())
     assert outcome["status"] == "failed"
-    assert "guard.bad_steps=3" in outcome["error"]
+    assert "guard.max_consecutive_nonfinite_steps=3" in outcome["error"]
     incidents = read_rows(run / "incidents.jsonl")
     assert [(entry["step"], entry["kind"]) for entry in incidents] == [(step, "not finite") for step in (5, 6, 9, 10)]
     rows = {row["train/step"]: row for row in read_rows(run / "metrics.jsonl")}
     assert rows[8]["train/skipped_steps"] == 2
     assert "train/lm_loss" not in rows[5]
-    assert "NaN" not in (run / "metrics.jsonl").read_text(), "JSON that anyone can read"
+    assert "NaN" not in (run / "metrics.jsonl").read_text(), "not valid JSON"
     assert "step 5/40  loss not finite" in process.output()
 
 
@@ -207,29 +209,29 @@ GUARD = GuardConfig(spike_window=8, spike_deviations=4.0, spike_skips=2)
 
 
 def judge(guard: StepGuard, losses: list[float]) -> list[str]:
-    """For each loss whether its step is taken (t), left out as a spike (s) or as no number (n)."""
+    """For each loss, whether its step is used (t), skipped as a spike (s) or as not finite (n)."""
     verdicts = []
     for loss in losses:
         gradients = Gradients(loss, 1.0)
-        verdicts.append("n" if guard.is_bad(gradients) else "s" if guard.spike(gradients) else "t")
+        verdicts.append("n" if guard.is_nonfinite(gradients) else "s" if guard.spike(gradients) else "t")
     return verdicts
 
 
-def test_f14_a_spike_is_left_out_and_the_window_stays_clean():
+def test_f14_loss_spike_is_skipped_and_not_added_to_the_window():
     calm = [2.0, 2.1, 1.9, 2.0, 2.05, 1.95, 2.0, 2.1]
     guard = StepGuard(GUARD, GuardState())
-    assert judge(guard, [9.0, *calm]) == ["t"] * 9, "there is no window yet"
+    assert judge(guard, [9.0, *calm]) == ["t"] * 9, "the window is not full yet"
     window = list(guard.state.losses)
     assert judge(guard, [9.0, math.nan, math.inf, 8.0]) == ["s", "n", "n", "s"]
-    assert guard.state.losses == window, "neither a spike nor what is no number is in the window"
+    assert guard.state.losses == window, "the window has no spike and no NaN"
     assert guard.state.skipped_steps == 4
-    assert judge(guard, [7.0]) == ["t"], "at most two of a spike"
-    assert guard.state.losses == [7.0], "the loss is where it is"
+    assert judge(guard, [7.0]) == ["t"], "at most two consecutive skips"
+    assert guard.state.losses == [7.0], "a new window begins"
     assert judge(guard, [7.1, 6.9, 7.0, 7.2, 6.8, 7.0, 7.1, 7.0]) == ["t"] * 8
-    assert judge(guard, [2.0]) == ["t"], "a fall is no spike"
+    assert judge(guard, [2.0]) == ["t"], "a drop is not a spike"
 
 
-def test_f14_a_window_survives_a_resume():
+def test_f14_loss_window_survives_a_resume():
     losses = [2.0, 2.1, 1.9, 2.0, 2.05, 1.95, 2.0, 2.1, 9.0, 2.0, math.nan, 8.0, 7.0, 6.0, 2.0, 2.0]
     whole = judge(StepGuard(GUARD, GuardState()), losses)
     assert "s" in whole
@@ -240,13 +242,13 @@ def test_f14_a_window_survives_a_resume():
         assert verdicts + judge(StepGuard(GUARD, GuardState(**saved)), losses[cut:]) == whole, cut
 
 
-def test_f14_equal_losses_make_no_spike_of_noise():
+def test_f14_noise_after_equal_losses_is_not_a_spike():
     guard = StepGuard(GUARD, GuardState())
     assert judge(guard, [2.0] * 8 + [2.004, 2.0, 2.1]) == ["t"] * 10 + ["s"]
 
 
 @pytest.mark.slow
-def test_f14_a_run_with_spikes_resumes_bitwise(corpus_dir, tmp_path):
+def test_f14_run_with_loss_spikes_resumes_bitwise(corpus_dir, tmp_path):
     overrides = ["guard.spike_window=8", "guard.spike_skips=2", "checkpoint.interval=6"]
     prepare = functools.partial(spoil_losses, steps={15: 90.0, 18: 80.0, 19: 80.0, 20: 80.0, 33: 70.0})
     made = []
@@ -260,9 +262,9 @@ def test_f14_a_run_with_spikes_resumes_bitwise(corpus_dir, tmp_path):
         process = TrainingProcess(corpus_dir, runs, *overrides, prepare=prepare)
         assert process.wait() == 0, process.output()
         entries = map(json.loads, (runs / "tiny" / "incidents.jsonl").read_text().splitlines())
-        incidents = [entry for entry in entries if entry["kind"] != "straggler"]  # which is the machine's
+        incidents = [entry for entry in entries if entry["kind"] != "straggler"]  # which depend on the machine
         made.append((curve(runs / "tiny" / "metrics.jsonl"), parameter_hashes(runs / "tiny", 40), incidents))
     assert made[0] == made[1]
     kinds = [(entry["step"], entry["kind"]) for entry in made[0][2]]
-    assert kinds == [(step, "spike") for step in (15, 18, 19, 33)], "the third of a spike is taken"
+    assert kinds == [(step, "spike") for step in (15, 18, 19, 33)], "the third step of a spike is used"
     assert float.fromhex(made[0][0][-1]["train/skipped_steps"]) == 4

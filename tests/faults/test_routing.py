@@ -1,4 +1,4 @@
-"""F15 to F17: routing at its edges, where ranks and experts have all tokens or none."""
+"""F15 to F17: extreme routing, in which ranks and experts have all tokens or none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPREAD = {
     "deepspeed": ["train.micro_batch=1", "parallel.expert=2"],
     "megatron": ["engine=megatron", "train.micro_batch=1", "parallel.expert=2"],
 }
-# Experts of a token are what the preference says, whichever router asks.
+# Routers for which the preference determines the experts of a token.
 ONE = ROUTERS | {"top_k": ["model.router.kind=top_k", "model.router.k=1"]}
 ALL = {
     "top_k": ["model.router.kind=top_k", "model.router.k=4"],
@@ -50,7 +50,7 @@ def trains_like_one_process(pool, engine: str, where: str, router: list[str], al
         assert all(math.isfinite(norm) and norm > 0 for norm in result["norms"])
         assert result["rows"] == expected["rows"]
     first, second = (result["collectives"] for result in results)
-    assert len(first) > 10, "collectives were not seen"
+    assert len(first) > 10, "collectives were not recorded"
     assert first == second
     return list(expected["rows"][0].values())
 
@@ -65,13 +65,13 @@ def trains_like_one_process(pool, engine: str, where: str, router: list[str], al
         pytest.param("megatron", "an expert of the first rank", marks=pytest.mark.slow),
     ],
 )
-def test_f15_every_token_goes_to_one_expert(two_ranks, alone, engine, kind, where):
+def test_f15_all_tokens_select_one_expert(two_ranks, alone, engine, kind, where):
     assert trains_like_one_process(two_ranks, engine, where, ONE[kind], alone) == [TOKENS] * 2
 
 
 @pytest.mark.parametrize("kind", sorted(ROUTERS))
 @pytest.mark.parametrize("engine", ["deepspeed", pytest.param("megatron", marks=pytest.mark.slow)])
-def test_f15_every_token_goes_to_one_rank(two_ranks, alone, engine, kind):
+def test_f15_all_tokens_select_the_experts_of_one_rank(two_ranks, alone, engine, kind):
     rows = trains_like_one_process(two_ranks, engine, "the experts of one rank", ROUTERS[kind], alone)
     assert all(TOKENS <= count <= 2 * TOKENS for count in rows)
 
@@ -85,14 +85,14 @@ def test_f15_every_token_goes_to_one_rank(two_ranks, alone, engine, kind):
         ("top_p", [6, 3], 3),  # every token on one expert of the second rank; the first computes nothing
     ],
 )
-def test_f15_a_spread_layer_equals_one_process(two_ranks, kind, tokens, steer_to):
-    """Output and every gradient, which there is for every parameter."""
+def test_f15_expert_parallel_layer_equals_one_process(two_ranks, kind, tokens, steer_to):
+    """Compares the output and the gradients of all parameters."""
     overrides = [*ROUTERS[kind], *no_losses(kind), "model.moe.shared_hidden=8"]
     for differences in two_ranks.run(expert_parallel_equals_local, overrides, tokens, steer_to):
         assert max(differences.values()) < 1e-4, differences
 
 
-def test_f15_an_expert_without_a_token_has_a_gradient_of_zeros():
+def test_f15_expert_without_a_token_has_a_zero_gradient():
     result = steered_pass(layer(ROUTERS["top_p"]), PREFERENCES["an expert of the second rank"], 9)
     for name in ("experts.w_up_EHD", "experts.w_down_EDF"):
         assert result[name].isfinite().all()
@@ -107,13 +107,13 @@ def layer(router: list[str], *overrides: str) -> MoELayer:
 
 
 @pytest.mark.parametrize("engine", sorted(SPREAD))
-def test_f16_no_token_selects_anybody(two_ranks, alone, engine):
+def test_f16_no_token_selects_an_expert(two_ranks, alone, engine):
     assert trains_like_one_process(two_ranks, engine, "nobody", ROUTERS["top_any"], alone) == [0, 0]
 
 
 @pytest.mark.parametrize("kind", ["top_any", "relu", "expert_threshold"])
-def test_f16_without_experts_what_is_configured_is_left(kind):
-    """Nothing beside the residual; the shared expert where there is one; the best expert where one is asked for."""
+def test_f16_token_without_experts_keeps_residual_or_shared_expert(kind):
+    """The output is zero, or that of the shared expert."""
     router = (ROUTERS | BASELINES)[kind]
     bare = steered_pass(layer(router), PREFERENCES["nobody"], 9)
     assert (bare["y"] == 0).all()
@@ -124,7 +124,7 @@ def test_f16_without_experts_what_is_configured_is_left(kind):
     torch.testing.assert_close(shared["y"], with_shared.shared(shared["x_TD"]).detach())
 
 
-def test_f16_a_token_that_selects_nobody_gets_its_best_expert_where_one_is_asked_for():
+def test_f16_token_without_experts_gets_its_best_one_with_min_experts():
     asking = layer(["model.router.kind=top_any", "model.router.min_experts=1"])
     result = steered_pass(asking, PREFERENCES["nobody"], 9)
     plan = asking.router(result["x_TD"])
@@ -135,13 +135,13 @@ def test_f16_a_token_that_selects_nobody_gets_its_best_expert_where_one_is_asked
 
 @pytest.mark.parametrize("kind", sorted(ALL))
 @pytest.mark.parametrize("engine", ["deepspeed", pytest.param("megatron", marks=pytest.mark.slow)])
-def test_f17_every_token_selects_every_expert(two_ranks, alone, engine, kind):
+def test_f17_all_tokens_select_all_experts(two_ranks, alone, engine, kind):
     assert trains_like_one_process(two_ranks, engine, "everybody", ALL[kind], alone) == [4 * TOKENS] * 2
 
 
 @pytest.mark.parametrize("kind", sorted(ALL))
-def test_f17_every_token_on_every_expert_is_the_dense_sum(kind):
-    """Against all experts computed for all tokens, without any routing."""
+def test_f17_all_tokens_on_all_experts_equals_the_dense_sum(kind):
+    """Compares with all experts computed for all tokens without routing."""
     made = layer(ALL[kind])
     result = steered_pass(made, PREFERENCES["everybody"], 9)
     x = result["x_TD"].clone().requires_grad_()
@@ -171,7 +171,7 @@ ROWS = [
      (lambda logits: top_p(logits, 1.0), lambda probs: oracles.top_p_choice(probs, 1.0, "paper"))],
     ids=["top_k", "top_p", "top_p of all"],
 )  # fmt: skip
-def test_f17_ties_and_minus_infinity(route, choice):
+def test_f17_ties_and_minus_infinity_in_router_scores(route, choice):
     logits = torch.tensor(ROWS, requires_grad=True)
     plan = route(logits)
     assert [set(row.nonzero().flatten().tolist()) for row in plan.routing_map_TE] == [
@@ -183,9 +183,10 @@ def test_f17_ties_and_minus_infinity(route, choice):
     assert logits.grad.isfinite().all()
 
 
-def test_f17_ties_of_top_any_select_nobody():
-    """Scores that equal their threshold do not pass it, on any expert alike; a floor takes the first."""
-    hidden, prototypes = torch.ones(3, 4), torch.zeros(4, 5)
+def test_f17_top_any_scores_equal_to_the_threshold_select_no_expert():
+    """A score equal to the threshold is not above it; with min_experts=1 the first expert is selected."""
+    hidden = torch.ones(3, 4)
+    prototypes = torch.zeros(4, 5)
     free, floor = (
         top_any(hidden, prototypes, torch.zeros(5), torch.ones(5, dtype=torch.bool), min_experts=least)
         for least in (0, 1)

@@ -1,4 +1,4 @@
-"""F12: the order of the samples, over kills, epochs and other numbers of ranks."""
+"""F12: the sample order across kills, epochs and world sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 from tests.faults.test_corpora import store
 from tests.train.cases import TrainingProcess
 
-LENGTH, SAMPLES = 32, 70  # of an epoch; 40 steps of 4 samples are two epochs and a part of the third
+LENGTH = 32
+SAMPLES = 70  # per epoch; 40 steps of 4 samples are two epochs and a part of the third
 TWO = ["parallel.expert=2"]
 ONE = ["parallel.expert=1"]
 
@@ -24,14 +25,14 @@ def sequences() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def small_corpus(corpus_dir, tmp_path_factory, sequences) -> Path:
-    """One document of so many sequences, and the token that the last one predicts."""
+    """A corpus with one document of SAMPLES sequences and the label of the last token."""
     corpus = Path(shutil.copytree(corpus_dir, tmp_path_factory.mktemp("small") / "prepared"))
     store(corpus, "train", [*sequences.flatten().tolist(), 5])
     return corpus
 
 
 def samples(run: Path) -> list[list[tuple[int, tuple[int, ...]]]]:
-    """Of each step its samples, by number: the tokens that the first layer was given."""
+    """Number and tokens of the samples of each step, from the traces of the first layer."""
     traced = pd.read_parquet(run / "traces")
     traced = traced[traced["layer"] == 0].sort_values(["step", "sample", "position"])
     assert traced.groupby(["step", "sample"])["position"].apply(list).map(lambda own: own == [*range(LENGTH)]).all()
@@ -42,10 +43,11 @@ def samples(run: Path) -> list[list[tuple[int, tuple[int, ...]]]]:
 
 
 @pytest.mark.slow  # the order itself: tests/data/test_batches.py; other layouts: test_f19 of the engines
-def test_f12_killed_and_resumed_over_epochs_on_other_ranks(small_corpus, tmp_path, sequences):
-    """Two ranks, one, and two again, killed in the first and in the second epoch."""
+def test_f12_sample_order_after_kills_over_epochs_on_other_world_sizes(small_corpus, tmp_path, sequences):
+    """Two ranks, one rank, and two ranks again, with kills in the first and in the second epoch."""
     fields = ["logging.trace_interval=1", "checkpoint.interval=5"]
-    runs, killed = tmp_path / "runs", tmp_path / "killed"
+    runs = tmp_path / "runs"
+    killed = tmp_path / "killed"
     whole = TrainingProcess(small_corpus, runs, *fields, *TWO)
     for overrides, ranks, step in ((TWO, 2, 13), (ONE, 1, 28)):
         process = TrainingProcess(small_corpus, killed, *fields, *overrides, ranks=ranks)
@@ -61,7 +63,7 @@ def test_f12_killed_and_resumed_over_epochs_on_other_ranks(small_corpus, tmp_pat
     assert [number for number, _ in seen] == [*range(160)], "a sample was repeated or skipped"
     epochs = [[own for number, own in seen if number // SAMPLES == epoch] for epoch in range(3)]
     corpus = sorted(map(tuple, sequences.tolist()))
-    assert sorted(epochs[0]) == sorted(epochs[1]) == corpus, "not each sequence once"
+    assert sorted(epochs[0]) == sorted(epochs[1]) == corpus, "an epoch does not have each sequence once"
     assert epochs[0] != epochs[1]
     assert set(epochs[2]) < set(corpus)
     assert len(set(epochs[2])) == 160 - 2 * SAMPLES

@@ -1,4 +1,4 @@
-"""F28: what keeps a run from starting is the last thing on the screen."""
+"""F28: the reason why a run cannot start is the last message on the screen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def launch_once(corpus: Path, folder: Path, *fields: str, **environment: str) ->
 
 
 @pytest.mark.slow
-def test_f28_an_import_that_fails(corpus_dir, tmp_path):
+def test_f28_import_failure_at_start(corpus_dir, tmp_path):
     (tmp_path / "deepspeed.py").write_text('raise ImportError("libcudart.so.13: no such file")\n')
     done = launch_once(corpus_dir, tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 3, done.stdout
@@ -28,7 +28,7 @@ def test_f28_an_import_that_fails(corpus_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_f28_memory_that_is_not_there(corpus_dir, tmp_path):
+def test_f28_out_of_memory_at_start(corpus_dir, tmp_path):
     done = launch_once(corpus_dir, tmp_path, "model.moe.expert_hidden=2000000000")
     assert done.returncode == 3, done.stdout
     assert "can't allocate memory: you tried to allocate 512000000000 bytes" in done.stdout.splitlines()[-1]
@@ -42,9 +42,9 @@ def busy_port() -> Iterator[str]:
         yield str(listener.getsockname()[1])
 
 
-def test_f28_a_port_in_use(corpus_dir, tmp_path, busy_port):
+def test_f28_master_port_in_use(corpus_dir, tmp_path, busy_port):
     done = launch_once(corpus_dir, tmp_path, MASTER_PORT=busy_port)
     assert done.returncode == 2, done.stdout
     assert done.stdout.splitlines()[-1] == (
-        f"error: MASTER_PORT={busy_port}: Address already in use on this host; give another one, the same on every node"
+        f"error: MASTER_PORT={busy_port}: Address already in use on this host; use another port, the same on every node"
     )

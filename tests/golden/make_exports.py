@@ -24,10 +24,10 @@ from tests.texts import write_texts
 RUNS = {
     "export_top_p": ["model.router.kind=top_p", "model.router.p=0.6"],
     "export_top_any": [
-        "model.router.kind=top_any", "model.router.form=improved", "model.router.temperature=learned",
+        "model.router.kind=top_any", "model.router.variant=improved", "model.router.temperature=learned",
         "model.router.min_experts=0", "model.router.max_experts=3", "model.router.balance_loss=0.02",
         "model.router.efficiency_loss=1e-3", "model.qk_norm=projection", "model.head_dim=12", "model.rope_theta=500",
-        "model.tie_embeddings=true", "model.moe.every=2", "model.moe.experts=6", "model.moe.active_at_start=5",
+        "model.tie_embeddings=true", "model.moe.moe_layer_freq=2", "model.moe.experts=6", "model.moe.active_at_start=5",
         "model.moe.shared_hidden=16",
     ],
 }  # fmt: skip

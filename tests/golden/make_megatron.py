@@ -10,15 +10,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dynmoe.engines import make_engine, plain_state
-from dynmoe.engines.megatron import checkpoint
+from dynmoe.engines import make_engine
+from dynmoe.engines.megatron.conversion import write_canonical
 from tests.engines.cases import VOCAB, config_for, save_state, step_once
 
 # Of every kind of parameter and buffer one: a dense layer, a shared expert, norms over projections, thresholds, masks.
 FIELDS = [
-    "engine=megatron", "model.hidden=16", "model.layers=2", "model.moe.every=2", "model.ffn_hidden=16",
+    "engine=megatron", "model.hidden=16", "model.layers=2", "model.moe.moe_layer_freq=2", "model.ffn_hidden=16",
     "model.moe.expert_hidden=8", "model.moe.shared_hidden=8", "model.moe.active_at_start=3", "model.qk_norm=projection",
-    "model.router.kind=top_any", "model.router.form=improved", "model.router.temperature=learned",
+    "model.router.kind=top_any", "model.router.variant=improved", "model.router.temperature=learned",
     "train.micro_batch=2",
 ]  # fmt: skip
 
@@ -29,8 +29,7 @@ def main(folder: Path) -> None:
         step_once(engine, step)
     save_state(engine, str(folder))
     (folder / "plain").mkdir()
-    entries, buffers = checkpoint._entries(engine), checkpoint._buffers(engine)
-    plain_state.copy(folder / "plain", entries, buffers, engine.updates)()
+    write_canonical(engine, folder / "plain")
 
 
 if __name__ == "__main__":

@@ -23,18 +23,18 @@ STANDARD = {
     "olmoe": [*TOP_K, "model.qk_norm=projection"],
     "qwen2_moe": TOP_K,
     "qwen2_moe, shared and dense": [
-        *TOP_K, "model.moe.shared_hidden=16", "model.moe.every=2", "model.router.renormalize=true",
+        *TOP_K, "model.moe.shared_hidden=16", "model.moe.moe_layer_freq=2", "model.router.renormalize=true",
     ],
     "qwen3_moe": [*TOP_K, "model.qk_norm=head", "model.head_dim=12", "model.tie_embeddings=true"],
-    "qwen3_moe, dense": [*TOP_K, "model.qk_norm=head", "model.moe.every=2"],
+    "qwen3_moe, dense": [*TOP_K, "model.qk_norm=head", "model.moe.moe_layer_freq=2"],
 }  # fmt: skip
 OWN = {
     **{name: fields for name, fields in (ROUTERS | BASELINES).items() if name != "top_k"},
     "top_k, biased": TOP_K,
-    "top_p released": ["model.router.kind=top_p", "model.router.form=released", "model.router.max_experts=3"],
+    "top_p released": ["model.router.kind=top_p", "model.router.variant=released", "model.router.max_experts=3"],
     "everything": [
-        "model.router.kind=top_p", "model.qk_norm=projection", "model.moe.shared_hidden=16", "model.moe.every=2",
-        "model.tie_embeddings=true", "model.router.renormalize=true",
+        "model.router.kind=top_p", "model.qk_norm=projection", "model.moe.shared_hidden=16",
+        "model.moe.moe_layer_freq=2", "model.tie_embeddings=true", "model.router.renormalize=true",
     ],
 }  # fmt: skip
 BATCH, LENGTH = 2, 13

@@ -15,7 +15,8 @@ from dynmoe.config import load_config
 from dynmoe.errors import UserError
 from dynmoe.hf.fields import FAMILIES, FIXED, INDIFFERENT, KEPT, check_fields
 from dynmoe.hf.formats import from_transformers
-from dynmoe.hf.weights import Tensors, fill
+from dynmoe.hf.tensors import Tensors
+from dynmoe.hf.weights import fill
 from dynmoe.model import Decoder
 from tests.hf.cases import run_decoder, some_tokens
 from tests.hf.test_import import RELEASED

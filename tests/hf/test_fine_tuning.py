@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.processes import WarmTraining
 from dynmoe.data.batches import PretrainingData
 from dynmoe.data.corpus import Corpus
 from dynmoe.errors import UserError
 from dynmoe.hf.export import export
 from dynmoe.hf.importing import import_checkpoint
+from harness.processes import WarmTraining
 from tests.hf.cases import OWN, STANDARD, begin, run_decoder, some_tokens
 from tests.hf.test_export import read
 from tests.hf.test_import import imported

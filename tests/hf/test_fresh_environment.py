@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.processes import CPU, ROOT
+from harness.processes import CPU, ROOT
 from tests.hf.test_export import USE
 
 TASK = Path("configs") / "tasks" / "python_idioms.yaml"

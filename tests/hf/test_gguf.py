@@ -34,7 +34,7 @@ def test_a_run_of_megatron_gives_the_same_file(corpus_dir, tmp_path):
 REFUSED = {
     "model.router.kind='top_p'.*same number of experts.*transformers or vLLM": OWN["top_p"],
     "model.router.kind='null_experts'": OWN["null_experts"],
-    "model.moe.every=2.*experts in every layer": [*TOP_K, "model.moe.every=2"],
+    "model.moe.moe_layer_freq=2.*experts in every layer": [*TOP_K, "model.moe.moe_layer_freq=2"],
     "model.moe.experts_by_layer=.*as many experts in every layer": [*TOP_K, "model.moe.experts_by_layer=[4,4,3]"],
     "model.router.renormalize=True.*olmoe leaves the gates": [*TOP_K, RENORMALIZED, "model.qk_norm=projection"],
     "model.head_dim=24: heads of llama.cpp's qwen2moe have": [*TOP_K, "model.head_dim=24"],

@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.processes import WarmTraining
 from dynmoe.data.batches import PretrainingData
 from dynmoe.data.corpus import Corpus
-from dynmoe.engines import plain_state
+from dynmoe.engines import canonical_state
 from dynmoe.errors import UserError
 from dynmoe.hf.export import export
 from dynmoe.hf.importing import import_checkpoint
 from dynmoe.model import Decoder
-from dynmoe.train.checkpoint import newest_sound
+from dynmoe.train.checkpoint import latest_valid
+from harness.processes import WarmTraining
 from tests.hf.cases import STANDARD, begin, run_decoder, some_tokens
 from tests.routing.test_golden import GOLDEN
 from tests.train.cases import read_rows
@@ -30,9 +30,9 @@ RELEASED = GOLDEN / RELEASES[0]
 def imported(source: Path, run: Path, *overrides: str) -> tuple[str, Decoder]:
     """The maker of a checkpoint, and the decoder of the run that begins with it."""
     maker, config = import_checkpoint(source, run, overrides)
-    checkpoint = newest_sound(run / "checkpoints").path
-    decoder = Decoder(config.model, plain_state.read_shape(checkpoint, "w_embed_VD")[0], seed=1)
-    plain_state.load_weights(checkpoint, decoder, decoder.moe_layers)
+    checkpoint = latest_valid(run / "checkpoints").path
+    decoder = Decoder(config.model, canonical_state.read_shape(checkpoint, "w_embed_VD")[0], seed=1)
+    canonical_state.load_weights(checkpoint, decoder, decoder.moe_layers)
     return maker, decoder
 
 
@@ -263,4 +263,7 @@ def test_another_tokenizer_than_that_of_the_weights_is_refused(corpus_dir, tmp_p
     fields = ["data.sequence_length=32", "train.steps=2", "train.global_batch=4", "train.micro_batch=4"]
     process = WarmTraining([str(begun.path / "config.yaml"), *fields], 1, 0, tmp_path / "output.txt", {}, None)
     assert process.wait() != 0
-    assert "encoded by another tokenizer than the weights were trained with; prepare them with" in process.output()
+    assert (
+        "the tokenizer differs from the one that the weights were trained with; prepare the corpora with"
+        in process.output()
+    )

@@ -19,7 +19,7 @@ from dynmoe.hf.export import export, own_fields
 from dynmoe.hf.importing import import_checkpoint
 from dynmoe.hf.kept import Kept
 from dynmoe.hf.tokenizer import compare
-from dynmoe.train.checkpoint import IMPORTED, taken_along
+from dynmoe.train.checkpoint import IMPORTED, model_files
 from dynmoe.trained import open_decoder, open_trained
 from tests.hf.cases import some_tokens
 from tests.hf.test_import import GOLDEN, RELEASES
@@ -199,7 +199,7 @@ def test_runs_that_go_on_from_it_take_it_along(corpus_dir, tmp_path):
     llama(tmp_path / "source")
     with_tokenizer(tmp_path / "source", corpus_dir / TOKENIZER)
     import_checkpoint(tmp_path / "source", tmp_path / "run", ["engine=megatron"])
-    files = taken_along(tmp_path / "run")
+    files = model_files(tmp_path / "run")
     assert files[TOKENIZER] == (corpus_dir / TOKENIZER).read_bytes()
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert files[f"{IMPORTED}/{name}"] == (tmp_path / "source" / name).read_bytes()

@@ -90,11 +90,13 @@ def test_experts_per_token_can_be_set(corpus_dir, tmp_path, name, overrides, mos
          "setting; its experts per token cannot be set"),
         ({"kind": "top_p"}, {"k": 2}, "router_overrides.k=2: router.kind='top_p' has no such setting; use p or "
          "min_experts or max_experts"),
-        ({"kind": "top_any", "form": "released"}, {"min_experts": 2}, "has no such setting; use max_experts"),
-        ({"kind": "top_p"}, {"p": 1.5}, "router_overrides.p=1.5 must be above 0, and at most 1"),
-        ({"kind": "top_k", "k": 2}, {"k": 5}, "router_overrides.k=5 must be from 1 to 4"),
-        ({"kind": "sigmoid"}, {"min_experts": True}, "router_overrides.min_experts=True must be from 0 to 4"),
-        ({"kind": "top_p", "min_experts": 3}, {"max_experts": 2}, "min_experts=3 is above max_experts=2; set both"),
+        ({"kind": "top_any", "variant": "released"}, {"min_experts": 2}, "has no such setting; use max_experts"),
+        ({"kind": "top_p"}, {"p": 1.5}, "router_overrides.p=1.5: is too large; use a value of at most 1"),
+        ({"kind": "top_k", "k": 2}, {"k": 5}, "router_overrides.k=5: is more than there are experts; use at most "
+         "the number of experts (4)"),
+        ({"kind": "sigmoid"}, {"min_experts": True}, "router_overrides.min_experts=True must be a whole number"),
+        ({"kind": "top_p", "min_experts": 3}, {"max_experts": 2}, "router_overrides.max_experts=2: is below "
+         "min_experts; use at least router_overrides.min_experts (3)"),
     ],
 )  # fmt: skip
 def test_overrides_that_a_router_does_not_have(router, overrides, words):

@@ -1,4 +1,4 @@
-"""What launchers ask before and after a start, failures that name themselves, and job scripts for Slurm."""
+"""Checks before and after a start, failure records, and job scripts for Slurm."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.processes import ROOT
 from dynmoe.cli import run_tool
 from dynmoe.config import load_config
 from dynmoe.errors import UserError
 from dynmoe.launch import starts
 from dynmoe.launch.slurm import Resources, job_script
-from dynmoe.launch.starts import FAILED, FAILED_BY_USER, FINISHED, NO_PROGRESS, TOLD_TO_END, after, begin
+from dynmoe.launch.starts import FAILED, FAILED_BY_USER, FINISHED, NO_PROGRESS, STOP_REQUESTED, after, begin
 from dynmoe.launched import (
     FAILURES,
     address_towards,
@@ -29,6 +28,7 @@ from dynmoe.launched import (
     record_failure,
 )
 from dynmoe.train.run_directory import RunDirectory
+from harness.processes import ROOT
 from tests.train.cases import launch, read_rows, tiny
 
 
@@ -39,7 +39,7 @@ def config(corpus_dir, tmp_path):
 
 @pytest.fixture
 def rank(monkeypatch, tmp_path):
-    """Sets what a launcher tells a rank."""
+    """Sets the environment that a launcher gives to a rank."""
 
     def set_rank(number: int, attempt: int = 0) -> Path:
         environment = {"RANK": number, "WORLD_SIZE": 4, "MASTER_PORT": 1000 + attempt, FAILURES: tmp_path / "f"}
@@ -54,7 +54,7 @@ def make_checkpoint(directory: RunDirectory, step: int) -> None:
     (directory.checkpoints / f"step_{step:08d}").mkdir(parents=True)
 
 
-def test_a_start_is_noted_and_the_end_of_the_last_one_forgotten(config):
+def test_a_start_is_recorded_and_the_previous_outcome_deleted(config):
     directory = begin(config, 2, 0)
     assert directory.path == config.run.path
     make_checkpoint(directory, 10)
@@ -62,13 +62,13 @@ def test_a_start_is_noted_and_the_end_of_the_last_one_forgotten(config):
     directory.failures.mkdir()
     (directory.failures / "rank_0.json").write_text("{}")
     begin(config, 2, 1)
-    assert directory.outcome.exists(), "only the first node forgets"
+    assert directory.outcome.exists(), "only the first node deletes it"
     again = begin(config, 2, 0)
     assert not again.outcome.exists()
     assert not again.failures.exists()
     assert [(row["step"], row["ranks"]) for row in read_rows(directory.starts(0))] == [(0, 2), (10, 2)]
     assert [row["step"] for row in read_rows(directory.starts(1))] == [10]
-    assert after(directory, 2, node=1).status == FAILED, "a node goes by its own starts"
+    assert after(directory, 2, node=1).status == FAILED, "a node counts its own starts"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_start_is_noted_and_the_end_of_the_last_one_forgotten(config):
         (2, "data.dirs=[nowhere]", "nowhere holds no prepared corpus"),
     ],
 )
-def test_what_cannot_run_is_refused_before_a_start_is_noted(corpus_dir, tmp_path, ranks, field, problem):
+def test_what_cannot_run_is_refused_before_a_start_is_recorded(corpus_dir, tmp_path, ranks, field, problem):
     config = load_config(None, [*tiny(corpus_dir, tmp_path / "runs"), field])
     with pytest.raises(UserError, match=problem):
         begin(config, ranks, 0)
@@ -98,7 +98,7 @@ def test_a_running_job_is_left_alone(config):
     assert len(read_rows(running.starts(0))) == 1
 
 
-def test_the_lock_of_one_that_is_ending_is_waited_for(config):
+def test_a_start_waits_for_the_lock_of_a_job_that_is_ending(config):
     holder = subprocess.Popen(
         [sys.executable, "-c", "import fcntl, sys, time\n"
          "lock = open(sys.argv[1], 'w'); fcntl.flock(lock, fcntl.LOCK_EX); print('held', flush=True); time.sleep(1)",
@@ -111,25 +111,25 @@ def test_the_lock_of_one_that_is_ending_is_waited_for(config):
     holder.wait()
 
 
-def test_the_verdict_follows_from_what_a_start_left(config):
+def test_the_verdict_follows_from_the_files_of_a_start(config):
     directory = begin(config, 2, 0)
     assert after(directory, 3).status == FAILED
     begin(config, 2, 0)
     begin(config, 2, 0)
     verdict = after(directory, 3)
     assert verdict.status == NO_PROGRESS
-    assert verdict.reason == "3 start(s) in a row got no further than step 0; not started again"
+    assert verdict.reason == "3 consecutive start(s) made no progress past step 0; not restarting"
     make_checkpoint(directory, 10)
     assert after(directory, 3).status == FAILED, "a newer checkpoint is progress"
     begin(config, 2, 0)
     assert after(directory, 1).status == NO_PROGRESS
     directory.write_outcome("preempted", 10)
-    assert after(directory, 1).status == TOLD_TO_END
+    assert after(directory, 1).status == STOP_REQUESTED
     directory.write_outcome("finished", 40)
     assert after(directory, 1) == starts.Verdict(FINISHED, "finished at step 40")
 
 
-def test_what_the_user_must_mend_ends_the_launch(config, rank, monkeypatch):
+def test_an_error_of_the_user_ends_the_launch(config, rank, monkeypatch):
     directory = begin(config, 2, 0)
     rank(1)
     monkeypatch.setenv(FAILURES, str(directory.failures))
@@ -138,7 +138,7 @@ def test_what_the_user_must_mend_ends_the_launch(config, rank, monkeypatch):
     assert starts.describe_failures(directory).splitlines()[-1] == "error: data.dirs: gone"
 
 
-def test_f28_the_first_failure_is_told_and_who_left_none(config, rank, monkeypatch):
+def test_f28_the_first_failure_and_ranks_without_a_record_are_reported(config, rank, monkeypatch):
     directory = begin(config, 2, 0)
     for number, text in ((2, "Traceback\nOSError: disk"), (0, "Traceback\nConnection closed by peer")):
         rank(number)
@@ -146,7 +146,7 @@ def test_f28_the_first_failure_is_told_and_who_left_none(config, rank, monkeypat
         record_failure(text, by_user=False)
         time.sleep(0.01)
     lines = starts.describe_failures(directory).splitlines()
-    assert lines[0] == "rank(s) 1, 3 left no traceback: ended by a signal, or with their host"
+    assert lines[0] == "rank(s) 1, 3 left no traceback: killed by a signal, or lost with their host"
     assert lines[1].startswith("first failure: rank 2 on ")
     assert lines[-1] == "OSError: disk"
 
@@ -159,7 +159,7 @@ def test_only_the_last_attempt_counts(rank):
     assert [failure["text"] for failure in read_failures(directory)] == ["of the second"]
 
 
-def test_a_rank_does_not_repeat_what_the_user_must_mend(rank, capsys):
+def test_a_rank_does_not_repeat_an_error_of_the_user(rank, capsys):
     directory = rank(1, attempt=0)
     with pytest.raises(SystemExit):
         run_tool(lambda: (_ for _ in ()).throw(UserError("p=7: too large; use less")))
@@ -172,7 +172,7 @@ def test_a_rank_does_not_repeat_what_the_user_must_mend(rank, capsys):
     assert capsys.readouterr().err == "error: p=7: too large; use less\n" * 2
 
 
-def test_a_traceback_is_left_whole(rank):
+def test_a_traceback_is_recorded_in_full(rank):
     directory = rank(3)
     with pytest.raises(ZeroDivisionError):
         run_tool(lambda: 1 / 0)
@@ -184,18 +184,19 @@ def test_a_traceback_is_left_whole(rank):
 
 def test_a_signal_during_the_shutdown_of_python_is_ignored():
     program = (
-        "import atexit, os, signal\nfrom dynmoe.launched import Ending\n"
-        "atexit.register(lambda: print(signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN))\nEnding()"
+        "import atexit, os, signal\nfrom dynmoe.launched import StopSignal\n"
+        "atexit.register(lambda: print(signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN))\nStopSignal()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout == "True\n", done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_signals_are_noted_and_the_second_interrupt_ends(number):
+def test_signals_are_recorded_and_the_second_interrupt_ends_the_process(number):
     program = (
-        "import os, signal, sys\nfrom dynmoe.launched import Ending\nending = Ending()\nassert not ending.told\n"
-        f"os.kill(os.getpid(), {int(number)})\nassert ending.told\nprint('noted', flush=True)\n"
+        "import os, signal, sys\nfrom dynmoe.launched import StopSignal\n"
+        "stop = StopSignal()\nassert not stop.requested\n"
+        f"os.kill(os.getpid(), {int(number)})\nassert stop.requested\nprint('noted', flush=True)\n"
         f"os.kill(os.getpid(), {int(signal.SIGINT)})\nprint('not reached')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -226,7 +227,7 @@ def script(config, *overrides: str, **options) -> str:
     return job_script(config, "my configs/it's.yaml", overrides, Resources(**given))
 
 
-def test_a_job_script_asks_for_what_was_named_and_quotes_names(tmp_path):
+def test_a_job_script_requests_the_resources_and_quotes_names(tmp_path):
     config = load_config(ROOT / "configs" / "paper_3.5b.yaml")
     text = script(config, "run.dir=/a b/$HOME", options={"partition": "long", "account": "team-1"})
     for line in ("--nodes=2", "--gpus-per-node=8", "--time=24:00:00", "--signal=USR1@300", "--partition=long",
@@ -243,12 +244,12 @@ def test_a_job_script_asks_for_what_was_named_and_quotes_names(tmp_path):
     ("options", "problem"),
     [
         ({"nodes": 3}, r"train\.global_batch=256: cannot be split evenly"),
-        ({"nodes": 0}, "--nodes 0, 8 ranks each: use at least 1"),
-        ({"time": "a day"}, "--time a day: is not Slurm's notation"),
-        ({"grace_s": 0}, "--grace 0: Slurm takes"),
-        ({"time": "5"}, "--grace 300: is no less than --time 5"),
-        ({"time": "0-00:05"}, "--grace 300: is no less than"),
-        ({"options": {"partition": "a b"}}, "--partition 'a b': cannot stand in a job script"),
+        ({"nodes": 0}, "--nodes 0, 8 ranks each: must both be at least 1"),
+        ({"time": "a day"}, "--time a day: is not in Slurm's notation"),
+        ({"grace_s": 0}, "--grace 0: Slurm accepts"),
+        ({"time": "5"}, "--grace 300: is not below --time 5"),
+        ({"time": "0-00:05"}, "--grace 300: is not below"),
+        ({"options": {"partition": "a b"}}, "--partition 'a b': is unsafe in a job script"),
     ],
 )
 def test_a_job_that_cannot_run_gets_no_script(options, problem):
@@ -265,7 +266,7 @@ def test_the_command_writes_a_script_and_refuses_in_one_line(tmp_path):
     given = ["slurm", "configs/nodes_4x8.yaml", "--gpus", "8", "--time", "1-00", "--output", str(output)]
     done = run(*given, "--nodes", "4", "run.name=long_run")
     assert done.returncode == 0, done.stderr
-    assert "4 nodes of 8 ranks" in done.stdout
+    assert "4 nodes with 8 ranks each" in done.stdout
     assert "#SBATCH --job-name=long_run" in output.read_text()
     refused = run(*given, "--nodes", "3")
     assert refused.returncode == 2
@@ -275,7 +276,7 @@ def test_the_command_writes_a_script_and_refuses_in_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_node_needs_no_more_than_the_script(corpus_dir, tmp_path):
+def test_one_node_needs_only_the_script(corpus_dir, tmp_path):
     """launch/torchrun.sh as on a laptop: output by rank, the outcome, and the run directory."""
     fields = ["train.steps=4", "checkpoint.interval=0", "adaptation.interval=4", "adaptation.window=2"]
     done = launch(corpus_dir, tmp_path, *fields, MASTER_PORT="0")

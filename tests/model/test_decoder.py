@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from dynmoe.config import load_config
+from dynmoe.config.constants import CHUNK_LOGITS
 from dynmoe.errors import ConfigError
 from dynmoe.model import Decoder, ModelSize
-from dynmoe.model import cross_entropy as cross_entropy_module
 from dynmoe.model.cache import KeyValueCache
 from dynmoe.model.cross_entropy import linear_cross_entropy
 from dynmoe.model.sampling import Sampling, pad_left, sample, whole_context, with_cache
 from dynmoe.model.size import embedding_rows
+from dynmoe.moe import StepState
 from tests.moe.cases import BASELINES, ROUTERS, tiny_model
 
 VOCAB = 48
@@ -23,29 +24,30 @@ def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_future_does_not_reach_the_past():
+def test_attention_is_causal():
     model = Decoder(tiny_model(), VOCAB, seed=0)
     first = tokens()
     second = first.clone()
     second[:, 7] = (second[:, 7] + 1) % VOCAB
-    before, after = model(first), model(second)
+    before = model(first)
+    after = model(second)
     torch.testing.assert_close(before[:, :7], after[:, :7])
     assert not torch.allclose(before[:, 7:], after[:, 7:])
 
 
-def test_positions_are_relative():
-    """RoPE: scores depend on distances, so a text moved by some places attends in the same way."""
+def test_rotary_scores_depend_on_relative_positions():
+    """RoPE: attention scores depend only on distances."""
     from dynmoe.model.attention import rotary_tables, rotate
 
     cos, sin = rotary_tables(10, 8, 10000.0, torch.device("cpu"))
-    q, k = torch.randn(1, 1, 1, 8).expand(1, 1, 10, 8), torch.randn(1, 1, 1, 8).expand(1, 1, 10, 8)
+    q, k = (torch.randn(1, 1, 1, 8).expand(1, 1, 10, 8) for _ in range(2))
     scores = (rotate(q, cos, sin) @ rotate(k, cos, sin).transpose(-1, -2))[0, 0]
     torch.testing.assert_close(scores[:-1, :-1], scores[1:, 1:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["head", "projection"])
-def test_normalized_queries_and_keys_have_no_scale(norm):
-    """RMSNorm of each head, or of all heads together, takes away what is common to what it norms."""
+def test_qk_norm_makes_attention_independent_of_the_projection_scale(norm):
+    """RMSNorm of each head, or of all heads together, removes the common scale."""
     overrides = [
         f"model.qk_norm={norm}",
         "model.heads=4",
@@ -55,11 +57,12 @@ def test_normalized_queries_and_keys_have_no_scale(norm):
     ]
     model = Decoder(tiny_model(*overrides), VOCAB, seed=0)
     before = model(tokens())
-    projection, rows = model.layers[0].attention.w_qkv, slice(6, 12)  # of the second query head
+    projection = model.layers[0].attention.w_qkv
+    second_query_head = slice(6, 12)
     with torch.no_grad():
         projection[:36] *= 3.0  # queries and keys, of all heads
         torch.testing.assert_close(model(tokens()), before, rtol=1e-4, atol=1e-5)
-        projection[rows] *= 3.0
+        projection[second_query_head] *= 3.0
         same = torch.allclose(model(tokens()), before, rtol=1e-4, atol=1e-5)
     assert same == (norm == "head")
 
@@ -70,8 +73,8 @@ CACHED = {**ROUTERS, **BASELINES, "heads": ["model.qk_norm=head"], "projections"
 @pytest.mark.parametrize("kind", sorted(CACHED))
 def test_cached_positions_of_padded_texts_give_the_logits_of_each_text_alone(kind):
     model = Decoder(tiny_model(*CACHED[kind]), VOCAB, seed=0).eval()
-    texts, longest = [tokens(1, 9, seed=1), tokens(1, 5, seed=2)], 9
-    padding = [longest - text.shape[1] for text in texts]
+    texts = [tokens(1, 9, seed=1), tokens(1, 5, seed=2)]
+    padding = [9 - text.shape[1] for text in texts]
     batch = torch.cat([F.pad(text, (missing, 0)) for text, missing in zip(texts, padding, strict=True)])
     cache = KeyValueCache(2, torch.tensor(padding))
     with torch.no_grad():
@@ -83,15 +86,16 @@ def test_cached_positions_of_padded_texts_give_the_logits_of_each_text_alone(kin
 
 
 @pytest.mark.parametrize("kind", sorted(ROUTERS))
-def test_recomputation_changes_no_gradient_and_counts_once(kind):
+def test_recomputation_gives_equal_gradients_and_counts_routes_once(kind):
     results = []
     for recompute in ("none", "selective", "full"):
         model = Decoder(tiny_model(*ROUTERS[kind]), VOCAB, seed=0, recompute=recompute)
-        model.context.recording = True
+        model.context.step = StepState(recording=True)
         loss = model(tokens(), tokens(seed=1))
         loss.backward()
-        statistics = torch.stack([layer.take_statistics() for layer in model.moe_layers])
-        rows = [layer.take_routed_rows() for layer in model.moe_layers]
+        counted = [layer.drain() for layer in model.moe_layers]
+        statistics = torch.stack([own.statistics() for own in counted])
+        rows = [own.routed_rows for own in counted]
         results.append((loss.item(), [p.grad for p in model.parameters()], statistics, rows))
     loss, gradients, statistics, rows = results[0]
     assert statistics[0, 0] == 1  # one forward pass
@@ -103,13 +107,14 @@ def test_recomputation_changes_no_gradient_and_counts_once(kind):
 
 
 @pytest.mark.parametrize("chunk_logits", [1, 100, 1 << 20])
-def test_chunked_cross_entropy_equals_the_plain_one(monkeypatch, chunk_logits):
-    monkeypatch.setitem(cross_entropy_module._CHUNK_LOGITS, "cpu", chunk_logits)
-    hidden, weight = torch.randn(7, 8), torch.randn(VOCAB, 8)
+def test_chunked_cross_entropy_equals_pytorchs(monkeypatch, chunk_logits):
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", chunk_logits)
+    hidden = torch.randn(7, 8)
+    weight = torch.randn(VOCAB, 8)
     labels = tokens(1, 7).flatten()
     results = []
     for compute in (linear_cross_entropy, lambda h, w, y: F.cross_entropy(h @ w.t(), y)):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        h, w = (tensor.clone().requires_grad_() for tensor in (hidden, weight))
         loss = compute(h, w, labels)
         (3.0 * loss).backward()
         results.append((loss.detach(), h.grad, w.grad))
@@ -127,7 +132,7 @@ def test_loss_equals_the_cross_entropy_of_the_logits_when_embeddings_are_tied():
 
 
 def test_moe_in_every_second_layer():
-    model = Decoder(tiny_model("model.layers=4", "model.moe.every=2"), VOCAB, seed=0)
+    model = Decoder(tiny_model("model.layers=4", "model.moe.moe_layer_freq=2"), VOCAB, seed=0)
     assert [layer.moe is not None for layer in model.layers] == [True, False, True, False]
     assert [layer.layer for layer in model.moe_layers] == [0, 2]
 
@@ -138,10 +143,10 @@ def test_a_dense_model_has_no_moe_layer():
     model(tokens(), tokens(seed=1)).backward()
 
 
-def test_initial_weights_depend_on_seed_and_name_alone():
+def test_initial_weights_depend_on_seed_and_name_only():
     first, again = (Decoder(tiny_model(), VOCAB, seed=5) for _ in range(2))
     other = Decoder(tiny_model(), VOCAB, seed=6)
-    deeper = Decoder(tiny_model("model.moe.every=2"), VOCAB, seed=5)
+    deeper = Decoder(tiny_model("model.moe.moe_layer_freq=2"), VOCAB, seed=5)
     for name, parameter in first.named_parameters():
         assert torch.equal(parameter, dict(again.named_parameters())[name])
         if parameter.dim() > 1:
@@ -152,12 +157,12 @@ def test_initial_weights_depend_on_seed_and_name_alone():
 @pytest.mark.parametrize(
     "overrides",
     [
-        [], ["model.router.kind=top_any"], ["model.tie_embeddings=true", "model.moe.every=2"],
+        [], ["model.router.kind=top_any"], ["model.tie_embeddings=true", "model.moe.moe_layer_freq=2"],
         ["model.moe.shared_hidden=8"], ["model.moe.experts=0"], ["model.qk_norm=head", "model.head_dim=4"],
         ["model.qk_norm=projection", "model.heads=4", "model.head_dim=6", "model.kv_heads=2"],
     ],
 )  # fmt: skip
-def test_parameters_are_counted_right(overrides):
+def test_parameter_count_equals_that_of_the_model(overrides):
     settings = tiny_model(*overrides)
     size = ModelSize(settings, VOCAB, 12)
     model = Decoder(settings, VOCAB, seed=0)
@@ -165,11 +170,13 @@ def test_parameters_are_counted_right(overrides):
     assert size.active_parameters(settings.moe.experts) == size.total_parameters
 
 
-def test_flops_equal_those_that_torch_counts():
+def test_flops_equal_those_counted_by_torch():
     from torch.utils.flop_counter import FlopCounterMode
 
     settings = tiny_model("model.moe.experts=0", "model.ffn_hidden=24")
-    model, batch, length = Decoder(settings, VOCAB, seed=0), 2, 12
+    model = Decoder(settings, VOCAB, seed=0)
+    batch = 2
+    length = 12
     counter = FlopCounterMode(display=False)
     with counter:
         model(tokens(batch, length))
@@ -183,7 +190,7 @@ def test_flops_equal_those_that_torch_counts():
     assert ModelSize(tiny_model(), VOCAB, 12).static_flops(5, 2.0) == ModelSize(tiny_model(), VOCAB, 12).flops(5, 20)
 
 
-def test_embedding_rows_are_padded_or_as_given():
+def test_embedding_rows_are_padded_or_configured():
     assert embedding_rows(4096, None) == 4096
     assert embedding_rows(4097, None) == 4160
     assert embedding_rows(100, 128) == 128
@@ -203,7 +210,7 @@ def test_sampling_is_repeatable_and_stays_in_the_vocabulary():
     assert max(drawn[0]) < 40
 
 
-def test_sampling_of_a_batch_with_a_cache_is_that_of_each_text_alone():
+def test_cached_sampling_of_a_batch_equals_sampling_each_text_alone():
     model = Decoder(tiny_model(), VOCAB, seed=0).eval()
     prompts = [[1, 2, 3, 4, 5], [7, 8]]
     greedy = Sampling(temperature=0)
@@ -226,7 +233,7 @@ def test_sampling_of_a_batch_with_a_cache_is_that_of_each_text_alone():
         (Sampling(temperature=0), {1}),
     ],
 )
-def test_tokens_are_drawn_from_those_that_are_allowed(sampling, allowed):
+def test_only_allowed_tokens_are_sampled(sampling, allowed):
     logits = torch.tensor([0.1, 0.5, 0.1, 0.3]).log().expand(400, 4)
     drawn = sampling.draw(logits, torch.Generator().manual_seed(0))
     assert set(drawn.tolist()) == allowed
@@ -234,7 +241,7 @@ def test_tokens_are_drawn_from_those_that_are_allowed(sampling, allowed):
         assert (drawn == 1).float().mean() == pytest.approx(0.5, abs=0.1)
 
 
-def test_loss_at_the_start_is_that_of_a_guess():
+def test_initial_loss_is_that_of_a_uniform_guess():
     config = load_config(None, ["model.hidden=64", "model.moe.experts=4"])
     model = Decoder(config.model, 512, seed=0)
     generator = torch.Generator().manual_seed(0)

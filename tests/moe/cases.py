@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 
 from dynmoe.config import load_config
-from dynmoe.config.sections import ModelConfig
-from dynmoe.moe import MoEContext, MoELayer
+from dynmoe.config.model import ModelConfig
+from dynmoe.moe import MoEContext, MoEGroups, MoELayer, StepState
 
 HIDDEN, EXPERTS = 16, 4
 ROUTERS = {
@@ -21,9 +21,9 @@ BASELINES = {
     "null_experts": ["model.router.kind=null_experts", "model.router.k=3", "model.router.num_null=2"],
     "relu": ["model.router.kind=relu", "budget.experts_per_token=2"],
     "sigmoid": ["model.router.kind=sigmoid", "model.router.balance_loss=1e-2"],
-    "top_any improved": ["model.router.kind=top_any", "model.router.form=improved",
+    "top_any improved": ["model.router.kind=top_any", "model.router.variant=improved",
                          "model.router.temperature=learned", "model.router.efficiency_loss=1e-3"],
-    "top_any released": ["model.router.kind=top_any", "model.router.form=released"],
+    "top_any released": ["model.router.kind=top_any", "model.router.variant=released"],
 }  # fmt: skip
 
 
@@ -71,8 +71,8 @@ def expert_parallel_equals_local(overrides: list[str], tokens_per_rank: list[int
     """
     rank, model = dist.get_rank(), tiny_model(*overrides)
     group = dist.new_group(list(range(dist.get_world_size())))
-    spread = MoELayer(model, 0, 0, MoEContext(expert_group=group, token_group=group, recording=True))
-    whole = MoELayer(model, 0, 0, MoEContext(recording=True))
+    spread = MoELayer(model, 0, 0, MoEContext(MoEGroups(expert=group, tokens=group), step=StepState(recording=True)))
+    whole = MoELayer(model, 0, 0, MoEContext(step=StepState(recording=True)))
     for layer in (spread, whole):
         spread_router(layer)
         if steer_to is not None:
@@ -110,7 +110,7 @@ def bytes_on_the_wire(overrides: list[str], tokens: int) -> tuple[int, int]:
     and for each route there 8 bytes, and 4 for the gate's gradient; and two counts for each other rank.
     """
     group = dist.new_group(list(range(dist.get_world_size())))
-    layer = MoELayer(tiny_model(*overrides, "model.moe.shared_hidden=8"), 0, 0, MoEContext(expert_group=group))
+    layer = MoELayer(tiny_model(*overrides, "model.moe.shared_hidden=8"), 0, 0, MoEContext(MoEGroups(expert=group)))
     spread_router(layer)
     x = torch.randn(tokens, HIDDEN, requires_grad=True)
     layer(x).sum().backward()
@@ -124,4 +124,4 @@ def bytes_on_the_wire(overrides: list[str], tokens: int) -> tuple[int, int]:
     dist.all_reduce(came)
     others = came - torch.tensor([rows, routes])
     minimum = (2 * rows + 2 * int(others[0])) * HIDDEN * 4 + routes * 8 + int(others[1]) * 4 + 16
-    return layer.take_sent_bytes(), minimum
+    return layer.drain().sent_bytes, minimum

@@ -8,8 +8,12 @@ import torch
 from dynmoe.config import load_config
 from dynmoe.moe import MoEContext
 from dynmoe.moe.budget import Budget
-from dynmoe.moe.observation import Wanted, observe, read_observation
-from dynmoe.moe.routers import make_router
+from dynmoe.moe.router import Router
+from dynmoe.routing.control_statistics import (
+    ControlStatisticsSpec,
+    pack_control_statistics,
+    unpack_control_statistics,
+)
 
 HIDDEN, EXPERTS, TOKENS = 64, 16, 512
 
@@ -19,25 +23,28 @@ def experts_per_token(kind: list[str], common: float, steps: int) -> tuple[list[
     config = load_config(None, [
         f"model.hidden={HIDDEN}", f"model.moe.experts={EXPERTS}", "budget.experts_per_token=2", *kind,
     ])  # fmt: skip
-    router = make_router(config.model, EXPERTS, 0, "router", MoEContext()).train()
-    budget, wanted = Budget(config.budget), Wanted(compared=router.compares)
+    router = Router(config.model, EXPERTS, 0, "router", MoEContext()).train()
+    budget = Budget(config.budget)
+    wanted = ControlStatisticsSpec(deviation=router.spec.NEEDS_DEVIATION)
     generator = torch.Generator().manual_seed(1)
     direction = torch.randn(HIDDEN, generator=generator)
     with torch.no_grad():
-        if router.settings.kind == "top_any":
+        if router.spec.kind == "top_any":
             router.prototypes_DE[:, 3] += 0.05 * direction  # the best expert of many tokens
     seen = []
     for step in range(1, steps + 1):
         noise = torch.randn(TOKENS, HIDDEN, generator=generator)
         x_TD = common**0.5 * direction + (1 - common) ** 0.5 * noise
         plan = router(x_TD)
-        observation = read_observation(observe(router, plan, x_TD, wanted), EXPERTS, wanted)
-        budget.update([router], [observation], step)
-        seen.append(observation.experts_per_token.item())
+        compared_TE = router.spec.compared_TE(router, plan).detach() if wanted.deviation else None
+        packed = pack_control_statistics(plan, x_TD, compared_TE, wanted)
+        statistics = unpack_control_statistics(packed, EXPERTS, wanted)
+        budget.update([router], [statistics], step)
+        seen.append(statistics.experts_per_token.item())
     return seen, plan.tokens_per_expert_E
 
 
-TOP_ANY = ["model.router.kind=top_any", "model.router.form=improved"]
+TOP_ANY = ["model.router.kind=top_any", "model.router.variant=improved"]
 
 
 @pytest.mark.parametrize("common", [0.0, 0.5, 0.9])

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from dynmoe.config import load_config
-from dynmoe.moe import MoEContext, MoELayer
+from dynmoe.moe import MoEContext, MoELayer, StepState
 from dynmoe.moe.adaptation import Adaptation
-from dynmoe.moe.observation import Wanted, reduce_observations
+from dynmoe.routing.control_statistics import ControlStatisticsSpec, unpack_control_statistics
 from tests.routing.test_golden import TOP_ANY, close
 
 ADAPTIVE = sorted({name.split(".")[0] for name in TOP_ANY if name.startswith("adaptive")})
+
+SPEC = ControlStatisticsSpec(unclaimed=True)
 
 
 class PlainRenewal:
@@ -31,10 +33,10 @@ def test_one_released_window_and_update(case):
     width, experts = golden("sim_before").shape
     config = load_config(None, [
         f"model.hidden={width}", "model.heads=1", "model.kv_heads=1", f"model.moe.experts={experts}",
-        "model.moe.expert_hidden=8", "model.router.kind=top_any", "model.router.form=released", "adaptation.interval=1",
-        "adaptation.policy=released",
+        "model.moe.expert_hidden=8", "model.router.kind=top_any", "model.router.variant=released",
+        "adaptation.interval=1", "adaptation.policy=released",
     ])  # fmt: skip
-    layer = MoELayer(config.model, 0, 0, MoEContext(observing=Wanted(unclaimed=True)))
+    layer = MoELayer(config.model, 0, 0, MoEContext(step=StepState(control=SPEC)))
     router = layer.router
     with torch.no_grad():
         router.prototypes_DE.copy_(golden("sim_before"))
@@ -42,10 +44,10 @@ def test_one_released_window_and_update(case):
         router.active_E.copy_(golden("mask_before").bool())
     for x_TD in passes_x:
         layer(x_TD)
-    observations = reduce_observations([layer], None, Wanted(unclaimed=True))
-    assert torch.equal(observations[0].selected_E, golden("routing_records").double())
-    close(observations[0].unclaimed_D.float(), golden("unrouted_sum"))
-    Adaptation(config.adaptation, PlainRenewal()).update([layer], observations, step=1)
+    statistics = unpack_control_statistics(layer.drain().control, experts, SPEC)
+    assert torch.equal(statistics.selected_E, golden("routing_records").double())
+    close(statistics.unclaimed_D.float(), golden("unrouted_sum"))
+    Adaptation(config.adaptation, PlainRenewal()).update([layer], [statistics], step=1)
     assert torch.equal(router.active_E, golden("mask_after").bool())
     assert torch.equal(router.thresholds_E, golden("thr_after"))
     kept = (golden("sim_before") == golden("sim_after")).all(dim=0)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynmoe.moe import MoEContext, MoELayer
+from dynmoe.moe import MoEContext, MoELayer, StepState
 from tests import oracles
 from tests.moe.cases import (
     BASELINES,
@@ -26,7 +26,7 @@ ALL = ROUTERS | BASELINES
 
 
 def make_layer(*overrides: str, seed: int = 0) -> MoELayer:
-    layer = MoELayer(tiny_model(*overrides), 0, seed, MoEContext(recording=True))
+    layer = MoELayer(tiny_model(*overrides), 0, seed, MoEContext(step=StepState(recording=True)))
     spread_router(layer, seed)
     return layer
 
@@ -81,7 +81,7 @@ def test_auxiliary_losses_reach_the_router_with_the_scale_of_the_main_loss():
     gradients = {}
     for scale in (1.0, 0.25):
         layer.zero_grad()
-        layer.context.loss_scale = scale
+        layer.context.step = StepState(loss_scale=scale)
         layer(x).backward(torch.zeros(12, HIDDEN))
         gradients[scale] = layer.router.weight_ED.grad.clone()
     assert gradients[1.0].abs().max() > 0
@@ -96,53 +96,59 @@ def test_f18_capacity_holds_in_training_only_and_losses_see_the_selection():
     layer = make_layer(*ROUTERS["top_p"], "model.moe.capacity_factor=0.5")
     x = torch.randn(12, HIDDEN)
     limited = layer(x)
-    vector = layer.take_statistics()
+    vector = layer.drain().statistics()
     free = make_layer(*ROUTERS["top_p"])
     assert torch.equal(layer.eval()(x), free(x))
     assert not torch.equal(limited, free(x))
     # Both count the same losses: dropping routes is not the router's choice.
-    assert torch.equal(vector[1:3], free.take_statistics()[1:3] / 2)
+    assert torch.equal(vector[1:3], free.drain().statistics()[1:3] / 2)
 
 
 @pytest.mark.parametrize("kind", ["top_p", "top_any"])
-def test_a_ceiling_bounds_the_rows_of_a_training_pass(kind):
-    limit = ["model.moe.ceiling=1.25", "model.moe.at_ceiling=drop"]
+def test_the_limit_of_mean_experts_bounds_the_rows_of_a_training_pass(kind):
+    limit = ["model.moe.max_mean_experts_per_token=1.25", "model.moe.on_overflow=drop"]
     x = torch.randn(10, HIDDEN, generator=torch.Generator().manual_seed(0))
     wide = [*ROUTERS[kind], "model.router.p=0.99"]
     free, bounded = make_layer(*wide), make_layer(*wide, *limit)
     assert torch.equal(bounded.eval()(x), free.eval()(x))
     free.train()(x)
-    assert free.take_routed_rows() > 13
+    assert free.drain().routed_rows > 13
     bounded.train()(x).sum().backward()
-    assert bounded.take_routed_rows() == 13  # 1.25 x 10, rounded up
-    assert not bounded.take_over_ceiling()
+    counted = bounded.drain()
+    assert counted.routed_rows == 13  # 1.25 x 10, rounded up
+    assert not counted.overflowed
     assert all(parameter.grad.isfinite().all() for parameter in bounded.parameters())
 
 
-def test_a_passed_ceiling_without_dropping_is_flagged_and_stops_the_gradient():
+def test_exceeding_the_limit_without_dropping_is_flagged_and_stops_the_gradient():
     wide = [*ROUTERS["top_p"], "model.router.p=0.99"]
     x = torch.randn(10, HIDDEN, generator=torch.Generator().manual_seed(0))
-    layer = make_layer(*wide, "model.moe.ceiling=1.25")
+    layer = make_layer(*wide, "model.moe.max_mean_experts_per_token=1.25")
     layer(x).sum().backward()
-    assert layer.take_routed_rows() == 13
-    assert layer.take_over_ceiling()
+    counted = layer.drain()
+    assert counted.routed_rows == 13
+    assert counted.overflowed
     assert not layer.experts.w_up_EHD.grad.isfinite().all()
-    layer.context.calibrating = True  # nothing is trained, and the layers behind set thresholds from this output
+    layer.context.step = StepState(
+        calibrating=True
+    )  # nothing is trained, and the layers behind set thresholds from this output
     assert layer(x).isfinite().all()
-    roomy = make_layer(*wide, "model.moe.ceiling=4")
+    roomy = make_layer(*wide, "model.moe.max_mean_experts_per_token=4")
     assert torch.equal(roomy(x), make_layer(*wide)(x))
-    assert not roomy.take_over_ceiling()
+    assert not roomy.drain().overflowed
 
 
 def test_evaluation_routes_like_training_and_counts_nothing():
     layer = make_layer(*ROUTERS["top_any"])
     x = torch.randn(9, HIDDEN)
     trained = layer(x)
-    layer.take_statistics()
+    layer.drain()
     layer.eval()
     assert torch.equal(layer(x), trained)
-    with pytest.raises(RuntimeError, match="recorded no statistics"):
-        layer.take_statistics()
+    counted = layer.drain()
+    assert counted.routed_rows == 0
+    with pytest.raises(RuntimeError, match="no statistics: run a training pass"):
+        counted.statistics()
 
 
 def test_initial_experts_do_not_depend_on_who_holds_them():

@@ -1,4 +1,4 @@
-"""The router module: what its form promises, thresholds from first scores, state that keeps its precision."""
+"""The router module: what its variant promises, thresholds from first scores, state that keeps its precision."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynmoe.moe import MoEContext, MoELayer
+from dynmoe.moe import MoEContext, MoELayer, StepState
 from dynmoe.moe.calibration import thresholds_for_share
 from tests.moe.cases import BASELINES, HIDDEN, ROUTERS, spread_router, tiny_model
 
-IMPROVED = ["model.router.kind=top_any", "model.router.form=improved"]
+IMPROVED = ["model.router.kind=top_any", "model.router.variant=improved"]
 
 
-def layer_of(*overrides: str, **context) -> MoELayer:
-    return MoELayer(tiny_model(*overrides), 0, 0, MoEContext(**context))
+def layer_of(*overrides: str) -> MoELayer:
+    return MoELayer(tiny_model(*overrides), 0, 0, MoEContext())
 
 
 @pytest.mark.parametrize("overrides", [IMPROVED, [*IMPROVED, "model.router.temperature=learned"],
-                                       [*ROUTERS["top_p"], "model.router.form=improved"]])  # fmt: skip
+                                       [*ROUTERS["top_p"], "model.router.variant=improved"]])  # fmt: skip
 def test_every_trained_parameter_gets_a_gradient(overrides):
     """Among them the weights of all experts, and the threshold of each expert that some token selects."""
     layer = layer_of(*overrides)
@@ -33,7 +33,7 @@ def test_every_trained_parameter_gets_a_gradient(overrides):
         assert per_expert.abs().sum(dim=1).gt(0).all(), name
 
 
-def test_the_improved_form_reaches_the_threshold_of_an_expert_that_nobody_selects():
+def test_the_improved_variant_reaches_the_threshold_of_an_expert_that_nobody_selects():
     """By its load loss, with the coefficients that it has by default: the threshold falls."""
     layer = layer_of(*IMPROVED, "model.router.min_experts=0")
     with torch.no_grad():
@@ -44,12 +44,12 @@ def test_the_improved_form_reaches_the_threshold_of_an_expert_that_nobody_select
     assert layer.router.thresholds_E.grad[2] > 0  # a step against it lowers the threshold
 
 
-@pytest.mark.parametrize("form", ["paper", "improved"])
-def test_a_loss_on_the_choice_reaches_thresholds_that_nobody_passes(form):
-    """The straight-through form promises it; the released one ends that gradient with its ReLU."""
+@pytest.mark.parametrize("variant", ["paper", "improved"])
+def test_a_loss_on_the_choice_reaches_thresholds_that_no_token_exceeds(variant):
+    """The straight-through step promises it; the released one ends that gradient with its ReLU."""
     for straight_through, promised in (("all", True), ("selected", False)):
         layer = layer_of(
-            "model.router.kind=top_any", f"model.router.form={form}", "model.router.efficiency_loss=1",
+            "model.router.kind=top_any", f"model.router.variant={variant}", "model.router.efficiency_loss=1",
             "model.router.diversity_loss=0", "model.router.simplicity_loss=0", "model.router.balance_loss=0",
             f"model.router.straight_through={straight_through}", "model.router.min_experts=0",
         )  # fmt: skip
@@ -81,14 +81,14 @@ def test_a_threshold_lets_its_share_of_tokens_in(seed, tokens, experts, share):
 def test_calibration_gives_the_wanted_experts_per_token_once(overrides):
     layer = layer_of(*overrides, "model.router.initial_experts=1.5", "model.router.min_experts=0")
     x = torch.randn(400, HIDDEN, generator=torch.Generator().manual_seed(1))
-    layer.context.calibrating = True
+    layer.context.step = StepState(calibrating=True)
     layer(x)
     assert layer.router(x).experts_per_token_T.float().mean().item() == pytest.approx(1.5, abs=0.02)
     assert layer.router(x).tokens_per_expert_E.tolist() == pytest.approx([150] * 4, abs=2)
     before = layer.router.offset_E.clone()
     layer(x[:7])
     assert torch.equal(layer.router.offset_E, before), "set a second time"
-    assert not layer.has_statistics
+    assert not layer.drain().recorded
 
 
 def test_state_keeps_its_precision_where_weights_are_cast():
@@ -103,11 +103,15 @@ def test_state_keeps_its_precision_where_weights_are_cast():
 
 
 def test_the_scale_of_cosines():
-    assert layer_of("model.router.kind=top_any", "model.router.scale=3").router.scale == 3.0
-    assert layer_of(*IMPROVED, "model.router.scale=0.5").router.scale == 0.5 * HIDDEN**0.5
-    learned = layer_of(*IMPROVED, "model.router.temperature=learned").router
-    assert learned.scale.item() == pytest.approx(HIDDEN**0.5)
-    assert learned.scale.requires_grad
+    def factor(*overrides: str):
+        router = layer_of(*overrides).router
+        return router.spec.factor(router)
+
+    assert factor("model.router.kind=top_any", "model.router.scale=3") == 3.0
+    assert factor(*IMPROVED, "model.router.scale=0.5") == 0.5 * HIDDEN**0.5
+    learned = factor(*IMPROVED, "model.router.temperature=learned")
+    assert learned.item() == pytest.approx(HIDDEN**0.5)
+    assert learned.requires_grad
 
 
 def test_the_balance_counts_the_step_so_far():
@@ -118,19 +122,19 @@ def test_the_balance_counts_the_step_so_far():
     whole = layer.router(x)
     share = whole.selected_map_TE.float().mean(dim=0) / 2
     layer.router.losses(layer.router(x[:12]))
-    layer.context.micro_batch = 1
+    layer.context.step = StepState(micro_batch=1)
     second = layer.router(x[12:])
     expected = 4 * (share * second.scores_TE.mean(dim=0)).sum()
     torch.testing.assert_close(layer.router.losses(second)["balance"], expected)
     # A repeated pass (activation recomputation) finds its counts, those of the first pass too, and adds nothing.
-    with layer.context.recompute(1):
+    with layer.context.running(micro_batch=1, recomputing=True):
         torch.testing.assert_close(layer.router.losses(second)["balance"], expected)
-    with layer.context.recompute(0):
+    with layer.context.running(micro_batch=0, recomputing=True):
         first = layer.router(x[:12])
         alone = 4 * (first.selected_map_TE.float().mean(dim=0) / 2 * first.scores_TE.mean(dim=0)).sum()
         torch.testing.assert_close(layer.router.losses(first)["balance"], alone)
-    assert layer.context.micro_batch == 1
-    layer.context.micro_batch = 0
+    assert layer.context.step == StepState(micro_batch=1)
+    layer.context.step = StepState()
     torch.testing.assert_close(layer.router.losses(whole)["balance"], 4 * (share * whole.scores_TE.mean(dim=0)).sum())
 
 
@@ -139,7 +143,7 @@ def test_narrower_scopes_of_the_balance(scope):
     layer = layer_of("model.router.kind=top_k", f"model.router.balance_scope={scope}")
     spread_router(layer)
     x = torch.randn(2, 6, HIDDEN)
-    layer.context.micro_batch = 1  # of no account here
+    layer.context.step = StepState(micro_batch=1)  # makes no difference here
     found = layer.router.losses(layer.router(x.view(12, HIDDEN)), num_sequences=2)["balance"]
     parts = [x.view(12, HIDDEN)] if scope == "micro_batch" else list(x)
     alone = [layer.router(part) for part in parts]
@@ -152,9 +156,9 @@ def test_capacity_follows_the_average_of_earlier_steps():
     spread_router(layer)
     x = torch.randn(40, HIDDEN)
     layer(x)
-    first = layer._drop_beyond_capacity(layer.router(x))
+    first = layer._within_capacity(layer.router(x))
     assert first.tokens_per_expert_E.max() <= 20  # 40 tokens x 2 experts over 4
     layer.router.experts_per_token.fill_(1.0)
-    later = layer._drop_beyond_capacity(layer.router(x))
+    later = layer._within_capacity(layer.router(x))
     assert later.tokens_per_expert_E.max() == 10
     assert (later.selected_map_TE & ~later.routing_map_TE).sum() + later.routing_map_TE.sum() == 80

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dynmoe.moe import MoEContext, MoELayer
+from dynmoe.moe import MoEContext, MoELayer, StepState
 from dynmoe.moe.trace import RoutingTrace
 from tests.moe.cases import HIDDEN, spread_router, tiny_model
 
@@ -33,12 +33,12 @@ def tensors(own: object) -> Iterator[torch.Tensor]:
 def test_bytes_follow_the_routes_and_not_the_experts(router, experts):
     model = tiny_model(f"model.moe.experts={experts}", *(f"model.router.{field}" for field in router))
     trace, routes = RoutingTrace(), 0
-    layer = MoELayer(model, 0, 0, MoEContext(trace=trace))
+    layer = MoELayer(model, 0, 0, MoEContext(step=StepState(trace=trace)))
     spread_router(layer)
     plans = []
     layer.router.register_forward_hook(lambda module, given, plan: plans.append(plan))
     for micro_batch in range(3):
-        layer.context.micro_batch = micro_batch
+        layer.context.step = StepState(trace=trace, micro_batch=micro_batch)
         layer(torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(micro_batch)))
         routes += int(plans[-1].routing_map_TE.sum())
     kept = sum(tensor.untyped_storage().nbytes() for tensor in tensors(trace))
@@ -52,9 +52,11 @@ def test_bytes_follow_the_routes_and_not_the_experts(router, experts):
 
 def test_buffers_that_are_longer_than_the_routes_end_where_these_do():
     """Our kernels leave what lies behind them as it was; here the ceiling has room for all that is kept, and drops."""
-    model = tiny_model("model.router.kind=top_p", "model.moe.capacity_factor=0.5", "model.moe.ceiling=3")
+    model = tiny_model(
+        "model.router.kind=top_p", "model.moe.capacity_factor=0.5", "model.moe.max_mean_experts_per_token=3"
+    )
     trace = RoutingTrace()
-    layer = MoELayer(model, 0, 0, MoEContext(backend="triton", trace=trace))
+    layer = MoELayer(model, 0, 0, MoEContext(backend="triton", step=StepState(trace=trace)))
     spread_router(layer)
     plans, dispatch = [], layer.dispatcher.dispatch
     layer.dispatcher.dispatch = lambda x_TD, plan, most_rows: (plans.append(plan), dispatch(x_TD, plan, most_rows))[1]

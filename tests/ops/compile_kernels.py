@@ -18,7 +18,8 @@ from triton.compiler import ASTSource
 
 from dynmoe.ops.triton import backend, combine, gemm, routes
 
-EXPERTS, ROWS_OF_EXPERT = 16, 512
+EXPERTS = 16
+ROWS_OF_EXPERT = 512
 _PRECISION = {torch.bfloat16: "tf32", torch.float32: "ieee"}
 
 
@@ -31,7 +32,8 @@ def kernels(dtype: torch.dtype) -> Iterator[tuple[str, Any, str, dict[str, Any],
         shape = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "PRECISION": _PRECISION[dtype]}
         return {"E": EXPERTS, **shape}, {"num_warps": tiles.warps, "num_stages": tiles.stages}
 
-    padded, num_rows = {"E_PAD": EXPERTS}, EXPERTS * ROWS_OF_EXPERT
+    padded = {"E_PAD": EXPERTS}
+    num_rows = EXPERTS * ROWS_OF_EXPERT
     constants, options = sizes(backend.choose_tiles(num_rows, EXPERTS, dtype, fused=True))
     inputs = f"{short} *i32 *i32 *fp32 {short} {short} {short}"
     yield "up", gemm._up_kernel, f"{inputs} *i32 i32 i32", constants | padded, options
@@ -55,11 +57,15 @@ def kernels(dtype: torch.dtype) -> Iterator[tuple[str, Any, str, dict[str, Any],
 
 def source(kernel: Any, types: str, constants: dict[str, Any]) -> ASTSource:
     """What Triton compiles for arguments that 16 divides, as it does at a launch with sizes that it divides."""
-    left, signature, fixed, attributes = iter(types.split()), {}, {}, {}
+    left = iter(types.split())
+    signature = {}
+    fixed = {}
+    attributes = {}
     for place, parameter in enumerate(kernel.params):
         value = constants[parameter.name] if parameter.is_constexpr else next(left)
         if parameter.is_constexpr or value == "1":
-            signature[parameter.name], fixed[place,] = "constexpr", 1 if value == "1" else value
+            signature[parameter.name] = "constexpr"
+            fixed[place,] = 1 if value == "1" else value
             continue
         signature[parameter.name] = value
         if not parameter.do_not_specialize:

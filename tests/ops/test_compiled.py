@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from bench.processes import ROOT
+from harness.processes import ROOT
 
 # Shared memory of one block, from NVIDIA's CUDA C++ Programming Guide: compute capability 8.0 and 9.0.
 SHARED_BYTES = {"80": 163 * 1024, "90": 227 * 1024}

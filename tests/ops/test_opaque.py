@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from dynmoe.ops import opaque
-from dynmoe.ops.opaque import opaque_experts, without_waiting
+from dynmoe.ops.opaque import opaque_experts, static_shape_experts
 from tests import oracles
 
-TOKENS, HIDDEN, EXPERTS, WIDTH = 11, 16, 4, 24
+TOKENS = 11
+HIDDEN = 16
+EXPERTS = 4
+WIDTH = 24
 
 
 def case(seed=0, tokens=TOKENS, width=WIDTH, most=EXPERTS, dtype=torch.float32):
@@ -67,9 +70,9 @@ def test_frozen_experts_have_no_gradients(monkeypatch):
 @pytest.mark.parametrize("most", [1, 3, EXPERTS])
 @pytest.mark.parametrize("rows_at_a_time", [1, 8, 1 << 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_that_nobody_counted(monkeypatch, most, rows_at_a_time, dtype):
-    """The way of a GPU, on a CPU, where rows behind the last one hold NaN."""
-    monkeypatch.setattr(opaque, "_MOST_ROWS", rows_at_a_time)
+def test_static_shapes_equal_the_counted_path(monkeypatch, most, rows_at_a_time, dtype):
+    """The path of a GPU, on a CPU; rows past the last route hold NaN."""
+    monkeypatch.setattr(opaque, "_MAX_ROWS_AT_ONCE", rows_at_a_time)
     product = torch.nn.functional.grouped_mm
 
     def spoilt(a, b, offs):
@@ -79,23 +82,23 @@ def test_rows_that_nobody_counted(monkeypatch, most, rows_at_a_time, dtype):
 
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", spoilt)
     given = case(most=most, dtype=dtype)
-    found = without_waiting(*given, most)
+    found = static_shape_experts(*given, most)
     monkeypatch.undo()
     tolerance = 1e-5 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(found, opaque_experts(*given, most), rtol=0, atol=tolerance)
-    assert torch.equal(without_waiting(*given, most), without_waiting(*given, most))
+    assert torch.equal(static_shape_experts(*given, most), static_shape_experts(*given, most))
 
 
-def test_a_gpu_is_not_waited_for():
-    """Tensors without values: whatever asks for one, or has a size that depends on one, raises."""
+def test_static_shapes_do_not_synchronize():
+    """Meta tensors: reading a value, or a size that depends on a value, raises."""
     with torch.device("meta"):
         given = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in case(dtype=torch.bfloat16)]
-        assert without_waiting(*given, EXPERTS).shape == (TOKENS, HIDDEN)
+        assert static_shape_experts(*given, EXPERTS).shape == (TOKENS, HIDDEN)
         with pytest.raises(NotImplementedError):
-            opaque.Permutation.of(given[1])  # which waits
+            opaque.Permutation.of(given[1])  # which synchronizes
 
 
-def test_the_operator_is_as_pytorch_wants_operators():
+def test_the_operator_passes_opcheck():
     x_TD, map_TE, gates_TE, up_EHD, down_EDF = case()
     floats = [tensor.requires_grad_() for tensor in (x_TD, gates_TE, up_EHD, down_EDF)]
     given = (floats[0], map_TE, *floats[1:], EXPERTS)

@@ -25,7 +25,8 @@ few = settings(max_examples=8)
 )
 def test_routes_equal_those_of_pytorch(seed, tokens, experts, density, spare):
     routing_map, _, _ = random_case(seed, tokens, experts, density)
-    expected, num_rows = Permutation.of(routing_map), int(routing_map.sum())
+    expected = Permutation.of(routing_map)
+    num_rows = int(routing_map.sum())
     ours = Permutation(*build_routes(routing_map, num_rows + spare))
     for name in ("token_N", "route_N", "row_N"):
         assert torch.equal(getattr(ours, name)[:num_rows].long(), getattr(expected, name)), name
@@ -35,7 +36,8 @@ def test_routes_equal_those_of_pytorch(seed, tokens, experts, density, spare):
 
 def test_many_tokens_make_several_tiles_of_the_map():
     routing_map = (torch.rand(3000, 5, generator=torch.Generator().manual_seed(0)) < 0.3).to(DEVICE)
-    expected, ours = Permutation.of(routing_map), build_routes(routing_map, int(routing_map.sum()))
+    expected = Permutation.of(routing_map)
+    ours = build_routes(routing_map, int(routing_map.sum()))
     assert torch.equal(ours[0].long(), expected.token_N)
     assert torch.equal(ours[2].long(), expected.row_N)
 
@@ -63,13 +65,17 @@ def test_output_and_all_gradients_equal_a_loop_over_tokens(seed, tokens, experts
 def test_sizes_that_fill_no_tile_and_more_than_one(dtype):
     """Half precision is fp16 here: the interpreter multiplies bf16 as if it were integers."""
     generator = torch.Generator().manual_seed(0)
-    tokens, experts, hidden, width = 50, 3, 136, 72
+    tokens = 50
+    experts = 3
+    hidden = 136
+    width = 72
     routing_map = torch.rand(tokens, experts, generator=generator) < 0.6
     routing_map[:, 1] = False  # an expert without tokens
     shapes = [(tokens, hidden), (experts, 2 * width, hidden), (experts, hidden, width)]
     x, up, down = (torch.randn(*shape, generator=generator).mul(0.2).to(DEVICE, dtype) for shape in shapes)
     gates = (torch.rand(tokens, experts, generator=generator) * routing_map).to(DEVICE)
-    upstream, routing_map = torch.randn(tokens, hidden, generator=generator).to(DEVICE, dtype), routing_map.to(DEVICE)
+    upstream = torch.randn(tokens, hidden, generator=generator).to(DEVICE, dtype)
+    routing_map = routing_map.to(DEVICE)
     permutation = Permutation.of(routing_map)
     results = [
         with_gradients(
@@ -85,10 +91,11 @@ def test_sizes_that_fill_no_tile_and_more_than_one(dtype):
         assert (ours.float() - expected.float()).norm() <= limit * expected.float().norm()
 
 
-def test_rows_beyond_those_in_use_are_never_read():
-    """Buffers are longer than the rows that there are, and hold anything."""
+def test_rows_past_those_in_use_are_never_read():
+    """Buffers are longer than the number of rows, and hold arbitrary values."""
     routing_map, upstream, leaves = random_case(3, 20, 4, 0.4)
-    num_rows, results = int(routing_map.sum()), []
+    num_rows = int(routing_map.sum())
+    results = []
     allocate = torch.Tensor.new_empty
 
     def allocate_nan(like, *sizes, **options):
@@ -109,7 +116,8 @@ def test_rows_beyond_those_in_use_are_never_read():
 
 def test_sums_of_rows_in_parts_of_the_width():
     routing_map = (torch.rand(6, 4, generator=torch.Generator().manual_seed(0)) < 0.5).to(DEVICE)
-    permutation, rows = Permutation.of(routing_map), torch.randn(int(routing_map.sum()), 1500, device=DEVICE)
+    permutation = Permutation.of(routing_map)
+    rows = torch.randn(int(routing_map.sum()), 1500, device=DEVICE)
     expected = torch.zeros(6, 1500, device=DEVICE).index_add_(0, permutation.token_N, rows)
     torch.testing.assert_close(sum_rows(rows, permutation.row_N, permutation.token_offsets_T1), expected)
 
@@ -132,7 +140,7 @@ def test_a_bound_of_the_rows_changes_nothing():
     """With a ceiling that is not reached, in every backend: only our kernels may see rows that are not there."""
     for name in ("triton", "grouped_mm", "loop"):
         results = []
-        for limit in ([], ["model.moe.ceiling=3.9"]):
+        for limit in ([], ["model.moe.max_mean_experts_per_token=3.9"]):
             layer = MoELayer(tiny_model(*ROUTERS["top_p"], *limit), 0, 0, MoEContext(backend=name)).to(DEVICE)
             x = torch.randn(24, HIDDEN, generator=torch.Generator().manual_seed(0)).to(DEVICE)
             results.append(run_layer(layer, x, torch.ones_like(x)))
@@ -140,7 +148,7 @@ def test_a_bound_of_the_rows_changes_nothing():
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU runs them")
-def test_no_interpreter_and_no_gpu_is_said():
+def test_triton_without_gpu_and_interpreter_is_refused():
     import triton
 
     from dynmoe.errors import ConfigError

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bench.timing import peak_bytes
 from dynmoe.config import load_config
 from dynmoe.data.batches import Batch
 from dynmoe.engines import make_engine
 from dynmoe.train.engine import take_step
+from harness.memory import peak_bytes
 
 
 def bytes_of_tensors() -> int:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.processes import CPU, ROOT
 from dynmoe.__main__ import console_script
 from dynmoe.cli import EXIT_USER_ERROR
 from dynmoe.config import load_config
@@ -22,6 +21,7 @@ from dynmoe.plan.layout import Layout
 from dynmoe.plan.memory import memory_per_rank, ranks_per_token
 from dynmoe.plan.search import alternatives, expected_experts, most_experts, plan
 from dynmoe.plan.speed import Hardware, estimate
+from harness.processes import CPU, ROOT
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "quickstart")
 _TINY = [
@@ -85,7 +85,7 @@ def test_ranks_of_a_token_are_those_of_a_count():
         [],
         ["parallel.expert=4"],
         ["engine=megatron", "parallel.pipeline=2", "parallel.expert=2"],
-        ["engine=megatron", "parallel.tensor=2", "model.moe.every=2"],
+        ["engine=megatron", "parallel.tensor=2", "model.moe.moe_layer_freq=2"],
     ],
 )
 def test_ranks_hold_the_whole_model_between_them(fields):
@@ -190,7 +190,10 @@ MEASURED = [
     (2, ["engine=megatron", "parallel.expert=2", "train.micro_batch=8"]),
     (2, ["engine=megatron", "parallel.tensor=2", "train.micro_batch=8"]),
     (2, ["engine=megatron", "parallel.pipeline=2", "train.precision=bf16", "accumulate", "train.micro_batch=4"]),
-    (2, ["deepspeed.zero_stage=1", "model.moe.every=2", "model.moe.shared_hidden=1024", "train.micro_batch=8"]),
+    (
+        2,
+        ["deepspeed.zero_stage=1", "model.moe.moe_layer_freq=2", "model.moe.shared_hidden=1024", "train.micro_batch=8"],
+    ),
 ]
 
 

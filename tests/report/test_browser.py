@@ -13,18 +13,19 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from bench.processes import ROOT
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.report.page import write_report
 from dynmoe.report.runs import read_run
 from dynmoe.report.tokens import _read as read_tokens
 from dynmoe.report.tokens import tables, write_view
+from harness.processes import ROOT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 SWITCHES = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
             "--disable-component-update", "--disable-sync", "--disable-quic"]  # fmt: skip
-WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+WIDE = {"width": 1280, "height": 900}
+PHONE = {"width": 390, "height": 844}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,8 @@ def browser() -> Iterator[Browser]:
 def pages(undisturbed, tmp_path_factory, pytestconfig) -> dict[str, Path]:
     """Report and token view: of a small run, or of the one that --screenshot-run names."""
     named = pytestconfig.getoption("screenshot_run")
-    run, folder = Path(named) if named else undisturbed[0], tmp_path_factory.mktemp("pages")
+    run = Path(named) if named else undisturbed[0]
+    folder = tmp_path_factory.mktemp("pages")
     write_report([read_run(run)], folder / "report.html")
     # In a process of its own: Playwright's loop runs in this one.
     command = [sys.executable, "-m", "dynmoe.report", "tokens", str(run), "--tokens", "1500", "--output",
@@ -198,7 +200,8 @@ def test_each_token_shows_its_experts_and_its_colour(open_page, pages):
                 for colour in colours]  # fmt: skip
 
     def expected(counts: list[float]) -> list[float]:
-        low, high = min(counts), max(counts)
+        low = min(counts)
+        high = max(counts)
         return [0.85 * (count - low) / (high - low) for count in counts]
 
     layers = range(len(view["layers"]))
@@ -209,7 +212,8 @@ def test_each_token_shows_its_experts_and_its_colour(open_page, pages):
         assert alphas() == pytest.approx(expected([len(t["experts"][place]) for t in view["tokens"]]), abs=0.01)
     number = 5
     spans.nth(number).hover()
-    token, detail = view["tokens"][number], page.locator("#detail")
+    token = view["tokens"][number]
+    detail = page.locator("#detail")
     expect(detail).to_contain_text(f"token {token['id']}, position {token['position']}")
     for place in layers:
         gates = ", ".join(
@@ -218,8 +222,8 @@ def test_each_token_shows_its_experts_and_its_colour(open_page, pages):
         )
         row = detail.locator("tr").nth(place)
         expect(row).to_contain_text(f"layer {view['layers'][place]}{len(token['experts'][place])}{gates or 'none'}")
-    for title in ("Tokens that use most", "Tokens that use fewest", "By layer", "By source", "By position",
-                  "By frequency rank"):  # fmt: skip
+    for title in ("Tokens with the most experts", "Tokens with the fewest experts", "By layer", "By source",
+                  "By position", "By frequency rank"):  # fmt: skip
         expect(page.locator("#tables")).to_contain_text(title)
 
 

@@ -71,7 +71,7 @@ def test_the_heatmap_has_a_step_of_the_slider_for_each_entry(run):
             assert [value is None for value in row] == (~active).tolist()
             mean = loads[active].mean()
             assert [value for value in row if value is not None] == pytest.approx((loads[active] / mean).tolist())
-    assert any(value is None for row in figure.frames[0].data[0].z for value in row), "slots out of use are gaps"
+    assert any(value is None for row in figure.frames[0].data[0].z for value in row), "inactive slots are gaps"
     assert figure.data[0].z == figure.frames[-1].data[0].z
 
 
@@ -103,7 +103,7 @@ def test_long_runs_are_thinned_and_end_with_their_last_row(run):
 
 def test_a_report_has_every_section_and_views_get_the_same_pictures(run):
     drawn = sections([run])
-    assert list(drawn) == ["Loss", "Experts per token", "Load of the experts", "Experts that come and go", "Router",
+    assert list(drawn) == ["Loss", "Experts per token", "Load of the experts", "Experts added and removed", "Router",
                            "Speed and memory", "Optimizer"]  # fmt: skip
     assert set(drawn["Load of the experts"]) >= {"load_0", "load_max_over_mean", "ep_rank_load_max_over_mean",
                                                  "dead_experts", "dropped_routes_frac"}  # fmt: skip
@@ -113,7 +113,7 @@ def test_a_report_has_every_section_and_views_get_the_same_pictures(run):
     assert list(sections([dense])) == ["Loss", "Speed and memory"]
 
 
-QUIET = {"dead_experts": "experts in use that computed no token", "dropped_routes_frac": "dropped routes"}
+QUIET = {"dead_experts": "active experts without tokens", "dropped_routes_frac": "dropped routes"}
 
 
 def of_zeros(run: Run, **spikes: float) -> Run:
@@ -139,7 +139,7 @@ def test_what_is_zero_throughout_is_a_line_of_words(run, tmp_path):
     assert all(f'id="figure-{name}"' not in page for name in QUIET)
     assert 'id="figure-router_entropy"' in page
     both = page_of([of_zeros(run), of_zeros(run)], tmp_path / "both.html")
-    assert f"<p>Zero throughout, in every run: {'; '.join(QUIET.values())}.</p>" in both
+    assert f"<p>Zero throughout in every run: {'; '.join(QUIET.values())}.</p>" in both
 
 
 def test_one_value_in_one_layer_of_one_run_brings_the_figure_back(run, tmp_path):

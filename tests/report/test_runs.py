@@ -42,9 +42,9 @@ def test_incidents_are_told_by_kind_with_the_first_of_them(run_dir):
     lines = [json.dumps({"step": step, "kind": kind, "text": text}) for step, kind, text in entries]
     (run_dir / "incidents.jsonl").write_text("\n".join(lines) + "\n")
     assert read_run(run_dir).problems == [
-        "incidents.jsonl: 1 of 4 lines left out (damaged): line 4",
-        "steps left out as not finite: 2, the first at step 3 (rank 1 was first)",
-        "steps left out as spikes of the loss: 1, the first at step 7 (loss 9)",
+        "incidents.jsonl: 1 of 4 lines skipped (damaged): line 4",
+        "steps skipped as not finite: 2, the first at step 3 (rank 1 was first)",
+        "steps skipped as loss spikes: 1, the first at step 7 (loss 9)",
     ]
 
 
@@ -84,17 +84,17 @@ def failed(run: Path) -> None:
 DAMAGES = {
     "garbage": (
         replace_lines("metrics.jsonl", (3, 9), "\x00\x01 not JSON"),
-        ["metrics.jsonl: 2 of 40 lines left out (damaged): line 3, 9", "lacks 2 rows, the first after step 2"],
+        ["metrics.jsonl: 2 of 40 lines skipped (damaged): line 3, 9", "lacks 2 rows, the first after step 2"],
         38,
     ),
     "not numbers": (
         replace_lines("metrics.jsonl", (5,), '{"train/step": 5, "train/lm_loss": "low"}'),
-        ["1 of 40 lines left out (damaged): line 5", "lacks 1 rows, the first after step 4"],
+        ["1 of 40 lines skipped (damaged): line 5", "lacks 1 rows, the first after step 4"],
         39,
     ),
     "repeated": (
         replace_lines("metrics.jsonl", (6,), '{"train/step": 5, "train/lm_loss": 1.0}'),
-        ["1 of 40 lines left out (out of order, or repeated): line 6", "lacks 1 rows, the first after step 5"],
+        ["1 of 40 lines skipped (out of order or repeated): line 6", "lacks 1 rows, the first after step 5"],
         39,
     ),
     "NaN": (replace_lines("metrics.jsonl", (40,), '{"train/step": 40, "train/lm_loss": NaN}'), [], 40),
@@ -109,7 +109,7 @@ DAMAGES = {
                 (35, '{"train/step": 35.5}'),
             )
         ],
-        ["5 of 40 lines left out (damaged): line 10, 20, 25, 30, 35", "lacks 5 rows, the first after step 9"],
+        ["5 of 40 lines skipped (damaged): line 10, 20, 25, 30, 35", "lacks 5 rows, the first after step 9"],
         35,
     ),
     "a step far away": (
@@ -122,7 +122,7 @@ DAMAGES = {
     "no histograms": (without("histograms.jsonl"), ["histograms.jsonl cannot be read"], 40),
     "damaged histograms": (
         replace_lines("histograms.jsonl", (1, 2), '{"train/step": 4, "layers": {"0": {"load": [1], "active": []}}}'),
-        ["histograms.jsonl: 2 of 10 lines left out (damaged): line 1, 2"],
+        ["histograms.jsonl: 2 of 10 lines skipped (damaged): line 1, 2"],
         40,
     ),
     "no configuration": (without("config.yaml"), ["config.yaml cannot be read"], 40),
@@ -134,26 +134,26 @@ DAMAGES = {
         ["events.jsonl: 1 of "],
         40,
     ),
-    "experts out of use": (
+    "inactive experts": (
         replace_lines(
             "histograms.jsonl",
             (1,),
             '{"train/step": 4, "layers": {"0": {"experts_per_token": [1], "load": [1], "active": [0]}}}',
         ),
-        ["histograms.jsonl: 1 of 10 lines left out (damaged): line 1"],
+        ["histograms.jsonl: 1 of 10 lines skipped (damaged): line 1"],
         40,
     ),
     "no events": (without("events.jsonl"), [], 40),
     "outcome cut off": (lambda run: (run / "outcome.json").write_text("{"), ["outcome.json cannot be read"], 40),
     "in progress": (
         in_progress,
-        ["1 of 8 lines left out (damaged): line 8", "or ended without a word; its last row is of step 7 of 40"],
+        ["1 of 8 lines skipped (damaged): line 8", "or died without recording why; its last row is step 7 of 40"],
         7,
     ),
-    "one step": (of_one_step, ["there is one row: curves are points"], 1),
+    "one step": (of_one_step, ["there is only one row: curves are points"], 1),
     "preempted": (
         lambda run: (run / "outcome.json").write_text('{"status": "preempted", "step": 40}'),
-        ["the run was told to end after step 40, and can go on"],
+        ["the run stopped on request after step 40, and can be resumed"],
         40,
     ),
     "failed": (failed, ["the run failed: UserError: step 3: the loss is nan"], 40),
@@ -190,7 +190,7 @@ def test_the_headline_counts_experts_as_they_are(run_dir):
     run = read_run(run_dir)
     assert run.config is not None
     for model, words in (
-        (["model.moe.experts_by_layer=[5,9]", "model.layers=2"], "5 to 9 experts in a layer, top_p router, finished"),
+        (["model.moe.experts_by_layer=[5,9]", "model.layers=2"], "5 to 9 experts per layer, top_p router, finished"),
         (["model.moe.experts=0"], "4 layers, dense, finished"),
     ):
         run.config = load_config(None, model)
@@ -199,9 +199,9 @@ def test_the_headline_counts_experts_as_they_are(run_dir):
 
 
 def test_no_run_is_refused_in_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere: holds no run \(neither config.yaml nor metrics.jsonl\)"):
+    with pytest.raises(UserError, match=r"nowhere: contains no run \(neither config.yaml nor metrics.jsonl\)"):
         read_run(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="contains no run"):
         read_run(tmp_path)
 
 
@@ -222,7 +222,7 @@ def test_the_command_writes_one_page_and_prints_where(run_dir, tmp_path, monkeyp
     console_script()
     said = capsys.readouterr().out
     assert f"Report: {output}" in said
-    assert "its last row is of step 7 of 40" in said
+    assert "its last row is step 7 of 40" in said
     page = output.read_text()
     assert "<td>train.seed</td><td>0</td><td>1</td>" in page
     assert "http://" not in page.replace("http://www.w3.org", "").split("<h2>")[0].split("<script>")[0]
@@ -231,13 +231,13 @@ def test_the_command_writes_one_page_and_prints_where(run_dir, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["{run}/nowhere"], "nowhere: holds no run"),
-        (["{run}", "--output", "{run}/missing/x.html"], "missing is no directory; make it, or name another file"),
+        (["{run}/nowhere"], "nowhere: contains no run"),
+        (["{run}", "--output", "{run}/missing/x.html"], "missing is not a directory; create it, or use another path"),
         (["tokens", "{run}", "--tokens", "0"], "--tokens=0: is too small"),
-        (["tokens", "{run}", "--output", "{run}/outcome.html"], "its data would go to outcome.json"),
-        (["tokens", "{run}", "--output", "{run}/x.json"], "name another file that ends in .html"),
+        (["tokens", "{run}", "--output", "{run}/outcome.html"], "its data would overwrite outcome.json"),
+        (["tokens", "{run}", "--output", "{run}/x.json"], "use another name that ends in .html"),
         (["tokens", "{run}", "--text", "{run}/none.txt"], "none.txt: cannot be read"),
-        (["tokens", "{run}"], "no undamaged checkpoint"),
+        (["tokens", "{run}"], "no valid checkpoint"),
         (["dashboard", "{run}/nowhere"], "config.yaml cannot be read"),
     ],
 )

@@ -71,7 +71,8 @@ def test_each_token_has_the_experts_and_gates_that_its_layers_used(model, view):
 
 
 def test_the_tables_are_counts_over_the_tokens(view):
-    tokens, tables = view["tokens"], view["tables"]
+    tokens = view["tokens"]
+    tables = view["tables"]
     used = [sum(map(len, token["experts"])) / 2 for token in tokens]
 
     def check(row, chosen):
@@ -107,7 +108,8 @@ def test_the_tables_are_counts_over_the_tokens(view):
 
 def test_bytes_say_which_character_they_are_of(model):
     """By windows: one that ends within a character has its first bytes, and the next one the others."""
-    window, text = model.config.data.sequence_length - 1, "神経🔬é~ " * 12
+    window = model.config.data.sequence_length - 1
+    text = "神経🔬é~ " * 12
     tokens = view_tokens(model, [Text("text", text)], 2 * window - 1)["tokens"]
     ids = model.tokenizer.encode(text)[: 2 * window - 1]
     assert [token["id"] for token in tokens] == ids
@@ -169,8 +171,8 @@ def test_files_of_the_same_name_are_sources_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("none.txt", None, "cannot be read (No such file or directory); name a text file"),
-        ("blank.txt", b" \n", "holds no text"),
+        ("none.txt", None, "cannot be read (No such file or directory); use a text file"),
+        ("blank.txt", b" \n", "contains no text"),
         ("bytes.txt", b"\xff\xfe", "is not UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', "line 2 has no text"),
         ("b.jsonl", b"[1]\n", "line 1 has no text"),
@@ -209,5 +211,5 @@ def test_a_run_without_tokenizer_or_checkpoint_is_refused_in_one_line(undisturbe
     with pytest.raises(UserError, match=r"tokenizer\.model is missing; copy it from the corpus"):
         open_trained(run)
     (run / "tokenizer.model").write_bytes((undisturbed[0] / "tokenizer.model").read_bytes())
-    with pytest.raises(UserError, match="no undamaged checkpoint"):
+    with pytest.raises(UserError, match="no valid checkpoint"):
         open_trained(run)

@@ -28,7 +28,7 @@ def test_top_any(case):
     training = case.endswith("train")
     x, prototypes, thresholds = (golden(name).requires_grad_() for name in ("x", "sim_matrix", "thresholds"))
     active = golden("experts_mask")
-    plan = top_any(x, prototypes, thresholds, active, form="released", training=training)
+    plan = top_any(x, prototypes, thresholds, active, variant="released", training=training)
     assert torch.equal(plan.routing_map_TE.float(), golden("routing"))
     assert torch.equal(plan.experts_per_token_T.int(), golden("k"))
     assert torch.equal(plan.tokens_per_expert_E, golden("exp_counts"))
@@ -45,7 +45,7 @@ def test_top_any(case):
 
 @pytest.mark.parametrize("route", sorted({name.split(".")[0] for name in TOP_P}))
 def test_top_p(route):
-    plan = top_p(TOP_P[f"{route}.logits"], TOP_P[f"{route}.p"].item(), form="released")
+    plan = top_p(TOP_P[f"{route}.logits"], TOP_P[f"{route}.p"].item(), variant="released")
     assert torch.equal(plan.experts_per_token_T, TOP_P[f"{route}.k"])
     assert torch.equal(plan.routing_map_TE, TOP_P[f"{route}.weights"] > 0)
     close(plan.gates_TE, TOP_P[f"{route}.weights"])

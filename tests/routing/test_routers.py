@@ -41,11 +41,13 @@ def test_top_k_is_the_k_best(seed, shape, data, renormalize):
 
 
 @given(seeds, sizes, st.floats(0.01, 1.0), st.sampled_from(["paper", "released"]), st.booleans(), st.data())
-def test_top_p_is_the_shortest_prefix(seed, shape, p, form, renormalize, data):
+def test_top_p_is_the_shortest_prefix(seed, shape, p, variant, renormalize, data):
     low = data.draw(st.integers(1, shape[1]))
     high = data.draw(st.one_of(st.none(), st.integers(low, shape[1])))
-    plan = top_p(random_logits(seed, shape), p, form=form, renormalize=renormalize, min_experts=low, max_experts=high)
-    assert chosen_sets(plan) == [oracles.top_p_choice(row, p, form, low, high) for row in plan.scores_TE.tolist()]
+    plan = top_p(
+        random_logits(seed, shape), p, variant=variant, renormalize=renormalize, min_experts=low, max_experts=high
+    )
+    assert chosen_sets(plan) == [oracles.top_p_choice(row, p, variant, low, high) for row in plan.scores_TE.tolist()]
     check_softmax_gates(plan, renormalize)
 
 
@@ -72,12 +74,12 @@ def test_gates_have_the_gradient_of_their_definition(seed, shape, kind, renormal
 
 
 @given(seeds, st.integers(1, 6), st.integers(1, 5), st.sampled_from(["paper", "released"]))
-def test_top_any_has_the_gradient_of_its_definition(seed, tokens, experts, form):
+def test_top_any_has_the_gradient_of_its_definition(seed, tokens, experts, variant):
     """Gate = step / K with K a constant, and the step passes the gradient: to all (paper), to s > g (released)."""
     inputs = top_any_inputs(seed, tokens, experts)
     hidden, prototypes, thresholds = (tensor.clone().requires_grad_() for tensor in inputs[:3])
     active, upstream = inputs[3], random_logits(seed + 1, (tokens, experts))
-    plan = top_any(hidden, prototypes, thresholds, active, form=form, min_experts=0)
+    plan = top_any(hidden, prototypes, thresholds, active, variant=variant, min_experts=0)
     (plan.gates_TE * upstream).sum().backward()
     own = [tensor.double().clone().requires_grad_() for tensor in inputs[:3]]
     total = torch.zeros((), dtype=torch.float64)
@@ -87,7 +89,7 @@ def test_top_any_has_the_gradient_of_its_definition(seed, tokens, experts, form)
             x, w = own[0][token], own[1][:, expert]
             score = torch.sigmoid((x @ w) / (x.norm() * w.norm())) * active[expert]
             margin = score - torch.sigmoid(own[2][expert])
-            if form == "paper" or chosen[expert]:
+            if variant == "paper" or chosen[expert]:
                 total = total + upstream[token, expert] * margin / max(1, int(chosen.sum()))
     if total.requires_grad:
         total.backward()
@@ -98,9 +100,9 @@ def test_top_any_has_the_gradient_of_its_definition(seed, tokens, experts, form)
 
 def test_top_p_forms_differ_on_exact_hits_only():
     logits = torch.zeros(1, 4)  # four times 1/4: two of them reach 1/2 exactly
-    assert chosen_sets(top_p(logits, 0.5, form="paper")) == [{0, 1}]
-    assert chosen_sets(top_p(logits, 0.5, form="released")) == [{0, 1, 2}]
-    assert chosen_sets(top_p(logits, 0.4, form="paper")) == chosen_sets(top_p(logits, 0.4, form="released"))
+    assert chosen_sets(top_p(logits, 0.5, variant="paper")) == [{0, 1}]
+    assert chosen_sets(top_p(logits, 0.5, variant="released")) == [{0, 1, 2}]
+    assert chosen_sets(top_p(logits, 0.4, variant="paper")) == chosen_sets(top_p(logits, 0.4, variant="released"))
 
 
 def test_ties_go_to_the_lower_expert_index():
@@ -138,7 +140,9 @@ def test_top_any_passes_thresholds_between_floor_and_ceiling(seed, shape, low, h
         low, high = high, low
     low = min(low, shape[1])
     hidden, prototypes, thresholds, active = top_any_inputs(seed, *shape)
-    plan = top_any(hidden, prototypes, thresholds, active, form="paper", scale=scale, min_experts=low, max_experts=high)
+    plan = top_any(
+        hidden, prototypes, thresholds, active, variant="paper", scale=scale, min_experts=low, max_experts=high
+    )
     margins = (plan.scores_TE - torch.sigmoid(scale * thresholds)).tolist()
     expected = [oracles.top_any_choice(row, active.tolist(), low, high) for row in margins]
     assert chosen_sets(plan) == expected
@@ -168,20 +172,20 @@ def test_score_weights_are_the_scores_of_the_chosen(seed, tokens, experts, renor
     assert (inputs[2].grad[~inputs[3]] == 0).all() or not renormalize
 
 
-@pytest.mark.parametrize("form", ["paper", "released"])
+@pytest.mark.parametrize("variant", ["paper", "released"])
 @pytest.mark.parametrize("training", [True, False])
-def test_one_expert_and_all_masked_but_one(form, training):
+def test_one_expert_and_all_masked_but_one(variant, training):
     hidden, prototypes, thresholds, _ = top_any_inputs(3, 20, 5)
     for expert in range(5):
         only = torch.arange(5) == expert
-        plan = top_any(hidden, prototypes, thresholds, only, form=form, training=training)
+        plan = top_any(hidden, prototypes, thresholds, only, variant=variant, training=training)
         assert not plan.routing_map_TE[:, ~only].any()
         passes = plan.scores_TE[:, expert] > torch.sigmoid(thresholds[expert])
-        served = passes if form == "released" and training else torch.ones(20, dtype=torch.bool)
+        served = passes if variant == "released" and training else torch.ones(20, dtype=torch.bool)
         assert torch.equal(plan.routing_map_TE[:, expert], served)
         assert torch.equal(plan.unclaimed_T, ~passes)
         alone = top_any(
-            hidden, prototypes[:, [expert]], thresholds[[expert]], torch.ones(1), form=form, training=training
+            hidden, prototypes[:, [expert]], thresholds[[expert]], torch.ones(1), variant=variant, training=training
         )
         assert torch.equal(alone.gates_TE[:, 0], plan.gates_TE[:, expert])
 
@@ -209,8 +213,8 @@ def test_released_top_any_lets_a_token_select_nobody_only_in_training():
     hidden, prototypes = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, -0.5], [0.0, 0.1]])
     active = torch.ones(2, dtype=torch.bool)
     arguments = (hidden, prototypes, torch.ones(2), active)
-    assert chosen_sets(top_any(*arguments, form="released", training=True)) == [set()]
-    plan = top_any(*arguments, form="released", training=False)
+    assert chosen_sets(top_any(*arguments, variant="released", training=True)) == [set()]
+    plan = top_any(*arguments, variant="released", training=False)
     assert chosen_sets(plan) == [{1}]
     assert plan.gates_TE.tolist() == [[0.0, 1.0]]
 
@@ -219,9 +223,9 @@ def test_straight_through_gradients_of_both_forms():
     # One token, two experts: the first passes its threshold, the second does not.
     hidden = torch.tensor([[1.0, 0.0]])
     prototypes = torch.tensor([[1.0, -1.0], [0.0, 1.0]])
-    for form, reaches_the_second in (("paper", True), ("released", False)):
+    for variant, reaches_the_second in (("paper", True), ("released", False)):
         thresholds = torch.zeros(2, requires_grad=True)
-        plan = top_any(hidden, prototypes, thresholds, torch.ones(2, dtype=torch.bool), form=form)
+        plan = top_any(hidden, prototypes, thresholds, torch.ones(2, dtype=torch.bool), variant=variant)
         assert chosen_sets(plan) == [{0}]
         (plan.gates_TE * torch.tensor([2.0, 3.0])).sum().backward()
         # d gate / d threshold = -(1/K) * sigmoid'(0) = -1/4, times what comes from above.
@@ -238,13 +242,13 @@ def test_straight_through_gradients_of_both_forms():
         (lambda: top_p(torch.zeros(1, 4), 0.0), "p=0.0"),
         (lambda: top_p(torch.zeros(1, 4), 1.5), "p=1.5"),
         (lambda: top_p(torch.zeros(1, 4), float("nan")), "p=nan"),
-        (lambda: top_p(torch.zeros(1, 4), 0.5, form="other"), "form='other'"),
+        (lambda: top_p(torch.zeros(1, 4), 0.5, variant="other"), "variant='other'"),
         (lambda: top_p(torch.zeros(1, 4), 0.5, min_experts=3, max_experts=2), "min_experts=3"),
         (lambda: top_any(*top_any_inputs(0, 1, 4), min_experts=3, max_experts=2), "min_experts=3"),
         (lambda: top_any(*top_any_inputs(0, 1, 4)[:3], torch.zeros(4)), "masks all 4 experts off"),
         (lambda: top_any(*top_any_inputs(0, 1, 4), weights="soft"), "weights='soft'"),
         (lambda: top_any(*top_any_inputs(0, 1, 4), straight_through="some"), "straight_through='some'"),
-        (lambda: top_any(*top_any_inputs(0, 1, 4), form="improved"), "form='improved'"),
+        (lambda: top_any(*top_any_inputs(0, 1, 4), variant="improved"), "variant='improved'"),
         (lambda: top_p(torch.zeros(1, 4), 0.5, min_experts=0), "min_experts=0"),
     ],
 )

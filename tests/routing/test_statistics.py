@@ -59,7 +59,7 @@ def test_tokens_without_expert_and_masked_experts():
     hidden = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     prototypes = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
     active = torch.tensor([True, True, False])
-    plan = top_any(hidden, prototypes, torch.zeros(3), active, form="released")
+    plan = top_any(hidden, prototypes, torch.zeros(3), active, variant="released")
     figures = summarize(LayerCounts(pack(plan), 3), 2, 3, 1)
     assert figures["tokens_without_expert_frac"] == 0.5
     assert figures["active_experts"] == 2

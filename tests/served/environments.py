@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from bench.processes import CPU, ROOT
+from harness.processes import CPU, ROOT
 
 SERVED = ROOT / ".venv-served"
 # Unpacked from transformers' source distribution, and the one package that its tests need beside ours.

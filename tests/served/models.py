@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.processes import WarmTraining
 from dynmoe.hf.command import main
+from harness.processes import WarmTraining
 from tests.hf.cases import TOP_K
 
 # As small as servers take: vLLM's attention on a CPU wants heads of 32, two ranks halve everything, and mlx-lm's
@@ -35,16 +35,17 @@ FIXED = {
     "Qwen3-MoE": [*TOP_K, "model.qk_norm=head", "model.head_dim=64", "model.tie_embeddings=true"],
     "Qwen2-MoE": TOP_K,
     "Qwen2-MoE, shared expert": [*TOP_K, "model.moe.shared_hidden=96"],
-    DENSE: [*TOP_K, "model.moe.every=2"],
+    DENSE: [*TOP_K, "model.moe.moe_layer_freq=2"],
     NORMALIZED: [*TOP_K, "model.moe.shared_hidden=96", "model.router.renormalize=true"],
 }  # fmt: skip
 # What takes our code along: every router, and every other part of the architecture with one of them.
 DYNAMIC = {
     "top_p": ["model.router.kind=top_p"],
-    "top_any, shared expert": ["model.router.kind=top_any", "model.router.form=improved", "model.moe.shared_hidden=96"],
+    "top_any, shared expert": ["model.router.kind=top_any", "model.router.variant=improved",
+                               "model.moe.shared_hidden=96"],
     "sigmoid, normalized heads": ["model.router.kind=sigmoid", "model.qk_norm=head"],
     "null_experts, dense layers": ["model.router.kind=null_experts", "model.router.k=4", "model.router.num_null=8",
-                                   "model.moe.every=2"],
+                                   "model.moe.moe_layer_freq=2"],
     "relu, tied embeddings": ["model.router.kind=relu", "budget.experts_per_token=2", "model.tie_embeddings=true"],
     "expert_threshold, normalized projections": [
         "model.router.kind=expert_threshold", "budget.experts_per_token=2", "model.qk_norm=projection",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.processes import free_port
+from harness.processes import free_port
 from tests.served.environments import python_of, variables
 from tests.served.models import DYNAMIC, call_hf, train
 from tests.snippets import blocks, commands

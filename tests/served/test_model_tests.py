@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench.processes import CPU, ROOT
+from harness.processes import CPU, ROOT
 from tests.hf.cases import OWN
 from tests.served.environments import PARAMETERIZED, THEIR_TESTS, installed
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.processes import ROOT
+from harness.processes import ROOT
 from tests.pages import write
 from tests.served.answers import SAME
 from tests.served.measured import CLIENTS, LLAMA, MLX, Measured

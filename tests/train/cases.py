@@ -1,4 +1,4 @@
-"""Runs of train.py in processes of their own, and what runs on a pool for the tests of the trainer."""
+"""Runs of train.py in separate processes, and functions for the ranks of a pool."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.disturbed import tensor_hashes, without_times
-from bench.processes import CPU, ROOT, Prepare, WarmTraining
+from harness.processes import CPU, ROOT, Prepare, WarmTraining
+from harness.runs import tensor_hashes, without_times
 
 BLEND_VOCAB = 448
 
@@ -19,14 +19,14 @@ BLEND_VOCAB = 448
 def tiny(corpus: Path, runs: Path) -> list[str]:
     """Fields of a tiny run of 40 steps on two expert-parallel ranks.
 
-    Experts come and go and a budget is held: the more state there is between steps, the more a restart can lose.
+    With adaptation and a budget, since more state between steps means that a restart can lose more.
     """
     return [
         f"data.dirs=[{corpus}]", f"run.dir={runs}", "run.name=tiny", "data.sequence_length=32", "model.hidden=32",
         "model.heads=2", "model.kv_heads=1", "model.layers=2", "model.moe.experts=4", "model.moe.expert_hidden=32",
         "train.global_batch=4", "train.micro_batch=2", "train.steps=40", "parallel.expert=2",
         "schedule.warmup_steps=4", "logging.interval=1", "checkpoint.interval=10", "eval.interval=20",
-        "eval.batches=2", "model.router.kind=top_any", "model.router.form=improved", "model.router.min_experts=0",
+        "eval.batches=2", "model.router.kind=top_any", "model.router.variant=improved", "model.router.min_experts=0",
         "model.router.initial_experts=1", "model.moe.active_at_start=2", "budget.method=loss_free",
         "budget.experts_per_token=1.5", "adaptation.interval=8", "adaptation.window=5",
         "adaptation.removal_share=0.8", "logging.histograms_every=4", "logging.trace_interval=8",
@@ -35,16 +35,16 @@ def tiny(corpus: Path, runs: Path) -> list[str]:
 
 
 class TrainingProcess(WarmTraining):
-    """A tiny run on two ranks; they end with their launcher.
+    """A tiny run on two ranks, which end with their launcher.
 
     Args:
-        corpus: prepared.
+        corpus: directory of a prepared corpus.
         runs: directory of run directories.
-        overrides: fields beside those of :func:`tiny`.
-        ranks: how many.
-        restarts: in place, of ranks that fail.
-        environment: variables to add.
-        prepare: called in every rank, with its number, before train.py.
+        overrides: further fields, after those of :func:`tiny`.
+        ranks: number of ranks.
+        restarts: number of restarts of failed ranks by the launcher.
+        environment: additional environment variables.
+        prepare: called with the rank in every rank before train.py.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TrainingProcess(WarmTraining):
         super().__init__([*tiny(corpus, runs), *overrides], ranks, restarts, output, environment or {}, prepare)
 
     def wait_for_row(self, metrics: Path, step: int, timeout_s: float = 120.0) -> None:
-        """Returns when the row of ``step`` is written."""
+        """Waits until the row of ``step`` is written."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if any(row["train/step"] >= step for row in read_rows(metrics)):
@@ -66,7 +66,7 @@ class TrainingProcess(WarmTraining):
 
 
 def launch(corpus: Path, folder: Path, *fields: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """launch/torchrun.sh with the tiny run on two ranks; what it prints, and errors among it."""
+    """Runs launch/torchrun.sh with the tiny run on two ranks; stdout includes stderr."""
     (folder / "tiny.yaml").write_text("{}\n")
     return subprocess.run(
         ["launch/torchrun.sh", str(folder / "tiny.yaml"), *tiny(corpus, folder / "runs"), *fields], cwd=ROOT,
@@ -76,7 +76,7 @@ def launch(corpus: Path, folder: Path, *fields: str, **environment: str) -> subp
 
 
 def evaluation_loss(run: Path, cache: Path) -> float:
-    """The loss of the model that ``open_trained`` reads, over the validation samples of the run's last evaluation."""
+    """Loss of the model that ``open_trained`` loads, on the validation samples of the run's last evaluation."""
     import torch
 
     from dynmoe.data.batches import PretrainingData
@@ -84,17 +84,18 @@ def evaluation_loss(run: Path, cache: Path) -> float:
     from dynmoe.trained import open_trained
 
     model = open_trained(run, torch.device("cpu"))
-    config, length = model.config, model.config.data.sequence_length
+    config = model.config
+    length = config.data.sequence_length
     data = PretrainingData(open_corpora(config.data.dirs, length), [], length, 0, cache)
     samples = range(min(config.eval.batches * config.train.global_batch, data.validation_samples))
-    assert len(samples) % 4 == 0, "every layout evaluates all of them"
+    assert len(samples) % 4 == 0, "not every layout evaluates all samples"
     with torch.no_grad():
         batches = [data.validation_batch(samples[start : start + 4]) for start in samples[::4]]
         return torch.stack([model.decoder(batch.tokens_BS, batch.labels_BS) for batch in batches]).mean().item()
 
 
 def evaluate_blend(overrides: list[str], dirs: list[str], weights: list[float], cache: Path) -> list[dict[str, float]]:
-    """Evaluations of a model that has learnt nothing, on a blend: of all its sequences, and of twelve."""
+    """Evaluations of an untrained model on all sequences of a blend, and on twelve of them."""
     import torch.distributed as dist
 
     from dynmoe.data.batches import PretrainingData
@@ -122,16 +123,16 @@ def read_rows(metrics: Path) -> list[dict[str, Any]]:
     for line in metrics.read_text().splitlines():
         try:
             rows.append(json.loads(line))
-        except ValueError:  # the last line may be half written
+        except ValueError:  # the last line may be truncated
             break
     return rows
 
 
 def curve(metrics: Path) -> list[dict[str, str]]:
-    """Rows without the figures that depend on time; equal means bitwise equal."""
+    """Rows without the metrics that depend on time; equal means bitwise equal."""
     return [without_times(row) for row in read_rows(metrics)]
 
 
 def parameter_hashes(run: Path, step: int) -> dict[str, str]:
-    """SHA-256 of the state in the checkpoint of ``step``, by file."""
+    """SHA-256 of the tensor files in the checkpoint of ``step``."""
     return tensor_hashes(run / "checkpoints" / f"step_{step:08d}")

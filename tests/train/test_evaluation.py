@@ -1,4 +1,4 @@
-"""The validation loss of a blend, against a count of its own over the files of the corpora."""
+"""The validation loss of a blend, compared with an independent evaluation of the corpus files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from tests.faults.test_corpora import edit_manifest, store
 from tests.train.cases import BLEND_VOCAB, TrainingProcess, evaluate_blend, read_rows
 
 LENGTH = 32
-# Of each corpus its weight, its validation sequences, and the unigram entropy that its manifest tells.
+# For each corpus: weight, number of validation sequences, and unigram entropy in the manifest.
 BLEND = {"web": (4, 6, 5.0), "code": (4, 10, 6.0), "books": (2, 36, 1.0)}
 WEIGHTS = [weight for weight, *_ in BLEND.values()]
 SEQUENCES = {name: count for name, (_, count, _) in BLEND.items()}
@@ -41,8 +42,9 @@ DOMAINS = {f"eval/domains/{name}/loss" for name in BLEND}
 
 @pytest.fixture(scope="module")
 def blend(corpus_dir, tmp_path_factory) -> list[str]:
-    """Three corpora with validation texts that are unequally long and unequally hard."""
-    folder, random = tmp_path_factory.mktemp("blend"), np.random.default_rng(0)
+    """Three corpora whose validation texts differ in length and difficulty."""
+    folder = tmp_path_factory.mktemp("blend")
+    random = np.random.default_rng(0)
     for number, (name, (_, sequences, entropy)) in enumerate(BLEND.items()):
         corpus = Path(shutil.copytree(corpus_dir, folder / name))
         text = np.fromfile(corpus / "validation.bin", "<u2")
@@ -53,7 +55,7 @@ def blend(corpus_dir, tmp_path_factory) -> list[str]:
 
 
 def fields(blend: list[str]) -> list[str]:
-    """A run of ten steps that evaluates on every validation sequence of the blend."""
+    """Fields of a run of ten steps that evaluates all validation sequences of the blend."""
     return [
         f"data.dirs=[{','.join(blend)}]", f"data.weights={WEIGHTS}", "eval.batches=13", "eval.interval=5",
         "train.steps=10", "optimizer.lr=1e-2",
@@ -62,7 +64,7 @@ def fields(blend: list[str]) -> list[str]:
 
 @torch.no_grad()
 def count(decoder: Decoder, blend: list[str]) -> dict[str, list[float]]:
-    """The loss of every validation sequence of each corpus, one after the other, from the tokens in the file."""
+    """The losses of all validation sequences of each corpus, one by one, from the tokens in the file."""
     losses: dict[str, list[float]] = {}
     for corpus in map(Path, blend):
         tokens = torch.from_numpy(np.fromfile(corpus / "validation.bin", "<u2").astype(np.int64))
@@ -79,20 +81,21 @@ def check(row: dict[str, float], losses: dict[str, list[float]]) -> None:
     loss = 0.4 * means["web"] + 0.4 * means["code"] + 0.2 * means["books"]
     tokens = [6 * LENGTH + 1, 10 * LENGTH + 1, 36 * LENGTH + 1]
     by_tokens = sum(n * mean for n, mean in zip(tokens, means.values(), strict=True)) / sum(tokens)
-    assert abs(loss - by_tokens) > 0.01, "both measures are the same"
+    assert abs(loss - by_tokens) > 0.01, "both weightings give the same loss"
     assert row["eval/loss"] == pytest.approx(loss, rel=1e-5)
     assert row["eval/perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
     assert row["eval/loss_by_tokens"] == pytest.approx(by_tokens, rel=1e-5)
     assert {name: row[f"eval/domains/{name}/loss"] for name in BLEND} == pytest.approx(means, rel=1e-5)
 
 
-def test_a_run_on_a_blend_has_its_loss_weighted_as_training_and_that_of_each_domain(blend, corpus_dir, tmp_path):
+def test_blend_has_a_loss_weighted_as_in_training_and_one_of_each_domain(blend, corpus_dir, tmp_path):
     process = TrainingProcess(corpus_dir, tmp_path / "runs", *fields(blend), "eval.domains=true")
     assert process.wait() == 0, process.output()
     run = tmp_path / "runs" / "tiny"
-    losses, row = count(open_trained(run, torch.device("cpu")).decoder, blend), read_rows(run / "metrics.jsonl")[-1]
+    losses = count(open_trained(run, torch.device("cpu")).decoder, blend)
+    row = read_rows(run / "metrics.jsonl")[-1]
     check(row, losses)
-    assert 0 < row[f"eval/domains/code/{EXPERTS}"] < 4, "eval.domains tells their experts beside the same loss"
+    assert 0 < row[f"eval/domains/code/{EXPERTS}"] < 4, "eval.domains adds experts per token"
     middle = next(row for row in read_rows(run / "metrics.jsonl") if row["train/step"] == 5)
     assert {name for name in middle if "domains" in name} == DOMAINS
     entropy = 0.4 * 5 + 0.4 * 6 + 0.2 * 1
@@ -105,18 +108,18 @@ def test_a_run_on_a_blend_has_its_loss_weighted_as_training_and_that_of_each_dom
     assert json.loads((run / "outcome.json").read_text())["eval/loss_by_tokens"] == row["eval/loss_by_tokens"]
     assert load_config(run / "config.yaml").eval.weighting == "blend"
     read = read_run(run)
-    assert [trace.name for trace in figures.loss([read]).data] == ["training", "validation, weighted as training"]
+    assert [trace.name for trace in figures.loss([read]).data] == ["training", "validation, weighted as in training"]
     write_report([read], run / "report.html")
     shown = f"<td>validation loss by tokens</td><td>{row['eval/loss_by_tokens']:.3f}</td>"
     assert shown in (run / "report.html").read_text()
 
 
 def make_old(run: Path) -> None:
-    """Makes a run one that was begun before there was a weighting."""
+    """Turns a run into one from before the field eval.weighting existed."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["eval"].pop("weighting") == "tokens"
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    saved = checkpoint.newest_sound(run / "checkpoints")
+    saved = checkpoint.latest_valid(run / "checkpoints")
     state = saved.trainer_state
     del state["config"]["eval"]["weighting"]
     (saved.path / checkpoint.TRAINER).write_text(json.dumps(state))
@@ -125,7 +128,7 @@ def make_old(run: Path) -> None:
     checkpoint.commit(saved.path, saved.path, manifest)
 
 
-def test_a_run_that_counted_tokens_goes_on_counting_them(blend, corpus_dir, tmp_path):
+def test_run_weighted_by_tokens_keeps_its_weighting_on_resume(blend, corpus_dir, tmp_path):
     alone = [*fields(blend), "parallel.expert=1"]
     begun = TrainingProcess(corpus_dir, tmp_path / "runs", *alone, "eval.weighting=tokens", ranks=1)
     assert begun.wait() == 0, begun.output()
@@ -143,15 +146,18 @@ def test_a_run_that_counted_tokens_goes_on_counting_them(blend, corpus_dir, tmp_
     assert f"Validation loss {rows[-1]['eval/loss']:.3f} nats per token (perplexity" in resumed.output()
 
 
-def test_a_run_keeps_the_weighting_that_it_began_with():
-    config, weighting = load_config(), lambda *given: with_weighting(*given).eval.weighting
+def test_run_keeps_its_initial_weighting():
+    def weighting(*given: Any) -> str | None:
+        return with_weighting(*given).eval.weighting
+
+    config = load_config()
     old, new = (dataclasses.asdict(load_config(None, [f"eval.weighting={own}"])) for own in ("null", "blend"))
     assert weighting(config, None) == "blend"
     assert weighting(config, new) == "blend"
     assert weighting(config, old) == "tokens"
     assert weighting(config, {"engine": "deepspeed"}) == "tokens"
     assert weighting(load_config(None, ["eval.weighting=tokens"]), None) == "tokens"
-    assert weighting(load_config(None, ["eval.weighting=blend"]), old) == "blend", "asked for"
+    assert weighting(load_config(None, ["eval.weighting=blend"]), old) == "blend", "given explicitly"
 
 
 LAYOUTS = {
@@ -168,7 +174,7 @@ def alone(one_rank, blend, tmp_path_factory):
     return one_rank.run(evaluate_blend, [*MODEL, *ROWS], blend, WEIGHTS, tmp_path_factory.mktemp("alone"))[0]
 
 
-def test_one_process_evaluates_as_one_sequence_after_the_other(alone, blend):
+def test_evaluation_in_one_process_equals_sequences_one_by_one(alone, blend):
     config = config_for(*MODEL)
     check(alone[0], count(Decoder(config.model, BLEND_VOCAB, config.train.seed).eval(), blend))
 
@@ -177,15 +183,15 @@ def test_one_process_evaluates_as_one_sequence_after_the_other(alone, blend):
     pytest.param(name, marks=() if name in ("DeepSpeed EP 2", "Megatron PP 2 interleaved") else pytest.mark.slow)
     for name in LAYOUTS
 ])  # fmt: skip
-def test_every_layout_evaluates_a_blend_as_one_process(alone, blend, two_ranks, tmp_path, layout):
+def test_every_layout_evaluates_a_blend_like_one_process(alone, blend, two_ranks, tmp_path, layout):
     for rows in two_ranks.run(evaluate_blend, [*MODEL, *LAYOUTS[layout], *ROWS], blend, WEIGHTS, tmp_path):
         for row, expected in zip(rows, alone, strict=True):
             assert row == pytest.approx(expected, rel=1e-5)
             assert row.keys() > DOMAINS
 
 
-def test_one_corpus_has_no_figures_of_domains(one_rank, corpus_dir, tmp_path):
-    """Also one that is named twice."""
+def test_single_corpus_has_no_domain_metrics(one_rank, corpus_dir, tmp_path):
+    """The same holds for a corpus that is named twice."""
     for dirs in ([str(corpus_dir)], [str(corpus_dir)] * 2):
         for row in one_rank.run(evaluate_blend, [*MODEL, *ROWS], dirs, [1.0] * len(dirs), tmp_path)[0]:
             assert set(row) == {"eval/loss", "eval/perplexity"}
@@ -197,7 +203,7 @@ def test_one_corpus_has_no_figures_of_domains(one_rank, corpus_dir, tmp_path):
         (10, (99, 99, 99), (4, 4, 2)),
         (50, (99, 99, 99), (20, 20, 10)),
         (3, (99, 99, 99), (1, 1, 1)),
-        (10, (2, 99, 99), (2, 5, 3)),  # what one has not is taken from the others: 8 in 4 : 2, nearest 5 : 3
+        (10, (2, 99, 99), (2, 5, 3)),  # the others share the remaining 8 as 4 : 2, nearest 5 : 3
         (13, (3, 5, 5), (3, 5, 5)),
     ],
 )
@@ -206,7 +212,7 @@ def test_sequences_are_split_by_weights(total, limits, expected):
     assert tuple(apportion(total, shares, dict(zip(BLEND, limits, strict=True))).values()) == expected
 
 
-def test_shares_are_the_weights_or_the_tokens_and_add_up_for_a_corpus_that_is_named_twice(blend):
+def test_shares_follow_weights_or_tokens_and_add_up_for_a_repeated_corpus(blend):
     corpora = open_corpora(blend, LENGTH)
     assert training_shares(corpora, [4, 4, 2]) == pytest.approx({"web": 0.4, "code": 0.4, "books": 0.2})
     assert training_shares(corpora, []) == pytest.approx(dict.fromkeys(BLEND, 1 / 3)), "copies of one training text"
@@ -224,10 +230,10 @@ def test_shares_are_the_weights_or_the_tokens_and_add_up_for_a_corpus_that_is_na
     [
         (["train.micro_batch=8"], r"micro_batch=8: the validation data of web does not fill one micro-batch; use"),
         (["train.micro_batch=4", "train.global_batch=4", "eval.batches=2"],
-         r"eval\.batches=2: an evaluation has 2 micro-batches, fewer than there are corpora \(3\); use more"),
+         r"eval\.batches=2: gives 2 micro-batches, fewer than there are corpora \(3\); use a larger"),
     ],
 )  # fmt: skip
-def test_a_domain_that_is_not_measured_is_refused(blend, overrides, words):
+def test_domain_without_validation_sequences_is_refused(blend, overrides, words):
     config = load_config(None, ["data.sequence_length=32", "eval.weighting=blend", *overrides])
     with pytest.raises(ConfigError, match=words):
         sequences_by_domain(config, [Corpus.open(path) for path in blend])

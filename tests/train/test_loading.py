@@ -1,4 +1,4 @@
-"""The trainer and the thread that reads ahead of it: whatever ends a run ends the thread."""
+"""The trainer closes the prefetching thread however a run ends."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from dynmoe.errors import UserError
 from tests.train.cases import tiny
 
 
-class Noting(PretrainingData):
-    """Keeps the names of threads that read, and is damaged from sample ``damaged`` on."""
+class RecordingData(PretrainingData):
+    """Records the names of reading threads; samples from ``damaged`` on are corrupt."""
 
     def __init__(self, *arguments: Any, damaged: int) -> None:
         super().__init__(*arguments)
-        self.readers, self._damaged = set[str](), damaged
+        self.readers: set[str] = set()
+        self._damaged = damaged
 
     def train_batch(self, samples: range) -> Batch:
         self.readers.add(threading.current_thread().name)
@@ -29,7 +30,7 @@ class Noting(PretrainingData):
 
 
 def run(corpus: Path, runs: Path, way: str) -> tuple[str, int, list[str], list[str]]:
-    """A run of four steps: how it ended, after which step, the threads that read, and those that are left."""
+    """Runs four steps; returns how the run ended, after which step, the reading threads and the remaining threads."""
     from dynmoe.engines import make_engine
     from dynmoe.model.size import embedding_rows
     from dynmoe.train.run_directory import RunDirectory
@@ -38,21 +39,22 @@ def run(corpus: Path, runs: Path, way: str) -> tuple[str, int, list[str], list[s
 
     fields = ["parallel.expert=1", "train.steps=4", "eval.interval=0", "adaptation.interval=0"]
     config = load_config(None, [*tiny(corpus, runs), *fields])
-    directory, corpora = RunDirectory(config.run.path), open_corpora(config.data.dirs, config.data.sequence_length)
+    directory = RunDirectory(config.run.path)
+    corpora = open_corpora(config.data.dirs, config.data.sequence_length)
     directory.claim()
     damaged = 2 * config.train.global_batch if way == "failed" else 10**9
-    data = Noting(corpora, [], config.data.sequence_length, 0, directory.data_index, damaged=damaged)
+    data = RecordingData(corpora, [], config.data.sequence_length, 0, directory.data_index, damaged=damaged)
     rows = embedding_rows(corpora[0].tokenizer.vocab_size, config.model.vocab_size)
     engine = make_engine(config, rows)
-    ending = SimpleNamespace(told=False, has_state_to_save=lambda: None)
+    stop_signal = SimpleNamespace(requested=False, has_state_to_save=lambda: None)
 
     def update(lr: float, take: Any = engine.update) -> Any:
-        ending.told = way == "preempted" and engine.step == 2
+        stop_signal.requested = way == "preempted" and engine.step == 2
         return take(lr)
 
     engine.update = update
     watchdog = Watchdog(directory.hangs, 0.0)
-    trainer = Trainer(config, engine, data, directory, rows, lambda *_: ([], None), ending, watchdog, dict)
+    trainer = Trainer(config, engine, data, directory, rows, lambda *_: ([], None), stop_signal, watchdog, dict)
     try:
         ended = trainer.run().status
     except UserError as error:
@@ -66,7 +68,7 @@ def run_each_way(corpus: str, root: str) -> list[tuple[str, int, list[str], list
     return [run(Path(corpus), Path(root) / way, way) for way in ("finished", "preempted", "failed")]
 
 
-def test_however_a_run_ends_its_loader_ends_with_it(one_rank, corpus_dir, tmp_path):
+def test_loader_is_closed_however_a_run_ends(one_rank, corpus_dir, tmp_path):
     (found,) = one_rank.run(run_each_way, str(corpus_dir), str(tmp_path))
-    reader = (["loader_0"], [])  # no other thread reads, and it is gone
+    reader = (["loader_0"], [])  # only this thread reads, and it is gone
     assert found == [("finished", 4, *reader), ("preempted", 2, *reader), ("the data is damaged", 2, *reader)]

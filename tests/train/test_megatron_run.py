@@ -1,4 +1,4 @@
-"""train.py with engine=megatron: the same files, the same way back after a kill, and into the other engine."""
+"""train.py with engine=megatron: files of a run, conversion to the other engine, loading, compaction."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.processes import ROOT
 from dynmoe.compact import compact
 from dynmoe.config import load_config
 from dynmoe.convert import convert
-from dynmoe.train.checkpoint import newest_sound
-from tests.engines.comparisons import read_plain
+from dynmoe.train.checkpoint import latest_valid
+from harness.processes import ROOT
+from tests.engines.comparisons import read_canonical
 from tests.train.cases import TrainingProcess, evaluation_loss, read_rows
 
 PIPELINE = ["engine=megatron", "parallel.expert=1", "parallel.pipeline=2"]
 STEPS = 12
-# A pipeline, with experts that come and go and a budget; nothing that another engine would decide by its own ranks.
+# With adaptation and a budget; nothing that depends on the ranks of another engine.
 RUN = [
     f"train.steps={STEPS}",
     "checkpoint.interval=4",
@@ -40,30 +40,30 @@ def trained(corpus_dir, tmp_path_factory) -> Path:
     return runs / "tiny"
 
 
-def test_a_run_leaves_what_it_promises(trained):
+def test_a_run_writes_its_documented_files(trained):
     rows = read_rows(trained / "metrics.jsonl")
     assert [row["train/step"] for row in rows] == list(range(1, STEPS + 1))
     assert rows[-1]["train/lm_loss"] < rows[0]["train/lm_loss"]
     assert all(f"moe/layer_0{layer}/experts_per_token_mean" in rows[-1] for layer in (0, 1))
     events = read_rows(trained / "events.jsonl")
-    assert {event["layer"] for event in events} == {0, 1}, "the stages write one file together"
+    assert {event["layer"] for event in events} == {0, 1}, "events of all stages are in one file"
     manifest = json.loads((trained / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").read_text())
     assert {"megatron/.metadata", "megatron/common.pt", "megatron/__0_0.distcp", "megatron/__1_0.distcp"} <= set(
         manifest["files"]
     )
 
 
-@pytest.mark.slow  # what is refused on resume is tested without processes in test_parts
-def test_another_engine_is_refused_with_the_way_to_it(trained, corpus_dir):
+@pytest.mark.slow  # tested without processes in test_parts
+def test_other_engine_on_resume_is_refused_with_the_conversion_command(trained, corpus_dir):
     process = TrainingProcess(corpus_dir, trained.parent, *RUN, "parallel.expert=1")
     assert process.wait() != 0
-    assert "engine='deepspeed': the run's checkpoint is of megatron" in process.output()
+    assert "engine='deepspeed': the run's checkpoint was saved by megatron" in process.output()
     assert "python -m dynmoe.convert" in process.output()
 
 
 @pytest.mark.slow
-def test_a_converted_run_goes_on_as_if_nothing_had_happened(one_rank, trained, corpus_dir, tmp_path):
-    """Eight steps of Megatron in a pipeline, four of DeepSpeed; then back, bit by bit."""
+def test_converted_run_resumes_like_an_uninterrupted_one(one_rank, trained, corpus_dir, tmp_path):
+    """Eight steps of Megatron with pipelining, then four of DeepSpeed; the conversion back is bitwise identical."""
     early = tmp_path / "runs" / "early"
     (early / "checkpoints").mkdir(parents=True)
     (early / "config.yaml").write_text((trained / "config.yaml").read_text())
@@ -74,7 +74,7 @@ def test_a_converted_run_goes_on_as_if_nothing_had_happened(one_rank, trained, c
         capture_output=True, text=True, check=False, timeout=120, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "a run of deepspeed" in done.stdout
+    assert "a deepspeed run with" in done.stdout
     process = TrainingProcess(corpus_dir, tmp_path / "runs", *RUN, "parallel.expert=1", ranks=1)
     assert process.wait() == 0, process.output()
     losses = {row["train/step"]: row["train/lm_loss"] for row in read_rows(trained / "metrics.jsonl")}
@@ -86,25 +86,25 @@ def test_a_converted_run_goes_on_as_if_nothing_had_happened(one_rank, trained, c
     one_rank.run(convert, trained, tmp_path / "plain", "deepspeed")
     one_rank.run(convert, tmp_path / "plain", tmp_path / "back", "megatron")
     one_rank.run(convert, tmp_path / "back", tmp_path / "again", "deepspeed")
-    first, second = (read_plain(newest_sound(tmp_path / name / "checkpoints").path) for name in ("plain", "again"))
+    first, second = (read_canonical(latest_valid(tmp_path / name / "checkpoints").path) for name in ("plain", "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_the_trained_model_opens_whole_in_one_process(one_rank, trained, tmp_path):
-    """As the token view opens it."""
+def test_trained_model_loads_whole_in_one_process(one_rank, trained, tmp_path):
+    """As for the token view."""
     outcome = json.loads((trained / "outcome.json").read_text())
     before = sorted(path.name for path in trained.iterdir())
     assert one_rank.run(evaluation_loss, trained, tmp_path)[0] == pytest.approx(outcome["eval/loss"], rel=1e-5)
-    assert sorted(path.name for path in trained.iterdir()) == before, "something was left behind"
+    assert sorted(path.name for path in trained.iterdir()) == before, "temporary files were left behind"
 
 
-def test_compaction_of_a_megatron_run(one_rank, trained, tmp_path):
+def test_megatron_run_is_compacted(one_rank, trained, tmp_path):
     new, kept = one_rank.run(compact, trained, tmp_path / "small")[0]
     assert new.engine == "megatron"
     assert load_config(tmp_path / "small" / "config.yaml") == new
     assert new.parallel.pipeline == 2
     assert new.model.moe.experts_by_layer == [len(slots) for slots in kept.values()]
     assert min(new.model.moe.experts_by_layer) < 4
-    assert [path.name for path in tmp_path.iterdir()] == ["small"], "something was left behind"
-    assert newest_sound(tmp_path / "small" / "checkpoints").step == STEPS
+    assert [path.name for path in tmp_path.iterdir()] == ["small"], "temporary files were left behind"
+    assert latest_valid(tmp_path / "small" / "checkpoints").step == STEPS

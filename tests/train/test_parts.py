@@ -1,4 +1,4 @@
-"""Schedules, parameter groups, metrics files and checkpoint stores, each for itself."""
+"""Unit tests of schedules, parameter groups, metrics files and checkpoint stores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dynmoe.config import OptimizerConfig, ScheduleConfig, load_config
+from dynmoe.config import OptimizerConfig, ScheduleConfig, load, load_config
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.model import Decoder
 from dynmoe.moe.adaptation import AdaptationEvent
@@ -17,7 +17,7 @@ from dynmoe.train.checkpoint_store import CheckpointStore
 from dynmoe.train.engine import Snapshot
 from dynmoe.train.optimizer import parameter_groups
 from dynmoe.train.record import RunRecord
-from dynmoe.train.resume import refuse_changes
+from dynmoe.train.resume import check_unchanged
 from dynmoe.train.run_directory import RunDirectory
 from dynmoe.train.schedule import learning_rate
 from dynmoe.train.step_log import merge
@@ -28,31 +28,33 @@ def rates(kind: str, steps: int = 20, **options) -> list[float]:
     return [learning_rate(step, steps, OptimizerConfig(lr=1.0), schedule) for step in range(1, steps + 1)]
 
 
-def test_warm_up_is_linear_and_ends_at_the_peak():
+def test_warmup_is_linear_up_to_the_peak():
     for kind in ("cosine", "wsd", "constant"):
         assert rates(kind)[:4] == [0.25, 0.5, 0.75, 1.0]
 
 
-def test_cosine_falls_to_the_floor():
+def test_cosine_decays_to_the_floor():
     values = rates("cosine")
     assert values[3:] == sorted(values[3:], reverse=True)
     assert values[11] == pytest.approx(0.55)  # half way between step 4 and step 20
     assert values[-1] == pytest.approx(0.1)
 
 
-def test_wsd_stays_and_then_falls_in_a_line():
+def test_wsd_is_constant_and_then_decays_linearly():
     values = rates("wsd", decay_fraction=0.25)
     assert values[3:15] == [1.0] * 12
     assert values[15:] == pytest.approx([0.82, 0.64, 0.46, 0.28, 0.1])
 
 
-def test_constant_stays():
+def test_constant_schedule_keeps_the_peak():
     assert rates("constant")[4:] == [1.0] * 16
 
 
 @pytest.mark.parametrize("kind", ["top_p", "top_any"])
-def test_every_parameter_is_in_one_group_of_its_kind(kind):
-    config = load_config(None, [f"model.router.kind={kind}", "model.router.lr_factor=0.5", "model.moe.every=2"])
+def test_every_parameter_is_in_exactly_one_group_of_its_role(kind):
+    config = load_config(
+        None, [f"model.router.kind={kind}", "model.router.lr_factor=0.5", "model.moe.moe_layer_freq=2"]
+    )
     model = Decoder(config.model, 64, seed=0)
     groups = {group["name"]: group for group in parameter_groups(model, config)}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -67,7 +69,7 @@ def test_every_parameter_is_in_one_group_of_its_kind(kind):
         assert groups["router_no_decay"]["weight_decay"] == 0.0
 
 
-def test_metrics_and_events_are_cut_to_the_resumed_step_and_half_a_line_is_dropped(tmp_path):
+def test_logs_are_cut_to_the_resumed_step_and_a_truncated_line_is_dropped(tmp_path):
     directory = RunDirectory(tmp_path)
     directory.metrics.write_text("".join(json.dumps({"train/step": step}) + "\n" for step in (1, 2, 3)) + '{"train/st')
     directory.histograms.write_text("".join(json.dumps({"train/step": step}) + "\n" for step in (2, 3)))
@@ -100,7 +102,7 @@ def test_metrics_and_events_are_cut_to_the_resumed_step_and_half_a_line_is_dropp
     assert [folder.name for folder in directory.traces.iterdir()] == ["step_00000002"]
 
 
-def test_later_figures_join_the_row_of_their_step_or_make_one_in_its_place(tmp_path):
+def test_later_metrics_are_merged_into_the_row_of_their_step_or_a_new_one(tmp_path):
     log = tmp_path / "log.jsonl"
     merge(log, "step", 4, {"loss": 1.0})
     merge(log, "step", 2, {"score": 2.0})
@@ -112,12 +114,13 @@ def test_later_figures_join_the_row_of_their_step_or_make_one_in_its_place(tmp_p
     ]  # fmt: skip
 
 
-def test_a_view_that_fails_is_said_once_and_disturbs_nobody(tmp_path, capsys):
+def test_a_failing_view_is_reported_once_and_does_not_affect_the_others(tmp_path, capsys):
     calls: list[str] = []
 
     class Spy:
         def __init__(self, name: str, fails_at: int = 0) -> None:
-            self.name, self.fails_at = name, fails_at
+            self.name = name
+            self.fails_at = fails_at
 
         def log(self, row, histograms):
             calls.append(self.name)
@@ -136,13 +139,13 @@ def test_a_view_that_fails_is_said_once_and_disturbs_nobody(tmp_path, capsys):
     record.close()
     assert calls == ["early", "late", "sound", "late", "sound", "late closed", "sound closed"]
     said = capsys.readouterr().out
-    assert said.count("early failed (the disk is full); it is left out, metrics.jsonl is complete") == 1
+    assert said.count("early failed (the disk is full) and is disabled; metrics.jsonl is complete") == 1
     assert said.count("late failed (the service is gone)") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def shard(directory: Path, text: str) -> Snapshot:
-    """State of a rank that is a line of text."""
+    """A snapshot whose state is a line of text."""
     import torch.distributed as dist
 
     path = directory / f"shard_{dist.get_rank()}"
@@ -155,7 +158,7 @@ def shard(directory: Path, text: str) -> Snapshot:
 
 
 def store_scenario(root: str) -> dict[str, object]:
-    """Saves, damages and loads checkpoints on the ranks of a pool; every rank sees the same."""
+    """Saves, corrupts and loads checkpoints on the ranks of a pool; returns what this rank sees."""
     import torch.distributed as dist
 
     store = CheckpointStore(Path(root), keep=2)
@@ -189,17 +192,17 @@ def store_scenario(root: str) -> dict[str, object]:
     return found
 
 
-def test_checkpoints_are_kept_verified_put_aside_and_never_silently_lost(two_ranks, tmp_path):
+def test_checkpoints_are_kept_verified_and_quarantined_and_never_silently_lost(two_ranks, tmp_path):
     for found in two_ranks.run(store_scenario, str(tmp_path / "checkpoints")):
         assert found["empty"] is None
         assert found["kept"] == ["step_00000002", "step_00000003"]
         assert found["newest"] == (3, {"step": 3})
         assert found["fallback"] == 2
-        assert "no checkpoint is undamaged (step_00000002: manifest.json is missing, damaged" in str(found["error"])
+        assert "no valid checkpoint (step_00000002: manifest.json is missing, damaged" in str(found["error"])
         assert found["left"] == ["step_00000002.damaged", "step_00000003.damaged"]
 
 
-def test_a_dense_model_reports_no_moe_figures():
+def test_a_dense_model_has_no_moe_metrics():
     from dynmoe.train.engine import StepReport
     from dynmoe.train.metrics import moe_row
 
@@ -207,11 +210,27 @@ def test_a_dense_model_reports_no_moe_figures():
     assert moe_row(StepReport({}, 0, {}), config, 1) == {}
 
 
-def test_a_ceiling_may_be_another_one_after_a_resume():
-    """It is what the error tells one to change."""
-    saved = dataclasses.asdict(load_config(None, ["model.moe.ceiling=2"]))
-    refuse_changes(saved, dataclasses.asdict(load_config(None, ["model.moe.ceiling=3", "model.moe.at_ceiling=drop"])))
-    with pytest.raises(ConfigError, match=r"engine='megatron': the run's checkpoint is of deepspeed; keep it, or conv"):
-        refuse_changes(saved, dataclasses.asdict(load_config(None, ["engine=megatron"])))
+def test_the_ceiling_may_change_on_resume():
+    """The error about a ceiling that is too low asks for this change."""
+    saved = dataclasses.asdict(load_config(None, ["model.moe.max_mean_experts_per_token=2"]))
+    check_unchanged(
+        saved,
+        dataclasses.asdict(load_config(None, ["model.moe.max_mean_experts_per_token=3", "model.moe.on_overflow=drop"])),
+    )
+    with pytest.raises(ConfigError, match=r"engine='megatron': the run's checkpoint was saved by deepspeed; keep it"):
+        check_unchanged(saved, dataclasses.asdict(load_config(None, ["engine=megatron"])))
     with pytest.raises(ConfigError, match=r"model\.moe\.expert_hidden=64: the run's checkpoint has 512"):
-        refuse_changes(saved, dataclasses.asdict(load_config(None, ["model.moe.expert_hidden=64"])))
+        check_unchanged(saved, dataclasses.asdict(load_config(None, ["model.moe.expert_hidden=64"])))
+
+
+def test_renamed_field_of_a_saved_configuration_is_compared_under_its_new_name(monkeypatch):
+    monkeypatch.setattr(load, "_RENAMED", {"model.old_width": "model.hidden"})
+    current = dataclasses.asdict(load_config())
+    saved = json.loads(json.dumps(current))
+    saved["model"]["old_width"] = saved["model"].pop("hidden")
+    check_unchanged(saved, current)
+    saved["model"]["old_width"] = 64
+    with pytest.raises(ConfigError, match=r"model\.hidden=256: the run's checkpoint has 64"):
+        check_unchanged(saved, current)
+    current["checkpoint"]["accept_changes"] = ["model.old_width"]
+    check_unchanged(saved, current)

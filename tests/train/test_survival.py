@@ -1,4 +1,4 @@
-"""Killed, told to end, damaged: the same command again gives the curve of an undisturbed run, bit by bit."""
+"""A run that is killed, stopped or corrupted resumes bitwise identically to an undisturbed run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import shutil
 import pandas as pd
 import pytest
 
+from harness.processes import WarmTraining
 from tests.train.cases import TrainingProcess, curve, read_rows
 
 
-def test_a_run_leaves_what_it_promises(undisturbed):
+def test_a_run_writes_its_documented_files(undisturbed):
     run, output = undisturbed
     rows = read_rows(run / "metrics.jsonl")
     assert [row["train/step"] for row in rows] == list(range(1, 41))
@@ -26,7 +27,7 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     assert (outcome["status"], outcome["step"]) == ("finished", 40)
     for part in ("Validation loss", "token frequencies alone would give", "Experts per token", str(run)):
         assert part in output
-    assert "Experts are computed in fp32 on cpu by the grouped_mm backend." in output
+    assert "Training in fp32 on cpu; experts are computed by the grouped_mm backend." in output
     # In each of two layers at most: 32 fp32 numbers there and back, both ways, and two routes with their gradients.
     assert all(0 < row["moe/all_to_all_bytes_per_token"] < 2 * (4 * 32 * 4 + 2 * 12) + 1 for row in rows)
     assert "model:" in (run / "config.yaml").read_text()
@@ -39,7 +40,7 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     assert [line.split()[0] for line in table[:3]] == ["layer", "0", "1"]
 
 
-def test_a_finished_run_says_so_when_started_again(undisturbed, corpus_dir):
+def test_a_finished_run_prints_its_summary_when_started_again(undisturbed, corpus_dir):
     run, _ = undisturbed
     before = (run / "metrics.jsonl").read_bytes()
     process = TrainingProcess(corpus_dir, run.parent)
@@ -50,8 +51,24 @@ def test_a_finished_run_says_so_when_started_again(undisturbed, corpus_dir):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_run_resumes_from_a_config_yaml_with_an_old_field_name(undisturbed, tmp_path):
+    run = tmp_path / "tiny"
+    shutil.copytree(undisturbed[0], run)
+    config = run / "config.yaml"
+    text = config.read_text()
+    assert text.count("max_consecutive_nonfinite_steps: 3") == 1
+    config.write_text(text.replace("max_consecutive_nonfinite_steps: 3", "bad_steps: 3"))
+    process = WarmTraining([str(config), f"run.dir={tmp_path}", "train.steps=42"], 2, 0, tmp_path / "output.txt", {})
+    assert process.wait() == 0, process.output()
+    assert process.output().count("guard.bad_steps is now called guard.max_consecutive_nonfinite_steps") == 1
+    assert [row["train/step"] for row in read_rows(run / "metrics.jsonl")] == list(range(1, 43))
+    assert config.read_text() == text.replace(f"dir: {undisturbed[0].parent}", f"dir: {tmp_path}").replace(
+        "steps: 40", "steps: 42"
+    )
+
+
 @pytest.mark.slow  # which one is chosen: tests/faults/test_checkpoints.py
-def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_loads(undisturbed, corpus_dir, tmp_path):
+def test_a_corrupt_checkpoint_is_quarantined_and_the_previous_one_loads(undisturbed, corpus_dir, tmp_path):
     run = tmp_path / "runs" / "tiny"
     shutil.copytree(undisturbed[0], run)
     shard = run / "checkpoints" / "step_00000040" / "experts_00001.safetensors"
@@ -60,7 +77,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_loads(undisturbed,
     shard.write_bytes(content)
     again = TrainingProcess(corpus_dir, tmp_path / "runs", "train.steps=42")
     assert again.wait() == 0, again.output()
-    assert "experts_00001.safetensors is damaged: its SHA-256 is not the manifest's; put aside" in again.output()
+    assert "experts_00001.safetensors is damaged: its SHA-256 is not the manifest's; quarantined" in again.output()
     rows = read_rows(run / "metrics.jsonl")
     assert [row["train/step"] for row in rows] == list(range(1, 43))
     assert curve(run / "metrics.jsonl")[:30] == curve(undisturbed[0] / "metrics.jsonl")[:30]
@@ -75,12 +92,12 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_loads(undisturbed,
         pytest.param(["run.dir=/proc/none"], "/proc/none", marks=pytest.mark.slow),
         pytest.param(
             ["train.micro_batch=512", "train.global_batch=1024"],
-            "fewer than one pass over all ranks (1024)",
+            "fewer than one forward pass on all ranks (1024)",
             marks=pytest.mark.slow,
         ),
     ],
 )
-def test_train_refuses_bad_input_in_one_line(corpus_dir, tmp_path, overrides, named):
+def test_train_refuses_invalid_input_in_one_line(corpus_dir, tmp_path, overrides, named):
     process = TrainingProcess(corpus_dir, tmp_path / "runs", *overrides)
     assert process.wait() != 0
     lines = [line for line in process.output().splitlines() if line.startswith("error: ")]

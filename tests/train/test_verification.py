@@ -1,4 +1,4 @@
-"""What is verified before a training: by all ranks together, once, and within the watchdog's time."""
+"""Verification before training: shared by all ranks, once per corpus, within the watchdog's timeout."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ from dynmoe.errors import UserError
 from dynmoe.train import verification
 from dynmoe.train.checkpoint import pieces_of
 from dynmoe.train.checkpoint_store import CheckpointStore
-from dynmoe.train.verification import check_together, over_ranks, verify_corpora
+from dynmoe.train.verification import check_together, gather_ranks, verify_corpora
 from tests.data.test_pieces import in_blocks
 
 TIMEOUT_S = GuardConfig().hang_timeout_s
-# Assumed of a cluster: what one host reads (10 Gbit/s), and what the file system gives to all hosts together.
-BYTES_PER_S_OF_A_HOST, BYTES_PER_S_OF_ALL = 1.25e9, 25e9
-RANKS, RANKS_OF_A_HOST = 512, 8
+# Assumed read bandwidth of one host (10 Gbit/s) and of the file system for all hosts.
+BYTES_PER_S_OF_A_HOST = 1.25e9
+BYTES_PER_S_OF_ALL = 25e9
+RANKS = 512
+RANKS_OF_A_HOST = 8
 
 
 @dataclass
 class SimulatedCheck:
-    """The part of one of many ranks, which read at a fixed speed in a time of their own; stands for ``Checking``."""
+    """Simulates ``Checking`` on one of many ranks, which read at fixed speeds in simulated time."""
 
     totals: list[int]
     speeds: list[float]
@@ -49,13 +51,14 @@ class SimulatedCheck:
 
     done = property(lambda self: self.done_by(self.rank))
     total = property(lambda self: self.totals[self.rank])
-    place, problem = "somewhere", None
+    place = "somewhere"
+    problem = None
 
     def wait(self, seconds: float) -> bool:
-        """All ranks go on until the last of them has come to the end of the round."""
+        """Advances the time of all ranks until the end of the round."""
         self.now += min(seconds, max(self.left_s(rank) for rank in range(len(self.totals)))) + 1e-6
         if self.now - max(self.heard, default=0.0) > TIMEOUT_S:
-            raise TimeoutError("the watchdog ends the rank")
+            raise TimeoutError("the watchdog kills the rank")
         return self.done == self.total
 
     def stop(self) -> None:
@@ -70,7 +73,7 @@ class SimulatedCheck:
         return reports
 
     def run(self) -> float:
-        """How long the check takes, in seconds."""
+        """The duration of the verification in seconds."""
         heard = partial(SimulatedCheck._hear, self)
         assert check_together(self, self.gather, self.rank, heard, "the data") is None  # type: ignore[arg-type]
         return self.now
@@ -80,12 +83,12 @@ class SimulatedCheck:
 
 
 def simulate(pieces: list[Piece], reading: int = RANKS, stuck: int | None = None) -> float:
-    """Seconds until a start on all ranks has verified the pieces, as the rank that waits longest sees it.
+    """Seconds until all ranks have verified the pieces, as seen by the rank that waits longest.
 
     Args:
-        pieces: of a corpus or a checkpoint.
-        reading: ranks that have much to read, between which what the file system gives is divided.
-        stuck: a rank that gets no byte.
+        pieces: pieces of a corpus or a checkpoint.
+        reading: number of ranks that share the bandwidth of the file system.
+        stuck: a rank that reads nothing.
     """
     sizes = [piece.size for piece in pieces]
     totals = [sum(sizes[number] for number in share) for share in assign(sizes, RANKS)]
@@ -96,7 +99,7 @@ def simulate(pieces: list[Piece], reading: int = RANKS, stuck: int | None = None
 
 @pytest.fixture(scope="module")
 def two_terabytes(corpus_dir, tmp_path_factory) -> Path:
-    """A corpus of 1e12 tokens whose bytes are holes, and hashes that nobody looks at."""
+    """A corpus of 1e12 tokens in a sparse file, with hashes that are not checked."""
     path = Path(shutil.copytree(corpus_dir, tmp_path_factory.mktemp("large") / "corpus"))
     write_index(path / "train", np.dtype("<u2"), np.full(1000, 10**9, np.int32))
     with (path / "train.bin").open("wb") as stream:
@@ -109,40 +112,40 @@ def two_terabytes(corpus_dir, tmp_path_factory) -> Path:
     return path
 
 
-def test_512_ranks_verify_two_terabytes_within_the_watchdogs_time(two_terabytes):
-    """By reckoning: what each rank is to read, at an assumed speed of the file system."""
+def test_512_ranks_verify_two_terabytes_within_the_watchdog_timeout(two_terabytes):
+    """Simulated with an assumed bandwidth of the file system."""
     pieces = Corpus.open(two_terabytes).pieces()
     assert sum(piece.size for piece in pieces) > 2e12
-    assert 80 < simulate(pieces) < TIMEOUT_S / 8, "even if a start counted as one step"
+    assert 80 < simulate(pieces) < TIMEOUT_S / 8, "well within the timeout"
     slowest = min(BYTES_PER_S_OF_A_HOST / RANKS_OF_A_HOST, BYTES_PER_S_OF_ALL / RANKS)
-    assert max(piece.size for piece in pieces) / slowest < TIMEOUT_S / 100, "nor is one piece long"
+    assert max(piece.size for piece in pieces) / slowest < TIMEOUT_S / 100, "one piece takes too long"
 
 
-def test_rank_0_alone_would_not_and_a_file_without_blocks_takes_as_long_in_sight_of_all(two_terabytes):
-    """The reckoning can fail: as rank 0 did it, the others would have heard of nothing until it was over."""
+def test_rank_0_alone_exceeds_the_timeout_and_a_file_without_blocks_reports_progress(two_terabytes):
+    """If rank 0 alone verified, the other ranks would see no progress until the end."""
     corpus = Corpus.open(two_terabytes)
     assert sum(piece.size for piece in corpus.pieces()) / BYTES_PER_S_OF_A_HOST > TIMEOUT_S
-    del corpus.manifest["blocks"]  # as older corpora are
-    assert simulate(corpus.pieces(), reading=1) > TIMEOUT_S, "and no watchdog has ended it"
+    del corpus.manifest["blocks"]  # as in older corpora
+    assert simulate(corpus.pieces(), reading=1) > TIMEOUT_S, "no watchdog kills a rank"
 
 
-def test_a_rank_that_gets_no_further_ends_the_check(two_terabytes):
-    with pytest.raises(TimeoutError, match="the watchdog ends the rank"):
+def test_rank_without_progress_ends_the_verification(two_terabytes):
+    with pytest.raises(TimeoutError, match="the watchdog kills the rank"):
         simulate(Corpus.open(two_terabytes).pieces(), stuck=77)
 
 
-def test_512_ranks_verify_a_checkpoint_of_more_than_a_terabyte_within_the_watchdogs_time():
-    """1.2 TB: of each rank dense state, experts, moments, and its random state."""
+def test_512_ranks_verify_a_checkpoint_of_over_a_terabyte_within_the_watchdog_timeout():
+    """1.2 TB: dense state, experts, moments and random state of each rank."""
     sizes = [size for _ in range(RANKS) for size in (900_000_000, 1_100_000_000, 344_000_000, 16_000)]
     files = {f"shard_{number:05d}": {"bytes": size, "sha256": "0" * 64} for number, size in enumerate(sizes)}
     assert 1.19e12 < sum(sizes) < 1.21e12
     assert 48 < simulate(pieces_of(Path("nowhere"), files)) < TIMEOUT_S / 8
-    assert sum(sizes) / BYTES_PER_S_OF_A_HOST > TIMEOUT_S, "and rank 0 alone would not"
+    assert sum(sizes) / BYTES_PER_S_OF_A_HOST > TIMEOUT_S, "rank 0 alone would exceed the timeout"
 
 
 @pytest.fixture
 def copied(corpus_dir, tmp_path) -> Path:
-    """A corpus of many blocks that nobody has verified."""
+    """A corpus of many blocks without a verification record."""
     ignored = shutil.ignore_patterns(verification._STAMP)
     path = Path(shutil.copytree(corpus_dir, tmp_path / "copied", ignore=ignored))
     in_blocks(path)
@@ -150,8 +153,9 @@ def copied(corpus_dir, tmp_path) -> Path:
 
 
 def verify_and_count(path: str, folder: str, mode: str = "once", views: bool = False) -> dict[str, Any]:
-    """What one of several ranks reads of a corpus, in bytes, whether it got on, and how the verification ends."""
-    read, heard = 0, list[str]()
+    """Bytes of a corpus that this rank reads, and the number of its progress messages or its error."""
+    read = 0
+    heard: list[str] = []
 
     class Counting(Checking):
         def __init__(self, pieces: list[Piece]) -> None:
@@ -159,14 +163,15 @@ def verify_and_count(path: str, folder: str, mode: str = "once", views: bool = F
             super().__init__(pieces)
             read += self.total
 
-    corpus, rank = Corpus.open(path), dist.get_rank()
+    corpus = Corpus.open(path)
+    rank = dist.get_rank()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "Checking", Counting)
-        if views:  # hosts with copies of their own
+        if views:  # hosts with separate copies
             real = verification.digest
             patch.setattr(verification, "digest", lambda content: f"{rank}{real(content)}")
         try:
-            verify_corpora([corpus, corpus], mode, Path(folder), over_ranks, rank, heard.append)
+            verify_corpora([corpus, corpus], mode, Path(folder), gather_ranks, rank, heard.append)
         except UserError as error:
             return {"error": str(error), "read": read}
     return {"read": read, "heard": len(heard)}
@@ -179,7 +184,7 @@ def size_of(corpus: Path) -> int:
 def test_ranks_share_a_corpus_and_verify_it_once(two_ranks, copied, tmp_path):
     total = size_of(copied)
     reads = [found["read"] for found in two_ranks.run(verify_and_count, str(copied), str(tmp_path))]
-    assert sum(reads) == total, "each byte once, though the blend names the corpus twice"
+    assert sum(reads) == total, "each byte is read once, although the blend names the corpus twice"
     assert max(reads) < 0.6 * total
     again = two_ranks.run(verify_and_count, str(copied), str(tmp_path))
     assert [found["read"] for found in again] == [0, 0]
@@ -188,12 +193,12 @@ def test_ranks_share_a_corpus_and_verify_it_once(two_ranks, copied, tmp_path):
         assert sum(rank["read"] for rank in found) == read
 
 
-def test_hosts_with_copies_of_their_own_verify_each_its_own(two_ranks, copied, tmp_path):
+def test_hosts_with_separate_copies_verify_their_own_copies(two_ranks, copied, tmp_path):
     found = two_ranks.run(verify_and_count, str(copied), str(tmp_path), "once", True)
     assert [rank["read"] for rank in found] == [size_of(copied)] * 2
 
 
-def test_f10_damage_that_one_rank_finds_ends_the_start_of_all_with_one_line(two_ranks, copied, tmp_path):
+def test_f10_corruption_found_by_one_rank_ends_all_ranks_with_one_line(two_ranks, copied, tmp_path):
     content = bytearray((copied / "train.bin").read_bytes())
     content[-1] ^= 1
     (copied / "train.bin").write_bytes(content)
@@ -201,7 +206,7 @@ def test_f10_damage_that_one_rank_finds_ends_the_start_of_all_with_one_line(two_
     assert first == second
     assert first.startswith(f"{copied}/train.bin is damaged: its SHA-256 from byte ")
     assert "\n" not in first
-    assert not list(copied.glob(verification._STAMP)), "it was not verified"
+    assert not list(copied.glob(verification._STAMP)), "a corrupt corpus has a verification record"
 
 
 def rewritten(path: Path) -> None:
@@ -209,7 +214,7 @@ def rewritten(path: Path) -> None:
 
 
 def replaced_with_its_times(path: Path) -> None:
-    """As a copying tool does that keeps times."""
+    """Like a copying tool that preserves times."""
     shutil.copy2(path, path.with_name("new"))
     path.with_name("new").rename(path)
 
@@ -227,16 +232,16 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("writable", [True, False])
-def test_a_corpus_that_has_changed_is_verified_again_and_that_is_said(copied, tmp_path, capsys, change, writable):
+def test_changed_corpus_is_verified_again_with_a_message(copied, tmp_path, capsys, change, writable):
     name, alter = CHANGES[change]
-    if not writable:  # also for the superuser
+    if not writable:  # this also stops root
         (copied / verification._STAMP).mkdir()
     verify = partial(verify_corpora, directory=tmp_path / "verified")
     verify([Corpus.open(copied)], "once")
     assert (tmp_path / "verified").exists() is not writable
     assert capsys.readouterr().out == ""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Piece, "check", None)  # nothing is read
+        patch.setattr(Piece, "check", None)  # fails if a piece is verified
         verify([Corpus.open(copied)], "once")
     alter(copied / name)
     verify([Corpus.open(copied)], "once")
@@ -246,15 +251,15 @@ def test_a_corpus_that_has_changed_is_verified_again_and_that_is_said(copied, tm
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"train.bin": [1, 2, 3]}', "[" * 10**5])
-def test_f10_a_stamp_that_is_garbage_is_not_believed(copied, content):
+def test_f10_corrupt_verification_record_is_ignored(copied, content):
     (copied / verification._STAMP).write_text(content)
     (copied / "train.bin").write_bytes(bytes((copied / "train.bin").stat().st_size))
     with pytest.raises(UserError, match=r"train\.bin is damaged"):
         verify_corpora([Corpus.open(copied)], "once")
 
 
-def test_how_far_a_verification_is_is_said(monkeypatch, capsys):
-    monkeypatch.setattr(verification, "_SAID_EVERY_S", -1.0)
+def test_progress_of_a_verification_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(verification, "_PRINT_EVERY_S", -1.0)
     SimulatedCheck([10 * 10**9, 20 * 10**9], [1e9, 1e9], rank=0).run()
     lines = capsys.readouterr().out.splitlines()
     assert [line.rpartition(",")[0] for line in lines[:3]] == [
@@ -263,8 +268,10 @@ def test_how_far_a_verification_is_is_said(monkeypatch, capsys):
 
 
 def newest_and_files_read(root: str) -> tuple[int | None, list[str], list[str]]:
-    """The checkpoint that is chosen, the files that this rank opens for it, and what the watchdog hears."""
-    opened, heard, real = list[str](), list[str](), Path.open
+    """The chosen checkpoint, the files that this rank opens for it, and its progress messages."""
+    opened: list[str] = []
+    heard: list[str] = []
+    real = Path.open
 
     def counting(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
         if path.suffix == ".safetensors":
@@ -278,7 +285,7 @@ def newest_and_files_read(root: str) -> tuple[int | None, list[str], list[str]]:
 
 
 def test_ranks_share_the_files_of_a_checkpoint(two_ranks, undisturbed):
-    """Each is read once, by one of them."""
+    """Each file is read once, by one rank."""
     (step, first, _), (_, second, _) = two_ranks.run(newest_and_files_read, str(undisturbed[0] / "checkpoints"))
     assert step == 40
     files = sorted(path.name for path in (undisturbed[0] / "checkpoints" / "step_00000040").glob("*.safetensors"))

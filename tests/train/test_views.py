@@ -1,4 +1,4 @@
-"""TensorBoard, the console, and what a row warns of."""
+"""TensorBoard, the console, and warnings about a row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dynmoe.config import load_config
 from dynmoe.config.control import BudgetConfig
 from dynmoe.config.logging import LoggingConfig
 from dynmoe.train.console import RunConsole
-from dynmoe.train.health import new_troubles, troubles
+from dynmoe.train.health import find_problems, new_problems
 from tests.train.cases import read_rows
 
 
@@ -21,9 +21,10 @@ def events(folder) -> EventAccumulator:
     return reader
 
 
-def test_tensorboard_has_every_figure_of_every_row(undisturbed):
+def test_tensorboard_has_every_metric_of_every_row(undisturbed):
     run, _ = undisturbed
-    reader, rows = events(run / "tensorboard"), read_rows(run / "metrics.jsonl")
+    reader = events(run / "tensorboard")
+    rows = read_rows(run / "metrics.jsonl")
     tags = reader.Tags()
     assert set(tags["scalars"]) == {name for row in rows for name in row} - {"train/step"}
     for name in ("train/lm_loss", "eval/loss", "moe/layer_01/experts_per_token_mean"):
@@ -38,7 +39,7 @@ def test_tensorboard_has_every_figure_of_every_row(undisturbed):
     assert [event.step for event in reader.Images("moe/load")] == [entry["train/step"] for entry in entries]
 
 
-def test_tensorboard_hides_what_a_resumed_run_writes_again(tmp_path):
+def test_tensorboard_hides_events_after_the_resumed_step(tmp_path):
     from dynmoe.train.tensorboard_view import TensorBoardView
 
     for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
@@ -52,7 +53,7 @@ def test_tensorboard_hides_what_a_resumed_run_writes_again(tmp_path):
 
 
 def row(step: int = 10, target: float | None = None, mean: float = 2.0, **of_layer_1: float) -> dict[str, float]:
-    """A row of two layers in good health, but for what is given of the second."""
+    """A row of two layers without problems, except for the given values of layer 1."""
     healthy = {
         "experts_per_token_mean": 2.0, "experts_per_token_p5": 1, "experts_per_token_p50": 2,
         "experts_per_token_p95": 4, "selected_per_token_mean": 2.0, "active_experts": 8, "dead_experts": 0,
@@ -66,60 +67,60 @@ def row(step: int = 10, target: float | None = None, mean: float = 2.0, **of_lay
 
 
 CONFIG = load_config()
-MEAN_HELD = dataclasses.replace(CONFIG, budget=BudgetConfig(scope="global"))
+GLOBAL_BUDGET = dataclasses.replace(CONFIG, budget=BudgetConfig(scope="global"))
 
 
 @pytest.mark.parametrize(
-    ("sick", "kind", "sentence"),
+    ("bad", "kind", "beginning"),
     [
-        (row(load_max_over_mean=7.4), ("collapse", 1), "layer 1 collapses: one expert computes 92% of its rows"),
-        (row(dead_experts=3), ("dead", 1), "layer 1: 3 of 8 experts computed no token"),
+        (row(load_max_over_mean=7.4), ("collapse", 1), "layer 1 collapsed: one expert computes 92% of its rows"),
+        (row(dead_experts=3), ("dead", 1), "layer 1: 3 of 8 experts received no token"),
         (row(dropped_routes_frac=0.2), ("drops", 1), "layer 1: 20% of the routes were dropped"),
         (
             row(target=2.0, selected_per_token_mean=2.5),
             ("budget", 1),
-            "layer 1: 2.50 experts selected per token where the budget",
+            "layer 1: 2.50 experts selected per token, but the budget",
         ),
         (
             row(target=2.0, selected_per_token_mean=1.5),
             ("budget", 1),
-            "layer 1: 1.50 experts selected per token where the budget",
+            "layer 1: 1.50 experts selected per token, but the budget",
         ),
     ],
 )
-def test_a_trouble_is_told_when_it_begins_and_not_again(sick, kind, sentence):
-    assert troubles(row(), CONFIG) == {}
-    ((found, told),) = troubles(sick, CONFIG).items()
+def test_problem_is_reported_once_when_it_begins(bad, kind, beginning):
+    assert find_problems(row(), CONFIG) == {}
+    ((found, text),) = find_problems(bad, CONFIG).items()
     assert found == kind
-    assert told.startswith(sentence)
-    assert new_troubles(row(), sick, CONFIG) == new_troubles({}, sick, CONFIG) == [told]
-    assert new_troubles(sick, sick, CONFIG) == []
+    assert text.startswith(beginning)
+    assert new_problems(row(), bad, CONFIG) == new_problems({}, bad, CONFIG) == [text]
+    assert new_problems(bad, bad, CONFIG) == []
 
 
-def test_a_budget_over_all_layers_is_looked_at_as_a_whole():
+def test_global_budget_is_compared_with_the_mean_over_layers():
     apart = row(target=2.0, selected_per_token_mean=3.0)
-    assert troubles(apart, MEAN_HELD) == {}
-    assert troubles(row(target=2.0, mean=2.5), MEAN_HELD) == {
-        ("budget", None): "2.50 experts selected per token where the budget is 2.00"
+    assert find_problems(apart, GLOBAL_BUDGET) == {}
+    assert find_problems(row(target=2.0, mean=2.5), GLOBAL_BUDGET) == {
+        ("budget", None): "2.50 experts selected per token, but the budget is 2.00"
     }
 
 
-def test_within_the_limits_nothing_is_told():
+def test_values_within_the_limits_give_no_warning():
     fine = row(target=2.0, mean=2.3, load_max_over_mean=7.0, dropped_routes_frac=0.1)
-    assert troubles(fine, CONFIG) == {}
+    assert find_problems(fine, CONFIG) == {}
     alone = row(active_experts=1, load_max_over_mean=1.0)
-    assert troubles(alone, CONFIG) == {}, "a layer of one expert cannot collapse"
+    assert find_problems(alone, CONFIG) == {}, "a layer of one expert cannot collapse"
     limits = LoggingConfig(warn_expert_share=0.5, warn_dropped_frac=0.0, warn_budget_deviation=0.1)
-    stricter = dataclasses.replace(MEAN_HELD, logging=limits)
-    assert {kind for kind, _ in troubles(fine, stricter)} == {"collapse", "drops", "budget"}
-    assert troubles({"train/step": 1, "train/lm_loss": 2.0}, CONFIG) == {}, "a dense model"
+    stricter = dataclasses.replace(GLOBAL_BUDGET, logging=limits)
+    assert {kind for kind, _ in find_problems(fine, stricter)} == {"collapse", "drops", "budget"}
+    assert find_problems({"train/step": 1, "train/lm_loss": 2.0}, CONFIG) == {}, "a dense model"
 
 
-def test_the_console_shows_line_table_and_warning(capsys):
+def test_console_shows_line_table_and_warning(capsys):
     console = RunConsole(steps=20, first_step=0)
     console.show(row(), 10)
     console.show_layers(row(dead_experts=3), 10)
-    console.warn("layer 1: 3 of 8 experts computed no token", 10)
+    console.warn("layer 1: 3 of 8 experts received no token", 10)
     console.show_layers({"train/step": 10}, 10)
     console.close()
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -131,11 +132,11 @@ def test_the_console_shows_line_table_and_warning(capsys):
         ["0", "2.00", "1", "2", "4", "8", "0", "5.0%", "1.50"],
     ]
     assert lines[4] == ["1", "2.00", "1", "2", "4", "8", "3", "5.0%", "1.50"]
-    assert " ".join(lines[5]) == "warning: step 10: layer 1: 3 of 8 experts computed no token"
+    assert " ".join(lines[5]) == "warning: step 10: layer 1: 3 of 8 experts received no token"
     assert len(lines) == 6
 
 
-def test_intervals_count_in_rows():
+def test_logging_intervals_count_rows():
     logging = LoggingConfig(interval=5, histograms_every=3, table_every=0, trace_interval=4)
     assert [step for step in range(1, 40) if logging.draws_histograms(step)] == [15, 30]
     assert [step for step in range(1, 40) if logging.shows_table(step)] == []

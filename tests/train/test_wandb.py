@@ -1,4 +1,4 @@
-"""W&B without an account: the offline run holds every row."""
+"""W&B without an account: the files of offline runs have every row."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ from tests.train.wandb_server import WandbServer
 
 pytestmark = pytest.mark.alone
 
-_FILE_HEADER, _RECORD_HEADER, _BLOCK = 7, struct.Struct("<IHB"), 32768
+_FILE_HEADER = 7
+_RECORD_HEADER = struct.Struct("<IHB")
+_BLOCK = 32768
 
 
 def records(path: Path) -> Iterator[bytes]:
-    """Records of a .wandb file: LevelDB's log format behind a header of seven bytes."""
-    content, place, record = path.read_bytes(), _FILE_HEADER, b""
+    """Yields the records of a .wandb file: LevelDB's log format after a header of seven bytes."""
+    content = path.read_bytes()
+    place = _FILE_HEADER
+    record = b""
     while place + _RECORD_HEADER.size <= len(content):
         if _BLOCK - place % _BLOCK < _RECORD_HEADER.size:  # the rest of a block is padding
             place += _BLOCK - place % _BLOCK
@@ -44,12 +48,12 @@ def records(path: Path) -> Iterator[bytes]:
 
 
 def logged_steps(rows: list[dict[str, str]]) -> list[str]:
-    """Steps of the rows of metrics; W&B gives that of the last one to the pictures too."""
+    """Steps of the rows of metrics, without the row of pictures, to which W&B adds the last step."""
     return [row["train/step"] for row in rows if "report/loss/_type" not in row]
 
 
 def names(root: Path) -> set[str]:
-    """Names of every offline run below ``root``, of its group and of the artifacts that it logged."""
+    """Names of all offline runs below ``root``, of their groups and of their artifacts."""
     from wandb.proto import wandb_internal_pb2
 
     found = set()
@@ -67,10 +71,11 @@ def names(root: Path) -> set[str]:
 
 
 def read_offline(root: Path) -> tuple[set[str], list[dict[str, str]]]:
-    """Run ids and history rows of every offline run below ``root``."""
+    """Run ids and history rows of all offline runs below ``root``."""
     from wandb.proto import wandb_internal_pb2
 
-    ids, rows = set(), []
+    ids = set()
+    rows = []
     for path in sorted(root.rglob("run-*.wandb"), key=lambda path: path.stat().st_mtime_ns):
         for data in records(path):
             record = wandb_internal_pb2.Record()
@@ -83,7 +88,7 @@ def read_offline(root: Path) -> tuple[set[str], list[dict[str, str]]]:
 
 
 def artifacts(root: Path) -> dict[str, list[str]]:
-    """Files and references of each artifact that an offline run below ``root`` logged, by type."""
+    """Files and references of the artifacts of offline runs below ``root``, by type."""
     from wandb.proto import wandb_internal_pb2
 
     found = {}
@@ -102,7 +107,7 @@ def artifacts(root: Path) -> dict[str, list[str]]:
 
 @pytest.fixture
 def open_view(tmp_path, corpus_dir):
-    """Makes a view of a run in ``tmp_path``, as the trainer does."""
+    """Creates a view of a run in ``tmp_path``, as the trainer does."""
     from dynmoe.train.wandb_view import WandbView
 
     def make(mode: str, run_id: str | None = None, pictures=lambda path: {}, name="run") -> WandbView:
@@ -116,13 +121,13 @@ def open_view(tmp_path, corpus_dir):
     return make
 
 
-def test_an_offline_run_holds_every_row_and_a_resumed_one_keeps_its_id(tmp_path, open_view):
+def test_offline_run_has_every_row_and_keeps_its_id_on_resume(tmp_path, open_view):
     first = open_view("offline")
     for step in (1, 2):
         first.log({"train/step": step, "moe/layer_00/experts_per_token_mean": 2.5})
     first.close()
     time.sleep(1.1)  # W&B names its directory by the second
-    second = open_view("offline")  # no checkpoint has told it the id
+    second = open_view("offline")  # without an id from a checkpoint
     second.log({"train/step": 3, "train/loss": 1.0})
     second.close()
     ids, rows = read_offline(tmp_path)
@@ -131,8 +136,8 @@ def test_an_offline_run_holds_every_row_and_a_resumed_one_keeps_its_id(tmp_path,
     assert rows[0]["moe/layer_00/experts_per_token_mean"] == "2.5"
 
 
-def test_histograms_pictures_and_artifacts_are_in_the_run(tmp_path, open_view):
-    """Its name is longer than W&B takes."""
+def test_wandb_run_has_histograms_pictures_and_artifacts(tmp_path, open_view):
+    """The name of the run is longer than W&B's limit."""
     import plotly.graph_objects as go
     from wandb.sdk.artifacts._validators import validate_artifact_name
 
@@ -153,13 +158,13 @@ def test_histograms_pictures_and_artifacts_are_in_the_run(tmp_path, open_view):
     found = artifacts(tmp_path)
     assert sorted(found["inputs"]) == ["config.yaml", "corpus_0_manifest.json", "tokenizer.model"]
     assert found["checkpoint"] == [f"file://{checkpoint.resolve()}/manifest.json"]
-    assert len(names(tmp_path)) == 3, "run and group have one name, each artifact its own"
+    assert len(names(tmp_path)) == 3, "run and group share a name, and each artifact has its own"
     assert all(validate_artifact_name(own).startswith("run-xxxx") for own in names(tmp_path))
 
 
 @pytest.mark.parametrize("ending", ["", "-inputs", "-checkpoint"])
-def test_long_names_are_shortened_and_stay_apart(ending):
-    """Within the limit that W&B has for an artifact's name, which is also that of its server for runs and groups."""
+def test_long_names_are_shortened_and_stay_distinct(ending):
+    """The limit of W&B for names of artifacts is also the server's limit for runs and groups."""
     import wandb
     from wandb.sdk.artifacts._validators import NAME_MAXLEN
 
@@ -173,11 +178,11 @@ def test_long_names_are_shortened_and_stay_apart(ending):
     assert {len(name) for name in short} == {NAME_MAXLEN}
     assert all(wandb.Artifact(name, type="inputs").name == name for name in short)
     assert all(name.startswith("n" * 100) and name.endswith(ending) for name in short)
-    assert short == [name_within_limit(name, ending) for name in long], "a resumed run goes on under its name"
+    assert short == [name_within_limit(name, ending) for name in long], "a resumed run keeps its name"
 
 
 @pytest.mark.parametrize("project", ["a", "x" * 128, "x" * 129, "", *(f"a{c}b" for c in "/\\#?%: é.,;'&=+-_@")])
-def test_a_project_is_refused_before_wandb_refuses_it(project):
+def test_invalid_project_name_is_refused_by_the_configuration(project):
     import wandb
     from wandb.sdk.artifacts._validators import validate_project_name
 
@@ -191,19 +196,19 @@ def test_a_project_is_refused_before_wandb_refuses_it(project):
     LoggingConfig(wandb="disabled", wandb_project=project)
 
 
-def test_what_cannot_be_drawn_costs_its_picture_and_nothing_else(tmp_path, open_view, capsys):
+def test_failed_picture_does_not_affect_the_rest_of_the_run(tmp_path, open_view, capsys):
     def pictures(path):
         raise RuntimeError("no picture today")
 
     view = open_view("offline", pictures=pictures)
     view.log({"train/step": 1})
     view.close()
-    assert "W&B failed (no picture today); the run is without its pictures" in capsys.readouterr().out
+    assert "W&B failed (no picture today); the run has no pictures" in capsys.readouterr().out
     assert logged_steps(read_offline(tmp_path)[1]) == ["1"]
 
 
-def test_f23_a_service_that_is_killed_loses_a_second_of_rows(tmp_path, open_view):
-    """A scheduler that ends a job signals W&B's process too."""
+def test_f23_killed_wandb_service_loses_at_most_one_second_of_rows(tmp_path, open_view):
+    """A scheduler that stops a job also signals W&B's process."""
     view = open_view("offline")
     view.log({"train/step": 1})
     time.sleep(2.5)
@@ -215,8 +220,8 @@ def test_f23_a_service_that_is_killed_loses_a_second_of_rows(tmp_path, open_view
     assert logged_steps(read_offline(tmp_path)[1]) == ["1"]
 
 
-def test_a_histogram_of_more_experts_than_wandb_takes(tmp_path, open_view):
-    """Its trailing zeros go; what W&B does not take at all costs the histogram, not the row."""
+def test_histogram_is_truncated_to_the_bins_that_wandb_accepts(tmp_path, open_view):
+    """Trailing zeros are removed; without a valid histogram, the row is logged anyway."""
     view = open_view("offline")
     many = {"experts_per_token": [0, 3, 1, *[0] * 600], "load": [4] * 602, "active": [1] * 602}
     view.log({"train/step": 1}, {"train/step": 1, "layers": {"0": many}})
@@ -229,7 +234,7 @@ def test_a_histogram_of_more_experts_than_wandb_takes(tmp_path, open_view):
 
 @pytest.fixture
 def dead_server(monkeypatch):
-    """An address that takes connections and never answers; a key for it."""
+    """A server that accepts connections and never answers, and an API key for it."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -238,7 +243,7 @@ def dead_server(monkeypatch):
         yield
 
 
-def test_f23_a_server_that_does_not_answer_costs_ten_seconds_and_no_row(tmp_path, open_view, dead_server, capsys):
+def test_f23_unresponsive_server_delays_the_start_by_ten_seconds(tmp_path, open_view, dead_server, capsys):
     start = time.monotonic()
     view = open_view("online")
     assert time.monotonic() - start < 10
@@ -250,8 +255,8 @@ def test_f23_a_server_that_does_not_answer_costs_ten_seconds_and_no_row(tmp_path
     assert logged_steps(rows) == ["1"]
 
 
-def test_f23_a_run_whose_server_is_dead_loses_no_step(tmp_path, corpus_dir, monkeypatch):
-    """The whole of it: train.py, rows, histograms, pictures, artifacts."""
+def test_f23_dead_server_during_a_run_loses_no_step(tmp_path, corpus_dir, monkeypatch):
+    """A run of train.py with rows, histograms, pictures and artifacts."""
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     process = TrainingProcess(corpus_dir, tmp_path / "runs", "logging.wandb=online", "train.steps=12")
@@ -273,7 +278,7 @@ def test_f23_a_run_whose_server_is_dead_loses_no_step(tmp_path, corpus_dir, monk
 
 
 def give_up_soon(rank: int) -> None:
-    """For whoever waits at the end of a run whose server is gone: two seconds instead of a minute."""
+    """Reduces the wait at the end of a run whose server is gone from a minute to two seconds."""
     from dynmoe.train import wandb_view
 
     wandb_view._FINISH_TIMEOUT_S = 2.0
@@ -284,7 +289,7 @@ def give_up_soon(rank: int) -> None:
     "vanishes_at",
     [pytest.param(13, id="in the middle"), pytest.param(40, id="at the end")],
 )
-def test_f23_a_server_that_vanishes_costs_no_step_and_the_run_can_be_synced_later(
+def test_f23_vanished_server_loses_no_step_and_the_run_can_be_synced_later(
     tmp_path, corpus_dir, undisturbed, vanishes_at
 ):
     with WandbServer() as server:
@@ -297,10 +302,10 @@ def test_f23_a_server_that_vanishes_costs_no_step_and_the_run_can_be_synced_late
         server.vanish()
         assert process.wait() == 0, process.output()
         assert "logging offline" not in process.output()
-        assert f"; wandb sync {run.resolve()}/wandb/run-" in process.output()
+        assert f"; run wandb sync {run.resolve()}/wandb/run-" in process.output()
         assert curve(run / "metrics.jsonl") == curve(undisturbed[0] / "metrics.jsonl")
         assert parameter_hashes(run, 40) == parameter_hashes(undisturbed[0], 40)
-        assert len(server.rows) < 40, "it vanished too late"
+        assert len(server.rows) < 40, "the server vanished too late"
 
         server.come_back()
         (stored,) = (run / "wandb").glob("run-*")
@@ -314,7 +319,7 @@ def test_f23_a_server_that_vanishes_costs_no_step_and_the_run_can_be_synced_late
 
 
 @pytest.mark.parametrize("key", ["", "short"])
-def test_a_missing_or_malformed_key_means_offline(tmp_path, open_view, monkeypatch, capsys, key):
+def test_missing_or_malformed_api_key_falls_back_to_offline(tmp_path, open_view, monkeypatch, capsys, key):
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     view = open_view("online")
@@ -333,8 +338,8 @@ SECRETS = {
 
 
 @pytest.mark.parametrize("remote", ["5ec7e7OfGit:x-oauth-basic@", "user:5ec7e7OfGit@", "5ec7e7OfGit@"])
-def test_f25_no_secret_reaches_the_disk(tmp_path, open_view, monkeypatch, remote):
-    """Neither of the environment nor of the repository that train.py lies in; its commit is kept."""
+def test_f25_no_secret_is_written_to_disk(tmp_path, open_view, monkeypatch, remote):
+    """No secret of the environment or of the git remote is written; the commit is."""
     repository = tmp_path / "repository"
     repository.mkdir()
     monkeypatch.chdir(repository)

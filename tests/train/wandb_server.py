@@ -1,4 +1,4 @@
-"""As much of a W&B server as a run needs that logs rows to it; it can vanish and come back."""
+"""A minimal W&B server for runs that log rows; it can vanish and come back."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 class WandbServer:
-    """Serves at ``url`` while its context lasts or until :meth:`vanish`; knows no artifacts."""
+    """Serves at ``url`` in its context or until :meth:`vanish`; without support for artifacts."""
 
     def __init__(self) -> None:
-        self._lines: dict[int, str] = {}  # of the history, by number
+        self._lines: dict[int, str] = {}  # lines of the history, by number
         self._start(0)
         self._port = self._server.server_port
         self.url = f"http://127.0.0.1:{self._port}"
@@ -26,18 +26,18 @@ class WandbServer:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The history that has arrived."""
+        """The received rows of the history."""
         return [json.loads(self._lines[number]) for number in sorted(self._lines)]
 
     def vanish(self) -> None:
-        """Connections are refused from now on."""
+        """Refuses connections from now on."""
         if self._thread.is_alive():
             self._server.shutdown()
             self._thread.join()
             self._server.server_close()
 
     def come_back(self) -> None:
-        """At the same address, without what it had."""
+        """Serves again at the same address, without the received rows."""
         self._lines.clear()
         self._start(self._port)
 

@@ -1,6 +1,6 @@
-"""Megatron-Core as an engine."""
+"""The Megatron-Core engine."""
 
 import torch
 
 if not torch.cuda.is_available():
-    from dynmoe.engines.megatron import cpu as cpu  # before anything else of Megatron runs
+    from dynmoe.engines.megatron import cpu as cpu  # must precede every other use of Megatron

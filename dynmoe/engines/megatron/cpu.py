@@ -1,7 +1,7 @@
-"""Megatron-Core on machines without a GPU; imported there only, and known to nothing else.
+"""Patches that let Megatron-Core run on a machine without a GPU; imported only there.
 
-Megatron names CUDA in its own code: devices of new tensors, streams, random states, names of types. Its modules get a
-``torch`` of their own, in which CUDA is the CPU. The real one stays as it is.
+Megatron hard-codes CUDA: devices of new tensors, streams, random states, type names. Its modules get their own copy of
+``torch`` in which CUDA means the CPU. The real ``torch`` is not changed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import token_dispatcher
 from torch.overrides import TorchFunctionMode
 
-# What the engine uses, as far as this version has it; modules that are loaded later would see the real torch.
+# Modules that the engine uses, where this version has them. A module imported later would see the real torch.
 _MODULES = (
     "dist_checkpointing.strategies.state_dict_saver",
     "dist_checkpointing.strategies.torch",
@@ -37,8 +37,8 @@ _MODULES = (
 )
 
 
-class _Inert:
-    """Stands in for a stream or an event: everything on a CPU happens at once."""
+class _NoOp:
+    """Replaces streams and events; CPU operations are synchronous."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -50,24 +50,24 @@ class _Inert:
 
     def record(self, *args: Any) -> None: ...
 
-    def record_event(self, *args: Any) -> _Inert:
-        return _Inert()
+    def record_event(self, *args: Any) -> _NoOp:
+        return _NoOp()
 
 
-class _Namespace(types.ModuleType):
-    """A copy of a module in which some names mean something else."""
+class _PatchedModule(types.ModuleType):
+    """A copy of a module with some attributes replaced."""
 
-    def __init__(self, original: types.ModuleType, **others: Any) -> None:
+    def __init__(self, original: types.ModuleType, **replacements: Any) -> None:
         super().__init__(original.__name__)
-        self.__dict__.update(vars(original), **others)
+        self.__dict__.update(vars(original), **replacements)
         self._original = original
 
-    def __getattr__(self, name: str) -> Any:  # what the original loads lazily
+    def __getattr__(self, name: str) -> Any:  # attributes that the original loads lazily
         return getattr(self._original, name)
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The function that makes a tensor, with ``device="cuda"`` read as the CPU."""
+    """Wraps a tensor factory so that ``device="cuda"`` means the CPU."""
 
     @functools.wraps(factory)
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -79,7 +79,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 class _CudaNames(TorchFunctionMode):
-    """``Tensor.type()`` names CUDA types, which optimizers ask for; ``Tensor.cuda()`` leaves a tensor where it is."""
+    """Makes ``Tensor.type()`` return CUDA names, which optimizers compare with, and ``Tensor.cuda()`` a no-op."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.cuda:
@@ -99,8 +99,8 @@ def _with_cuda_names(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _keeping_what_is_sent(operations: Callable[..., Any]) -> Callable[..., Any]:
-    """Sends aliases: the schedule frees what it has handed over, and gloo, unlike a stream, may send it later."""
+def _with_detached_sends(operations: Callable[..., Any]) -> Callable[..., Any]:
+    """Sends aliases of the tensors: the schedule frees its outputs, and gloo may not have sent them yet."""
 
     @functools.wraps(operations)
     def call(*, tensor_send_prev: torch.Tensor | None, tensor_send_next: torch.Tensor | None, **kwargs: Any) -> Any:
@@ -110,23 +110,19 @@ def _keeping_what_is_sent(operations: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _cpu_device() -> torch.device:
-    return torch.device("cpu")
-
-
 def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Megatron converts what it moves, and nothing needs to move; all-to-all takes split sizes as numbers."""
+    """Replaces ``maybe_move_tensor_to_cpu``: converts without moving, as all-to-all needs split sizes as numbers."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None: ...
+def _no_op(*args: Any, **kwargs: Any) -> None: ...
 
 
-def _random_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
     return torch.get_rng_state()
 
 
-def _set_random_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     torch.set_rng_state(state)
 
 
@@ -135,21 +131,21 @@ def _install() -> None:
         package, _, _ = f"megatron.core.{name}".rpartition(".")
         if importlib.util.find_spec(package):
             importlib.import_module(f"megatron.core.{name}")
-    random = _Namespace(torch.cuda.random, get_rng_state=_random_state, set_rng_state=_set_random_state)
-    cuda = _Namespace(
-        torch.cuda, current_device=_cpu_device, synchronize=_nothing, Stream=_Inert, Event=_Inert,
-        current_stream=_Inert, default_stream=_Inert, stream=lambda stream: contextlib.nullcontext(),
-        get_rng_state=_random_state, set_rng_state=_set_random_state, manual_seed=torch.manual_seed, random=random,
-        empty_cache=_nothing,
+    random = _PatchedModule(torch.cuda.random, get_rng_state=_get_rng_state, set_rng_state=_set_rng_state)
+    cuda = _PatchedModule(
+        torch.cuda, current_device=lambda: torch.device("cpu"), synchronize=_no_op, Stream=_NoOp, Event=_NoOp,
+        current_stream=_NoOp, default_stream=_NoOp, stream=lambda stream: contextlib.nullcontext(),
+        get_rng_state=_get_rng_state, set_rng_state=_set_rng_state, manual_seed=torch.manual_seed, random=random,
+        empty_cache=_no_op,
     )  # fmt: skip
     factories = ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros")
-    replaced = _Namespace(torch, cuda=cuda, **{name: _on_cpu(getattr(torch, name)) for name in factories})
+    replaced = _PatchedModule(torch, cuda=cuda, **{name: _on_cpu(getattr(torch, name)) for name in factories})
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = replaced  # type: ignore[attr-defined]
-    p2p_communication._p2p_ops = _keeping_what_is_sent(p2p_communication._p2p_ops)
-    megatron_random._get_cuda_rng_state = _random_state
-    megatron_random._set_cuda_rng_state = _set_random_state
+    p2p_communication._p2p_ops = _with_detached_sends(p2p_communication._p2p_ops)
+    megatron_random._get_cuda_rng_state = _get_rng_state
+    megatron_random._set_cuda_rng_state = _set_rng_state
     for owner, name in (
         (DistributedOptimizer, "__init__"),
         (DistributedOptimizer, "get_parameter_state_dp_zero"),

@@ -1,4 +1,4 @@
-"""Megatron-Core: tensor, pipeline, context, expert and data parallelism around our MoE layer."""
+"""Megatron-Core engine: tensor, pipeline, context, expert and data parallelism around our MoE layer."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from dynmoe.data.batches import Batch
 from dynmoe.engines.megatron import checkpoint
 from dynmoe.engines.megatron.groups import context_positions, make_context, make_groups, start_processes
 from dynmoe.engines.megatron.model import build_chunks
-from dynmoe.engines.megatron.optimizer import OptimizerState, clip, make_optimizer, set_learning_rate
-from dynmoe.engines.megatron.versions import distribute
+from dynmoe.engines.megatron.optimizer import OptimizerState, clip_gradients, make_optimizer, set_learning_rate
+from dynmoe.engines.megatron.versions import wrap_with_ddp
 from dynmoe.engines.megatron.weights import moe_layers, weights
-from dynmoe.engines.nonfinite import GradientWatch, describe_nonfinite
-from dynmoe.engines.reports import reduce_report
+from dynmoe.engines.runtime import MoERuntime
 from dynmoe.errors import ConfigError
 from dynmoe.moe.adaptation import AdaptationEvent
-from dynmoe.moe.control import RoutingControl
+from dynmoe.moe.trace import RoutingTrace
 from dynmoe.train.engine import Gradients, Snapshot, StepReport
 
 
 class MegatronEngine:
-    """Fulfils :class:`dynmoe.train.engine.Engine`.
+    """Implements :class:`dynmoe.train.engine.Engine`.
 
-    Starts the process group where none exists (from torchrun's variables, or alone) and builds this rank's part of the
-    model. Every rank reads the batches of its data-parallel group; the stages take from them what they need.
+    Initializes the process group if there is none (from torchrun's variables, or with a single rank) and builds this
+    rank's model chunks. Every rank reads the batches of its data-parallel rank; pipeline stages use what they need.
     """
 
     def __init__(self, config: Config, vocab_size: int) -> None:
         if vocab_size % config.parallel.tensor:
-            problem = f"does not divide the rows of the embedding ({vocab_size})"
+            problem = f"must divide the number of embedding rows ({vocab_size})"
             raise ConfigError("parallel.tensor", config.parallel.tensor, problem, "set model.vocab_size to a multiple")
         self.config = config
         self.device = start_processes()
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
         torch.manual_seed(config.train.seed * self.world_size + self.rank)
         make_groups(config.parallel, config.train.seed)
         self.data_rank = parallel_state.get_data_parallel_rank()
@@ -56,40 +56,38 @@ class MegatronEngine:
         self.models = [get_attr_wrapped_model(part, "decoder", return_model_obj=True) for part in parts]
         settings = get_model_config(parts[0])
         self._chunks = [
-            distribute(settings, ddp, part, disable_bucketing=number > 0) for number, part in enumerate(parts)
+            wrap_with_ddp(settings, ddp, part, disable_bucketing=number > 0) for number, part in enumerate(parts)
         ]
         self.optimizer = make_optimizer(config, self._chunks)
         settings.finalize_model_grads_func = finalize_model_grads
         settings.grad_scale_func = self.optimizer.scale_loss
         self.state = OptimizerState(self.optimizer)
         self.layers = [layer for model in self.models for layer in moe_layers(model)]
-        for model in self.models:  # the counts of all its layers, while what follows is computed
+        for model in self.models:  # reduces the counts of all its layers, overlapped with computation
             model.decoder.register_forward_hook(lambda *_: self.context.start_counts())
-        # Projections around it have collectives under tensor parallelism.
+        # The core attention only: its projections have collectives under tensor parallelism.
         self.local_modules: Sequence[nn.Module] = [
             layer.self_attention.core_attention for m in self.models for layer in m.decoder.layers
         ]
-        self._control = RoutingControl(config, self.layers, self.context, self.state, self.device)
-        self._vocab_size, self._context_rank = vocab_size, parallel_state.get_context_parallel_rank()
-        named = ((own.name, own.parameter) for model in self.models for own in weights(model, config.model))
-        self._watch = GradientWatch(named, self.layers)
+        self._vocab_size = vocab_size
+        self._context_rank = parallel_state.get_context_parallel_rank()
+        named = ((w.name, w.parameter) for model in self.models for w in weights(model, config.model))
+        self.moe = MoERuntime(config, self.layers, self.context, self.state, named, self.device)
         self._batches: Sequence[Batch] = ()
-        self.step = self.updates = 0  # steps, and those that the optimizer took
+        self.step = self.updates = 0  # ``updates`` excludes skipped steps
         self._local_loss = torch.zeros((), device=self.device)
-        self._grad_norm, self._recorded = 0.0, False
+        self._grad_norm = 0.0
 
-    def compute_gradients(self, batches: Sequence[Batch], record: bool) -> Gradients:
+    def compute_gradients(self, batches: Sequence[Batch], record: bool, trace: RoutingTrace | None = None) -> Gradients:
         self.step += 1
         self._set_mode(training=True)
-        if self._control.needs_calibration:
-            self._calibrate(batches[0])
-        self._control.begin_step(self.step)
+        # One micro-batch per rank, which is certain to fit in memory.
+        self.moe.calibrate(lambda: self._run(batches[:1], forward_only=True))
         self._batches = batches
-        self.context.recording = self._recorded = record
-        # Tensor-parallel ranks have different tokens; gradients of what is not spread over them are added up.
-        self.context.loss_scale = 1.0 / (len(batches) * self.config.parallel.tensor)
-        losses = self._accumulate(batches)
-        self.context.recording = False
+        # Tensor-parallel ranks hold different tokens; Megatron sums the gradients of replicated parameters over them.
+        loss_scale = 1.0 / (len(batches) * self.config.parallel.tensor)
+        with self.moe.step(self.step, loss_scale, record, trace):
+            losses = self._accumulate(batches)
         self.optimizer.prepare_grads()
         self._grad_norm = float(self.optimizer.get_grad_norm())
         self._local_loss = torch.stack(losses).mean() if losses else torch.zeros((), device=self.device)
@@ -98,61 +96,50 @@ class MegatronEngine:
         return Gradients(lm_loss.item(), self._grad_norm)
 
     def _accumulate(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Gradients of ``batches``, reduced, and the losses of :meth:`_run`."""
+        """Computes and reduces the gradients of ``batches``; returns the losses of :meth:`_run`."""
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self._run(batches, forward_only=False)
 
     def update(self, lr: float) -> list[AdaptationEvent]:
-        clip(self.optimizer, self.config.optimizer.clip_grad, self._grad_norm)
+        clip_gradients(self.optimizer, self.config.optimizer.clip_grad, self._grad_norm)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step_with_ready_grads()
         self.updates += 1
-        return self._control.end_step(self.step)
+        return self.moe.apply_step(self.step)
 
     def skip(self) -> list[AdaptationEvent]:
-        return self._control.skip_step(self.step)  # gradients are cleared before the next step
+        return self.moe.skip_step(self.step)  # gradients are cleared before the next step
 
     def describe_nonfinite(self) -> str:
-        finite = bool(torch.isfinite(self._local_loss))
-        return describe_nonfinite(
-            self.config.model, self.layers, self._watch, self._repeat, self.step, finite, self._grad_norm
-        )
+        return self.moe.describe_nonfinite(self._recompute_latest, self.step, self._local_loss, self._grad_norm)
 
-    def _repeat(self) -> None:
-        """The passes of the latest step once more: nothing is counted, and the next step clears the gradients."""
-        with self.context.recompute(0):
+    def _recompute_latest(self) -> None:
+        """Repeats the latest step's passes without statistics; the next step clears the gradients."""
+        with self.moe.repetition():
             self._accumulate(self._batches)
 
     def _set_mode(self, training: bool) -> None:
         for chunk in self._chunks:
             chunk.train(training)
 
-    @torch.no_grad()
-    def _calibrate(self, batch: Batch) -> None:
-        """A pass in which threshold routers set their thresholds, each from what the layers before it give.
-
-        One micro-batch of each rank: all that fits in memory for sure.
-        """
-        self.context.calibrating = True
-        self._run([batch], forward_only=True)
-        self.context.calibrating = False
-
     def _run(self, batches: Sequence[Batch], forward_only: bool, logits: bool = False) -> list[Tensor]:
-        """Megatron's schedule over ``batches``: the loss of each, or its logits; [] where the last stage is elsewhere.
+        """Runs Megatron's schedule; returns the loss or logits of each batch, [] except on the last pipeline stage.
 
-        The interleaved schedule takes a multiple of the stages: evaluation repeats the last batch and forgets it.
+        The interleaved schedule needs a multiple of the stages: evaluation pads with the last batch, then discards it.
         """
         interleaved = len(self._chunks) > 1
         fill = -len(batches) % self.config.parallel.pipeline if interleaved else 0
-        filled = [self._on_this_context_rank(batch) for batch in [*batches, *[batches[-1]] * fill]]
+        filled = [self._on_this_cp_rank(batch) for batch in [*batches, *[batches[-1]] * fill]]
         iterators = [iter(enumerate(filled)) for _ in self._chunks]
 
         def forward(batches: Iterator[tuple[int, Batch]], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
-            self.context.micro_batch, batch = next(batches)
+            number, batch = next(batches)
             labels = None if logits else batch.labels_BS
-            return chunk(batch.tokens_BS, None, None, labels=labels), self._logits if logits else self._loss
+            with self.moe.micro_batch(number):
+                output = chunk(batch.tokens_BS, None, None, labels=labels)
+            return output, self._logits if logits else self._loss
 
         rows, length = batches[0].tokens_BS.shape
         made = get_forward_backward_func()(
@@ -168,16 +155,17 @@ class MegatronEngine:
         return made[: len(batches)]
 
     def _loss(self, loss_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """What is differentiated and what is reported; Megatron multiplies the first by the context-parallel size."""
+        """The loss to differentiate, which Megatron multiplies by the context-parallel size, and the loss to report."""
         loss = loss_BS.float().mean()
         return loss / self.config.parallel.context, loss.detach()
 
     def _logits(self, logits_BSV: Tensor, non_loss_data: bool = True) -> Tensor:
         return gather_from_tensor_model_parallel_region(logits_BSV)
 
-    def _on_this_context_rank(self, batch: Batch) -> Batch:
-        """On the device, with the positions that this context-parallel rank computes."""
-        batch, ranks = batch.to(self.device), self.config.parallel.context
+    def _on_this_cp_rank(self, batch: Batch) -> Batch:
+        """Moves a batch to the device, reduced to the positions of this context-parallel rank."""
+        batch = batch.to(self.device)
+        ranks = self.config.parallel.context
         if ranks == 1:
             return batch
         positions = context_positions(batch.tokens_BS.shape[1], ranks, self._context_rank).to(self.device)
@@ -188,18 +176,12 @@ class MegatronEngine:
         held = context_positions(length, parallel.context, self._context_rank)
         return held.chunk(parallel.tensor)[parallel_state.get_tensor_model_parallel_rank()]  # sequence parallelism
 
-    def synchronize_parameters(self) -> None:
-        """Brings together the parameters of which each data-parallel rank has set its shard."""
-        for chunk in self._chunks:
-            chunk.start_param_sync(force_sync=True)
-
     def report(self) -> StepReport:
-        recorded, self._recorded = self._recorded, False
-        return reduce_report(self.config.model, self.layers, recorded, self.device)
+        return self.moe.report()
 
     @property
     def _ranks_with_loss(self) -> int:
-        """Ranks of the last stage: each has the loss of its data-parallel group, or of its part of the sequences."""
+        """Number of ranks in the last pipeline stage, which have a loss."""
         return self.world_size // self.config.parallel.pipeline
 
     @torch.no_grad()
@@ -216,8 +198,9 @@ class MegatronEngine:
     @torch.no_grad()
     def logits(self, tokens_BS: Tensor) -> Tensor:
         self._set_mode(training=False)
-        parallel, (rows, length) = self.config.parallel, tokens_BS.shape
-        padded_BS = F.pad(tokens_BS, (0, -length % parallel.sequence_parts))  # no position sees what comes after it
+        parallel = self.config.parallel
+        rows, length = tokens_BS.shape
+        padded_BS = F.pad(tokens_BS, (0, -length % parallel.sequence_parts))  # causal: padding changes no logits
         made = self._run([Batch(padded_BS, padded_BS)], forward_only=True, logits=True)
         whole_BSV = torch.empty(rows, padded_BS.shape[1], self._vocab_size, device=self.device)
         if made:
@@ -230,7 +213,15 @@ class MegatronEngine:
         return whole_BSV[:, :length]
 
     def snapshot(self, directory: Path) -> Snapshot:
-        return checkpoint.snapshot(directory, self)
+        return checkpoint.snapshot(directory, self.models, self.optimizer, self.updates)
 
     def load(self, directory: Path) -> None:
-        checkpoint.load(directory, self)
+        self.set_step(checkpoint.load(directory, self.models, self.optimizer))
+        for chunk in self._chunks:  # gathers the parameters, of which each data-parallel rank has restored its shard
+            chunk.start_param_sync(force_sync=True)
+
+    def set_step(self, step: int) -> None:
+        """Sets the counts of steps and of optimizer updates to ``step``."""
+        self.step = step
+        self.updates = step
+        self.state.set_step(step)

@@ -1,4 +1,4 @@
-"""Process groups of a Megatron layout."""
+"""Process groups of a Megatron parallel layout."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dynmoe.config.parallel import ParallelConfig
 from dynmoe.engines.device import take_gpu
 from dynmoe.engines.patience import PATIENCE, be_patient
 from dynmoe.launched import choose_interface
-from dynmoe.moe import MoEContext
+from dynmoe.moe import MoEContext, MoEGroups
 
 
 def start_processes() -> torch.device:
-    """Joins the process group of the launcher, or makes one of a single rank; returns this rank's device."""
+    """Joins the launcher's process group, or creates one with a single rank; returns this rank's device."""
     choose_interface()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # Each layer says that it does not know our MoE layer, each save that this process should not write itself.
+    # Megatron warns about our MoE layer in every layer, and about in-process writing in every save.
     strategies = "dist_checkpointing.strategies"
     for name in ("transformer.transformer_layer", f"{strategies}.torch", f"{strategies}.common"):
         logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
@@ -38,8 +38,8 @@ def start_processes() -> torch.device:
 
 
 def make_groups(parallel: ParallelConfig, seed: int) -> None:
-    """Megatron's groups for a layout; those of an earlier engine serve again where it had the same one."""
-    if not (parallel_state.model_parallel_is_initialized() and _present() == parallel):
+    """Creates Megatron's process groups, or reuses those of an earlier engine with the same layout."""
+    if not (parallel_state.model_parallel_is_initialized() and _current_layout() == parallel):
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
@@ -53,7 +53,7 @@ def make_groups(parallel: ParallelConfig, seed: int) -> None:
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def _present() -> ParallelConfig:
+def _current_layout() -> ParallelConfig:
     return ParallelConfig(
         tensor=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
@@ -63,25 +63,25 @@ def _present() -> ParallelConfig:
     )
 
 
-def _unless_alone(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
+def _none_if_single(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
     return group if dist.get_world_size(group) > 1 else None
 
 
 def make_context(backend: str) -> MoEContext:
-    """The groups that MoE layers need: every rank's tokens are its own, those of tensor-parallel ranks too."""
-    return MoEContext(
-        expert_group=_unless_alone(parallel_state.get_expert_model_parallel_group()),
-        token_group=_unless_alone(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)),
-        sequence_group=_unless_alone(parallel_state.get_tensor_and_context_parallel_group()),
-        pipeline_group=_unless_alone(parallel_state.get_pipeline_model_parallel_group()),
-        backend=backend,
+    """Process groups of the MoE layers. Tensor-parallel ranks hold different tokens (sequence parallelism)."""
+    groups = MoEGroups(
+        expert=_none_if_single(parallel_state.get_expert_model_parallel_group()),
+        tokens=_none_if_single(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)),
+        sequence=_none_if_single(parallel_state.get_tensor_and_context_parallel_group()),
+        pipeline=_none_if_single(parallel_state.get_pipeline_model_parallel_group()),
     )
+    return MoEContext(groups, backend)
 
 
 def context_positions(length: int, ranks: int, rank: int) -> torch.Tensor:
-    """Positions of a sequence that a context-parallel rank computes: one chunk from the front, one from the back.
+    """Positions of a sequence on a context-parallel rank: one chunk from the front, one from the back.
 
-    So that each rank has as many pairs of positions to attend to; the order is Transformer Engine's.
+    This balances the causal attention over the ranks. The order is that of Transformer Engine.
     """
     if ranks == 1:
         return torch.arange(length)

@@ -1,7 +1,7 @@
-"""Our decoder as Megatron-Core's HybridModel, which takes the place of its GPTModel from 0.18 on.
+"""The decoder as Megatron-Core's HybridModel, which replaces GPTModel from 0.18 on.
 
-Each symbol of the pattern stands for one of our layers, attention and feed-forward part together, so that layers keep
-their numbers, and checkpoints their names, from one version to the next.
+Each symbol of the layer pattern is one transformer layer, attention and feed-forward part together. Layer numbers and
+checkpoint names therefore do not depend on the Megatron-Core version.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 def hybrid_model(
     config: TransformerConfig, layer_spec: Callable[[int], ModuleSpec], norm: type, **settings: Any
 ) -> HybridModel:
-    """The part of the decoder that this rank holds; see :func:`dynmoe.engines.megatron.versions.decoder`."""
+    """Builds this rank's model chunk; see :func:`dynmoe.engines.megatron.versions.build_decoder`."""
     parts = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
     pattern = Symbols.PIPE.join([Symbols.ATTENTION * (config.num_layers // parts)] * parts)
     layers = HybridStackSubmodules(attention_layer=ModuleSpec(module=_Layer, params={"layer_spec": layer_spec}))
@@ -29,14 +29,14 @@ def hybrid_model(
 
 
 class _Layer:
-    """Stands in a spec for whichever layer has the number that it is built with."""
+    """Builds the layer with the given number from its own spec."""
 
     def __new__(cls, layer_spec: Callable[[int], ModuleSpec], layer_number: int, **settings: Any) -> Any:
         return build_module(layer_spec(layer_number - 1), layer_number=layer_number, **settings)
 
 
 class _Stack(HybridStack):
-    """With a last norm of our choice: the stock one is Transformer Engine's, which need not be there."""
+    """A stack with a configurable final norm; the stock one needs Transformer Engine."""
 
     def __init__(self, config: TransformerConfig, *, norm: type, **settings: Any) -> None:
         super().__init__(config, post_layer_norm=False, **settings)
@@ -45,7 +45,7 @@ class _Stack(HybridStack):
             self.final_norm = norm(config, config.hidden_size, config.layernorm_epsilon)
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Under the names that GPTModel gives."""
+        """Uses the names of GPTModel."""
         state = super().sharded_state_dict(prefix, *args, **kwargs)
         apply_prefix_mapping(state, {f"{prefix}final_norm.": f"{prefix}final_layernorm."})
         return state

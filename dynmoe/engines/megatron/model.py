@@ -1,4 +1,4 @@
-"""Our architecture as a model of Megatron-Core, with our MoE layer in the place of its own."""
+"""The model as Megatron-Core modules, with our MoE layer in place of Megatron's."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dynmoe.config import Config, ModelConfig
-from dynmoe.engines.megatron.versions import decoder
+from dynmoe.engines.megatron.versions import build_decoder
 from dynmoe.engines.megatron.weights import initialize
 from dynmoe.model.attention import causal_attention
 from dynmoe.moe import MoEContext, MoELayer
 
 
 def transformer_config(config: Config) -> TransformerConfig:
-    """Megatron's configuration of our model and its layout; what is not named keeps its default."""
-    model, parallel, bf16 = config.model, config.parallel, config.train.precision == "bf16"
+    """Megatron's configuration of the model and its parallel layout; all other fields keep their defaults."""
+    model = config.model
+    parallel = config.parallel
+    bf16 = config.train.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     return TransformerConfig(
         num_layers=model.layers,
@@ -45,7 +47,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        num_moe_experts=model.largest_layer if model.moe_layers else None,
+        num_moe_experts=model.max_experts_per_layer if model.moe_layers else None,
         moe_ffn_hidden_size=model.moe.expert_hidden if model.moe_layers else None,
         moe_layer_freq=[int(model.is_moe_layer(layer)) for layer in range(model.layers)],
         tensor_model_parallel_size=parallel.tensor,
@@ -54,18 +56,18 @@ def transformer_config(config: Config) -> TransformerConfig:
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=1,  # the default is the tensor-parallel size, which scales gradients wrongly
+        expert_tensor_parallel_size=1,  # the default, the tensor-parallel size, scales gradients incorrectly
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=bf16,
         deallocate_pipeline_outputs=True,
-        # In a batch, two stages that are each other's neighbour on both sides would mix up what they send.
+        # With two interleaved stages, each is the other's previous and next stage: batched sends would be mixed up.
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
         recompute_granularity="selective" if config.train.recompute == "selective" else None,
         perform_initialization=False,  # see weights.initialize
         use_cpu_initialization=not torch.cuda.is_available(),
-        # Fusions of Apex and Transformer Engine, which need not be there.
+        # Fused kernels of Apex and Transformer Engine, which may not be installed.
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
@@ -76,7 +78,7 @@ def transformer_config(config: Config) -> TransformerConfig:
 
 
 class RMSNorm(nn.RMSNorm):
-    """Megatron's wrapper of torch's norms refuses sequence parallelism, for which the weight needs a mark only."""
+    """RMSNorm that supports sequence parallelism: the weight only needs a flag. Megatron's wrapper refuses it."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps)
@@ -84,16 +86,17 @@ class RMSNorm(nn.RMSNorm):
 
 
 class ProjectionNorm(MegatronModule):
-    """RMSNorm of all queries, or keys, together, of which each tensor-parallel rank has some heads."""
+    """RMSNorm over all heads of the queries or keys; each tensor-parallel rank holds some of the heads."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, *, heads: int) -> None:
         super().__init__(config)
-        self._width, self._eps = heads * hidden_size, eps
+        self._width = heads * hidden_size
+        self._eps = eps
         self.weight = nn.Parameter(torch.ones(self._width // config.tensor_model_parallel_size))
 
     def forward(self, x_SBHd: Tensor) -> Tensor:
         squares_SB1 = x_SBHd.float().square().sum(dim=(2, 3)).unsqueeze(-1)
-        # The sum over ranks counts on each of them, and so does its gradient.
+        # Every rank uses the sum over all ranks, so the gradients are summed over ranks too.
         region = tensor_parallel.reduce_from_tensor_model_parallel_region(squares_SB1)
         mean_SB1 = tensor_parallel.copy_to_tensor_model_parallel_region(region) / self._width
         normal = x_SBHd.float().flatten(2) * torch.rsqrt(mean_SB1 + self._eps)
@@ -106,15 +109,17 @@ class ProjectionNorm(MegatronModule):
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
 
 
-class NormedAttention(SelfAttention):
-    """With norms of queries and keys.
+class QKNormAttention(SelfAttention):
+    """Self-attention with norms of queries and keys.
 
-    Megatron's own way to them sums gradients over tensor-parallel ranks by the norms' names, copies and parts alike.
+    Megatron's own option selects these norms by name and all-reduces their gradients over tensor-parallel ranks, even
+    where the weight is sharded.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, model: ModelConfig, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        size, eps = model.width_of_head, model.norm_eps
+        size = model.width_of_head
+        eps = model.norm_eps
         if model.qk_norm == "head":
             self.q_layernorm, self.k_layernorm = (RMSNorm(config, size, eps) for _ in range(2))
         else:
@@ -123,21 +128,21 @@ class NormedAttention(SelfAttention):
 
 
 class CoreAttention(MegatronModule):
-    """The attention of the plain model between Megatron's projections; nothing of size [S, S] is kept."""
+    """The attention of the plain model between Megatron's projections; never keeps an [S, S] tensor."""
 
     def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(config)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Query [S, B, H, d], key and value [S, B, K, d] to [S, B, H d]."""
+        """Maps query [S, B, H, d] and key, value [S, B, K, d] to [S, B, H d]."""
         out_BHSd = causal_attention(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
         return out_BHSd.permute(2, 0, 1, 3).flatten(2)
 
 
 class RecomputedLayer(TransformerLayer):
-    """A layer of which the backward pass keeps the input only.
+    """A layer with full activation recomputation: only its input is kept for the backward pass.
 
-    Megatron's own recomputation does not say which micro-batch it repeats, which counts over micro-batches need.
+    Megatron's own recomputation does not tell which micro-batch it repeats; counts over micro-batches need that.
     """
 
     def __init__(self, *args: Any, context: MoEContext, **kwargs: Any) -> None:
@@ -154,9 +159,9 @@ class RecomputedLayer(TransformerLayer):
 
 
 class MegatronMoELayer(MoELayer):
-    """Our layer as the ``mlp`` of a Megatron layer; it computes in the plain model's order of tokens.
+    """Our MoE layer as the ``mlp`` of a Megatron layer; computes tokens in the order of the plain model.
 
-    With sequence parallelism each rank has part of every sequence; the experts take tokens of all ranks.
+    With sequence parallelism each rank holds part of every sequence; experts receive tokens from all ranks.
     """
 
     def __init__(
@@ -171,32 +176,32 @@ class MegatronMoELayer(MoELayer):
         is_mtp_layer: bool = False,
         name: str | None = None,
     ) -> None:
-        # The last three Megatron passes from 0.18 on; our groups are those of the context.
+        # Megatron passes the last three arguments from 0.18 on; the process groups are those of the context.
         super().__init__(model, layer, seed, context)
         experts = {id(parameter) for parameter in self.experts.parameters()}
         for parameter in self.parameters():
             if id(parameter) in experts:
-                # For gradient norms: no rank's experts are a copy of its tensor-parallel neighbour's.
+                # Gradient norms count experts on every rank: they are not replicated over tensor-parallel ranks.
                 tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
             else:
                 parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        """[S, B, D] to the same, and no bias."""
+        """Maps [S, B, D] to [S, B, D], and no bias."""
         y_BSD = super().forward(x.transpose(0, 1))
         return y_BSD.transpose(0, 1).contiguous(), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, ShardedTensor]:
-        """Experts by their global index, the router and its state as copies on all ranks."""
-        context = self.context
+        """Shards experts by global index; the router and its state are replicated on all ranks."""
+        groups = self.context.groups
         copy = parallel_state.get_expert_data_parallel_rank()
         sharded = {}
         for name, tensor in self.state_dict(keep_vars=True).items():
             key = f"{prefix}{name}"
             if name.startswith("experts."):
-                place = (0, context.expert_rank, context.expert_parallel)
+                place = (0, groups.expert_rank, groups.expert_parallel)
                 sharded[key] = ShardedTensor.from_rank_offsets(key, tensor, place, replica_id=(0, 0, copy))
             else:
                 sharded[key] = make_sharded_tensor_for_checkpoint(tensor, key)
@@ -209,7 +214,8 @@ def _layer_spec(config: Config, context: MoEContext, layer: int) -> ModuleSpec:
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention
     if config.model.qk_norm is not None:
-        attention.module, attention.params = NormedAttention, attention.params | {"model": config.model}
+        attention.module = QKNormAttention
+        attention.params = attention.params | {"model": config.model}
     if config.parallel.context == 1:
         attention.submodules.core_attention = CoreAttention
     else:
@@ -220,17 +226,19 @@ def _layer_spec(config: Config, context: MoEContext, layer: int) -> ModuleSpec:
         settings = {"model": config.model, "layer": layer, "seed": config.train.seed, "context": context}
         parts.mlp = ModuleSpec(module=MegatronMoELayer, params=settings)
     if config.train.recompute == "full":
-        spec.module, spec.params = RecomputedLayer, {"context": context}
+        spec.module = RecomputedLayer
+        spec.params = {"context": context}
     return spec
 
 
 def build_chunks(config: Config, vocab_size: int, context: MoEContext, device: torch.device) -> list[MegatronModule]:
-    """The parts of the model that this rank holds: one, or as many as the interleaved schedule has."""
-    settings, parallel = transformer_config(config), config.parallel
+    """Builds the model chunks of this rank: one, or one per virtual pipeline stage."""
+    settings = transformer_config(config)
+    parallel = config.parallel
     chunks = []
     for number in range(parallel.virtual_pipeline):
         stage = number if parallel.virtual_pipeline > 1 else None
-        chunk = decoder(
+        chunk = build_decoder(
             settings,
             functools.partial(_layer_spec, config, context),
             RMSNorm,

@@ -1,4 +1,4 @@
-"""Megatron's distributed optimizer with our parameter groups, and access to what it holds of each parameter."""
+"""Megatron's distributed optimizer with our parameter groups, and access to its state by parameter."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from dynmoe.train.optimizer import parameter_groups
 
 
 def make_optimizer(config: Config, chunks: Sequence[DistributedDataParallel]) -> ChainedOptimizer:
-    """AdamW over all parts of the model, its state spread over the ranks that hold the same parameters.
+    """Builds AdamW over all model chunks, with its state sharded over the ranks that replicate the parameters.
 
-    The moments exist from the start (zeros), as after a first step of size zero.
+    The moments exist from the start, as zeros.
     """
     settings = config.optimizer
     bf16 = config.train.precision == "bf16"
@@ -31,7 +31,7 @@ def make_optimizer(config: Config, chunks: Sequence[DistributedDataParallel]) ->
             bf16=bf16, params_dtype=torch.bfloat16 if bf16 else torch.float32, use_distributed_optimizer=True,
         ),
         list(chunks),
-        config_overrides=_overrides(config, chunks),
+        config_overrides=_config_overrides(config, chunks),
         use_gloo_process_groups=True,
     )  # fmt: skip
     for part in optimizer.chained_optimizers:
@@ -44,12 +44,12 @@ def make_optimizer(config: Config, chunks: Sequence[DistributedDataParallel]) ->
     return optimizer
 
 
-def _overrides(config: Config, chunks: Sequence[DistributedDataParallel]) -> dict[ParamKey, dict[str, float]]:
-    """What our groups have different from the default: no decay, another learning rate."""
+def _config_overrides(config: Config, chunks: Sequence[DistributedDataParallel]) -> dict[ParamKey, dict[str, float]]:
+    """Options of our parameter groups that differ from the default: no weight decay, another learning rate."""
     groups = [group for chunk in chunks for group in parameter_groups(chunk, config)]
     names = {id(parameter): group["name"] for group in groups for parameter in group["params"]}
     factor = config.model.router.lr_factor
-    # The same on every rank, whatever it holds: Megatron compares them.
+    # Identical on every rank, whichever parameters it holds: Megatron compares them.
     values = {
         "no_decay": {"wd_mult": 0.0},
         "router": {"lr_mult": factor},
@@ -64,10 +64,10 @@ def _overrides(config: Config, chunks: Sequence[DistributedDataParallel]) -> dic
 
 
 def _prepare_torch_adam(part: DistributedOptimizer) -> None:
-    """Makes torch's AdamW, which stands in where there is no fused one, fit Megatron's checkpoints.
+    """Adapts torch's AdamW, the fallback without Apex or Transformer Engine, to Megatron's checkpoints.
 
-    It counts steps in a tensor for each parameter, which Megatron does not expect among the moments; and a rank may
-    hold no part of any expert, where Megatron still asks for the steps.
+    torch keeps a step tensor per parameter, which Megatron does not expect among the moments. Megatron also reads the
+    step on a rank that holds no shard of any expert.
     """
     for group in part.optimizer.param_groups:
         group["fused"] = True
@@ -78,44 +78,44 @@ def _prepare_torch_adam(part: DistributedOptimizer) -> None:
             }
     if not part.optimizer.state:
         part.optimizer.state["nothing"] = {"step": torch.zeros(())}
-    part._get_main_param_and_optimizer_states = MethodType(_held, part)
-    part._set_main_param_and_optimizer_states = MethodType(_hold, part)
+    part._get_main_param_and_optimizer_states = MethodType(_get_main_param_and_moments, part)
+    part._set_main_param_and_optimizer_states = MethodType(_set_main_param_and_moments, part)
 
 
-def _held(part: DistributedOptimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """This rank's shards of the fp32 master and the moments of a parameter, flat."""
+def _get_main_param_and_moments(part: DistributedOptimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """This rank's flat shards of a parameter's fp32 master and moments."""
     group, order = part.model_param_group_index_map[parameter]
     main = part.optimizer.param_groups[group]["params"][order]
     return {"param": main.detach(), **{name: part.optimizer.state[main][name] for name in MOMENTS}}
 
 
 @torch.no_grad()
-def _hold(part: DistributedOptimizer, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
-    for name, held in _held(part, parameter).items():
-        held.copy_(tensors[name])
+def _set_main_param_and_moments(part: DistributedOptimizer, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
+    for name, held in _get_main_param_and_moments(part, parameter).items():
+        held.copy_(values[name])
 
 
 class OptimizerState:
-    """fp32 masters and Adam moments behind the parameters of this rank, of which it holds a shard each."""
+    """Access to this rank's shards of fp32 masters and Adam moments, by parameter."""
 
     def __init__(self, optimizer: ChainedOptimizer) -> None:
         self._parts = [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
 
     def set_step(self, step: int) -> None:
-        """Says how many optimizer steps were taken."""
+        """Sets the number of optimizer steps taken."""
         for part in self._parts:
             if isinstance(part.optimizer, torch.optim.AdamW):
                 for state in part.optimizer.state.values():
-                    # One for each: Megatron gives all of them the same tensor, to be added to.
+                    # A tensor each: Megatron lets all parameters share one, which each of them would increment.
                     state["step"] = torch.full_like(state["step"], step)
-            elif step > 0:  # fused ones count from the first step on, in their groups
+            elif step > 0:  # fused optimizers count per group, and only from the first step on
                 for group in part.optimizer.param_groups:
                     group["step"] = step
 
     def shard(self, parameter: nn.Parameter) -> tuple[dict[str, Tensor], int]:
-        """This rank's part of the flat master and moments, by name, and where in the parameter it begins.
+        """This rank's flat shards of master and moments, by name, and their offset in the flattened parameter.
 
-        Empty for a parameter that other ranks hold all of.
+        Empty where this rank holds no shard of the parameter.
         """
         for part in self._parts:
             if parameter in part.model_param_group_index_map:
@@ -126,7 +126,7 @@ class OptimizerState:
 
     @torch.no_grad()
     def set(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
-        """Puts whole values in place: master and moments, as far as this rank holds them, and the parameter."""
+        """Sets the parameter and this rank's shards of master and moments from whole tensors."""
         parameter.copy_(values[MASTER])
         shards, start = self.shard(parameter)
         for part, held in shards.items():
@@ -134,7 +134,7 @@ class OptimizerState:
 
     @torch.no_grad()
     def renew(self, parameter: nn.Parameter, index: tuple[int | slice, ...], fresh: Tensor) -> None:
-        """See :class:`dynmoe.moe.adaptation.ParameterRenewal`; nothing is exchanged, as all ranks do the same."""
+        """See :class:`dynmoe.moe.adaptation.ParameterRenewal`; needs no communication, as all ranks call it alike."""
         renewed = torch.zeros_like(parameter, dtype=torch.bool)
         renewed[index] = True
         values = torch.zeros_like(parameter, dtype=torch.float32)
@@ -142,16 +142,16 @@ class OptimizerState:
         parameter[index] = fresh.to(parameter.dtype)
         shards, start = self.shard(parameter)
         for part, held in shards.items():
-            mine = slice(start, start + held.numel())
-            new = values.flatten()[mine] if part == MASTER else torch.zeros_like(held)
-            held.copy_(torch.where(renewed.flatten()[mine], new, held))
+            shard = slice(start, start + held.numel())
+            new = values.flatten()[shard] if part == MASTER else torch.zeros_like(held)
+            held.copy_(torch.where(renewed.flatten()[shard], new, held))
 
 
-def clip(optimizer: ChainedOptimizer, ceiling: float, norm: float) -> None:
-    """Scales the gradient, whose norm is ``norm``, to a norm of at most ``ceiling`` (0: leaves it)."""
+def clip_gradients(optimizer: ChainedOptimizer, max_norm: float, total_norm: float) -> None:
+    """Scales the gradients, of norm ``total_norm``, to a norm of at most ``max_norm``; 0 disables clipping."""
     for part in optimizer.chained_optimizers:
-        if ceiling > 0 and not part.is_stub_optimizer and part.get_parameters():
-            clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=ceiling, total_norm=norm)
+        if max_norm > 0 and not part.is_stub_optimizer and part.get_parameters():
+            clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=max_norm, total_norm=total_norm)
 
 
 def set_learning_rate(optimizer: ChainedOptimizer, lr: float) -> None:

@@ -1,7 +1,7 @@
-"""Megatron's checkpoints without their code: two of their parts are pickles, and a pickle can call anything.
+"""Loads Megatron checkpoints without executing code from them: they contain pickles, which can call any function.
 
-``.metadata`` (which tensors lie where) is read by ``pickle.load``, state of layers that is no tensor by ``torch.load``
-without its restriction. Hashes show that a file is as it was written, not who wrote it.
+Megatron reads ``.metadata`` (the location of each tensor) with ``pickle.load``, and non-tensor state of layers with
+``torch.load`` without ``weights_only``. Hashes show that a file is unchanged, not that its author is trusted.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch.distributed.checkpoint import CheckpointException, filesystem, metada
 
 from dynmoe.errors import UserError, first_line
 
-# What the description of a checkpoint is made of: records without methods of their own that pickle would call.
-_RECORDS = {
+# Classes in a checkpoint's metadata: plain records, without methods that unpickling would call.
+_ALLOWED = {
     (kind.__module__, kind.__name__)
     for kind in (
         metadata.BytesStorageMetadata, metadata.ChunkStorageMetadata, metadata.Metadata, metadata.MetadataIndex,
@@ -31,71 +31,70 @@ _RECORDS = {
         filesystem._StorageInfo,
     )
 } | {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}  # fmt: skip
-_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_type or (module, name) in _RECORDS:
+        if is_type or (module, name) in _ALLOWED:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
+        raise pickle.UnpicklingError(f"it references {module}.{name}")
 
 
-def _refusal(error: BaseException) -> str | None:
-    """What a pickle wanted that it does not get, on whichever rank; None where that was not the trouble."""
+def _refused_global(error: BaseException) -> str | None:
+    """Describes the global that unpickling refused, on any rank; None if the error has another cause."""
     causes = [error] if not isinstance(error, CheckpointException) else [cause for cause, _ in error.failures.values()]
     refused = next((cause for cause in causes if isinstance(cause, pickle.UnpicklingError)), None)
     if refused is None:
         return None
     named = re.search(r"GLOBAL (\S+)", str(refused))
-    return f"it names {named.group(1)}" if named else first_line(refused)
+    return f"it references {named.group(1)}" if named else first_line(refused)
 
 
 def _check_memo(content: bytes) -> None:
-    """Refuses a pickle that makes room for more objects than it has bytes: six of them can ask for gigabytes."""
-    for opcode, place, _ in pickletools.genops(content):
-        if opcode.name.endswith("PUT") and isinstance(place, int) and place > len(content):
-            raise ValueError(f"place {place} of {len(content)} bytes")
+    """Refuses memo indices above the size of the pickle: six bytes can make unpickling allocate gigabytes."""
+    for opcode, index, _ in pickletools.genops(content):
+        if opcode.name.endswith("PUT") and isinstance(index, int) and index > len(content):
+            raise ValueError(f"memo index {index} in {len(content)} bytes")
 
 
-def _look_at(described: Path) -> None:
-    """Reads a description and forgets it: afterwards it is known to be one."""
-    with described.open("rb") as stream:
+def _check_metadata(path: Path) -> None:
+    """Unpickles a metadata file with the allowed classes only, and discards the result."""
+    with path.open("rb") as stream:
         try:
             content = stream.read()
             _check_memo(content)
             _Unpickler(io.BytesIO(content)).load()
         except pickle.UnpicklingError:
             raise
-        except Exception as error:  # whatever bytes that are no pickle, or another one, come to
-            problem = f"does not describe tensors ({first_line(error)})"
-            raise UserError(f"checkpoint {described}: {problem}; go on from another checkpoint") from None
+        except Exception as error:  # arbitrary bytes can raise anything
+            problem = f"is not valid tensor metadata ({first_line(error)})"
+            raise UserError(f"checkpoint {path}: {problem}; resume from another checkpoint") from None
 
 
 @contextlib.contextmanager
 def tensors_only(folder: Path) -> Iterator[None]:
-    """While Megatron loads from ``folder``: nothing in there can execute code.
+    """Context in which loading from ``folder`` cannot execute code.
 
     Raises:
-        UserError: a file that is more than tensors and their description.
+        UserError: a file is missing, or contains objects other than tensors and their metadata.
     """
-    described = folder / ".metadata"
-    before = os.environ.get(_FORCE)
-    os.environ[_FORCE] = "1"
+    before = os.environ.get(_FORCE_WEIGHTS_ONLY)
+    os.environ[_FORCE_WEIGHTS_ONLY] = "1"
     try:
-        _look_at(described)
+        _check_metadata(folder / ".metadata")
         yield
     except FileNotFoundError as error:
-        raise UserError(f"checkpoint {error.filename}: is missing; go on from another checkpoint") from None
+        raise UserError(f"checkpoint {error.filename}: is missing; resume from another checkpoint") from None
     except (pickle.UnpicklingError, CheckpointException) as error:
-        cause = _refusal(error)
+        cause = _refused_global(error)
         if cause is None:
             raise
-        problem = f"is not only tensors and their description ({cause})"
-        raise UserError(f"checkpoint {folder}: {problem}; it was not read, as it could execute code") from None
+        problem = f"contains more than tensors and their metadata ({cause}) and could execute code"
+        raise UserError(f"checkpoint {folder}: {problem}; resume from another checkpoint") from None
     finally:
         if before is None:
-            del os.environ[_FORCE]
+            del os.environ[_FORCE_WEIGHTS_ONLY]
         else:
-            os.environ[_FORCE] = before
+            os.environ[_FORCE_WEIGHTS_ONLY] = before

@@ -1,4 +1,4 @@
-"""Megatron-Core 0.16 to 0.19: an adapter for each difference, chosen by what is there, not by a version's number."""
+"""Adapters for Megatron-Core 0.16 to 0.19, chosen by feature detection instead of version numbers."""
 
 from __future__ import annotations
 
@@ -31,45 +31,45 @@ from torch import Tensor, nn
 from dynmoe.errors import UserError
 
 
-def decoder(
+def build_decoder(
     config: TransformerConfig,
     layer_spec: Callable[[int], ModuleSpec],
     norm: type,
     vp_stage: int | None,
     **settings: Any,
 ) -> MegatronModule:
-    """The part of a decoder that this rank holds.
+    """Builds a model chunk of this rank.
 
-    A HybridModel where there is one (0.18): GPTModel gets nothing but repairs from 0.19 on.
+    A HybridModel where it exists (0.18), as GPTModel receives only bug fixes from 0.19 on.
 
     Args:
-        config: Megatron's.
-        layer_spec: the spec of a layer, by its index in the whole decoder.
-        norm: class of the norm behind the last layer.
-        vp_stage: of an interleaved pipeline.
-        settings: arguments that both models have.
+        config: Megatron's configuration.
+        layer_spec: returns the spec of a layer, given its index in the whole decoder.
+        norm: class of the final norm.
+        vp_stage: virtual pipeline stage of the chunk; None without an interleaved schedule.
+        settings: arguments that both model classes take.
     """
     if importlib.util.find_spec("megatron.core.models.hybrid"):
         from dynmoe.engines.megatron.hybrid import hybrid_model
 
         return hybrid_model(config, layer_spec, norm, vp_stage=vp_stage, **settings)
     first = get_transformer_layer_offset(config, vp_stage)
-    specs = [layer_spec(first + own) for own in range(get_num_layers_to_build(config, vp_stage))]
+    specs = [layer_spec(first + offset) for offset in range(get_num_layers_to_build(config, vp_stage))]
     block = TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
     return GPTModel(config, block, vp_stage=vp_stage, **settings)
 
 
 def final_norm(block: nn.Module) -> Any:
-    """Behind the last layer, by its name in a HybridModel (0.18) or in a GPTModel."""
+    """The norm after the last layer of a HybridModel (0.18) or GPTModel."""
     return block.final_norm if hasattr(block, "final_norm") else block.final_layernorm
 
 
-def distribute(
+def wrap_with_ddp(
     config: TransformerConfig, ddp: DistributedDataParallelConfig, part: nn.Module, disable_bucketing: bool
 ) -> DistributedDataParallel:
-    """A part of the model with its gradients in buffers, of which each data-parallel rank reduces a share.
+    """Wraps a model chunk in Megatron's DDP with gradient buffers sharded over data-parallel ranks.
 
-    From 0.18 on callers give the layout of the buffers (and are told so where they do not).
+    From 0.18 on Megatron warns unless the caller passes the layout of the buffers.
     """
     settings = {}
     if hasattr(DistributedOptimizer, "compute_full_param_layout"):
@@ -84,26 +84,26 @@ def distribute(
     return DistributedDataParallel(config, ddp, part, disable_bucketing=disable_bucketing, **settings)
 
 
-def in_this_process() -> dict[str, str]:
-    """Arguments for ``async_save`` that leave the writing to this process.
+def in_process_save_options() -> dict[str, str]:
+    """Arguments with which ``async_save`` writes in this process.
 
-    0.17 has a choice, whose default needs nvidia-resiliency-ext and a process of its own.
+    The default of 0.17 needs nvidia-resiliency-ext and a separate process.
     """
-    known = inspect.signature(TorchDistSaveShardedStrategy.async_save).parameters
-    return {"async_strategy": "mcore"} if "async_strategy" in known else {}
+    parameters = inspect.signature(TorchDistSaveShardedStrategy.async_save).parameters
+    return {"async_strategy": "mcore"} if "async_strategy" in parameters else {}
 
 
 def check_readable(folder: Path) -> None:
-    """Refuses a checkpoint of 0.19 or later where Megatron is older: what all ranks share lies elsewhere in it."""
-    knows_both = hasattr(serialization, "_legacy_common_state_exists")
-    if not (knows_both or (folder / COMMON_STATE_FNAME).exists()):
-        problem = f"has no {COMMON_STATE_FNAME}: Megatron-Core 0.19 or later wrote it, which this version cannot read"
-        cure = "install that, or convert the run where it is installed (python -m dynmoe.convert)"
-        raise UserError(f"checkpoint {folder}: {problem}; {cure}")
+    """Refuses a checkpoint of 0.19 or later under an older Megatron: the state common to all ranks has moved."""
+    reads_both = hasattr(serialization, "_legacy_common_state_exists")
+    if not (reads_both or (folder / COMMON_STATE_FNAME).exists()):
+        problem = f"has no {COMMON_STATE_FNAME}: Megatron-Core 0.19 or later wrote it, and this version cannot read it"
+        fix = "install that version, or convert the run where it is installed (python -m dynmoe.convert)"
+        raise UserError(f"checkpoint {folder}: {problem}; {fix}")
 
 
 def with_router(layer: ModuleSpec, router: Callable[..., nn.Module]) -> ModuleSpec | None:
-    """A copy of a layer's spec in which Megatron's MoE layer has another router; None where it has no such layer."""
+    """Returns a copy of a layer spec whose MoE layer has the given router; None if it has no Megatron MoE layer."""
     mlp = layer.submodules.mlp
     if isinstance(mlp, ModuleSpec) and mlp.module is MoELayer:
         mlp = dataclasses.replace(mlp, submodules=dataclasses.replace(mlp.submodules, router=router))
@@ -112,20 +112,19 @@ def with_router(layer: ModuleSpec, router: Callable[..., nn.Module]) -> ModuleSp
         mlp = functools.partial(mlp.func, *mlp.args, **mlp.keywords | {"submodules": parts})
     else:
         return None
-    module = _counting_rows(layer.module) if _sends_a_fixed_number() else layer.module
+    module = _with_variable_rows(layer.module) if _permute_has_fixed_rows() else layer.module
     return dataclasses.replace(layer, module=module, submodules=dataclasses.replace(layer.submodules, mlp=mlp))
 
 
-def captured(config: TransformerConfig) -> set[str]:
-    """Names of what CUDA graphs hold of each layer, "layer" where that is all of it."""
-    parts = getattr(config, "cuda_graph_modules", None) or getattr(
-        config, "cuda_graph_scope", None
-    )  # from 0.18; before
-    return {part.name for part in parts or []} or {"layer"}
+def captured_modules(config: TransformerConfig) -> set[str]:
+    """Names of the modules of each layer that CUDA graphs capture; "layer" if they capture all of it."""
+    modules = getattr(config, "cuda_graph_modules", None)  # from 0.18 on
+    modules = modules or getattr(config, "cuda_graph_scope", None) or []
+    return {module.name for module in modules} or {"layer"}
 
 
-def is_traced() -> bool:
-    """Whether Megatron writes down routing decisions, which it can from 0.19 on."""
+def is_router_traced() -> bool:
+    """True if Megatron traces routing decisions, which it supports from 0.19 on."""
     if not importlib.util.find_spec("megatron.core.transformer.moe.router_trace"):
         return False
     from megatron.core.transformer.moe.router_trace import get_moe_router_tracer
@@ -133,34 +132,34 @@ def is_traced() -> bool:
     return get_moe_router_tracer() is not None
 
 
-def _sends_a_fixed_number() -> bool:
-    """Whether what Megatron permutes has the number of rows that it is told (0.17), not that of the map (0.16)."""
+def _permute_has_fixed_rows() -> bool:
+    """True if ``permute`` returns ``num_out_tokens`` rows (0.17) instead of one row per route in the map (0.16)."""
     rows, *_ = permute(torch.zeros(2, 1), torch.tensor([[True], [False]]), num_out_tokens=2)
     return len(rows) == 2
 
 
-class _CountedRows(MoEAlltoAllTokenDispatcher):
-    """Permutes as many rows as the map has.
+class _VariableRowsDispatcher(MoEAlltoAllTokenDispatcher):
+    """Permutes one row per route in the routing map.
 
-    The stock one takes ``moe_router_topk`` for each token: of more it would lose some, fewer it would fill up with rows
-    that no expert expects.
+    The stock dispatcher assumes ``moe_router_topk`` rows per token. It would lose rows beyond that, and fill missing
+    ones with rows that no expert expects.
     """
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
-        rows_of_local_experts = super().preprocess(routing_map)
+        rows_per_local_expert = super().preprocess(routing_map)
         self.num_out_tokens = routing_map.sum()
         self._maybe_update_cuda_sync_point("before_permutation_1")
-        return rows_of_local_experts
+        return rows_per_local_expert
 
 
 @functools.cache
-def _counting_rows(layer: type) -> type:
-    """A kind of layer whose all-to-all dispatcher counts its rows."""
+def _with_variable_rows(layer: type) -> type:
+    """Subclasses a layer so that its all-to-all dispatcher handles any number of routes."""
 
-    class CountingLayer(layer):  # type: ignore[valid-type, misc]
+    class VariableRowsLayer(layer):  # type: ignore[valid-type, misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             if type(self.mlp.token_dispatcher) is MoEAlltoAllTokenDispatcher:
-                self.mlp.token_dispatcher.__class__ = _CountedRows
+                self.mlp.token_dispatcher.__class__ = _VariableRowsDispatcher
 
-    return CountingLayer
+    return VariableRowsLayer

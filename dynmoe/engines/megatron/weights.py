@@ -1,7 +1,7 @@
-"""Which part of which weight of the plain model each parameter of a Megatron model is.
+"""Maps parameters of a Megatron model to weights of the plain model (:mod:`dynmoe.model`).
 
-The plain model (:mod:`dynmoe.model`) names weights and lays them out; Megatron groups query, key and value rows by
-key-value head, and spreads most matrices over tensor-parallel ranks.
+The plain model defines names and layout of the weights. Megatron groups query, key and value rows by key-value head
+and shards most matrices over tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from dynmoe.moe.experts import SwiGLU
 
 @dataclass(frozen=True)
 class Layout:
-    """How a weight of the plain model lies in Megatron's.
+    """Layout of a weight over tensor-parallel ranks.
 
     Attributes:
-        split: the parts of a plain weight on ``n`` tensor-parallel ranks.
-        join: the plain weight from those parts.
+        split: converts a weight of the plain model to its shards on ``n`` tensor-parallel ranks.
+        join: converts these shards back to the weight.
     """
 
     split: Callable[[Tensor, int], list[Tensor]]
     join: Callable[[list[Tensor]], Tensor]
 
 
-def _spread(dim: int) -> Layout:
-    """Consecutive blocks of a dimension."""
+def _shard(dim: int) -> Layout:
+    """Shards a dimension into consecutive blocks."""
     return Layout(lambda whole, n: list(whole.chunk(n, dim)), lambda parts: torch.cat(parts, dim))
 
 
 def _gate_and_up() -> Layout:
-    """Blocks of gate rows, then blocks of up rows, on every rank."""
+    """Gives every rank a block of gate rows, followed by a block of up rows."""
 
     def split(whole: Tensor, n: int) -> list[Tensor]:
         gate, up = whole.chunk(2)
@@ -54,8 +54,9 @@ def _gate_and_up() -> Layout:
 
 
 def _query_key_value(model: ModelConfig) -> Layout:
-    """For each key-value head the rows of its queries, of its key and of its value; heads spread over ranks."""
-    groups, size = model.kv_heads, model.width_of_head
+    """Groups rows of queries, key and value by key-value head, and shards these heads."""
+    groups = model.kv_heads
+    size = model.width_of_head
     queries = model.heads // groups * size
 
     def split(whole: Tensor, n: int) -> list[Tensor]:
@@ -71,12 +72,12 @@ def _query_key_value(model: ModelConfig) -> Layout:
     return Layout(split, join)
 
 
-_WHOLE = Layout(lambda whole, n: [whole] * n, lambda parts: parts[0])
+_REPLICATED = Layout(lambda whole, n: [whole] * n, lambda parts: parts[0])
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of this rank, its name in the plain model and its layout."""
+    """A parameter of this rank with its name in the plain model and its layout."""
 
     name: str
     parameter: nn.Parameter
@@ -84,33 +85,34 @@ class Weight:
 
 
 def weights(chunk: MegatronModule, model: ModelConfig) -> Iterator[Weight]:
-    """Every parameter of a part of the model, but for a copy of a tied embedding that another rank owns."""
+    """Every parameter of a model chunk, except a copy of a tied embedding that another rank owns."""
     if chunk.pre_process:
-        yield Weight("w_embed_VD", chunk.embedding.word_embeddings.weight, _spread(0))
+        yield Weight("w_embed_VD", chunk.embedding.word_embeddings.weight, _shard(0))
     for layer in chunk.decoder.layers:
-        name, attention = f"layers.{layer.layer_number - 1}", layer.self_attention
-        yield Weight(f"{name}.attention_norm.weight", layer.input_layernorm.weight, _WHOLE)
+        name = f"layers.{layer.layer_number - 1}"
+        attention = layer.self_attention
+        yield Weight(f"{name}.attention_norm.weight", layer.input_layernorm.weight, _REPLICATED)
         yield Weight(f"{name}.attention.w_qkv", attention.linear_qkv.weight, _query_key_value(model))
-        yield Weight(f"{name}.attention.w_out", attention.linear_proj.weight, _spread(1))
+        yield Weight(f"{name}.attention.w_out", attention.linear_proj.weight, _shard(1))
         if model.qk_norm is not None:
-            layout = _WHOLE if model.qk_norm == "head" else _spread(0)
+            layout = _REPLICATED if model.qk_norm == "head" else _shard(0)
             yield Weight(f"{name}.attention.q_norm.weight", attention.q_layernorm.weight, layout)
             yield Weight(f"{name}.attention.k_norm.weight", attention.k_layernorm.weight, layout)
-        yield Weight(f"{name}.ffn_norm.weight", layer.pre_mlp_layernorm.weight, _WHOLE)
+        yield Weight(f"{name}.ffn_norm.weight", layer.pre_mlp_layernorm.weight, _REPLICATED)
         if isinstance(layer.mlp, MoELayer):
-            for own, parameter in layer.mlp.named_parameters():
-                yield Weight(f"{name}.moe.{own}", parameter, _WHOLE)
+            for suffix, parameter in layer.mlp.named_parameters():
+                yield Weight(f"{name}.moe.{suffix}", parameter, _REPLICATED)
         else:
             yield Weight(f"{name}.ffn.w_up_HD", layer.mlp.linear_fc1.weight, _gate_and_up())
-            yield Weight(f"{name}.ffn.w_down_DF", layer.mlp.linear_fc2.weight, _spread(1))
+            yield Weight(f"{name}.ffn.w_down_DF", layer.mlp.linear_fc2.weight, _shard(1))
     if chunk.post_process:
-        yield Weight("norm.weight", final_norm(chunk.decoder).weight, _WHOLE)
+        yield Weight("norm.weight", final_norm(chunk.decoder).weight, _REPLICATED)
         if not model.tie_embeddings:
-            yield Weight("w_out_VD", chunk.output_layer.weight, _spread(0))
+            yield Weight("w_out_VD", chunk.output_layer.weight, _shard(0))
 
 
 def moe_layers(chunk: MegatronModule) -> list[MoELayer]:
-    """The MoE layers of a part of the model, in order."""
+    """The MoE layers of a model chunk, in order."""
     return [layer.mlp for layer in chunk.decoder.layers if isinstance(layer.mlp, MoELayer)]
 
 
@@ -118,22 +120,23 @@ def moe_layers(chunk: MegatronModule) -> list[MoELayer]:
 def initialize(
     chunk: MegatronModule, model: ModelConfig, vocab_size: int, seed: int, tensor_rank: int, tensor: int
 ) -> None:
-    """Gives a part of the model the weights that the plain model starts with; MoE layers and norms have theirs."""
-    own = {weight.name: weight for weight in weights(chunk, model)}
-    for weight in own.values():
-        if weight.layout is not _WHOLE:
-            # A part of its own, for gradient norms; Megatron says so only where it draws initial weights itself.
+    """Initializes a model chunk like the plain model; MoE layers and norms already are."""
+    by_name = {weight.name: weight for weight in weights(chunk, model)}
+    for weight in by_name.values():
+        if weight.layout is not _REPLICATED:
+            # Gradient norms need this flag of sharded weights; Megatron sets it only when it initializes them itself.
             weight.parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
     def fill(name: str, plain: Tensor) -> None:
-        own[name].parameter.copy_(own[name].layout.split(plain, tensor)[tensor_rank])
+        weight = by_name[name]
+        weight.parameter.copy_(weight.layout.split(plain, tensor)[tensor_rank])
 
     if chunk.pre_process:
         fill("w_embed_VD", initial_embedding(model, vocab_size, seed, "w_embed"))
     elif chunk.post_process and model.tie_embeddings:
         plain = initial_embedding(model, vocab_size, seed, "w_embed")
-        chunk.output_layer.weight.copy_(_spread(0).split(plain, tensor)[tensor_rank])
-    if "w_out_VD" in own:
+        chunk.output_layer.weight.copy_(_shard(0).split(plain, tensor)[tensor_rank])
+    if "w_out_VD" in by_name:
         fill("w_out_VD", initial_embedding(model, vocab_size, seed, "w_out"))
     for layer in chunk.decoder.layers:
         name = f"layers.{layer.layer_number - 1}"

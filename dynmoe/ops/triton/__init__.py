@@ -1,1 +1,1 @@
-"""The MoE layer's own GPU kernels. They run on a CPU too, in Triton's interpreter (TRITON_INTERPRET=1), for tests."""
+"""GPU kernels of the MoE layer. For tests they also run on a CPU, in Triton's interpreter (TRITON_INTERPRET=1)."""

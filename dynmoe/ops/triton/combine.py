@@ -1,4 +1,4 @@
-"""Sums over the rows of each token, and gate gradients back to the routing map."""
+"""Sums over the rows of each token, and the gradient of the gates in the layout of the routing map."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @triton.jit
 def _sum_rows_kernel(rows_ptr, row_ptr, offsets_ptr, out_ptr, width, WIDTH: tl.constexpr):
-    """One token and one part of its width: rows are added in fp32, in the order of the experts."""
+    """Sums one slice of the columns of one token: adds its rows in fp32, in the order of the experts."""
     token = tl.program_id(0)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < width
@@ -22,8 +22,9 @@ def _sum_rows_kernel(rows_ptr, row_ptr, offsets_ptr, out_ptr, width, WIDTH: tl.c
 
 
 def sum_rows(rows_ND: Tensor, row_N: Tensor, token_offsets_T1: Tensor) -> Tensor:
-    """Sum of the rows of each token, [T, D]; 0 for a token without rows. Deterministic."""
-    num_tokens, width = token_offsets_T1.shape[0] - 1, rows_ND.shape[1]
+    """Sums the rows of each token, [T, D]; 0 for a token without rows. Deterministic."""
+    num_tokens = token_offsets_T1.shape[0] - 1
+    width = rows_ND.shape[1]
     out_TD = rows_ND.new_empty(num_tokens, width)
     if num_tokens:
         part = min(triton.next_power_of_2(width), 1024)
@@ -39,7 +40,8 @@ def _gate_gradient_kernel(
 ):
     """Adds up the parts of a block of rows and stores each at its route."""
     num_rows = tl.load(ends_ptr + E - 1)
-    row, part = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PARTS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.arange(0, PARTS)
     inside = row < num_rows
     mask = inside[:, None] & (part[None, :] < num_parts)
     parts = tl.load(partial_ptr + row[:, None].to(tl.int64) * num_parts + part[None, :], mask=mask, other=0.0)
@@ -48,7 +50,7 @@ def _gate_gradient_kernel(
 
 
 def gate_gradient(partial_NP: Tensor, route_N: Tensor, ends_E: Tensor, like_TE: Tensor) -> Tensor:
-    """[T, E]: the sums over P at the routes of the rows that exist, 0 elsewhere."""
+    """Sums over P and scatters the sums of the rows in use to their routes, [T, E]; 0 elsewhere."""
     out_TE = torch.zeros_like(like_TE)
     num_rows, num_parts = partial_NP.shape
     if num_rows and num_parts:

@@ -1,7 +1,7 @@
-"""Grouped matrix products over rows sorted by expert: rows gathered on the way in, the activation on the way out.
+"""Grouped matrix products over rows sorted by expert, with fused gather and activation.
 
-All kernels are persistent: a fixed number of programs goes through the tiles of all experts. How many tiles there are
-is read on the device, from where the rows of each expert end, so that no launch waits for a count.
+All kernels are persistent: a fixed number of programs processes the tiles of all experts. The number of tiles is
+derived on the device from the ends of the experts' rows, so no launch synchronizes with the device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes of a tile (rows, columns, contraction), and how a GPU works on it."""
+    """Tile sizes (rows, columns, contraction) and launch options."""
 
     rows: int
     columns: int
@@ -25,7 +25,7 @@ class Tiles:
 
 @triton.jit
 def _plan_tiles(ends_ptr, num_columns, E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr):
-    """Where the rows of each expert end and where its tiles of rows do, both in registers; tiles in all."""
+    """Returns the end of each expert's rows, the end of its row tiles (both in registers), and the number of tiles."""
     lane = tl.arange(0, E_PAD)
     ends = tl.load(ends_ptr + lane, mask=lane < E, other=0)
     starts = tl.load(ends_ptr + lane - 1, mask=(lane > 0) & (lane < E), other=0)
@@ -38,11 +38,11 @@ def _plan_tiles(ends_ptr, num_columns, E: tl.constexpr, E_PAD: tl.constexpr, ROW
 def _locate(
     tile, num_columns, ends, tile_ends, E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Expert of a tile, its rows and columns, and which of the rows are the expert's."""
-    place = tile // num_columns  # among the tiles of rows
+    """Returns a tile's expert, rows and columns, and a mask of the rows that belong to the expert."""
+    place = tile // num_columns  # index of the row tile
     lane = tl.arange(0, E_PAD)
     expert = tl.sum(((tile_ends <= place) & (lane < E)).to(tl.int32), axis=0)
-    # Both grow with the expert, so that the largest before it is that of the one before it.
+    # Both increase with the expert, so the maximum over all earlier experts is the value of the previous one.
     first_tile = tl.max(tl.where(lane < expert, tile_ends, 0), axis=0)
     first_row = tl.max(tl.where(lane < expert, ends, 0), axis=0)
     end = tl.sum(tl.where(lane == expert, ends, 0), axis=0)
@@ -56,7 +56,7 @@ def _product(
     a_ptr, source, inside, b_ptr, column, width, depth, stride_depth, stride_column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``source`` of a [., depth] times a tile of columns of b, in fp32."""
+    """Multiplies rows ``source`` of a [., depth] by a tile of columns of b, in fp32."""
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     k = tl.arange(0, DEPTH)
     a_ptrs = a_ptr + source.to(tl.int64)[:, None] * depth + k[None, :]
@@ -97,7 +97,7 @@ def _up_kernel(
     E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """h[row] = x[token] @ w[expert], both halves, and a[row] = gate * silu(h1) * h2 beside it."""
+    """h[row] = x[token] @ w[expert], both halves, and a[row] = gate * silu(h1) * h2."""
     dtype = h_ptr.dtype.element_ty
     num_columns = tl.cdiv(width, COLUMNS)
     ends, tile_ends, num_tiles = _plan_tiles(ends_ptr, num_columns, E, E_PAD, ROWS)
@@ -105,7 +105,7 @@ def _up_kernel(
         expert, row, column, inside = _locate(tile, num_columns, ends, tile_ends, E, E_PAD, ROWS, COLUMNS)
         token = tl.load(token_ptr + row, mask=inside, other=0)
         gate = tl.load(gates_ptr + tl.load(route_ptr + row, mask=inside, other=0), mask=inside, other=0.0)
-        # One walk over x for both halves.
+        # One pass over x computes both halves.
         h1 = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         h2 = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         k = tl.arange(0, DEPTH)
@@ -124,8 +124,9 @@ def _up_kernel(
         h_ptrs = h_ptr + row.to(tl.int64)[:, None] * (2 * width) + column[None, :]
         tl.store(h_ptrs, h1.to(dtype), mask=mask)
         tl.store(h_ptrs + width, h2.to(dtype), mask=mask)
-        # From the rounded values, as the backward pass will see them.
-        h1, h2 = h1.to(dtype).to(tl.float32), h2.to(dtype).to(tl.float32)
+        # From the rounded values, which the backward pass will read.
+        h1 = h1.to(dtype).to(tl.float32)
+        h2 = h2.to(dtype).to(tl.float32)
         a = gate[:, None] * h1 * tl.sigmoid(h1) * h2
         tl.store(a_ptr + row.to(tl.int64)[:, None] * width + column[None, :], a.to(dtype), mask=mask)
 
@@ -136,8 +137,8 @@ def _activation_gradient_kernel(
     E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a[row], never stored: that of h is written over h, the activation is made again, and this tile's part
-    of the gate's gradient is left for the sum over tiles."""
+    """Computes the gradient of a[row] without storing it. Overwrites h with its gradient, recomputes the activation,
+    and stores this tile's part of the gate's gradient."""
     dtype = h_ptr.dtype.element_ty
     num_columns = tl.cdiv(width, COLUMNS)
     ends, tile_ends, num_tiles = _plan_tiles(ends_ptr, num_columns, E, E_PAD, ROWS)
@@ -172,9 +173,10 @@ def _weights_kernel(
     GATHER_A: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[expert] = (rows of a)^T @ (rows of b) over the rows of the expert; 0 where it has none. One of the two
-    has tokens in place of rows, which are gathered."""
-    num_rows, num_columns = tl.cdiv(height, ROWS), tl.cdiv(width, COLUMNS)
+    """out[expert] = (rows of a)^T @ (rows of b) over the rows of the expert; 0 if it has none. One operand holds tokens
+    instead of rows; its rows are gathered."""
+    num_rows = tl.cdiv(height, ROWS)
+    num_columns = tl.cdiv(width, COLUMNS)
     for tile in range(tl.program_id(0), E * num_rows * num_columns, tl.num_programs(0)):
         expert = tile // (num_rows * num_columns)
         i = (tile // num_columns) % num_rows * ROWS + tl.arange(0, ROWS)

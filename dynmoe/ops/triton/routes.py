@@ -1,4 +1,4 @@
-"""A routing map as compressed sparse rows in both orders, without waiting for the device."""
+"""Builds a routing map's CSR form by expert and by token, without device synchronization. B: blocks of tokens."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Entries of the map in one tile: enough for a warp group, few enough to stay in registers.
+# Entries of the map in one tile: enough to occupy a warp group, few enough to stay in registers.
 _TILE_ENTRIES = 4096
 
 
-# Numbers that change from step to step: a kernel for each that 16 happens to divide would be compiled in mid-training.
+# Arguments that change every step. Specializing on divisibility by 16 would recompile kernels during training.
 _CHANGING = ("num_tokens", "num_rows")
 
 
 @triton.jit(do_not_specialize=_CHANGING[:1])
 def _count_kernel(map_ptr, counts_ptr, num_tokens, E: tl.constexpr, E_PAD: tl.constexpr, TOKENS: tl.constexpr):
-    """Routes of each expert among the tokens of one tile."""
+    """Counts the routes of each expert among the tokens of one tile."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, E_PAD)
     inside = (token[:, None] < num_tokens) & (expert[None, :] < E)
@@ -31,15 +31,15 @@ def _fill_kernel(
     map_ptr, start_ptr, token_offsets_ptr, token_ptr, route_ptr, row_ptr, num_tokens, num_rows,
     E: tl.constexpr, E_PAD: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the places of the routes of one tile, whose first rows by expert are known."""
+    """Writes the routes of one tile, given each expert's first row in it."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, E_PAD)
     inside = (token[:, None] < num_tokens) & (expert[None, :] < E)
     routed = tl.load(map_ptr + token[:, None].to(tl.int64) * E + expert[None, :], mask=inside, other=0).to(tl.int32)
     start = tl.load(start_ptr + tl.program_id(0) * E + expert, mask=expert < E, other=0)
     offset = tl.load(token_offsets_ptr + token, mask=token < num_tokens, other=0)
-    row = start[None, :] + tl.cumsum(routed, axis=0) - 1  # by expert, within it by token
-    place = offset[:, None] + tl.cumsum(routed, axis=1) - 1  # by token, within it by expert
+    row = start[None, :] + tl.cumsum(routed, axis=0) - 1  # sorted by expert, then by token
+    place = offset[:, None] + tl.cumsum(routed, axis=1) - 1  # sorted by token, then by expert
     write = inside & (routed > 0) & (row < num_rows) & (place < num_rows)
     tl.store(token_ptr + row, tl.broadcast_to(token[:, None], (TOKENS, E_PAD)), mask=write)
     tl.store(route_ptr + row, token[:, None] * E + expert[None, :], mask=write)
@@ -47,18 +47,19 @@ def _fill_kernel(
 
 
 def build_routes(routing_map_TE: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of ``Permutation`` in their order, int32, with buffers for ``num_rows`` rows.
+    """Builds the fields of ``Permutation`` in order, int32, with buffers for ``num_rows`` rows.
 
-    Entries beyond the routes that there are stay unwritten. Routes beyond ``num_rows`` would be lost: the caller sees
-    to it that there are none.
+    Entries past the last route stay unwritten. The caller must ensure that there are at most ``num_rows`` routes:
+    others would be lost.
     """
     num_tokens, num_experts = routing_map_TE.shape
-    device, padded = routing_map_TE.device, triton.next_power_of_2(num_experts)
+    device = routing_map_TE.device
+    padded = triton.next_power_of_2(num_experts)
     tokens = max(1, _TILE_ENTRIES // padded)
     num_tiles = triton.cdiv(num_tokens, tokens)
     sizes = {"E": num_experts, "E_PAD": padded, "TOKENS": tokens}
     counts_BE = torch.empty(num_tiles, num_experts, dtype=torch.int32, device=device)
-    # One allocation each: their alignment, which kernels are compiled for, must not depend on how many rows there are.
+    # One allocation each: kernels are specialized on alignment, which must not depend on the number of rows.
     token_N, route_N, row_N = (torch.empty(num_rows, dtype=torch.int32, device=device) for _ in range(3))
     map_TE = routing_map_TE.contiguous().view(torch.uint8)
     if num_tiles:

@@ -1,8 +1,8 @@
-"""Model and optimizer state in the plain model's names and layout, as safetensors files that fit any layout.
+"""The canonical form of model and optimizer state: safetensors files that are independent of engine and layout.
 
-Every fp32 master and moment is written whole under its parameter's name, each expert for itself under its global
-index; before the first step there are no moments. DeepSpeed runs keep their checkpoints so (its own pickle, know
-experts by one name pattern and fit one layout); what turns other checkpoints into these is ``dynmoe.convert``.
+Every fp32 master and moment is written whole under its parameter's name in :class:`dynmoe.model.Decoder`, each expert
+separately under its global index; before the first step there are no moments. Checkpoints of DeepSpeed runs have this
+form, because DeepSpeed's own are pickles for one layout. ``dynmoe.convert`` converts other checkpoints.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _DENSE = "dense.safetensors"
 
 @dataclass(frozen=True)
 class Entry:
-    """A parameter of the plain model, as far as this rank holds it.
+    """This rank's part of a parameter.
 
     Attributes:
-        name: in the plain model.
-        shape: of what this rank holds; its first dimension counts experts where ``experts`` is given.
+        name: name in the canonical form.
+        shape: shape of this rank's part; the first dimension is the expert if ``experts`` is given.
         experts: global indices of the experts, for a stacked parameter.
-        num_experts: experts of its layer in all.
-        get: fp32 master and moments, by part. May be collective.
-        set: puts them in place, and the parameter itself.
+        num_experts: number of experts in the layer, on all ranks.
+        get: returns fp32 master and moments, by part. May be collective.
+        set: sets these and the parameter.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Entry:
 
 
 def expert_ranges(layers: Iterable[MoELayer]) -> dict[int, tuple[range, int]]:
-    """By ``id`` of each stacked parameter: global indices of its experts, and experts of its layer in all."""
+    """Global indices of the experts, and number of experts in the layer, by ``id`` of each stacked parameter."""
     return {id(p): (layer.experts.experts, layer.num_experts) for layer in layers for p in layer.experts.parameters()}
 
 
@@ -58,7 +58,7 @@ def entry(
     get: Callable[[], dict[str, Tensor]],
     put: Callable[[dict[str, Tensor]], None],
 ) -> Entry:
-    """The entry of a parameter; ``ranges`` are those of :func:`expert_ranges`."""
+    """The entry of a parameter, with ``ranges`` from :func:`expert_ranges`."""
     experts, num_experts = ranges.get(id(parameter), (None, 0))
     return Entry(name, tuple(parameter.shape), experts, num_experts, get, put)
 
@@ -71,21 +71,22 @@ def copy(
     writes_dense: bool = True,
     writes_experts: bool = True,
 ) -> Callable[[], list[Path]]:
-    """Copies this rank's share to host memory; what is returned writes it into ``directory``, and returns the files.
+    """Copies this rank's share to host memory; returns a function that writes it and returns the files.
 
     Args:
-        directory: of the checkpoint.
-        entries: of every parameter that this rank holds.
-        buffers: by their names in the plain model.
-        step: optimizer steps taken.
-        writes_dense, writes_experts: whether this rank writes what others hold too, and its experts.
+        directory: directory of the checkpoint.
+        entries: entries of all parameters on this rank.
+        buffers: buffers by their canonical names.
+        step: number of optimizer steps taken.
+        writes_dense: whether this rank writes the replicated parameters and the buffers.
+        writes_experts: whether this rank writes its experts.
     """
     dense: dict[str, Tensor] = {}
     experts: dict[str, Tensor] = {}
     for own in entries:
         for part, value in own.get().items():
             if step == 0 and part != MASTER:
-                continue  # moments of zeros
+                continue  # all moments are zero
             if own.experts is None and writes_dense:
                 dense[parameter_key(own.name, part)] = _copy(value)
             elif own.experts is not None and writes_experts:
@@ -109,15 +110,15 @@ def copy(
 
 
 def _copy(value: Tensor) -> Tensor:
-    """In host memory, whole: what the optimizer changes in place must not change it."""
+    """A contiguous copy in host memory, which in-place updates of the optimizer do not affect."""
     return torch.empty(value.shape, dtype=value.dtype).copy_(value)
 
 
 def load(directory: Path, entries: Iterable[Entry], buffers: dict[str, Tensor]) -> int:
-    """Restores what :func:`copy` wrote, for this rank's share of the present layout; returns the optimizer's step.
+    """Restores this rank's share, under the current layout, of what :func:`copy` wrote; returns the optimizer's step.
 
     Raises:
-        UserError: tensors that are missing, surplus or of another shape, by name.
+        UserError: names tensors that are missing, unexpected or of another shape.
     """
     reader = _reader(directory)
     step = int(reader.read(OPTIMIZER_STEP, ()))
@@ -134,19 +135,20 @@ def load(directory: Path, entries: Iterable[Entry], buffers: dict[str, Tensor]) 
     for name, buffer in buffers.items():
         buffer.copy_(reader.read(buffer_key(name), tuple(buffer.shape)))
         expected.add(buffer_key(name))
-    surplus = sorted(reader.names - expected)
-    if surplus:
-        raise UserError(f"checkpoint {directory}: has tensors that this model lacks: {some(surplus)}")
+    if unexpected := sorted(reader.names - expected):
+        cure = "resume with the configuration of the checkpoint"
+        raise UserError(f"checkpoint {directory}: has tensors that this model lacks: {some(unexpected)}; {cure}")
     return step
 
 
 def load_weights(directory: Path, module: nn.Module, layers: Iterable[MoELayer]) -> None:
-    """Restores parameters (from their fp32 masters) and buffers of a whole model, for use without an optimizer.
+    """Restores parameters (from the fp32 masters) and buffers of a whole model, for use without an optimizer.
 
     Raises:
-        UserError: tensors that are missing or of another shape, by name.
+        UserError: names a tensor that is missing or of another shape.
     """
-    reader, ranges = _reader(directory), expert_ranges(layers)
+    reader = _reader(directory)
+    ranges = expert_ranges(layers)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             experts, _ = ranges.get(id(parameter), (None, 0))
@@ -156,13 +158,13 @@ def load_weights(directory: Path, module: nn.Module, layers: Iterable[MoELayer])
 
 
 def read_shape(directory: Path, name: str) -> tuple[int, ...]:
-    """Shape of a parameter that all ranks share, by its name in the plain model."""
+    """Shape of a replicated parameter, by its canonical name."""
     with _open(directory / _DENSE) as file:
         return tuple(file.get_slice(parameter_key(name, MASTER)).get_shape())
 
 
 def read_tensor(directory: Path, key: str) -> Tensor:
-    """A tensor that all ranks share, by its key."""
+    """A replicated tensor, by its key."""
     with _open(directory / _DENSE) as file:
         return file.get_tensor(key)
 
@@ -171,11 +173,11 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"checkpoint {path}: {first_line(error)}; go on from another checkpoint") from None
+        raise UserError(f"checkpoint {path}: {first_line(error)}; resume from another checkpoint") from None
 
 
 class _Reader:
-    """Tensors by name over several safetensors files, read one at a time."""
+    """Reads tensors by name from several safetensors files, one at a time."""
 
     def __init__(self, paths: list[Path]) -> None:
         self._files = [_open(path) for path in paths]
@@ -187,14 +189,15 @@ class _Reader:
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name not in self._file_of:
-            raise UserError(f"checkpoint: tensor {name} is missing; resume with the configuration that made it")
+            raise UserError(f"checkpoint: tensor {name} is missing; resume with the configuration of the checkpoint")
         tensor = self._file_of[name].get_tensor(name)
         if tuple(tensor.shape) != shape:
-            raise UserError(f"checkpoint: tensor {name} has shape {tuple(tensor.shape)}, this model wants {shape}")
+            problem = f"has shape {tuple(tensor.shape)}, but this model needs {shape}"
+            raise UserError(f"checkpoint: tensor {name} {problem}; resume with the configuration of the checkpoint")
         return tensor
 
     def read_part(self, name: str, part: str, shape: tuple[int, ...], experts: range | None) -> Tensor:
-        """A parameter's master or moment; of a stacked one the rows of ``experts``."""
+        """Master or moment of a parameter, or of ``experts`` of a stacked parameter."""
         if experts is None:
             return self.read(parameter_key(name, part), shape)
         return torch.stack([self.read(parameter_key(name, part, expert), shape[1:]) for expert in experts])

@@ -1,7 +1,7 @@
-"""Trainings in processes of their own, to be disturbed from outside: under torchrun, or forked from a warm process.
+"""Training runs in separate processes, to be disturbed from outside: under torchrun, or forked from a warm process.
 
-Importing torch, DeepSpeed and Megatron costs a rank seconds, many times what a tiny run takes. A warm run is forked
-from a server that has imported them: the same ``train.py``, the same variables of a launcher, the same processes.
+Importing torch, DeepSpeed and Megatron takes a rank seconds, far longer than a tiny run. A warm run is forked from a
+server that has imported them, with the same ``train.py``, launcher variables and processes.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# What makes a process run on the CPU, whatever the machine has; arithmetic that does not depend on its cores.
+# Makes a process run on the CPU on any machine, with arithmetic that does not depend on the number of cores.
 CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 _WARM = [
     "train", "dynmoe.engines.deepspeed", "dynmoe.engines.megatron.engine", "dynmoe.train.summary",
     "dynmoe.train.views", "dynmoe.report.pictures",
     "pandas",  # PyArrow imports it, where it is installed, to write a trace
-    "bench.frozen",  # last
+    "harness.frozen",  # last
 ]  # fmt: skip
 _TIME_TO_SAVE_S = 10.0
 
-Prepare = Callable[[int], None]  # called with its number in every rank, before train.py
+Prepare = Callable[[int], None]  # called with the rank in every rank, before train.py
 
 
 class Training:
     """A launcher and its ranks.
 
     Args:
-        pid: of the launcher.
+        pid: process id of the launcher.
         output: file that all of them write to.
     """
 
     def __init__(self, pid: int, output: Path) -> None:
-        self.pid, self._output = pid, output
+        self.pid = pid
+        self._output = output
 
     def poll(self) -> int | None:
         """Exit status of the launcher, negative for a signal; None while it runs."""
@@ -58,22 +59,22 @@ class Training:
         return status
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks that there are at the moment."""
+        """Process ids of the current ranks."""
         return children(self.pid)
 
     def signal(self, number: int) -> None:
-        """A signal to the launcher alone."""
+        """Sends a signal to the launcher only."""
         os.kill(self.pid, number)
 
     def kill_launcher(self) -> list[int]:
-        """SIGKILL to the launcher alone; returns its ranks, which the kernel should end."""
+        """Sends SIGKILL to the launcher only; returns its ranks, which the kernel should kill."""
         ranks = self.ranks()
         os.kill(self.pid, signal.SIGKILL)
         self.wait()
         return ranks
 
     def kill_tree(self) -> list[int]:
-        """SIGKILL to launcher and ranks at once; returns the ranks."""
+        """Sends SIGKILL to launcher and ranks at once; returns the ranks."""
         ranks = self.ranks()
         for pid in (self.pid, *ranks):
             with contextlib.suppress(ProcessLookupError):
@@ -86,7 +87,7 @@ class Training:
 
 
 def children(pid: int) -> list[int]:
-    """Process ids of its children; none where it has ended."""
+    """Process ids of a process's children; empty if it has ended."""
     try:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except (FileNotFoundError, ProcessLookupError):
@@ -94,7 +95,7 @@ def children(pid: int) -> list[int]:
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process exists and is no zombie, which nobody may be there to reap."""
+    """Whether the process exists and is not a zombie, because there may be no process to reap it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -102,13 +103,13 @@ def is_running(pid: int) -> bool:
 
 
 class TorchrunTraining(Training):
-    """``torchrun train.py``.
+    """Starts ``torchrun train.py``.
 
     Args:
-        arguments: of train.py.
-        ranks: on this host.
-        restarts: in place, of ranks that fail.
-        output: file for what is printed.
+        arguments: arguments of train.py.
+        ranks: number of ranks on this host.
+        restarts: number of restarts in place after failures.
+        output: file for the output.
         environment: variables to add.
     """
 
@@ -131,10 +132,10 @@ class TorchrunTraining(Training):
 
 
 class WarmTraining(Training):
-    """The same, forked from a process that has imported everything; ``prepare`` is called in each rank (by its number).
+    """Starts the same, forked from a process that has imported everything; ``prepare`` is called in each rank.
 
-    Its launcher does what torchrun does: it passes SIGTERM on, ends all ranks as soon as one fails, and starts them
-    again ``restarts`` times.
+    Its launcher behaves like torchrun: it forwards SIGTERM, ends all ranks as soon as one fails, and restarts them up
+    to ``restarts`` times.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class WarmTraining(Training):
 
 
 def start_server() -> None:
-    """Starts the process that everything is forked from, once; it ends with this one."""
+    """Starts the server process once; it ends with this process."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(_WARM)
     given = {name: os.environ.get(name) for name in (*CPU, "PYTHONPATH")}
     os.environ.update(CPU | {"PYTHONPATH": str(ROOT)})
@@ -189,14 +190,14 @@ def _launch(
     assert not missing, f"the server could not import {missing}"
     os.chdir(ROOT)
     os.environ.update(CPU | environment)
-    told: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    stop_requests: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stop_requests.append(number))
     for _ in range(restarts + 1):
         port = free_port()
         processes = [_fork_rank(arguments, rank, ranks, port, prepare) for rank in range(ranks)]
-        if _wait_for(processes, told):
+        if _wait_for(processes, stop_requests):
             sys.exit(0)
-        if told:
+        if stop_requests:
             break
     sys.exit(1)
 
@@ -244,9 +245,11 @@ def _run_rank(rank: int, prepare: Prepare | None) -> int:
     return 0
 
 
-def _wait_for(processes: list[int], told: list[int]) -> bool:
-    """Whether all ended well; as soon as one does not, or this process is told to end, the others are told."""
-    running, failed, deadline = set(processes), False, float("inf")
+def _wait_for(processes: list[int], stop_requests: list[int]) -> bool:
+    """Waits for all processes; returns whether all succeeded. On a failure or a stop request, stops the others."""
+    running = set(processes)
+    failed = False
+    deadline = float("inf")
     while running:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
@@ -254,7 +257,7 @@ def _wait_for(processes: list[int], told: list[int]) -> bool:
             failed = failed or os.waitstatus_to_exitcode(status) != 0
         else:
             time.sleep(0.005)
-        if (failed or told) and deadline == float("inf"):
+        if (failed or stop_requests) and deadline == float("inf"):
             deadline = time.monotonic() + _TIME_TO_SAVE_S
             _signal_all(running, signal.SIGTERM)
         if time.monotonic() > deadline:
@@ -269,7 +272,7 @@ def _signal_all(pids: set[int], number: int) -> None:
 
 
 def join_ranks(rank: int, ranks: int, folder: Path) -> None:
-    """Makes this process one of ``ranks`` on this host, which meet in ``folder``, each with its GPU if any."""
+    """Makes this process one of ``ranks`` on this host, which rendezvous in ``folder``, each with its GPU if any."""
     import torch
     import torch.distributed as dist
 

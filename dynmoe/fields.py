@@ -1,4 +1,4 @@
-"""A field with its meaning and bounds, and the check of them."""
+"""Configuration fields with a meaning and bounds, and their validation."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ def option(
     at_most: float | None = None,
     below: float | None = None,
     choices: Choices | None = None,
+    **further: Any,
 ) -> Any:
-    """A dataclass field with its meaning and the bounds that :class:`Section` enforces."""
-    metadata: dict[str, Any] = {"meaning": meaning, "choices": choices}
+    """A dataclass field with its meaning (a phrase for ``--help``), the bounds that :class:`Section` enforces, and
+    ``further`` metadata."""
+    metadata: dict[str, Any] = {"meaning": meaning, "choices": choices, **further}
     metadata |= {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -33,12 +35,12 @@ def option(
 
 def check_multiple_of_8(name: str, value: int) -> None:
     if value % 8:
-        cure = "use a multiple of 8"
-        raise ConfigError(name, value, "gives rows that grouped matrix products cannot read (16-byte strides)", cure)
+        problem = "gives row strides that are not multiples of 16 bytes, which grouped GEMMs require"
+        raise ConfigError(name, value, problem, "use a multiple of 8")
 
 
 class Section:
-    """Base of the configuration's dataclasses: checks the bounds of its own fields when it is made."""
+    """Base class of the configuration's dataclasses, which checks the bounds of its fields on creation."""
 
     _section: ClassVar[str] = ""
 
@@ -49,29 +51,31 @@ class Section:
                 continue
             name = f"{self._section}.{spec.name}" if self._section else spec.name
             for item in value if isinstance(value, list) else [value]:
-                _check_value(name, item, spec.metadata)
+                check_value(name, item, spec.metadata)
 
 
-def _check_value(name: str, value: Any, bounds: Any) -> None:
+def check_value(name: str, value: Any, bounds: Any) -> None:
     choices: Choices | None = bounds.get("choices")
     if choices is not None and value not in choices:
         raise ConfigError(name, value, "is not a known choice", f"use one of {', '.join(choices)}")
     if isinstance(value, (list, dict)):
-        raise ConfigError(name, value, "is within the list", "give plain values")
+        raise ConfigError(name, value, "is nested in a list", "use plain values")
     if isinstance(value, str) and not value.isprintable():
-        raise ConfigError(name, value, "has characters that cannot be printed", "leave them out")
+        raise ConfigError(name, value, "has unprintable characters", "remove them")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
     if isinstance(value, int) and abs(value) >= _BEYOND:
-        raise ConfigError(name, value, "is too large", "use a number of 64 bits")
+        raise ConfigError(name, value, "is too large", "use a number that fits in 64 bits")
     if not math.isfinite(value):
-        raise ConfigError(name, value, "is not a finite number", "give a finite number")
-    at_least, above, at_most = bounds.get("at_least"), bounds.get("above"), bounds.get("at_most")
+        raise ConfigError(name, value, "is not finite", "use a finite number")
+    at_least = bounds.get("at_least")
+    above = bounds.get("above")
+    below = bounds.get("below")
+    at_most = bounds.get("at_most")
     if at_least is not None and value < at_least:
         raise ConfigError(name, value, "is too small", f"use a value of at least {at_least}")
     if above is not None and value <= above:
         raise ConfigError(name, value, "is too small", f"use a value above {above}")
-    below = bounds.get("below")
     if below is not None and value >= below:
         raise ConfigError(name, value, "is too large", f"use a value below {below}")
     if at_most is not None and value > at_most:

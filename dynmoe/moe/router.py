@@ -1,0 +1,125 @@
+"""The router of a layer: the tensors that its description asks for, and the counts of its losses over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynmoe.config import ModelConfig
+from dynmoe.moe.calibration import thresholds_for_share
+from dynmoe.moe.context import MoEContext
+from dynmoe.moe.initialization import named_normal
+from dynmoe.moe.loss_counts import CountedLossInputs, LossCounts
+from dynmoe.ops import linear_fp32
+from dynmoe.routers.base import without_shape
+from dynmoe.routing import RoutingPlan
+
+
+def initially_active(num_experts: int, wanted: int | None, spread: bool) -> Tensor:
+    """Mask of the slots in use at the start: the first ones, or spread evenly so that every rank has its share."""
+    active_E = torch.zeros(num_experts, dtype=torch.bool)
+    count = num_experts if wanted is None else wanted
+    active_E[[place * num_experts // count if spread else place for place in range(count)]] = True
+    return active_E
+
+
+class Router(nn.Module):
+    """Maps hidden states to a :class:`RoutingPlan`, in fp32 arithmetic whatever the precision of the weights.
+
+    Parameters and buffers are those that ``model.router`` (:class:`dynmoe.routers.RouterSpec`) describes, and it says
+    how they route and move. Two further buffers belong to every router: ``active_E`` (the slots in use) and
+    ``experts_per_token`` (a moving average that capacities are computed from, 0 before the first step).
+
+    Args:
+        model: router and its settings.
+        num_experts: expert slots of this layer.
+        seed: of the initial weights.
+        name: prefix of this module's parameter names in the whole model.
+        context: process groups over which the auxiliary losses count.
+    """
+
+    active_E: Tensor
+    experts_per_token: Tensor
+
+    def __init__(self, model: ModelConfig, num_experts: int, seed: int, name: str, context: MoEContext) -> None:
+        super().__init__()
+        self.spec = model.router.resolved
+        self.context = context
+        self._loss_counts = LossCounts(context)
+        spread = self.spec.variant != "released"
+        self.register_buffer("active_E", initially_active(num_experts, model.moe.active_at_start, spread))
+        self.register_buffer("experts_per_token", torch.tensor(0.0))
+        for own, tensor in self.spec.parameters(model.hidden, num_experts).items():
+            if tensor.initial is None:
+                values = named_normal(tensor.shape, model.init_std, seed, f"{name}.{without_shape(own)}")
+            else:
+                values = torch.full(tensor.shape, tensor.initial)
+            self.register_parameter(own, nn.Parameter(values))
+        for own, tensor in self.spec.buffers(model.hidden, num_experts).items():
+            assert tensor.initial is not None
+            self.register_buffer(own, torch.full(tensor.shape, tensor.initial, dtype=getattr(torch, tensor.dtype)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Moves with the module, but keeps the precision of its buffers: engines cast whole modules to bf16."""
+        buffers = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in buffers.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    def linear(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        return linear_fp32(x_TD, weight_ED)
+
+    def forward(self, x_TD: Tensor) -> RoutingPlan:
+        if self.context.step.calibrating:
+            self._calibrate(x_TD)
+        return self.spec.route(self, x_TD)
+
+    @property
+    @torch.no_grad()
+    def control_value(self) -> Tensor:
+        """What decides how many experts a token gets, a scalar: see :meth:`RouterSpec.control_value`."""
+        return self.spec.control_value(self)
+
+    @property
+    def is_calibrated(self) -> Tensor | None:
+        """Whether thresholds need no first scores any more, a bool scalar; None for a router without thresholds."""
+        return self._buffers.get("calibrated")
+
+    @torch.no_grad()
+    def _calibrate(self, x_TD: Tensor) -> None:
+        """Sets the offsets, once, so that each active expert is selected by its share of the tokens of all ranks."""
+        if self.is_calibrated is None or bool(self.is_calibrated):
+            return
+        share = min(1.0, self.spec.initial_experts / int(self.active_E.sum()))  # type: ignore[attr-defined]
+        values_TE = self.spec.calibration_TE(self, x_TD)
+        self.offset_E.copy_(thresholds_for_share(values_TE, share, self.context.groups.tokens))  # type: ignore[operator]
+        self.is_calibrated.fill_(True)
+
+    @property
+    def loss_coefficients(self) -> dict[str, Any]:
+        """The coefficient of every auxiliary loss in force, a number or a tensor."""
+        return self.spec.loss_coefficients(self)
+
+    def losses(self, plan: RoutingPlan, num_sequences: int = 1) -> dict[str, Tensor]:
+        """Every auxiliary loss in force, without its coefficient; its counts are those of the configured scope.
+
+        A loss that counts over ranks may be differentiated at once: the backward pass waits for the counts. Its value
+        is NaN until then, or until :meth:`wait_for_counts`.
+
+        Args:
+            plan: of this rank's tokens, before capacity drops routes.
+            num_sequences: sequences that the tokens belong to, one after the other.
+        """
+        target = self.context.step.target_experts
+        inputs = CountedLossInputs(self.spec, self, plan, num_sequences, self._loss_counts, target)
+        return {name: loss(inputs) for name, loss in self.spec.losses.items()}
+
+    def wait_for_counts(self) -> None:
+        """Gives the losses of this step's passes their values."""
+        self._loss_counts.wait()

@@ -1,0 +1,15 @@
+"""The routers, each described in one file. A new one is such a file and a line here."""
+
+from dynmoe.routers.base import ROUTERS, RouterSpec, TensorSpec, router_of
+from dynmoe.routers.expert_threshold import ExpertThreshold
+from dynmoe.routers.null_experts import NullExperts
+from dynmoe.routers.relu import ReLU
+from dynmoe.routers.sigmoid import Sigmoid
+from dynmoe.routers.top_any import TopAny
+from dynmoe.routers.top_k import TopK
+from dynmoe.routers.top_p import TopP
+
+__all__ = [
+    "ROUTERS", "ExpertThreshold", "NullExperts", "ReLU", "RouterSpec", "Sigmoid", "TensorSpec", "TopAny", "TopK",
+    "TopP", "router_of",
+]  # fmt: skip

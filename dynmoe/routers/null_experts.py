@@ -1,0 +1,59 @@
+"""Null experts: AdaMoE (arXiv 2406.13233). k slots for every token, some of which experts take that do nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
+
+from dynmoe.fields import option
+from dynmoe.routers.base import LossInputs, RouterState, auxiliary, by_variant, register
+from dynmoe.routers.losses import z_term
+from dynmoe.routers.parts import LinearRouter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dynmoe.routing.plan import RoutingPlan
+
+
+def null_balance_term(inputs: LossInputs) -> Tensor:
+    """Load balance over real and null experts."""
+    from dynmoe.routing.null_experts import null_balance
+
+    return null_balance(inputs.plan, inputs.spec.k, inputs.spec.num_null, inputs.counts)
+
+
+@register("null_experts")
+class NullExperts(LinearRouter):
+    """The k most probable of real and null experts; the real ones among them compute."""
+
+    VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"renormalize": True, "balance_loss": 1e-2}}
+    CONTROL_METRIC: ClassVar[str] = "router_k"
+
+    k: int = option(2, "slots per token, null experts included", at_least=1)
+    num_null: int = option(16, "experts that compute nothing", at_least=1)
+    renormalize: Optional[bool] = by_variant(False, "make the gates of a token sum to 1")
+    balance_loss: Optional[float] = auxiliary(null_balance_term, "the load-balancing loss")
+    z_loss: Optional[float] = auxiliary(z_term, "the router z-loss")
+
+    @property
+    def num_null_experts(self) -> int:
+        return self.num_null
+
+    @property
+    def expected_experts(self) -> float:
+        return float(self.k)
+
+    def max_experts_per_token(self, num_experts: int) -> int:
+        return min(self.k, num_experts)
+
+    def route(self, state: RouterState, x_TD: Tensor) -> RoutingPlan:
+        from dynmoe.routing.null_experts import null_experts
+
+        return null_experts(self.logits_TE(state, x_TD), self.k, self.num_null, **self.arguments("renormalize"))
+
+    def control_value(self, state: RouterState) -> Tensor:
+        return state.experts_per_token.new_full((), float(self.k))
+
+    @property
+    def served_fields(self) -> tuple[str, ...]:
+        return ("k",)

@@ -1,0 +1,64 @@
+"""Top-k: the same number of experts for every token, which dynamic routers are measured against."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
+
+from dynmoe.fields import option
+from dynmoe.routers.base import BudgetStep, RouterState, TensorSpec, auxiliary, register
+from dynmoe.routers.losses import entropy_term, z_term
+from dynmoe.routers.parts import BalancedRouter, LinearRouter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dynmoe.routing.control_statistics import ControlStatistics
+    from dynmoe.routing.plan import RoutingPlan
+
+_BIAS_RATE = 1e-3
+
+
+@register("top_k")
+class TopK(LinearRouter, BalancedRouter):
+    """The k most probable experts; loss-free balancing (arXiv 2408.15664) moves ``bias_E``, part of the choice only."""
+
+    VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"balance_loss": 1e-2, "balance_per_route": True}}
+    BUDGET_METHODS: ClassVar[tuple[str, ...]] = ("loss_free",)
+    HOLDS_GLOBALLY: ClassVar[bool] = False
+    CONTROL_METRIC: ClassVar[str] = "router_k"
+    BALANCES_SEQUENCES: ClassVar[bool] = True
+
+    k: int = option(2, "experts per token", at_least=1)
+    entropy_loss: Optional[float] = auxiliary(entropy_term, "the router entropy")
+    z_loss: Optional[float] = auxiliary(z_term, "the router z-loss")
+
+    @property
+    def fixed_experts(self) -> int:
+        return self.k
+
+    @property
+    def min_experts_per_token(self) -> int:
+        return self.k
+
+    def max_experts_per_token(self, num_experts: int) -> int:
+        return min(self.k, num_experts)
+
+    def buffers(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
+        return {"bias_E": TensorSpec((num_experts,), export="tensor")}
+
+    def route(self, state: RouterState, x_TD: Tensor) -> RoutingPlan:
+        from dynmoe.routing.top_k import top_k
+
+        return top_k(self.logits_TE(state, x_TD), self.k, bias_E=state.bias_E, **self.arguments("renormalize"))
+
+    def control_value(self, state: RouterState) -> Tensor:
+        return state.experts_per_token.new_full((), float(self.k))
+
+    def update(self, state: RouterState, seen: ControlStatistics, budget: BudgetStep) -> None:
+        from dynmoe.routing.control import bias_change
+
+        state.bias_E.add_(bias_change(seen.selected_E, budget.rate or _BIAS_RATE).float())
+
+    @property
+    def served_fields(self) -> tuple[str, ...]:
+        return ("k",)
