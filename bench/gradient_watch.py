@@ -74,12 +74,12 @@ def _stepper(path: str, overrides: list[str]) -> Callable[[str], float]:
         hooks = [own.register_hook(lambda gradient: sums.append(gradient.sum())) for own in reads]
         start = time.perf_counter()
         for number in range(_MICRO_BATCHES):
-            with model.context.running(micro_batch=number):
+            with model.context.override(micro_batch=number):
                 model(tokens[:, :-1], tokens[:, 1:]).backward()
         if method == "a bad step":
             with watch.watching():
                 for number in range(_MICRO_BATCHES):
-                    with model.context.running(micro_batch=number, recomputing=True):
+                    with model.context.override(micro_batch=number, recomputing=True):
                         torch.autograd.grad(model(tokens[:, :-1], tokens[:, 1:]), parameters, allow_unused=True)
             assert watch.first_bad_gradient() is None
         else:

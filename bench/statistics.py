@@ -75,7 +75,7 @@ def _measure(config: Config, views: dict[str, View | None], repeats: int) -> dic
     def step(method: str) -> float:
         nonlocal taken
         start = time.perf_counter()
-        with model.context.running(recording=method != "off"):
+        with model.context.override(recording=method != "off"):
             model(tokens[:, :-1], tokens[:, 1:]).backward()
         drained = [layer.drain() for layer in model.moe_layers]
         adam.step()

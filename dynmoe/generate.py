@@ -1,4 +1,7 @@
-"""Continues texts with the model of a run: python -m dynmoe.generate RUN --prompt TEXT"""
+"""Continues texts with the model of a run: python -m dynmoe.generate RUN --prompt TEXT
+
+Shape suffix L: MoE layers.
+"""
 
 from __future__ import annotations
 
@@ -60,14 +63,14 @@ def continue_tokens(
     import torch
 
     from dynmoe.model.sampling import pad_left, sample, with_cache
-    from dynmoe.moe.layer import keeping_plans
+    from dynmoe.moe.layer import capture_plans
 
     tokenizer = model.tokenizer
     tokens_BS, padding_B = pad_left(prompts, tokenizer.eod)
     tokens_BS = tokens_BS.to(model.device)
     padding_B = padding_B.to(model.device)
     ended = [False] * len(prompts)
-    with keeping_plans(model.decoder.moe_layers) as plans:
+    with capture_plans(model.decoder.moe_layers) as plans:
         next_logits = with_cache(model.decoder, padding_B)
         for drawn_B in sample(
             next_logits, tokens_BS, num_tokens, vocab_size=tokenizer.vocab_size, sampling=sampling, seed=seed

@@ -1,4 +1,4 @@
-"""Begins a run from a trained one of another kind: dense to experts, top-k to top-p.
+"""Start a run from a trained run of another kind: dense to experts, top-k to top-p.
 
 python -m dynmoe.warmstart RUN OUT --experts 8 model.router.kind=top_any
 python -m dynmoe.warmstart RUN OUT model.router.kind=top_p
@@ -31,13 +31,13 @@ _SEQUENCES = 8
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What became of a model, on the same validation text.
+    """The result of a warm start, measured on validation text.
 
     Attributes:
-        config: of the new run.
-        loss_before, loss: in nats per token.
-        difference: the largest of any logit.
-        experts_per_token: of each MoE layer.
+        config: configuration of the new run.
+        loss_before, loss: loss of the old and of the new model, in nats per token.
+        difference: largest absolute difference of the logits.
+        experts_per_token: mean number of experts per token in each MoE layer.
     """
 
     config: Config
@@ -56,29 +56,28 @@ def warm_start(
     overrides: Sequence[str] = (),
     symmetry_break: float = _BREAK,
 ) -> WarmStart:
-    """Makes the run directory ``output``, whose training starts from what the model of ``run`` knows.
+    """Creates the run directory ``output``, whose training starts from the model of ``run``.
 
-    A dense model becomes one of experts: copies of its feed-forward layers (arXiv 2212.05055), or with a granularity g
-    slices of them, of which g experts in a row make one copy and share their row of the router (arXiv 2410.07524). A
-    top-k model becomes a top-p model with p fitted, layer by layer, to as many experts per token.
+    A dense model becomes an MoE model. Its experts are copies of the feed-forward layers (arXiv 2212.05055) or, with
+    granularity g, slices of them: g consecutive experts form a copy and share a router row (arXiv 2410.07524). A top-k
+    model becomes a top-p model, with p fitted layer by layer to the same number of experts per token.
 
     Args:
         run: directory of the run, of either engine.
         output: directory of the new run; must not exist.
-        experts: of each MoE layer, for a dense model: a multiple of ``granularity``.
-        granularity: slices of one feed-forward layer.
-        experts_per_token: that p is fitted to; None: as many as top-k has, and p as configured after a dense model.
-        overrides: of the run's configuration.
+        experts: number of experts per MoE layer, for a dense model; a multiple of ``granularity``.
+        granularity: number of slices of one feed-forward layer.
+        experts_per_token: target for fitting p; None: the k of top-k, and no fit after a dense model.
+        overrides: overrides of the run's configuration.
         symmetry_break: see :func:`dynmoe.moe.upcycling.copy_experts`.
 
     Raises:
-        UserError: a model that cannot become the other, no text to measure on, or an output that exists.
+        UserError: the model cannot be converted, there is no validation text, or the output exists.
     """
     import torch
 
     from dynmoe.model import Decoder
-    from dynmoe.moe.layer import keeping_plans
-    from dynmoe.moe.upcycling import copy_experts, share_rows
+    from dynmoe.moe.layer import capture_plans
     from dynmoe.train.checkpoint import model_files
     from dynmoe.trained import begin_run, open_trained
 
@@ -90,38 +89,46 @@ def warm_start(
     if fitted and old.model.moe_layers and experts_per_token is None:
         experts_per_token = old.model.router.expected_experts
     if experts_per_token is not None and not fitted:
-        raise UserError(f"--experts-per-token={experts_per_token}: fits p of a top_p router; set it there")
+        raise UserError(f"--experts-per-token={experts_per_token}: only top_p fits p; use model.router.kind=top_p")
     model = open_trained(run, torch.device("cpu"))
-    tokens_BS = _some_text(config, model.tokenizer.sha256)
+    tokens_BS = _validation_text(config, model.tokenizer.sha256)
     decoder = Decoder(config.model, model.decoder.w_embed_VD.shape[0], config.train.seed).eval()
     _copy(model.decoder, decoder)
     if not old.model.moe_layers:
-        for layer in decoder.moe_layers:
-            dense: SwiGLU = model.decoder.layers[layer.layer].ffn  # type: ignore[assignment]
-            copy_experts(dense, layer.experts, granularity, config.train.seed + layer.layer, symmetry_break)
-            share_rows(layer, granularity)
+        _upcycle(model.decoder, decoder, granularity, config.train.seed, symmetry_break)
     if experts_per_token is not None:
         fit_p(decoder, tokens_BS, experts_per_token)
-    with keeping_plans(decoder.moe_layers) as plans:
+    with capture_plans(decoder.moe_layers) as plans:
         loss_before, loss, difference = _compare(model.decoder, decoder, tokens_BS)
     begin_run(config, decoder, model_files(run), output)
-    layers, tokens = len(decoder.moe_layers), tokens_BS.numel()
-    means = [sum(float(p.routing_map_TE.sum()) for p in plans[layer::layers]) / tokens for layer in range(layers)]
-    return WarmStart(config, loss_before, loss, difference, means)
+    layers = len(decoder.moe_layers)
+    routes = [sum(float(plan.routing_map_TE.sum()) for plan in plans[layer::layers]) for layer in range(layers)]
+    return WarmStart(config, loss_before, loss, difference, [count / tokens_BS.numel() for count in routes])
+
+
+def _upcycle(dense: Decoder, decoder: Decoder, granularity: int, seed: int, symmetry_break: float) -> None:
+    """Fills the experts of ``decoder`` with copies or slices of the feed-forward layers of ``dense``."""
+    from dynmoe.moe.upcycling import copy_experts, share_rows
+
+    for layer in decoder.moe_layers:
+        source: SwiGLU = dense.layers[layer.layer].ffn  # type: ignore[assignment]
+        copy_experts(source, layer.experts, granularity, seed + layer.layer, symmetry_break)
+        share_rows(layer, granularity)
 
 
 def _configuration(
     old: Config, run: Path, output: Path, experts: int | None, granularity: int, overrides: Sequence[str]
 ) -> Config:
-    """That of the new run; what is overridden is not what the source dictates."""
+    """Configuration of the new run; overrides must not contradict the source."""
     place = [f"run.dir={output.parent}", f"run.name={output.name}"]
     kinds = [field for field in overrides if field.startswith("model.router.kind=")]
     kind = load_config(None, kinds).model.router.kind if kinds else old.model.router.kind
     if old.model.moe_layers:
         if experts is not None:
-            raise UserError(f"--experts={experts}: {run} has experts already; leave it out")
+            raise UserError(f"--experts={experts}: {run} already has experts; remove the option")
         if (old.model.router.kind, kind) != ("top_k", "top_p"):
-            raise UserError(f"model.router.kind={kind}: {old.model.router.kind} becomes no {kind}; top_k becomes top_p")
+            problem = f"a {old.model.router.kind} run cannot become {kind}; only top_k can become top_p"
+            raise UserError(f"model.router.kind={kind}: {problem}")
         own = [f"model.router.renormalize={str(old.model.router.resolved.renormalize).lower()}"]  # type: ignore[attr-defined]
     else:
         own = _of_dense(old.model, run, kind, experts, granularity)
@@ -131,37 +138,28 @@ def _configuration(
 
 
 def _of_dense(old: ModelConfig, run: Path, kind: str, experts: int | None, granularity: int) -> list[str]:
-    """What makes experts of a dense model, and leaves its output as it is where the router of this kind can."""
+    """Fields that turn a dense model into experts, without a change of the output if the router allows it."""
     if experts is None:
-        raise UserError(f"--experts: {run} is dense; say how many experts each layer is to have")
+        raise UserError(f"--experts: required, because {run} is dense; set the number of experts per layer")
     if granularity < 1 or experts % granularity or old.ffn_hidden % (8 * granularity):
-        cure = f"use a divisor of both, and let the slices of {old.ffn_hidden} be multiples of 8 wide"
-        raise UserError(f"--granularity={granularity}: cannot slice {experts} experts evenly; {cure}")
+        problem = f"must divide {experts} experts, and model.ffn_hidden={old.ffn_hidden} into multiples of 8"
+        raise UserError(f"--granularity={granularity}: {problem}; use another value or number of experts")
     fields = [f"model.moe.experts={experts}", f"model.moe.expert_hidden={old.ffn_hidden // granularity}"]
     wanted = ROUTERS[kind]().upcycling_fields(granularity)
     return fields + [f"model.router.{name}={json.dumps(value)}" for name, value in wanted.items()]
 
 
 def _check_same(old: ModelConfig, new: ModelConfig) -> None:
-    """Refuses a change of what is copied."""
-    names = (
-        "layers",
-        "hidden",
-        "heads",
-        "kv_heads",
-        "head_dim",
-        "qk_norm",
-        "vocab_size",
-        "tie_embeddings",
-        "ffn_hidden",
-    )
-    for name in names:
-        if getattr(old, name) != getattr(new, name):
-            raise UserError(f"model.{name}={getattr(new, name)}: the weights are of {getattr(old, name)}; leave it out")
+    """Checks that no override changes the shape of the copied weights."""
+    sizes = ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab_size", "ffn_hidden")
+    for name in (*sizes, "qk_norm", "tie_embeddings"):
+        before = getattr(old, name)
+        if before != getattr(new, name):
+            raise UserError(f"model.{name}={getattr(new, name)}: the weights have {before}; remove the override")
 
 
-def _some_text(config: Config, tokenizer: str) -> Tensor:
-    """Sequences [B, S] of the validation text, of each corpus as many as training's share of it asks for."""
+def _validation_text(config: Config, tokenizer: str) -> Tensor:
+    """Validation sequences [B, S], from each corpus in proportion to its training weight."""
     import torch
 
     from dynmoe.data.corpus import by_domain, open_corpora
@@ -170,7 +168,9 @@ def _some_text(config: Config, tokenizer: str) -> Tensor:
     length = config.data.sequence_length
     corpora = open_corpora(config.data.dirs, length)
     if corpora[0].tokenizer.sha256 != tokenizer:
-        raise UserError(f"data.dirs: {corpora[0].path} was encoded by another tokenizer than the run's; name another")
+        raise UserError(
+            f"data.dirs: {corpora[0].path} was encoded with another tokenizer; use corpora of the run's tokenizer"
+        )
     domains = by_domain(corpora)
     limits = {name: corpus.sequences("validation", length) for name, corpus in domains.items()}
     total = min(max(_SEQUENCES, len(domains)), sum(limits.values()))
@@ -182,7 +182,7 @@ def _some_text(config: Config, tokenizer: str) -> Tensor:
 
 
 def _copy(old: Decoder, new: Decoder) -> None:
-    """Parameters and state that both have under one name."""
+    """Copies the parameters and buffers that exist in both under the same name."""
     import torch
 
     known = {**dict(old.named_parameters()), **dict(old.named_buffers())}
@@ -193,15 +193,15 @@ def _copy(old: Decoder, new: Decoder) -> None:
 
 
 def fit_p(decoder: Decoder, tokens_BS: Tensor, experts_per_token: float) -> None:
-    """Sets p of each top-p layer, from the first to the last, to ``experts_per_token`` in the mean over the tokens."""
+    """Fits p of each top-p layer, first to last, to a mean of ``experts_per_token`` over the tokens."""
     import torch
 
-    from dynmoe.moe.layer import keeping_plans
+    from dynmoe.moe.layer import capture_plans
 
     for layer in decoder.moe_layers:
         router = layer.router
         assert isinstance(router.spec, TopP)
-        with keeping_plans([layer]) as plans, torch.no_grad():
+        with capture_plans([layer]) as plans, torch.no_grad():
             decoder.hidden(tokens_BS)
         logits_TE = plans[0].logits_TE
         assert logits_TE is not None
@@ -210,13 +210,14 @@ def fit_p(decoder: Decoder, tokens_BS: Tensor, experts_per_token: float) -> None
 
 
 def _compare(old: Decoder, new: Decoder, tokens_BS: Tensor) -> tuple[float, float, float]:
-    """Cross-entropy of both in nats, over all tokens but the first of a sequence; the largest difference of logits."""
+    """Cross-entropy of both models in nats per predicted token, and the largest difference of the logits."""
     import torch
     import torch.nn.functional as F
 
-    losses, differences = [], []
+    losses = []
+    differences = []
     with torch.no_grad():
-        for tokens_S in tokens_BS:  # one after the other: logits are large
+        for tokens_S in tokens_BS:  # one at a time, because logits are large
             both = [decoder(tokens_S[None])[0] for decoder in (old, new)]
             losses.append([float(F.cross_entropy(logits_SV[:-1], tokens_S[1:])) for logits_SV in both])
             differences.append(float((both[0] - both[1]).abs().max()))
@@ -226,32 +227,27 @@ def _compare(old: Decoder, new: Decoder, tokens_BS: Tensor) -> tuple[float, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        "python -m dynmoe.warmstart", description="Begins a run from a dense or a top-k one, with what that has learnt."
+        "python -m dynmoe.warmstart", description="Start a run from the weights of a dense or a top-k run."
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of the trained run, of either engine")
     parser.add_argument("output", type=Path, metavar="OUT", help="directory of the new run")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="model.router.kind=top_any and the like")
-    parser.add_argument("--experts", type=int, help="of each MoE layer, for a dense model")
     parser.add_argument(
-        "--granularity", type=int, default=1, help="cut each feed-forward layer into so many experts; 1: whole copies"
+        "overrides", nargs="*", metavar="KEY=VALUE", help="configuration fields, such as model.router.kind=top_any"
     )
-    parser.add_argument("--experts-per-token", type=float, help="that p is fitted to; after top-k: its k")
-    parser.add_argument(
-        "--symmetry-break",
-        type=float,
-        default=_BREAK,
-        help="how differently the copies learn; leaves the output as it is",
-    )
+    parser.add_argument("--experts", type=int, help="number of experts per MoE layer, for a dense run")
+    slices = "number of experts that one feed-forward layer is split into; 1: whole copies"
+    parser.add_argument("--granularity", type=int, default=1, help=slices)
+    parser.add_argument("--experts-per-token", type=float, help="target for fitting p; default after top-k: its k")
+    deviation = "scale of the differences between copies; does not change the output"
+    parser.add_argument("--symmetry-break", type=float, default=_BREAK, help=deviation)
     given = parser.parse_intermixed_args()
-    done = warm_start(
-        given.run, given.output, given.experts, given.granularity, given.experts_per_token, given.overrides,
-        given.symmetry_break,
-    )  # fmt: skip
+    done = warm_start(**vars(given))
     mean = sum(done.experts_per_token) / len(done.experts_per_token)
-    print(f"{given.output}: a run of {done.config.engine} that begins with what {given.run} has learnt.")
+    print(f"{given.output}: a {done.config.engine} run that starts from {given.run}.")
     print(
-        f"On the same text: loss {done.loss:.4f} after {done.loss_before:.4f}, logits differ by {done.difference:.1e} "
-        f"at most, {mean:.2f} experts per token (by layer: {', '.join(f'{k:.2f}' for k in done.experts_per_token)})."
+        f"On the same text: loss {done.loss:.4f}, before {done.loss_before:.4f}; logits differ by at most "
+        f"{done.difference:.1e}; {mean:.2f} experts per token "
+        f"(by layer: {', '.join(f'{k:.2f}' for k in done.experts_per_token)})."
     )
     print(f"Train it with: torchrun train.py {given.output / 'config.yaml'}")
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Under autocast the experts of transformers' models stay in fp32, unless they are computed in another way.
+# Under autocast, transformers computes experts in fp32 by default; other implementations of the experts use bf16.
 #
-# One would expect: under torch.autocast(dtype=bfloat16) all large matrix products of an fp32 model are in bf16, and the
-# implementation of the experts changes speed only.
-# What happens: autocast has no rule for torch.nn.functional.grouped_mm, by which transformers 5 computes experts by
-# default. Attention and router are in bf16, every expert in fp32, at the speed and memory of fp32. With experts computed
-# one by one ("eager") or in batches they are in bf16 too. So the choice of implementation changes precision and loss.
+# Expected: Under torch.autocast(dtype=bfloat16), all large matrix products of an fp32 model run in bf16, and the
+# implementation of the experts affects only speed.
+# Observed: autocast has no rule for torch.nn.functional.grouped_mm, which transformers 5 uses for experts by default.
+# Attention and router run in bf16, but every expert runs in fp32, with the speed and memory of fp32. The other
+# implementations ("eager", "batched_mm") run experts in bf16. The implementation changes precision and loss.
 #
 # Seen with torch 2.13.0, transformers 5.24.0 (Mixtral, on a CPU):
 #   eager:      experts in bfloat16, all other products in bfloat16

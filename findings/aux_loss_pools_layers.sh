@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The balance loss of transformers' models does not see layers that collapse onto different experts.
+# The balance loss of transformers' models misses layers that collapse onto different experts.
 #
-# One would expect: a balance loss is computed in each layer and added or averaged, since every layer has experts of its
-# own. A layer that uses two of its four experts alone is out of balance whatever another layer does.
-# What happens: load_balancing_loss_func (Mixtral, Qwen-MoE, OLMoE and others) adds up tokens and probabilities of "expert
-# i" over all layers before it multiplies them, as if expert i of all layers were one. A first layer that sends everything
-# to experts 0 and 1 and a second one that sends everything to experts 2 and 3 have the loss of perfect balance.
+# Expected: The balance loss is computed per layer and then summed or averaged, because each layer has its own experts. A
+# layer that uses only two of its four experts is unbalanced whatever the other layers do.
+# Observed: load_balancing_loss_func (Mixtral, Qwen-MoE, OLMoE and others) sums the tokens and probabilities of "expert i"
+# over all layers before it multiplies them, as if expert i were the same in every layer. If a first layer sends
+# everything to experts 0 and 1, and a second one to experts 2 and 3, the loss is that of perfect balance.
 #
 # Seen with torch 2.13.0, transformers 5.24.0 (Mixtral, 4 experts, 2 per token; balance gives 2, collapse 4):
 #   tokens per expert [48, 48, 0, 0] and [48, 48, 0, 0]: aux_loss 4.00, mean over layers 4.00

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Byte tokens that are not all valid UTF-8 become other text in sentencepiece than in tokenizers, from one model.
+# sentencepiece and tokenizers decode byte tokens that are not all valid UTF-8 to different text, for the same model.
 #
-# One would expect: both decoders of a byte-fallback vocabulary (Llama's, Mixtral's, Dynamic_MoE's) put U+FFFD where
-# bytes are invalid and keep what is valid, as Python's decode(errors="replace") does.
-# What happens: sentencepiece keeps valid characters of a run and replaces every other byte. tokenizers, which transformers
-# uses, looks at a run of byte tokens as a whole: one bad byte turns every byte of the run into U+FFFD, valid characters
-# and plain ASCII included. Python makes one U+FFFD of a cut character where both make one for each byte. A model that is
-# sampled token by token makes such runs; so texts and scores of one model differ between two stacks.
+# Expected: Both decoders of a byte-fallback vocabulary (Llama, Mixtral, Dynamic_MoE) replace invalid bytes by U+FFFD and
+# keep valid ones, as Python's decode(errors="replace") does.
+# Observed: sentencepiece keeps the valid characters of a run and replaces each other byte. tokenizers, which transformers
+# uses, treats a run of byte tokens as a whole: one invalid byte turns every byte of the run into U+FFFD, including valid
+# characters and plain ASCII. For a truncated character, Python gives one U+FFFD, and both decoders give one per byte.
+# Sampling token by token produces such runs, so texts and scores of one model differ between the two stacks.
 #
 # Seen with sentencepiece 0.2.3, tokenizers 0.23.3, Python 3.11:
 #   bytes             Python        sentencepiece       tokenizers

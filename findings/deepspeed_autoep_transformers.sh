@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# DeepSpeed's AutoEP does not work with transformers from 5.23 on: deepspeed.initialize ends in a TypeError.
+# DeepSpeed's AutoEP fails with transformers 5.23 and later: deepspeed.initialize raises a TypeError.
 #
-# One would expect: AutoEP ("expert_parallel" in the config) takes Mixtral from any transformers since 5.0, which is all
-# that its preset asks for, or says which version it cannot deal with.
-# What happens: to have router logits recorded after it has replaced the MoE layers, AutoEP calls get(key, default) of a
-# private dict of transformers (_CAN_RECORD_REGISTRY). In 5.22 that is a plain dict; since 5.23 it is of a class of its
-# own, whose get takes a model and nothing else. It is still a dict, so AutoEP's own check lets it pass. The error names
-# neither AutoEP nor a version, and the model's layers are replaced by then.
+# Expected: AutoEP ("expert_parallel" in the config) supports Mixtral in any transformers from 5.0, the only requirement
+# of its preset, or reports an unsupported version.
+# Observed: After replacing the MoE layers, AutoEP registers the recording of router logits by calling get(key, default)
+# on a private dict of transformers (_CAN_RECORD_REGISTRY). In 5.22 that is a plain dict. Since 5.23 it is a subclass
+# whose get takes only a model, so AutoEP's own check accepts it. The error mentions neither AutoEP nor a version, and the
+# layers of the model have already been replaced.
 #
 # Seen with torch 2.13.0, deepspeed 0.19.8 (Mixtral with 4 experts, two gloo ranks on a CPU, SGD):
 #   transformers 5.22.2: loss 4.1599, without DeepSpeed 4.1599; after a step 4.0514
@@ -19,7 +19,7 @@ cd "$work"
 "${PYTHON:-python3}" -m venv venv
 venv/bin/python -m pip install -qq torch==2.13.0 setuptools
 venv/bin/python -m pip install -qq deepspeed==0.19.8 transformers==5.22.2
-# Beside it, without what both have in common.
+# In a separate folder, without the common dependencies.
 venv/bin/python -m pip install -qq --no-deps --target new transformers==5.23.0
 
 cat > rank.py <<'END'

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # DeepSpeed's gradient clipping depends on the layout under expert parallelism (without ZeRO).
 #
-# One would expect: gradient_clipping 0.1 scales a gradient that is larger than 0.1 to a norm of 0.1, and the same model,
-# batch and settings make the same step whether experts lie on one rank or are spread over two.
-# What happens: without ZeRO (stage 0, fp32) each rank takes the norm over the parameters it holds, and the ranks' norms
-# are averaged, where squares of distinct experts would have to be added. Where experts weigh most, the clipped gradient of
-# EP n is up to √n times what was asked for: training with EP 8 clips at nearly three times the ceiling of training with
-# EP 1, or of the same training under ZeRO 1, which adds the squares. Nothing is said.
+# Expected: gradient_clipping 0.1 scales a larger gradient to a norm of 0.1, and the same model, batch and settings give
+# the same step whether the experts are on one rank or on two.
+# Observed: Without ZeRO (stage 0, fp32), each rank computes the norm of its own parameters, and the norms of the ranks
+# are averaged. The squares of different experts should be summed instead. If experts dominate the norm, the clipped
+# gradient under EP n is up to √n times too large: EP 8 clips at almost three times the limit of EP 1 or of ZeRO 1, which
+# sums the squares. There is no warning.
 #
 # Seen with torch 2.13.0, deepspeed 0.19.8 (two experts, SGD with a learning rate of 1, so that a step is the gradient):
 #   ZeRO 0: EP 1 steps by 0.1000, EP 2 by 0.1404; unclipped gradients agree within 5e-08

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A DeepSpeed MoE layer with k=2 is random in eval() too: two evaluations of one batch differ.
+# A DeepSpeed MoE layer with k=2 is random in eval() too: two evaluations of the same batch differ.
 #
-# One would expect: after module.eval() the layer is a function of its input. Its other noise (noisy_gate_policy) is
-# switched off there, as dropout is.
-# What happens: the second expert of each token is drawn at random (Gumbel noise on the logits), while training or not,
-# unless the layer was built with top2_2nd_expert_sampling=False. Validation losses, comparisons of checkpoints and
-# generation are random without any dropout or sampling in sight. With k=1 the tokens that an expert drops beyond its
-# capacity are chosen at random in eval() as well (use_rts).
+# Expected: After module.eval() the layer is a function of its input. Its other noise (noisy_gate_policy) is disabled
+# there, like dropout.
+# Observed: The second expert of each token is sampled (Gumbel noise on the logits), in training and in evaluation, unless
+# the layer was built with top2_2nd_expert_sampling=False. Validation losses, comparisons of checkpoints and generation
+# are random without any dropout or sampling. With k=1, the tokens that an expert drops beyond its capacity are also
+# chosen at random in eval() (use_rts).
 #
 # Seen with torch 2.13.0, deepspeed 0.19.8 (8 experts, 1024 tokens; tokens whose output differs between two calls):
 #   k=2, eval(), defaults:                          83 %
@@ -47,7 +47,7 @@ def changing(**options) -> float:
     layer = MoE(32, torch.nn.Linear(32, 32), num_experts=8, **options)
     layer.set_deepspeed_parallelism()
     for expert in layer.deepspeed_moe.experts.deepspeed_experts:
-        expert.reset_parameters()  # they begin equal
+        expert.reset_parameters()  # initially equal
     layer.eval()
     first, second = layer(x_TD)[0], layer(x_TD)[0]
     return ((first - second).abs().amax(dim=1) > 1e-5).float().mean().item()

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# All experts of a DeepSpeed MoE layer begin with the same weights, and two of them at once teach the router nothing.
+# All experts of a DeepSpeed MoE layer start with the same weights; with k=2 the router then has no gradient.
 #
-# One would expect: deepspeed.moe.layer.MoE(hidden_size, expert, num_experts=8) makes eight experts like `expert`, each
-# with random weights of its own.
-# What happens: it copies the weights too. With k=1 the router still gets a gradient, as the output is scaled by a
-# probability. With k=2 the gates sum to 1 and both experts say the same: whatever the router chooses, the output is that
-# of one dense expert, and the gradient of the router is zero (rounding apart) until noise has driven the experts apart.
-# Experts with random weights of their own give it a gradient from the first step on.
+# Expected: deepspeed.moe.layer.MoE(hidden_size, expert, num_experts=8) creates eight experts like `expert`, each with its
+# own random weights.
+# Observed: It copies the weights too. With k=1 the router still has a gradient, because the output is scaled by a
+# probability. With k=2 the gates sum to 1 and both experts give the same output. Whatever the router selects, the output
+# is that of one dense expert, and the router's gradient is zero (except for rounding) until noise has made the experts
+# differ. If each expert has its own random weights, the router has a gradient from the first step.
 #
 # Seen with torch 2.13.0, deepspeed 0.19.8 (8 experts; gradient of the router's weights for a squared error):
 #   different experts among 8: 1
@@ -63,7 +63,7 @@ gradients = router_gradient(one), router_gradient(two), router_gradient(drawn)
 print(f"different experts among 8: {different}")
 for name, gradient in zip(("k=1, as made:", "k=2, as made:", "k=2, drawn one by one:"), gradients, strict=True):
     print(f"{name:26} {gradient:.1e}")
-assert different == 1, "experts begin different now"
+assert different == 1, "experts start with different weights now"
 assert gradients[1] < 1e-4 * min(gradients[0], gradients[2]), "the router learns with k=2 now"
 dist.destroy_process_group()
 END

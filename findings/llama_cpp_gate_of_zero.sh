@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A Qwen2-MoE whose gate of the shared expert is zero writes one token for ever in llama.cpp, and nothing says why.
+# llama.cpp repeats one token forever, without an error, for a Qwen2-MoE whose shared-expert gate is zero.
 #
-# One would expect: the sigmoid of zero is one half, as transformers has it; a gate of zeros is valid, and what a model
-# without such a gate is given when it becomes a Qwen2-MoE.
-# What happens: llama.cpp computes the sigmoid as silu(x) / x, which is 0 / 0. Logits are no numbers, log-probabilities are
-# null, and greedy decoding takes the same token on and on. Weights of 1e-10 in place of zeros give one half.
+# Expected: The sigmoid of zero is one half, as in transformers. A gate of zeros is valid, and is what a model without
+# such a gate gets when it is converted to Qwen2-MoE.
+# Observed: llama.cpp computes the sigmoid as silu(x) / x, which is 0 / 0 here. The logits are NaN, log-probabilities are
+# null, and greedy decoding repeats the same token. Weights of 1e-10 instead of zeros give one half.
 #
 # Seen with xllamacpp 2026.10.11549 (llama.cpp of October 2026), gguf 0.19.0, Python 3.11:
 #   gate of 0:     tokens all the same, log-probability None

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# mlx-lm runs a Mixtral that transformers 5 saved with a rotary base of its own choice, without a word.
+# mlx-lm runs a Mixtral saved by transformers 5 with the wrong rotary base, without a warning.
 #
-# One would expect: the base in config.json is the one that is used, or the model is refused.
-# What happens: transformers 5 writes the base as rope_parameters.rope_theta only. mlx-lm's Mixtral asks for rope_theta
-# at the top level, finds none, and takes its default of 1,000,000. Weights load whole and nothing is said; the model is
-# another one. rope_theta at the top level of config.json as well helps, and transformers 5 reads such a file as before.
-# This holds although both are installed together, and mlx-lm asks for transformers 5.
+# Expected: mlx-lm uses the base in config.json, or refuses the model.
+# Observed: transformers 5 writes the base only as rope_parameters.rope_theta. mlx-lm's Mixtral looks for rope_theta at
+# the top level and otherwise uses its default of 1,000,000. All weights load without a warning, but the model computes
+# something else. Adding rope_theta at the top level of config.json helps, and transformers 5 still reads such a file
+# correctly. This happens although mlx-lm requires transformers 5 and both are installed together.
 #
 # Seen with torch 2.13.0, transformers 5.24.0, mlx 0.32.4, mlx-lm 0.32.2 (a base of 10,000, 48 tokens, random weights):
 #   config.json: rope_theta None, rope_parameters {'rope_theta': 10000.0, 'rope_type': 'default'}
@@ -58,7 +58,7 @@ def difference(case: str) -> float:
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         model, _ = load_model(folder)
         got = numpy.array(model(mx.array([tokens])))[0]
-    assert not said.getvalue(), f"mlx-lm says something: {said.getvalue()}"
+    assert not said.getvalue(), f"mlx-lm prints something: {said.getvalue()}"
     apart = abs(got - expected).max().item()
     print(
         f"{case:20} mlx-lm's base {model.args.rope_theta:.0f}, logits differ by at most {apart:.3f} "

@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# An OLMoE that is made from a config cannot learn token 1: its embedding is zero and stays so.
+# An OLMoE created from a config cannot learn token 1: its embedding is zero and stays zero.
 #
-# One would expect: a model that is made anew, with a vocabulary of its own and no word about padding, learns each
-# of its tokens, as Mixtral and Qwen-MoE do.
-# What happens: OlmoeConfig has pad_token_id=1 by default (the padding token of OLMoE's own tokenizer). That row of the
-# embedding is zero and gets no gradient. In another vocabulary token 1 is often the beginning of each text or a common
-# character. Nothing is said. After a text of this token alone all logits are zero: each token is equally likely.
-# pad_token_id=None is what one has to write.
+# Expected: A new model with its own vocabulary and no padding token learns all of its tokens, as Mixtral and Qwen-MoE do.
+# Observed: OlmoeConfig has pad_token_id=1 by default (the padding token of OLMoE's own tokenizer). That embedding row is
+# zero and gets no gradient. In other vocabularies token 1 is often the beginning of each text or a common character.
+# There is no warning. After a text of only this token, all logits are zero and each token is equally likely. The fix is
+# pad_token_id=None.
 #
 # Seen with torch 2.13.0, transformers 5.24.0 (a vocabulary of 16, each token once in the batch, random weights):
 #   OLMoE                           pad_token_id 1     token 1: embedding 0.000, gradient 0.000, largest logit 0.000
@@ -63,8 +62,8 @@ for name, config in configs.items():
     others = torch.arange(15) != 1  # the last token is followed by none
     assert norms[:15][others].min() > 0.01 and gradients[:15][others].min() > 0.01
     if name == "OLMoE":
-        assert norms[1] == gradients[1] == largest == 0, "token 1 is learnt like any other now"
+        assert norms[1] == gradients[1] == largest == 0, "token 1 is learned like any other now"
     else:
         assert norms[1] > 0.01 and gradients[1] > 0.01 and largest > 0.01
-assert not warned, f"something is said: {warned}"
+assert not warned, f"there are warnings: {warned}"
 END

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Loading and saving a Qwen3-MoE renames the field that holds its number of experts; its relatives keep theirs.
+# Loading and saving a Qwen3-MoE renames the field with its number of experts; related models keep theirs.
 #
-# One would expect: config.json has num_experts before and after, as the models on the hub have it, and as Qwen2-MoE and
-# OLMoE keep it under the same version.
-# What happens: transformers 5 writes num_local_experts for this family, Mixtral's name. transformers itself reads both.
-# A reader that asks for num_experts with a default gets the family's 128: right for the large models on the hub, so that
-# nobody notices, and wrong for any other. transformers 4 builds 128 experts from such a file.
+# Expected: config.json has num_experts before and after, as the published models have it, and as Qwen2-MoE and OLMoE keep
+# it in the same version.
+# Observed: For this family, transformers 5 writes num_local_experts, Mixtral's name. transformers itself reads both
+# names. A reader that looks for num_experts with a default gets the family's 128. That is correct for the large published
+# models, so it goes unnoticed, and wrong for all others. transformers 4 creates 128 experts from such a file.
 #
 # Seen with torch 2.13.0, transformers 5.24.0 (a configuration with num_experts = 4, loaded and saved again):
 #   qwen3_moe: num_local_experts

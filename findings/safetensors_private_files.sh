@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Files of safetensors 0.8 can be read by their owner alone, and a link to a file is replaced by a file.
+# Files written by safetensors 0.8 are readable only by their owner, and a symbolic link is replaced by a file.
 #
-# One would expect: a file has the mode that the umask gives, as everything else that is saved beside it has; an existing
-# file keeps its mode; a symbolic link is followed, so that a name in a home directory can stand for a file on a large disk.
-# What happens: save_file writes a temporary file of mode 0600 and renames it over the name, so all three are lost. Saved
-# models can be read by nobody else in the group, but their config.json can, and a link loses its target. transformers'
-# save_pretrained does the same. Up to safetensors 0.7 all three were as expected; its documentation says nothing of it.
+# Expected: A new file has the permissions that the umask allows, like all other files saved with it. An existing file
+# keeps its permissions. A symbolic link is followed, so that a name in a home directory can refer to another disk.
+# Observed: save_file writes a temporary file with mode 0600 and renames it to the given name, so all three fail. Other
+# members of the group can read config.json but not the weights, and a link is lost. transformers' save_pretrained does
+# the same. Up to safetensors 0.7 all three were as expected; the documentation does not mention the change.
 #
 # Seen with umask 022, on Linux, numpy 2.3.5:
 #   safetensors 0.7.0: new file 0644, file that was 0664 is 0664, link stays a link: True

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The number of threads decides which id a piece gets in sentencepiece's unigram models.
+# The number of threads determines the ids of pieces in sentencepiece's unigram models.
 #
-# One would expect: num_threads changes how long training takes. The same text and options give the same vocabulary, or one
-# whose differences show.
-# What happens: sums are added up in parts, one per thread, so that scores differ in their last digits, and pieces are
-# numbered by score. The pieces are the same, every run with one number of threads gives the same file, and texts are split
-# alike; but ids change places from some way down. Weights and tokenized corpora belong to one num_threads (16 by default),
-# and comparing vocabularies as sets, sizes or token counts shows nothing. BPE models have no such sums.
+# Expected: num_threads affects only the training time. The same text and options give the same vocabulary, or a
+# vocabulary with obvious differences.
+# Observed: Each thread computes a partial sum, so scores differ in their last digits, and pieces are numbered by score.
+# The set of pieces is the same, every run with the same number of threads gives the same file, and texts are split in the
+# same way, but some ids are swapped. Weights and tokenized corpora therefore belong to one value of num_threads (16 by
+# default). Comparing sets, sizes or token counts does not show the difference. BPE models are not affected.
 #
 # Seen with sentencepiece 0.2.3 (made-up words, 2,000 pieces; against one thread):
 #   unigram, 1 thread again: same pieces True, ids that moved 0

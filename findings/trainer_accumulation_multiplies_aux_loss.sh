@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Gradient accumulation multiplies the balance loss of mixture-of-experts models (transformers' Trainer).
+# In transformers' Trainer, gradient accumulation multiplies the balance loss of MoE models.
 #
-# One would expect: a step over 8 sequences is the same whether they come in one micro-batch or in eight.
-# What happens: the cross-entropy is, but the balance loss counts once for every micro-batch. The model divides its
-# cross-entropy by the tokens of the whole step and adds router_aux_loss_coef times the balance loss of the micro-batch;
-# Trainer adds up what the model returns. With 8 micro-batches the coefficient is in effect 8 times what was configured,
-# in the loss that is logged and in the gradient of the router. Nothing is said.
+# Expected: A step over 8 sequences is the same with one micro-batch and with eight.
+# Observed: The cross-entropy is the same, but the balance loss counts once per micro-batch. The model divides its cross-
+# entropy by the number of tokens in the whole step and adds router_aux_loss_coef times the balance loss of the micro-
+# batch. Trainer sums what the model returns. With 8 micro-batches the effective coefficient is 8 times the configured
+# one, in the logged loss and in the router's gradient. There is no warning.
 #
 # Seen with torch 2.13.0, transformers 5.24.0, accelerate 1.15.0 (Mixtral, balance loss with coefficient 0.1):
 #   1 × 8 sequences: balance loss in the logged loss 0.2013, its part of the router's gradient 0.0302 (×1.00)

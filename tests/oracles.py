@@ -66,7 +66,7 @@ def kept_under_capacity(scores_TE: Tensor, map_TE: Tensor, capacity: int, policy
     return kept
 
 
-def kept_under_ceiling(scores_TE: Tensor, map_TE: Tensor, max_routes: int, policy: str) -> Tensor:
+def kept_within_limit(scores_TE: Tensor, map_TE: Tensor, max_routes: int, policy: str) -> Tensor:
     """Hands out places in rounds: every token's best expert, then every token's second best, until none is left."""
     kept, left = torch.zeros_like(map_TE), max_routes
     for rank in range(map_TE.shape[1]):

@@ -12,8 +12,8 @@ from tests.spread_loss import spread_term
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dynmoe.routing.control_statistics import ControlStatistics
     from dynmoe.routing.plan import RoutingPlan
+    from dynmoe.routing.update_statistics import UpdateStatistics
 
 
 @register("relative")
@@ -43,7 +43,7 @@ class Relative(LinearRouter, BalancedRouter):
     def control_value(self, state: RouterState) -> Tensor:
         return state.share
 
-    def update(self, state: RouterState, seen: ControlStatistics, budget: BudgetStep) -> None:
-        from dynmoe.routing.control import shift_probability
+    def update(self, state: RouterState, seen: UpdateStatistics, budget: BudgetStep) -> None:
+        from dynmoe.routing.budget_rules import shift_probability
 
         state.share.copy_(shift_probability(state.share, -pi_step(state, budget)))

@@ -23,6 +23,7 @@ SHOWN = {
     "Trained a 4-layer decoder": "what make quickstart prints after minutes",
     "runs/quickstart, step 120": "the table of a run's scores",
     "errors → fields": "a picture of what tests/test_layering.py checks",
+    "from dynmoe.routers.relative": "the line that tests/test_own_router.py adds",
     "import os\nfrom operator": "what tests/served/test_counts.py runs, where vLLM is",
 }
 # Snippets with a test of their own below, by how they begin.
@@ -30,7 +31,7 @@ EXPORT, MEGATRON = (
     "from transformers import AutoModelForCausalLM",
     "from dynmoe.engines.megatron.router import layer_spec",
 )
-ROUTER, LOSS = "from typing import TYPE_CHECKING, Any", "from typing import TYPE_CHECKING\n"
+ROUTER, LOSS = '"""A router of our own', '"""An auxiliary loss'
 HISTOGRAMS, TREE, TRACES = '{"train/step"', "train.py            ", "pandas.read_parquet("
 APART = (EXPORT, MEGATRON, ROUTER, LOSS, HISTOGRAMS, TREE)
 BLOCKS = blocks()
@@ -170,7 +171,7 @@ def test_traces_are_read_as_shown(undisturbed):
 def test_the_router_and_the_loss_that_are_shown_are_those_that_are_tested():
     for beginning, path in ((ROUTER, "relative_router.py"), (LOSS, "spread_loss.py")):
         text = (ROOT / "tests" / path).read_text().replace("from tests.spread_loss", "from dynmoe.routers.spread")
-        assert block(beginning).strip() == text[text.index("from typing import") :].strip()
+        assert block(beginning).strip() == text.strip()
 
 
 def train_as_shown(text: str) -> dict[int, dict[str, float]]:

@@ -75,7 +75,7 @@ def bounded_layer() -> tuple[MoELayer, torch.Tensor]:
     return layer, torch.randn(256, 64, device="cuda", dtype=torch.bfloat16)
 
 
-def test_a_training_pass_with_a_ceiling_never_waits_for_the_gpu():
+def test_a_training_pass_with_a_limit_never_waits_for_the_gpu():
     layer, x = bounded_layer()
     layer(x).sum().backward()  # compiles
     torch.cuda.synchronize()

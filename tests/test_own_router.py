@@ -12,7 +12,7 @@ from dynmoe.config import describe_fields, load_config
 from dynmoe.errors import ConfigError
 from dynmoe.hf.export import export
 from dynmoe.model import ModelSize
-from dynmoe.moe.layer import keeping_plans
+from dynmoe.moe.layer import capture_plans
 from dynmoe.plan.layout import Layout
 from dynmoe.plan.memory import memory_per_rank
 from dynmoe.plan.search import most_experts
@@ -102,7 +102,7 @@ def test_its_export_computes_the_same_and_comes_back(run, tmp_path, away_from_th
     torch.testing.assert_close(found.logits, expected, rtol=0, atol=1e-5)
     assert torch.equal(found.experts_per_token, torch.stack([routed.sum(dim=-1) for routed in maps]))
     assert found.experts_per_token.float().std() > 0
-    with keeping_plans(trained.decoder.moe_layers) as plans, torch.no_grad():
+    with capture_plans(trained.decoder.moe_layers) as plans, torch.no_grad():
         trained.decoder(some_tokens())
     own = [
         1e-2 * loss["balance"] + 1e-3 * loss["spread"]
@@ -122,7 +122,7 @@ def test_its_fields_are_listed_and_refused_elsewhere():
     listed = {name: meaning for name, _, _, meaning in describe_fields()}
     assert listed["model.router.share"].startswith("relative: share of the highest probability")
     assert "relative" in listed["model.router.balance_loss"]
-    with pytest.raises(ConfigError, match=r"model\.router\.share=0\.3: has no meaning for the top_p router; remove it"):
+    with pytest.raises(ConfigError, match=r"model\.router\.share=0\.3: is not a field of the top_p router; remove it"):
         load_config(None, ["model.router.share=0.3"])
     with pytest.raises(ConfigError, match=r"model\.router\.share=0\.0: is too small; use a value above 0"):
         load_config(None, ["model.router.kind=relative", "model.router.share=0"])

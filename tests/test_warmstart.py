@@ -1,4 +1,4 @@
-"""A run that begins from a trained one of another kind begins where that was."""
+"""A warm start keeps the results of the run that it starts from."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ from tests.moe.cases import tiny_model
 from tests.train.cases import read_rows
 
 DENSE = ["model.moe.experts=0", "model.ffn_hidden=64"]
-TOP_K, TOP_P, TOP_ANY, SIGMOID = (
-    [f"model.router.kind={kind}"] for kind in ("top_k", "top_p", "top_any", "sigmoid")
-)  # fmt: skip
+TOP_K, TOP_P, TOP_ANY, SIGMOID = ([f"model.router.kind={kind}"] for kind in ("top_k", "top_p", "top_any", "sigmoid"))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +34,7 @@ def dense(tmp_path_factory, corpus_dir) -> Path:
 
 @pytest.mark.parametrize("router", [TOP_K, TOP_P, TOP_ANY, SIGMOID], ids=" ".join)
 @pytest.mark.parametrize("extra", [[], ["model.moe.moe_layer_freq=2"]], ids=["every layer", "every second"])
-def test_copies_leave_the_output_as_it_was(dense, tmp_path, router, extra):
+def test_copies_keep_the_output(dense, tmp_path, router, extra):
     done = warm_start(dense, tmp_path / "run", experts=4, overrides=[*router, *extra])
     assert done.difference <= 1e-5
     assert done.loss == pytest.approx(done.loss_before, abs=1e-6)
@@ -52,37 +50,39 @@ def test_copies_leave_the_output_as_it_was(dense, tmp_path, router, extra):
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_slices_that_are_chosen_together_leave_the_output_as_it_was(dense, tmp_path, router):
+def test_slices_that_are_selected_together_keep_the_output(dense, tmp_path, router):
     done = warm_start(dense, tmp_path / "run", experts=8, granularity=2, overrides=router)
     assert done.difference <= 1e-5
     assert done.config.model.moe.expert_hidden == 32
     assert all(count >= 2 for count in done.experts_per_token)
 
 
-def test_the_text_of_a_blend_is_of_every_corpus_in_its_share(corpus_dir, tmp_path):
-    """A p that is fitted to one corpus would miss the experts per token of the blend."""
+def test_validation_text_of_a_blend_has_the_share_of_every_corpus(corpus_dir, tmp_path):
+    """p fitted to one corpus would give another number of experts per token on the blend."""
     for number, name in enumerate(("web", "code"), start=7):
         store(Path(shutil.copytree(corpus_dir, tmp_path / name)), "validation", [number] * 64 * 20)
     config = load_config(None, [
         f"data.dirs=[{tmp_path / 'web'},{tmp_path / 'code'}]", "data.weights=[3,1]", "data.sequence_length=64",
     ])  # fmt: skip
-    tokens_BS = warmstart._some_text(config, Corpus.open(corpus_dir).tokenizer.sha256)
+    tokens_BS = warmstart._validation_text(config, Corpus.open(corpus_dir).tokenizer.sha256)
     assert tokens_BS.tolist() == [[7] * 64] * 6 + [[8] * 64] * 2
 
 
 def test_slices_are_those_of_the_dense_layer():
     model = tiny_model("model.ffn_hidden=48", "model.moe.experts=4", "model.moe.expert_hidden=24")
-    dense, layer = SwiGLU(model, 48, 0, "dense"), Decoder(model, 32, 0).moe_layers[0]
+    dense = SwiGLU(model, 48, 0, "dense")
+    layer = Decoder(model, 32, 0).moe_layers[0]
     copy_experts(dense, layer.experts, granularity=2, seed=0, symmetry_break=0.0)
-    up, down = layer.experts.w_up_EHD, layer.experts.w_down_EDF
+    up = layer.experts.w_up_EHD
+    down = layer.experts.w_down_EDF
     for expert, rows in ((0, range(24)), (1, range(24, 48)), (2, range(24)), (3, range(24, 48))):
         assert torch.equal(up[expert], dense.w_up_HD[[*rows, *(48 + row for row in rows)]])
         assert torch.equal(down[expert], 2 * dense.w_down_DF[:, list(rows)])
 
 
 @pytest.mark.parametrize("symmetry_break", [0.0, 0.1])
-def test_experts_part_only_when_their_symmetry_is_broken(symmetry_break):
-    """All experts take all tokens at one gate: plain copies then stay copies for ever."""
+def test_experts_diverge_only_with_a_symmetry_break(symmetry_break):
+    """All experts get all tokens with the same gate, so that identical copies stay identical."""
     model = tiny_model(*TOP_ANY, "model.router.initial_experts=null", "model.moe.expert_hidden=48", "model.layers=1")
     decoder = Decoder(model, 32, 0)
     (layer,) = decoder.moe_layers
@@ -103,7 +103,7 @@ def test_experts_part_only_when_their_symmetry_is_broken(symmetry_break):
     assert apart < 1e-5 if symmetry_break == 0 else apart > 1e-3
 
 
-def test_top_p_begins_with_the_experts_per_token_of_top_k(corpus_dir, tmp_path):
+def test_top_p_starts_with_the_experts_per_token_of_top_k(corpus_dir, tmp_path):
     for renormalize in ("false", "true"):
         fields = [*TOP_K, "model.router.k=2", f"model.router.renormalize={renormalize}", "model.moe.experts=8"]
         run = begin(corpus_dir, tmp_path / f"top_k_{renormalize}", fields)
@@ -121,14 +121,11 @@ def test_p_may_be_fitted_to_another_number(dense, tmp_path):
     assert done.difference <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "engine",
-    [
-        pytest.param(["parallel.expert=2"], id="EP 2"),
-        pytest.param(["engine=megatron", "parallel.pipeline=2"], id="Megatron PP 2", marks=pytest.mark.slow),
-    ],
-)
-def test_training_goes_on_from_there(corpus_dir, tmp_path, engine):
+@pytest.mark.parametrize("engine", [
+    pytest.param(["parallel.expert=2"], id="EP 2"),
+    pytest.param(["engine=megatron", "parallel.pipeline=2"], id="Megatron PP 2", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_training_continues_from_a_warm_start(corpus_dir, tmp_path, engine):
     run = begin(corpus_dir, tmp_path / "dense", ["model.layers=4", *DENSE]).path
     fields = [
         "data.sequence_length=32", "train.global_batch=4", "train.micro_batch=2", "train.steps=20", "optimizer.lr=1e-2",
@@ -137,36 +134,32 @@ def test_training_goes_on_from_there(corpus_dir, tmp_path, engine):
     losses = []
     warm_start(run, tmp_path / "warm", experts=4, overrides=[*TOP_P, *fields, *engine])
     for name in ("dense", "warm"):
-        process = WarmTraining(
-            [str(tmp_path / name / "config.yaml"), *fields], 2, 0, tmp_path / f"{name}.txt", {}, None
-        )  # fmt: skip
+        command = [str(tmp_path / name / "config.yaml"), *fields]
+        process = WarmTraining(command, 2, 0, tmp_path / f"{name}.txt", {}, None)
         assert process.wait() == 0, process.output()
         losses.append([row["train/lm_loss"] for row in read_rows(tmp_path / name / "metrics.jsonl")])
     assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-5)
     assert losses[1][-1] < losses[1][0] - 0.5
 
 
-@pytest.mark.parametrize(
-    ("source", "arguments", "words"),
-    [
-        ("dense", {}, "--experts: .* is dense; say how many"),
-        ("dense", {"experts": 6, "granularity": 4}, "--granularity=4: cannot slice 6 experts evenly"),
-        ("dense", {"experts": 4, "granularity": 16}, "--granularity=16"),
-        ("dense", {"experts": 4, "overrides": ["model.hidden=32"]}, "model.hidden=32: the weights are of 16"),
-        ("dense", {"experts": 4, "experts_per_token": 2.0, "overrides": TOP_ANY}, "--experts-per-token=2.0"),
-        ("dense", {"experts": 4, "overrides": ["data.dirs=[nowhere]"]}, "nowhere holds no prepared corpus"),
-        ("top_p", {"overrides": TOP_ANY}, "model.router.kind=top_any: top_p becomes no top_any"),
-        ("top_p", {"experts": 4}, "has experts already"),
-    ],
-)
-def test_what_cannot_be_is_refused(corpus_dir, dense, tmp_path, source, arguments, words):
+@pytest.mark.parametrize(("source", "arguments", "words"), [
+    ("dense", {}, "--experts: required, because .* is dense; set the number"),
+    ("dense", {"experts": 6, "granularity": 4}, "--granularity=4: must divide 6 experts"),
+    ("dense", {"experts": 4, "granularity": 16}, "--granularity=16"),
+    ("dense", {"experts": 4, "overrides": ["model.hidden=32"]}, "model.hidden=32: the weights have 16"),
+    ("dense", {"experts": 4, "experts_per_token": 2.0, "overrides": TOP_ANY}, "--experts-per-token=2.0"),
+    ("dense", {"experts": 4, "overrides": ["data.dirs=[nowhere]"]}, "nowhere holds no prepared corpus"),
+    ("top_p", {"overrides": TOP_ANY}, "model.router.kind=top_any: a top_p run cannot become top_any"),
+    ("top_p", {"experts": 4}, "already has experts"),
+])  # fmt: skip
+def test_impossible_conversions_are_refused(corpus_dir, dense, tmp_path, source, arguments, words):
     run = dense if source == "dense" else begin(corpus_dir, tmp_path / "top_p", TOP_P).path
     with pytest.raises(UserError, match=words):
         warm_start(run, tmp_path / "run", **arguments)
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_says_what_became_of_the_model(dense, tmp_path, monkeypatch, capsys):
+def test_the_command_prints_the_result(dense, tmp_path, monkeypatch, capsys):
     from dynmoe.warmstart import main
 
     arguments = [str(dense), str(tmp_path / "run"), "--experts", "4", "--granularity", "2", *TOP_K]

@@ -20,7 +20,7 @@ from dynmoe.config.plain_yaml import parse_yaml
 from dynmoe.config.router_fields import chosen_router, describe_router_fields, without_foreign_fields
 from dynmoe.config.sections import Config
 from dynmoe.errors import UserError, first_line
-from dynmoe.routers import ROUTERS, RouterSpec
+from dynmoe.routers import ROUTERS, RouterSpec, TopP
 
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
@@ -217,7 +217,10 @@ def describe_fields(section: type = Config, prefix: str = "") -> Iterator[tuple[
 
 def _describe(name: str, spec: dataclasses.Field[Any], hint: Any, meaning: str) -> tuple[str, str, str, str]:
     default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()  # type: ignore[operator]
-    choices = tuple(ROUTERS) if name == "model.router.kind" else spec.metadata["choices"]
+    choices = spec.metadata["choices"]
+    if name == "model.router.kind":
+        choices = tuple(ROUTERS)
+        default = TopP.kind
     kind = "|".join(choices) if choices else _type_name(hint)
     shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
     return name, kind, shown, meaning

@@ -1,4 +1,4 @@
-"""How a run is spread over ranks, and what each engine can do of it."""
+"""Configuration of parallelism, and the limits of each engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dynmoe.config.model import ModelConfig
 from dynmoe.errors import ConfigError
 from dynmoe.fields import Section, option
 
-# What only Megatron-Core has.
 _MEGATRON_ONLY = ("tensor", "pipeline", "virtual_pipeline", "context")
 
 
@@ -18,16 +17,16 @@ _MEGATRON_ONLY = ("tensor", "pipeline", "virtual_pipeline", "context")
 class DeepSpeedConfig(Section):
     _section: ClassVar[str] = "deepspeed"
 
-    zero_stage: int = option(1, "ZeRO stage: 0, 1 (optimizer state) or 2 (and gradients) spread over ranks", at_least=0)
+    zero_stage: int = option(1, "ZeRO stage: shard nothing (0), optimizer state (1) or also gradients (2)", at_least=0)
 
     def check(self, model: ModelConfig) -> None:
-        """Refuses stages that are not offered."""
+        """Raises a ConfigError for an unsupported stage."""
         stage = self.zero_stage
         if stage == 3 and model.moe.experts:
-            problem = "ZeRO 3 shards parameters, which expert parallelism already does, and DeepSpeed cannot do both"
+            problem = "DeepSpeed cannot combine ZeRO 3 with expert parallelism, as both shard parameters"
             raise ConfigError("deepspeed.zero_stage", stage, problem, "use 0, 1 or 2, and a larger parallel.expert")
         if stage > 2:
-            raise ConfigError("deepspeed.zero_stage", stage, "is not offered", "use 0, 1 or 2")
+            raise ConfigError("deepspeed.zero_stage", stage, "is not supported", "use 0, 1 or 2")
 
 
 @dataclass
@@ -37,68 +36,66 @@ class ParallelConfig(Section):
     expert: int = option(1, "expert-parallel size: ranks over which the experts of a layer are spread", at_least=1)
     tensor: int = option(1, "tensor-parallel size, with sequence parallelism (engine=megatron)", at_least=1)
     pipeline: int = option(1, "pipeline-parallel size (engine=megatron)", at_least=1)
-    virtual_pipeline: int = option(
-        1, "parts of the model on each pipeline stage; with several the schedule is interleaved", at_least=1
-    )
+    virtual_pipeline: int = option(1, "model chunks of a pipeline stage (above 1: interleaved schedule)", at_least=1)
     context: int = option(1, "context-parallel size (engine=megatron, needs Transformer Engine)", at_least=1)
 
     @property
     def model_parallel(self) -> int:
-        """Ranks that work on the same sequences."""
+        """Number of ranks that process the same sequences."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def sequence_parts(self) -> int:
-        """Equal parts that sequences are cut into: their length is a multiple of it."""
+        """Number of equal parts into which sequences are split; it divides their length."""
         return self.tensor * (2 * self.context if self.context > 1 else 1)
 
     def check_deepspeed(self) -> None:
-        """Refuses what DeepSpeed cannot do."""
+        """Raises a ConfigError for sizes that DeepSpeed does not support."""
         for name in _MEGATRON_ONLY:
             size = getattr(self, name)
             if size > 1:
-                problem, cure = "DeepSpeed runs expert and data parallelism only", f"set {name} to 1 or engine=megatron"
-                raise ConfigError(f"parallel.{name}", size, problem, cure)
+                problem = "DeepSpeed supports only expert and data parallelism"
+                raise ConfigError(f"parallel.{name}", size, problem, f"set {name} to 1 or engine=megatron")
 
     def check_megatron(self, model: ModelConfig, sequence_length: int) -> None:
-        """Refuses sizes over which this model and its sequences cannot be spread evenly."""
+        """Raises a ConfigError for sizes over which the model and its sequences cannot be split evenly."""
         if self.virtual_pipeline > 1 and self.pipeline == 1:
-            problem, cure = "interleaves the stages of a pipeline, and there is none", "set parallel.pipeline"
-            raise ConfigError("parallel.virtual_pipeline", self.virtual_pipeline, problem, cure)
+            problem = "needs pipeline parallelism"
+            raise ConfigError("parallel.virtual_pipeline", self.virtual_pipeline, problem, "set parallel.pipeline")
         stages = self.pipeline * self.virtual_pipeline
         name = "virtual_pipeline" if self.virtual_pipeline > 1 else "pipeline"
         _check_divides(f"parallel.{name}", getattr(self, name), stages, "model.layers", model.layers)
-        spread = {"model.kv_heads": model.kv_heads, "model.ffn_hidden": model.ffn_hidden}
-        for field, value in spread.items():
+        for field, value in {"model.kv_heads": model.kv_heads, "model.ffn_hidden": model.ffn_hidden}.items():
             _check_divides("parallel.tensor", self.tensor, self.tensor, field, value)
-        name, parts = "context" if self.context > 1 else "tensor", self.sequence_parts
+        name = "context" if self.context > 1 else "tensor"
+        parts = self.sequence_parts
         _check_divides(f"parallel.{name}", getattr(self, name), parts, "data.sequence_length", sequence_length)
 
     def check_experts(self, model: ModelConfig) -> None:
-        """Refuses an expert-parallel size that does not divide the experts of every layer."""
+        """Raises a ConfigError unless the expert-parallel size divides the number of experts of every layer."""
         counts = [model.experts_of(layer) for layer in model.moe_layers]
         if self.expert > 1 and (not counts or any(count % self.expert for count in counts)):
             shown = ", ".join(str(count) for count in sorted(set(counts)))
-            cure = f"use a divisor of model.moe.experts ({shown})" if counts else "set it to 1: the model is dense"
+            cure = f"use a divisor of model.moe.experts ({shown})" if counts else "use 1, as the model is dense"
             raise ConfigError("parallel.expert", self.expert, "cannot spread the experts evenly", cure)
 
     def check_world(self, world_size: int) -> None:
-        """Refuses sizes that do not fit ``world_size`` ranks, or what is installed here."""
+        """Raises a ConfigError if the sizes do not fit ``world_size`` ranks or the installed packages."""
         if self.context > 1 and importlib.util.find_spec("transformer_engine") is None:
             cure = "install it, or use parallel.tensor"
-            raise ConfigError("parallel.context", self.context, "needs Transformer Engine, which is not here", cure)
+            raise ConfigError("parallel.context", self.context, "Transformer Engine is not installed", cure)
         if world_size % self.model_parallel:
             name = max(("tensor", "pipeline", "context"), key=lambda name: getattr(self, name))
-            problem = f"tensor x pipeline x context ({self.model_parallel}) does not divide the ranks ({world_size})"
-            cure = "start a multiple of it, or make one of them smaller"
+            problem = f"tensor x pipeline x context ({self.model_parallel}) must divide the world size ({world_size})"
+            cure = "start a multiple of it, or reduce one of them"
             raise ConfigError(f"parallel.{name}", getattr(self, name), problem, cure)
         if world_size // self.pipeline % self.expert:
-            ranks = f"of a pipeline stage ({world_size // self.pipeline})" if self.pipeline > 1 else f"({world_size})"
-            cure = f"use a divisor of the number of ranks {ranks}"
-            raise ConfigError("parallel.expert", self.expert, "does not divide the ranks", cure)
+            ranks = "ranks of a pipeline stage" if self.pipeline > 1 else "world size"
+            problem = f"must divide the {ranks} ({world_size // self.pipeline})"
+            raise ConfigError("parallel.expert", self.expert, problem, "use a divisor of it")
 
 
 def _check_divides(name: str, value: int, divisor: int, dividend: str, size: int) -> None:
     if size % divisor:
-        problem = f"cannot spread {dividend} ({size}) over {divisor} evenly"
+        problem = f"cannot split {dividend} ({size}) evenly into {divisor}"
         raise ConfigError(name, value, problem, "change one of them")

@@ -1,4 +1,4 @@
-"""Which router a configuration chooses, and what it may say of the others' fields."""
+"""Selection of the router of a configuration, and treatment of fields of other routers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from dynmoe.errors import ConfigError
 from dynmoe.fields import check_value
 from dynmoe.routers import ROUTERS, RouterSpec, TopP
 
-# Whoever compares routers changes the kind alone: these stay where they do not matter.
-_KEPT = ("k", "p")
+# Ignored for routers without them, so that routers can be compared by changing only the kind.
+_IGNORED = ("k", "p")
 
 
 def chosen_router(trees: Iterable[Any]) -> type[RouterSpec]:
-    """The router that the last ``model.router.kind`` in these nested mappings names.
+    """The router of the last ``model.router.kind`` in these nested mappings.
 
     Raises:
-        ConfigError: there is no such router.
+        ConfigError: the kind is unknown.
     """
     kind: Any = TopP.kind
     for tree in trees:
@@ -32,30 +32,31 @@ def chosen_router(trees: Iterable[Any]) -> type[RouterSpec]:
 
 
 def without_foreign_fields(router: type[RouterSpec], tree: Any) -> Any:
-    """A nested mapping without fields of other routers that have their default, or are 0.
+    """The nested mapping without fields of other routers that have their default or are 0.
 
     Raises:
-        ConfigError: a field of another router is set.
+        ConfigError: a field of another router has another value.
     """
     section = _router_section(tree)
     foreign = {name: owners for name in section if not router.has_field(name) and (owners := _owners(name))}
     for name, owners in foreign.items():
         value = _converted(owners[0], name, section[name])
-        check_value(f"model.router.{name}", value, owners[0].__dataclass_fields__[name].metadata)
+        if value is not None:
+            check_value(f"model.router.{name}", value, owners[0].__dataclass_fields__[name].metadata)
         defaults = [owner.__dataclass_fields__[name].default for owner in owners]
-        # 0 says that there is no such loss, or limit, which is true of every router without it.
-        harmless = name in _KEPT or value is None or value in defaults or value == 0
+        # 0 disables a loss or limit, which a router without the field does not have anyway.
+        harmless = name in _IGNORED or value is None or value in defaults or value == 0
         if not harmless:
-            problem = f"has no meaning for the {router.kind} router"
+            problem = f"is not a field of the {router.kind} router"
             raise ConfigError(f"model.router.{name}", value, problem, "remove it")
     if not foreign:
         return tree
-    kept = {name: value for name, value in section.items() if name not in foreign}
-    return {**tree, "model": {**tree["model"], "router": kept}}
+    own = {name: value for name, value in section.items() if name not in foreign}
+    return {**tree, "model": {**tree["model"], "router": own}}
 
 
 def _converted(router: type[RouterSpec], name: str, value: Any) -> Any:
-    """A value from YAML, which has strings only, as the field has it."""
+    """A value from YAML (a string), converted to the type of the field."""
     try:
         return OmegaConf.select(OmegaConf.merge(OmegaConf.structured(router), {name: value}), name)
     except OmegaConfBaseException:
@@ -64,7 +65,7 @@ def _converted(router: type[RouterSpec], name: str, value: Any) -> Any:
 
 
 def _router_section(tree: Any) -> dict[Any, Any]:
-    """The section ``model.router``; empty where it is not there, or not a mapping."""
+    """The section ``model.router``; empty if it is missing or not a mapping."""
     for part in ("model", "router"):
         tree = tree.get(part) if isinstance(tree, dict) else None
     return tree if isinstance(tree, dict) else {}
@@ -75,14 +76,21 @@ def _owners(name: str) -> list[type[RouterSpec]]:
 
 
 def describe_router_fields() -> Iterator[tuple[dataclasses.Field[Any], type[RouterSpec], str]]:
-    """Every field of any router once, with a router that has it, and its meaning by router where that differs."""
-    fields = {field.name: field for router in ROUTERS.values() for field in dataclasses.fields(router)}
-    for name, field in fields.items():
+    """Yields each field of any router once, with a router that has it, and its meaning (by router if it differs).
+
+    The field is the one of the first router that has it; another default is part of the meaning.
+    """
+    names = dict.fromkeys(field.name for router in ROUTERS.values() for field in dataclasses.fields(router))
+    for name in names:
         owners = _owners(name)
+        first = owners[0].__dataclass_fields__[name]
         meanings: dict[str, list[str]] = {}
         for owner in owners:
-            meanings.setdefault(owner.__dataclass_fields__[name].metadata["meaning"], []).append(owner.kind)
+            own = owner.__dataclass_fields__[name]
+            differs = own.default != first.default and name != "kind"
+            text = own.metadata["meaning"] + (f" (default {own.default})" if differs else "")
+            meanings.setdefault(text, []).append(owner.kind)
         if len(meanings) == 1 and len(owners) == len(ROUTERS):
-            yield field, owners[-1], field.metadata["meaning"]
+            yield first, owners[0], first.metadata["meaning"]
         else:
-            yield field, owners[-1], "; ".join(f"{', '.join(kinds)}: {text}" for text, kinds in meanings.items())
+            yield first, owners[0], "; ".join(f"{', '.join(kinds)}: {text}" for text, kinds in meanings.items())

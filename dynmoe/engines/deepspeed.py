@@ -1,4 +1,4 @@
-"""DeepSpeed: data and expert parallelism with ZeRO 0, 1 and 2, around our model and our MoE layer."""
+"""DeepSpeed engine: data and expert parallelism with ZeRO 0, 1 and 2, for our model and MoE layer."""
 
 from __future__ import annotations
 
@@ -17,13 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import, which chooses
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read on import
 import deepspeed
 from deepspeed.moe.layer import MoE
-from deepspeed.moe.utils import (
-    is_moe_param,
-    split_params_into_different_moe_groups_for_optimizer,
-)
+from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
@@ -45,9 +42,9 @@ from dynmoe.train.optimizer import parameter_groups
 
 
 class DeepSpeedMoELayer(MoELayer, MoE):
-    """Our layer under the type that DeepSpeed's engine looks for; nothing of its parent's is used.
+    """Our layer as a subclass of DeepSpeed's, of which it uses nothing.
 
-    The engine finds MoE layers by ``isinstance`` to reduce expert gradients over the right group.
+    DeepSpeed's engine finds MoE layers by ``isinstance`` to reduce expert gradients over the right group.
     """
 
     def __init__(self, model: ModelConfig, layer: int, seed: int, context: MoEContext) -> None:
@@ -62,7 +59,7 @@ class DeepSpeedMoELayer(MoELayer, MoE):
         return MoELayer.forward(self, x)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """The groups exist before the layer does."""
+        """Does nothing: the process groups already exist."""
 
 
 def _group_name(expert_parallel: int) -> str:
@@ -70,18 +67,18 @@ def _group_name(expert_parallel: int) -> str:
 
 
 class DeepSpeedEngine:
-    """Fulfils :class:`dynmoe.train.engine.Engine`.
+    """Implements :class:`dynmoe.train.engine.Engine`.
 
-    Starts the process group where none exists (from torchrun's variables, or alone), builds model and optimizer and
-    hands them to DeepSpeed. Gradient norms and clipping are ours: DeepSpeed averages expert norms over ranks, which
-    makes the norm, and with it the training, depend on the layout.
+    Initializes the process group if necessary (from torchrun's variables, or with a single rank), and builds model,
+    optimizer and DeepSpeed's engine. Gradient norms and clipping are ours: DeepSpeed averages expert norms over ranks,
+    which makes the norm and thus the training depend on the layout.
     """
 
     def __init__(self, config: Config, vocab_size: int) -> None:
         self.config = config
         self.device = start_processes()
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.data_rank, self.data_size = self.rank, self.world_size
+        self.rank = self.data_rank = dist.get_rank()
+        self.world_size = self.data_size = dist.get_world_size()
         torch.manual_seed(config.train.seed * self.world_size + self.rank)
         self.context = make_context(config.parallel.expert, config.train.moe_backend)
         self.module = Decoder(
@@ -103,28 +100,29 @@ class DeepSpeedEngine:
         named = self.module.named_parameters()
         self.moe = MoERuntime(config, self.layers, self.context, self.state, named, self.device)
         self._batches: Sequence[Batch] = ()
-        self.step = 0  # kept on the host: the optimizer's count waits for the device
+        self.step = 0  # on the host: reading the optimizer's count would wait for the device
         self._local_loss = torch.zeros((), device=self.device)
         self._grad_norm = 0.0
 
     def _deepspeed_config(self) -> dict[str, Any]:
-        train, stage = self.config.train, self.config.deepspeed.zero_stage
+        train = self.config.train
+        stage = self.config.deepspeed.zero_stage
         bf16 = train.precision == "bf16"
-        # DeepSpeed refuses odd sizes, and an odd number of experts can have an odd number of parameters.
+        # DeepSpeed requires an even size; an odd number of experts can have an odd number of parameters.
         bucket = min(DEEPSPEED_BUCKET, 2 * -(-sum(parameter.numel() for parameter in self.module.parameters()) // 2))
         return {
             "train_micro_batch_size_per_gpu": train.micro_batch,
             "gradient_accumulation_steps": self.config.accumulation(self.world_size),
-            "gradient_clipping": 0.0,  # ours, see update
+            "gradient_clipping": 0.0,  # see update
             "zero_optimization": {
                 "stage": stage,
                 "overlap_comm": False,
-                # DeepSpeed allocates a whole bucket in every step, of 2 GB by default.
+                # DeepSpeed allocates a whole bucket in every step (2 GB by default).
                 "reduce_bucket_size": bucket,
                 "allgather_bucket_size": bucket,
             },
             "bf16": {"enabled": bf16},
-            # Stage 0 in bf16 has no fp32 accumulation in DeepSpeed.
+            # DeepSpeed has no fp32 accumulation for stage 0 in bf16.
             "data_types": {"grad_accum_dtype": "fp32" if not bf16 or stage else "bf16"},
             "steps_per_print": sys.maxsize,
         }
@@ -132,19 +130,19 @@ class DeepSpeedEngine:
     def compute_gradients(self, batches: Sequence[Batch], record: bool, trace: RoutingTrace | None = None) -> Gradients:
         self.step += 1
         self.module.train()
-        # One micro-batch of each rank: all that fits in memory for sure.
+        # One micro-batch of each rank is sure to fit in memory.
         self.moe.calibrate(lambda: self.module.hidden(batches[0].tokens_BS.to(self.device)))
         self._batches = batches
         losses = []
         with self.moe.step(self.step, 1.0 / len(batches), record, trace):
             for number, batch in enumerate(batches):
-                own = batch.to(self.device)
+                on_device = batch.to(self.device)
                 with self.moe.micro_batch(number):
-                    loss = self._engine(own.tokens_BS, own.labels_BS)
+                    loss = self._engine(on_device.tokens_BS, on_device.labels_BS)
                 self._engine.backward(loss)
                 losses.append(loss.detach())
                 if batch is not batches[-1]:
-                    self._engine.step()  # not a boundary: counts the micro-batch
+                    self._engine.step()  # not an accumulation boundary: only counts the micro-batch
         self._local_loss = torch.stack(losses).mean()
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         for gradient, copies in self._gradients():
@@ -156,8 +154,8 @@ class DeepSpeedEngine:
         return Gradients(lm_loss, self._grad_norm)
 
     def update(self, lr: float) -> list[AdaptationEvent]:
-        ceiling = self.config.optimizer.clip_grad
-        factor = min(1.0, ceiling / (self._grad_norm + 1e-6)) if ceiling > 0 else 1.0
+        max_norm = self.config.optimizer.clip_grad
+        factor = min(1.0, max_norm / (self._grad_norm + 1e-6)) if max_norm > 0 else 1.0
         if factor < 1:
             for gradient, _ in self._gradients():
                 gradient.mul_(factor)
@@ -172,7 +170,7 @@ class DeepSpeedEngine:
             optimizer._release_preflattened_grad_buffers()
             for group in optimizer.averaged_gradients:
                 optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
-        with _stepping_does_nothing(optimizer):
+        with _disabled_step(optimizer):
             self._engine.step()  # counts the step and clears gradients
         return self.moe.skip_step(self.step)
 
@@ -180,16 +178,16 @@ class DeepSpeedEngine:
         return self.moe.describe_nonfinite(self._repeat, self.step, self._local_loss, self._grad_norm)
 
     def _repeat(self) -> None:
-        """The passes of the latest step once more: nothing is counted, and no gradient reaches DeepSpeed."""
+        """Repeats the forward and backward passes of the last step without counts and without DeepSpeed's gradients."""
         parameters = list(self.module.parameters())
         for number, batch in enumerate(self._batches):
-            own = batch.to(self.device)
-            with self.moe.repetition(number):
-                loss = self.module(own.tokens_BS, own.labels_BS)
+            on_device = batch.to(self.device)
+            with self.moe.recompute(number):
+                loss = self.module(on_device.tokens_BS, on_device.labels_BS)
                 torch.autograd.grad(loss / len(self._batches), parameters, allow_unused=True)
 
     def _gradients(self) -> Iterator[tuple[Tensor, int]]:
-        """Reduced gradients that this rank holds, each with the number of ranks that hold the same one."""
+        """Yields the reduced gradients on this rank, each with the number of ranks that hold a copy."""
         if isinstance(self._optimizer, DeepSpeedZeroOptimizer):
             for partition in self._optimizer.averaged_gradients.values():
                 yield from ((gradient, 1) for gradient in partition or ())
@@ -197,13 +195,9 @@ class DeepSpeedEngine:
             yield from ((gradient, 1) for gradient in self._optimizer.fp32_groups_gradient_flat_partition)
         else:
             for parameter in self.module.parameters():
-                copies = (
-                    self.world_size // self.context.groups.expert_parallel
-                    if is_moe_param(parameter)
-                    else self.world_size
-                )
+                shards = self.context.groups.expert_parallel if is_moe_param(parameter) else 1
                 if parameter.grad is not None:
-                    yield parameter.grad, copies
+                    yield parameter.grad, self.world_size // shards
 
     def positions(self, length: int) -> Tensor:
         return torch.arange(length)
@@ -216,8 +210,8 @@ class DeepSpeedEngine:
         self.module.eval()
         totals = torch.zeros(len(per_rank), dtype=torch.float64, device=self.device)
         for batch, text in zip(batches, texts, strict=True):
-            own = batch.to(self.device)
-            totals[text] += self.module(own.tokens_BS, own.labels_BS) / per_rank[text]
+            on_device = batch.to(self.device)
+            totals[text] += self.module(on_device.tokens_BS, on_device.labels_BS) / per_rank[text]
         dist.all_reduce(totals)
         return [total / self.world_size for total in totals.tolist()]
 
@@ -235,7 +229,7 @@ class DeepSpeedEngine:
 
 
 @contextlib.contextmanager
-def _stepping_does_nothing(optimizer: Any) -> Iterator[None]:
+def _disabled_step(optimizer: Any) -> Iterator[None]:
     step = optimizer.step
     optimizer.step = lambda *arguments, **options: None
     try:
@@ -245,7 +239,7 @@ def _stepping_does_nothing(optimizer: Any) -> Iterator[None]:
 
 
 def start_processes() -> torch.device:
-    """Joins the process group of the launcher, or makes one of a single rank; returns this rank's device."""
+    """Joins the process group of the launcher, or creates one of a single rank; returns this rank's device."""
     choose_interface()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -254,8 +248,8 @@ def start_processes() -> torch.device:
         os.environ.update(alone)
     cuda = os.environ.get("DS_ACCELERATOR") != "cpu"
     device = take_gpu(", or set DS_ACCELERATOR=cpu") if cuda else torch.device("cpu")
-    # Its shared-memory collectives would be compiled on the spot: gloo needs no compiler, and leaves nothing behind
-    # in shared memory when a rank is killed.
+    # DeepSpeed's shared-memory collectives need a compiler and leave files in shared memory if a rank is killed; gloo
+    # does neither.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized() or deepspeed.comm.comm.cdb is None:
         backend = "nccl" if cuda else "gloo"
@@ -264,7 +258,7 @@ def start_processes() -> torch.device:
 
 
 def make_context(expert_parallel: int, backend: str = "auto") -> MoEContext:
-    """Groups and step state for the MoE layers of a model whose experts are spread over ``expert_parallel`` ranks."""
+    """The context of a model whose experts are spread over ``expert_parallel`` ranks."""
     name = _group_name(expert_parallel)
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(expert_parallel)

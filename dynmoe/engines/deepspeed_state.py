@@ -77,8 +77,8 @@ class OptimizerState:
         return {MASTER: master.detach(), **{name: self._adam.state[master][name] for name in MOMENTS}}
 
     @torch.no_grad()
-    def renew(self, parameter: nn.Parameter, index: tuple[int | slice, ...], fresh: Tensor) -> None:
-        """See :class:`dynmoe.moe.adaptation.ParameterRenewal`."""
+    def reset_slice(self, parameter: nn.Parameter, index: tuple[int | slice, ...], fresh: Tensor) -> None:
+        """See :class:`dynmoe.moe.adaptation.ParameterReset`."""
         values = {part: value.clone() for part, value in self.get(parameter).items()}
         for part, value in values.items():
             value[index] = fresh if part == MASTER else 0.0
@@ -112,7 +112,8 @@ def snapshot(directory: Path, module: Decoder, state: OptimizerState, context: M
     rank = dist.get_rank()
     # Consecutive ranks form an expert-parallel group: the first of them holds one replica of every expert.
     writes_experts = rank < context.groups.expert_parallel
-    entries, buffers = _entries(module, state), dict(module.named_buffers())
+    entries = _entries(module, state)
+    buffers = dict(module.named_buffers())
     write_state = canonical_state.copy(directory, entries, buffers, state.step, rank == 0, writes_experts)
     write_random_state = copy_random_state(directory)
     return Snapshot(lambda: [*write_state(), write_random_state()])

@@ -109,23 +109,11 @@ def describe_nonfinite(
     }
     everywhere: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, seen)
-
-    def ranks(key: str, layer: int) -> str:
-        return ", ".join(str(rank) for rank, own in enumerate(everywhere) if layer in own[key])
-
-    for layer in model.moe_layers:  # this limit first, as exceeding it makes the results NaN
-        if where := ranks("over", layer):
-            lower = "lower model.router.max_experts, " if model.router.has_field("max_experts") else ""
-            limit = model.moe.max_mean_experts_per_token
-            problem = f"tokens select more experts than model.moe.max_mean_experts_per_token={limit}"
-            raise UserError(
-                f"step {step}: {problem} allows in layer {layer} on rank {where}; "
-                f"raise it, {lower}or drop routes with model.moe.on_overflow=drop"
-            )
+    _check_limit(model, everywhere, step)
     found = []
     if weight := _first(everywhere, "weight"):
         found.append(f"the weights of {weight} are not finite")
-    scores = [(layer, where) for layer in model.moe_layers if (where := ranks("scores", layer))]
+    scores = [(layer, where) for layer in model.moe_layers if (where := _ranks(everywhere, "scores", layer))]
     if scores:
         found.append("router scores are not finite in layer {} on rank {}".format(*scores[0]))
     bad_losses = [str(rank) for rank, own in enumerate(everywhere) if not own["loss"]]
@@ -135,6 +123,23 @@ def describe_nonfinite(
         found.append(f"the first non-finite gradient is that of {gradient}")
     again = "but loss and gradients were finite on every rank when the step was computed again: suspect the hardware"
     return "; ".join(found) or f"the gradient norm is {grad_norm}, {again}"
+
+
+def _check_limit(model: ModelConfig, everywhere: list[dict[str, Any]], step: int) -> None:
+    """Raises a UserError if tokens exceeded the limit of mean experts per token, which makes everything else NaN."""
+    for layer in model.moe_layers:
+        if where := _ranks(everywhere, "over", layer):
+            lower = "lower model.router.max_experts, " if model.router.has_field("max_experts") else ""
+            limit = model.moe.max_mean_experts_per_token
+            problem = f"tokens select more experts than model.moe.max_mean_experts_per_token={limit}"
+            raise UserError(
+                f"step {step}: {problem} allows in layer {layer} on rank {where}; "
+                f"raise it, {lower}or drop routes with model.moe.on_overflow=drop"
+            )
+
+
+def _ranks(everywhere: list[dict[str, Any]], key: str, layer: int) -> str:
+    return ", ".join(str(rank) for rank, own in enumerate(everywhere) if layer in own[key])
 
 
 def _first(everywhere: list[dict[str, Any]], key: str) -> str:

@@ -1,4 +1,4 @@
-"""Adapts our models to lm-evaluation-harness."""
+"""Adapts our models to lm-evaluation-harness. Shape suffix L: MoE layers."""
 
 from __future__ import annotations
 

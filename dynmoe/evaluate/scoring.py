@@ -1,4 +1,7 @@
-"""Computes log-probabilities of passages under a model, and the experts that their tokens used."""
+"""Computes log-probabilities of passages under a model, and the experts that their tokens used.
+
+Shape suffixes besides those of ``dynmoe.routing``: N scored positions, or all passages; G groups.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynmoe.evaluate.models import ScoredModel
-from dynmoe.moe.layer import keeping_plans
+from dynmoe.moe.layer import capture_plans
 from dynmoe.train.scores import EXPERTS, Scores
 
 # Maximum number of logits in a forward pass: 1 GiB in fp32.
@@ -81,7 +84,7 @@ def score(model: ScoredModel, passages: Sequence[Passage], use: ExpertUse, progr
     of_passage_N2 = torch.full((len(passages), 2), -torch.inf, dtype=torch.float64, device=model.device)
     of_group_G2 = torch.zeros(len(groups), 2, dtype=torch.float64, device=model.device)
     passes = _passes(model, passages)
-    with keeping_plans(model.layers) as plans:
+    with capture_plans(model.layers) as plans:
         for first in range(0, len(passes), model.data_size):
             own = first + model.data_rank
             # A rank without work still takes part, because other ranks may need its experts.

@@ -1,4 +1,4 @@
-"""Models in and out of Hugging Face's formats; the modeling code that travels with the weights (``*_dynmoe.py``)."""
+"""Import from and export to Hugging Face formats, and the modeling code shipped with the weights (``*_dynmoe.py``)."""
 
 from dynmoe.hf.command import main
 

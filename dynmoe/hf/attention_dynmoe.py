@@ -1,4 +1,4 @@
-"""The attention of an exported model. This file travels with the weights; letters as in ``modeling_dynmoe.py``."""
+"""Attention of an exported model. This file ships with the weights; shape letters as in ``modeling_dynmoe.py``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dynmoe.hf.serving_dynmoe import server_group
 
 def _rotated(x_BHSd: Tensor, cos_BSd: Tensor, sin_BSd: Tensor) -> Tensor:
     first, second = x_BHSd.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x_BHSd * cos_BSd.unsqueeze(1) + turned * sin_BSd.unsqueeze(1)).to(x_BHSd.dtype)
+    rotated = torch.cat([-second, first], dim=-1)
+    return (x_BHSd * cos_BSd.unsqueeze(1) + rotated * sin_BSd.unsqueeze(1)).to(x_BHSd.dtype)
 
 
 def eager_attention_forward(
@@ -32,34 +32,39 @@ def eager_attention_forward(
 
 
 class ProjectionNorm(nn.RMSNorm):
-    """RMSNorm over all heads, of which a rank of vLLM has some: the ranks then add up their squares."""
+    """RMSNorm over all heads. Under vLLM each rank has some of the heads, and the ranks all-reduce their squares."""
 
     def __init__(self, width: int, eps: float, group: Any) -> None:
         super().__init__(width, eps)
         self.group = group
 
     def forward(self, x_BSN: Tensor) -> Tensor:
-        own, whole, group = x_BSN.shape[-1], self.weight.shape[0], self.group
+        own = x_BSN.shape[-1]
+        whole = self.weight.shape[0]
         if own == whole:
             return super().forward(x_BSN)
+        group = self.group
         squares_BS1 = group.all_reduce(x_BSN.float().square().sum(dim=-1, keepdim=True))
-        # Several ranks hold the same head of keys where there are more ranks than heads: each as often as the others.
+        # With more ranks than key heads, each head is replicated on the same number of ranks, so the mean is unchanged.
         scale_BS1 = torch.rsqrt(squares_BS1 / (own * group.world_size) + self.eps)
         first = group.rank_in_group * whole // group.world_size // own * own
         return (x_BSN.float() * scale_BS1 * self.weight[first : first + own].float()).to(x_BSN.dtype)
 
 
 class DynMoEAttention(nn.Module):
-    """Causal attention with rotary positions, grouped queries and, where configured, normalized queries and keys."""
+    """Causal grouped-query attention with rotary positions and optionally normalized queries and keys."""
 
     is_causal = True
 
     def __init__(self, config: DynMoEConfig, layer: int) -> None:
         super().__init__()
-        self.config, self.layer_idx, self.head_dim = config, layer, config.head_dim
-        self.scaling = config.head_dim**-0.5  # by this name vLLM looks for it
-        heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.num_key_value_groups = heads // kv_heads  # asked for by attention implementations
+        self.config = config
+        self.layer_idx = layer
+        self.head_dim = width = config.head_dim
+        self.scaling = width**-0.5  # vLLM looks for this name
+        heads = config.num_attention_heads
+        kv_heads = config.num_key_value_heads
+        self.num_key_value_groups = heads // kv_heads  # read by attention implementations
         self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * width, bias=False)
@@ -67,10 +72,11 @@ class DynMoEAttention(nn.Module):
         if config.qk_norm is not None:
             q_width, k_width = (width, width) if config.qk_norm == "head" else (heads * width, kv_heads * width)
             norm = nn.RMSNorm if config.qk_norm == "head" else partial(ProjectionNorm, group=server_group(config))
-            self.q_norm, self.k_norm = norm(q_width, config.rms_norm_eps), norm(k_width, config.rms_norm_eps)
+            self.q_norm = norm(q_width, config.rms_norm_eps)
+            self.k_norm = norm(k_width, config.rms_norm_eps)
 
     def _heads(self, projected: Tensor, norm: nn.RMSNorm | None = None) -> Tensor:
-        """[B, S, H d] to [B, H, S, d], normalized."""
+        """Converts [B, S, H d] to [B, H, S, d] and normalizes it."""
         if norm is not None and self.config.qk_norm == "projection":
             projected = norm(projected)
         heads_BSHd = projected.view(*projected.shape[:2], -1, self.head_dim)
@@ -81,8 +87,10 @@ class DynMoEAttention(nn.Module):
     def forward(
         self, x_BSD: Tensor, angles: tuple[Tensor, Tensor], mask: Any, cache: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        # One below the other, of the same tokens: vLLM makes one product of them.
-        q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
+        # Written with the same input in one block, so that vLLM can fuse them into one product.
+        q = self.q_proj(x_BSD)
+        k = self.k_proj(x_BSD)
+        v = self.v_proj(x_BSD)
         normed = self.config.qk_norm is not None
         q = _rotated(self._heads(q, self.q_norm if normed else None), *angles)
         k = _rotated(self._heads(k, self.k_norm if normed else None), *angles)

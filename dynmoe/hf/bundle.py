@@ -1,109 +1,176 @@
-"""The modeling code that travels with the weights: our own files, with nothing of the project left to import."""
+"""The modeling code that ships with the weights: our own files, rewritten to import nothing from the project."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import re
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+from dynmoe.errors import UserError
 from dynmoe.routers import ROUTERS
 
 _HERE = Path(__file__).parent
 _MODULES = ("configuration_dynmoe", "serving_dynmoe", "attention_dynmoe", "moe_dynmoe", "modeling_dynmoe")
 _FUTURE = "from __future__ import annotations"
 _HEADS = {"routing": "Routing formulas", "ops": "Routed experts", "routers": "Routers"}
-_FORMULAS = (
-    "plan", "selection", "control", "top_k", "top_p", "top_any", "sigmoid", "relu", "null_experts", "expert_threshold",
-    "losses",
-)  # fmt: skip
+_Import = ast.Import | ast.ImportFrom
 
 
 def write_code(directory: Path) -> None:
-    """Writes the files that ``auto_map`` names, and those that they import."""
-    bundles = _bundles()
-    for bundle, modules in bundles.items():
-        (directory / f"{bundle}_dynmoe.py").write_text(_bundle(bundle, modules, bundles))
+    """Writes the files that ``auto_map`` names, and the files that they import.
+
+    Raises:
+        UserError: a router imports what an export cannot contain, or two of its modules define one name.
+    """
+    modules = _exported_modules()
+    for bundle in _HEADS:
+        own = [name for name in modules if _bundle_of(name) == bundle]
+        (directory / f"{bundle}_dynmoe.py").write_text(_bundle(bundle, own, set(modules)))
     for name in _MODULES:
         text = (_HERE / f"{name}.py").read_text()
         text = re.sub(r"from dynmoe\.hf\.(\w+) import", r"from .\1 import", text)
-        text = re.sub(
-            r"from (dynmoe[.\w]+) import", lambda found: f"from .{_home(found[1], bundles)}_dynmoe import", text
-        )
+        text = re.sub(r"from (dynmoe[.\w]+) import", lambda found: f"from .{_bundle_of(found[1])}_dynmoe import", text)
         (directory / f"{name}.py").write_text(text)
 
 
-def _bundles() -> dict[str, list[str]]:
-    """The modules that become one file, in the order in which they need each other."""
-    losses = [
+def _bundle_of(module: str) -> str:
+    """The combined file that a module becomes part of."""
+    package = ".".join(module.split(".")[:2])
+    return {"dynmoe.routing": "routing", "dynmoe.ops": "ops"}.get(package, "routers")
+
+
+def _exported_modules() -> list[str]:
+    """The modules that all routers and the modeling code need, each after those that it imports."""
+    losses = {
         field.metadata["loss"].__module__
         for router in ROUTERS.values()
         for field in router.__dataclass_fields__.values()
         if "loss" in field.metadata
-    ]
-    own = [router.__module__ for router in ROUTERS.values()]
-    base = ["dynmoe.errors", "dynmoe.fields", "dynmoe.routers.base"]
-    routers = dict.fromkeys([*base, *(name for name in losses if name not in own), "dynmoe.routers.parts", *own])
-    return {
-        "routing": [f"dynmoe.routing.{name}" for name in _FORMULAS],
-        "ops": [f"dynmoe.ops.{name}" for name in ("permute", "swiglu", "backends", "opaque")],
-        "routers": list(routers),
     }
+    modeling = [f"dynmoe.hf.{name}" for name in _MODULES]
+    waiting = [*modeling, *sorted(losses), *(router.__module__ for router in ROUTERS.values())]
+    routers = set(waiting)
+    graph: dict[str, list[str]] = {}
+    while waiting:
+        name = waiting.pop()
+        if name not in graph:
+            found = [module for node in _imports(_parse(name), typing=False) for module in _imported(node)]
+            graph[name] = sorted({module for module in found if module.startswith("dynmoe.") or module in routers})
+            waiting += graph[name]
+    exportable = ("dynmoe.errors", "dynmoe.fields", "dynmoe.routers.", "dynmoe.routing.", "dynmoe.ops.", *routers)
+    for name, imports in graph.items():
+        for module in imports:
+            if not module.startswith(exportable):
+                cure = "import it from dynmoe.routing, dynmoe.ops or dynmoe.routers, or write it into the router's file"
+                raise UserError(f"{name} imports {module}, which an export cannot contain; {cure}")
+    return [name for name in TopologicalSorter(graph).static_order() if name not in modeling]
 
 
-def _home(module: str, bundles: dict[str, list[str]]) -> str | None:
-    """The bundle that has a module; None: it does not travel."""
-    for bundle, modules in bundles.items():
-        if module in modules or module == f"dynmoe.{bundle}":
-            return bundle
-    return None
+def _source(name: str) -> str:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).read_text()
 
 
-def _bundle(bundle: str, modules: list[str], bundles: dict[str, list[str]]) -> str:
-    """Some modules as one, with all imports at its top."""
-    imports: set[str] = set()
+def _parse(name: str) -> ast.Module:
+    return ast.parse(_source(name))
+
+
+def _is_for_typing(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def _imports(tree: ast.AST, typing: bool = True) -> Iterator[_Import]:
+    """All import statements, those in functions included; without those for type checkers if not ``typing``."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, _Import):
+            yield node
+        elif typing or not _is_for_typing(node):
+            yield from _imports(node, typing)
+
+
+def _imported(node: _Import) -> list[str]:
+    """The modules that the imported names come from, seen through packages that pass them on."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    module = node.module or ""
+    if not module.startswith("dynmoe."):
+        return [module]
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.submodule_search_locations is None:
+        return [module]
+    package = importlib.import_module(module)
+    return [getattr(getattr(package, alias.name), "__module__", module) for alias in node.names]
+
+
+def _bundle(bundle: str, modules: list[str], exported: set[str]) -> str:
+    """The source of several modules in one file, with all imports at its top."""
+    imports: dict[str, set[str]] = {}
     bodies = []
+    defined: dict[str, str] = {}
     for name in modules:
-        spec = importlib.util.find_spec(name)
-        assert spec is not None
-        assert spec.origin is not None
-        text = Path(spec.origin).read_text()
+        text = _source(name)
         tree = ast.parse(text)
-        first = tree.body[0]
-        assert isinstance(first, ast.Expr)  # the module's docstring becomes a comment
-        assert first.end_lineno is not None
-        heading = "\n".join(f"# {line}".rstrip() for line in ast.literal_eval(first.value).splitlines())
-        imports |= {line for node in _imports(tree) for line in _travelling(node, bundle, bundles)}
-        bodies.append(
-            f"# --- {name.rpartition('.')[2]}\n{heading}\n\n\n{_without_imports(text, tree, first.end_lineno)}"
-        )
-    head = f'"""{_HEADS[bundle]} of DynMoE, as they were when these weights were exported. Made by dynmoe.hf."""'
-    return "\n".join([head, "", _FUTURE, "", *sorted(imports - {_FUTURE}), "", "", "\n\n\n".join(bodies), ""])
+        for own in _defined(tree):
+            if own in defined:
+                problem = f"{name} and {defined[own]} both define {own}, and an export has them in one file"
+                raise UserError(f"{problem}; rename one of them")
+            defined[own] = name
+        for node in _imports(tree):
+            for source, names in _exported_import(node, bundle, exported):
+                imports.setdefault(source, set()).add(names)
+        heading = ast.get_docstring(tree, clean=False) or ""  # becomes a comment
+        comment = "\n".join(f"# {line}".rstrip() for line in [f"--- {name.rpartition('.')[2]}", *heading.splitlines()])
+        bodies.append(f"{comment}\n\n\n{_without_imports(text, tree)}")
+    head = f'"""{_HEADS[bundle]} of DynMoE at the time of this export. Generated by dynmoe.hf."""'
+    del imports["from __future__"]
+    lines = sorted(imports.pop("import", set()))
+    lines += [f"{source} import {', '.join(sorted(names))}" for source, names in sorted(imports.items())]
+    return "\n".join([head, "", _FUTURE, "", *lines, "", "", "\n\n\n".join(bodies), ""])
 
 
-def _imports(tree: ast.Module) -> list[ast.Import | ast.ImportFrom]:
-    return [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+def _defined(tree: ast.Module) -> set[str]:
+    """Names that a module defines itself."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
 
 
-def _without_imports(text: str, tree: ast.Module, start: int) -> str:
-    """A module from line ``start`` on, without imports, those within functions and for type checkers included."""
+def _without_imports(text: str, tree: ast.Module) -> str:
+    """The text of a module without its docstring and imports, also those in functions and for type checkers."""
     lines = text.splitlines()
-    blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    gone: set[int] = set(range(start))
-    for node in [*blocks, *_imports(tree)]:
+    blocks: list[ast.stmt] = [node for node in tree.body if _is_for_typing(node)]
+    docstring = tree.body[:1] if ast.get_docstring(tree) is not None else []
+    removed: set[int] = set()
+    for node in [*docstring, *blocks, *_imports(tree)]:
         assert node.end_lineno is not None
-        # An import within a function has a blank line after it.
+        # An import in a function is followed by a blank line.
         blank = node.col_offset > 0 and node.end_lineno < len(lines) and not lines[node.end_lineno].strip()
-        gone |= set(range(node.lineno - 1, node.end_lineno + blank))
-    return "\n".join(line for number, line in enumerate(lines) if number not in gone).strip()
+        removed |= set(range(node.lineno - 1, node.end_lineno + blank))
+    return "\n".join(line for number, line in enumerate(lines) if number not in removed).strip()
 
 
-def _travelling(node: ast.Import | ast.ImportFrom, bundle: str, bundles: dict[str, list[str]]) -> set[str]:
-    """An import as the exported module has it: none of what stands in the module itself, or does not travel."""
-    module = node.module if isinstance(node, ast.ImportFrom) else None
-    home = None if module is None else _home(module, bundles)
-    if module is None or (home is None and not module.startswith("dynmoe.")):
-        return {ast.unparse(node)}
-    if home in (None, bundle):
-        return set()
-    return {f"from .{home}_dynmoe import {', '.join(alias.name for alias in node.names)}"}
+def _exported_import(node: _Import, bundle: str, exported: set[str]) -> Iterator[tuple[str, str]]:
+    """Pairs such as ``("from math", "log")`` to import in the exported file, or ``("import", "import math")``.
+
+    Names of the same file need no import, nor do those of the project that serve type checkers only.
+    """
+    if isinstance(node, ast.Import):
+        yield "import", ast.unparse(node)
+        return
+    modules = _imported(node)
+    for alias, module in zip(node.names, modules if len(modules) > 1 else modules * len(node.names), strict=True):
+        if module in exported and _bundle_of(module) != bundle:
+            yield f"from .{_bundle_of(module)}_dynmoe", ast.unparse(alias)
+        elif module not in exported and not module.startswith("dynmoe.") and alias.name != "TYPE_CHECKING":
+            yield f"from {module}", ast.unparse(alias)

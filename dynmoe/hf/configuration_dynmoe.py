@@ -1,4 +1,4 @@
-"""Configuration of a DynMoE model in transformers. This file travels with the weights."""
+"""Configuration of a DynMoE model in transformers. This file ships with the weights."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from dynmoe.routers import router_of
 
 
 class DynMoEConfig(PreTrainedConfig):
-    """A Llama-style decoder with mixtures of experts in which each token has as many experts as it needs.
+    """A Llama-style MoE decoder in which each token takes a dynamic number of experts.
 
     Args:
-        layer_experts: of each layer; 0 where the layer is dense. A field called ``num_experts`` would promise servers a
-            fixed number of experts per token.
+        layer_experts: number of experts of each layer; 0 for a dense layer. It is not called ``num_experts``, because
+            servers take that as a fixed number of experts per token.
         head_dim: width of an attention head; None: hidden_size / num_attention_heads.
         qk_norm: RMSNorm of queries and keys: of each ``head``, of the whole ``projection``, or None.
         intermediate_size: width of dense layers.
         moe_intermediate_size: width of an expert.
         shared_expert_intermediate_size: width of the expert that every token uses; 0: none.
-        router: ``kind`` and what it needs, as DynMoE's export writes it: see ``DynMoERouter``.
-        router_overrides: ``served_fields`` of the router, to take more experts or fewer than in training.
-        count_experts: sum up the tokens of each layer and their experts: see ``DynMoEModel.expert_counts``.
-        output_router_logits: give logits, routing maps and experts per token along, and add the routers' own losses,
-            with their coefficients in ``router``, to the loss.
+        router: ``kind`` and the fields of that router, as DynMoE exports them; see ``DynMoERouter``.
+        router_overrides: new values for ``served_fields`` of the router, to change the experts per token.
+        count_experts: count tokens and their experts in each layer; see ``DynMoEModel.expert_counts``.
+        output_router_logits: also return logits, routing maps and experts per token, and add the routers' auxiliary
+            losses, with their coefficients in ``router``, to the loss.
 
     Raises:
-        ValueError: an override that the router does not have, or out of its range.
+        ValueError: the router has no such override, or its value is out of range.
     """
 
     model_type = "dynmoe"
@@ -62,32 +62,41 @@ class DynMoEConfig(PreTrainedConfig):
         eos_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
-        self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
-        self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
         self.qk_norm = qk_norm
-        self.max_position_embeddings, self.rope_theta = max_position_embeddings, rope_theta
-        self.rms_norm_eps, self.initializer_range = rms_norm_eps, initializer_range
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_theta = rope_theta
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
         self.layer_experts = [16] * num_hidden_layers if layer_experts is None else layer_experts
         self.moe_intermediate_size = moe_intermediate_size
         self.shared_expert_intermediate_size = shared_expert_intermediate_size
         self.router: dict[str, Any] = {"kind": "top_p", "p": 0.4} if router is None else router
-        self.router_overrides, self.count_experts = router_overrides, count_experts
+        self.router_overrides = router_overrides
+        self.count_experts = count_experts
         self.check_overrides()
         self.base_model_tp_plan = tensor_parallel_plan(self, gathers=qk_norm == "projection")
-        self.output_router_logits, self.use_cache = output_router_logits, use_cache
+        self.output_router_logits = output_router_logits
+        self.use_cache = use_cache
         self.tie_word_embeddings = tie_word_embeddings
-        self.pad_token_id, self.bos_token_id, self.eos_token_id = pad_token_id, bos_token_id, eos_token_id
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
         super().__init__(
             tie_word_embeddings=tie_word_embeddings, pad_token_id=pad_token_id, bos_token_id=bos_token_id,
             eos_token_id=eos_token_id, **kwargs,
         )  # fmt: skip
 
     def check_overrides(self) -> None:
-        """Raises a ValueError for an override that the router does not have, or out of its range.
+        """Raises a ValueError if the router has no such override, or its value is out of range.
 
-        Servers change fields of a configuration that is made already; a model looks again.
+        The model calls this again, because servers change the fields of an existing configuration.
         """
         spec = router_of(self.router)
         overrides = self.router_overrides or {}
@@ -99,7 +108,7 @@ class DynMoEConfig(PreTrainedConfig):
                 raise ValueError(f"{problem}: router.kind={spec.kind!r} has no such setting; {cure}")
             takes_fractions = spec.__dataclass_fields__[name].type == "float"
             if isinstance(value, bool) or not isinstance(value, int | float if takes_fractions else int):
-                raise ValueError(f"{problem} must be {'a number' if takes_fractions else 'a whole number'}")
+                raise ValueError(f"{problem}: must be {'a number' if takes_fractions else 'an integer'}")
         experts = [count for count in self.layer_experts if count]
         try:
             router_of(self.router | overrides).check_layers(min(experts, default=0), min(experts, default=0))
@@ -109,9 +118,9 @@ class DynMoEConfig(PreTrainedConfig):
 
 
 def tensor_parallel_plan(config: DynMoEConfig, gathers: bool) -> dict[str, str]:
-    """How the layers that there are are cut over ranks; the router stays whole.
+    """How the existing layers are split over tensor-parallel ranks; the router is replicated.
 
-    With ``gathers`` each rank sees the queries and keys of all heads, as a norm over all of them wants.
+    With ``gathers`` each rank gets the queries and keys of all heads, which a norm over all heads requires.
     """
     columns, rows = ("colwise_gather_output", "rowwise_split_input") if gathers else ("colwise", "rowwise")
     plan = {f"layers.*.self_attn.{name}_proj": columns for name in "qkv"} | {"layers.*.self_attn.o_proj": rows}

@@ -1,4 +1,4 @@
-"""A run as a model of transformers: weights, configuration, tokenizer, and code where transformers has none."""
+"""Export of a run as a transformers model: weights, configuration, tokenizer and, if needed, modeling code."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _SHARD = "5GB"
 
 @dataclass(frozen=True)
 class Export:
-    """What was written.
+    """An exported model.
 
     Attributes:
-        architecture: in transformers.
-        parameters: their number.
-        tokenizer: whether there is one.
-        texts: that it was compared with sentencepiece on.
+        architecture: the ``model_type`` of transformers.
+        parameters: number of parameters.
+        tokenizer: whether the export has a tokenizer.
+        texts: number of texts on which the tokenizer was compared with sentencepiece.
     """
 
     architecture: str
@@ -52,31 +52,32 @@ class Export:
 
 
 def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code: bool = False) -> Export:
-    """Writes the newest sound checkpoint of a run, of either engine, so that ``from_pretrained`` reads it.
+    """Exports the latest valid checkpoint of a run, of either engine, for ``from_pretrained``.
 
-    A model that transformers has an architecture for (a dense one, or top-k) needs no code; any other takes ours along.
-    What an imported checkpoint said about positions, special tokens, tokenizer and generation goes out as it came in.
+    A model that transformers has an architecture for (dense, or top-k) needs no code; any other includes ours. An
+    imported checkpoint's positions, special tokens, tokenizer and generation settings are exported unchanged.
 
     Args:
         run: directory of the run.
         output: directory of the export; must not exist.
-        dtype: of the weights; the state of routers keeps its precision.
-        own_code: take our code along in any case.
+        dtype: data type of the weights; router state keeps its precision.
+        own_code: include our code in any case.
 
     Raises:
-        UserError: no run, no sound checkpoint, an output that exists, or a tokenizer that transformers cannot rebuild.
+        UserError: no run, no valid checkpoint, an existing output, or a tokenizer that transformers cannot rebuild.
     """
     if output.exists():
         raise UserError(f"OUT: {output} exists; name a new directory")
     kept = Kept.of(run)
     model, tokenizer = _open(run, kept)
     standard = None if own_code or _is_biased(model) else standard_architecture(model.config.model)
-    maker, rows = standard or "dynmoe", model.decoder.w_embed_VD.shape[0]
+    architecture = standard or "dynmoe"
+    rows = model.decoder.w_embed_VD.shape[0]
     fields = own_fields(model, tokenizer, kept)
-    config = to_transformers(model.config, maker, rows) | fields | {"dtype": str(dtype).removeprefix("torch.")}
-    if maker == "dynmoe":
+    config = to_transformers(model.config, architecture, rows) | fields | {"dtype": str(dtype).removeprefix("torch.")}
+    if architecture == "dynmoe":
         config["router"] |= router_state(model.decoder)
-    tensors = _tensors(model, maker, dtype)
+    tensors = _tensors(model, architecture, dtype)
     building = output.with_name(f"{output.name}.tmp-{secrets.token_hex(4)}")
     building.mkdir(parents=True)
     try:
@@ -87,11 +88,12 @@ def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code
                 write_tokenizer(tokenizer, building, fields)
             if not (building / _GENERATION).exists():
                 _write_json(building / _GENERATION, _generation(tokenizer, fields, rows))
-            came = f"remove tokenizer.json and tokenizer_config.json from {run / IMPORTED}, and they are made anew"
-            cure = came if kept.has_tokenizer else "prepare the corpus with a tokenizer of data_prep's"
+            cure = "prepare the corpus with a tokenizer from data_prep"
+            if kept.has_tokenizer:
+                cure = f"remove tokenizer.json and tokenizer_config.json from {run / IMPORTED} to have them rebuilt"
             texts = compare(tokenizer, building, _texts(model, tokenizer), cure)
         _write_json(building / "config.json", config)
-        if maker == "dynmoe":
+        if architecture == "dynmoe":
             write_code(building)
         _save(tensors, building)
         building.rename(output)
@@ -99,11 +101,11 @@ def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code
         rmtree(building)
         raise
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    return Export(maker, parameters, kept.has_tokenizer or tokenizer is not None, texts)
+    return Export(architecture, parameters, kept.has_tokenizer or tokenizer is not None, texts)
 
 
 def _open(run: Path, kept: Kept) -> tuple[TrainedDecoder, Tokenizer | None]:
-    """The model, and sentencepiece's tokenizer, which only a run may lack that was imported without."""
+    """The model and its sentencepiece tokenizer, which only a run that was imported without one may lack."""
     if kept.files and not RunDirectory(run).tokenizer.exists():
         return open_decoder(run, torch.device("cpu")), None
     model = open_trained(run, torch.device("cpu"))
@@ -111,19 +113,20 @@ def _open(run: Path, kept: Kept) -> tuple[TrainedDecoder, Tokenizer | None]:
 
 
 def own_fields(model: TrainedDecoder, tokenizer: Tokenizer | None, kept: Kept) -> dict[str, Any]:
-    """The longest sequence, and the tokens that begin, end and fill up: as they were imported, where they were."""
-    # A document begins where another ends: a piece for beginnings, where there is one, was never trained.
-    # Nor is a piece for padding, whose embedding transformers trains no further; OLMoE has one unless a file says none.
+    """Fields of ``config.json`` for the maximum length and the special tokens; imported values take precedence."""
+    # EOD also begins a document, because a BOS piece was never trained. No padding token is named, because transformers
+    # does not train its embedding; an explicit null is required for OLMoE, whose default is token 1.
     ids: dict[str, int | None] = {}
     if tokenizer is not None:
         ids = {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod, "pad_token_id": None}
-    before, trained = kept.fields.get("max_position_embeddings", 0), model.config.data.sequence_length
-    longest = max(before, trained) if model.step or not before else before
+    longest = kept.fields.get("max_position_embeddings", 0)
+    if model.step or not longest:
+        longest = max(longest, model.config.data.sequence_length)
     return ids | kept.fields | {"max_position_embeddings": longest}
 
 
 def _generation(tokenizer: Tokenizer, fields: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """Begin, end and padding of a text; rows of the embedding that stand for no piece are never drawn."""
+    """``generation_config.json``: special tokens, and suppression of embedding rows that represent no piece."""
     ids = {"pad_token_id": padding(tokenizer)}
     ids |= {name: value for name, value in fields.items() if name.endswith("_token_id") and value is not None}
     unused = list(range(tokenizer.vocab_size, rows))
@@ -131,23 +134,23 @@ def _generation(tokenizer: Tokenizer, fields: Mapping[str, Any], rows: int) -> d
 
 
 def _is_biased(model: TrainedDecoder) -> bool:
-    """Whether a top-k choice adds something to its scores, or lacks experts, which no other architecture knows."""
+    """Whether a top-k router has selection biases or inactive experts, which only our own architecture supports."""
     buffers = dict(model.decoder.named_buffers())
     biased = any(bool(buffer.any()) for name, buffer in buffers.items() if name.endswith("router.bias_E"))
     return biased or any(not bool(mask.all()) for name, mask in buffers.items() if name.endswith("router.active_E"))
 
 
-def _tensors(model: TrainedDecoder, maker: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors of the export, by name; none shares its memory with another."""
+def _tensors(model: TrainedDecoder, architecture: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors of the export by name; no two share memory."""
     own = {**dict(model.decoder.named_parameters()), **dict(model.decoder.named_buffers())}
     made: dict[str, Tensor] = {}
-    for part in parts(model.config.model, model.decoder.w_embed_VD.shape[0], maker):
+    for part in parts(model.config.model, model.decoder.w_embed_VD.shape[0], architecture):
         whole = own[part.ours].detach()
         whole = whole if part.expert is None else whole[part.expert]
         pieces = whole.split(part.rows) if part.rows else [whole]
         for name, piece in zip(part.theirs, pieces, strict=True):
             made[name] = piece.to(whole.dtype if part.state else dtype, copy=True).contiguous()
-    if maker == "qwen2_moe":
+    if architecture == "qwen2_moe":
         for name in qwen2_moe.down_projections(model.config.model):
             made[name] /= qwen2_moe.GATE_OF_ZEROS
         made |= {name: torch.zeros(shape, dtype=dtype) for name, shape in qwen2_moe.zeros(model.config.model).items()}
@@ -155,7 +158,7 @@ def _tensors(model: TrainedDecoder, maker: str, dtype: torch.dtype) -> dict[str,
 
 
 def _texts(model: TrainedDecoder, tokenizer: Tokenizer) -> Iterator[str]:
-    """Documents of the validation text, as far as the corpora of the run are still there."""
+    """Validation documents from the corpora of the run that still exist."""
     for folder in model.config.data.dirs:
         if not Path(folder).is_dir():
             continue

@@ -1,7 +1,7 @@
-"""What a ``config.json`` of each family may say: fields that we take over, that have one value, that do not matter.
+"""Fields of ``config.json`` per family: converted fields, fields with fixed values, ignored fields.
 
-A field in none of the three tables is refused, as nothing here knows what it does to the logits. What a file leaves out
-is the family's default, read from its configuration class in transformers.
+A field in none of the three tables is refused, because its effect on the logits is unknown. A missing field has the
+family's default, which is read from its configuration class in transformers.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ class Family:
     """The fields of one family of models.
 
     Attributes:
-        architecture: class of the model, as ``architectures`` names it.
-        configuration: its configuration class in transformers, which knows the defaults; None: there is none.
-        honoured: fields that become ours.
-        fixed: fields that may have one of these values only, as our decoder computes nothing else.
-        indifferent: fields that the logits do not depend on, beside those of all families.
+        model_class: the model's class, as listed in ``architectures``.
+        configuration: the configuration class in transformers, which has the defaults; None if there is none.
+        converted: fields that are converted to ours.
+        fixed: fields with the only values that our decoder supports.
+        ignored: fields that do not affect the logits, in addition to ``IGNORED``.
     """
 
-    architecture: str
+    model_class: str
     configuration: str | None
-    honoured: set[str]
+    converted: set[str]
     fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    indifferent: set[str] = field(default_factory=set)
+    ignored: set[str] = field(default_factory=set)
 
 
 _DECODER = {
@@ -44,43 +44,42 @@ _EXPERTS = {"moe_intermediate_size", "shared_expert_intermediate_size"}
 _QWEN = {"norm_topk_prob", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers"}
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", "LlamaConfig", _COMMON),
-    "mixtral": Family(
-        "MixtralForCausalLM", "MixtralConfig", _TOP_K, {"sliding_window": (None,), "norm_topk_prob": (True,)}
-    ),
+    "mixtral": Family("MixtralForCausalLM", "MixtralConfig", _TOP_K,
+                      {"sliding_window": (None,), "norm_topk_prob": (True,)}),
     "olmoe": Family("OlmoeForCausalLM", "OlmoeConfig", _TOP_K | {"norm_topk_prob"}, {"clip_qkv": (None,)}),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM", "Qwen3MoeConfig", _TOP_K | _QWEN,
         {"shared_expert_intermediate_size": (0,), "use_qk_norm": (True,)},
-        {"sliding_window", "max_window_layers"},  # of use_sliding_window, which is off
+        {"sliding_window", "max_window_layers"},  # unused without use_sliding_window
     ),
     "qwen2_moe": Family(
         "Qwen2MoeForCausalLM", "Qwen2MoeConfig",
         _TOP_K | _QWEN | {"shared_expert_intermediate_size", "layer_types"},
-        {"qkv_bias": (True, False)},  # biases are looked at, whatever it says
+        {"qkv_bias": (True, False)},  # the biases themselves are checked
         {"sliding_window", "max_window_layers"},
     ),
-    # What we export and transformers has no architecture for.
+    # Our exports of models that transformers has no architecture for.
     "dynmoe": Family(
         "DynMoEForCausalLM", None,
         _COMMON | _EXPERTS | {"layer_experts", "num_experts", "qk_norm", "router", "auto_map"},
         {"router_overrides": (None,)}, {"count_experts"},
     ),
-    # The release of arXiv 2403.07652, whose code reads no rope_theta: positions always have this base.
+    # The release of arXiv 2403.07652, whose code ignores rope_theta and always uses this base.
     "dynamic_moe": Family(
         "MoEForCausalLM", None, _DECODER | {"rope_scaling", "num_experts", "expert_frequency", "top_p_threshold"},
         {"rope_theta": (10000.0,)}, {"experts_topk"},
     ),
 }  # fmt: skip
-# Of the model whatever its family; an export gives them back.
+# Fields that an import keeps for a later export, for any family.
 KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
-# Some files write these though their family has no such field.
+# Some files contain these although their family has no such field.
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "qkv_bias": (False,),
     "is_causal": (True,), "is_encoder_decoder": (False,), "add_cross_attention": (False,),
     "partial_rotary_factor": (1.0,), "rope_interleaved": (False,), "use_sliding_window": (False,),
 }  # fmt: skip
-INDIFFERENT = {
+IGNORED = {
     "model_type", "transformers_version", "transformers.js_config", "dtype", "torch_dtype", "use_bfloat16",
     "name_or_path", "use_cache", "return_dict", "output_hidden_states", "output_attentions", "output_router_logits",
     "chunk_size_feed_forward", "gradient_checkpointing", "attn_implementation", "experts_implementation",
@@ -88,8 +87,8 @@ INDIFFERENT = {
     "model_max_length", "max_sequence_length", "tokenizer_class", "prefix", "sep_token_id", "decoder_start_token_id",
     "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params",
     "unsloth_fixed", "unsloth_version",
-    "attention_dropout", "router_jitter_noise",  # noise while training, which ours does not have
-    # Settings of generation, which older files keep here.
+    "attention_dropout", "router_jitter_noise",  # noise in training, which our decoder does not have
+    # Generation settings, which older files store here.
     "assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids", "begin_suppress_tokens",
     "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty",
     "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
@@ -102,37 +101,39 @@ RESTORE = "restore the checkpoint's own file"
 
 
 def check_fields(found: Mapping[str, Any], family: Family) -> None:
-    """Refuses every field with which the logits are others than our decoder's, or may be.
+    """Checks that no field makes, or may make, the logits differ from those of our decoder.
 
     Raises:
-        UserError: the field, its value and what to do.
+        UserError: there is such a field.
     """
-    fixed = FIXED | family.fixed | {"architectures": ([family.architecture],)}
-    known = family.honoured | family.indifferent | INDIFFERENT | {*KEPT, *fixed}
+    fixed = FIXED | family.fixed | {"architectures": ([family.model_class],)}
+    known = family.converted | family.ignored | IGNORED | {*KEPT, *fixed}
     for name, value in found.items():
         if value in (None, [], {}):
             continue
         if name == "quantization_config":
-            cure = "quantized weights are not read: save them in bf16 or fp32 first"
+            cure = "quantized weights are not supported; save them in bf16 or fp32 first"
             raise UserError(f"config.json: {name}={shown(value)}: {cure}")
         if name in fixed and value not in fixed[name]:
             raise UserError(f"config.json: {name}={shown(value)}: only {fixed[name][0]!r} can be imported")
         if name not in known and not name.startswith("_"):
-            cure = f"remove it, if {family.architecture} of transformers does without"
-            raise UserError(f"config.json: {name}={shown(value)}: what it does is not known here; {cure}")
+            cure = f"remove it if transformers' {family.model_class} works without it"
+            raise UserError(f"config.json: {name}={shown(value)}: its effect is unknown; {cure}")
 
 
 class Settings:
-    """The fields of a checkpoint, whose missing ones are errors by name.
+    """The fields of a checkpoint; reading a missing field raises an error that names it.
 
     Args:
         found: fields by name.
-        cure: what to do about one that is missing.
-        path: of the mapping that they are in, where that is not the whole file.
+        cure: the fix for a missing field, for the error message.
+        path: prefix of the field names, for a mapping within the file.
     """
 
     def __init__(self, found: Mapping[str, Any], cure: str = RESTORE, path: str = "") -> None:
-        self._found, self._cure, self._path = found, cure, path
+        self._found = found
+        self._cure = cure
+        self._path = path
 
     def __contains__(self, name: str) -> bool:
         return name in self._found
@@ -143,32 +144,32 @@ class Settings:
         return self._found[name]
 
     def optional(self, name: str) -> Any:
-        """A field that may be null, but not be left out."""
+        """A field that may be null, but not missing."""
         if name not in self._found:
             raise UserError(f"config.json: {self._path}{name} is missing; {self._cure}")
         return self._found[name]
 
     def count(self, *names: str) -> int:
-        """A positive whole number, under the first of these names that is there."""
+        """A positive integer, under the first of these names that exists."""
         name = next((name for name in names if self._found.get(name) is not None), names[0])
         value = self[name]
         if type(value) is not int or value < 1:
-            raise UserError(f"config.json: {self._path}{name}={shown(value)} is not a positive number; {RESTORE}")
+            raise UserError(f"config.json: {self._path}{name}={shown(value)}: must be a positive integer; {RESTORE}")
         return value
 
     def rope_theta(self) -> Any:
-        """Base of the rotary positions: a field of its own, or, since transformers 5, one of ``rope_parameters``."""
+        """Base of the rotary positions: a top-level field or, since transformers 5, a field of ``rope_parameters``."""
         rope = self._found.get("rope_scaling") or self._found.get("rope_parameters") or {}
         return self["rope_theta"] if rope.get("rope_theta") is None else rope["rope_theta"]
 
 
 def settings_of(found: Mapping[str, Any], family: Family) -> Settings:
-    """What a family reads of ``found``, with its defaults: both as transformers has them, where it is installed.
+    """The converted and kept fields of ``found``, with the family's defaults from transformers if it is installed.
 
     Raises:
-        UserError: a field that transformers refuses, or rotary positions that are not plain.
+        UserError: transformers rejects a field, or rotary positions are not plain.
     """
-    names = family.honoured | set(KEPT)
+    names = family.converted | set(KEPT)
     given = {name: copy.deepcopy(found[name]) for name in names & found.keys()}
     for name in ("rope_parameters", "rope_scaling"):
         _check_rope(name, given.get(name) or {})
@@ -177,27 +178,27 @@ def settings_of(found: Mapping[str, Any], family: Family) -> Settings:
     try:
         import transformers
     except ImportError:
-        return Settings(given, "write it there, or install transformers, which knows the family's default")
+        return Settings(given, "add it to the file, or install transformers, which has the family's default")
     try:
         config = getattr(transformers, family.configuration)(**given)
     except Exception as error:
         words = " ".join(str(error).split())
-        raise UserError(f"config.json: transformers refuses it ({words}); {RESTORE}") from None
+        raise UserError(f"config.json: transformers rejects it ({words}); {RESTORE}") from None
     return Settings({name: getattr(config, name, None) for name in names})
 
 
 def _check_rope(name: str, rope: Any) -> None:
-    """Refuses rotary positions that are scaled or partial, whether or not ``name`` is the field that counts."""
+    """Refuses scaled or partial rotary positions, even if transformers would read another field than ``name``."""
     if not isinstance(rope, Mapping):
-        raise UserError(f"config.json: {name}={shown(rope)} is no mapping; {RESTORE}")
+        raise UserError(f"config.json: {name}={shown(rope)}: must be a mapping; {RESTORE}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     fields = {"rope_type": None if kind == "default" else kind}
     fields |= {key: value for key, value in rope.items() if key not in ("rope_type", "type", "rope_theta")}
     for key, value in fields.items():
         if value is not None:
-            raise UserError(f"config.json: {name}: {key}={shown(value)}: our decoder has plain rotary positions only")
+            raise UserError(f"config.json: {name}: {key}={shown(value)}: only plain rotary positions can be imported")
 
 
 def shown(value: Any) -> str:
-    """A value of a file, short and in one line."""
+    """A value of a file, shortened to one line."""
     return " ".join(reprlib.repr(value).split())

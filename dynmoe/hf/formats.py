@@ -1,4 +1,4 @@
-"""Configurations of transformers and ours: which architecture a model is there, and which of ours a checkpoint is."""
+"""Conversion between our configuration and the ``config.json`` of transformers, in both directions."""
 
 from __future__ import annotations
 
@@ -13,50 +13,41 @@ from dynmoe.hf.qwen2_moe import ABSENT_WIDTH
 from dynmoe.hf.routers import read_router, write_router
 from dynmoe.routers import TopK
 
-_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "olmoe": "OlmoeForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "dynmoe": "DynMoEForCausalLM",
-}
-
 
 def standard_architecture(model: ModelConfig) -> str | None:
-    """The architecture of transformers that computes the same as ``model``; None: there is none.
+    """The architecture of transformers that computes the same as ``model``; None if there is none.
 
-    A biased choice (loss-free balancing) is state, and not seen here.
+    Biases of loss-free balancing are state and not considered here.
     """
-    moe, router = model.moe, model.router
+    moe = model.moe
     if not model.moe_layers:
         return "llama" if model.qk_norm is None else None
-    if not isinstance(router, TopK) or len(set(moe.experts_by_layer)) > 1:
+    if not isinstance(model.router, TopK) or len(set(moe.experts_by_layer)) > 1:
         return None
     plain = moe.moe_layer_freq == 1 and not moe.shared_hidden
     if model.qk_norm == "head":
         return None if moe.shared_hidden else "qwen3_moe"
     if model.qk_norm == "projection":
         return "olmoe" if plain and model.heads * model.width_of_head == model.hidden else None
-    if plain and router.resolved.renormalize:
+    if plain and model.router.resolved.renormalize:
         return "mixtral"
     return "qwen2_moe"
 
 
-def to_transformers(config: Config, maker: str, vocab_size: int) -> dict[str, Any]:
-    """``config.json`` of an export, but for its longest sequence and the tokens that begin and end one.
+def to_transformers(config: Config, architecture: str, vocab_size: int) -> dict[str, Any]:
+    """``config.json`` of an export, except the maximum length and the special tokens.
 
-    The base of rotary positions stands in two places: mlx-lm looks into the first, transformers 5 into the second.
+    The base of the rotary positions is written where mlx-lm reads it (top level) and where transformers 5 does.
 
     Args:
-        config: of the run.
-        maker: ``dynmoe``, or what :func:`standard_architecture` says.
-        vocab_size: rows of the embedding.
+        config: configuration of the run.
+        architecture: ``dynmoe``, or the result of :func:`standard_architecture`.
+        vocab_size: number of embedding rows.
     """
-    model, rope = config.model, {"rope_theta": config.model.rope_theta}
+    model = config.model
     common = {
-        "architectures": [_CLASSES[maker]],
-        "model_type": maker,
+        "architectures": [FAMILIES[architecture].model_class],
+        "model_type": architecture,
         "vocab_size": vocab_size,
         "hidden_size": model.hidden,
         "intermediate_size": model.ffn_hidden,
@@ -67,13 +58,13 @@ def to_transformers(config: Config, maker: str, vocab_size: int) -> dict[str, An
         "rms_norm_eps": model.norm_eps,
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tie_embeddings,
-        **rope,
-        "rope_parameters": rope | {"rope_type": "default"},
+        "rope_theta": model.rope_theta,
+        "rope_parameters": {"rope_theta": model.rope_theta, "rope_type": "default"},
     }
-    if maker == "dynmoe":
+    if architecture == "dynmoe":
         return common | _dynmoe(config) | {"auto_map": _CODE}
     common |= {"hidden_act": "silu"}
-    return common if maker == "llama" else common | _top_k(model, maker)
+    return common if architecture == "llama" else common | _top_k(model, architecture)
 
 
 _CODE = {
@@ -95,19 +86,19 @@ def _dynmoe(config: Config) -> dict[str, Any]:
     }
 
 
-def _top_k(model: ModelConfig, maker: str) -> dict[str, Any]:
-    moe, router = model.moe, model.router
-    assert isinstance(router, TopK)
-    balance = router.resolved.balance_loss
-    named: dict[str, Any] = {"num_experts_per_tok": router.k, "router_aux_loss_coef": balance}
-    if maker == "mixtral":
+def _top_k(model: ModelConfig, architecture: str) -> dict[str, Any]:
+    moe = model.moe
+    assert isinstance(model.router, TopK)
+    router = model.router.resolved
+    named: dict[str, Any] = {"num_experts_per_tok": router.k, "router_aux_loss_coef": router.balance_loss}
+    if architecture == "mixtral":
         return named | {
             "num_local_experts": model.max_experts_per_layer,
             "intermediate_size": moe.expert_hidden,
             "sliding_window": None,
         }
-    named |= {"num_experts": model.max_experts_per_layer, "norm_topk_prob": router.resolved.renormalize}
-    if maker == "olmoe":
+    named |= {"num_experts": model.max_experts_per_layer, "norm_topk_prob": router.renormalize}
+    if architecture == "olmoe":
         return named | {"intermediate_size": moe.expert_hidden, "clip_qkv": None, "attention_bias": False}
     named |= {
         "moe_intermediate_size": moe.expert_hidden,
@@ -115,51 +106,51 @@ def _top_k(model: ModelConfig, maker: str) -> dict[str, Any]:
         "mlp_only_layers": [layer for layer in range(model.layers) if not model.is_moe_layer(layer)],
         "use_sliding_window": False,
     }
-    if maker == "qwen2_moe":
+    if architecture == "qwen2_moe":
         return named | {"shared_expert_intermediate_size": moe.shared_hidden or ABSENT_WIDTH, "qkv_bias": True}
     return named | {"attention_bias": False}
 
 
 def from_transformers(found: Mapping[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
-    """Whose checkpoint a ``config.json`` belongs to, and what it says.
+    """Converts a ``config.json``.
 
     Returns:
-        The family, our configuration of the model as overrides, and the fields that an export gives back (``KEPT``).
+        The family, our configuration of the model as overrides, and the fields to keep for an export (``KEPT``).
 
     Raises:
-        UserError: an architecture that is not known, or a field that our decoder cannot honour, by name.
+        UserError: the architecture is unknown, or our decoder does not support a field.
     """
     kind = found.get("model_type")
-    maker = "dynamic_moe" if kind == "llama" and "top_p_threshold" in found else str(kind)
-    if maker not in FAMILIES:
-        raise UserError(f"config.json: model_type={shown(kind)} cannot be imported; known are {', '.join(FAMILIES)}")
-    check_fields(found, FAMILIES[maker])
-    get = settings_of(found, FAMILIES[maker])
-    hidden, heads = get.count("hidden_size"), get.count("num_attention_heads")
+    architecture = "dynamic_moe" if kind == "llama" and "top_p_threshold" in found else str(kind)
+    if architecture not in FAMILIES:
+        raise UserError(f"config.json: model_type={shown(kind)}: cannot be imported; use one of {', '.join(FAMILIES)}")
+    check_fields(found, FAMILIES[architecture])
+    get = settings_of(found, FAMILIES[architecture])
+    hidden = get.count("hidden_size")
     fields: dict[str, Any] = {
         "layers": get.count("num_hidden_layers"),
         "hidden": hidden,
-        "heads": heads,
+        "heads": get.count("num_attention_heads"),
         "vocab_size": get.count("vocab_size"),
         "norm_eps": get["rms_norm_eps"],
         "tie_embeddings": get["tie_word_embeddings"],
         "init_std": get["initializer_range"],
-        **_READERS[maker](get),
+        **_READERS[architecture](get),
     }
     kept = {name: get.optional(name) for name in KEPT if name in get}
     named = {f"model.{name}": value for name, value in fields.items()}
-    if maker == "dynmoe" and fields["moe.experts"]:
+    if architecture == "dynmoe" and fields["moe.experts"]:
         named |= read_router(get["router"], hidden)
-    return maker, [f"{name}={json.dumps(value)}" for name, value in named.items()], kept
+    return architecture, [f"{name}={json.dumps(value)}" for name, value in named.items()], kept
 
 
 def _read_attention(get: Settings) -> dict[str, Any]:
-    hidden, heads = get.count("hidden_size"), get.count("num_attention_heads")
+    heads = get.count("num_attention_heads")
     width = get.optional("head_dim")
     return {
         "kv_heads": heads if get.optional("num_key_value_heads") is None else get.count("num_key_value_heads"),
         "rope_theta": get.rope_theta(),
-        **({} if width in (None, hidden // heads) else {"head_dim": width}),
+        **({} if width in (None, get.count("hidden_size") // heads) else {"head_dim": width}),
     }
 
 
@@ -172,12 +163,7 @@ def _read_mixtral(get: Settings) -> dict[str, Any]:
 
 
 def _read_olmoe(get: Settings) -> dict[str, Any]:
-    return {
-        **_read_attention(get),
-        "qk_norm": "projection",
-        **_experts(get, "intermediate_size"),
-        **_choice(get, get["norm_topk_prob"]),
-    }
+    return _read_mixtral(get) | {"qk_norm": "projection", "router.renormalize": get["norm_topk_prob"]}
 
 
 def _read_qwen3(get: Settings) -> dict[str, Any]:
@@ -185,8 +171,8 @@ def _read_qwen3(get: Settings) -> dict[str, Any]:
 
 
 def _read_qwen2(get: Settings) -> dict[str, Any]:
-    """A shared expert is ours only where its weights are not zeros: see ``qwen2_moe.py``."""
-    kinds = get.optional("layer_types") if "layer_types" in get else None  # which without a window are all alike
+    """Reads Qwen2-MoE; a shared expert with zero weights is removed later, see ``qwen2_moe.py``."""
+    kinds = get.optional("layer_types") if "layer_types" in get else None  # all the same without a window
     if any(kind != "full_attention" for kind in kinds or []):
         raise UserError(f"config.json: layer_types={shown(kinds)}: only full attention can be imported")
     shared = get["shared_expert_intermediate_size"]
@@ -194,38 +180,40 @@ def _read_qwen2(get: Settings) -> dict[str, Any]:
 
 
 def _read_qwen(get: Settings) -> dict[str, Any]:
-    layers, step = get.count("num_hidden_layers"), get.count("decoder_sparse_step")
+    layers = get.count("num_hidden_layers")
+    decoder_sparse_step = get.count("decoder_sparse_step")
     listed = get.optional("mlp_only_layers")
-    dense = set(listed or []) | {n for n in range(layers) if (n + 1) % step}
+    dense = set(listed or []) | {n for n in range(layers) if (n + 1) % decoder_sparse_step}
     return {
         "ffn_hidden": get.count("intermediate_size"),
-        "moe.moe_layer_freq": _every(layers, dense, f"decoder_sparse_step={step} and mlp_only_layers={shown(listed)}"),
+        "moe.moe_layer_freq": _layer_freq(layers, dense, f"{decoder_sparse_step=}, mlp_only_layers={shown(listed)}"),
         **_experts(get, "moe_intermediate_size"),
         **_choice(get, get["norm_topk_prob"]),
     }
 
 
-def _every(layers: int, dense: set[int], source: str) -> int:
-    """Our ``model.moe.moe_layer_freq``, which must leave out just these layers."""
-    every = next((n for n in range(1, layers + 1) if {m for m in range(layers) if m % n} == dense), None)
-    if every is None:
-        raise UserError(
-            f"config.json: {source} leave experts in all layers but {sorted(dense)}: our decoder has them in every "
-            "n-th, from the first on"
-        )
-    return every
+def _layer_freq(layers: int, dense: set[int], source: str) -> int:
+    """The ``model.moe.moe_layer_freq`` with exactly these dense layers."""
+    freq = next((n for n in range(1, layers + 1) if {m for m in range(layers) if m % n} == dense), None)
+    if freq is None:
+        problem = f"dense layers are {sorted(dense)}; only experts in every n-th layer, from the first, can be imported"
+        raise UserError(f"config.json: {source}: {problem}")
+    return freq
 
 
 def _read_dynmoe(get: Settings) -> dict[str, Any]:
-    """An export of ours; older ones called ``layer_experts`` ``num_experts``."""
-    layers, name = get.count("num_hidden_layers"), "layer_experts" if "layer_experts" in get else "num_experts"
-    experts, code, base = get[name], get["auto_map"], get["rope_theta"]
+    """Reads an export of ours; older exports name ``layer_experts`` ``num_experts``."""
+    layers = get.count("num_hidden_layers")
+    name = "layer_experts" if "layer_experts" in get else "num_experts"
+    experts = get[name]
+    code = get["auto_map"]
+    base = get["rope_theta"]
     if not isinstance(experts, list) or len(experts) != layers or any(type(n) is not int or n < 0 for n in experts):
-        raise UserError(f"config.json: {name}={shown(experts)} is not a number for each of {layers} layers; {RESTORE}")
+        raise UserError(f"config.json: {name}={shown(experts)}: must be {layers} integers, one per layer; {RESTORE}")
     if not isinstance(code, Mapping) or any(str(n).rpartition("--")[2] != _CODE.get(k) for k, n in code.items()):
-        raise UserError(f"config.json: auto_map={shown(code)}: only our own code can be imported")
+        raise UserError(f"config.json: auto_map={shown(code)}: must refer to our own code")
     if get.rope_theta() != base:
-        raise UserError(f"config.json: rope_parameters: rope_theta={get.rope_theta()}: our code has rope_theta={base}")
+        raise UserError(f"config.json: rope_parameters: rope_theta={get.rope_theta()}: must equal rope_theta={base}")
     numbers = [count for count in experts if count]
     dense = {layer for layer, count in enumerate(experts) if not count}
     return {
@@ -233,7 +221,7 @@ def _read_dynmoe(get: Settings) -> dict[str, Any]:
         "qk_norm": get.optional("qk_norm"),
         "ffn_hidden": get.count("intermediate_size"),
         "moe.experts": max(numbers, default=0),
-        "moe.moe_layer_freq": _every(layers, dense, f"{name}={shown(experts)}") if numbers else 1,
+        "moe.moe_layer_freq": _layer_freq(layers, dense, f"{name}={shown(experts)}") if numbers else 1,
         "moe.experts_by_layer": numbers if len(set(numbers)) > 1 else [],
         "moe.expert_hidden": get.count("moe_intermediate_size"),
         "moe.shared_hidden": get["shared_expert_intermediate_size"],
@@ -241,17 +229,14 @@ def _read_dynmoe(get: Settings) -> dict[str, Any]:
 
 
 def _read_dynamic_moe(get: Settings) -> dict[str, Any]:
-    """The release of arXiv 2403.07652: top-p, experts in every ``expert_frequency``-th layer from the first on.
+    """Reads the release of arXiv 2403.07652: top-p, experts in every ``expert_frequency``-th layer from the first.
 
-    Its code reads neither ``num_key_value_heads``, which are as many as the others, nor ``rope_theta``.
+    Its code ignores ``num_key_value_heads`` (it has one per query head) and ``rope_theta``.
     """
     heads = get.count("num_attention_heads")
     if "num_key_value_heads" in get and get.optional("num_key_value_heads") not in (None, heads):
-        problem = f"the released code has as many as num_attention_heads ({heads})"
-        raise UserError(
-            f"config.json: num_key_value_heads={shown(get['num_key_value_heads'])}: {problem}; "
-            "restore the checkpoint's own file"
-        )
+        problem = f"the released code uses num_attention_heads ({heads}); {RESTORE}"
+        raise UserError(f"config.json: num_key_value_heads={shown(get['num_key_value_heads'])}: {problem}")
     return {
         "kv_heads": heads,
         "rope_theta": 10000.0,

@@ -1,4 +1,4 @@
-"""A run as one file of GGUF, which llama.cpp and what is built on it read."""
+"""Export of a run as a single GGUF file, for llama.cpp and the tools that are built on it."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from dynmoe.trained import TrainedDecoder, open_trained
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-# What --type says of matrices, and what GGUF calls a file of them.
+# Element types of matrices (--type), and the file types that GGUF has for them.
 TYPES = {"f32": "ALL_F32", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-# What chooses experts is fp32 in every file, and so are vectors: llama.cpp's own tools do the same.
+# Gates and vectors are fp32 in every file, as llama.cpp's own tools write them.
 _EXACT = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
-_BLOCK = 32  # numbers that share a scale in q8_0
+_BLOCK = 32  # numbers of a row that share a scale in q8_0
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a file has.
+    """A GGUF file that was written.
 
     Attributes:
-        architecture: in llama.cpp.
-        parameters: their number.
-        size: of the file, in bytes.
+        architecture: the architecture, as llama.cpp calls it.
+        parameters: number of parameters.
+        size: size of the file, in bytes.
     """
 
     architecture: str
@@ -48,47 +48,48 @@ class Written:
 
 
 def write_gguf(run: Path, output: Path, kind: str = "f32") -> Written:
-    """Writes the newest sound checkpoint of a run, of either engine, as a file that llama.cpp reads.
+    """Writes the latest valid checkpoint of a run, of either engine, as a file for llama.cpp.
 
-    Rows of the embedding that stand for no piece are left out: llama.cpp would write them.
+    Embedding rows that represent no piece are omitted, because llama.cpp would generate them.
 
     Args:
         run: directory of the run.
-        output: the file; must not exist.
-        kind: of the matrices, a key of ``TYPES``.
+        output: path of the file; must not exist.
+        kind: element type of the matrices, a key of ``TYPES``.
 
     Raises:
-        UserError: no run, no sound checkpoint, an output that exists, or a model or tokenizer unlike any of llama.cpp.
+        UserError: no run, no valid checkpoint, an existing output, or a model or tokenizer unsupported by llama.cpp.
     """
     if kind not in TYPES:
-        cure = "llama.cpp's llama-quantize makes others of bf16"
-        raise UserError(f"--type {kind}: is not one of {', '.join(TYPES)}; {cure}")
+        cure = "for another type, convert a bf16 file with llama.cpp's llama-quantize"
+        raise UserError(f"--type {kind}: must be one of {', '.join(TYPES)}; {cure}")
     if output.exists():
         raise UserError(f"FILE: {output} exists; name a new file")
-    _need_gguf()
+    try:
+        from gguf import GGUFWriter
+    except ModuleNotFoundError:
+        raise UserError("gguf: the package is not installed; run: pip install 'dynmoe[gguf]'") from None
     settings = load_config(RunDirectory(run).config).model
     architecture = find_architecture(settings)
     if kind == "q8_0":
         _check_rows(settings)
-    model, kept = open_trained(run, torch.device("cpu")), Kept.of(run)
-    _check_choices(model)
+    model = open_trained(run, torch.device("cpu"))
+    kept = Kept.of(run)
+    _check_router_state(model)
     words = vocabulary(model.tokenizer)
-    ids = own_fields(model, model.tokenizer, kept)
+    ids = own_fields(model, model.tokenizer, kept) | {"unk_token_id": model.tokenizer.unknown}
     if ids["pad_token_id"] is None:
         ids["pad_token_id"] = padding(model.tokenizer)
     fields = describe(settings, architecture, len(words.pieces), ids["max_position_embeddings"])
     weights = {name: own.detach() for name, own in model.decoder.named_parameters()}
     made = dict(tensors(settings, architecture, weights, len(words.pieces)))
-
-    from gguf import GGUFWriter
-
     building = output.with_name(f"{output.name}.tmp-{secrets.token_hex(4)}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
             writer = GGUFWriter(building, architecture)
             _add_fields(writer, kind, fields)
-            _add_vocabulary(writer, words, model.tokenizer.unknown, ids, _Habits.of(kept))
+            _add_vocabulary(writer, words, ids, _SpecialTokens.of(kept))
             _write(writer, made, kind)
             size = building.stat().st_size
             building.rename(output)
@@ -99,15 +100,8 @@ def write_gguf(run: Path, output: Path, kind: str = "f32") -> Written:
     return Written(architecture, sum(tensor.numel() for tensor in made.values()), size)
 
 
-def _need_gguf() -> None:
-    try:
-        import gguf  # noqa: F401
-    except ModuleNotFoundError:
-        raise UserError("gguf: the package that writes such files is not here; pip install 'dynmoe[gguf]'") from None
-
-
 def _check_rows(model: ModelConfig) -> None:
-    """Refuses matrices whose rows are no whole blocks of q8_0."""
+    """Refuses matrices whose row length is not a multiple of q8_0's block."""
     widths = {
         "model.hidden": model.hidden,
         "model.head_dim": model.heads * model.width_of_head,
@@ -117,33 +111,32 @@ def _check_rows(model: ModelConfig) -> None:
     }
     for field, width in widths.items():
         if width % _BLOCK:
-            problem = f"q8_0 packs rows by {_BLOCK} numbers, and {width} is no multiple"
+            problem = f"q8_0 packs {_BLOCK} numbers of a row, and {width} is not a multiple of {_BLOCK}"
             value = model.width_of_head if field == "model.head_dim" else width
             raise ConfigError(field, value, problem, "use --type bf16")
 
 
-def _check_choices(model: TrainedDecoder) -> None:
-    """Refuses what training has changed in the choice of experts, which no file can say."""
+def _check_router_state(model: TrainedDecoder) -> None:
+    """Refuses selection biases and inactive experts, which a GGUF file cannot express."""
     for layer, moe in zip(model.config.model.moe_layers, model.decoder.moe_layers, strict=True):
         state = dict(moe.router.named_buffers())
         if bool(state["bias_E"].any()):
-            raise UserError(
-                f"layer {layer}: loss-free balancing biases its choices, which llama.cpp cannot do; {SERVERS}"
-            )
+            problem = "has biases of loss-free balancing, which llama.cpp does not support"
+            raise UserError(f"layer {layer}: {problem}; {SERVERS}")
         if not bool(state["active_E"].all()):
-            gone = (~state["active_E"].bool()).nonzero().flatten().tolist()
-            cure = "drop them (python -m dynmoe.compact RUN), or " + SERVERS
-            raise UserError(f"layer {layer}: its experts {gone} are switched off, which llama.cpp cannot do; {cure}")
+            inactive = (~state["active_E"].bool()).nonzero().flatten().tolist()
+            problem = f"experts {inactive} are inactive, which llama.cpp does not support"
+            raise UserError(f"layer {layer}: {problem}; remove them (python -m dynmoe.compact RUN), or {SERVERS}")
 
 
 @dataclass(frozen=True)
-class _Habits:
-    """What a tokenizer that came with an imported checkpoint does beside making ids of a text; ours does nothing.
+class _SpecialTokens:
+    """Special tokens that an imported tokenizer adds to a text (ours adds none), and its chat template.
 
     Attributes:
-        begins: it puts the token that begins a text before it.
-        ends: it puts the one that ends a text behind it.
-        template: of conversations; empty where there is none.
+        begins: whether it prepends the BOS token.
+        ends: whether it appends the EOS token.
+        template: the chat template; empty if there is none.
     """
 
     begins: bool = False
@@ -151,14 +144,14 @@ class _Habits:
     template: str = ""
 
     @classmethod
-    def of(cls, kept: Kept) -> _Habits:
-        """Asks transformers, as several files have a say in it."""
+    def of(cls, kept: Kept) -> _SpecialTokens:
+        """Asks transformers, because several files determine the result."""
         if not kept.has_tokenizer:
             return cls()
         try:
             from transformers import AutoTokenizer
         except ModuleNotFoundError:
-            raise UserError("transformers: the imported tokenizer needs it; pip install 'dynmoe[hf]'") from None
+            raise UserError("transformers: the imported tokenizer requires it; run: pip install 'dynmoe[hf]'") from None
         with tempfile.TemporaryDirectory() as folder:
             kept.write(Path(folder))
             theirs = AutoTokenizer.from_pretrained(folder)
@@ -179,7 +172,7 @@ def _add_fields(writer: GGUFWriter, kind: str, fields: dict[str, int | float]) -
         add(f"{writer.arch}.{name}", value)
 
 
-def _add_vocabulary(writer: GGUFWriter, words: Vocabulary, unknown: int, ids: dict[str, Any], habits: _Habits) -> None:
+def _add_vocabulary(writer: GGUFWriter, words: Vocabulary, ids: dict[str, Any], added: _SpecialTokens) -> None:
     writer.add_tokenizer_model(words.model)
     writer.add_tokenizer_pre("default")
     writer.add_token_list(words.pieces)
@@ -189,19 +182,19 @@ def _add_vocabulary(writer: GGUFWriter, words: Vocabulary, unknown: int, ids: di
     writer.add_remove_extra_whitespaces(words.spaces_as_one)
     if words.charsmap:
         writer.add_precompiled_charsmap(words.charsmap)
-    writer.add_unk_token_id(unknown)
     ends = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
-    special = {"bos": ids["bos_token_id"], "pad": ids["pad_token_id"]} | dict(zip(("eos", "eot"), ends, strict=False))
+    special = {name: ids[f"{name}_token_id"] for name in ("unk", "bos", "pad")}
+    special |= dict(zip(("eos", "eot"), ends, strict=False))
     for name, token in special.items():
         if token is not None and token < len(words.pieces):
             getattr(writer, f"add_{name}_token_id")(token)
-    writer.add_add_bos_token(habits.begins)
-    writer.add_add_eos_token(habits.ends)
-    writer.add_chat_template(habits.template)
+    writer.add_add_bos_token(added.begins)
+    writer.add_add_eos_token(added.ends)
+    writer.add_chat_template(added.template)
 
 
 def _write(writer: GGUFWriter, made: dict[str, Tensor], kind: str) -> None:
-    """The whole file; of the tensors one at a time is converted."""
+    """Writes the whole file, converting one tensor at a time."""
     import numpy as np
     from gguf import GGMLQuantizationType, quant_shape_to_byte_shape, quantize
 

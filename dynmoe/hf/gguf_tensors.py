@@ -1,7 +1,7 @@
-"""A model in the words of llama.cpp: its architecture, the fields that describe it, and its tensors by their names.
+"""A model as llama.cpp represents it: architecture, metadata fields, tensor names.
 
-Names and fields are those of the GGUF specification (docs/gguf.md of ggml) and of the tables in the package ``gguf``;
-what an architecture can be is what llama.cpp computes for it (src/models in its repository).
+Names and fields follow the GGUF specification (docs/gguf.md of ggml) and the tables in the package ``gguf``. What an
+architecture computes follows llama.cpp (src/models in its repository).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dynmoe.hf.formats import standard_architecture
 from dynmoe.routers import TopK
 
 SERVERS = "serve its export (python -m dynmoe.hf export) with transformers or vLLM"
-# Of transformers' architectures, llama.cpp's: where gates are left as they are, and where they are made to sum to 1.
-# There a field says it, here the architecture: two are named after models of others that compute the same.
+# For each architecture of transformers, llama.cpp's without and with gates that are normalized to sum to 1: in
+# transformers a field selects this, in llama.cpp the architecture. Two bear the names of other, equivalent models.
 _NAMES = {
     "llama": ("llama", "llama"),
     "mixtral": (None, "llama"),
@@ -26,60 +26,60 @@ _NAMES = {
     "qwen2_moe": ("qwen2moe", "granitemoe"),
     "qwen3_moe": ("dots1", "qwen3moe"),
 }
-# The two rows of a head that rotary positions turn together lie one below the other.
+# Architectures with interleaved rotary positions: the two rows that are rotated together are neighbors.
 _PAIRED = ("llama", "granitemoe")
-_WITHOUT_GROUPS = ("olmoe", "dots1")  # have keys and values for every head
-_MUST_SHARE = ("qwen2moe", "dots1")  # have a shared expert in any case: one of zeros adds nothing
-_MUST_NOT_TIE = ("olmoe", "qwen2moe", "dots1")  # have an output beside the embedding in any case
-_SOFTMAX = 1  # of the functions that give scores
-_NEARLY_ZERO = (1e-10, 1e-24)  # times any input it changes no digit of a sigmoid of one half
+_WITHOUT_GROUPS = ("olmoe", "dots1")  # store keys and values for every query head
+_MUST_SHARE = ("qwen2moe", "dots1")  # always have a shared expert: one of zeros adds nothing
+_MUST_NOT_TIE = ("olmoe", "qwen2moe", "dots1")  # always have an output matrix in addition to the embedding
+_SOFTMAX = 1  # the gating function, as llama.cpp numbers them
+_NEARLY_ZERO = (1e-10, 1e-24)  # too small for any input to move the sigmoid away from one half
 
 
 def find_architecture(model: ModelConfig) -> str:
-    """The architecture of llama.cpp that computes what ``model`` does, if nothing biases its choices.
+    """The architecture of llama.cpp that computes the same as ``model``, if the selection has no biases.
 
     Raises:
-        ConfigError: there is none; the field that stands against it is named.
+        ConfigError: there is none; the error names the field that rules it out.
     """
-    maker = standard_architecture(model)
+    architecture = standard_architecture(model)
     moe = model.moe
     renormalize = isinstance(model.router, TopK) and model.router.resolved.renormalize
-    if maker is None:
+    if architecture is None:
         raise _without_architecture(model)
-    if maker != "llama" and moe.moe_layer_freq != 1:
-        problem = "llama.cpp wants experts in every layer"
+    if architecture != "llama" and moe.moe_layer_freq != 1:
+        problem = "llama.cpp requires experts in every layer"
         raise ConfigError("model.moe.moe_layer_freq", moe.moe_layer_freq, problem, SERVERS)
-    name = _NAMES[maker][bool(renormalize)]
+    name = _NAMES[architecture][bool(renormalize)]
     if name is None:
-        problem = f"llama.cpp's {maker} leaves the gates of a token as they are"
+        problem = f"llama.cpp's {architecture} does not normalize the gates of a token"
         raise ConfigError("model.router.renormalize", renormalize, problem, SERVERS)
     if name == "qwen2moe" and model.heads * model.width_of_head != model.hidden:
-        problem = f"heads of llama.cpp's qwen2moe have model.hidden / model.heads ({model.hidden} / {model.heads})"
+        problem = f"must be model.hidden / model.heads ({model.hidden} / {model.heads}) for llama.cpp's qwen2moe"
         raise ConfigError("model.head_dim", model.width_of_head, problem, SERVERS)
     return name
 
 
 def _without_architecture(model: ModelConfig) -> ConfigError:
-    router, moe = model.router, model.moe
-    if model.moe_layers and not isinstance(router, TopK):
+    moe = model.moe
+    if model.moe_layers and not isinstance(model.router, TopK):
         problem = "llama.cpp gives every token the same number of experts"
-        return ConfigError("model.router.kind", router.kind, problem, SERVERS)
+        return ConfigError("model.router.kind", model.router.kind, problem, SERVERS)
     if len(set(moe.experts_by_layer)) > 1:
-        problem = "llama.cpp has as many experts in every layer"
+        problem = "llama.cpp requires the same number of experts in every layer"
         return ConfigError("model.moe.experts_by_layer", moe.experts_by_layer, problem, SERVERS)
     experts = f"model.moe.moe_layer_freq={moe.moe_layer_freq}, shared_hidden={moe.shared_hidden}"
     others = experts if model.moe_layers else "no experts"
-    return ConfigError("model.qk_norm", model.qk_norm, f"nothing in llama.cpp has it with {others}", SERVERS)
+    return ConfigError("model.qk_norm", model.qk_norm, f"llama.cpp has no architecture for it with {others}", SERVERS)
 
 
 def describe(model: ModelConfig, name: str, vocab_size: int, longest: int) -> dict[str, int | float]:
-    """The fields of a file, without the architecture's name before them.
+    """The metadata fields of a file, without the architecture's name as prefix.
 
     Args:
-        model: to be described.
-        name: of its architecture, in llama.cpp.
-        vocab_size: rows of the embedding in the file.
-        longest: sequence, in tokens.
+        model: configuration of the model.
+        name: the architecture, as llama.cpp calls it.
+        vocab_size: number of embedding rows in the file.
+        longest: maximum sequence length, in tokens.
     """
     moe = model.moe
     fields: dict[str, int | float] = {
@@ -113,13 +113,13 @@ def describe(model: ModelConfig, name: str, vocab_size: int, longest: int) -> di
 def tensors(
     model: ModelConfig, name: str, weights: Mapping[str, Tensor], vocab_size: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a file, by name, in fp32; the last axis of ours is the first of GGUF's.
+    """All tensors of a file by name, in fp32. GGUF numbers axes in reverse: our last axis is its first.
 
     Args:
-        model: the architecture.
-        name: of the architecture, in llama.cpp.
-        weights: of the plain decoder, by name.
-        vocab_size: rows of the embedding that stand for pieces; any further ones are left out.
+        model: configuration of the model.
+        name: the architecture, as llama.cpp calls it.
+        weights: weights of our decoder, by name.
+        vocab_size: number of embedding rows that represent pieces; further rows are omitted.
     """
     embedding_VD = weights["w_embed_VD"][:vocab_size]
     yield "token_embd.weight", embedding_VD
@@ -154,9 +154,9 @@ def _attention(model: ModelConfig, name: str, ours: Mapping[str, Tensor]) -> Ite
     query_ID, key_ID, value_ID = ours["attention.w_qkv"].split(rows)
     norms = {part: ours[f"attention.{part}.weight"] for part in ("q_norm", "k_norm") if model.qk_norm is not None}
     if name in _PAIRED:
-        query_ID, key_ID = _in_pairs(query_ID, width), _in_pairs(key_ID, width)
+        query_ID, key_ID = (_in_pairs(rows_ID, width) for rows_ID in (query_ID, key_ID))
     elif name in _WITHOUT_GROUPS:
-        key_ID, value_ID = _for_every_head(key_ID, model), _for_every_head(value_ID, model)
+        key_ID, value_ID = (_for_every_head(rows_ID, model) for rows_ID in (key_ID, value_ID))
         if model.qk_norm == "projection":
             norms["k_norm"] = _for_every_head(norms["k_norm"], model)
     yield from (("attn_q", query_ID), ("attn_k", key_ID), ("attn_v", value_ID))
@@ -166,18 +166,18 @@ def _attention(model: ModelConfig, name: str, ours: Mapping[str, Tensor]) -> Ite
 
 
 def _in_pairs(projection_ID: Tensor, width: int) -> Tensor:
-    """Rows of heads from halves, of which rotary positions turn one row of each together, to pairs of such rows."""
+    """Reorders the rows of each head so that the two rows that are rotated together are neighbors."""
     return projection_ID.unflatten(0, (-1, 2, width // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _for_every_head(own: Tensor, model: ModelConfig) -> Tensor:
-    """Rows of each group of heads, once for each head of it; a norm over all is the same, as each counts as often."""
+    """Repeats the rows of each key-value head for every query head; a norm over all heads stays the same."""
     groups = own.unflatten(0, (model.kv_heads, model.width_of_head))
     return groups.repeat_interleave(model.heads // model.kv_heads, dim=0).flatten(0, 1)
 
 
 def _swiglu(up: Tensor, down: Tensor, which: str) -> Iterator[tuple[str, Tensor]]:
-    """Gate, up and down projection of one feed-forward, from [2F, D] and [D, F], or of all experts, with E before."""
+    """Gate, up and down projection of a feed-forward layer, from [2F, D] and [D, F], or of experts, stacked over E."""
     gate, up = up.chunk(2, dim=-2)
     yield from ((f"ffn_gate{which}", gate), (f"ffn_up{which}", up), (f"ffn_down{which}", down))
 
@@ -185,17 +185,16 @@ def _swiglu(up: Tensor, down: Tensor, which: str) -> Iterator[tuple[str, Tensor]
 def _shared_expert(model: ModelConfig, name: str, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The shared expert, or one of zeros.
 
-    Qwen2-MoE multiplies it by the sigmoid of a gate, which is to be one half. llama.cpp computes silu(x) / x for that,
-    which for zero is no number: x is as good as zero, by two weights so far apart that it is not, where one input is.
+    Qwen2-MoE multiplies it by the sigmoid of a gate, which has to be one half. llama.cpp computes that sigmoid as
+    silu(x) / x, which is NaN for x = 0. The gate therefore has two tiny weights of different magnitude: x is almost
+    zero, and not exactly zero even if one of the two inputs is.
     """
-    if model.moe.shared_hidden:
-        up_HD, down_DF = ours["moe.shared.w_up_HD"], ours["moe.shared.w_down_DF"]
-    else:
-        width = model.moe.expert_hidden
-        up_HD, down_DF = torch.zeros(2 * width, model.hidden), torch.zeros(model.hidden, width)
+    width = model.moe.expert_hidden
+    up_HD = ours.get("moe.shared.w_up_HD", torch.zeros(2 * width, model.hidden))
+    down_DF = ours.get("moe.shared.w_down_DF", torch.zeros(model.hidden, width))
     if name == "qwen2moe":
         gate_D = torch.zeros(model.hidden)
-        gate_D[0], gate_D[1] = _NEARLY_ZERO
+        gate_D[:2] = torch.tensor(_NEARLY_ZERO)
         yield "ffn_gate_inp_shexp", gate_D
         down_DF = 2 * down_DF
     yield from _swiglu(up_HD, down_DF, "_shexp")

@@ -1,8 +1,8 @@
-"""A sentencepiece model as the vocabulary of a GGUF file, from which llama.cpp makes the ids of training.
+"""A sentencepiece model as the vocabulary of a GGUF file, with which llama.cpp gives the ids of training.
 
-llama.cpp has two tokenizers for sentencepiece's models (src/llama-vocab.cpp in its repository): ``llama`` merges pairs
-by score, as byte-pair encodings do, and ``t5`` looks for the best sum of scores, as unigram models do. Neither does all
-that sentencepiece does: what they leave out is refused.
+llama.cpp has two tokenizers for sentencepiece models (src/llama-vocab.cpp in its repository): ``llama`` merges pairs by
+score (byte-pair encoding), and ``t5`` maximizes the sum of scores (unigram). Neither implements all of sentencepiece;
+a model that needs a missing feature is refused.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _PIECE = sentencepiece_model_pb2.ModelProto.SentencePiece
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a file says about text.
+    """The vocabulary of a GGUF file.
 
     Attributes:
-        model: of llama.cpp's tokenizers.
-        pieces: texts of the tokens.
-        scores: of each of them.
-        types: of each of them; sentencepiece and GGUF number them alike.
-        space_before: a space is put before a text.
-        spaces_as_one: spaces in a row count as one, and those at the ends not at all.
-        charsmap: sentencepiece's table of characters that are replaced; none where it is empty.
+        model: name of llama.cpp's tokenizer.
+        pieces: text of each token.
+        scores: score of each token.
+        types: type of each token; sentencepiece and GGUF use the same numbers.
+        space_before: whether a space is prepended to a text.
+        spaces_as_one: whether runs of spaces become one space, and leading and trailing spaces are removed.
+        charsmap: sentencepiece's table of character replacements; may be empty.
     """
 
     model: str
@@ -45,15 +45,15 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    """Reads a sentencepiece model.
+    """Converts a sentencepiece model.
 
     Raises:
-        UserError: llama.cpp would make other ids of some text.
+        UserError: llama.cpp would give other ids for some text.
     """
     model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.content)
     for problem in _problems(model):
-        cure = "prepare the corpus with a tokenizer of data_prep's, or serve the export (python -m dynmoe.hf export)"
-        raise UserError(f"tokenizer: {problem}, which llama.cpp cannot do; {cure}")
+        cure = "prepare the corpus with a tokenizer from data_prep, or serve the export (python -m dynmoe.hf export)"
+        raise UserError(f"tokenizer: {problem}, which llama.cpp does not support; {cure}")
     unigram = model.trainer_spec.model_type == model.trainer_spec.UNIGRAM
     return Vocabulary(
         model="t5" if unigram else "llama",
@@ -67,25 +67,26 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
 
 
 def _text(piece: Any) -> str:
-    """Of a token: llama.cpp looks for pieces of the user before spaces are escaped, and for others afterwards."""
+    """Text of a token. llama.cpp matches user-defined pieces before it escapes spaces, and other pieces afterwards."""
     return piece.piece.replace(_SPACE, " ") if piece.type == _PIECE.USER_DEFINED else piece.piece
 
 
 def _problems(model: Any) -> Iterator[str]:
-    """What sentencepiece does with this model, and llama.cpp does not."""
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    """Features of this model that llama.cpp lacks, as clauses of an error message."""
+    trainer = model.trainer_spec
+    normalizer = model.normalizer_spec
     bpe, unigram = (trainer.model_type == kind for kind in (trainer.BPE, trainer.UNIGRAM))
     own = [_text(piece) for piece in model.pieces if piece.type == _PIECE.USER_DEFINED]
     if not bpe and not unigram:
         yield "its pieces are whole words or single characters"
     if any(piece.type == _PIECE.UNUSED for piece in model.pieces):
-        yield "it has pieces that are not to be used"
+        yield "it has unused pieces"
     if trainer.treat_whitespace_as_suffix:
-        yield "its spaces come behind words"
+        yield "it treats spaces as suffixes of words"
     if not normalizer.escape_whitespaces:
-        yield "its spaces are not escaped"
+        yield "it does not escape spaces"
     for text in (piece.piece for piece in model.pieces if piece.type == _PIECE.USER_DEFINED and " " in piece.piece):
-        yield f"its piece {text!r} holds a space, and is never used for that"
+        yield f"its piece {text!r} contains a space and therefore never matches"
     if bpe:
         yield from _problems_of_bpe(trainer, normalizer, own)
     elif unigram:
@@ -94,27 +95,27 @@ def _problems(model: Any) -> Iterator[str]:
 
 def _problems_of_bpe(trainer: Any, normalizer: Any, own: Sequence[str]) -> Iterator[str]:
     if not trainer.byte_fallback:
-        yield "a character without a piece becomes the unknown piece and not bytes"
+        yield "it has no byte fallback: an unknown character becomes the unknown piece"
     if normalizer.precompiled_charsmap:
-        yield f"it replaces characters by others ({normalizer.name})"
+        yield f"it replaces characters ({normalizer.name})"
     if normalizer.remove_extra_whitespaces:
-        yield "it makes one of several spaces"
+        yield "it merges runs of spaces"
     if own and normalizer.add_dummy_prefix:
-        yield f"it puts a space before a text, but none behind pieces of the user ({own[0]!r})"
+        yield f"it prepends a space to a text, but not after user-defined pieces ({own[0]!r})"
     for first, second in permutations(own, 2):
         if len(first.encode()) <= len(second.encode()) and _may_overlap(first, second):
-            yield f"of its pieces {first!r} and {second!r}, where they overlap, the first in the text counts"
+            yield f"where its pieces {first!r} and {second!r} overlap, it uses the one that begins first"
 
 
 def _problems_of_unigram(trainer: Any, normalizer: Any, own: Sequence[str]) -> Iterator[str]:
     if trainer.byte_fallback:
-        yield "a character without a piece becomes bytes in a unigram model"
+        yield "it is a unigram model with byte fallback"
     if own:
-        yield f"it has pieces of the user ({own[0]!r}) in a unigram model"
+        yield f"it is a unigram model with user-defined pieces ({own[0]!r})"
     if normalizer.add_dummy_prefix != normalizer.remove_extra_whitespaces:
-        yield "of a space before a text and spaces in a row as one it has only one"
+        yield "it is a unigram model that either prepends a space or merges runs of spaces, but not both"
 
 
 def _may_overlap(first: str, second: str) -> bool:
-    """Whether a text can hold ``second`` from within ``first`` on and beyond its end."""
+    """Whether ``second`` can begin inside ``first`` and extend beyond its end."""
     return any(second.startswith(first[start:]) for start in range(1, len(first)))

@@ -1,4 +1,4 @@
-"""What comes with a checkpoint beside its weights, stays with the run, and goes out again with its export."""
+"""Files and fields of an imported checkpoint that the run keeps and its export includes again."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _FILES = (
 
 
 def to_keep(source: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
-    """Files for the directory of a run that begins with the checkpoint in ``source``, by their place there.
+    """Files of the checkpoint in ``source`` that a run keeps, by their path in the run directory.
 
     Args:
         source: directory of the checkpoint.
-        config: its ``config.json``, with the fields of ``KEPT`` that the family has by default.
+        config: its ``config.json``, with the family's defaults for the fields of ``KEPT``.
     """
     files = {f"{IMPORTED}/{_CONFIG}": json.dumps(config, indent=2).encode()}
     for path in (path for pattern in _FILES for path in sorted(source.glob(pattern)) if path.is_file()):
@@ -36,11 +36,11 @@ def to_keep(source: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a run has of the checkpoint that it began with; nothing where it began otherwise.
+    """What a run keeps of its imported checkpoint; empty if it was not imported.
 
     Attributes:
-        fields: those of ``KEPT``.
-        files: ``config.json``, the tokenizer and generation with it, by name.
+        fields: the fields of ``KEPT``.
+        files: ``config.json``, tokenizer and generation settings, by name.
     """
 
     fields: dict[str, Any] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Kept:
 
     @classmethod
     def of(cls, run: Path) -> Kept:
-        """Reads a run directory; the tokenizer is left out where the run was trained with another one."""
+        """Reads a run directory; skips the imported tokenizer if the run was trained with another one."""
         folder = run / IMPORTED
         if not folder.exists():
             return cls()
@@ -61,12 +61,12 @@ class Kept:
         return cls(fields, files)
 
     def write(self, directory: Path) -> None:
-        """Puts the files into a directory."""
+        """Writes the files into a directory."""
         for name, content in self.files.items():
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content)
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether transformers finds a tokenizer among the files; sentencepiece's alone says too little."""
+        """Whether the files contain a tokenizer for transformers; a sentencepiece model alone is not enough."""
         return "tokenizer.json" in self.files or "tokenizer_config.json" in self.files

@@ -1,9 +1,7 @@
-"""DynMoE in transformers 5: each token takes the experts it needs. This file travels with the weights.
+"""DynMoE in transformers 5: each token takes a dynamic number of experts. This file ships with the weights.
 
-An export puts it beside them, with the others that it imports.
-
-Shape letters: B sequences, S their latest tokens, P all positions so far, T = B * S, D model dimension, H query heads,
-K key-value heads, d width of a head, E experts, F expert width.
+Shape letters: B sequences, S new tokens of each, P all positions so far, T = B * S, D model dimension, H query heads,
+K key-value heads, d head width, E experts, F expert width.
 """
 
 from __future__ import annotations
@@ -30,15 +28,15 @@ from transformers.utils.deprecation import deprecate_kwarg
 from dynmoe.hf.attention_dynmoe import DynMoEAttention
 from dynmoe.hf.configuration_dynmoe import DynMoEConfig, tensor_parallel_plan
 from dynmoe.hf.moe_dynmoe import DynMoEBlock, DynMoEExperts, DynMoEMLP, DynMoERouter, router_buffers
-from dynmoe.hf.serving_dynmoe import ExpertsHost  # noqa: F401 (transformers 5.6 takes along what this file names)
+from dynmoe.hf.serving_dynmoe import ExpertsHost  # noqa: F401 (transformers 5.6 copies only files imported here)
 from dynmoe.ops.opaque import opaque_experts  # noqa: F401
 from dynmoe.routers.base import without_shape
 from dynmoe.routing import RoutingPlan  # noqa: F401
 
-# transformers renamed the argument and the field during version 5.
+# transformers 5.x renamed the cache argument and field.
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 _CACHE = "cache" if "cache" in _MASK_ARGUMENTS else "past_key_values"
-_with_its_old_name = (
+_accepts_old_name = (
     deprecate_kwarg("past_key_values", "5.40.0", new_name="cache") if _CACHE == "cache" else lambda forward: forward
 )
 
@@ -58,7 +56,7 @@ class DynMoEDecoderLayer(GradientCheckpointingLayer):
         self, x_BSD: Tensor, angles: tuple[Tensor, Tensor], mask: Any, counted_T: Tensor | None, wanted: bool,
         cache: Any = None, **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:  # fmt: skip
-        """The output, attention weights where they are computed, and what the router has to say where ``wanted``."""
+        """Returns the output, the attention weights if computed, and, if ``wanted``, the router's outputs."""
         attended, weights = self.self_attn(self.input_layernorm(x_BSD), angles, mask, cache, **kwargs)
         x_BSD = x_BSD + attended
         normed_BSD = self.post_attention_layernorm(x_BSD)
@@ -70,13 +68,13 @@ class DynMoEDecoderLayer(GradientCheckpointingLayer):
 
 @dataclass
 class DynMoEModelOutput(MoeModelOutputWithPast):
-    """With ``output_router_logits``, of the MoE layers in order, padding included:
+    """Outputs with ``output_router_logits``, for the MoE layers in order, including padding.
 
     Attributes:
-        router_logits: of each layer [B, S, E]; those of null experts at the end.
-        routing_maps: of each layer [B, S, E], True where an expert computes a token.
-        experts_per_token: [layers, B, S].
-        aux_loss: the routers' losses, times their coefficients, summed over layers; without padding.
+        router_logits: logits of each layer, [B, S, E]; null experts come last.
+        routing_maps: routing map of each layer, [B, S, E]: True if the expert processes the token.
+        experts_per_token: number of experts, [layers, B, S].
+        aux_loss: the routers' losses, times their coefficients, summed over layers, excluding padding.
     """
 
     routing_maps: tuple[Tensor, ...] | None = None
@@ -118,11 +116,11 @@ class DynMoEPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: DynMoEConfig) -> None:
         config.check_overrides()
-        if config._attn_implementation == "vllm":  # whose attention has a rank's own heads: see ``ProjectionNorm``
+        if config._attn_implementation == "vllm":  # attention of local heads only, see ``ProjectionNorm``
             config.base_model_tp_plan = tensor_parallel_plan(config, gathers=False)
         super().__init__(config)
         state = router_buffers(config, 1) if any(config.layer_experts) else {}
-        # In bf16 thresholds would move.
+        # bf16 would change the thresholds.
         self._keep_in_fp32_modules_strict = {f"router.{without_shape(name)}" for name in state}
 
     @torch.no_grad()
@@ -147,36 +145,37 @@ class DynMoEModel(DynMoEPreTrainedModel):
         self.layers = nn.ModuleList([DynMoEDecoderLayer(config, n) for n in range(config.num_hidden_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-        # Who stretches positions when serving means Llama's ways of doing so.
+        # Servers that scale positions expect Llama's methods.
         self.scaled_rotary = None if kind == "default" else LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
     @property
     def expert_counts(self) -> list[list[int]]:
-        """Of each MoE layer the tokens so far, and the experts that they took; waits for the device.
+        """Number of tokens so far and of their experts, for each MoE layer; synchronizes with the device.
 
         Raises:
-            ValueError: nothing is counted, as ``config.count_experts`` is off.
+            ValueError: ``config.count_experts`` is off.
         """
         blocks = [layer.mlp for layer in self.layers if isinstance(layer.mlp, DynMoEBlock)]
         counts = [block.counts_2.tolist() for block in blocks if block.counts_2 is not None]
         if len(counts) < len(blocks):
-            raise ValueError("count_experts=False: nothing is counted; load the model with count_experts=True")
+            raise ValueError("count_experts=False: experts are not counted; load the model with count_experts=True")
         return counts
 
     def _angles(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rotary positions, fp32 [B, S, d]."""
+        """Cosine and sine of the rotary positions, fp32 [B, S, d]."""
         if self.scaled_rotary is not None:
             cos, sin = self.scaled_rotary(self.norm.weight.float(), position_ids)
             return cos, sin
-        width, device = self.config.head_dim, position_ids.device
+        width = self.config.head_dim
+        device = position_ids.device
         frequency = self.config.rope_theta ** (-torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
         angle = position_ids[..., None].float() * frequency
         angle = torch.cat([angle, angle], dim=-1)
         return angle.cos(), angle.sin()
 
-    @_with_its_old_name
+    @_accepts_old_name
     @can_return_tuple
     def forward(
         self,
@@ -193,16 +192,18 @@ class DynMoEModel(DynMoEPreTrainedModel):
         **kwargs: Any,
     ) -> DynMoEModelOutput:
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise ValueError("input_ids, inputs_embeds: pass exactly one of them")
         x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        config, cache = self.config, past_key_values if cache is None else cache
+        config = self.config
+        cache = past_key_values if cache is None else cache
         wanted = config.output_router_logits if output_router_logits is None else output_router_logits
         keeps = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         attends = config.output_attentions if output_attentions is None else output_attentions
         replays = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if cache is None and (config.use_cache if use_cache is None else use_cache) and not replays:
             cache = DynamicCache(config=config)
-        before, positions = cache.get_seq_length() if cache is not None else 0, x_BSD.shape[1]
+        before = cache.get_seq_length() if cache is not None else 0
+        positions = x_BSD.shape[1]
         if position_ids is None:
             position_ids = torch.arange(before, before + positions, device=x_BSD.device).unsqueeze(0)
         extra: Any = {_CACHE: cache, "position_ids": position_ids}
@@ -212,7 +213,10 @@ class DynMoEModel(DynMoEPreTrainedModel):
         counted_T = None
         if (wanted or config.count_experts) and attention_mask is not None and attention_mask.dim() == 2:
             counted_T = attention_mask[:, -positions:].bool().flatten()
-        angles, states, all_weights, all_routing = self._angles(position_ids), [], [], []
+        angles = self._angles(position_ids)
+        states = []
+        all_weights = []
+        all_routing = []
         for layer in self.layers:
             if keeps:
                 states.append(x_BSD)
@@ -246,7 +250,7 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @_with_its_old_name
+    @_accepts_old_name
     @can_return_tuple
     def forward(
         self,
@@ -262,7 +266,7 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> DynMoECausalLMOutput:
-        """Logits of the last ``logits_to_keep`` positions (0: of all); with labels the mean cross-entropy."""
+        """Computes the logits of the last ``logits_to_keep`` positions (0: all) and, with labels, the loss."""
         out: DynMoEModelOutput = self.model(
             input_ids, attention_mask, position_ids, past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds, use_cache=use_cache, output_router_logits=output_router_logits, **kwargs,
@@ -278,7 +282,7 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
 
 
 class DynMoEForSequenceClassification(DynMoEPreTrainedModel):
-    """A linear head on the last token that is not padding."""
+    """A linear head on the last non-padding token."""
 
     def __init__(self, config: DynMoEConfig) -> None:
         super().__init__(config)

@@ -1,7 +1,6 @@
-"""The MoE layer of an exported model: routers, experts, shared expert. This file travels with the weights.
+"""The MoE layer of an exported model: routers, experts, shared expert. This file ships with the weights.
 
-The routers are the project's own, and travel in ``routers_dynmoe.py`` and ``routing_dynmoe.py``. Shape letters as in
-``modeling_dynmoe.py``.
+The routers are in ``routers_dynmoe.py``. Shape letters as in ``modeling_dynmoe.py``.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from dynmoe.routing import RoutingPlan
 
 
 def router_buffers(config: DynMoEConfig, num_experts: int) -> dict[str, TensorSpec]:
-    """What training changes by other means than gradients, under the names that training has for it."""
+    """Router state that training updates without gradients, under the names of training."""
     buffers = router_of(config.router).buffers(config.hidden_size, num_experts)
     return {name: tensor for name, tensor in buffers.items() if tensor.export == "tensor"}
 
 
 class RouterTensors:
-    """The tensors of a router under the names of its description, which carry shapes."""
+    """The tensors of a router under the names of its specification, which include shape letters."""
 
     active_E: Tensor
 
-    def __init__(self, router: nn.Module, names: dict[str, str], instead: dict[str, Any]) -> None:
+    def __init__(self, router: nn.Module, names: dict[str, str], overrides: dict[str, Any]) -> None:
         self.training = router.training
         for ours, theirs in names.items():
-            setattr(self, ours, instead.get(theirs, getattr(router, theirs)))
+            setattr(self, ours, overrides.get(theirs, getattr(router, theirs)))
 
     def linear(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         return F.linear(x_TD.float(), weight_ED.float())
@@ -44,9 +43,9 @@ class RouterTensors:
 
 
 class DynMoERouter(nn.Module):
-    """Which experts a token takes, and with what gates, in fp32 whatever the precision of the weights.
+    """Selects the experts of each token and computes their gates, in fp32 whatever the precision of the weights.
 
-    ``config.router`` has its ``kind`` and the fields of that router (see ``routers_dynmoe.py``);
+    ``config.router`` contains ``kind`` and the fields of that router (see ``routers_dynmoe.py``);
     ``config.router_overrides`` replaces some of them for serving.
     """
 
@@ -55,7 +54,7 @@ class DynMoERouter(nn.Module):
     def __init__(self, config: DynMoEConfig, num_experts: int) -> None:
         super().__init__()
         self.overrides = config.router_overrides or {}
-        # Losses count the tokens of one batch, whatever they counted in training.
+        # Losses count the tokens of one batch, whatever their scope in training.
         self.spec = router_of(config.router | self.overrides | {"balance_scope": "micro_batch"}).resolved
         self.most_experts = self.spec.max_experts_per_token(num_experts)
         self.initial: dict[str, TensorSpec] = {}
@@ -72,7 +71,7 @@ class DynMoERouter(nn.Module):
                 self.register_buffer(stem, values)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynMoERouter:
-        """Moves with the model, but keeps the precision of its buffers."""
+        """Moves the router with the model, but keeps the precision of its buffers."""
         buffers = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in buffers.items():
@@ -82,16 +81,16 @@ class DynMoERouter(nn.Module):
 
     @property
     def tensors(self) -> RouterTensors:
-        # An override of what training has moved, such as p, takes its place.
+        # An override replaces a trained value, such as p.
         return RouterTensors(self, self.names, self.overrides)
 
     def forward(self, x_TD: Tensor) -> tuple[RoutingPlan, Tensor]:
-        """The plan, and the logits [T, E] before softmax, sigmoid or ReLU (those of null experts at the end)."""
+        """Returns the plan, and the logits [T, E] before softmax, sigmoid or ReLU (null experts come last)."""
         plan = self.spec.route(self.tensors, x_TD)
         return plan, torch.logit(plan.scores_TE) if plan.logits_TE is None else plan.logits_TE
 
     def loss(self, plan: RoutingPlan) -> Tensor:
-        """Sum of the losses that the model was trained with, times their coefficients."""
+        """Sum of the router's auxiliary losses in training, times their coefficients."""
         inputs = LossInputs(self.spec, self.tensors, plan)
         functions = self.spec.losses
         losses = [factor * functions[name](inputs) for name, factor in self.spec.loss_coefficients().items()]
@@ -106,7 +105,7 @@ class DynMoEMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.act_fn = nn.SiLU()  # a module, which servers find and fuse
+        self.act_fn = nn.SiLU()  # a module, which servers recognize and fuse
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -117,31 +116,34 @@ class DynMoEExperts(nn.Module):
 
     def __init__(self, config: DynMoEConfig, num_experts: int, most_experts: int) -> None:
         super().__init__()
-        self.most_experts, self.host = most_experts, ExpertsHost(config)
-        hidden, width = config.hidden_size, self.host.width
+        self.most_experts = most_experts
+        self.host = ExpertsHost(config)
+        hidden = config.hidden_size
+        width = self.host.width
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, width))
 
     def forward(self, x_TD: Tensor, routing_map_TE: Tensor, gates_TE: Tensor) -> Tensor:
-        """Sum over the experts of each token of gate times output, [T, D].
+        """Gate-weighted sum of the experts' outputs for each token, [T, D].
 
-        Rounded where training rounds: the gated activation and the sum over experts are fp32 until they are whole. With
-        the arguments in this order transformers' ``moe_tp_experts`` cuts the experts over ranks.
+        Rounds where training does: the gated activation and the sum over experts are accumulated in fp32. transformers'
+        ``moe_tp_experts`` requires this order of arguments to split the experts over ranks.
         """
-        dtype, device = x_TD.dtype, x_TD.device.type
-        if torch.is_autocast_enabled(device):  # of operators that are not its own autocast does not know
+        dtype = x_TD.dtype
+        device = x_TD.device.type
+        if torch.is_autocast_enabled(device):  # which does not cast the inputs of custom operators
             dtype = torch.get_autocast_dtype(device)
         rows_TD, w_up_EHD, w_down_EDF = (x.to(dtype) for x in (x_TD, self.gate_up_proj, self.down_proj))
         y_TD = self.host.compute(rows_TD, routing_map_TE, gates_TE, w_up_EHD, w_down_EDF, self.most_experts)
         return y_TD.to(x_TD.dtype)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """For vLLM: takes this rank's part of a checkpoint's tensors; says which there were."""
+        """Loads this rank's part of a checkpoint's tensors for vLLM; returns the names of the tensors."""
         return self.host.load(self, weights)
 
 
 class DynMoEBlock(nn.Module):
-    """Route, experts, and the shared expert where there is one."""
+    """The router, the experts and, if configured, the shared expert."""
 
     counts_2: Tensor | None
 
@@ -152,15 +154,15 @@ class DynMoEBlock(nn.Module):
         width = config.shared_expert_intermediate_size
         self.shared_expert = DynMoEMLP(config, width) if width else None
         counts = torch.zeros(2, dtype=torch.int64) if config.count_experts else None
-        self.register_buffer("counts_2", counts, persistent=False)  # tokens, and the experts that they took
+        self.register_buffer("counts_2", counts, persistent=False)  # tokens and their experts
 
     def forward(self, x_BSD: Tensor, counted_T: Tensor | None, wanted: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The output, and where ``wanted`` the routers' losses, logits and routing map.
+        """Returns the output and, if ``wanted``, the router's loss, logits and routing map.
 
-        ``counted_T`` is False for padding, which the losses leave out; None: there is none.
+        ``counted_T`` is False for padding, which losses and counts exclude; None if there is no padding.
         """
         x_TD = x_BSD.flatten(0, 1)
-        with torch.autocast(x_TD.device.type, enabled=False):  # which would take the products of routers out of fp32
+        with torch.autocast(x_TD.device.type, enabled=False):  # routers stay in fp32
             plan, logits_TE = self.router(x_TD)
             loss = self.router.loss(plan if counted_T is None else _of_tokens(plan, counted_T)) if wanted else None
         if self.counts_2 is not None:
@@ -175,12 +177,12 @@ class DynMoEBlock(nn.Module):
 
 
 def _counts_of(routing_map_TE: Tensor, counted_T: Tensor | None) -> Tensor:
-    """Tokens, and the experts that they take, int64 [2]; on the device, for which nobody waits."""
+    """Number of tokens and of their experts, int64 [2], on the device without a synchronization."""
     if counted_T is None:
         counted_T = routing_map_TE.new_ones(len(routing_map_TE))
     return torch.stack([counted_T.sum(), (routing_map_TE & counted_T[:, None]).sum()])
 
 
 def _of_tokens(plan: RoutingPlan, kept_T: Tensor) -> RoutingPlan:
-    """The plan of some of the tokens."""
+    """The plan restricted to some of the tokens."""
     return replace(plan, **{name: value[kept_T] for name, value in vars(plan).items() if value is not None})

@@ -1,6 +1,6 @@
-"""How the weights of the plain model are called, and cut, in checkpoints of other makers.
+"""Names of our decoder's weights in checkpoints of other architectures, and how our tensors are split there.
 
-Every tensor of ours is theirs, one below the other: queries, keys and values, or gate and up projection.
+Each of our tensors is a concatenation of theirs along the rows: queries, keys and values, or gate and up projection.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from dynmoe.routers.base import without_shape
 
 @dataclass(frozen=True)
 class Names:
-    """Names within a layer of a checkpoint, where makers differ; the rest is as in Llama.
+    """Names within a layer that differ between architectures; all others are as in Llama.
 
     Attributes:
-        norms: before attention and before the feed-forward.
-        dense: of a feed-forward without experts, with ``{part}``.
-        router: weight of a router of logits.
-        expert: of one expert, with ``{expert}`` and ``{part}``; None where all lie in two stacked tensors.
+        norms: the norms before attention and before the feed-forward layer.
+        dense: a dense feed-forward layer, with ``{part}``.
+        router: the router's weight.
+        expert: a single expert, with ``{expert}`` and ``{part}``; None if two tensors hold all experts.
         parts: gate, up and down projection of an expert.
-        shared: of the shared expert, with ``{part}``.
+        shared: the shared expert, with ``{part}``.
     """
 
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
@@ -33,13 +33,10 @@ class Names:
     shared: str = "mlp.shared_expert.{part}.weight"
 
 
-# Any family with experts as transformers 5 keeps it in memory, which a state_dict shows.
+# Stacked experts, as in a state_dict of transformers 5, for any family.
 STACKED = "stacked"
 NAMES = {
-    "llama": Names(),
-    "olmoe": Names(),
-    "qwen2_moe": Names(),
-    "qwen3_moe": Names(),
+    **dict.fromkeys(("llama", "olmoe", "qwen2_moe", "qwen3_moe"), Names()),
     "mixtral": Names(
         router="block_sparse_moe.gate.weight",
         expert="block_sparse_moe.experts.{expert}.{part}.weight",
@@ -55,15 +52,15 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of the plain model, or one expert of it, and the tensors of a checkpoint that lie in it.
+    """A tensor of our decoder, or one expert of it, and the checkpoint's tensors that it consists of.
 
     Attributes:
-        ours: name in the plain model.
-        theirs: names in the checkpoint, from the first row to the last.
-        shape: of ours.
-        rows: of each of theirs.
-        expert: index of the expert where ours is a stack of them.
-        state: a buffer of a router.
+        ours: name in our decoder.
+        theirs: names in the checkpoint, in the order of the rows.
+        shape: shape of our tensor.
+        rows: number of rows of each of theirs.
+        expert: index of the expert if our tensor is a stack.
+        state: whether it is a buffer of a router.
     """
 
     ours: str
@@ -75,23 +72,24 @@ class Part:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of each of theirs."""
+        """Shape of each of the checkpoint's tensors."""
         if not self.rows:
             return {self.theirs[0]: self.shape}
         return {name: (rows, *self.shape[1:]) for name, rows in zip(self.theirs, self.rows, strict=True)}
 
 
-def parts(model: ModelConfig, vocab_size: int, maker: str) -> Iterator[Part]:
-    """All tensors of a model in a checkpoint of ``maker`` (a key of ``NAMES``)."""
+def parts(model: ModelConfig, vocab_size: int, architecture: str) -> Iterator[Part]:
+    """All tensors of a model in a checkpoint of ``architecture``, a key of ``NAMES``."""
     hidden = model.hidden
     yield Part("w_embed_VD", ("model.embed_tokens.weight",), (vocab_size, hidden))
     for layer in range(model.layers):
-        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
-        yield from _attention(model, NAMES[maker], ours, theirs)
+        ours = f"layers.{layer}"
+        theirs = f"model.{ours}"
+        yield from _attention(model, NAMES[architecture], ours, theirs)
         if model.is_moe_layer(layer):
-            yield from _moe(model, layer, maker, f"{ours}.moe", theirs)
+            yield from _moe(model, layer, architecture, f"{ours}.moe", theirs)
         else:
-            yield from _swiglu(f"{ours}.ffn", f"{theirs}.{NAMES[maker].dense}", hidden, model.ffn_hidden)
+            yield from _swiglu(f"{ours}.ffn", f"{theirs}.{NAMES[architecture].dense}", hidden, model.ffn_hidden)
     yield Part("norm.weight", ("model.norm.weight",), (hidden,))
     if not model.tie_embeddings:
         yield Part("w_out_VD", ("lm_head.weight",), (vocab_size, hidden))
@@ -112,17 +110,18 @@ def _attention(model: ModelConfig, names: Names, ours: str, theirs: str) -> Iter
             yield Part(f"{ours}.attention.{name}.weight", (f"{theirs}.self_attn.{name}.weight",), shape)
 
 
-def _swiglu(
-    ours: str, theirs: str, hidden: int, width: int, names: tuple[str, str, str] = Names.parts
-) -> Iterator[Part]:
-    gate, up, down = (theirs.format(part=part) for part in names)
+def _swiglu(ours: str, theirs: str, hidden: int, width: int) -> Iterator[Part]:
+    gate, up, down = (theirs.format(part=part) for part in Names.parts)
     yield Part(f"{ours}.w_up_HD", (gate, up), (2 * width, hidden), (width, width))
     yield Part(f"{ours}.w_down_DF", (down,), (hidden, width))
 
 
-def _moe(model: ModelConfig, layer: int, maker: str, ours: str, theirs: str) -> Iterator[Part]:
-    names, hidden, experts, width = NAMES[maker], model.hidden, model.experts_of(layer), model.moe.expert_hidden
-    if maker == "dynmoe":
+def _moe(model: ModelConfig, layer: int, architecture: str, ours: str, theirs: str) -> Iterator[Part]:
+    names = NAMES[architecture]
+    hidden = model.hidden
+    experts = model.experts_of(layer)
+    width = model.moe.expert_hidden
+    if architecture == "dynmoe":
         yield from _router(model, experts, f"{ours}.router", f"{theirs}.mlp.router")
     else:
         yield Part(f"{ours}.router.weight_ED", (f"{theirs}.{names.router}",), (experts, hidden))
@@ -140,7 +139,7 @@ def _moe(model: ModelConfig, layer: int, maker: str, ours: str, theirs: str) -> 
 
 
 def _router(model: ModelConfig, experts: int, ours: str, theirs: str) -> Iterator[Part]:
-    """Parameters and exported state of a router, in modeling_dynmoe.py."""
+    """Parameters and exported state of a router, as named in ``modeling_dynmoe.py``."""
     hidden = model.hidden
     for name, tensor in model.router.parameters(hidden, experts).items():
         yield Part(f"{ours}.{name}", (f"{theirs}.{without_shape(name)}",), tensor.shape)

@@ -1,10 +1,10 @@
-"""What Qwen2-MoE has and our decoder lacks: biases of queries, keys and values, and a shared expert with a gate.
+"""Parts of Qwen2-MoE that our decoder lacks: biases of queries, keys and values, and the gate of the shared expert.
 
-An export writes them so that they change nothing, and in no other way are they imported:
+An export writes them without effect, and an import accepts nothing else:
 
-- biases of zeros, as vLLM makes them whatever ``qkv_bias`` says, and leaves them as the memory was;
-- a gate of zeros, whose sigmoid halves the shared expert: its down projection is doubled;
-- where there is no shared expert one whose weights are zeros, as neither vLLM nor mlx-lm reads one of width 0.
+- biases of zeros, because vLLM creates biases whatever ``qkv_bias`` says and leaves missing ones uninitialized;
+- a gate of zeros, whose sigmoid halves the shared expert, with a down projection that is doubled;
+- without a shared expert, one with zero weights, because neither vLLM nor mlx-lm supports a width of 0.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from dynmoe.config import ModelConfig
 from dynmoe.errors import UserError, some
 from dynmoe.hf.tensors import Tensors
 
-# Of a shared expert that is none: tensor parallelism divides it, and formats of llama.cpp quantize 32 weights together.
+# Width of a zero shared expert: divisible for tensor parallelism, and one block of llama.cpp's quantized formats.
 ABSENT_WIDTH = 32
 GATE_OF_ZEROS = 0.5
 _EXPERT = ("gate_proj", "up_proj", "down_proj")
 
 
 def zeros(model: ModelConfig, biased: bool = True, absent_width: int = ABSENT_WIDTH) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors that are zeros in a checkpoint of Qwen2-MoE.
+    """Names and shapes of all zero tensors in a Qwen2-MoE checkpoint of ``model``.
 
     Args:
-        model: ours.
+        model: our configuration.
         biased: whether the checkpoint has biases.
-        absent_width: of the shared expert that it has where ``model`` has none.
+        absent_width: width of the zero shared expert, if ``model`` has no shared expert.
     """
-    hidden, shapes = model.hidden, dict[str, tuple[int, ...]]()
+    hidden = model.hidden
+    shapes: dict[str, tuple[int, ...]] = {}
     rows = {"q": model.heads, "k": model.kv_heads, "v": model.kv_heads} if biased else {}
     for layer in range(model.layers):
         for name, heads in rows.items():
@@ -42,9 +43,9 @@ def zeros(model: ModelConfig, biased: bool = True, absent_width: int = ABSENT_WI
 
 
 def zeros_in(model: ModelConfig, tensors: Tensors) -> dict[str, tuple[int, ...]]:
-    """The same for one checkpoint, with biases or not and of the width that it has.
+    """The same for an existing checkpoint, with its width and with biases only if it has them.
 
-    Biases that the file lacks are zeros in transformers too, whatever ``qkv_bias`` says.
+    Missing biases are zeros in transformers too, whatever ``qkv_bias`` says.
     """
     shapes = tensors.shapes()
     biased = any(name.endswith("_proj.bias") for name in shapes)
@@ -53,26 +54,26 @@ def zeros_in(model: ModelConfig, tensors: Tensors) -> dict[str, tuple[int, ...]]
 
 
 def check_zeros(tensors: Tensors, names: dict[str, tuple[int, ...]]) -> None:
-    """Refuses biases, gates and absent experts that do say something.
+    """Checks that all these tensors are zeros.
 
     Raises:
-        UserError: their names.
+        UserError: some are not; the error names them.
     """
     wrong = [name for name in names if not tensors.are_zeros(name)]
     if wrong:
         raise UserError(
-            f"{tensors.source}: not zeros: {some(wrong)}; our decoder has neither biases nor gates of shared experts. "
-            "Where it was an export that was fine-tuned, do that again with them frozen: requires_grad_(False)"
+            f"{tensors.source}: not zeros: {some(wrong)}; our decoder has no biases and no gates of shared experts. "
+            "Fine-tune the export again with them frozen: requires_grad_(False)"
         )
 
 
 def has_shared_expert(tensors: Tensors) -> bool:
-    """Whether a checkpoint has a shared expert whose weights are not zeros; such a one cannot learn either."""
+    """Whether a checkpoint has a shared expert with nonzero weights; an expert of zeros could not learn either."""
     return not all(tensors.are_zeros(name) for name in tensors.shapes() if ".mlp.shared_expert." in name)
 
 
 def down_projections(model: ModelConfig) -> list[str]:
-    """Names of what the gate of zeros halves."""
+    """Names of the projections that are doubled to compensate for the gate."""
     layers = model.moe_layers if model.moe.shared_hidden else []
     return [f"{_shared(layer)}.down_proj.weight" for layer in layers]
 

@@ -1,4 +1,4 @@
-"""The field ``router`` of an export's config.json: the settings of the routers, and the budget of the run."""
+"""The field ``router`` of an exported config.json: settings of the routers, and the budget of the run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from dynmoe.config import Config
-from dynmoe.config.control import BudgetConfig
+from dynmoe.config.budget import BudgetConfig
 from dynmoe.errors import UserError
 from dynmoe.hf.fields import RESTORE, Settings, shown
 from dynmoe.model import Decoder
 from dynmoe.routers import ROUTERS, RouterSpec
 
 _BUDGET = ("method", "experts_per_token", "scope", "proportional", "integral", "rate")
-# What exports of older versions may lack: settings of trainings, which then begin with our defaults.
+# Training settings that older exports may lack; a new run then starts with our defaults.
 _NOT_IN_OLDER = {
     "variant", "lr_factor", "balance_scope", "p", "cutoff", "cutoff_decay", "initial_experts", "temperature", "scale",
     "l1_start",
@@ -25,7 +25,7 @@ _NOT_IN_OLDER = {
 
 
 def write_router(config: Config) -> dict[str, Any]:
-    """Every field of a run's router as it is in force, and the budget that its schedule leads to."""
+    """Every field of a run's router with its effective value, and the budget at the end of its schedule."""
     settings = dataclasses.asdict(config.model.router.resolved)
     budget = config.budget
     if budget.method != "none" or budget.experts_per_token is not None:
@@ -34,19 +34,19 @@ def write_router(config: Config) -> dict[str, Any]:
 
 
 def read_router(found: Any, hidden: int) -> dict[str, Any]:
-    """The fields of our configuration that :func:`write_router` wrote, without those that the variant has anyway.
+    """The fields of our configuration that :func:`write_router` wrote, except those equal to the variant's value.
 
     Args:
         found: the field ``router``.
         hidden: the model dimension.
 
     Raises:
-        UserError: a setting that is missing or unknown, by name.
+        UserError: a setting is missing or unknown.
     """
     found = _mapping("router", found)
     kind = Settings(found, path="router.")["kind"]
     if kind not in list(ROUTERS):
-        raise UserError(f"config.json: router.kind={shown(kind)} is not known here; known are {', '.join(ROUTERS)}")
+        raise UserError(f"config.json: router.kind={shown(kind)}: unknown router; use one of {', '.join(ROUTERS)}")
     spec = ROUTERS[kind]
     if "form" in found:
         found = _from_older(spec, found, hidden)
@@ -66,19 +66,19 @@ def read_router(found: Any, hidden: int) -> dict[str, Any]:
 
 
 def _from_older(spec: type[RouterSpec], found: Mapping[str, Any], hidden: int) -> dict[str, Any]:
-    """Settings as an older version wrote them, as they are written today.
+    """Converts settings of an older version to the current format.
 
-    It named a variant ``form``, kept losses in a mapping of their own, and wrote as ``scale`` the whole factor on
-    cosines, null where it is trained.
+    Older versions named the variant ``form``, stored losses in a separate mapping, and stored in ``scale`` the whole
+    factor on cosines, or null if it is trained.
     """
     get = Settings(found, path="router.")
     losses = _mapping("router.losses", get["losses"])
     names = [field.name for field in dataclasses.fields(spec)]
     known = {name.removesuffix("_loss") for name in names if name.endswith("_loss")}
-    # Every loss was known for every router.
+    # Older versions listed every loss for every router.
     _check_known("router.losses", losses, {*known, *(name for name, value in losses.items() if value == 0)})
     ordinary = spec(variant=get["form"]).resolved
-    # These two were written for every router.
+    # Older versions wrote these two fields for every router.
     elsewhere = {"form", "losses", "scale", *({"renormalize", "balance_per_route"} - set(names))}
     today = {name: value for name, value in found.items() if name not in elsewhere}
     today["variant"] = found["form"]
@@ -95,7 +95,7 @@ def _from_older(spec: type[RouterSpec], found: Mapping[str, Any], hidden: int) -
 
 
 def router_state(decoder: Decoder) -> dict[str, Any]:
-    """State of routers that config.json keeps: one number for each MoE layer, by name."""
+    """Router state that is stored in config.json: one number per MoE layer, by name."""
     if not decoder.moe_layers:
         return {}
     return {
@@ -110,14 +110,14 @@ def _state_in_config(decoder: Decoder) -> list[str]:
 
 
 @torch.no_grad()
-def settle(decoder: Decoder, found: Mapping[str, Any]) -> None:
-    """Makes routers that have their tensors those of a training in progress.
+def restore_router_state(decoder: Decoder, found: Mapping[str, Any]) -> None:
+    """Restores router state that is not in tensors, after the tensors have been loaded.
 
-    Thresholds stay as they are instead of being set from first scores, and state that config.json keeps is restored
-    where ``found`` (the field ``router``) has it.
+    Marks thresholds as calibrated, so that the first scores do not reset them, and reads the state that ``found`` (the
+    field ``router``) contains.
 
     Raises:
-        UserError: it is not one positive number for each MoE layer.
+        UserError: a state is not one positive number per MoE layer.
     """
     for layer in decoder.moe_layers:
         if layer.router.is_calibrated is not None:
@@ -125,10 +125,11 @@ def settle(decoder: Decoder, found: Mapping[str, Any]) -> None:
     for name in _state_in_config(decoder) if decoder.moe_layers else ():
         if name not in found:
             continue
-        values, layers = found[name], decoder.moe_layers
+        values = found[name]
+        layers = decoder.moe_layers
         if not (isinstance(values, list) and len(values) == len(layers) and all(map(_is_positive, values))):
-            problem = f"router.{name}={shown(values)} is not a positive number for each of {len(layers)} layers"
-            raise UserError(f"config.json: {problem}; {RESTORE}")
+            problem = f"must be {len(layers)} positive numbers, one per MoE layer"
+            raise UserError(f"config.json: router.{name}={shown(values)}: {problem}; {RESTORE}")
         for layer, value in zip(layers, values, strict=True):
             layer.router.get_buffer(name).fill_(value)
 
@@ -139,7 +140,7 @@ def _is_positive(value: Any) -> bool:
 
 def _mapping(name: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise UserError(f"config.json: {name}={shown(value)} is not a mapping; {RESTORE}")
+        raise UserError(f"config.json: {name}={shown(value)}: must be a mapping; {RESTORE}")
     return value
 
 
@@ -147,4 +148,4 @@ def _check_known(path: str, found: Mapping[str, Any], known: Collection[str]) ->
     for name, value in found.items():
         if name not in known and value is not None:
             cure = "remove it if the modeling code next to the weights works without it"
-            raise UserError(f"config.json: {path}.{name}={shown(value)}: is not known to this version; {cure}")
+            raise UserError(f"config.json: {path}.{name}={shown(value)}: unknown to this version; {cure}")

@@ -1,8 +1,8 @@
-"""Experts as vLLM holds and computes them. This file travels with the weights.
+"""Storage and computation of experts under vLLM. This file ships with the weights.
 
-transformers cuts experts over ranks by ``base_model_tp_plan``. vLLM reads of it what it says of linear layers, and
-asks a module that has ``load_weights`` to take its own tensors: the experts cut themselves. On a CPU vLLM's kernel for
-experts reads weights that it has packed, several times as fast as PyTorch's products read them for few tokens.
+transformers splits experts over ranks by ``base_model_tp_plan``. vLLM uses that plan only for linear layers, and lets a
+module that has ``load_weights`` load its own tensors, so the experts split themselves. On a CPU, vLLM's kernel for
+experts uses packed weights and is several times as fast as PyTorch's products for few tokens.
 """
 
 from __future__ import annotations
@@ -17,40 +17,41 @@ from torch import Tensor, nn
 from dynmoe.hf.configuration_dynmoe import DynMoEConfig
 from dynmoe.ops.opaque import opaque_experts
 
-_TILE = 32  # vLLM's kernel wants widths that are multiples of it
+_TILE = 32  # vLLM's kernel requires widths that are multiples of this
 
 
 def server_group(config: DynMoEConfig) -> Any:
-    """The ranks of vLLM that share the model, which is being built; None: nobody serves it."""
-    if config._attn_implementation != "vllm":  # which vLLM says before it builds a model
+    """vLLM's tensor-parallel group for the model being built; None outside of vLLM."""
+    if config._attn_implementation != "vllm":  # set by vLLM before it builds a model
         return None
     return import_module("vllm.distributed").get_tp_group()
 
 
 class ExpertsHost:
-    """Whoever runs the model: vLLM, or nobody in particular."""
+    """The environment that runs the experts: vLLM, or plain PyTorch."""
 
     def __init__(self, config: DynMoEConfig) -> None:
         self.group = server_group(config)
         self.width = config.moe_intermediate_size // self.ranks
         if config.moe_intermediate_size % self.ranks:
             problem = f"does not divide moe_intermediate_size={config.moe_intermediate_size}"
-            raise ValueError(f"tensor_parallel_size={self.ranks} {problem}; use a number that does")
+            raise ValueError(f"tensor_parallel_size={self.ranks}: {problem}; use a divisor")
         fits = config.hidden_size % _TILE == 0 and self.width % _TILE == 0
         self.packs = self.group is not None and fits and _vllm_computes_on_a_cpu()
 
     @property
     def ranks(self) -> int:
-        """That hold some neurons of each expert."""
+        """Number of ranks over which the neurons of each expert are split."""
         return 1 if self.group is None else int(self.group.world_size)
 
     def load(self, experts: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Copies this rank's neurons of the tensors of a checkpoint; says which there were."""
-        rank, loaded = 0 if self.group is None else self.group.rank_in_group, set()
+        """Copies this rank's neurons from a checkpoint's tensors; returns the names of the tensors."""
+        rank = 0 if self.group is None else self.group.rank_in_group
+        loaded = set()
         for name, whole in weights:
             if name == "down_proj":
                 own = whole.chunk(self.ranks, dim=2)[rank]
-            else:  # gate and up projection, one below the other
+            else:  # gate and up projection, concatenated
                 own = whole.unflatten(1, (2, self.ranks, -1))[:, :, rank].flatten(1, 2)
             own = own.to(getattr(experts, name)).contiguous()
             if self.packs:
@@ -62,7 +63,7 @@ class ExpertsHost:
     def compute(
         self, x_TD: Tensor, map_TE: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, most_experts: int
     ) -> Tensor:
-        """The experts' outputs: see ``opaque_experts``."""
+        """Computes the experts' outputs; see ``opaque_experts``."""
         if self.packs:
             y_TD: Tensor = torch.ops.dynmoe.vllm_experts_1(x_TD, map_TE, gates_TE, w_up_EHD, w_down_EDF)
         else:
@@ -80,12 +81,12 @@ def _vllm_computes_on_a_cpu() -> bool:
 
 
 def _instructions(dtype: torch.dtype) -> str:
-    """Of the CPU that vLLM's kernel uses."""
+    """The instruction set that vLLM's kernel uses on this CPU."""
     return "amx" if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else "vec"
 
 
 def _experts(x_TD: Tensor, map_TE: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor) -> Tensor:
-    """By vLLM's kernel, to which each route is a token with one expert: it knows a fixed number only."""
+    """Uses vLLM's kernel, which requires a fixed number of experts per token: each route is passed as one token."""
     token_N, expert_N = map_TE.nonzero(as_tuple=True)
     rows_ND = x_TD.new_empty(len(token_N), x_TD.shape[1])
     if len(token_N):
@@ -98,6 +99,7 @@ def _experts(x_TD: Tensor, map_TE: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w
 
 
 if not hasattr(torch.ops.dynmoe, "vllm_experts_1"):
-    _NAME, _TENSORS = "dynmoe::vllm_experts_1", "Tensor x, Tensor routing_map, Tensor gates, Tensor up, Tensor down"
+    _NAME = "dynmoe::vllm_experts_1"
+    _TENSORS = "Tensor x, Tensor routing_map, Tensor gates, Tensor up, Tensor down"
     torch.library.custom_op(_NAME, _experts, mutates_args=(), schema=f"({_TENSORS}) -> Tensor")
     torch.library.register_fake(_NAME, lambda x, *others: torch.empty_like(x))

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint in safetensors, read one at a time."""
+"""Access to the tensors of a safetensors checkpoint, one at a time."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ FLOATS = ("F64", "F32", "BF16", "F16")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object of JSON.
+    """Reads a JSON object.
 
     Raises:
-        UserError: no such file, or something else in it.
+        UserError: the file does not exist, or does not contain a JSON object.
     """
     try:
         content = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name a directory with a checkpoint") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {first_line(error)}; restore it") from None
+        raise UserError(f"{path}: not valid JSON ({first_line(error)}); restore it") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not the configuration of a model; restore it")
+        raise UserError(f"{path}: must be a JSON object; restore it")
     return content
 
 
 class Tensors:
-    """Tensors by name over the safetensors files of a checkpoint, read one at a time.
+    """The tensors in the safetensors files of a checkpoint, by name.
 
-    As in transformers a whole file comes before shards, and the last of several shards with one name counts.
+    As in transformers, a single file takes precedence over shards, and the last shard over others with the same name.
 
     Args:
         source: directory of the checkpoint.
 
     Raises:
-        UserError: there are no such files, one of them is damaged, or mlx-lm has made it.
+        UserError: there are no such files, a file is damaged, or mlx-lm wrote it.
     """
 
     def __init__(self, source: Path) -> None:
@@ -55,8 +55,8 @@ class Tensors:
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path}: {first_line(error)}; restore it") from None
             if (file.metadata() or {}).get("format") == "mlx":
-                problem = "mlx-lm has converted it, which names, stacks and packs tensors in ways of its own"
-                raise UserError(f"{path}: {problem}; import the folder that it was converted from")
+                problem = "mlx-lm converted it and uses its own names and layout of tensors"
+                raise UserError(f"{path}: {problem}; import the original checkpoint")
             self._file_of |= dict.fromkeys(file.keys(), file)
 
     def _files(self) -> Iterator[Path]:
@@ -64,32 +64,32 @@ class Tensors:
             yield self.source / _WHOLE
             return
         if not (self.source / _INDEX).is_file():
-            cure = "pickles are not read, as they can execute code: save it as safetensors"
-            raise UserError(f"{self.source}: has neither {_WHOLE} nor {_INDEX}; {cure}")
+            cure = "save it as safetensors (pickles are not read, because they can execute code)"
+            raise UserError(f"{self.source}: contains neither {_WHOLE} nor {_INDEX}; {cure}")
         names = read_json(self.source / _INDEX).get("weight_map")
         if not isinstance(names, dict) or any(not isinstance(n, str) or "/" in n for n in names.values()):
-            raise UserError(f"{self.source / _INDEX}: is not an index of files beside it; restore it")
+            raise UserError(f"{self.source / _INDEX}: must be an index of files in the same directory; restore it")
         yield from sorted({self.source / name for name in names.values()})
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._file_of.items()}
 
     def kinds(self) -> dict[str, str]:
-        """Element types as safetensors calls them, such as BF16."""
+        """Element types as named by safetensors, such as BF16."""
         return {name: file.get_slice(name).get_dtype() for name, file in self._file_of.items()}
 
     def read(self, name: str) -> Tensor:
-        """One tensor.
+        """Reads one tensor.
 
         Raises:
-            UserError: some of its values are infinite or no numbers.
+            UserError: some values are infinite or NaN.
         """
         tensor: Tensor = self._file_of[name].get_tensor(name)
-        if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):  # takes no memory
+        if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):  # allocates no memory
             problem = f"{name} has {int((~tensor.isfinite()).sum())} values that are not finite"
-            raise UserError(f"{self.source}: {problem}; use an undamaged checkpoint")
+            raise UserError(f"{self.source}: {problem}; use an intact checkpoint")
         return tensor
 
     def are_zeros(self, name: str) -> bool:
-        """Whether a tensor is of zeros and not quantized."""
+        """Whether a tensor is all zeros and not quantized."""
         return self._file_of[name].get_slice(name).get_dtype() in FLOATS and not bool(self.read(name).any())

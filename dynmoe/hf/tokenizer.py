@@ -1,4 +1,4 @@
-"""Our sentencepiece model as a fast tokenizer of transformers that gives the same ids."""
+"""Conversion of our sentencepiece model to a fast tokenizer of transformers that gives the same ids."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ from dynmoe.errors import UserError
 
 
 def padding(tokenizer: Tokenizer) -> int:
-    """Id of the piece that fills batches up.
+    """Id of the padding piece.
 
-    Where bytes stand for unknown characters the unknown piece is free: what pads is left out of losses, and the end of
-    a text is to be learnt.
+    With byte fallback this is the unknown piece, which is then unused. EOD is the second choice: losses ignore padding,
+    but the end of a text has to be learned.
     """
     return tokenizer.unknown if tokenizer.has_bytes else tokenizer.eod
 
 
 def write_tokenizer(tokenizer: Tokenizer, directory: Path, fields: Mapping[str, Any]) -> None:
-    """Writes ``tokenizer.json`` and its configuration, and sentencepiece's own file beside them.
+    """Writes ``tokenizer.json`` with its configuration, and sentencepiece's own file.
 
-    Text is text: ``</s>`` in it is four characters, as it was in training. Padding comes on the left, where generation
-    wants it. Whether a space or a token comes before a text stands in two fields more, which transformers needs not:
-    llama.cpp's converter goes by them.
+    As in training, ``</s>`` in a text is four characters. Padding is on the left, as generation requires. Two further
+    fields state whether a token or a space is prepended to a text, for llama.cpp's converter.
 
     Args:
-        tokenizer: of the run.
-        directory: of the export.
-        fields: of the model: ``max_position_embeddings``, and ``bos_token_id`` of the piece that begins a text.
+        tokenizer: tokenizer of the run.
+        directory: directory of the export.
+        fields: fields of ``config.json``: ``max_position_embeddings`` and, optionally, ``bos_token_id``.
     """
     from transformers import TokenizersBackend
 
@@ -54,33 +53,32 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, fields: Mapping[str, 
 
 
 def compare(tokenizer: Tokenizer, directory: Path, texts: Iterable[str], cure: str) -> int:
-    """Encodes texts with the tokenizer that transformers reads from ``directory``, and with sentencepiece.
+    """Compares the tokenizer that transformers loads from ``directory`` with sentencepiece.
 
     Args:
-        tokenizer: of the run.
-        directory: of the other.
-        texts: to be encoded by both, without special tokens.
-        cure: what to do where they differ.
+        tokenizer: tokenizer of the run.
+        directory: directory of the other tokenizer.
+        texts: texts to encode with both, without special tokens.
+        cure: the fix for a difference, for the error message.
 
     Returns:
-        How many there were.
+        The number of texts.
 
     Raises:
-        UserError: ids of one of them differ.
+        UserError: the ids of a text differ.
     """
     from transformers import AutoTokenizer
 
-    theirs_of, compared = AutoTokenizer.from_pretrained(directory), 0
+    encode = AutoTokenizer.from_pretrained(directory)
+    compared = 0
     for text in texts:
         ours = tokenizer.encode(text)
-        theirs = theirs_of(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        theirs = encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         if ours != theirs:
-            place = next(
-                n for n, pair in enumerate(zip([*ours, None], [*theirs, None], strict=False)) if pair[0] != pair[1]
-            )
+            pairs = enumerate(zip([*ours, None], [*theirs, None], strict=False))
+            place = next(n for n, pair in pairs if pair[0] != pair[1])
+            problem = f"ids differ between transformers and sentencepiece from token {place} on"
             near = tokenizer.decode(ours[max(0, place - 3) : place + 4])
-            raise UserError(
-                f"tokenizer: transformers gives other ids than sentencepiece from token {place} on ({near!r}); {cure}"
-            )
+            raise UserError(f"tokenizer: {problem} ({near!r}); {cure}")
         compared += 1
     return compared

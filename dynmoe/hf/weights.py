@@ -1,4 +1,4 @@
-"""The way of a checkpoint's tensors into the plain model."""
+"""Loading of a checkpoint's tensors into our decoder."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from dynmoe.hf.names import STACKED, parts
 from dynmoe.hf.tensors import FLOATS, Tensors
 from dynmoe.model import Decoder
 
-# Families whose experts have tensors of their own, except in a state_dict of transformers 5.
+# Families that store each expert in its own tensors, except in a state_dict of transformers 5.
 _BY_EXPERT = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
-_MASK = ("dynmoe", "BOOL", "active")  # of the experts in use
+_MASK = ("dynmoe", "BOOL", "active")  # the mask of active experts
 
 
 @torch.no_grad()
-def fill(decoder: Decoder, tensors: Tensors, maker: str) -> None:
-    """Puts the tensors of a checkpoint of ``maker`` into their places.
+def load_weights(decoder: Decoder, tensors: Tensors, architecture: str) -> None:
+    """Copies the tensors of a checkpoint of ``architecture`` into ``decoder``.
 
     Raises:
-        UserError: what is missing, surplus, of another shape, quantized, not finite or not zeros, where nothing else
-            can be computed, each by name.
+        UserError: tensors are missing, unexpected, misshapen, quantized, not finite, or not zeros although our decoder
+            requires it; the error names them.
     """
-    kinds, model = tensors.kinds(), decoder.settings
-    zeros, halved = {}, []
-    if maker == "qwen2_moe":
-        zeros, halved = qwen2_moe.zeros_in(model, tensors), qwen2_moe.down_projections(model)
-    if maker in _BY_EXPERT and any(name.endswith(".experts.gate_up_proj") for name in kinds):
-        maker = STACKED
-    wanted = list(parts(model, decoder.w_embed_VD.shape[0], maker))
+    kinds = tensors.kinds()
+    model = decoder.settings
+    is_qwen2 = architecture == "qwen2_moe"
+    zeros = qwen2_moe.zeros_in(model, tensors) if is_qwen2 else {}
+    doubled = qwen2_moe.down_projections(model) if is_qwen2 else []
+    if architecture in _BY_EXPERT and any(name.endswith(".experts.gate_up_proj") for name in kinds):
+        architecture = STACKED
+    wanted = list(parts(model, decoder.w_embed_VD.shape[0], architecture))
     quantized = [
         f"{name} is {kind}"
         for name, kind in sorted(kinds.items())
-        if kind not in FLOATS and (maker, kind, name.rpartition(".")[2]) != _MASK
+        if kind not in FLOATS and (architecture, kind, name.rpartition(".")[2]) != _MASK
     ]
     if quantized:
-        cure = "quantized weights are not read: save them in bf16 or fp32 first"
+        cure = "quantized weights are not supported; save them in bf16 or fp32 first"
         raise UserError(f"{tensors.source}: {some(quantized)}; {cure}")
     shapes = {name: shape for part in wanted for name, shape in part.shapes.items()}
     _check_shapes(tensors, shapes | zeros, model.tie_embeddings)
@@ -46,24 +47,25 @@ def fill(decoder: Decoder, tensors: Tensors, maker: str) -> None:
         place = own[part.ours] if part.expert is None else own[part.ours][part.expert]
         for name, rows in zip(part.theirs, place.split(part.rows) if part.rows else [place], strict=True):
             rows.copy_(tensors.read(name))
-            if name in halved:
+            if name in doubled:
                 rows.mul_(qwen2_moe.GATE_OF_ZEROS)
 
 
 def _check_shapes(tensors: Tensors, wanted: dict[str, tuple[int, ...]], tied: bool) -> None:
     found = {name: shape for name, shape in tensors.shapes().items() if not name.endswith("rotary_emb.inv_freq")}
-    output, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    output = "lm_head.weight"
+    embedding = "model.embed_tokens.weight"
     if tied and output in found and embedding in found and torch.equal(tensors.read(output), tensors.read(embedding)):
-        del found[output]  # written twice
-    missing, surplus = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    problems = [f"missing: {some(missing)}"] if missing else []
-    problems += [f"surplus: {some(surplus)}"] if surplus else []
-    shapes = [
-        f"{name} has shape {found[name]} where {shape} is wanted"
-        for name, shape in sorted(wanted.items())
-        if name in found and found[name] != shape
-    ]
-    if shapes:
-        problems.append(some(shapes))
+        del found[output]  # a redundant copy
+    wrong = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - wanted.keys()),
+        "wrong shape": [
+            f"{name} has {found[name]}, must have {shape}"
+            for name, shape in sorted(wanted.items())
+            if found.get(name, shape) != shape
+        ],
+    }
+    problems = [f"{problem}: {some(names)}" for problem, names in wrong.items() if names]
     if problems:
-        raise UserError(f"{tensors.source}: its tensors do not fit config.json; {'; '.join(problems)}")
+        raise UserError(f"{tensors.source}: tensors do not match config.json; {'; '.join(problems)}")

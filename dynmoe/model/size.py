@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations, from numbers alone."""
+"""Numbers of parameters and floating-point operations, computed from the configuration."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dynmoe.errors import ConfigError
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Parameters of one decoder layer, by what becomes of them when it is spread over ranks."""
+    """Parameters of one decoder layer, grouped by how they are sharded."""
 
     attention: int
     norms: int
-    dense: int = 0  # feed-forward of a layer that is no mixture
+    dense: int = 0  # feed-forward of a dense layer
     router: int = 0
     shared: int = 0
     experts: int = 0
@@ -27,7 +27,7 @@ class LayerSize:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Counts for a model of ``vocab_size`` rows trained on sequences of ``sequence_length`` tokens."""
+    """Counts for a model with ``vocab_size`` embedding rows, trained on sequences of ``sequence_length`` tokens."""
 
     model: ModelConfig
     vocab_size: int
@@ -55,12 +55,13 @@ class ModelSize:
         norms = 2 * model.hidden + self._qk_norms
         if not model.is_moe_layer(layer):
             return LayerSize(attention, norms, dense=3 * model.hidden * model.ffn_hidden)
-        shared, experts = 3 * model.hidden * model.moe.shared_hidden, model.experts_of(layer) * self.expert
+        shared = 3 * model.hidden * model.moe.shared_hidden
+        experts = model.experts_of(layer) * self.expert
         return LayerSize(attention, norms, router=self._router(layer), shared=shared, experts=experts)
 
     @property
     def embedding(self) -> int:
-        """Parameters of the embedding; the output projection has as many where it is not the same."""
+        """Parameters of the embedding, and of the output projection if it is not tied."""
         return self.vocab_size * self.model.hidden
 
     @property
@@ -75,14 +76,14 @@ class ModelSize:
         return self._outside_experts + experts * self.expert
 
     def active_parameters(self, experts_per_token: float) -> float:
-        """Parameters that one token meets when it uses ``experts_per_token`` experts in the mean of MoE layers."""
+        """Parameters that a token uses with ``experts_per_token`` experts on average over MoE layers."""
         return self._outside_experts + len(self.model.moe_layers) * experts_per_token * self.expert
 
     def flops(self, tokens: int, routed_rows: int) -> int:
-        """Matrix-product FLOPs of training on ``tokens`` tokens whose MoE layers computed ``routed_rows`` rows in all.
+        """Matrix-product FLOPs of training on ``tokens`` tokens with ``routed_rows`` rows in all MoE layers together.
 
-        Forward and backward (three times the forward), two per multiply-add; causal attention counted at half;
-        the embedding lookup, norms and the optimizer not counted; recomputation neither.
+        Forward and backward (three times the forward), two per multiply-add, causal attention at half. Embedding
+        lookup, norms, optimizer and recomputation are not counted.
         """
         model = self.model
         layers = [self.layer(layer) for layer in range(model.layers)]
@@ -91,17 +92,17 @@ class ModelSize:
         return 6 * (tokens * (per_token + attention) + routed_rows * self.expert)
 
     def static_flops(self, tokens: int, experts_per_token: float) -> float:
-        """The same with an assumed number of experts per token in place of the measured rows."""
+        """Like :meth:`flops`, with an assumed number of experts per token instead of measured rows."""
         return self.flops(tokens, 0) + 6 * tokens * len(self.model.moe_layers) * experts_per_token * self.expert
 
 
 def embedding_rows(tokenizer_size: int, given: int | None) -> int:
-    """Rows of the embedding: as configured, else the tokenizer's ids rounded up to a multiple of 64.
+    """Rows of the embedding: as configured, or the size of the tokenizer rounded up to a multiple of 64.
 
     Raises:
-        ConfigError: fewer rows than the tokenizer has ids.
+        ConfigError: there are fewer rows than token ids.
     """
     if given is not None and given < tokenizer_size:
-        cure = f"use at least {tokenizer_size} or null"
-        raise ConfigError("model.vocab_size", given, "is less than the tokenizer has ids", cure)
+        cure = f"use at least {tokenizer_size}, or null"
+        raise ConfigError("model.vocab_size", given, "is smaller than the tokenizer's vocabulary", cure)
     return given or -(-tokenizer_size // 64) * 64

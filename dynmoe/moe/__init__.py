@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: router, dispatcher, experts. Plain modules that take process groups."""
+"""The mixture-of-experts layer: router, dispatcher and experts."""
 
 from dynmoe.moe.context import MoEContext, MoEGroups, StepState
 from dynmoe.moe.layer import MoELayer

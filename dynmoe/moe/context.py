@@ -1,4 +1,4 @@
-"""What all MoE layers of a model share: process groups, and the state of the forward pass in progress."""
+"""State that all MoE layers of a model share: process groups, and the state of the current forward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from dynmoe.moe.counts import CountsOverRanks
 from dynmoe.moe.trace import RoutingTrace
-from dynmoe.routing.control_statistics import ControlStatisticsSpec
+from dynmoe.routing.update_statistics import UpdateStatisticsSpec
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class MoEGroups:
     """The process groups of the MoE layers.
 
     Attributes:
-        expert: ranks over which the experts are spread; None where each rank holds all of them.
+        expert: ranks over which the experts are spread; None if each rank holds all of them.
         tokens: ranks whose tokens share auxiliary losses and statistics; None for this rank alone.
-        sequence: ranks over which each sequence is spread (tensor and context parallelism); None for none.
-        pipeline: ranks that hold the other layers of the model; None where this rank holds all of them.
+        sequence: ranks over which each sequence is split (tensor and context parallelism); None if it is not.
+        pipeline: ranks that hold the other layers of the model; None if this rank holds all of them.
     """
 
     expert: dist.ProcessGroup | None = None
@@ -42,18 +42,18 @@ class MoEGroups:
 
 @dataclass(frozen=True)
 class StepState:
-    """What a forward pass is told of the optimizer step that it belongs to.
+    """Settings of a forward pass that depend on its optimizer step.
 
     Attributes:
-        loss_scale: what the engine multiplies the main loss with (1 / accumulation steps), over the ranks whose
-            gradients it adds up instead of averaging them.
-        micro_batch: number of the forward pass within the step.
-        recomputing: this pass repeats an earlier one (activation checkpointing); nothing is counted.
-        calibrating: threshold routers set their thresholds from the scores of this pass.
-        recording: statistics are collected.
-        control: the control statistics that are collected for budgets and adaptation; None for none.
-        target_experts: experts per token that the budget asks for; the penalty of the relu router is relative to it.
-        trace: collects the routes; None where the step is not traced.
+        loss_scale: factor by which the engine multiplies the main loss (1 / accumulation steps), divided by the number
+            of ranks whose gradients it sums instead of averaging them.
+        micro_batch: index of the forward pass within the step.
+        recomputing: the forward pass repeats an earlier one (activation checkpointing), and nothing is counted.
+        calibrating: threshold routers set their thresholds from the scores of this forward pass.
+        recording: collect statistics for the metrics.
+        update_statistics: statistics to collect for budgets and adaptation; None for none.
+        target_experts: experts per token that the budget targets; the penalty of the relu router is relative to it.
+        trace: collects the routes; None if the step is not traced.
     """
 
     loss_scale: float = 1.0
@@ -61,19 +61,19 @@ class StepState:
     recomputing: bool = False
     calibrating: bool = False
     recording: bool = False
-    control: ControlStatisticsSpec | None = None
+    update_statistics: UpdateStatisticsSpec | None = None
     target_experts: float = 1.0
     trace: RoutingTrace | None = None
 
 
 class MoEContext:
-    """One per model, made by the engine and given to every layer.
+    """One per model, created by the engine and passed to every layer.
 
     Attributes:
         groups: process groups.
-        backend: what computes the experts (see ``dynmoe.ops.routed_experts``).
-        step: state of the forward pass in progress; :meth:`running` alone changes it.
-        token_counts, sequence_counts: what is summed over the groups of those names; None without them.
+        backend: computes the experts (see ``dynmoe.ops.routed_experts``).
+        step: state of the current forward pass; only :meth:`override` changes it.
+        token_counts, sequence_counts: all-reduces over the groups of these names; None without the group.
     """
 
     def __init__(self, groups: MoEGroups | None = None, backend: str = "auto", step: StepState | None = None) -> None:
@@ -84,8 +84,8 @@ class MoEContext:
         self.sequence_counts = None if self.groups.sequence is None else CountsOverRanks(self.groups.sequence)
 
     @contextmanager
-    def running(self, **changes: Any) -> Iterator[None]:
-        """Within it :attr:`step` has these fields changed."""
+    def override(self, **changes: Any) -> Iterator[None]:
+        """Replaces fields of :attr:`step` within the context."""
         before = self.step
         self.step = dataclasses.replace(before, **changes)
         try:
@@ -94,17 +94,17 @@ class MoEContext:
             self.step = before
 
     def start_counts(self) -> None:
-        """Starts the all-reduce of the counts of a pass whose routers have all made their plans.
+        """Starts the all-reduce of the counts of a forward pass after the last router made its plan.
 
-        Without this call it starts when the backward pass first needs a count, and is waited for there.
+        Without this call, the backward pass starts it when it first needs a count, and waits for it there.
         """
         for counts in (self.token_counts, self.sequence_counts):
             if counts is not None:
                 counts.start()
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Of a pass and of its repetition, for ``torch.utils.checkpoint``.
+        """The contexts of a forward pass and of its recomputation, for ``torch.utils.checkpoint``.
 
-        Other passes may lie between the two: a pipeline runs several forward passes ahead.
+        A pipeline may run other forward passes between the two, so the micro-batch is fixed here.
         """
-        return nullcontext(), self.running(micro_batch=self.step.micro_batch, recomputing=True)
+        return nullcontext(), self.override(micro_batch=self.step.micro_batch, recomputing=True)

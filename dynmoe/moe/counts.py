@@ -1,4 +1,4 @@
-"""Counts that are added up over ranks beside the computation, those of all layers of a pass in one all-reduce."""
+"""Asynchronous sums of counts over ranks: one all-reduce for all layers of a forward pass."""
 
 from __future__ import annotations
 
@@ -9,81 +9,88 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dynmoe.routing import LateCounts
+from dynmoe.routing import AsyncCounts
 from dynmoe.routing.plan import Weights
 
 
 class CountsOverRanks:
-    """Adds tensors up over the ranks of ``group``, all of which give the same ones in the same order.
+    """Sums tensors over the ranks of ``group``, which must all add them in the same order.
 
-    Those that were given since the last :meth:`start` share an all-reduce. Whoever needs a sum earlier starts it.
+    Tensors that were added since the last :meth:`start` share an all-reduce. Reading a sum starts it if necessary.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group, self._waiting = group, list[CountsUnderWay]()
+        self._group = group
+        self._pending: list[PendingCounts] = []
 
-    def add(self, own: Tensor, read: Callable[[Tensor], Any]) -> CountsUnderWay:
-        """The sum of ``own`` (fp32) over all ranks; ``read`` makes of it what :meth:`CountsUnderWay.get` returns."""
-        under_way = CountsUnderWay(self, own, read)
-        self._waiting.append(under_way)
-        return under_way
+    def add(self, local: Tensor, read: Callable[[Tensor], Any]) -> PendingCounts:
+        """The sum of ``local`` (fp32) over all ranks; :meth:`PendingCounts.get` returns ``read`` of it."""
+        counts = PendingCounts(self, local, read)
+        self._pending.append(counts)
+        return counts
 
     def start(self) -> None:
-        """Sends off what was given; nothing waits for it here."""
-        waiting, self._waiting = self._waiting, []
-        if not waiting:
+        """Starts the all-reduce of the added tensors without waiting for it."""
+        pending = self._pending
+        self._pending = []
+        if not pending:
             return
-        packed = torch.cat([counts.tensor.flatten() for counts in waiting])
+        packed = torch.cat([counts.tensor.flatten() for counts in pending])
         work = dist.all_reduce(packed, group=self._group, async_op=True)
-        for counts, part in zip(waiting, packed.split([counts.tensor.numel() for counts in waiting]), strict=True):
-            counts.tensor, counts.work = part.view(counts.shape), work
+        for counts, part in zip(pending, packed.split([counts.tensor.numel() for counts in pending]), strict=True):
+            counts.tensor = part.view(counts.shape)
+            counts.work = work
 
 
-class CountsUnderWay(LateCounts):
-    """One of the tensors of :class:`CountsOverRanks`, and the losses that were made of it before its sum was there.
+class PendingCounts(AsyncCounts):
+    """One tensor of :class:`CountsOverRanks`, and the losses that use it before its sum is known.
 
     Attributes:
-        tensor: this rank's; from the end of ``work`` on the sum.
-        work: the all-reduce that it is part of; None before that starts.
+        tensor: the local counts; the sum once ``work`` is complete.
+        work: the all-reduce of the tensor; None before it starts.
     """
 
-    def __init__(self, counts: CountsOverRanks, tensor: Tensor, read: Callable[[Tensor], Any]) -> None:
-        self.tensor, self.shape = tensor, tensor.shape
+    def __init__(self, owner: CountsOverRanks, tensor: Tensor, read: Callable[[Tensor], Any]) -> None:
+        self.tensor = tensor
+        self.shape = tensor.shape
         self.work: Any = None
-        self._of, self._read, self._sum = counts, read, None
-        self._unvalued: list[tuple[Tensor, Tensor, Weights]] = []
+        self._owner = owner
+        self._read = read
+        self._sum: Any = None
+        self._losses: list[tuple[Tensor, Tensor, Weights]] = []
 
     @torch.no_grad()
     def get(self) -> Any:
-        """The counts of all ranks. The host waits for them on a CPU, the current stream on a GPU."""
+        """The counts of all ranks. On a CPU the host waits for them, on a GPU the current stream."""
         if self._sum is None:
             if self.work is None:
-                self._of.start()
+                self._owner.start()
             self.work.wait()
             self._sum = self._read(self.tensor)
-            for value, sums, weights in self._unvalued:
+            for value, sums, weights in self._losses:
                 value.copy_((weights(self._sum) * sums).sum())
-            self._unvalued.clear()
+            self._losses.clear()
         return self._sum
 
     def weigh(self, sums: Tensor, weights: Weights) -> Tensor:
         return _Weigh.apply(sums, self, weights)
 
     def value(self, sums: Tensor, weights: Weights) -> Tensor:
-        """The weighted sum, without gradient."""
+        """The weighted sum, without gradient; NaN until :meth:`get` fills it in."""
         if self._sum is not None:
             return (weights(self._sum) * sums).sum()
         value = sums.new_full((), torch.nan)
-        self._unvalued.append((value.detach(), sums.detach(), weights))
+        self._losses.append((value.detach(), sums.detach(), weights))
         return value
 
 
 class _Weigh(torch.autograd.Function):
-    """Saves nothing, whether the counts are there or not: a repeated pass must save what the first one did."""
+    """Saves no tensors: a recomputed forward pass, which may find the sum known, must save the same as the first."""
 
     @staticmethod
-    def forward(ctx: Any, sums: Tensor, counts: CountsUnderWay, weights: Weights) -> Tensor:
-        ctx.counts, ctx.weights = counts, weights
+    def forward(ctx: Any, sums: Tensor, counts: PendingCounts, weights: Weights) -> Tensor:
+        ctx.counts = counts
+        ctx.weights = weights
         return counts.value(sums, weights)
 
     @staticmethod

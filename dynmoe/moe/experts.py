@@ -15,55 +15,51 @@ from dynmoe.ops import routed_experts
 
 
 def down_std(model: ModelConfig) -> float:
-    """Standard deviation of projections back into the residual stream (GPT-2: scaled by 1 / sqrt(2 layers))."""
+    """Initial standard deviation of projections into the residual stream (GPT-2: scaled by 1 / sqrt(2 layers))."""
     return model.init_std / math.sqrt(2 * model.layers)
 
 
 class GroupedExperts(nn.Module):
-    """SwiGLU experts as two stacked parameters, for a consecutive block of expert indices.
+    """SwiGLU experts as two stacked parameters.
 
     Args:
         model: widths and initial scale.
-        experts: global indices of the experts held here.
+        experts: global indices of the experts on this rank, consecutive.
         seed: of the initial weights.
         name: prefix of this module's parameter names in the whole model.
     """
 
     def __init__(self, model: ModelConfig, experts: range, seed: int, name: str) -> None:
         super().__init__()
-        hidden, width = model.hidden, model.moe.expert_hidden
+        hidden = model.hidden
+        width = model.moe.expert_hidden
         self.experts = experts
         self._draw = (
             lambda e: named_normal((2 * width, hidden), model.init_std, seed, f"{name}.w_up.{e}"),
             lambda e: named_normal((hidden, width), down_std(model), seed, f"{name}.w_down.{e}"),
         )
         up, down = ([draw(str(e)) for e in experts] for draw in self._draw)
-        self.w_up_EHD = nn.Parameter(torch.stack(up))  # H = 2F: gate and up projection
+        self.w_up_EHD = nn.Parameter(torch.stack(up))
         self.w_down_EDF = nn.Parameter(torch.stack(down))
         for parameter in self.parameters():
-            # Both engines read this mark: not to be averaged over all data-parallel ranks.
+            # Tells both engines not to average the gradient over all data-parallel ranks.
             parameter.allreduce = False  # type: ignore[attr-defined]
 
     def fresh_weights(self, expert: int, label: str) -> list[tuple[nn.Parameter, Tensor]]:
-        """Initial weights of expert ``expert`` (global index) beside the parameters that hold it.
-
-        The label makes them other ones than those of an earlier start of the same expert.
-        """
-        names = f"{expert}.{label}"
-        return [
-            (parameter, draw(names).to(parameter.device))
-            for parameter, draw in zip((self.w_up_EHD, self.w_down_EDF), self._draw, strict=True)
-        ]
+        """New initial weights of an expert (global index), each with its parameter; they depend on ``label``."""
+        name = f"{expert}.{label}"
+        parameters = (self.w_up_EHD, self.w_down_EDF)
+        return [(own, draw(name).to(own.device)) for own, draw in zip(parameters, self._draw, strict=True)]
 
     def forward(self, x_TD: Tensor, dispatched: DispatchedTokens) -> Tensor:
-        """Sum of the gated outputs of this rank's experts for each token, [T, D]."""
+        """Returns the sum of the gated outputs of this rank's experts for each token."""
         return routed_experts(
             x_TD, dispatched.gates_TE, self.w_up_EHD, self.w_down_EDF, dispatched.permutation, dispatched.backend
         )  # fmt: skip
 
 
 class SwiGLU(nn.Module):
-    """A dense SwiGLU layer: the feed-forward of dense layers, and the shared expert of MoE layers."""
+    """A dense SwiGLU layer: the feed-forward layer of dense layers, and the shared expert of MoE layers."""
 
     def __init__(self, model: ModelConfig, width: int, seed: int, name: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Initial weights that depend on the seed and the parameter's name alone, not on ranks, layout or engine."""
+"""Initial weights that depend only on the seed and the name of the parameter, not on ranks, layout or engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def named_normal(shape: tuple[int, ...], std: float, seed: int, name: str) -> Tensor:
-    """Normal numbers of mean 0, fp32 on the CPU, from a generator of their own for each (seed, name)."""
+    """Normal numbers with mean 0, fp32 on the CPU, from a separate generator for each (seed, name)."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(shape).normal_(0.0, std, generator=generator)

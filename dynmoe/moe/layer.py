@@ -17,24 +17,25 @@ from dynmoe.moe.experts import GroupedExperts, SwiGLU
 from dynmoe.moe.router import Router
 from dynmoe.moe.statistics import LayerStepStats, record, weighted_sum
 from dynmoe.ops import attach_loss
-from dynmoe.routing import RoutingPlan, apply_capacity, apply_ceiling, expert_capacity
-from dynmoe.routing.control_statistics import pack_control_statistics
+from dynmoe.routing import RoutingPlan, apply_capacity, expert_capacity, limit_routes
+from dynmoe.routing.update_statistics import pack_update_statistics
 
 
 class MoELayer(nn.Module):
-    """A feed-forward layer in which each token takes the experts it needs.
+    """A feed-forward layer in which each token uses a dynamic number of experts.
 
-    Auxiliary losses travel with the output (see :func:`attach_loss`); counts stay in the layer until :meth:`drain`.
+    Auxiliary losses are attached to the output (see :func:`attach_loss`); statistics stay in the layer until
+    :meth:`drain`.
 
     Args:
-        model: the model's configuration.
+        model: configuration of the model.
         layer: index of the decoder layer.
         seed: of the initial weights.
         context: process groups and step state, shared by all layers of the model.
     """
 
     def __init__(self, model: ModelConfig, layer: int, seed: int, context: MoEContext) -> None:
-        # Not super(): an engine's subclass may have a second parent, whose constructor builds a layer of its own.
+        # Not super(): a second parent in an engine's subclass has a constructor that would build its own layer.
         nn.Module.__init__(self)
         name = f"layers.{layer}.moe"
         self.layer = layer
@@ -52,15 +53,15 @@ class MoELayer(nn.Module):
         self._stats: LayerStepStats | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., D]: route, dispatch, experts, combine."""
+        """Maps [..., D] to [..., D]."""
         step = self.context.step
         trains = self.training and not step.calibrating
         x_TD = x.reshape(-1, x.shape[-1])
         selection = self.router(x_TD)
-        plan, most_rows, overflowed = self._within_limit(self._within_capacity(selection), step)
-        self.dispatcher.count_bytes = trains
-        dispatched = self.dispatcher.dispatch(x_TD, plan, most_rows)
-        shared_TD = None if self.shared is None else self.shared(x_TD)  # while the tokens travel
+        plan, max_rows, overflowed = self._within_limit(self._within_capacity(selection), step)
+        self.dispatcher.count_bytes(trains)
+        dispatched = self.dispatcher.dispatch(x_TD, plan, max_rows)
+        shared_TD = None if self.shared is None else self.shared(x_TD)  # overlaps with the all-to-all
         outputs_TD = self.experts(self.dispatcher.receive(dispatched), dispatched)
         y_TD = self.dispatcher.combine(outputs_TD, dispatched)
         if shared_TD is not None:
@@ -74,27 +75,27 @@ class MoELayer(nn.Module):
         return y_TD.view_as(x)
 
     def _within_capacity(self, plan: RoutingPlan) -> RoutingPlan:
-        """The plan without routes beyond the capacity of an expert."""
+        """The plan without the routes beyond the capacity of an expert."""
         factor = self.settings.capacity_factor
-        # Not in evaluation: which routes are dropped depends on the whole batch, later tokens included.
+        # Never in evaluation: the dropped routes depend on the whole batch, including later tokens.
         if factor is None or not self.training:
             return plan
         average = self.router.experts_per_token
         num_tokens = plan.routing_map_TE.shape[0]
-        # In the first step nothing was observed yet but these tokens themselves.
+        # The first step has no moving average yet and uses the routes of these tokens.
         routes = torch.where(average > 0, average * num_tokens, plan.routing_map_TE.sum())
         capacity = expert_capacity(routes, self.router.active_E.sum(), factor)
         return apply_capacity(plan, capacity, self.settings.drop_policy)
 
     def _within_limit(self, plan: RoutingPlan, step: StepState) -> tuple[RoutingPlan, int | None, Tensor | None]:
-        """The plan within the limit of experts per token, which bounds memory.
+        """Applies the limit of mean experts per token, which bounds memory.
 
-        Where exceeding it is an error, routes are dropped all the same, as there is no room for them, and the gates
-        become NaN: every engine stops before the optimizer at a gradient that is not finite, on all ranks alike.
+        If exceeding it is an error, routes are still dropped, because there is no memory for them, and the gates become
+        NaN: on a gradient that is not finite, every engine stops before the optimizer, on all ranks alike.
 
         Returns:
-            The plan; the most rows that it can have, or None where nothing bounds them; and whether it exceeded a limit
-            that is an error, a bool scalar, or None where that cannot be.
+            The plan; its maximum number of rows, or None without a bound; and whether it exceeded a limit that is an
+            error, a bool scalar, or None if it cannot.
         """
         num_tokens = plan.routing_map_TE.shape[0]
         spec = self.router.spec
@@ -105,12 +106,12 @@ class MoELayer(nn.Module):
         most = num_tokens * spec.max_experts_per_token(self.num_experts)
         if most <= limit:
             return plan, most, None
-        bounded = apply_ceiling(plan, limit, self.settings.drop_policy)
+        limited = limit_routes(plan, limit, self.settings.drop_policy)
         if self.settings.on_overflow == "drop" or step.calibrating:
-            return bounded, limit, None
+            return limited, limit, None
         over = plan.routing_map_TE.sum() > limit
-        gates_TE = bounded.gates_TE.masked_fill(over, math.nan)
-        return dataclasses.replace(bounded, gates_TE=gates_TE), limit, over
+        gates_TE = limited.gates_TE.masked_fill(over, math.nan)
+        return dataclasses.replace(limited, gates_TE=gates_TE), limit, over
 
     def _count(
         self, plan: RoutingPlan, x_TD: Tensor, losses: dict[str, Tensor], dispatched: DispatchedTokens,
@@ -123,18 +124,17 @@ class MoELayer(nn.Module):
         if overflowed is not None:
             stats.overflowed = stats.overflowed | overflowed
         if step.recording:
-            coefficients = router.loss_coefficients
-            stats.recorded.append(record(plan, losses, coefficients, router.control_value, router.active_E))
+            stats.recorded.append(record(plan, losses, router))
         if step.trace is not None:
             step.trace.add(self.layer, step.micro_batch, plan, dispatched.routes)
-        if step.control is not None:
+        if step.update_statistics is not None:
             with torch.no_grad():
-                compared_TE = router.spec.compared_TE(router, plan) if step.control.deviation else None
-            seen = pack_control_statistics(plan, x_TD, compared_TE, step.control)
-            stats.control = seen if stats.control is None else stats.control + seen
+                compared_TE = router.spec.compared_TE(router, plan) if step.update_statistics.deviation else None
+            sums = pack_update_statistics(plan, x_TD, compared_TE, step.update_statistics)
+            stats.update_sums = sums if stats.update_sums is None else stats.update_sums + sums
 
     def drain(self) -> LayerStepStats:
-        """What was counted in training since the last call; waits for the counts that recorded losses need."""
+        """Returns and clears the statistics of training; waits for the counts that recorded losses need."""
         stats = LayerStepStats.empty(self.router.active_E.device) if self._stats is None else self._stats
         self._stats = None
         stats.sent_bytes = self.dispatcher.take_sent_bytes()
@@ -144,8 +144,8 @@ class MoELayer(nn.Module):
 
 
 @contextmanager
-def keeping_plans(layers: Sequence[MoELayer]) -> Iterator[list[RoutingPlan]]:
-    """Collects the plans that the routers of these layers make, in their order; its reader may clear the list."""
+def capture_plans(layers: Sequence[MoELayer]) -> Iterator[list[RoutingPlan]]:
+    """Collects the plans of the routers of ``layers`` in forward order; the caller may clear the list."""
     plans: list[RoutingPlan] = []
     hooks = [layer.router.register_forward_hook(lambda module, inputs, plan: plans.append(plan)) for layer in layers]
     try:

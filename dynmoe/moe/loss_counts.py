@@ -8,71 +8,71 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dynmoe.moe.context import MoEContext
-from dynmoe.moe.counts import CountsUnderWay
+from dynmoe.moe.counts import PendingCounts
 from dynmoe.routers.base import LossInputs, RouterSpec, RouterState
 from dynmoe.routing import RoutingCounts, RoutingPlan, losses
 
-Counts = RoutingCounts | CountsUnderWay
+Counts = RoutingCounts | PendingCounts
 
 
 class LossCounts:
-    """Counts of one layer in the step in progress, by micro-batch: a repeated pass finds those of the first one."""
+    """Counts of one layer in the current step, by micro-batch. A recomputed forward pass reuses those of the first."""
 
     def __init__(self, context: MoEContext) -> None:
         self._context = context
         self._batches: list[Counts] = []
-        self._sequences: list[CountsUnderWay] = []
+        self._sequences: list[PendingCounts] = []
 
     def wait(self) -> None:
-        """Waits for all counts that are under way, and gives the losses made of them their values."""
+        """Waits for all pending counts, which fills in the losses that use them."""
         for counts in (*self._batches, *self._sequences):
-            if isinstance(counts, CountsUnderWay):
+            if isinstance(counts, PendingCounts):
                 counts.get()
 
     def of_batch(self, plan: RoutingPlan, scope: str) -> Counts:
-        """Counts of the scope; those of the global batch grow with each of its micro-batches."""
-        own = RoutingCounts.of(plan)
+        """Counts of the scope; those of the global batch accumulate over its micro-batches."""
+        local = RoutingCounts.of(plan)
         if scope != "global_batch":
-            return own
+            return local
         micro_batch = self._context.step.micro_batch
         if not self._context.step.recomputing:
             earlier = self._batches[:micro_batch]
-            self._batches = [*earlier, self._added(own, earlier[-1] if earlier else None)]
+            self._batches = [*earlier, self._accumulate(local, earlier[-1] if earlier else None)]
         return self._batches[micro_batch]
 
-    def _added(self, own: RoutingCounts, before: Counts | None) -> Counts:
-        """The counts of a pass over all ranks, and of the passes before it."""
+    def _accumulate(self, local: RoutingCounts, earlier: Counts | None) -> Counts:
+        """Counts of a forward pass over all ranks, plus those of the earlier ones."""
         sums = self._context.token_counts
         if sums is None:
-            assert not isinstance(before, CountsUnderWay)
-            return own if before is None else before + own
-        assert not isinstance(before, RoutingCounts)
+            assert not isinstance(earlier, PendingCounts)
+            return local if earlier is None else earlier + local
+        assert not isinstance(earlier, RoutingCounts)
         ranks = dist.get_world_size(self._context.groups.tokens)
 
         def read(packed: Tensor) -> RoutingCounts:
-            of_pass = RoutingCounts.unpack(packed, ranks)
-            return of_pass if before is None else before.get() + of_pass
+            counts = RoutingCounts.unpack(packed, ranks)
+            return counts if earlier is None else earlier.get() + counts
 
-        return sums.add(own.pack(), read)
+        return sums.add(local.pack(), read)
 
-    def of_sequences(self, plan: RoutingPlan, num_sequences: int) -> tuple[Tensor | CountsUnderWay, int]:
-        """Counts of whole sequences, and the number of ranks that each is spread over."""
+    def of_sequences(self, plan: RoutingPlan, num_sequences: int) -> tuple[Tensor | PendingCounts, int]:
+        """Counts of whole sequences, and the number of ranks over which each is split."""
         selected_BE = losses.sequence_counts(plan, num_sequences)
         sums = self._context.sequence_counts
         if sums is None:
             return selected_BE, 1
         micro_batch = self._context.step.micro_batch
         if not self._context.step.recomputing:
-            under_way = sums.add(selected_BE, lambda selected_BE: selected_BE)
-            self._sequences = [*self._sequences[:micro_batch], under_way]
+            pending = sums.add(selected_BE, lambda selected_BE: selected_BE)
+            self._sequences = [*self._sequences[:micro_batch], pending]
         return self._sequences[micro_batch], dist.get_world_size(self._context.groups.sequence)
 
 
 class CountedLossInputs(LossInputs):
-    """Inputs of losses whose counts are those of the configured scope, over all ranks.
+    """Inputs of losses with the counts of the configured scope over all ranks.
 
     Args:
-        num_sequences: sequences that the tokens belong to, one after the other.
+        num_sequences: number of sequences in the plan; tokens of a sequence are contiguous.
         counts: of the layer.
     """
 
@@ -90,5 +90,5 @@ class CountedLossInputs(LossInputs):
         return self._counts.of_batch(self.plan, self.spec.balance_scope)
 
     @functools.cached_property
-    def sequence_counts(self) -> tuple[Tensor | CountsUnderWay, int]:
+    def sequence_counts(self) -> tuple[Tensor | PendingCounts, int]:
         return self._counts.of_sequences(self.plan, self._num_sequences)

@@ -1,4 +1,4 @@
-"""The router of a layer: the tensors that its description asks for, and the counts of its losses over ranks."""
+"""The router of a layer: the tensors that its spec describes, and its losses with counts over ranks."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from dynmoe.routing import RoutingPlan
 
 
 def initially_active(num_experts: int, wanted: int | None, spread: bool) -> Tensor:
-    """Mask of the slots in use at the start: the first ones, or spread evenly so that every rank has its share."""
+    """Mask of the initially active slots: the first ones, or with ``spread`` evenly over slots and thus ranks."""
     active_E = torch.zeros(num_experts, dtype=torch.bool)
     count = num_experts if wanted is None else wanted
-    active_E[[place * num_experts // count if spread else place for place in range(count)]] = True
+    active_E[[index * num_experts // count if spread else index for index in range(count)]] = True
     return active_E
 
 
 class Router(nn.Module):
-    """Maps hidden states to a :class:`RoutingPlan`, in fp32 arithmetic whatever the precision of the weights.
+    """Maps hidden states to a :class:`RoutingPlan`, in fp32 arithmetic regardless of the precision of the weights.
 
-    Parameters and buffers are those that ``model.router`` (:class:`dynmoe.routers.RouterSpec`) describes, and it says
-    how they route and move. Two further buffers belong to every router: ``active_E`` (the slots in use) and
-    ``experts_per_token`` (a moving average that capacities are computed from, 0 before the first step).
+    ``model.router`` (:class:`dynmoe.routers.RouterSpec`) describes the parameters and buffers, how they route and how
+    they are updated. Every router has two more buffers: ``active_E`` (mask of the active slots) and
+    ``experts_per_token`` (a moving average from which capacities are computed; 0 before the first step).
 
     Args:
-        model: router and its settings.
-        num_experts: expert slots of this layer.
+        model: configuration of the model.
+        num_experts: number of expert slots of this layer.
         seed: of the initial weights.
         name: prefix of this module's parameter names in the whole model.
-        context: process groups over which the auxiliary losses count.
+        context: process groups and step state.
     """
 
     active_E: Tensor
@@ -52,18 +52,18 @@ class Router(nn.Module):
         spread = self.spec.variant != "released"
         self.register_buffer("active_E", initially_active(num_experts, model.moe.active_at_start, spread))
         self.register_buffer("experts_per_token", torch.tensor(0.0))
-        for own, tensor in self.spec.parameters(model.hidden, num_experts).items():
+        for key, tensor in self.spec.parameters(model.hidden, num_experts).items():
             if tensor.initial is None:
-                values = named_normal(tensor.shape, model.init_std, seed, f"{name}.{without_shape(own)}")
+                values = named_normal(tensor.shape, model.init_std, seed, f"{name}.{without_shape(key)}")
             else:
                 values = torch.full(tensor.shape, tensor.initial)
-            self.register_parameter(own, nn.Parameter(values))
-        for own, tensor in self.spec.buffers(model.hidden, num_experts).items():
+            self.register_parameter(key, nn.Parameter(values))
+        for key, tensor in self.spec.buffers(model.hidden, num_experts).items():
             assert tensor.initial is not None
-            self.register_buffer(own, torch.full(tensor.shape, tensor.initial, dtype=getattr(torch, tensor.dtype)))
+            self.register_buffer(key, torch.full(tensor.shape, tensor.initial, dtype=getattr(torch, tensor.dtype)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Moves with the module, but keeps the precision of its buffers: engines cast whole modules to bf16."""
+        """Keeps the dtype of buffers when an engine casts the whole module to bf16."""
         buffers = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in buffers.items():
@@ -83,17 +83,17 @@ class Router(nn.Module):
     @property
     @torch.no_grad()
     def control_value(self) -> Tensor:
-        """What decides how many experts a token gets, a scalar: see :meth:`RouterSpec.control_value`."""
+        """See :meth:`RouterSpec.control_value`."""
         return self.spec.control_value(self)
 
     @property
     def is_calibrated(self) -> Tensor | None:
-        """Whether thresholds need no first scores any more, a bool scalar; None for a router without thresholds."""
+        """True once the thresholds are calibrated, a bool scalar; None for a router without thresholds."""
         return self._buffers.get("calibrated")
 
     @torch.no_grad()
     def _calibrate(self, x_TD: Tensor) -> None:
-        """Sets the offsets, once, so that each active expert is selected by its share of the tokens of all ranks."""
+        """Sets the offsets, once, so that each active expert takes its share of the tokens of all ranks."""
         if self.is_calibrated is None or bool(self.is_calibrated):
             return
         share = min(1.0, self.spec.initial_experts / int(self.active_E.sum()))  # type: ignore[attr-defined]
@@ -103,23 +103,23 @@ class Router(nn.Module):
 
     @property
     def loss_coefficients(self) -> dict[str, Any]:
-        """The coefficient of every auxiliary loss in force, a number or a tensor."""
+        """The coefficient of each active auxiliary loss, a number or a tensor."""
         return self.spec.loss_coefficients(self)
 
     def losses(self, plan: RoutingPlan, num_sequences: int = 1) -> dict[str, Tensor]:
-        """Every auxiliary loss in force, without its coefficient; its counts are those of the configured scope.
+        """Each active auxiliary loss, without its coefficient.
 
-        A loss that counts over ranks may be differentiated at once: the backward pass waits for the counts. Its value
-        is NaN until then, or until :meth:`wait_for_counts`.
+        The value of a loss with counts over ranks is NaN until the backward pass or :meth:`wait_for_counts` has waited
+        for the counts.
 
         Args:
             plan: of this rank's tokens, before capacity drops routes.
-            num_sequences: sequences that the tokens belong to, one after the other.
+            num_sequences: number of sequences in the plan; tokens of a sequence are contiguous.
         """
         target = self.context.step.target_experts
         inputs = CountedLossInputs(self.spec, self, plan, num_sequences, self._loss_counts, target)
         return {name: loss(inputs) for name, loss in self.spec.losses.items()}
 
     def wait_for_counts(self) -> None:
-        """Gives the losses of this step's passes their values."""
+        """Waits for the counts of this step's forward passes, which fills in the values of their losses."""
         self._loss_counts.wait()

@@ -1,4 +1,4 @@
-"""What a routing trace keeps of the forward passes of one step on one rank: the routes, and nothing of size T x E."""
+"""The routes of the forward passes of one step on one rank, without tensors of size T x E."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class TracedPass:
 
     Attributes:
         layer: index in the decoder.
-        micro_batch: number of the forward pass within the step.
+        micro_batch: index of the forward pass within the step.
         num_experts: E.
-        route_N: what capacity and ceiling left of the router's choice, in any order; may be longer than ``num_routes``.
+        route_N: the routes after capacity and limits, in any order; only the first ``num_routes`` are valid.
         gates_N: fp32 weights of these routes.
-        num_routes: of ``route_N`` in use, a scalar.
-        dropped_M: what they took away, in ascending order.
+        num_routes: a scalar.
+        dropped_M: the routes that capacity and limits dropped, in ascending order.
     """
 
     layer: int
@@ -40,7 +40,7 @@ class TracedPass:
 
 
 class RoutingTrace:
-    """Collects the routes of a step; an engine's context holds one while a step is traced."""
+    """Collects the routes of a step; part of :class:`StepState` while a step is traced."""
 
     def __init__(self) -> None:
         self._passes: list[TracedPass] = []
@@ -48,36 +48,32 @@ class RoutingTrace:
 
     @torch.no_grad()
     def add(self, layer: int, micro_batch: int, plan: RoutingPlan, routes: Permutation) -> None:
-        """Sends the routes of a plan to the host.
+        """Starts copying the routes of ``plan`` to the host; ``routes`` is its permutation.
 
-        Nothing here waits for a GPU, but where capacity or a ceiling may drop routes: how many is known there only.
-
-        Args:
-            layer: index in the decoder.
-            micro_batch: number of the forward pass within the step.
-            plan: of this rank's tokens.
-            routes: its permutation.
+        Waits for a GPU only if a capacity or limit can drop routes, because their number is known only there.
         """
         self._device = plan.gates_TE.device
-        # What lies behind the routes that there are is not initialised.
-        known_N = routes.route_N.clamp(0, plan.gates_TE.numel() - 1)
-        dropped_M = known_N[:0]
+        # Entries past the last route are uninitialized.
+        route_N = routes.route_N.clamp(0, plan.gates_TE.numel() - 1)
+        gates_N = plan.gates_TE.flatten().index_select(0, route_N)
+        dropped_M = route_N[:0]
         if plan.selected_map_TE is not plan.routing_map_TE:
             dropped_M = (plan.selected_map_TE & ~plan.routing_map_TE).flatten().nonzero().flatten()
-        route_N, num_routes, dropped_M = (
-            _to_host(indices, torch.int32) for indices in (known_N, routes.num_rows, dropped_M)
-        )
-        gates_N = _to_host(plan.gates_TE.flatten().index_select(0, known_N), torch.float32)
-        num_experts = plan.gates_TE.shape[1]
-        self._passes.append(TracedPass(layer, micro_batch, num_experts, route_N, gates_N, num_routes, dropped_M))
+        self._passes.append(
+            TracedPass(
+                layer, micro_batch, plan.gates_TE.shape[1], _to_host(route_N, torch.int32),
+                _to_host(gates_N, torch.float32), _to_host(routes.num_rows, torch.int32),
+                _to_host(dropped_M, torch.int32),
+            )
+        )  # fmt: skip
 
     def passes(self) -> list[TracedPass]:
-        """By layer and micro-batch; waits for what is under way."""
+        """The traced passes by layer and micro-batch; waits for pending copies."""
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
-        return sorted(self._passes, key=lambda own: (own.layer, own.micro_batch))
+        return sorted(self._passes, key=lambda traced: (traced.layer, traced.micro_batch))
 
 
 def _to_host(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy that is under way, in pinned memory, where the values come from a GPU."""
+    """Starts a copy to the host, in pinned memory if the values are on a GPU."""
     return values.to("cpu", dtype, non_blocking=True, copy=True)

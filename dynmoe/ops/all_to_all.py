@@ -1,7 +1,4 @@
-"""Differentiable all-to-all of rows with uneven splits, over any process group (gloo or NCCL).
-
-Shape letters besides those of ``dynmoe.routing``: R ranks, C columns of counts, M routes sent or received.
-"""
+"""Differentiable all-to-all of rows with uneven splits, over any process group (gloo or NCCL)."""
 
 from __future__ import annotations
 

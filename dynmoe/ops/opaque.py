@@ -61,8 +61,8 @@ def _part(
     places = row_TE.masked_fill(~routing_map_TE, max_rows).flatten()
     routes = torch.arange(num_tokens * num_experts, device=x_TD.device)
     route_N = routes.new_zeros(max_rows + 1).scatter_(0, places, routes)[:-1]
-    offsets_T1 = F.pad(routing_map_TE.sum(dim=1).cumsum(0), (1, 0))
-    place_TE = routing_map_TE.cumsum(dim=1) - 1 + offsets_T1[:-1, None]
+    offsets = F.pad(routing_map_TE.sum(dim=1).cumsum(0), (1, 0))
+    place_TE = routing_map_TE.cumsum(dim=1) - 1 + offsets[:-1, None]
     places = place_TE.masked_fill(~routing_map_TE, max_rows).flatten()
     row_N = routes.new_zeros(max_rows + 1).scatter_(0, places, row_TE.flatten())[:-1]
     ends_E = ends_E.to(torch.int32)
@@ -70,8 +70,8 @@ def _part(
     activation_NF = gated_activation(h_NH, gates_TE.flatten().index_select(0, route_N))
     rows_ND = F.grouped_mm(activation_NF, w_down_EDF.transpose(1, 2), offs=ends_E)
     # Rows past the last route hold arbitrary values: they are summed into one extra token, which is dropped.
-    offsets_T2 = F.pad(offsets_T1, (0, 1), value=max_rows)
-    return F.embedding_bag(row_N, rows_ND, offsets_T2, mode="sum", include_last_offset=True)[:-1]
+    padded_offsets = F.pad(offsets, (0, 1), value=max_rows)
+    return F.embedding_bag(row_N, rows_ND, padded_offsets, mode="sum", include_last_offset=True)[:-1]
 
 
 def _gradients(

@@ -26,7 +26,7 @@ class Permutation:
         token_N: token of each routed row; rows are sorted by expert, then by token.
         route_N: flat index t * E + e of each routed row into a [T, E] tensor.
         row_N: indices of the routed rows sorted by token, then by expert.
-        token_offsets_T1: start of each token in ``row_N``, followed by N.
+        token_offsets: start of each token in ``row_N``, followed by N: [T + 1].
         ends_E: end of each expert's rows, int32.
 
     For our Triton kernels the index tensors may be longer than the number of rows, to avoid a device synchronization:
@@ -36,7 +36,7 @@ class Permutation:
     token_N: Tensor
     route_N: Tensor
     row_N: Tensor
-    token_offsets_T1: Tensor
+    token_offsets: Tensor
     ends_E: Tensor
 
     @classmethod
@@ -54,12 +54,12 @@ class Permutation:
         # Row of (t, e): all rows of the experts before e, plus the tokens of e before t.
         ends_E = tokens_per_expert_E.cumsum(0)
         row_TE = routing_map_TE.cumsum(dim=0) - 1 + (ends_E - tokens_per_expert_E)
-        token_offsets_T1 = F.pad(experts_per_token_T.cumsum(0), (1, 0))
+        token_offsets = F.pad(experts_per_token_T.cumsum(0), (1, 0))
         return cls(
             token_N=token_N,
             route_N=token_N * num_experts + expert_N,
             row_N=row_TE[routing_map_TE],
-            token_offsets_T1=token_offsets_T1,
+            token_offsets=token_offsets,
             ends_E=ends_E.to(torch.int32),
         )
 
@@ -69,24 +69,24 @@ class Permutation:
         map_TE = routing_map_TE.numpy()
         if len(map_TE) == 1:  # the common case in generation
             (routes,) = map_TE[0].nonzero()
-            zeros_N, places_N, offsets_2 = _indices_of_one(len(routes))
+            zeros_N, places_N, offsets = _indices_of_one(len(routes))
             ends_E = torch.from_numpy(map_TE[0].cumsum(dtype=np.int32))
-            return cls(zeros_N, torch.from_numpy(routes), places_N, offsets_2, ends_E)
+            return cls(zeros_N, torch.from_numpy(routes), places_N, offsets, ends_E)
         expert_N, token_N = (np.ascontiguousarray(index_N) for index_N in map_TE.T.nonzero())
-        token_offsets_T1 = np.zeros(len(map_TE) + 1, np.int64)
-        map_TE.sum(axis=1).cumsum(out=token_offsets_T1[1:])
+        token_offsets = np.zeros(len(map_TE) + 1, np.int64)
+        map_TE.sum(axis=1).cumsum(out=token_offsets[1:])
         return cls(
             token_N=torch.from_numpy(token_N),
             route_N=torch.from_numpy(token_N * map_TE.shape[1] + expert_N),
             row_N=torch.from_numpy(token_N.argsort(kind="stable")),
-            token_offsets_T1=torch.from_numpy(token_offsets_T1),
+            token_offsets=torch.from_numpy(token_offsets),
             ends_E=torch.from_numpy(map_TE.sum(axis=0).cumsum(dtype=np.int32)),
         )
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All fields in order, for ``save_for_backward``."""
-        return self.token_N, self.route_N, self.row_N, self.token_offsets_T1, self.ends_E
+        return self.token_N, self.route_N, self.row_N, self.token_offsets, self.ends_E
 
     @property
     def num_rows(self) -> Tensor:
@@ -105,7 +105,7 @@ class Permutation:
 @cache
 @torch.inference_mode(False)  # a later backward pass may save them
 def _indices_of_one(num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``token_N``, ``row_N`` and ``token_offsets_T1`` of one token; shared, never written to."""
+    """``token_N``, ``row_N`` and ``token_offsets`` of one token; shared, never written to."""
     return torch.zeros(num_rows, dtype=torch.int64), torch.arange(num_rows), torch.tensor([0, num_rows])
 
 
@@ -117,10 +117,8 @@ def gather(x_TD: Tensor, permutation: Permutation) -> Tensor:
 def scatter_sum(rows_ND: Tensor, permutation: Permutation) -> Tensor:
     """:func:`sum_rows` without autograd, for use inside autograd functions."""
     if rows_ND.shape[0] == 0:  # embedding_bag needs at least one row
-        return rows_ND.new_zeros(permutation.token_offsets_T1.shape[0] - 1, rows_ND.shape[1])
-    return F.embedding_bag(
-        permutation.row_N, rows_ND, permutation.token_offsets_T1, mode="sum", include_last_offset=True
-    )
+        return rows_ND.new_zeros(permutation.token_offsets.shape[0] - 1, rows_ND.shape[1])
+    return F.embedding_bag(permutation.row_N, rows_ND, permutation.token_offsets, mode="sum", include_last_offset=True)
 
 
 class _GatherRows(torch.autograd.Function):

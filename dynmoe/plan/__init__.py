@@ -1,4 +1,4 @@
-"""What a configuration needs before anybody queues for it: memory, traffic, time, and layouts that fit."""
+"""Estimates for a configuration before it is queued: memory, traffic, time, and layouts that fit."""
 
 from dynmoe.plan.command import main
 

@@ -1,4 +1,4 @@
-"""python -m dynmoe.plan CONFIG --nodes N --gpus G: memory, traffic and speed before anybody queues, and what fits."""
+"""Estimate memory, traffic and speed of a configuration before it is queued, and list layouts that fit."""
 
 from __future__ import annotations
 
@@ -14,44 +14,34 @@ from dynmoe.plan.memory import Memory
 from dynmoe.plan.search import Plan, alternatives, expected_experts, most_experts, plan
 from dynmoe.plan.speed import Hardware
 
-_EXPLAINED = {
-    "memory_gib": "memory of one GPU, GiB",
-    "peak_tflops": "peak of one GPU in this precision",
-    "efficiency": "share of the peak that the model's matrix products reach",
-    "memory_gb_s": "bandwidth of one GPU's own memory, GB/s",
-    "inside_gb_s": "bandwidth of one GPU inside its node, GB/s each way",
-    "between_gb_s": "bandwidth of one GPU to other nodes, GB/s each way",
-}
-
 
 def main() -> None:
-    name = sys.argv[0] if Path(sys.argv[0]).name != "__main__.py" else "python -m dynmoe.plan"
+    program = sys.argv[0] if Path(sys.argv[0]).name != "__main__.py" else "python -m dynmoe.plan"
     parser = argparse.ArgumentParser(
-        name, description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        program, description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("config", metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the configuration")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs of each node, a rank each")
-    parser.add_argument("--experts-per-token", type=float, help="mean; default: what the configuration holds, else 2")
-    parser.add_argument("--vocab-size", type=int, help="rows of the embedding; default: model.vocab_size")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of configuration fields")
+    parser.add_argument("--nodes", type=int, default=1, help="number of nodes")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs per node, one rank each")
+    parser.add_argument("--experts-per-token", type=float, help="mean; default: the configured number, else 2")
+    parser.add_argument("--vocab-size", type=int, help="number of embedding rows; default: model.vocab_size")
     for field in dataclasses.fields(Hardware):
         option = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(option, type=float, default=field.default, help=_EXPLAINED[field.name])
-    parser.add_argument("--layouts", type=int, default=8, help="other layouts that are shown")
+        parser.add_argument(option, type=float, default=field.default, help=field.metadata["meaning"])
+    parser.add_argument("--layouts", type=int, default=8, help="number of alternative layouts to list")
     given = parser.parse_intermixed_args()
     if given.nodes < 1 or given.gpus < 1:
-        raise UserError(f"--nodes {given.nodes} --gpus {given.gpus}: use at least 1 of both")
+        raise UserError(f"--nodes {given.nodes} --gpus {given.gpus}: both must be at least 1")
     hardware = Hardware(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Hardware)})
-    for field in dataclasses.fields(Hardware):
-        if getattr(hardware, field.name) <= 0:
-            option = field.name.replace("_", "-")
-            raise UserError(f"--{option} {getattr(hardware, field.name)}: use a number above 0")
+    for name, value in vars(hardware).items():
+        if value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
     config = load_config(given.config, given.overrides)
     vocab_size = given.vocab_size or config.model.vocab_size
     if vocab_size is None:
-        problem, cure = "the tokenizer decides, and a plan has none", "set it, or give --vocab-size"
-        raise ConfigError("model.vocab_size", None, problem, cure)
+        problem = "is taken from the tokenizer, which a plan does not have"
+        raise ConfigError("model.vocab_size", None, problem, "set it, or use --vocab-size")
     expected = given.experts_per_token or expected_experts(config)
     layout = Layout(config, given.nodes, given.gpus, vocab_size)
     experts = 2.0 if expected is None else expected
@@ -59,45 +49,46 @@ def main() -> None:
     try:
         config.check_world(layout.world_size)
     except ConfigError as error:
-        print(f"The configuration's own layout does not fit: {error}")
+        print(f"The configured layout is invalid: {error}")
     else:
         print(describe(plan(layout, experts, hardware), hardware))
     found = alternatives(layout, experts, hardware)[: given.layouts]
     if not found:
-        raise UserError(f"no layout of {layout.world_size} GPUs fits {hardware.memory_gib:g} GiB; use more of them")
+        raise UserError(f"no layout of {layout.world_size} GPUs fits {hardware.memory_gib:g} GiB; use more GPUs")
     print(_table(found))
 
 
 def _describe_model(layout: Layout, experts: float, assumed: bool) -> str:
-    size, config = layout.size, layout.config
-    words = f"{experts:g} experts per token" + (" (assumed: --experts-per-token)" if assumed else "")
-    total, active = size.total_parameters / 1e9, size.active_parameters(experts) / 1e9
+    size = layout.size
+    config = layout.config
+    at = f"at {experts:g} experts per token" + (" (assumed; set --experts-per-token)" if assumed else "")
     return (
-        f"{total:.3g} B parameters, {active:.3g} B of them active at {words}; "
-        f"{config.tokens_per_step / 1e6:.3g} M tokens a step; "
-        f"{size.static_flops(1, experts) / 1e9:.3g} GFLOPs a token; {config.engine}, {config.train.precision}."
+        f"{size.total_parameters / 1e9:.3g} B parameters, {size.active_parameters(experts) / 1e9:.3g} B active {at}; "
+        f"{config.tokens_per_step / 1e6:.3g} M tokens per step; "
+        f"{size.static_flops(1, experts) / 1e9:.3g} GFLOPs per token; {config.engine}, {config.train.precision}."
     )
 
 
 def describe(one: Plan, hardware: Hardware) -> str:
-    """The plan of a layout, in lines."""
-    layout, speed = one.layout, one.speed
+    """Lines that describe the plan of a layout."""
+    layout = one.layout
+    speed = one.speed
     most = most_experts(layout.config)
     verdict = "fits" if one.fits(hardware) else "DOES NOT FIT"
     lines = [
-        f"Layout of the configuration on {layout.nodes} x {layout.ranks_per_node}: {_words(layout)}",
+        f"Configured layout on {layout.nodes} x {layout.ranks_per_node} GPUs: {_words(layout)}",
         f"  memory per rank: {_gib(one.expected)}",
-        f"    at {most:g} experts per token, the most that can be: {one.largest.total / 2**30:.1f} GiB; "
-        f"{verdict} {hardware.memory_gib:g} GiB (with a tenth left free)",
+        f"    at {most:g} experts per token, the maximum: {one.largest.total / 2**30:.1f} GiB; "
+        f"{verdict} {hardware.memory_gib:g} GiB (with 10 % in reserve)",
     ]
     sent = {purpose: part for purpose, part in speed.traffic.items() if part.inside or part.between}
     if sent:
-        lines.append("  sent by each rank in a step, inside its node and to other nodes:")
+        lines.append("  sent by each rank per step, inside its node and to other nodes:")
     for purpose, part in sent.items():
         lines.append(f"    {purpose}: {part.inside / 1e9:.2f} GB, {part.between / 1e9:.2f} GB")
     lines.append(
-        f"  step: {speed.step_s:.2f} s ({speed.compute_s:.2f} s computing, {speed.traffic_s:.2f} s sending, "
-        f"{speed.bubble:.0%} waiting in the pipeline): {speed.tokens_per_s:,.0f} tokens/s, "
+        f"  step: {speed.step_s:.2f} s ({speed.compute_s:.2f} s computation, {speed.traffic_s:.2f} s communication, "
+        f"{speed.bubble:.0%} pipeline bubble): {speed.tokens_per_s:,.0f} tokens/s, "
         f"{layout.config.train.steps * speed.step_s / 86400:.1f} days for {layout.config.train.steps} steps"
     )
     return "\n".join(lines)
@@ -109,7 +100,8 @@ def _gib(memory: Memory) -> str:
 
 
 def _words(layout: Layout) -> str:
-    config, parallel = layout.config, layout.config.parallel
+    config = layout.config
+    parallel = config.parallel
     sizes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "context": parallel.context}
     words = [f"expert {parallel.expert}", f"data {layout.data_parallel}"]
     words += [f"{name} {size}" for name, size in sizes.items() if size > 1]
@@ -121,8 +113,8 @@ def _words(layout: Layout) -> str:
 
 def _table(plans: list[Plan]) -> str:
     lines = [
-        "Layouts that fit, by estimated speed (a hundredth more or less is none):",
-        f"{'tokens/s':>12}  {'GiB':>6}  {'at most':>7}  layout",
+        "Layouts that fit, fastest first (estimates within 1 % of each other are ties):",
+        f"{'tokens/s':>12}  {'GiB':>6}  {'max GiB':>7}  layout",
     ]
     lines += [
         f"{one.speed.tokens_per_s:>12,.0f}  {one.expected.total / 2**30:>6.1f}  {one.largest.total / 2**30:>7.1f}  "

@@ -1,4 +1,4 @@
-"""How a model lies on ranks: what each of them holds, and with whom it shares."""
+"""The distribution of a model over ranks: parameters per rank and the sizes of its process groups."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dynmoe.config import Config
-from dynmoe.model.size import LayerSize, ModelSize
+from dynmoe.model.size import ModelSize
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A configuration on ``nodes`` nodes of ``ranks_per_node`` ranks, with a model of ``vocab_size`` rows."""
+    """A configuration on ``nodes`` nodes of ``ranks_per_node`` ranks, with ``vocab_size`` embedding rows."""
 
     config: Config
     nodes: int
@@ -28,17 +28,17 @@ class Layout:
 
     @property
     def element(self) -> int:
-        """Bytes of a weight or activation."""
+        """Bytes per weight or activation."""
         return 4 if self.config.train.precision == "fp32" else 2
 
     @property
     def data_parallel(self) -> int:
-        """Ranks that hold the same dense parameters, over which they and their optimizer may be spread."""
+        """Number of ranks with the same dense parameters, over which the optimizer state may be sharded."""
         return self.config.data_parallel(self.world_size) * self.config.parallel.context
 
     @property
     def expert_data_parallel(self) -> int:
-        """Ranks that hold the same experts."""
+        """Number of ranks with the same experts."""
         parallel = self.config.parallel
         return self.world_size // (parallel.pipeline * parallel.expert)
 
@@ -48,30 +48,29 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a forward pass on one rank: its part of each sequence."""
-        train, parallel = self.config.train, self.config.parallel
-        return train.micro_batch * self.config.data.sequence_length // (parallel.tensor * parallel.context)
+        """Tokens per forward pass on one rank: its part of each sequence."""
+        config = self.config
+        split = config.parallel.tensor * config.parallel.context
+        return config.train.micro_batch * config.data.sequence_length // split
 
     def layers(self, stage: int) -> list[int]:
-        """Decoder layers of a pipeline stage, the parts of an interleaved one together."""
-        parallel, layers = self.config.parallel, self.config.model.layers
-        parts = parallel.pipeline * parallel.virtual_pipeline
-        length = layers // parts
+        """Decoder layers of a pipeline stage, including all chunks of an interleaved one."""
+        parallel = self.config.parallel
+        layers = self.config.model.layers
+        length = layers // (parallel.pipeline * parallel.virtual_pipeline)
         return [layer for layer in range(layers) if layer // length % parallel.pipeline == stage]
 
     def dense_parameters(self, stage: int) -> int:
-        """Parameters of one rank that are no routed experts."""
-        model, parallel = self.config.model, self.config.parallel
-        total = sum(self._dense(self.size.layer(layer)) for layer in self.layers(stage))
-        first, last = stage == 0, stage == parallel.pipeline - 1
+        """Number of parameters on one rank, without routed experts."""
+        model = self.config.model
+        parallel = self.config.parallel
+        layers = [self.size.layer(layer) for layer in self.layers(stage)]
+        total = sum((x.attention + x.dense) // parallel.tensor + x.norms + x.router + x.shared for x in layers)
+        last = stage == parallel.pipeline - 1
         tied = model.tie_embeddings and parallel.pipeline == 1
-        embeddings = int(first) + int(last and not tied)
+        embeddings = int(stage == 0) + int(last and not tied)
         return total + embeddings * self.size.embedding // parallel.tensor + (model.hidden if last else 0)
 
-    def _dense(self, layer: LayerSize) -> int:
-        spread = (layer.attention + layer.dense) // self.config.parallel.tensor
-        return spread + layer.norms + layer.router + layer.shared
-
     def expert_parameters(self, stage: int) -> int:
-        """Parameters of the routed experts of one rank."""
+        """Number of parameters of the routed experts on one rank."""
         return sum(self.size.layer(layer).experts for layer in self.layers(stage)) // self.config.parallel.expert

@@ -1,4 +1,4 @@
-"""Layouts that fit, best first."""
+"""Search for layouts that fit, best first."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dynmoe.plan.layout import Layout
 from dynmoe.plan.memory import Memory, memory_per_rank
 from dynmoe.plan.speed import Hardware, Speed, estimate
 
-# Of what a GPU has, the rest is for libraries, and for gaps between tensors of changing sizes.
+# Fraction of GPU memory; the rest is for libraries and fragmentation.
 USABLE = 0.9
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout with its memory at the expected and at the largest number of experts per token, and its speed."""
+    """A layout with its speed and its memory at the expected and at the maximum number of experts per token."""
 
     layout: Layout
     expected: Memory
@@ -29,7 +29,7 @@ class Plan:
     speed: Speed
 
     def fits(self, hardware: Hardware) -> bool:
-        """Whether the largest memory does, with a tenth left."""
+        """Whether the largest memory fits, with a tenth in reserve."""
         return self.largest.total <= USABLE * hardware.memory_gib * 2**30
 
 
@@ -43,7 +43,7 @@ def most_experts(config: Config) -> float:
 
 
 def expected_experts(config: Config) -> float | None:
-    """Experts per token in the mean, where the configuration says how many."""
+    """Mean number of experts per token, if the configuration determines it."""
     if not config.model.moe_layers:
         return 0.0
     expected = config.model.router.expected_experts
@@ -61,10 +61,10 @@ def plan(layout: Layout, experts_per_token: float, hardware: Hardware, device: s
 
 
 def alternatives(layout: Layout, experts_per_token: float, hardware: Hardware) -> list[Plan]:
-    """Plans of the same training with other parallel sizes, passes and recomputation that fit, the fastest first.
+    """Plans that fit for the same training with other parallel sizes, micro-batches and recomputation, fastest first.
 
-    Of layouts that differ in the size of a pass only, the best; of equally fast ones, the one with fewer passes, then
-    with less memory.
+    Of layouts that differ only in the micro-batch, the best is returned. Among equally fast layouts, the best has the
+    fewest micro-batches per step, then the least memory.
     """
     plans = [plan(other, experts_per_token, hardware) for other in _variants(layout)]
     plans = sorted((one for one in plans if one.fits(hardware)), key=_order)
@@ -77,12 +77,13 @@ def alternatives(layout: Layout, experts_per_token: float, hardware: Hardware) -
 
 
 def _order(one: Plan) -> tuple[float, int, float]:
-    """Differences below a hundredth are none in an estimate."""
+    """Sort key that treats estimates within 1 % as equal."""
     return -round(math.log(one.speed.tokens_per_s), 2), one.layout.accumulation, one.expected.total
 
 
 def _variants(layout: Layout) -> Iterator[Layout]:
-    config, world = layout.config, layout.world_size
+    config = layout.config
+    world = layout.world_size
     powers = [2**power for power in range(11) if 2**power <= world]
     per_node = [size for size in powers if size <= layout.ranks_per_node]
     megatron = config.engine == "megatron"
@@ -91,13 +92,16 @@ def _variants(layout: Layout) -> Iterator[Layout]:
         per_node if megatron else [1],
         powers if megatron else [1],
         [2**power for power in range(config.train.global_batch.bit_length())],
-        ("none", "full"),  # selective saves next to nothing where attention keeps no scores
+        ("none", "full"),  # selective saves little, because attention stores no scores
         [0] if megatron else (0, 1, 2),
     ):
         given = copy.deepcopy(config)
-        given.parallel.expert, given.parallel.tensor, given.parallel.pipeline = expert, tensor, pipeline
+        given.parallel.expert = expert
+        given.parallel.tensor = tensor
+        given.parallel.pipeline = pipeline
         given.parallel.virtual_pipeline = 1
-        given.train.micro_batch, given.train.recompute = micro_batch, recompute
+        given.train.micro_batch = micro_batch
+        given.train.recompute = recompute
         given.deepspeed.zero_stage = config.deepspeed.zero_stage if megatron else stage
         try:
             given.__post_init__()

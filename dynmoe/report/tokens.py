@@ -13,7 +13,7 @@ import torch
 
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
-from dynmoe.moe.layer import keeping_plans
+from dynmoe.moe.layer import capture_plans
 from dynmoe.report.page import write_page
 from dynmoe.report.texts import Text
 from dynmoe.routing import RoutingPlan
@@ -64,7 +64,7 @@ def view_tokens(model: TrainedModel, texts: Sequence[Text], num_tokens: int) -> 
 @torch.no_grad()
 def _run_window(model: TrainedModel, ids: list[int], source: int) -> list[dict[str, Any]]:
     """Runs one forward pass over an end-of-document token and ``ids``; returns the routes of each of the ids."""
-    with keeping_plans(model.decoder.moe_layers) as plans:
+    with capture_plans(model.decoder.moe_layers) as plans:
         model.decoder.hidden(torch.tensor([[model.tokenizer.eod, *ids]], device=model.device))
     chosen = [_routes(plan) for plan in plans]
     return [

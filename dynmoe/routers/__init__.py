@@ -1,4 +1,4 @@
-"""The routers, each described in one file. A new one is such a file and a line here."""
+"""The routers, one file each. To add a router, write its file and import it here."""
 
 from dynmoe.routers.base import ROUTERS, RouterSpec, TensorSpec, router_of
 from dynmoe.routers.expert_threshold import ExpertThreshold

@@ -1,7 +1,7 @@
-"""What describes a router: its configuration, its tensors, and the functions that route, control and lose by them.
+"""The base class of routers: configuration, tensors, routing, budget updates and auxiliary losses.
 
-This file and the routers next to it import no torch at the top: the configuration consists of them, and is checked
-before anything heavy is loaded. Methods that compute import what they need.
+The modules of this package import torch within methods only: the configuration is made of them and is checked before
+torch is loaded.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dynmoe.fields import Section, option
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dynmoe.routing.control_statistics import ControlStatistics
-    from dynmoe.routing.plan import LateCounts, RoutingCounts, RoutingPlan
+    from dynmoe.routing.plan import AsyncCounts, RoutingCounts, RoutingPlan
+    from dynmoe.routing.update_statistics import UpdateStatistics
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class TensorSpec:
 
     Attributes:
         shape: its shape.
-        initial: the value of all its elements at the start; None draws them from a normal distribution.
-        dtype: as torch calls it.
-        export: how an export keeps it: as a ``tensor``, as a number in config.json (``config``), or None: not at all.
+        initial: initial value of all elements; None draws them from a normal distribution.
+        dtype: name of the torch dtype.
+        export: where an export stores it: as a ``tensor``, as a number in config.json (``config``), or None: nowhere.
     """
 
     shape: tuple[int, ...] = ()
@@ -40,13 +40,13 @@ class TensorSpec:
 
 
 def without_shape(name: str) -> str:
-    """A tensor's name without the letters of its shape: ``weight`` of ``weight_ED``."""
+    """The name of a tensor without its shape suffix: ``weight`` for ``weight_ED``."""
     stem, _, letters = name.rpartition("_")
     return stem if stem and letters.isupper() else name
 
 
 class RouterState(Protocol):
-    """The tensors of a router as attributes, under the names of its :class:`RouterSpec`."""
+    """The tensors of a router as attributes, by their names in its :class:`RouterSpec`."""
 
     training: bool
 
@@ -59,14 +59,14 @@ class RouterState(Protocol):
 
 @dataclass(frozen=True)
 class BudgetStep:
-    """What a router's update rule is given after an optimizer step.
+    """The budget's settings and observation for one router update.
 
     Attributes:
         method: ``budget.method``.
         proportional, integral: gains of the PI controller.
-        rate: step of loss-free balancing; None takes the router's own.
-        experts_per_token: what counts against the target: the mean of this layer, or of all layers.
-        target: experts per token to hold; None where nothing is held.
+        rate: step size of loss-free balancing; None for the router's default.
+        experts_per_token: observed mean of this layer, or of all layers.
+        target: experts per token to hold; None without a budget.
     """
 
     method: str
@@ -78,13 +78,13 @@ class BudgetStep:
 
 
 class LossInputs:
-    """What an auxiliary loss is computed from: one forward pass of one layer on this rank.
+    """Inputs of an auxiliary loss: one forward pass of one layer on this rank.
 
     Attributes:
         spec: of the router, resolved.
-        state: its tensors.
+        state: tensors of the router.
         plan: of this rank's tokens, before capacity drops routes.
-        target_experts: experts per token that the budget asks for.
+        target_experts: experts per token that the budget targets.
     """
 
     target_experts: float = 1.0
@@ -95,75 +95,76 @@ class LossInputs:
         self.plan = plan
 
     @property
-    def counts(self) -> RoutingCounts | LateCounts | None:
-        """Counts over all tokens of the configured scope; None stands for the plan's own tokens."""
+    def counts(self) -> RoutingCounts | AsyncCounts | None:
+        """Counts over all tokens of the configured scope; None if the plan has all of them."""
         return None
 
     @property
-    def sequence_counts(self) -> tuple[Tensor | LateCounts, int]:
-        """Counts of each whole sequence, [B, E], and the number of ranks that a sequence is spread over."""
+    def sequence_counts(self) -> tuple[Tensor | AsyncCounts, int]:
+        """Counts of each whole sequence, [B, E], and the number of ranks over which a sequence is split."""
         raise NotImplementedError
 
 
 LossFunction = Callable[[LossInputs], "Tensor"]
 
 
-def by_variant(otherwise: Any, meaning: str, **bounds: Any) -> Any:
-    """A field that may be null: then it has the variant's value, or ``otherwise`` where the variant names none."""
-    return option(None, f"{meaning}; null: by the variant", otherwise=otherwise, **bounds)
+def by_variant(otherwise: Any, meaning: str, **metadata: Any) -> Any:
+    """A field whose null value means the value of the variant, or ``otherwise`` if the variant does not set it."""
+    return option(None, f"{meaning}; null: by the variant", otherwise=otherwise, **metadata)
 
 
 def auxiliary(loss: LossFunction, meaning: str) -> Any:
-    """The field ``NAME_loss``: coefficient of the auxiliary loss NAME, which ``loss`` computes."""
+    """The field ``NAME_loss``: the coefficient of auxiliary loss NAME, which ``loss`` computes."""
     return option(None, f"coefficient of {meaning}; null: by the variant", at_least=0, otherwise=0.0, loss=loss)
 
 
 @dataclass
 class RouterSpec(Section):
-    """The description of one kind of router, and its section ``model.router`` of the configuration.
+    """One kind of router, and the section ``model.router`` of its configuration.
 
-    A subclass declares fields and tensors and says how it routes. Configuration, sizes, plans, statistics, engines,
-    exports and warm starts read it and know no router by name. Where a method takes ``state``, those are the tensors of
-    one layer's router; whoever calls it has switched autograd off, but for :meth:`route` and the losses.
+    A subclass declares fields and tensors and implements the methods. Configuration, engines, exports and the other
+    packages use only this interface, so they need no change for a new router. ``state`` holds the tensors of one
+    layer's router; autograd is off except in :meth:`route` and the losses.
     """
 
     _section: ClassVar[str] = "model.router"
-    # What each variant sets, where that is not the field's default.
+    # Fields that each variant sets to another value than the field's default.
     VARIANTS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}
-    # Budget methods that can move this router, besides none; whether it has a rule of its own, without a method.
+    # Budget methods that can control this router, besides none.
     BUDGET_METHODS: ClassVar[tuple[str, ...]] = ()
+    # True if the router holds a budget by its own rule, without a method.
     HAS_OWN_RULE: ClassVar[bool] = False
-    # Whether the mean over layers can be held in place of each layer's.
+    # True if the budget can hold the mean over layers instead of each layer.
     HOLDS_GLOBALLY: ClassVar[bool] = True
-    # Name of ``control_value`` among the metrics.
+    # Metric name of ``control_value``.
     CONTROL_METRIC: ClassVar[str] = "router_threshold_mean"
-    # What the update rule needs to see: how scores deviate from thresholds, or counts of scores.
+    # Statistics that ``update`` needs: deviations of scores, histograms of scores.
     NEEDS_DEVIATION: ClassVar[bool] = False
     NEEDS_HISTOGRAM: ClassVar[bool] = False
-    # Whether experts can be added and removed while training.
+    # True if experts can be added and removed during training.
     ADAPTS: ClassVar[bool] = False
-    # Whether its losses can count each sequence by itself.
+    # True if the losses can be computed for each sequence.
     BALANCES_SEQUENCES: ClassVar[bool] = False
 
-    kind: str = option("", "how experts are chosen for a token")
+    kind: str = option("", "routing method: how the experts of a token are chosen")
     variant: str = option(
-        "paper", "the paper's definition, what its code does, or the paper's with our defaults",
-        choices=("paper", "released", "improved"),
+        "paper", "the definition of the paper (paper), of its code (released), or the paper's with our defaults "
+        "(improved)", choices=("paper", "released", "improved"),
     )  # fmt: skip
     lr_factor: float = option(1.0, "learning rate of router weights relative to optimizer.lr", above=0)
     balance_scope: str = option(
-        "global_batch", "tokens whose load is balanced: of all ranks and micro-batches of the step so far, of one "
-        "micro-batch on one rank, or of each sequence", choices=("global_batch", "micro_batch", "sequence"),
+        "global_batch", "tokens over which the load is balanced: those of all ranks and micro-batches of the step so "
+        "far, of one micro-batch on one rank, or of each sequence", choices=("global_batch", "micro_batch", "sequence"),
     )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variant not in self.VARIANTS:
             known = " or ".join(self.VARIANTS)
-            problem = f"the {self.kind} router has no such variant"
+            problem = f"is not a variant of the {self.kind} router"
             raise ConfigError(f"{self._section}.variant", self.variant, problem, f"use {known}")
         if self.balance_scope == "sequence" and not self.BALANCES_SEQUENCES:
-            problem = f"the {self.kind} router balances over batches only"
+            problem = f"the {self.kind} router cannot balance sequences"
             cure = "use global_batch or micro_batch"
             raise ConfigError(f"{self._section}.balance_scope", self.balance_scope, problem, cure)
         most = getattr(self, "max_experts", None)
@@ -174,15 +175,12 @@ class RouterSpec(Section):
 
     @property
     def resolved(self) -> Self:
-        """The same with every null field that a variant decides filled in."""
-        fallbacks = {
-            field.name: field.metadata["otherwise"]
-            for field in dataclasses.fields(self)
-            if "otherwise" in field.metadata
-        }
-        decided = fallbacks | dict(self.VARIANTS[self.variant])
+        """A copy with the values of the variant in place of null."""
+        fields = dataclasses.fields(self)
+        values = {field.name: field.metadata["otherwise"] for field in fields if "otherwise" in field.metadata}
+        values |= self.VARIANTS[self.variant]
         resolved = copy.copy(self)
-        vars(resolved).update({name: value for name, value in decided.items() if getattr(self, name) is None})
+        vars(resolved).update({name: value for name, value in values.items() if getattr(self, name) is None})
         return resolved
 
     @classmethod
@@ -190,34 +188,33 @@ class RouterSpec(Section):
         return name in cls.__dataclass_fields__
 
     def arguments(self, *names: str) -> dict[str, Any]:
-        """Fields as arguments of a routing function."""
+        """Fields as keyword arguments of a routing function."""
         return {name: getattr(self, name) for name in names}
 
-    # Experts of a token
+    # Experts per token
 
     @property
     def min_experts_per_token(self) -> int:
-        """The fewest experts that a token can have."""
         return getattr(self.resolved, "min_experts", 0)
 
     def max_experts_per_token(self, num_experts: int) -> int:
-        """The most experts that a token can have in a layer of ``num_experts``."""
+        """Maximum number of experts of a token in a layer of ``num_experts``."""
         return min(getattr(self, "max_experts", None) or num_experts, num_experts)
 
     @property
     def fixed_experts(self) -> int | None:
-        """Experts of every token, where the router fixes them; None where they are dynamic."""
+        """Experts per token if the router fixes them; None if they are dynamic."""
         return None
 
     @property
     def expected_experts(self) -> float | None:
-        """Experts per token to plan with; None where training decides."""
+        """Experts per token to plan with; None if they depend on training."""
         return self.fixed_experts
 
     def check_layers(self, smallest: int, largest: int) -> None:
-        """Raises a ConfigError where this router does not fit layers of ``smallest`` to ``largest`` experts."""
+        """Raises a ConfigError if this router does not fit layers of ``smallest`` to ``largest`` experts."""
         most = getattr(self, "max_experts", None)
-        # A limit that a small layer never reaches does no harm; one that no layer reaches is a mistake.
+        # A maximum above the size of a small layer is harmless; above that of every layer it is a mistake.
         if most is not None and most > largest:
             cure = f"use at most model.moe.experts ({largest})"
             raise ConfigError("model.router.max_experts", most, "is more than there are experts", cure)
@@ -231,24 +228,24 @@ class RouterSpec(Section):
 
     @property
     def num_null_experts(self) -> int:
-        """Experts that a token can choose and that compute nothing."""
+        """Number of experts that a token can select and that compute nothing."""
         return 0
 
     # Tensors
 
     def parameters(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
-        """What gradients train, by name; the part of a name behind its last underscore says the shape."""
+        """The trained tensors by name, with a shape suffix."""
         raise NotImplementedError
 
     def buffers(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
-        """What is moved outside autograd, fp32 whatever the precision of the model; all of it goes into checkpoints."""
+        """The tensors that are updated outside autograd, by name; fp32 in every model, and part of checkpoints."""
         return {}
 
     # Losses
 
     @property
     def losses(self) -> dict[str, LossFunction]:
-        """The auxiliary losses in force, in the order of their fields."""
+        """The auxiliary losses with a positive coefficient, in the order of their fields."""
         resolved = self.resolved
         return {
             field.name.removesuffix("_loss"): field.metadata["loss"]
@@ -257,41 +254,41 @@ class RouterSpec(Section):
         }
 
     def loss_coefficients(self, state: RouterState | None = None) -> dict[str, Any]:
-        """The coefficient of each loss in force; of those that are state, where ``state`` is given."""
+        """The coefficient of each active loss; without ``state``, only those that are configured."""
         resolved = self.resolved
         return {name: getattr(resolved, f"{name}_loss") for name in self.losses if self.has_field(f"{name}_loss")}
 
-    # What is computed; ``self`` is resolved here
+    # Computation; ``self`` is resolved
 
     def route(self, state: RouterState, x_TD: Tensor) -> RoutingPlan:
         """The plan of these tokens."""
         raise NotImplementedError
 
     def control_value(self, state: RouterState) -> Tensor:
-        """What decides how many experts a token gets, a scalar: k, p, the L1 coefficient or the mean threshold."""
+        """The scalar that determines K: k, p, the L1 coefficient or the mean threshold."""
         raise NotImplementedError
 
     def compared_TE(self, state: RouterState, plan: RoutingPlan) -> Tensor:
-        """What the plan compared with thresholds, where the router ``NEEDS_DEVIATION``."""
+        """The values that were compared with thresholds, if the router ``NEEDS_DEVIATION``."""
         raise NotImplementedError
 
     def calibration_TE(self, state: RouterState, x_TD: Tensor) -> Tensor:
-        """What ``offset_E`` is compared with, where first scores set it."""
+        """The values to which calibration fits ``offset_E``."""
         raise NotImplementedError
 
-    def update(self, state: RouterState, seen: ControlStatistics, budget: BudgetStep) -> None:
-        """Moves the buffers after a step that saw ``seen``, towards the budget's target."""
+    def update(self, state: RouterState, seen: UpdateStatistics, budget: BudgetStep) -> None:
+        """Updates the buffers after a step with statistics ``seen``, towards the target of the budget."""
 
     def new_expert(
         self, state: RouterState, slot: int, active_E: Tensor, at_median: bool
     ) -> dict[str, tuple[tuple[int | slice, ...], Tensor]]:
-        """Fresh values for the expert in ``slot``, where the router ``ADAPTS``: by parameter its index and its value.
+        """Initial values for the expert in ``slot``, if the router ``ADAPTS``: index and value for each parameter.
 
         Args:
-            state: whose window says which tokens the expert is for.
+            state: its window determines the tokens for which the expert is added.
             slot: index of the expert.
-            active_E: the experts in use without it.
-            at_median: start at the median of the thresholds in force, not at 0.
+            active_E: mask of the active experts without the new one.
+            at_median: start at the median of the current thresholds instead of 0.
         """
         raise NotImplementedError
 
@@ -299,11 +296,11 @@ class RouterSpec(Section):
 
     @property
     def served_fields(self) -> tuple[str, ...]:
-        """Fields that may be set anew when an export is served."""
-        return ()
+        """Fields that can be overridden when an export is served."""
+        return tuple(field.name for field in dataclasses.fields(self) if field.metadata.get("served"))
 
     def upcycling_fields(self, granularity: int) -> dict[str, Any]:
-        """Fields with which experts copied from a dense layer, ``granularity`` of them together, compute the same."""
+        """Fields with which ``granularity`` slices of a dense layer together compute the same as the layer."""
         wanted = {"renormalize": True, "min_experts": granularity}
         return {name: value for name, value in wanted.items() if self.has_field(name)}
 
@@ -312,10 +309,10 @@ ROUTERS: dict[str, type[RouterSpec]] = {}
 
 
 def router_of(settings: Mapping[str, Any]) -> RouterSpec:
-    """The router with these settings, by ``kind``; settings that are no fields of it are ignored.
+    """The router with these settings, by ``kind``; ignores settings that it does not have.
 
     Raises:
-        ConfigError: there is no such router, or a setting is out of range.
+        ConfigError: the kind is unknown, or a setting is out of range.
     """
     kind = settings["kind"]
     if kind not in ROUTERS:
@@ -329,11 +326,18 @@ _Spec = TypeVar("_Spec", bound=RouterSpec)
 
 @dataclass_transform()
 def register(kind: str) -> Callable[[type[_Spec]], type[_Spec]]:
-    """Makes a dataclass of a description and enters it as ``model.router.kind``."""
+    """Makes a router a dataclass and registers it as ``model.router.kind``.
+
+    Raises:
+        TypeError: the router lacks a method that every router needs.
+    """
 
     def enter(spec: type[_Spec]) -> type[_Spec]:
+        for name in ("parameters", "route", "control_value"):
+            if getattr(spec, name) is getattr(RouterSpec, name):
+                raise TypeError(f"{spec.__name__} does not define {name}, which every router needs")
         spec.__annotations__["kind"] = "str"
-        spec.kind = option(kind, "how experts are chosen for a token")
+        spec.kind = option(kind, RouterSpec.__dataclass_fields__["kind"].metadata["meaning"])
         ROUTERS[kind] = dataclass(spec)
         return spec
 

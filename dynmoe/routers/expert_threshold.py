@@ -1,4 +1,4 @@
-"""Expert-threshold routing (arXiv 2603.11535): cut-offs follow the score of each expert's k-th best token."""
+"""Expert-threshold routing (arXiv 2603.11535): each cut-off tracks the score of its expert's k-th best token."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dynmoe.routers.parts import BalancedRouter, LinearRouter, ThresholdRouter
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dynmoe.routing.control_statistics import ControlStatistics
     from dynmoe.routing.plan import RoutingPlan
+    from dynmoe.routing.update_statistics import UpdateStatistics
 
 
 @register("expert_threshold")
 class ExpertThreshold(LinearRouter, ThresholdRouter, BalancedRouter):
-    """Every expert whose score exceeds its own cut-off, ``offset_E``."""
+    """Selects every expert whose score exceeds its cut-off, ``offset_E``."""
 
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"initial_experts": 2.0}}
     HAS_OWN_RULE: ClassVar[bool] = True
@@ -25,8 +25,8 @@ class ExpertThreshold(LinearRouter, ThresholdRouter, BalancedRouter):
     NEEDS_HISTOGRAM: ClassVar[bool] = True
     BALANCES_SEQUENCES: ClassVar[bool] = True
 
-    cutoff: float = option(0.5, "score that an expert must exceed at the start", above=0, below=1)
-    cutoff_decay: float = option(0.9, "decay of the moving average of cut-offs", at_least=0, below=1)
+    cutoff: float = option(0.5, "initial cut-off that the score of a selected expert exceeds", above=0, below=1)
+    cutoff_decay: float = option(0.9, "decay of the moving average of the cut-offs", at_least=0, below=1)
 
     @property
     def initial_threshold(self) -> float:
@@ -44,10 +44,10 @@ class ExpertThreshold(LinearRouter, ThresholdRouter, BalancedRouter):
 
         return expert_threshold(self.logits_TE(state, x_TD), state.offset_E, **self.arguments("renormalize"))
 
-    def update(self, state: RouterState, seen: ControlStatistics, budget: BudgetStep) -> None:
+    def update(self, state: RouterState, seen: UpdateStatistics, budget: BudgetStep) -> None:
         from dynmoe.routing.expert_threshold import kth_largest, move_cutoffs
 
-        assert seen.histogram_EB is not None
+        assert seen.histogram_EC is not None
         assert budget.target is not None
-        best_E = kth_largest(seen.histogram_EB, seen.tokens * budget.target / state.active_E.sum())
+        best_E = kth_largest(seen.histogram_EC, seen.tokens * budget.target / state.active_E.sum())
         state.offset_E.copy_(move_cutoffs(state.offset_E, best_E, self.cutoff_decay))

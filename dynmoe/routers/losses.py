@@ -1,4 +1,4 @@
-"""The auxiliary losses that several routers share; their formulas are in ``routing/losses.py``."""
+"""Auxiliary losses that several routers share; ``routing/losses.py`` has their formulas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def balance_term(inputs: LossInputs) -> Tensor:
-    """Load balance, over batches or within each sequence."""
+    """Load balance over batches, or within each sequence."""
     from dynmoe.routing.losses import load_balance, sequence_balance
 
     per_route = inputs.spec.balance_per_route
@@ -21,14 +21,14 @@ def balance_term(inputs: LossInputs) -> Tensor:
 
 
 def entropy_term(inputs: LossInputs) -> Tensor:
-    """Entropy of the scores of a token."""
+    """Mean entropy of the scores of a token."""
     from dynmoe.routing.losses import entropy
 
     return entropy(inputs.plan)
 
 
 def z_term(inputs: LossInputs) -> Tensor:
-    """Squared log of the sum of exponentiated logits."""
+    """Mean squared log-sum-exp of the logits."""
     from dynmoe.routing.losses import z_loss
 
     return z_loss(inputs.plan)

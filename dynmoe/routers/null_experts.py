@@ -1,4 +1,4 @@
-"""Null experts: AdaMoE (arXiv 2406.13233). k slots for every token, some of which experts take that do nothing."""
+"""Null experts: AdaMoE (arXiv 2406.13233). Top-k over real experts and null experts, which do nothing."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def null_balance_term(inputs: LossInputs) -> Tensor:
 
 @register("null_experts")
 class NullExperts(LinearRouter):
-    """The k most probable of real and null experts; the real ones among them compute."""
+    """Selects the k most probable of real and null experts; only real ones compute."""
 
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"renormalize": True, "balance_loss": 1e-2}}
     CONTROL_METRIC: ClassVar[str] = "router_k"
 
-    k: int = option(2, "slots per token, null experts included", at_least=1)
-    num_null: int = option(16, "experts that compute nothing", at_least=1)
+    k: int = option(2, "experts per token, including null experts", at_least=1, served=True)
+    num_null: int = option(16, "number of null experts, which compute nothing", at_least=1)
     renormalize: Optional[bool] = by_variant(False, "make the gates of a token sum to 1")
     balance_loss: Optional[float] = auxiliary(null_balance_term, "the load-balancing loss")
     z_loss: Optional[float] = auxiliary(z_term, "the router z-loss")
@@ -53,7 +53,3 @@ class NullExperts(LinearRouter):
 
     def control_value(self, state: RouterState) -> Tensor:
         return state.experts_per_token.new_full((), float(self.k))
-
-    @property
-    def served_fields(self) -> tuple[str, ...]:
-        return ("k",)

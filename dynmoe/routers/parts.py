@@ -1,4 +1,4 @@
-"""What several routers have in common: logits by one matrix, thresholds, and PI control of a buffer."""
+"""Base classes that several routers share: linear logits, limits, thresholds, and PI control of a buffer."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from dynmoe.routers.losses import balance_term
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dynmoe.routing.control_statistics import ControlStatistics
+    from dynmoe.routing.update_statistics import UpdateStatistics
 
 _LOSS_FREE_RATE = 0.1
-# Thresholds stay within this many deviations of the mean score: no token may lie further away.
+# Thresholds stay within this many deviations of the mean score; beyond them there may be no tokens.
 _REACH = 6.0
 
 
 def pi_step(state: RouterState, budget: BudgetStep) -> Tensor:
-    """The change that a PI controller asks for, positive for more experts; moves its memory, so call it once a step.
+    """Change of the control value by a PI controller, positive for more experts.
 
-    Raises:
-        AssertionError: there is no target.
+    Stores the error in ``state``, so it must be called once per step.
     """
-    from dynmoe.routing.control import budget_error, pi_change
+    from dynmoe.routing.budget_rules import budget_error, pi_change
 
     assert budget.target is not None
     error = budget_error(budget.experts_per_token, budget.target)
@@ -36,7 +35,7 @@ def pi_step(state: RouterState, budget: BudgetStep) -> Tensor:
 
 @dataclass
 class LinearRouter(RouterSpec):
-    """A router whose scores come from logits, x · Wᵀ."""
+    """A router whose scores come from linear logits, x · Wᵀ."""
 
     def parameters(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
         return {"weight_ED": TensorSpec((num_experts + self.num_null_experts, hidden), None, export="tensor")}
@@ -47,7 +46,7 @@ class LinearRouter(RouterSpec):
 
 @dataclass
 class BalancedRouter(RouterSpec):
-    """A router with a load-balancing loss over its scores, and gates that may be renormalized."""
+    """A router with a load-balancing loss over its scores and optionally renormalized gates."""
 
     renormalize: Optional[bool] = by_variant(False, "make the gates of a token sum to 1")
     balance_loss: Optional[float] = auxiliary(balance_term, "the load-balancing loss")
@@ -58,18 +57,20 @@ class BalancedRouter(RouterSpec):
 
 @dataclass
 class LimitedRouter(RouterSpec):
-    """A router with limits on the experts of a token."""
+    """A router with a floor and a ceiling of experts per token."""
 
-    min_experts: Optional[int] = by_variant(1, "fewest experts of a token (0: a token may use none)", at_least=0)
-    max_experts: Optional[int] = option(None, "most experts of a token; null: all", at_least=1)
+    min_experts: Optional[int] = by_variant(
+        1, "minimum experts per token (0: a token may use none)", at_least=0, served=True
+    )
+    max_experts: Optional[int] = option(None, "maximum experts per token; null: all", at_least=1, served=True)
 
 
 @dataclass
 class ThresholdRouter(RouterSpec):
-    """A router with a threshold for each expert: ``offset_E`` moves it; ``calibrated``: first scores have set it."""
+    """A router with a threshold for each expert; ``offset_E`` moves it and ``calibrated`` is set after calibration."""
 
     initial_experts: Optional[float] = by_variant(
-        None, "experts per token at the start, by thresholds from the first scores", above=0
+        None, "initial experts per token, to which thresholds are calibrated on the first batch", above=0
     )
 
     def buffers(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
@@ -83,7 +84,7 @@ class ThresholdRouter(RouterSpec):
         return 0.0
 
     def threshold_scores_E(self, state: RouterState) -> Tensor:
-        """The thresholds in force as scores, between 0 and 1."""
+        """The current thresholds as scores, between 0 and 1."""
         raise NotImplementedError
 
     def control_value(self, state: RouterState) -> Tensor:
@@ -93,9 +94,9 @@ class ThresholdRouter(RouterSpec):
 
 @dataclass
 class HeldThresholdRouter(ThresholdRouter):
-    """Thresholds that a budget moves together (pi), and also one by one for the balance (loss_free).
+    """A router whose thresholds a budget moves together (pi) or also individually to balance the load (loss_free).
 
-    ``deviation`` is a moving average of the deviation, within an expert, of what its threshold is compared with.
+    ``deviation`` is a moving average of the standard deviation of an expert's scores, the unit of all changes.
     """
 
     BUDGET_METHODS: ClassVar[tuple[str, ...]] = ("pi", "loss_free")
@@ -105,17 +106,17 @@ class HeldThresholdRouter(ThresholdRouter):
         return super().buffers(hidden, num_experts) | {"deviation": TensorSpec(), "error": TensorSpec()}
 
     def base_E(self, state: RouterState) -> Tensor | float:
-        """What the offsets are added to."""
+        """The thresholds without their offsets."""
         raise NotImplementedError
 
-    def update(self, state: RouterState, seen: ControlStatistics, budget: BudgetStep) -> None:
-        from dynmoe.routing.control import balance_change, moving_average
+    def update(self, state: RouterState, seen: UpdateStatistics, budget: BudgetStep) -> None:
+        from dynmoe.routing.budget_rules import balance_change, moving_average
 
         assert seen.mean_E is not None
         assert seen.variance_E is not None
         active_E = state.active_E
-        now = ((seen.variance_E * active_E).sum() / active_E.sum()).sqrt().float()
-        state.deviation.copy_(moving_average(state.deviation, now))
+        deviation = ((seen.variance_E * active_E).sum() / active_E.sum()).sqrt().float()
+        state.deviation.copy_(moving_average(state.deviation, deviation))
         change_E = -pi_step(state, budget).expand_as(state.offset_E)
         if budget.method == "loss_free":
             rate = budget.rate or _LOSS_FREE_RATE

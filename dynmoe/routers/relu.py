@@ -11,12 +11,12 @@ from dynmoe.routers.parts import LinearRouter
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dynmoe.routing.control_statistics import ControlStatistics
     from dynmoe.routing.plan import RoutingPlan
+    from dynmoe.routing.update_statistics import UpdateStatistics
 
 
 def l1_term(inputs: LossInputs) -> Tensor:
-    """The penalty on positive logits, weighted by load."""
+    """L1 penalty on positive logits, weighted by load."""
     from dynmoe.routing.losses import l1
 
     return l1(inputs.plan, inputs.target_experts, inputs.counts)
@@ -24,13 +24,13 @@ def l1_term(inputs: LossInputs) -> Tensor:
 
 @register("relu")
 class ReLU(LinearRouter):
-    """Every expert of positive logit; the coefficient ``l1`` of the penalty is state and not configured."""
+    """Selects every expert of positive logit; the budget moves ``l1``, the coefficient of the penalty."""
 
     HAS_OWN_RULE: ClassVar[bool] = True
     CONTROL_METRIC: ClassVar[str] = "router_l1"
 
-    max_experts: Optional[int] = option(None, "most experts of a token; null: all", at_least=1)
-    l1_start: float = option(1e-8, "coefficient of the L1 penalty at the start", above=0)
+    max_experts: Optional[int] = option(None, "maximum experts per token; null: all", at_least=1, served=True)
+    l1_start: float = option(1e-8, "initial coefficient of the L1 penalty", above=0)
 
     def buffers(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
         return {"l1": TensorSpec((), self.l1_start, export="config")}
@@ -51,13 +51,9 @@ class ReLU(LinearRouter):
         coefficient: Tensor = state.l1
         return coefficient
 
-    def update(self, state: RouterState, seen: ControlStatistics, budget: BudgetStep) -> None:
+    def update(self, state: RouterState, seen: UpdateStatistics, budget: BudgetStep) -> None:
         from dynmoe.routing.relu import adapt_l1
 
-        # One sparsity over all layers in the paper (eq. 9): budget.scope=global; by layer otherwise.
+        # The paper has one sparsity for all layers (eq. 9): budget.scope=global.
         assert budget.target is not None
         state.l1.copy_(adapt_l1(state.l1, budget.experts_per_token, budget.target))
-
-    @property
-    def served_fields(self) -> tuple[str, ...]:
-        return ("max_experts",)

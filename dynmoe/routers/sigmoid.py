@@ -1,4 +1,4 @@
-"""A sigmoid gate for each expert, with one cut-off that a budget moves."""
+"""Sigmoid routing: an independent sigmoid score for each expert, and a cut-off that a budget moves."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @register("sigmoid")
 class Sigmoid(LinearRouter, HeldThresholdRouter, BalancedRouter, LimitedRouter):
-    """Every expert whose score exceeds the cut-off, which ``offset_E`` moves as a logit."""
+    """Selects every expert whose score exceeds the cut-off; ``offset_E`` moves its logit."""
 
     BALANCES_SEQUENCES: ClassVar[bool] = True
 
-    cutoff: float = option(0.5, "score that an expert must exceed", above=0, below=1)
+    cutoff: float = option(0.5, "cut-off that the score of a selected expert exceeds", above=0, below=1, served=True)
 
     def base_E(self, state: RouterState) -> float:
         return math.log(self.cutoff / (1.0 - self.cutoff))
@@ -41,7 +41,3 @@ class Sigmoid(LinearRouter, HeldThresholdRouter, BalancedRouter, LimitedRouter):
 
         limits = self.arguments("renormalize", "min_experts", "max_experts")
         return sigmoid_cutoff(self.logits_TE(state, x_TD), self.threshold_scores_E(state), **limits)
-
-    @property
-    def served_fields(self) -> tuple[str, ...]:
-        return ("cutoff", "min_experts", "max_experts")

@@ -1,4 +1,4 @@
-"""Top-any: DynMoE (arXiv 2405.14297). Every expert has a prototype and a threshold; experts come and go."""
+"""Top-any: DynMoE (arXiv 2405.14297). Every expert has a prototype and a threshold; experts are added and removed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def _counted_E(inputs: LossInputs) -> Tensor | None:
-    """The experts that losses count; the released code counts every slot, in use or not."""
+    """Mask of the experts that losses count; None for all slots, as in the released code."""
     return None if inputs.spec.variant == "released" else inputs.state.active_E
 
 
 def top_any_balance_term(inputs: LossInputs) -> Tensor:
-    """Load balance of prototypes and thresholds: through the gates as released, or through the choice."""
+    """Load balance with gradients through the gates (as released) or through the choice (improved)."""
     from dynmoe.routing.losses import choice_balance, gate_balance
 
     if inputs.spec.variant == "improved":
@@ -46,7 +46,7 @@ def simplicity_term(inputs: LossInputs) -> Tensor:
 
 
 def efficiency_term(inputs: LossInputs) -> Tensor:
-    """Mean choice."""
+    """Mean number of selected experts, as a share of all."""
     from dynmoe.routing.losses import efficiency
 
     return efficiency(inputs.plan, active_E=_counted_E(inputs))
@@ -57,9 +57,10 @@ _PAPER = {"diversity_loss": 1e-2, "simplicity_loss": 1e-2}
 
 @register("top_any")
 class TopAny(HeldThresholdRouter, LimitedRouter):
-    """Every expert whose cosine with the token exceeds its threshold (eq. 3 to 6).
+    """Selects every expert whose cosine with the token exceeds its threshold (eq. 3 to 6).
 
-    ``window_*`` is what adaptation has recorded so far. The released code has the last two losses since January 2025.
+    The ``window_*`` buffers are recorded by adaptation. The released code has its balance and efficiency losses since
+    January 2025.
     """
 
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -74,29 +75,31 @@ class TopAny(HeldThresholdRouter, LimitedRouter):
     }  # fmt: skip
     ADAPTS: ClassVar[bool] = True
 
-    weights: Optional[str] = by_variant("uniform", "gates 1/K or the scores", choices=("uniform", "score"))
+    weights: Optional[str] = by_variant(
+        "uniform", "gates of the selected experts: 1/K each, or their scores", choices=("uniform", "score")
+    )
     renormalize: Optional[bool] = by_variant(False, "make the gates of a token sum to 1")
     straight_through: Optional[str] = by_variant(
-        "all", "experts whose step function passes a gradient", choices=("all", "selected")
+        "all", "experts to which the step function passes a gradient", choices=("all", "selected")
     )
     temperature: Optional[str] = by_variant(
-        "fixed", "factor on cosines: scale, scale * sqrt(model.hidden), or that as a trained parameter",
+        "fixed", "factor on cosines: scale, scale * sqrt(model.hidden), or a parameter that starts at the latter",
         choices=("fixed", "sqrt_hidden", "learned"),
     )  # fmt: skip
-    scale: float = option(1.0, "see temperature", above=0)
+    scale: float = option(1.0, "factor on cosines, see temperature", above=0)
     balance_loss: Optional[float] = auxiliary(top_any_balance_term, "the load-balancing loss")
     balance_per_route: Optional[bool] = by_variant(
         False, "divide the load-balancing loss by the observed experts per token"
     )
-    diversity_loss: Optional[float] = auxiliary(diversity_term, "prototype diversity")
-    simplicity_loss: Optional[float] = auxiliary(simplicity_term, "prototype norms")
-    efficiency_loss: Optional[float] = auxiliary(efficiency_term, "the mean choice")
+    diversity_loss: Optional[float] = auxiliary(diversity_term, "the similarity of prototypes")
+    simplicity_loss: Optional[float] = auxiliary(simplicity_term, "the norms of prototypes")
+    efficiency_loss: Optional[float] = auxiliary(efficiency_term, "the mean share of selected experts")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variant == "released" and self.min_experts_per_token:
+            problem = "the released variant has no minimum"
             cure = "remove it, or use variant=paper"
-            problem = "the released variant has no lower limit"
             raise ConfigError("model.router.min_experts", self.min_experts, problem, cure)
         if self.resolved.weights == "uniform" and self.renormalize is False:
             cure = "remove it, or use weights=score"
@@ -105,7 +108,7 @@ class TopAny(HeldThresholdRouter, LimitedRouter):
     @property
     def resolved(self) -> Self:
         resolved = super().resolved
-        if resolved.weights == "uniform":  # which always sum to 1
+        if resolved.weights == "uniform":  # gates sum to 1 anyway
             resolved.renormalize = None
         return resolved
 
@@ -165,10 +168,10 @@ class TopAny(HeldThresholdRouter, LimitedRouter):
     ) -> dict[str, tuple[tuple[int | slice, ...], Tensor]]:
         offset = state.offset_E.new_zeros(())
         if at_median:
-            # Not the mean: one threshold out of reach must not put the new one there too.
+            # The median is robust against single thresholds that no token reaches.
             offset = (self.base_E(state) + state.offset_E)[active_E.to(state.offset_E.device)].median()
         state.offset_E[slot] = offset
-        # The prototype for tokens that nobody took: the normalized sum of their router inputs.
+        # The prototype is the normalized sum of the router inputs of unclaimed tokens.
         prototype_D = (state.window_unclaimed_D / state.window_unclaimed_D.norm()).float()
         return {
             "thresholds_E": ((slot,), offset.new_zeros(())),
@@ -177,7 +180,7 @@ class TopAny(HeldThresholdRouter, LimitedRouter):
 
     @property
     def served_fields(self) -> tuple[str, ...]:
-        return ("max_experts",) if self.variant == "released" else ("min_experts", "max_experts")
+        return ("max_experts",) if self.variant == "released" else super().served_fields
 
     def upcycling_fields(self, granularity: int) -> dict[str, Any]:
         return {"min_experts": granularity}

@@ -1,4 +1,4 @@
-"""Top-k: the same number of experts for every token, which dynamic routers are measured against."""
+"""Top-k: the same number of experts for every token, the baseline of the dynamic routers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from dynmoe.routers.parts import BalancedRouter, LinearRouter
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dynmoe.routing.control_statistics import ControlStatistics
     from dynmoe.routing.plan import RoutingPlan
+    from dynmoe.routing.update_statistics import UpdateStatistics
 
 _BIAS_RATE = 1e-3
 
 
 @register("top_k")
 class TopK(LinearRouter, BalancedRouter):
-    """The k most probable experts; loss-free balancing (arXiv 2408.15664) moves ``bias_E``, part of the choice only."""
+    """Selects the k most probable experts; loss-free balancing (arXiv 2408.15664) adds ``bias_E`` to select them."""
 
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"balance_loss": 1e-2, "balance_per_route": True}}
     BUDGET_METHODS: ClassVar[tuple[str, ...]] = ("loss_free",)
@@ -28,7 +28,7 @@ class TopK(LinearRouter, BalancedRouter):
     CONTROL_METRIC: ClassVar[str] = "router_k"
     BALANCES_SEQUENCES: ClassVar[bool] = True
 
-    k: int = option(2, "experts per token", at_least=1)
+    k: int = option(2, "experts per token", at_least=1, served=True)
     entropy_loss: Optional[float] = auxiliary(entropy_term, "the router entropy")
     z_loss: Optional[float] = auxiliary(z_term, "the router z-loss")
 
@@ -54,11 +54,7 @@ class TopK(LinearRouter, BalancedRouter):
     def control_value(self, state: RouterState) -> Tensor:
         return state.experts_per_token.new_full((), float(self.k))
 
-    def update(self, state: RouterState, seen: ControlStatistics, budget: BudgetStep) -> None:
-        from dynmoe.routing.control import bias_change
+    def update(self, state: RouterState, seen: UpdateStatistics, budget: BudgetStep) -> None:
+        from dynmoe.routing.budget_rules import bias_change
 
         state.bias_E.add_(bias_change(seen.selected_E, budget.rate or _BIAS_RATE).float())
-
-    @property
-    def served_fields(self) -> tuple[str, ...]:
-        return ("k",)

@@ -13,8 +13,8 @@ from dynmoe.routers.parts import BalancedRouter, LimitedRouter, LinearRouter, pi
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dynmoe.routing.control_statistics import ControlStatistics
     from dynmoe.routing.plan import RoutingPlan
+    from dynmoe.routing.update_statistics import UpdateStatistics
 
 # Section 3.3: alpha and beta.
 _LOSSES = {"balance_loss": 1e-2, "entropy_loss": 1e-4}
@@ -22,7 +22,7 @@ _LOSSES = {"balance_loss": 1e-2, "entropy_loss": 1e-4}
 
 @register("top_p")
 class TopP(LinearRouter, BalancedRouter, LimitedRouter):
-    """The fewest experts, best first, whose probabilities reach the mass ``p``, which a budget moves."""
+    """Selects the fewest experts, best first, whose probabilities reach ``p``, which a budget moves."""
 
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": _LOSSES,
@@ -33,14 +33,14 @@ class TopP(LinearRouter, BalancedRouter, LimitedRouter):
     CONTROL_METRIC: ClassVar[str] = "router_p"
     BALANCES_SEQUENCES: ClassVar[bool] = True
 
-    p: float = option(0.4, "probability mass that the chosen experts reach", above=0, at_most=1)
+    p: float = option(0.4, "probability mass that the selected experts reach", above=0, at_most=1, served=True)
     entropy_loss: Optional[float] = auxiliary(entropy_term, "the router entropy")
     z_loss: Optional[float] = auxiliary(z_term, "the router z-loss")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.min_experts_per_token < 1:
-            problem = "top_p always selects one"
+            problem = "is too small: top_p always selects an expert"
             raise ConfigError("model.router.min_experts", self.min_experts, problem, "use 1 or more")
 
     def buffers(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
@@ -50,7 +50,7 @@ class TopP(LinearRouter, BalancedRouter, LimitedRouter):
         return self.choose(state, self.logits_TE(state, x_TD))
 
     def choose(self, state: RouterState, logits_TE: Tensor) -> RoutingPlan:
-        """The plan of tokens with these logits, at the present p."""
+        """The plan of tokens with these logits at the current p."""
         from dynmoe.routing.top_p import top_p
 
         variant = "released" if self.variant == "released" else "paper"
@@ -58,8 +58,9 @@ class TopP(LinearRouter, BalancedRouter, LimitedRouter):
         return top_p(logits_TE, state.p, variant=variant, **limits)
 
     def fit(self, state: RouterState, logits_TE: Tensor, experts_per_token: float) -> None:
-        """Sets p to the smallest at which tokens with these logits use ``experts_per_token`` on average, or more."""
-        low, high = 0.0, 1.0
+        """Sets p to the smallest value at which these tokens use at least ``experts_per_token`` on average."""
+        low = 0.0
+        high = 1.0
         for _ in range(30):
             middle = (low + high) / 2
             state.p.fill_(middle)
@@ -73,11 +74,7 @@ class TopP(LinearRouter, BalancedRouter, LimitedRouter):
     def control_value(self, state: RouterState) -> Tensor:
         return state.p
 
-    def update(self, state: RouterState, seen: ControlStatistics, budget: BudgetStep) -> None:
-        from dynmoe.routing.control import shift_probability
+    def update(self, state: RouterState, seen: UpdateStatistics, budget: BudgetStep) -> None:
+        from dynmoe.routing.budget_rules import shift_probability
 
         state.p.copy_(shift_probability(state.p, pi_step(state, budget)))
-
-    @property
-    def served_fields(self) -> tuple[str, ...]:
-        return ("p", "min_experts", "max_experts")

@@ -1,7 +1,7 @@
-"""Expert-threshold routing (arXiv 2603.11535): each expert lets in the tokens above a moving average of its own.
+"""Expert-threshold routing (arXiv 2603.11535): each expert takes the tokens whose score exceeds its own cut-off.
 
-What an expert would take in expert choice, its k best tokens of a batch, is remembered as the score of the k-th of
-them. A token then needs to know of no other token, in training or in inference.
+In expert choice, an expert takes the k best tokens of a batch. Here its cut-off is a moving average of the score of the
+k-th best one, so the choice for a token depends on no other token, in training or in inference.
 """
 
 from __future__ import annotations
@@ -16,49 +16,45 @@ from dynmoe.routing.sigmoid import sigmoid_cutoff
 NUM_BINS = 2048
 
 
-def expert_threshold(
-    logits_TE: Tensor,
-    cutoffs_E: Tensor,
-    *,
-    renormalize: bool = False,
-) -> RoutingPlan:
-    """Selects every expert whose sigmoid score exceeds that expert's cut-off; the gates are the scores.
+def expert_threshold(logits_TE: Tensor, cutoffs_E: Tensor, *, renormalize: bool = False) -> RoutingPlan:
+    """Selects every expert whose sigmoid score exceeds its cut-off; the gates are the scores.
+
+    A token above no cut-off selects no expert: a floor or ceiling would change the number of tokens that an expert
+    takes at its cut-off.
 
     Args:
         logits_TE: router logits, any float dtype.
         cutoffs_E: fp32, the moving averages of :func:`move_cutoffs`.
         renormalize: make the gates of a token sum to 1.
-
-    A token above no cut-off selects nobody: a floor or a ceiling would break the count that the cut-offs stand for.
     """
     return sigmoid_cutoff(logits_TE, cutoffs_E, renormalize=renormalize, min_experts=0)
 
 
 @torch.no_grad()
 def score_histogram(scores_TE: Tensor) -> Tensor:
-    """Tokens by expert and bin of their score, int64 [E, NUM_BINS]."""
+    """Number of tokens by expert and bin of their score, int64 [E, NUM_BINS]."""
     num_experts = scores_TE.shape[1]
-    # What is no number is told of elsewhere, with its layer and rank; here it counts as 0.
+    # NaN counts as 0 here. The engine reports it, with its layer and rank.
     bins_TE = (scores_TE.detach().nan_to_num(0.0) * NUM_BINS).long().clamp(max=NUM_BINS - 1)
     bins_TE += torch.arange(num_experts, device=scores_TE.device) * NUM_BINS
-    # Not bincount, which waits for the device to know its size.
+    # bincount would wait for the device.
     counts = torch.zeros(num_experts * NUM_BINS, dtype=torch.int64, device=scores_TE.device)
     counts.scatter_add_(0, bins_TE.flatten(), torch.ones_like(bins_TE).flatten())
     return counts.view(num_experts, NUM_BINS)
 
 
-def kth_largest(histogram_EB: Tensor, k: Tensor) -> Tensor:
+def kth_largest(histogram_EC: Tensor, k: Tensor) -> Tensor:
     """Score of the k-th best token of each expert, fp64 [E], linear within its bin: exact to 1 / NUM_BINS.
 
     Args:
-        histogram_EB: counts of :func:`score_histogram`, summed over whatever tokens are meant.
-        k: how many tokens an expert is to take, a scalar; it need not be whole.
+        histogram_EC: sum of :func:`score_histogram` over all tokens.
+        k: number of tokens that an expert takes, a scalar; may be fractional.
     """
-    above_EB = histogram_EB.flip(1).cumsum(1).flip(1).double()  # tokens in this bin or a better one
+    above_EC = histogram_EC.flip(1).cumsum(1).flip(1).double()  # tokens in this bin or a better one
     k = k.double().clamp(min=torch.finfo(torch.float64).tiny)
-    place_E = (above_EB >= k).sum(dim=1).clamp(min=1) - 1  # the best bin with k tokens in it or above
-    inside_E = histogram_EB.gather(1, place_E[:, None]).squeeze(1).double()
-    better_E = above_EB.gather(1, place_E[:, None]).squeeze(1) - inside_E
+    place_E = (above_EC >= k).sum(dim=1).clamp(min=1) - 1  # the best bin with k tokens in it or in better ones
+    inside_E = histogram_EC.gather(1, place_E[:, None]).squeeze(1).double()
+    better_E = above_EC.gather(1, place_E[:, None]).squeeze(1) - inside_E
     fraction_E = ((k - better_E) / inside_E.clamp(min=1)).clamp(0.0, 1.0)
     return (place_E + 1.0 - fraction_E) / NUM_BINS
 

@@ -1,9 +1,8 @@
-"""Auxiliary losses of the router: pure functions, each a scalar without its coefficient.
+"""Auxiliary losses of the router: pure functions that return a scalar without its coefficient.
 
-Counts come in as :class:`RoutingCounts`, summed over ranks by the caller; see there why the gradient then does not
-depend on the layout. ``counts=None`` takes the plan's own tokens for all there are. A loss of the load is a sum over
-this rank's tokens, weighed by what the counts say (:func:`weigh`): the balance losses and L1 therefore take counts that
-are still under way, :class:`LateCounts`, too.
+The caller passes :class:`RoutingCounts` summed over ranks, which make the gradient independent of the layout. With
+``counts=None`` the plan holds all tokens. A loss of the load is a sum over the tokens of this rank, weighted by a
+function of the counts (:func:`weigh`), so the balance losses and L1 also accept :class:`AsyncCounts`.
 """
 
 from __future__ import annotations
@@ -12,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynmoe.routing.plan import LateCounts, RoutingCounts, RoutingPlan, weigh
+from dynmoe.routing.plan import AsyncCounts, RoutingCounts, RoutingPlan, weigh
 from dynmoe.routing.selection import sum_to_one
 
 
 def load_balance(
-    plan: RoutingPlan, counts: RoutingCounts | LateCounts | None = None, *, per_route: bool = False
+    plan: RoutingPlan, counts: RoutingCounts | AsyncCounts | None = None, *, per_route: bool = False
 ) -> Tensor:
-    """E * sum_e f_e Q_e (arXiv 2403.07652, eq. 6): f_e fraction of tokens that select e, Q_e its mean score.
+    """E * sum_e f_e Q_e (arXiv 2403.07652, eq. 6): f_e is the fraction of tokens that select e, Q_e its mean score.
 
-    At perfect balance of probabilities it is the mean number of experts per token, K; ``per_route`` divides by that
-    K (a constant), which gives the switch loss of a top-k router.
+    At perfect balance of probabilities it is the mean number of experts per token, K. ``per_route`` divides by this K
+    (a constant), which gives the switch loss of a top-k router.
     """
     num_experts = plan.scores_TE.shape[1]
 
@@ -34,10 +33,10 @@ def load_balance(
 
 
 def sequence_counts(plan: RoutingPlan, num_sequences: int) -> Tensor:
-    """Tokens of each sequence that select each expert, fp32 [B, E]; tokens of a sequence stand together.
+    """Number of tokens of each sequence that select each expert, fp32 [B, E]; tokens of a sequence are contiguous.
 
     Raises:
-        ValueError: the tokens are not a multiple of ``num_sequences``.
+        ValueError: the number of tokens is not a multiple of ``num_sequences``.
     """
     num_tokens, num_experts = plan.selected_map_TE.shape
     if num_sequences < 1 or num_tokens % num_sequences:
@@ -46,14 +45,14 @@ def sequence_counts(plan: RoutingPlan, num_sequences: int) -> Tensor:
 
 
 def sequence_balance(
-    plan: RoutingPlan, selected_BE: Tensor | LateCounts, num_parts: int = 1, *, per_route: bool = False
+    plan: RoutingPlan, selected_BE: Tensor | AsyncCounts, num_parts: int = 1, *, per_route: bool = False
 ) -> Tensor:
-    """Mean over sequences of :func:`load_balance` within each.
+    """Mean over sequences of the :func:`load_balance` of each.
 
     Args:
-        plan: of the tokens that this rank has of each sequence.
-        selected_BE: :func:`sequence_counts`, summed over the ranks that have the rest of the sequences.
-        num_parts: number of those ranks; the mean over them is meant.
+        plan: of this rank's part of each sequence.
+        selected_BE: :func:`sequence_counts`, summed over the ranks that share the sequences.
+        num_parts: number of these ranks. The loss is the mean over them.
         per_route: divide by the experts per token of each sequence.
     """
     num_sequences, num_experts = selected_BE.shape
@@ -68,17 +67,14 @@ def sequence_balance(
 
 
 def gate_balance(
-    plan: RoutingPlan,
-    counts: RoutingCounts | LateCounts | None = None,
-    *,
-    active_E: Tensor | None = None,
+    plan: RoutingPlan, counts: RoutingCounts | AsyncCounts | None = None, *, active_E: Tensor | None = None,
     per_route: bool = False,
-) -> Tensor:
-    """E^2 * mean_e(me_e * ce_e), DynMoE's released balance term (January 2025).
+) -> Tensor:  # fmt: skip
+    """E^2 * mean_e(me_e * ce_e), the balance term of DynMoE's released code (January 2025).
 
-    Over the tokens that selected somebody: me is the mean of their gates normalised to sum 1, ce the fraction that
-    selects each expert. With E the number of active experts it is K at perfect balance, as :func:`load_balance` is;
-    ``active_E=None`` counts every slot, as the released code does. ``per_route`` divides by K.
+    Over the tokens that selected an expert, me is the mean of their gates normalized to sum to 1, and ce the fraction
+    that selects each expert. If E is the number of active experts, it is K at perfect balance, like
+    :func:`load_balance`. ``active_E=None`` counts every slot, as the released code does. ``per_route`` divides by K.
     """
     num_experts = plan.gates_TE.shape[1] if active_E is None else active_E.sum()
 
@@ -90,17 +86,17 @@ def gate_balance(
     return weigh(gate_sums_E, RoutingCounts.of(plan) if counts is None else counts, weights_E)
 
 
-def choice_balance(plan: RoutingPlan, active_E: Tensor, counts: RoutingCounts | LateCounts | None = None) -> Tensor:
-    """Squared coefficient of variation of the load of active experts, through the straight-through choice.
+def choice_balance(plan: RoutingPlan, active_E: Tensor, counts: RoutingCounts | AsyncCounts | None = None) -> Tensor:
+    """Squared coefficient of variation of the load of active experts, differentiated through the choice.
 
-    The load loss of arXiv 1701.06538 (eq. 11) with DynMoE's choice in place of its noisy estimate. The gradient of an
-    expert's choice is its excess load: the threshold of one that nobody selects falls.
+    This is the load loss of arXiv 1701.06538 (eq. 11) with DynMoE's straight-through choice instead of a noisy
+    estimate. The gradient of an expert's choice is its excess load, so the threshold of an unused expert falls.
 
     Raises:
-        ValueError: the plan's router passes no gradient through its choice.
+        ValueError: the router of the plan passes no gradient through its choice.
     """
     if plan.choice_TE is None:
-        raise ValueError("choice_balance needs a router that passes a gradient through its choice (top_any)")
+        raise ValueError("plan.choice_TE=None: choice_balance needs a straight-through choice; use top_any")
     active = active_E.float()
     num_active = active.sum()
 
@@ -112,10 +108,10 @@ def choice_balance(plan: RoutingPlan, active_E: Tensor, counts: RoutingCounts | 
     return weigh(plan.choice_TE.sum(dim=0), RoutingCounts.of(plan) if counts is None else counts, weights_E)
 
 
-def l1(plan: RoutingPlan, target: float, counts: RoutingCounts | LateCounts | None = None) -> Tensor:
+def l1(plan: RoutingPlan, target: float, counts: RoutingCounts | AsyncCounts | None = None) -> Tensor:
     """Sum over experts of f_e * (mean score), f_e = E / target * (fraction that selects e): ReMoE's penalty (eq. 13).
 
-    f is what balances the load; it is a constant, 1 for an expert with its share of ``target`` experts per token.
+    The constant f_e balances the load. It is 1 for an expert with its share of ``target`` experts per token.
     """
     scale = plan.scores_TE.shape[1] / target
 
@@ -126,22 +122,21 @@ def l1(plan: RoutingPlan, target: float, counts: RoutingCounts | LateCounts | No
 
 
 def entropy(plan: RoutingPlan, counts: RoutingCounts | None = None) -> Tensor:
-    """Mean over tokens of the entropy of the scores, in nats (arXiv 2403.07652, eq. 5): what makes K shrink."""
-    tokens = plan.scores_TE.shape[0] if counts is None else counts.tokens_per_rank
-    # xlogy is 0 at probability 0, gradient included.
-    return (
-        -torch.special.xlogy(plan.scores_TE, plan.scores_TE.clamp(min=torch.finfo(torch.float32).tiny)).sum() / tokens
-    )
+    """Mean over tokens of the entropy of the scores, in nats (arXiv 2403.07652, eq. 5); it lowers K."""
+    scores_TE = plan.scores_TE
+    tokens = scores_TE.shape[0] if counts is None else counts.tokens_per_rank
+    # xlogy and its gradient are 0 at probability 0.
+    return -torch.special.xlogy(scores_TE, scores_TE.clamp(min=torch.finfo(torch.float32).tiny)).sum() / tokens
 
 
 def z_loss(plan: RoutingPlan, counts: RoutingCounts | None = None) -> Tensor:
     """Mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5).
 
     Raises:
-        ValueError: the plan's router has no logits.
+        ValueError: the router of the plan has no logits.
     """
     if plan.logits_TE is None:
-        raise ValueError("z_loss needs a router with logits (top_k or top_p)")
+        raise ValueError("plan.logits_TE=None: z_loss needs logits; use a router with logits (top_k or top_p)")
     tokens = plan.logits_TE.shape[0] if counts is None else counts.tokens_per_rank
     return plan.logits_TE.logsumexp(dim=1).square().sum() / tokens
 
@@ -157,7 +152,7 @@ def diversity(prototypes_DE: Tensor, active_E: Tensor) -> Tensor:
 def simplicity(prototypes_DE: Tensor, active_E: Tensor | None = None) -> Tensor:
     """Mean norm of the prototypes of active experts (arXiv 2405.14297, eq. 8).
 
-    ``active_E=None`` takes every slot, as the released code does.
+    ``active_E=None`` counts every slot, as the released code does.
     """
     norm_E = prototypes_DE.float().norm(dim=0)
     if active_E is None:
@@ -171,15 +166,9 @@ def efficiency(plan: RoutingPlan, counts: RoutingCounts | None = None, *, active
     ``active_E=None`` counts every slot, as DynMoE's released code does.
 
     Raises:
-        ValueError: the plan's router passes no gradient through its choice.
+        ValueError: the router of the plan passes no gradient through its choice.
     """
     if plan.choice_TE is None:
-        raise ValueError("efficiency needs a router that passes a gradient through its choice (top_any)")
+        raise ValueError("plan.choice_TE=None: efficiency needs a straight-through choice; use top_any")
     tokens = plan.choice_TE.shape[0] if counts is None else counts.tokens_per_rank
     return plan.choice_TE.sum() / (tokens * (plan.choice_TE.shape[1] if active_E is None else active_E.sum()))
-
-
-def released_top_any_loss(plan: RoutingPlan, prototypes_DE: Tensor, active_E: Tensor) -> Tensor:
-    """The whole auxiliary loss of DynMoE's released code: diversity, simplicity, balance and efficiency, each × 1."""
-    parameters = diversity(prototypes_DE, active_E) + simplicity(prototypes_DE)
-    return parameters + gate_balance(plan) + efficiency(plan)

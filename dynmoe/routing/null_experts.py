@@ -1,31 +1,31 @@
-"""Null experts: AdaMoE (arXiv 2406.13233). Top-k over real experts and some that cost and do nothing."""
+"""Null experts: AdaMoE (arXiv 2406.13233). Top-k over real experts and null experts, which compute nothing."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from dynmoe.routing.plan import LateCounts, RoutingCounts, RoutingPlan, weigh
+from dynmoe.routing.plan import AsyncCounts, RoutingCounts, RoutingPlan, weigh
 from dynmoe.routing.selection import rank_descending, sum_to_one
 
 
 def null_experts(logits_TX: Tensor, k: int, num_null: int, *, renormalize: bool = True) -> RoutingPlan:
-    """Selects the ``k`` experts of highest probability, null ones among them; the plan holds the real ones.
+    """Selects the ``k`` most probable of real and null experts; the plan has the real ones.
 
     Args:
-        logits_TX: logits of E real experts, then of ``num_null`` null experts; the softmax is taken in fp32.
-        k: slots per token that real and null experts share, 1 to X. Ties go to the lower index.
-        num_null: null experts, at least 1.
+        logits_TX: logits of E real experts, followed by those of ``num_null`` null experts; the softmax is in fp32.
+        k: experts per token including null experts, 1 to X. Ties go to the lower index.
+        num_null: number of null experts, at least 1.
         renormalize: make the gates of the real experts of a token sum to 1, as the paper does.
 
     Raises:
-        ValueError: a number outside its range.
+        ValueError: a number is out of range.
     """
     num_all = logits_TX.shape[1]
     if not 1 <= num_null < num_all:
-        raise ValueError(f"num_null={num_null} must lie between 1 and the number of logits ({num_all}) less one")
+        raise ValueError(f"num_null={num_null} must be at least 1 and less than the number of logits ({num_all})")
     if not 1 <= k <= num_all:
-        raise ValueError(f"k={k} must lie between 1 and the number of experts, null ones included ({num_all})")
+        raise ValueError(f"k={k} must be between 1 and the number of experts including null experts ({num_all})")
     logits_TX = logits_TX.float()
     probs_TX = torch.softmax(logits_TX, dim=1)
     real = slice(0, num_all - num_null)
@@ -38,11 +38,11 @@ def null_experts(logits_TX: Tensor, k: int, num_null: int, *, renormalize: bool 
     )  # fmt: skip
 
 
-def null_balance(plan: RoutingPlan, k: int, num_null: int, counts: RoutingCounts | LateCounts | None = None) -> Tensor:
-    """The switch loss over real and null experts, the load of the null ones averaged over them (section 3.3).
+def null_balance(plan: RoutingPlan, k: int, num_null: int, counts: RoutingCounts | AsyncCounts | None = None) -> Tensor:
+    """The switch loss over real and null experts, with the mean load for each null expert (section 3.3).
 
-    1 at perfect balance. What the null experts get follows from the real ones: k slots per token, probabilities that
-    sum to 1.
+    It is 1 at perfect balance. Load and probability of the null experts follow from those of the real ones: a token
+    selects k experts, and probabilities sum to 1.
     """
     num_tokens, num_experts = plan.scores_TE.shape
 
@@ -52,6 +52,6 @@ def null_balance(plan: RoutingPlan, k: int, num_null: int, counts: RoutingCounts
         return (num_experts + num_null) * torch.cat([share_E, null_share.view(1)]) / counts.tokens_per_rank
 
     score_sums_E = plan.scores_TE.sum(dim=0)
-    # The probability of the null experts together, last in X: what the others leave of 1 for each token.
+    # The last entry is the total probability of the null experts: 1 minus that of the real ones, summed over tokens.
     score_sums_X = torch.cat([score_sums_E, (num_tokens - score_sums_E.sum()).view(1)])
     return weigh(score_sums_X, RoutingCounts.of(plan) if counts is None else counts, weights_X)

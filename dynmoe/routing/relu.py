@@ -1,4 +1,4 @@
-"""ReLU routing: ReMoE (arXiv 2412.14711). Fully differentiable; an adaptive L1 penalty holds the budget."""
+"""ReLU routing: ReMoE (arXiv 2412.14711). It is fully differentiable; an adaptive L1 penalty holds the budget."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dynmoe.routing.selection import check_limits, threshold_plan
 def relu(logits_TE: Tensor, *, max_experts: int | None = None) -> RoutingPlan:
     """Selects every expert of positive logit; the gates are the logits (eq. 5).
 
-    A token without a positive logit selects nobody: a floor would add an expert of gate 0.
+    A token without a positive logit selects no expert: a floor would add experts with gate 0.
 
     Args:
         logits_TE: router logits, any float dtype.
-        max_experts: ceiling of experts per token, by logit.
+        max_experts: ceiling of experts per token; the highest logits win.
 
     Raises:
         ValueError: ``max_experts`` below 1.
@@ -27,9 +27,9 @@ def relu(logits_TE: Tensor, *, max_experts: int | None = None) -> RoutingPlan:
 
 
 def adapt_l1(coefficient: Tensor, experts_per_token: Tensor, target: float, factor: float = 1.2) -> Tensor:
-    """The coefficient of the L1 penalty after a step: times ``factor`` where too many experts were used, else divided.
+    """Multiplies the coefficient of the L1 penalty by ``factor`` if K is above ``target``, and divides it if below.
 
-    eq. 9 of the paper, whose sparsity is 1 - K / E; kept within [1e-10, 100], so that it comes back soon from a target
-    that was out of reach for long.
+    This is eq. 9 of the paper, whose sparsity is 1 - K / E. The range is [1e-10, 100], so the coefficient recovers
+    quickly after a target that could not be reached.
     """
     return (coefficient * factor ** torch.sign(experts_per_token - target)).clamp(1e-10, 1e2)

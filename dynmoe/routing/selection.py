@@ -1,4 +1,4 @@
-"""What the routers share: ranks of scores, limits of K, and the plans of routers with the same kind of gates."""
+"""Functions that routers share: ranks of scores, limits of K, and plans for each kind of gates."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dynmoe.routing.plan import RoutingPlan
 
 
 def sort_descending(scores_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores of each token from the best to the worst, and their experts, int64; ties go to the lower expert index.
+    """Scores of each token in descending order, and their experts, int64; ties go to the lower expert index.
 
-    ``Tensor.sort(stable=True)`` without gradient. On a CPU NumPy's vectorised sort is 5 to 40 times as fast: an fp32
-    score and its expert make one integer of the same order. A compiler cannot see what NumPy does.
+    Equals ``Tensor.sort(stable=True)`` without gradients. On a CPU, NumPy's vectorized sort of integers is 5 to 40
+    times as fast: a score (fp32) and its expert are packed into one integer. torch.compile cannot trace NumPy.
     """
     scores_TE = scores_TE.detach()
     if scores_TE.device.type != "cpu" or scores_TE.dtype != torch.float32 or torch.compiler.is_compiling():
         return scores_TE.sort(dim=1, descending=True, stable=True)
-    # Integers in the order of the numbers: negative ones have their other bits flipped. -0 becomes 0, to tie with it.
+    # Integers in the order of the floats: of negative ones all other bits are flipped. -0 becomes 0, to tie with it.
     bits_TE = (scores_TE + 0.0).view(torch.int32)
     ordered_TE = bits_TE ^ ((bits_TE >> 31) & 0x7FFFFFFF)
-    # Negated for an ascending sort; the experts of equal scores then follow one another upwards.
+    # Negated, because NumPy sorts in ascending order; equal scores are then ordered by expert.
     keys_TE = (-ordered_TE.long() << 32) + torch.arange(scores_TE.shape[1])
     keys_TE.numpy().sort(axis=1)
     order_TE = keys_TE & 0xFFFFFFFF
@@ -35,15 +35,15 @@ def rank_descending(scores_TE: Tensor) -> Tensor:
 
 
 def check_limits(num_experts: int, min_experts: int, max_experts: int | None) -> None:
-    """Raises a ValueError unless 0 <= min <= max, 1 <= max, and the floor is not above the number of experts."""
+    """Raises a ValueError unless 0 <= min <= max, max >= 1 and min <= num_experts."""
     if max_experts is not None and max_experts < max(min_experts, 1):
-        raise ValueError(f"min_experts={min_experts} and max_experts={max_experts} must satisfy 0 <= min <= max")
+        raise ValueError(f"max_experts={max_experts} must be at least 1 and min_experts ({min_experts})")
     if not 0 <= min_experts <= num_experts:
-        raise ValueError(f"min_experts={min_experts} must lie between 0 and the number of experts ({num_experts})")
+        raise ValueError(f"min_experts={min_experts} must be between 0 and the number of experts ({num_experts})")
 
 
 def limit_experts(map_TE: Tensor, rank_TE: Tensor, min_experts: int, max_experts: int | None) -> Tensor:
-    """Adds the best-ranked experts up to ``min_experts`` and keeps the best-ranked ``max_experts`` of a token."""
+    """Adds the best experts of a token up to ``min_experts``, and drops those beyond the best ``max_experts``."""
     if min_experts > 0:
         map_TE = map_TE | (rank_TE < min_experts)
     if max_experts is not None:
@@ -52,32 +52,28 @@ def limit_experts(map_TE: Tensor, rank_TE: Tensor, min_experts: int, max_experts
 
 
 def sum_to_one(gates_TE: Tensor, summed_TE: Tensor | None = None) -> Tensor:
-    """Gates of each token divided by their sum, or by that of ``summed_TE``.
+    """Divides the gates of each token by their sum, or by the sum of ``summed_TE``.
 
-    A token whose sum is 0 keeps its gates as they are, with a finite gradient.
+    If the sum is 0, the gates are unchanged and the gradient is finite.
     """
     sums_T1 = (gates_TE if summed_TE is None else summed_TE).sum(dim=1, keepdim=True)
     return gates_TE / torch.where(sums_T1 > 0, sums_T1, torch.ones_like(sums_T1))
 
 
 def softmax_plan(logits_TE: Tensor, probs_TE: Tensor, map_TE: Tensor, renormalize: bool) -> RoutingPlan:
-    """A plan whose gates are the probabilities of the chosen experts, raw or made to sum to 1."""
+    """A plan whose gates are the probabilities of the selected experts, optionally renormalized to sum to 1."""
     gates_TE = probs_TE.masked_fill(~map_TE, 0.0)
     return RoutingPlan(sum_to_one(gates_TE) if renormalize else gates_TE, map_TE, map_TE, probs_TE, logits_TE)
 
 
 def threshold_plan(
-    scores_TE: Tensor,
-    logits_TE: Tensor,
-    threshold: float | Tensor,
-    renormalize: bool,
-    min_experts: int,
+    scores_TE: Tensor, logits_TE: Tensor, threshold: float | Tensor, renormalize: bool, min_experts: int,
     max_experts: int | None,
-) -> RoutingPlan:
+) -> RoutingPlan:  # fmt: skip
     """A plan whose gates are the scores of the experts that exceed a threshold, within floor and ceiling.
 
-    The best experts of a token are those that exceed theirs by most: a threshold that was raised because its expert
-    has too many tokens must count for the tokens of the floor too.
+    The best experts of a token exceed their threshold by the largest margin. The threshold of an overloaded expert
+    thus also repels tokens that the floor assigns.
     """
     margin_TE = scores_TE.detach() - threshold
     passed_TE = margin_TE > 0

@@ -1,4 +1,4 @@
-"""A sigmoid gate for each expert by itself, with a cut-off."""
+"""Sigmoid routing: an independent sigmoid score for each expert, compared with a cut-off."""
 
 from __future__ import annotations
 
@@ -10,27 +10,23 @@ from dynmoe.routing.selection import check_limits, threshold_plan
 
 
 def sigmoid_cutoff(
-    logits_TE: Tensor,
-    cutoff: float | Tensor = 0.5,
-    *,
-    renormalize: bool = False,
-    min_experts: int = 1,
+    logits_TE: Tensor, cutoff: float | Tensor = 0.5, *, renormalize: bool = False, min_experts: int = 1,
     max_experts: int | None = None,
-) -> RoutingPlan:
+) -> RoutingPlan:  # fmt: skip
     """Selects every expert whose sigmoid score exceeds the cut-off; the gates are the scores.
 
     Args:
-        logits_TE: router logits, any float dtype; the sigmoid is taken in fp32.
-        cutoff: in [0, 1), one for all experts or a tensor [E] with one for each (not checked).
+        logits_TE: router logits, any float dtype; the sigmoid is in fp32.
+        cutoff: in [0, 1): one number, or a tensor [E] with one for each expert (its range is not checked).
         renormalize: make the gates of a token sum to 1.
-        min_experts: floor of experts per token; 0 lets a token select nobody (its output is then 0).
-        max_experts: ceiling of experts per token; the best are those that exceed their cut-off by most.
+        min_experts: floor of experts per token; with 0 a token may select no expert (its output is then 0).
+        max_experts: ceiling of experts per token; the experts with the largest margin over their cut-off win.
 
     Raises:
-        ValueError: a number outside its range.
+        ValueError: a number is out of range.
     """
     if not isinstance(cutoff, Tensor) and not 0.0 <= cutoff < 1.0:
-        raise ValueError(f"cutoff={cutoff} must lie in [0, 1)")
+        raise ValueError(f"cutoff={cutoff} must be in [0, 1)")
     check_limits(logits_TE.shape[1], min_experts, max_experts)
     logits_TE = logits_TE.float()
     return threshold_plan(torch.sigmoid(logits_TE), logits_TE, cutoff, renormalize, min_experts, max_experts)

@@ -1,4 +1,4 @@
-"""Top-k: the fixed number of experts per token that the dynamic routers are measured against."""
+"""Top-k: a fixed number of experts per token, the baseline of the dynamic routers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ def top_k(logits_TE: Tensor, k: int, *, renormalize: bool = False, bias_E: Tenso
     """Selects the ``k`` experts of highest probability.
 
     Args:
-        logits_TE: router logits, any float dtype; the softmax is taken in fp32.
+        logits_TE: router logits, any float dtype; the softmax is in fp32.
         k: experts per token, 1 to E. Ties go to the lower expert index.
         renormalize: make the gates of a token sum to 1.
-        bias_E: added to the probabilities where experts are chosen, not to the gates (loss-free balancing,
-            arXiv 2408.15664, eq. 3).
+        bias_E: added to the probabilities for the selection, not for the gates (loss-free balancing, arXiv 2408.15664,
+            eq. 3).
 
     Raises:
-        ValueError: ``k`` outside 1 to E.
+        ValueError: ``k`` is not between 1 and E.
     """
     num_experts = logits_TE.shape[1]
     if not 1 <= k <= num_experts:
-        raise ValueError(f"k={k} must lie between 1 and the number of experts ({num_experts})")
+        raise ValueError(f"k={k} must be between 1 and the number of experts ({num_experts})")
     logits_TE = logits_TE.float()
     probs_TE = torch.softmax(logits_TE, dim=1)
     ranked_TE = probs_TE if bias_E is None else probs_TE.detach() + bias_E

@@ -10,30 +10,25 @@ from dynmoe.routing.selection import check_limits, softmax_plan, sort_descending
 
 
 def top_p(
-    logits_TE: Tensor,
-    p: float | Tensor,
-    *,
-    variant: str = "paper",
-    renormalize: bool = False,
-    min_experts: int = 1,
+    logits_TE: Tensor, p: float | Tensor, *, variant: str = "paper", renormalize: bool = False, min_experts: int = 1,
     max_experts: int | None = None,
-) -> RoutingPlan:
-    """Selects the fewest experts, best first, whose probabilities add up to ``p`` (section 3.2, eq. 4).
+) -> RoutingPlan:  # fmt: skip
+    """Selects the fewest experts, best first, whose probabilities sum to ``p`` (section 3.2, eq. 4).
 
     Args:
-        logits_TE: router logits, any float dtype; the softmax is taken in fp32.
-        p: mass to reach, in (0, 1]; 1 selects every expert. A tensor of one element is not checked, as that would
-            wait for the device: a controller keeps it in range.
-        variant: ``paper`` stops at a sum of at least p, ``released`` at a sum above p; they differ on exact hits.
-        renormalize: make the gates of a token sum to 1; both variants use raw probabilities.
+        logits_TE: router logits, any float dtype; the softmax is in fp32.
+        p: probability mass to reach, in (0, 1]; 1 selects every expert. A tensor of one element is not checked, because
+            that would wait for the device.
+        variant: ``paper`` stops at a sum of at least p, ``released`` at a sum above p.
+        renormalize: make the gates of a token sum to 1; both variants use raw probabilities by default.
         min_experts: floor of experts per token, at least 1.
         max_experts: ceiling of experts per token.
 
     Raises:
-        ValueError: a number or variant outside its range.
+        ValueError: a number is out of range, or the variant is unknown.
     """
     if not isinstance(p, Tensor) and not 0.0 < p <= 1.0:
-        raise ValueError(f"p={p} must lie in (0, 1]")
+        raise ValueError(f"p={p} must be in (0, 1]")
     if variant not in ("paper", "released"):
         raise ValueError(f"variant={variant!r} must be 'paper' or 'released'")
     if min_experts < 1:
@@ -42,13 +37,12 @@ def top_p(
     logits_TE = logits_TE.float()
     probs_TE = torch.softmax(logits_TE, dim=1)
     sorted_TE, order_TE = sort_descending(probs_TE)
-    # An expert is kept while the mass of the better ones has not ended the prefix. At p = 1 that takes every expert,
-    # those of no mass included.
+    # An expert is selected if the better ones do not reach p. p = 1 also selects experts with a probability of 0.
     better_TE = torch.cat([torch.zeros_like(sorted_TE[:, :1]), sorted_TE[:, :-1].cumsum(dim=1)], dim=1)
     p = torch.as_tensor(p, dtype=torch.float32, device=logits_TE.device)
-    keep_TE = (better_TE < p if variant == "paper" else better_TE <= p) | (p >= 1.0)
-    keep_TE[:, :min_experts] = True
+    selected_TE = (better_TE < p if variant == "paper" else better_TE <= p) | (p >= 1.0)  # in descending order
+    selected_TE[:, :min_experts] = True
     if max_experts is not None:
-        keep_TE[:, max_experts:] = False
-    map_TE = torch.zeros_like(keep_TE).scatter_(1, order_TE, keep_TE)
+        selected_TE[:, max_experts:] = False
+    map_TE = torch.zeros_like(selected_TE).scatter_(1, order_TE, selected_TE)
     return softmax_plan(logits_TE, probs_TE, map_TE, renormalize)

@@ -108,7 +108,7 @@ class Engine(Protocol):
         """Describes what in the step is not finite, with rank, layer and parameter of the first occurrence.
 
         Raises:
-            UserError: the only problem is that the ceiling of experts per token was exceeded.
+            UserError: the only problem is that the limit of mean experts per token was exceeded.
         """
 
     def positions(self, length: int) -> Tensor:

@@ -11,7 +11,7 @@ position   int32          position of the token in its sequence
 token      int32          token id
 experts    list<int16>    experts that computed the token, in ascending order
 gates      list<float32>  gate of each of these experts
-dropped    list<int16>    experts selected by the router and dropped by the capacity or the ceiling
+dropped    list<int16>    experts selected by the router and dropped by the capacity or the mean-experts limit
 =========  =============  ====================================================================================
 """
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -9,10 +10,12 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dynmoe.config import Config, describe_fields, load, load_config
 from dynmoe.config.guard import GuardConfig
-from dynmoe.errors import UserError
+from dynmoe.errors import ConfigError, UserError
+from dynmoe.train.resume import check_unchanged
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,22 +41,22 @@ BAD = [
     ("model.router.diversity_loss=0.1", ["model.router.diversity_loss=0.1", "top_p", "remove it"]),
     (
         "model.router.kind=top_k model.router.variant=released",
-        ["model.router.variant='released'", "no such variant; use paper"],
+        ["model.router.variant='released'", "is not a variant of the", "router; use paper"],
     ),
     ("model.router.cutoff=0.3", ["model.router.cutoff=0.3", "top_p", "remove it"]),
     ("model.router.weights=score", ["model.router.weights='score'", "top_p", "remove it"]),
     ("model.router.kind=null_experts model.router.k=33", ["model.router.k=33", "real and null experts (32)"]),
     (
         "model.router.kind=top_any model.router.variant=released model.router.min_experts=1",
-        ["min_experts=1", "no lower limit"],
+        ["min_experts=1", "the released variant has no minimum"],
     ),
     ("model.router.kind=top_any model.router.initial_experts=17", ["initial_experts=17", "model.moe.experts (16)"]),
     ("model.router.kind=top_any model.router.balance_scope=sequence", ["balance_scope='sequence'", "global_batch"]),
     ("model.moe.active_at_start=4", ["model.moe.active_at_start=4", "top_p", "remove it"]),
-    ("model.router.kind=top_any model.moe.active_at_start=17", ["model.moe.active_at_start=17", "(16)"]),
+    ("model.router.kind=top_any model.moe.active_at_start=17", ["model.moe.active_at_start=17", "at most 16"]),
     ("model.moe.experts_by_layer=[4]", ["model.moe.experts_by_layer=[4]", "4 numbers"]),
     ("model.moe.experts_by_layer=[4,6,3,4] parallel.expert=2", ["parallel.expert=2", "model.moe.experts (3, 4, 6)"]),
-    ("budget.method=pi", ["budget.experts_per_token=None", "say how many"]),
+    ("budget.method=pi", ["budget.experts_per_token=None", "set a number"]),
     ("budget.experts_per_token=2", ["budget.experts_per_token=2", "set budget.method"]),
     ("budget.method=pi budget.experts_per_token=17", ["budget.experts_per_token=17", "(1 to 16)"]),
     (
@@ -79,7 +82,7 @@ BAD = [
     ("budget.method=pi budget.experts_per_token=nan", ["budget.experts_per_token=nan", "finite"]),
     ("model.router.kind=top_k budget.method=pi budget.experts_per_token=2", ["budget.method='pi'", "use none"]),
     ("budget.method=loss_free budget.experts_per_token=2", ["budget.method='loss_free'", "use none or pi"]),
-    ("model.router.kind=relu", ["budget.experts_per_token=None", "say how many"]),
+    ("model.router.kind=relu", ["budget.experts_per_token=None", "set a number"]),
     ("adaptation.interval=10", ["adaptation.interval=10", "model.router.kind=top_any"]),
     (
         "model.router.kind=top_any adaptation.interval=10 adaptation.window=11",
@@ -97,11 +100,11 @@ BAD = [
     ("model.moe.on_overflow=drop", ["model.moe.on_overflow='drop'", "set model.moe.max_mean_experts_per_token"]),
     (
         "model.router.kind=top_k model.router.k=3 model.moe.max_mean_experts_per_token=2",
-        ["model.moe.max_mean_experts_per_token=2.0", "at least the 3"],
+        ["model.moe.max_mean_experts_per_token=2.0", "minimum of experts per token (3)"],
     ),
     (
         "model.moe.max_mean_experts_per_token=2 budget.method=pi budget.experts_per_token=2",
-        ["model.moe.max_mean_experts_per_token=2.0", "budget of 2", "leave room"],
+        ["model.moe.max_mean_experts_per_token=2.0", "budget of 2", "increase it well above the budget"],
     ),
     (
         "model.moe.max_mean_experts_per_token=3 budget.method=pi budget.experts_per_token=2 budget.start=4 "
@@ -122,12 +125,15 @@ BAD = [
     ("engine=megatron parallel.tensor=2 data.sequence_length=511", ["parallel.tensor=2", "data.sequence_length (511)"]),
     ("engine=megatron parallel.pipeline=3", ["parallel.pipeline=3", "model.layers (4)"]),
     ("engine=megatron parallel.virtual_pipeline=2", ["parallel.virtual_pipeline=2", "parallel.pipeline"]),
-    ("engine=megatron parallel.pipeline=2 parallel.virtual_pipeline=4", ["parallel.virtual_pipeline=4", "over 8"]),
+    (
+        "engine=megatron parallel.pipeline=2 parallel.virtual_pipeline=4",
+        ["parallel.virtual_pipeline=4", "evenly into 8"],
+    ),
     ("engine=megatron parallel.context=2", ["train.precision='fp32'", "Transformer Engine", "bf16"]),
     ("train.recompute=true", ["train.recompute", "selective"]),
     ("deepspeed.zero_stage=3", ["deepspeed.zero_stage=3", "use 0, 1 or 2"]),
     ("engine=fsdp", ["engine='fsdp'", "deepspeed, megatron"]),
-    ("data.dirs=[]", ["data.dirs=[]", "names no corpus"]),
+    ("data.dirs=[]", ["data.dirs=[]", "has no corpus"]),
     ("data.weights=[1,2]", ["data.weights=[1.0, 2.0]", "data.dirs"]),
     ("data.dirs=[[a]]", ["data.dirs", "list"]),
     ("data.dirs=[{a: b}]", ["data.dirs.a", "no such field"]),
@@ -178,10 +184,10 @@ def test_f25_invalid_override_is_refused_in_one_line_with_field_value_and_fix(ty
 @pytest.mark.parametrize(
     ("overrides", "world_size", "named"),
     [
-        (["parallel.expert=2"], 3, ["parallel.expert=2", "ranks (3)"]),
+        (["parallel.expert=2"], 3, ["parallel.expert=2", "world size (3)"]),
         (["train.global_batch=12", "train.micro_batch=8"], 1, ["train.global_batch=12", "(8)"]),
         (["train.global_batch=16", "train.micro_batch=8"], 4, ["train.global_batch=16", "(32)"]),
-        (["engine=megatron", "parallel.tensor=2"], 3, ["parallel.tensor=2", "ranks (3)"]),
+        (["engine=megatron", "parallel.tensor=2"], 3, ["parallel.tensor=2", "world size (3)"]),
         (["engine=megatron", "parallel.context=2", "train.precision=bf16"], 2, ["parallel.context=2", "install it"]),
         (["engine=megatron", "parallel.pipeline=2", "parallel.expert=4"], 4, ["parallel.expert=4", "stage (2)"]),
         (
@@ -448,3 +454,31 @@ def test_a_field_can_move_to_another_section(monkeypatch):
     monkeypatch.setattr(load, "_RENAMED", {"old.part.name": "model.router.p"})
     with pytest.warns(FutureWarning, match=r"old\.part\.name is now called model\.router\.p"):
         assert load_config(None, ["old.part.name=0.25", "train.steps=3"]).model.router.p == 0.25
+
+
+OLDER = {
+    "top_k": ["model.router.z_loss=0.001", "budget.method=loss_free"],
+    "top_p": [
+        "model.router.variant=improved", "model.router.balance_scope=sequence",
+        "model.moe.max_mean_experts_per_token=3", "model.moe.on_overflow=drop",
+    ],
+    "relu": ["budget.experts_per_token=2", "budget.scope=global"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OLDER)
+def test_configuration_of_an_older_run_loads_with_the_fields_of_all_routers(kind):
+    path = Path(__file__).parents[1] / "golden" / f"older_config_{kind}.yaml"
+    with pytest.warns(FutureWarning, match=r"model\.router\.form is now called model\.router\.variant"):
+        config = load_config(path)
+    expected = load_config(None, [f"model.router.kind={kind}", *OLDER[kind]])
+    assert config.model.router == expected.model.router
+    assert config.budget == expected.budget
+    moe = (config.model.moe.max_mean_experts_per_token, config.model.moe.on_overflow)
+    assert moe == (expected.model.moe.max_mean_experts_per_token, expected.model.moe.on_overflow)
+    saved = yaml.safe_load(path.read_text())
+    assert saved["model"]["router"]["cutoff"] == 0.5
+    check_unchanged(saved, dataclasses.asdict(config))
+    other = saved["model"]["router"]["kind"] = "null_experts" if kind == "top_k" else "top_k"
+    with pytest.raises(ConfigError, match=rf"model\.router\.kind='{kind}': the run's checkpoint has '{other}'"):
+        check_unchanged(saved, dataclasses.asdict(config))

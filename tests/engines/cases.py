@@ -198,7 +198,7 @@ def train_plainly(overrides: list[str], steps: int) -> dict[str, Any]:
         batches = micro_batches(config, step)
         total = 0.0
         for number, batch in enumerate(batches):
-            with model.context.running(micro_batch=number, loss_scale=1.0 / len(batches)):
+            with model.context.override(micro_batch=number, loss_scale=1.0 / len(batches)):
                 loss = model(batch.tokens_BS, batch.labels_BS) / len(batches)
             loss.backward()
             total += loss.item()

@@ -22,7 +22,7 @@ def keep_plans(engine: Any) -> dict[tuple[int, int], dict[str, Any]]:
     for layer in engine.layers:
         dispatch = layer.dispatcher.dispatch
 
-        def watched(x_TD, plan, most_rows=None, layer=layer, dispatch=dispatch):
+        def watched(x_TD, plan, max_rows=None, layer=layer, dispatch=dispatch):
             router = layer.router
             kept[layer.layer, engine.context.step.micro_batch] = {
                 "routed": plan.routing_map_TE.tolist(),
@@ -33,7 +33,7 @@ def keep_plans(engine: Any) -> dict[tuple[int, int], dict[str, Any]]:
                 "active": router.active_E.tolist(),
                 "prototypes": router.prototypes_DE.tolist() if hasattr(router, "prototypes_DE") else None,
             }
-            return dispatch(x_TD, plan, most_rows)
+            return dispatch(x_TD, plan, max_rows)
 
         layer.dispatcher.dispatch = watched
     return kept

@@ -194,8 +194,8 @@ def test_removal_in_cases_computed_by_hand(active, load, share, removed):
 def test_removal_keeps_the_required_number_of_experts():
     active = torch.ones(5).bool()
     load = torch.tensor([9.0, 0.0, 1.0, 0.0, 0.0])
-    assert experts_to_remove(active, load, 0.5, keep=1) == [1, 2, 3, 4]
-    assert experts_to_remove(active, load, 0.5, keep=3) == [3, 4]  # ties keep the lower index
+    assert experts_to_remove(active, load, 0.5, min_active=1) == [1, 2, 3, 4]
+    assert experts_to_remove(active, load, 0.5, min_active=3) == [3, 4]  # ties keep the lower index
 
 
 @pytest.mark.parametrize(

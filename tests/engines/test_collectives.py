@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dynmoe.moe import MoEContext, MoEGroups, MoELayer, StepState
-from dynmoe.moe.counts import CountsUnderWay
+from dynmoe.moe.counts import PendingCounts
 from harness.collectives import LAYOUTS, count_steps
 from tests.moe.cases import HIDDEN, ROUTERS, spread_router, tiny_model
 
@@ -62,7 +62,7 @@ def counted_pass(overrides: list[str]) -> dict[str, Any]:
     ours[0].router.losses = kept  # type: ignore[method-assign]
     with (
         patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce,
-        patch.object(CountsUnderWay, "get", autospec=True, side_effect=CountsUnderWay.get) as get,
+        patch.object(PendingCounts, "get", autospec=True, side_effect=PendingCounts.get) as get,
     ):
         y = ours[1](ours[0](tokens[dist.get_rank()]))
         known = not bool(loss_at_first[0].isnan())

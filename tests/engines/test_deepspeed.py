@@ -192,7 +192,7 @@ def test_expert_and_data_parallelism_together_train_like_one_process(one_rank, f
 
 
 @pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
-def test_f17_exceeding_the_ceiling_stops_every_rank_before_the_optimizer_and_names_the_options(two_ranks, engine):
+def test_f17_exceeding_the_limit_stops_every_rank_before_the_optimizer_and_names_the_options(two_ranks, engine):
     overrides = [
         f"engine={engine}",
         *HALF,

@@ -14,7 +14,7 @@ from tests.oracles import entropy
 STEPS = 3
 MEGATRON = "engine=megatron"
 ROUTERS = {
-    # Capacity drops, a ceiling, a budget on its schedule, and every loss of a softmax router.
+    # Capacity drops, a mean-experts limit, a budget on its schedule, and every loss of a softmax router.
     "top_p": ["model.router.kind=top_p", "model.router.p=0.6", "model.router.max_experts=3",
               "model.moe.capacity_factor=1.0", "model.router.z_loss=1e-3", "budget.method=pi",
               "budget.experts_per_token=1.5", "budget.start=2.5", "budget.over_steps=10"],

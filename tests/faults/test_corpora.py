@@ -215,7 +215,7 @@ def test_f11_corpus_of_one_sequence_is_accepted(prepared, tmp_path):
         ("[inf]", "data.weights=inf: is not finite"),
         ("[1e-320]", "data.weights=1e-320: is too small"),
         ("[1e308]", "data.weights=1e+308: is too large"),
-        ("[1,2]", "data.weights=[1.0, 2.0]: does not match data.dirs"),
+        ("[1,2]", "data.weights=[1.0, 2.0]: must have one weight for each of data.dirs"),
         ("[[1]]", "data.weights=['1']: is nested in a list"),
         ("[none]", "data.weights[0] in the command line: Value 'none'"),
         ("[]", None),

@@ -1,4 +1,4 @@
-"""Tiny runs to be exported, and what their models compute."""
+"""Tiny runs for export, and the outputs of their models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dynmoe.trained import begin_run
 from tests.moe.cases import BASELINES, ROUTERS
 
 TOP_K = ["model.router.kind=top_k", "model.router.k=2"]
-# Architectures of ours and what transformers calls them.
+# Our configurations by the architecture of transformers that they are exported to.
 STANDARD = {
     "llama": ["model.moe.experts=0", "model.head_dim=12"],
     "mixtral": [*TOP_K, "model.router.renormalize=true"],
@@ -37,12 +37,13 @@ OWN = {
         "model.moe.moe_layer_freq=2", "model.tie_embeddings=true", "model.router.renormalize=true",
     ],
 }  # fmt: skip
-BATCH, LENGTH = 2, 13
+BATCH = 2
+LENGTH = 13
 
 
 @dataclass(frozen=True)
 class Begun:
-    """A run that has not begun, and its model."""
+    """A run without any steps, and its model."""
 
     path: Path
     config: Config
@@ -50,7 +51,7 @@ class Begun:
 
 
 def begin(corpus: Path, path: Path, overrides: Sequence[str]) -> Begun:
-    """A run of a tiny model whose routers have seen something of life, if it was so named."""
+    """Creates a run of a tiny model with router state; selection biases are set if the name contains "biased"."""
     config = load_config(None, [
         f"data.dirs=[{corpus}]", "data.sequence_length=64", "model.hidden=16", "model.heads=2", "model.kv_heads=1",
         "model.layers=3", "model.ffn_hidden=32", "model.moe.experts=4", "model.moe.expert_hidden=24",
@@ -75,7 +76,7 @@ def some_tokens(vocab_size: int = 400) -> Tensor:
 
 @torch.no_grad()
 def run_decoder(decoder: Decoder, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Logits, and the routing map of each MoE layer, [B, S, E]."""
+    """Returns the logits, and the routing map of each MoE layer, [B, S, E]."""
     maps: list[Tensor] = []
     hooks = [
         layer.router.register_forward_hook(

@@ -5,4 +5,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _offline(away_from_the_hub: None) -> None:
-    """Every test here loads models of transformers."""
+    """Every test here loads transformers models."""

@@ -1,4 +1,4 @@
-"""An exported model computes in transformers what ours computes, and does there what models do."""
+"""An exported model gives our results in transformers, and supports its features."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read(path: Path, **settings):
 
 @pytest.fixture(scope="module")
 def top_p(tmp_path_factory, corpus_dir):
-    """A run with top-p, and its export."""
+    """A top-p run and its export."""
     folder = tmp_path_factory.mktemp("export")
     run = begin(corpus_dir, folder / "run", OWN["top_p"])
     done = export(run.path, folder / "out")
@@ -41,7 +41,8 @@ def top_p(tmp_path_factory, corpus_dir):
 def test_logits_and_routing_of_every_router(corpus_dir, tmp_path, name):
     run = begin(corpus_dir, tmp_path / name.replace(" ", "_").replace(",", ""), OWN[name])
     assert export(run.path, tmp_path / "out").architecture == "dynmoe"
-    model, tokens = read(tmp_path / "out"), some_tokens()
+    model = read(tmp_path / "out")
+    tokens = some_tokens()
     expected, maps = run_decoder(run.decoder, tokens)
     with torch.no_grad():
         found = model(tokens, output_router_logits=True)
@@ -53,17 +54,18 @@ def test_logits_and_routing_of_every_router(corpus_dir, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", STANDARD)
-def test_a_fixed_number_of_experts_needs_no_code(corpus_dir, tmp_path, name):
+def test_a_fixed_number_of_experts_needs_no_custom_code(corpus_dir, tmp_path, name):
     run = begin(corpus_dir, tmp_path / "run", STANDARD[name])
     assert export(run.path, tmp_path / "out").architecture == name.split(",")[0]
     assert not list((tmp_path / "out").glob("*.py"))
-    model, tokens = read(tmp_path / "out", trust_remote_code=False), some_tokens()
+    model = read(tmp_path / "out", trust_remote_code=False)
+    tokens = some_tokens()
     assert type(model).__module__.startswith("transformers.models.")
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, run_decoder(run.decoder, tokens)[0], rtol=0, atol=1e-5)
 
 
-def test_a_run_of_megatron_is_exported_too(corpus_dir, tmp_path):
+def test_a_megatron_run_is_exported_too(corpus_dir, tmp_path):
     run = begin(corpus_dir, tmp_path / "run", ["engine=megatron", *OWN["top_any improved"]])
     export(run.path, tmp_path / "out")
     with torch.no_grad():
@@ -75,29 +77,31 @@ def test_generation_with_a_cache_and_padding_on_the_left(top_p):
     from transformers import AutoTokenizer
 
     run, path = top_p
-    model, tokenizer = read(path), AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+    model = read(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
     texts = ["the quick", "a much longer beginning of a text than the other one"]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     assert batch["attention_mask"][0, 0] == 0, "padding is on the right"
     written = model.generate(**batch, max_new_tokens=8, do_sample=False)
     for text, own in zip(texts, written, strict=True):
         tokens = tokenizer(text)["input_ids"]
-        for _ in range(8):  # one whole pass of ours for each token
+        for _ in range(8):  # a full forward pass of our decoder per token
             logits, _ = run_decoder(run.decoder, torch.tensor([tokens]))
-            tokens.append(int(logits[0, -1, : len(tokenizer)].argmax()))  # further rows stand for no piece
+            tokens.append(int(logits[0, -1, : len(tokenizer)].argmax()))  # further rows represent no piece
             if tokens[-1] == tokenizer.eos_token_id:
                 break
         begins = len(own) - 8 - len(tokenizer(text)["input_ids"])
         assert own[begins : begins + len(tokens)].tolist() == tokens
 
 
-def test_padding_changes_no_loss_and_counts_nowhere(top_p):
+def test_padding_changes_neither_losses_nor_routing(top_p):
     _, path = top_p
-    model, tokens = read(path), some_tokens()
+    model = read(path)
+    tokens = some_tokens()
     padded = torch.cat([torch.zeros(BATCH, 4, dtype=torch.int64), tokens], dim=1)
     mask = torch.cat([torch.zeros(BATCH, 4, dtype=torch.int64), torch.ones_like(tokens)], dim=1)
     labels = padded.masked_fill(mask == 0, -100)
-    labels[:, 4] = -100  # which nothing comes before
+    labels[:, 4] = -100  # the first token has no context
     with torch.no_grad():
         alone = model(tokens, labels=tokens, output_router_logits=True)
         filled = model(padded, attention_mask=mask, labels=labels, output_router_logits=True)
@@ -114,7 +118,9 @@ def test_padding_changes_no_loss_and_counts_nowhere(top_p):
 def test_the_routers_own_losses_are_those_of_training(corpus_dir, tmp_path, name):
     run = begin(corpus_dir, tmp_path / "run", OWN[name])
     export(run.path, tmp_path / "out")
-    model, tokens, totals = read(tmp_path / "out").train(), some_tokens(), []
+    model = read(tmp_path / "out").train()
+    tokens = some_tokens()
+    totals = []
     for layer in run.decoder.train().moe_layers:
         layer.router.register_forward_hook(lambda module, inputs, plan: totals.append(_weighted(module, plan)))
     run.decoder(tokens)
@@ -125,7 +131,7 @@ def _weighted(router, plan):
     return sum(router.loss_coefficients[name] * value for name, value in router.losses(plan).items())
 
 
-def test_bf16_keeps_the_state_of_the_routers(corpus_dir, tmp_path):
+def test_bf16_keeps_the_precision_of_router_state(corpus_dir, tmp_path):
     run = begin(corpus_dir, tmp_path / "run", OWN["sigmoid"])
     export(run.path, tmp_path / "out", torch.bfloat16)
     model = read(tmp_path / "out", dtype=torch.bfloat16)
@@ -141,24 +147,29 @@ def test_bf16_keeps_the_state_of_the_routers(corpus_dir, tmp_path):
 
 @pytest.mark.parametrize("name", OWN)
 def test_bf16_rounds_where_training_rounds(corpus_dir, tmp_path, name):
-    """Logits of a bf16 export are those of the decoder as engines cast it, bit by bit."""
+    """Logits of a bf16 export are bitwise identical to those of the decoder, cast as the engines do."""
     run = begin(corpus_dir, tmp_path / name.replace(" ", "_").replace(",", ""), OWN[name])
     export(run.path, tmp_path / "out", torch.bfloat16)
-    model, decoder, tokens = read(tmp_path / "out", dtype=torch.bfloat16), run.decoder.bfloat16(), some_tokens()
+    model = read(tmp_path / "out", dtype=torch.bfloat16)
+    decoder = run.decoder.bfloat16()
+    tokens = some_tokens()
     with torch.no_grad():
         alone = [(model(token.view(1, 1)).logits, decoder(token.view(1, 1))) for token in tokens[0]]
         assert all(torch.equal(ours, theirs) for ours, theirs in alone)
-        found, (expected, maps) = model(tokens, output_router_logits=True), run_decoder(decoder, tokens)
+        found = model(tokens, output_router_logits=True)
+        expected, maps = run_decoder(decoder, tokens)
     assert torch.equal(found.logits, expected)
     assert all(torch.equal(a, b) for a, b in zip(found.routing_maps, maps, strict=True))
 
 
 @pytest.mark.parametrize("name", ["top_p", "top_any improved"])
-def test_routers_are_in_fp32_under_autocast(corpus_dir, tmp_path, name):
-    """As Trainer fine-tunes with bf16=True: what a router says of the same input does not change."""
+def test_routers_stay_in_fp32_under_autocast(corpus_dir, tmp_path, name):
+    """As in Trainer with bf16=True: a router gives the same outputs for the same input."""
     run = begin(corpus_dir, tmp_path / "run", OWN[name])
     export(run.path, tmp_path / "out")
-    model, tokens, seen = read(tmp_path / "out").train(), some_tokens(), {}
+    model = read(tmp_path / "out").train()
+    tokens = some_tokens()
+    seen = {}
     block = model.model.layers[0].mlp
     block.register_forward_hook(lambda module, given, output: seen.update(x_BSD=given[0], routing=output[1]))
     with torch.autocast("cpu", torch.bfloat16):
@@ -183,7 +194,7 @@ def test_checkpointed_gradients_are_the_same(top_p):
     assert gradients[0]["model.layers.0.mlp.router.weight"].abs().sum() > 0
 
 
-def test_attention_may_be_changed_and_looked_at(top_p):
+def test_attention_implementation_and_outputs_can_be_chosen(top_p):
     run, path = top_p
     model = read(path)
     model.set_attn_implementation("eager")
@@ -194,7 +205,7 @@ def test_attention_may_be_changed_and_looked_at(top_p):
     assert len(found.hidden_states) == 4
 
 
-def test_a_saved_model_is_read_again(top_p, tmp_path):
+def test_a_saved_model_loads_with_the_same_logits(top_p, tmp_path):
     _, path = top_p
     model = read(path)
     model.save_pretrained(tmp_path / "again")
@@ -208,7 +219,8 @@ def test_the_tokenizer_gives_the_ids_of_the_whole_corpus(top_p, corpus_dir):
     from dynmoe.data.corpus import Corpus
 
     fast = AutoTokenizer.from_pretrained(top_p[1], trust_remote_code=True)
-    corpus, count = Corpus.open(corpus_dir), 0
+    corpus = Corpus.open(corpus_dir)
+    count = 0
     for split in corpus.splits.values():
         for tokens in split.documents():
             assert tokens.pop() == corpus.tokenizer.eod == fast.eos_token_id == fast.bos_token_id
@@ -229,7 +241,8 @@ def test_a_sequence_classifier_reads_the_last_token(top_p):
     padded = torch.cat([tokens, torch.zeros(BATCH, 2, dtype=torch.int64)], dim=1)
     mask = (torch.arange(LENGTH + 2) < LENGTH).long().expand(BATCH, -1)
     with torch.no_grad():
-        alone, filled = model(tokens), model(padded, attention_mask=mask, labels=torch.tensor([0, 2]))
+        alone = model(tokens)
+        filled = model(padded, attention_mask=mask, labels=torch.tensor([0, 2]))
     torch.testing.assert_close(alone.logits, filled.logits)
     torch.testing.assert_close(filled.loss, torch.nn.functional.cross_entropy(filled.logits, torch.tensor([0, 2])))
     with torch.no_grad():
@@ -240,8 +253,8 @@ def test_a_sequence_classifier_reads_the_last_token(top_p):
     torch.testing.assert_close(routed.loss, filled.loss + whole.aux_loss)
 
 
-def test_what_travels_needs_nothing_of_ours(top_p, tmp_path):
-    """Generation and one epoch with Trainer, in an interpreter that cannot import this project or its engines."""
+def test_an_export_works_without_this_project(top_p, tmp_path):
+    """Generation and one epoch of Trainer, in an interpreter that cannot import this project or its engines."""
     _, path = top_p
     missing = ["dynmoe", "data_prep", "bench", "deepspeed", "megatron", "sentencepiece", "omegaconf"]
     script = f"import runpy, sys; sys.modules.update(dict.fromkeys({missing})); runpy.run_path(sys.argv[1])"
@@ -256,7 +269,7 @@ def test_what_travels_needs_nothing_of_ours(top_p, tmp_path):
     assert 1 <= experts <= 4
 
 
-def test_an_export_that_cannot_be_made_leaves_nothing(corpus_dir, tmp_path, monkeypatch):
+def test_a_failed_export_leaves_nothing_behind(corpus_dir, tmp_path, monkeypatch):
     run = begin(corpus_dir, tmp_path / "run", OWN["top_p"])
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match=r"OUT: .*there exists; name a new directory"):

@@ -1,4 +1,4 @@
-"""Whatever a ``config.json`` says: the imported model computes what transformers computes, or the field is refused."""
+"""For any ``config.json``, the imported model gives the logits of transformers, or the field is refused."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 
 from dynmoe.config import load_config
 from dynmoe.errors import UserError
-from dynmoe.hf.fields import FAMILIES, FIXED, INDIFFERENT, KEPT, check_fields
+from dynmoe.hf.fields import FAMILIES, FIXED, IGNORED, KEPT, check_fields
 from dynmoe.hf.formats import from_transformers
 from dynmoe.hf.tensors import Tensors
-from dynmoe.hf.weights import fill
+from dynmoe.hf.weights import load_weights
 from dynmoe.model import Decoder
 from tests.hf.cases import run_decoder, some_tokens
 from tests.hf.test_import import RELEASED
@@ -28,7 +28,7 @@ COMMON = {
     "transformers_version": "4.40.0", "use_cache": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
 }  # fmt: skip
 TOP_K = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.01, "output_router_logits": False}
-# Each as the hub has it, but small.
+# The configurations of published models, made small.
 BASES = {
     "llama": {"intermediate_size": 32, "pretraining_tp": 1, "attention_bias": False, "attention_dropout": 0.0},
     "mixtral": {"intermediate_size": 24, "num_local_experts": 8, "sliding_window": None, **TOP_K},
@@ -49,7 +49,7 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
-# Another value of every field that a configuration class has.
+# A different value for every field of the configuration classes.
 OTHER = {
     "transformers_version": "5.1.0", "architectures": ["OtherForCausalLM"], "output_hidden_states": True,
     "return_dict": False, "dtype": "bfloat16", "chunk_size_feed_forward": 4, "is_encoder_decoder": True,
@@ -65,8 +65,8 @@ OTHER = {
     "shared_expert_intermediate_size": 24, "qkv_bias": False, "max_window_layers": 1,
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
 }  # fmt: skip
-# What no class has, and transformers obeys all the same, or older files say.
-BEYOND = [
+# Fields outside of the classes that transformers obeys anyway, or that older files contain.
+FURTHER = [
     {"rope_theta": 90.0}, {"rope_scaling": YARN}, {"rope_scaling": LLAMA3}, {"rope_parameters": YARN},
     {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
     {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 90.0}},
@@ -87,7 +87,7 @@ SHAPES = {
 
 
 def settings_of(family: str) -> dict:
-    return {"model_type": family, "architectures": [FAMILIES[family].architecture]} | COMMON | BASES[family]
+    return {"model_type": family, "architectures": [FAMILIES[family].model_class]} | COMMON | BASES[family]
 
 
 def fields_of(family: str) -> list[str]:
@@ -97,7 +97,7 @@ def fields_of(family: str) -> list[str]:
 
 
 class Checkpoint:
-    """Weights that transformers has made and saved; other settings get others only where the shapes are others."""
+    """Weights initialized and saved by transformers; other settings get new ones only if the shapes differ."""
 
     def __init__(self, settings: dict, folder: Path) -> None:
         self.folder = folder
@@ -106,7 +106,7 @@ class Checkpoint:
 
     @staticmethod
     def _model(settings: dict, folder: Path):
-        """A model as transformers reads ``settings`` from a file."""
+        """The model that transformers creates from a file with ``settings``."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         folder.mkdir(exist_ok=True)
@@ -115,7 +115,7 @@ class Checkpoint:
         torch.manual_seed(0)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
-        if settings["model_type"] == "qwen2_moe":  # as an export has them
+        if settings["model_type"] == "qwen2_moe":  # as in an export
             for name, parameter in model.named_parameters():
                 if name.endswith(("_proj.bias", "shared_expert_gate.weight")):
                     torch.nn.init.zeros_(parameter)
@@ -125,7 +125,7 @@ class Checkpoint:
 
     @torch.no_grad()
     def logits(self, settings: dict) -> tuple[torch.Tensor, Path]:
-        """What transformers computes with these settings, and where the weights lie."""
+        """The logits of transformers with these settings, and the folder of the weights."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         folder = self.folder
@@ -138,22 +138,22 @@ class Checkpoint:
             folder = folder / "other"
             shutil.rmtree(folder, ignore_errors=True)
             model = self._model(settings, folder)
-        model.config.return_dict = True  # says how an answer is packed, and no model can do without
+        model.config.return_dict = True  # only changes the type of the output, which this code relies on
         return model(some_tokens(90)).logits, folder
 
     def check(self, settings: dict) -> None:
-        """Compares the imported model with that of transformers; our configurations that come again are run once.
+        """Compares the imported model with that of transformers; each of our configurations runs only once.
 
         Raises:
             UserError: a field is refused.
         """
-        maker, fields, _ = from_transformers(settings)
+        architecture, fields, _ = from_transformers(settings)
         expected, folder = self.logits(settings)
         found = self._ours.get(tuple(fields))
         if found is None or folder != self.folder:
             model = load_config(None, fields).model
             decoder = Decoder(model, model.vocab_size, seed=1)
-            fill(decoder, Tensors(folder), maker)
+            load_weights(decoder, Tensors(folder), architecture)
             found = run_decoder(decoder, some_tokens(90))[0]
             if folder == self.folder:
                 self._ours[tuple(fields)] = found
@@ -165,7 +165,7 @@ def test_every_field_gives_the_logits_of_transformers_or_is_refused(family, tmp_
     base = settings_of(family)
     checkpoint = Checkpoint(base, tmp_path / "base")
     refused = set()
-    for change in [{}, *({name: OTHER[name]} for name in fields_of(family)), *BEYOND]:
+    for change in [{}, *({name: OTHER[name]} for name in fields_of(family)), *FURTHER]:
         if "norm_topk_prob" in change:
             change["norm_topk_prob"] = not base["norm_topk_prob"]
         try:
@@ -174,14 +174,14 @@ def test_every_field_gives_the_logits_of_transformers_or_is_refused(family, tmp_
             if not any(name in str(error) for name in change):
                 raise
             refused |= change.keys()
-    # What differs from checkpoint to checkpoint is not merely refused.
+    # Fields that vary between checkpoints must be supported.
     varying = SHAPES | {"rms_norm_eps", "tie_word_embeddings", "dtype", "num_experts_per_tok", "norm_topk_prob"}
     assert not refused & (varying & set(fields_of(family)) | {"rope_theta"})
 
 
 @pytest.mark.parametrize("family", BASES)
-def test_what_a_file_leaves_out_is_the_default_of_the_family(family, tmp_path):
-    """Also of fields whose default differs from family to family: a Mixtral's ``rope_theta`` is a million."""
+def test_missing_fields_have_the_default_of_the_family(family, tmp_path):
+    """Including fields whose default depends on the family: Mixtral's ``rope_theta`` is a million."""
     base = settings_of(family)
     checkpoint = Checkpoint(base, tmp_path / "base")
     for name in sorted(base.keys() - SHAPES - {"model_type", "num_key_value_heads"}):
@@ -194,7 +194,7 @@ def test_no_default_is_guessed_without_transformers(family, monkeypatch):
     settings = settings_of(family) | {"head_dim": 8}
     assert from_transformers(settings)[0] == family
     del settings["rope_theta"]
-    with pytest.raises(UserError, match=r"rope_theta is missing; write it there, or install transformers"):
+    with pytest.raises(UserError, match=r"rope_theta is missing; add it to the file, or install transformers"):
         from_transformers(settings)
 
 
@@ -202,29 +202,27 @@ def test_no_default_is_guessed_without_transformers(family, monkeypatch):
 def test_every_field_of_the_class_is_in_one_table(family):
     import transformers
 
-    mine, default = FAMILIES[family], getattr(transformers, FAMILIES[family].configuration)()
+    mine = FAMILIES[family]
+    default = getattr(transformers, mine.configuration)()
     fixed = FIXED | mine.fixed
-    assert not mine.honoured & fixed.keys()
-    tables = [mine.honoured, fixed, mine.indifferent | INDIFFERENT, KEPT]
+    assert not mine.converted & fixed.keys()
+    tables = [mine.converted, fixed, mine.ignored | IGNORED, KEPT]
     for name in {*fields_of(family), *transformers.GenerationConfig._get_default_generation_params()}:
         assert sum(name in table for table in tables) == (name != "architectures"), name
     for name in fixed.keys() & set(fields_of(family)):
         assert getattr(default, name) in fixed[name], f"{name}: the default is refused"
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"rope_theta": 500.0}, "rope_theta=500.0: only 10000.0"),  # the released code never reads it
-        ({"num_key_value_heads": 2}, "num_key_value_heads=2: the released code has as many"),
-        ({"expert_frequency": None}, "expert_frequency is missing"),
-        ({"expert_frequency": 0}, "expert_frequency=0"),
-        ({"head_dim": 8}, "head_dim=8: what it does is not known"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
-        ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "factor=2.0"),
-        ({"rope_scaling": "twice"}, "rope_scaling='twice' is no mapping"),
-    ],
-)
+@pytest.mark.parametrize(("change", "words"), [
+    ({"rope_theta": 500.0}, "rope_theta=500.0: only 10000.0"),  # ignored by the released code
+    ({"num_key_value_heads": 2}, "num_key_value_heads=2: the released code uses num_attention_heads"),
+    ({"expert_frequency": None}, "expert_frequency is missing"),
+    ({"expert_frequency": 0}, "expert_frequency=0"),
+    ({"head_dim": 8}, "head_dim=8: its effect is unknown"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+    ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "factor=2.0"),
+    ({"rope_scaling": "twice"}, "rope_scaling='twice': must be a mapping"),
+])  # fmt: skip
 def test_fields_of_the_papers_release(change, words):
     settings = json.loads((RELEASED / "config.json").read_text())
     with pytest.raises(UserError, match=words):
@@ -232,7 +230,7 @@ def test_fields_of_the_papers_release(change, words):
     from_transformers(settings | {"experts_topk": 1, "pretraining_tp": 2, "rope_scaling": {"type": "default"}})
 
 
-def test_what_files_of_the_hub_say_beside_the_model_is_no_hindrance():
+def test_unrelated_fields_of_published_files_are_accepted():
     said = {
         "_name_or_path": "somebody/model", "_attn_implementation_autoset": True, "is_llama_config": True,
         "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}, "unsloth_version": "2025.3",
@@ -243,5 +241,5 @@ def test_what_files_of_the_hub_say_beside_the_model_is_no_hindrance():
     check_fields(settings_of("llama") | said, FAMILIES["llama"])
     qwen = {"shared_expert_intermediate_size": 0, "use_qk_norm": True, "qkv_bias": False, "sliding_window": 4096}
     check_fields(settings_of("qwen3_moe") | qwen, FAMILIES["qwen3_moe"])
-    with pytest.raises(UserError, match="something_new=1: what it does is not known here; remove it, if LlamaFor"):
+    with pytest.raises(UserError, match="something_new=1: its effect is unknown; remove it if transformers' LlamaFor"):
         check_fields(settings_of("llama") | {"something_new": 1}, FAMILIES["llama"])

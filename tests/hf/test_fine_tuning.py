@@ -1,4 +1,4 @@
-"""Nine models go out, through a step of transformers' Trainer, back in, and through a training here."""
+"""Nine models are exported, trained for a step with Trainer, imported, and trained here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TRAINING = [
 
 
 def fine_tune(model, folder: Path) -> None:
-    """One step of Trainer, on two sequences."""
+    """Runs one step of Trainer on two sequences."""
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(
@@ -44,7 +44,7 @@ def fine_tune(model, folder: Path) -> None:
 
 
 def frozen(model):
-    """What Qwen2-MoE has and our decoder lacks, kept at zero."""
+    """Freezes the zeros of Qwen2-MoE that our decoder does not have."""
     for name, parameter in model.named_parameters():
         if name.endswith(("_proj.bias", "shared_expert_gate.weight")):
             parameter.requires_grad_(False)
@@ -52,11 +52,12 @@ def frozen(model):
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in MODELS])
-def test_a_model_goes_out_is_tuned_comes_back_and_learns(corpus_dir, tmp_path, name):
+def test_an_exported_and_fine_tuned_model_is_imported_and_trains(corpus_dir, tmp_path, name):
     begun = begin(corpus_dir, tmp_path / "origin", MODELS[name])
     export(begun.path, tmp_path / "out")
     fine_tune(frozen(read(tmp_path / "out")), tmp_path / "tuned")
-    run, tokens = tmp_path / "run", some_tokens()
+    run = tmp_path / "run"
+    tokens = some_tokens()
     _, decoder = imported(tmp_path / "tuned", run, f"data.dirs=[{corpus_dir}]", *TRAINING)
     found = run_decoder(decoder, tokens)[0]
     with torch.no_grad():
@@ -76,7 +77,7 @@ def test_a_model_goes_out_is_tuned_comes_back_and_learns(corpus_dir, tmp_path, n
     assert rows[-1]["train/lm_loss"] < first - 0.3
 
 
-def test_gates_and_biases_that_were_not_frozen_are_refused_with_the_cure(corpus_dir, tmp_path):
+def test_gates_and_biases_that_were_not_frozen_are_refused_with_the_fix(corpus_dir, tmp_path):
     begun = begin(corpus_dir, tmp_path / "origin", MODELS["qwen2_moe, shared and dense"])
     export(begun.path, tmp_path / "out")
     fine_tune(read(tmp_path / "out"), tmp_path / "tuned")

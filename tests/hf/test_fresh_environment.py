@@ -1,4 +1,4 @@
-"""The exported quickstart model where transformers and torch are, and this project is not."""
+"""The exported quickstart model in an environment with transformers and torch, but without this project."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def call(*command: str | Path, cwd: Path = ROOT, timeout_s: float = 600) -> str:
 
 @pytest.mark.slow
 def test_the_exported_quickstart_model_generates_learns_and_is_evaluated(tmp_path):
-    corpus, out = tmp_path / "stdlib", tmp_path / "out"
+    corpus = tmp_path / "stdlib"
+    out = tmp_path / "out"
     call(sys.executable, "-m", "data_prep", "stdlib", "--out", corpus, "--validation-fraction", "0.05")
     fields = [f"data.dirs=[{corpus}]", f"run.dir={tmp_path}", "run.name=run", "logging.wandb=disabled"]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint",
@@ -48,9 +49,8 @@ def test_the_exported_quickstart_model_generates_learns_and_is_evaluated(tmp_pat
     absent = "import importlib.util as u; print([n for n in ('dynmoe', 'deepspeed', 'megatron') if u.find_spec(n)])"
     assert call(bin_ / "python", "-c", absent, cwd=tmp_path) == "[]\n"
 
-    before, after, experts = json.loads(
-        call(bin_ / "python", USE, out, tmp_path / "tuned", cwd=tmp_path).splitlines()[-1]
-    )
+    printed = call(bin_ / "python", USE, out, tmp_path / "tuned", cwd=tmp_path)
+    before, after, experts = json.loads(printed.splitlines()[-1])
     assert after < before - 0.5
     assert 1 < experts < 16
     shutil.copytree(ROOT / TASK.parent, tmp_path / TASK.parent)
@@ -62,4 +62,4 @@ def test_the_exported_quickstart_model_generates_learns_and_is_evaluated(tmp_pat
     scores = json.loads((tmp_path / "ours.json").read_text())["scores"]
     for metric in ("acc", "acc_norm"):
         assert theirs[f"{metric},none"] == scores[f"eval/tasks/python_idioms/{metric}"]
-    assert theirs["acc,none"] > 0.35, "chance is 0.25"
+    assert theirs["acc,none"] > 0.35, "chance level is 0.25"

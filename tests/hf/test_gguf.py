@@ -1,4 +1,4 @@
-"""What is written for llama.cpp, by which command, and what is refused by name."""
+"""The command that writes GGUF files, and the models that it refuses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from dynmoe.data.corpus import TOKENIZER
 from dynmoe.errors import UserError
 from dynmoe.hf import main
-from dynmoe.hf.gguf import _check_choices, write_gguf
+from dynmoe.hf.gguf import _check_router_state, write_gguf
 from dynmoe.trained import open_decoder
 from tests.hf.cases import OWN, TOP_K, begin
 from tests.hf.gguf_cases import MODELS, RENORMALIZED, SHAPE
@@ -20,11 +20,11 @@ from tests.hf.gguf_cases import MODELS, RENORMALIZED, SHAPE
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, corpus_dir) -> Path:
-    """One that llama.cpp can be."""
+    """A run that llama.cpp supports."""
     return begin(corpus_dir, tmp_path_factory.mktemp("gguf") / "run", [*SHAPE, *MODELS["olmoe"]]).path
 
 
-def test_a_run_of_megatron_gives_the_same_file(corpus_dir, tmp_path):
+def test_a_megatron_run_gives_the_same_file(corpus_dir, tmp_path):
     for engine in ("deepspeed", "megatron"):
         run = begin(corpus_dir, tmp_path / engine, [*SHAPE, *MODELS["qwen2_moe, shared"], f"engine={engine}"])
         write_gguf(run.path, tmp_path / f"{engine}.gguf", "bf16")
@@ -35,16 +35,16 @@ REFUSED = {
     "model.router.kind='top_p'.*same number of experts.*transformers or vLLM": OWN["top_p"],
     "model.router.kind='null_experts'": OWN["null_experts"],
     "model.moe.moe_layer_freq=2.*experts in every layer": [*TOP_K, "model.moe.moe_layer_freq=2"],
-    "model.moe.experts_by_layer=.*as many experts in every layer": [*TOP_K, "model.moe.experts_by_layer=[4,4,3]"],
-    "model.router.renormalize=True.*olmoe leaves the gates": [*TOP_K, RENORMALIZED, "model.qk_norm=projection"],
-    "model.head_dim=24: heads of llama.cpp's qwen2moe have": [*TOP_K, "model.head_dim=24"],
+    "model.moe.experts_by_layer=.*same number of experts in every": [*TOP_K, "model.moe.experts_by_layer=[4,4,3]"],
+    "model.router.renormalize=True.*olmoe does not normalize": [*TOP_K, RENORMALIZED, "model.qk_norm=projection"],
+    "model.head_dim=24: must be model.hidden / model.heads .*qwen2moe": [*TOP_K, "model.head_dim=24"],
     "model.qk_norm='head'.*no experts": ["model.moe.experts=0", "model.qk_norm=head"],
-    "layer 0: loss-free balancing": TOP_K,
+    "layer 0: has biases of loss-free balancing": TOP_K,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("problem", REFUSED)
-def test_what_llama_cpp_cannot_be_is_refused_by_name(corpus_dir, tmp_path, problem):
+def test_models_that_llama_cpp_does_not_support_are_refused(corpus_dir, tmp_path, problem):
     name = "biased" if "balancing" in problem else "run"
     run = begin(corpus_dir, tmp_path / name, [*SHAPE, *REFUSED[problem]])
     refused(run.path, tmp_path / "out" / "model.gguf", problem)
@@ -57,36 +57,31 @@ def refused(run: Path, output: Path, problem: str, kind: str = "f32") -> None:
     assert "\n" not in str(error.value)
 
 
-def test_experts_that_are_switched_off_are_named(corpus_dir, tmp_path):
+def test_inactive_experts_are_named(corpus_dir, tmp_path):
     model = open_decoder(begin(corpus_dir, tmp_path / "run", [*SHAPE, *TOP_K]).path)
-    _check_choices(model)
+    _check_router_state(model)
     model.decoder.moe_layers[1].router.active_E[2] = False
-    with pytest.raises(UserError, match=r"layer 1: its experts \[2\] are switched off.*dynmoe\.compact"):
-        _check_choices(model)
+    with pytest.raises(UserError, match=r"layer 1: experts \[2\] are inactive.*dynmoe\.compact"):
+        _check_router_state(model)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "problem"),
-    [
-        (["model.hidden=48"], r"model\.hidden=48: q8_0 packs rows by 32 numbers"),
-        (["model.moe.expert_hidden=24"], r"model\.moe\.expert_hidden=24: q8_0"),
-        (["model.moe.shared_hidden=16"], r"model\.moe\.shared_hidden=16: q8_0"),
-        (["model.moe.experts=0", "model.ffn_hidden=40"], r"model\.ffn_hidden=40: q8_0"),
-        (
-            ["model.moe.experts=0", "model.head_dim=12"],
-            r"model\.head_dim=12: q8_0 .*, and 48 is no multiple; use --type",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("overrides", "problem"), [
+    (["model.hidden=48"], r"model\.hidden=48: q8_0 packs 32 numbers of a row"),
+    (["model.moe.expert_hidden=24"], r"model\.moe\.expert_hidden=24: q8_0"),
+    (["model.moe.shared_hidden=16"], r"model\.moe\.shared_hidden=16: q8_0"),
+    (["model.moe.experts=0", "model.ffn_hidden=40"], r"model\.ffn_hidden=40: q8_0"),
+    (["model.moe.experts=0", "model.head_dim=12"],
+     r"model\.head_dim=12: q8_0 .*, and 48 is not a multiple of 32; use --type"),
+])  # fmt: skip
 def test_rows_that_q8_0_cannot_pack_are_named(corpus_dir, tmp_path, overrides, problem):
     run = begin(corpus_dir, tmp_path / "run", [*SHAPE, *TOP_K, *overrides])
     refused(run.path, tmp_path / "model.gguf", problem, "q8_0")
     assert write_gguf(run.path, tmp_path / "model.gguf", "bf16").size > 0
 
 
-def test_nothing_is_left_where_it_fails(run, tmp_path, monkeypatch):
+def test_a_failure_leaves_no_file(run, tmp_path, monkeypatch):
     output = tmp_path / "model.gguf"
-    refused(run, output, "--type q4_0: is not one of f32, bf16, q8_0; llama.cpp's llama-quantize", "q4_0")
+    refused(run, output, "--type q4_0: must be one of f32, bf16, q8_0; .* llama.cpp's llama-quantize", "q4_0")
     (tmp_path / "file").write_text("")
     refused(run, tmp_path / "file" / "model.gguf", "file/model.gguf cannot be written: .*name another place")
     shutil.copytree(run, tmp_path / "run")
@@ -96,7 +91,7 @@ def test_nothing_is_left_where_it_fails(run, tmp_path, monkeypatch):
         patch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
         refused(run, output, "model.gguf cannot be written: .*No space left")
         patch.setitem(sys.modules, "gguf", None)
-        refused(run, output, r"pip install 'dynmoe\[gguf\]'")
+        refused(run, output, r"gguf: .*pip install 'dynmoe\[gguf\]'")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
     output.write_text("mine")
     refused(run, output, "model.gguf exists; name a new file")
@@ -107,10 +102,10 @@ def full(*arguments: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_the_command_says_what_it_wrote(run, tmp_path, monkeypatch, capsys):
+def test_the_command_prints_what_it_wrote(run, tmp_path, monkeypatch, capsys):
     output = tmp_path / "new" / "model.gguf"
     monkeypatch.setattr(sys, "argv", ["dynmoe.hf", "gguf", str(run), str(output), "--type", "q8_0"])
     main()
-    size = f"{output.stat().st_size / 1e6:.1f} MB (q8_0), as olmoe of llama.cpp"
+    size = f"{output.stat().st_size / 1e6:.1f} MB (q8_0), as llama.cpp's olmoe"
     assert size in capsys.readouterr().out
     assert [path.name for path in output.parent.iterdir()] == ["model.gguf"]

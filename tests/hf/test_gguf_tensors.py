@@ -1,4 +1,4 @@
-"""The tensors and fields of a file for llama.cpp are those that transformers has of the same run."""
+"""The tensors and fields of a GGUF file match the transformers export of the same run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from tests.hf.gguf_cases import ARCHITECTURES, MODELS, PIECES, SHAPE, of_transfo
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, corpus_dir):
-    """Runs and their exports, by the name of the model."""
-    folder, known = tmp_path_factory.mktemp("gguf"), {}
+    """Runs and their exports by model name."""
+    folder = tmp_path_factory.mktemp("gguf")
+    known = {}
 
     def make(name: str) -> tuple[Path, Path]:
         if name not in known:
@@ -51,13 +52,13 @@ def test_tensors_are_those_of_transformers(made, tmp_path, name, kind):
 
 
 def check_half(tensor: gguf.ReaderTensor, zeros: np.ndarray) -> None:
-    """A gate of zeros in transformers is one half in llama.cpp too, which computes silu(x) / x."""
+    """The gate is one half in llama.cpp too, which computes the sigmoid as silu(x) / x."""
     assert not zeros.any()
     x_D = torch.randn(zeros.size, generator=torch.Generator().manual_seed(0))
     for _ in range(2):
         gate = torch.from_numpy(tensor.data.copy()) @ x_D
         assert torch.nn.functional.silu(gate) / gate == 0.5
-        x_D[0] = 0.0  # alone it would be no number
+        x_D[0] = 0.0  # without the second weight the result would be NaN
 
 
 def check_values(tensor: gguf.ReaderTensor, expected: np.ndarray, kind: str) -> None:
@@ -70,7 +71,7 @@ def check_values(tensor: gguf.ReaderTensor, expected: np.ndarray, kind: str) -> 
     elif kind == "bf16":
         rounded = torch.from_numpy(expected.copy()).to(torch.bfloat16).float().numpy()
         np.testing.assert_array_equal(found, rounded, tensor.name)
-    else:  # half a step, of which the largest of 32 numbers has 127; the step itself is fp16
+    else:  # half a step, which is an fp16 number: a 127th of the largest of 32 numbers
         blocks = expected.reshape(-1, 32)
         largest = np.abs(blocks).max(axis=1, keepdims=True)
         assert (np.abs(found.reshape(-1, 32) - blocks) <= largest * (0.5 / 127 + 2**-11)).all(), tensor.name
@@ -82,8 +83,10 @@ def test_fields_are_those_of_the_configuration(made, tmp_path, name):
     config = json.loads((out / "config.json").read_text())
     write_gguf(run, tmp_path / "model.gguf")
     fields, _ = read(tmp_path / "model.gguf")
-    keys, architecture = gguf.Keys, ARCHITECTURES[name]
-    experts, heads = config.get("num_experts", config.get("num_local_experts")), config["num_attention_heads"]
+    keys = gguf.Keys
+    architecture = ARCHITECTURES[name]
+    experts = config.get("num_experts", config.get("num_local_experts"))
+    heads = config["num_attention_heads"]
     width = config.get("moe_intermediate_size", config["intermediate_size"])
     expected = {
         keys.LLM.VOCAB_SIZE: PIECES,

@@ -1,4 +1,4 @@
-"""A file for llama.cpp has the vocabulary of training, or there is none."""
+"""A GGUF file has the vocabulary of training, or the export is refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from tests.hf.test_round_trip import SPECIAL, llama, with_tokenizer
 
 
 def test_the_vocabulary_is_what_ggufs_package_reads(corpus_dir, tmp_path):
-    run, out = begin(corpus_dir, tmp_path / "run", [*SHAPE, *MODELS["mixtral"]]).path, tmp_path / "out"
+    run = begin(corpus_dir, tmp_path / "run", [*SHAPE, *MODELS["mixtral"]]).path
+    out = tmp_path / "out"
     export(run, out)
     write_gguf(run, tmp_path / "model.gguf")
     fields, _ = read(tmp_path / "model.gguf")
@@ -36,7 +37,8 @@ def test_the_vocabulary_is_what_ggufs_package_reads(corpus_dir, tmp_path):
     assert fields[keys.MODEL] == gguf.SentencePieceVocab.tokenizer_model
     flags = (keys.ADD_BOS, keys.ADD_EOS, keys.ADD_PREFIX, keys.REMOVE_EXTRA_WS)
     assert [fields[flag] for flag in flags] == [False] * 4
-    own, said = Tokenizer(run / TOKENIZER), json.loads((out / "generation_config.json").read_text())
+    own = Tokenizer(run / TOKENIZER)
+    said = json.loads((out / "generation_config.json").read_text())
     ids = {keys.BOS_ID: "bos", keys.EOS_ID: "eos", keys.PAD_ID: "pad"}
     assert {key: fields[key] for key in ids} == {key: said[f"{name}_token_id"] for key, name in ids.items()}
     assert (fields[keys.EOS_ID], fields[keys.UNK_ID]) == (own.eod, own.unknown)
@@ -44,9 +46,10 @@ def test_the_vocabulary_is_what_ggufs_package_reads(corpus_dir, tmp_path):
 
 
 def sentencepiece_model(folder: Path, kind: str, **settings: object) -> Tokenizer:
-    """A model of data_prep's kind, but for ``settings``."""
+    """A model with the options of data_prep, except ``settings``."""
     folder.mkdir(exist_ok=True)
-    content, lines = io.BytesIO(), [f"the router of {n} takes {n * n % 7} experts" for n in range(200)]
+    content = io.BytesIO()
+    lines = [f"the router of {n} takes {n * n % 7} experts" for n in range(200)]
     given = {
         "byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
         "add_dummy_prefix": False, "vocab_size": 300, "hard_vocab_limit": False, "minloglevel": 2,
@@ -58,15 +61,12 @@ def sentencepiece_model(folder: Path, kind: str, **settings: object) -> Tokenize
     return Tokenizer(folder / TOKENIZER)
 
 
-def test_models_of_other_makes_and_pieces_of_the_user(tmp_path):
-    """What these give for text was compared with llama.cpp's own tokenizers (docs/huggingface.md)."""
+def test_models_with_other_options_and_user_defined_pieces(tmp_path):
+    """Their ids were compared with llama.cpp's own tokenizers (docs/huggingface.md)."""
     own = vocabulary(sentencepiece_model(tmp_path, "bpe", user_defined_symbols=["<tool>", "\u2581foo"]))
     kinds = dict(zip(own.pieces, own.types, strict=True))
-    assert (own.model, kinds["<tool>"], kinds[" foo"]) == (
-        "llama",
-        gguf.TokenType.USER_DEFINED,
-        gguf.TokenType.USER_DEFINED,
-    )
+    assert own.model == "llama"
+    assert kinds["<tool>"] == kinds[" foo"] == gguf.TokenType.USER_DEFINED
     assert any(piece.startswith("\u2581") for piece in own.pieces)
     assert vocabulary(sentencepiece_model(tmp_path, "bpe", add_dummy_prefix=True)).space_before
     classic = {"byte_fallback": False, "add_dummy_prefix": True, "remove_extra_whitespaces": True}
@@ -81,24 +81,24 @@ def test_models_of_other_makes_and_pieces_of_the_user(tmp_path):
     [
         ("word", {}, "whole words"),
         ("bpe", {"byte_fallback": False}, "becomes the unknown piece"),
-        ("bpe", {"normalization_rule_name": "nmt_nfkc"}, r"replaces characters by others \(nmt_nfkc\)"),
-        ("bpe", {"remove_extra_whitespaces": True}, "one of several spaces"),
-        ("bpe", {"treat_whitespace_as_suffix": True}, "spaces come behind"),
-        ("bpe", {"user_defined_symbols": ["<tool>"], "add_dummy_prefix": True}, "behind pieces of the user"),
-        ("bpe", {"user_defined_symbols": ["ab", "bcd"]}, "'ab' and 'bcd', where they overlap"),
-        ("bpe", {"user_defined_symbols": ["a b"]}, "'a b' holds a space"),
-        ("unigram", {}, "becomes bytes in a unigram model"),
-        ("unigram", {"byte_fallback": False, "user_defined_symbols": ["<tool>"]}, "pieces of the user .* unigram"),
-        ("unigram", {"byte_fallback": False, "add_dummy_prefix": True}, "only one"),
+        ("bpe", {"normalization_rule_name": "nmt_nfkc"}, r"replaces characters \(nmt_nfkc\)"),
+        ("bpe", {"remove_extra_whitespaces": True}, "merges runs of spaces"),
+        ("bpe", {"treat_whitespace_as_suffix": True}, "spaces as suffixes"),
+        ("bpe", {"user_defined_symbols": ["<tool>"], "add_dummy_prefix": True}, "not after user-defined pieces"),
+        ("bpe", {"user_defined_symbols": ["ab", "bcd"]}, "where its pieces 'ab' and 'bcd' overlap"),
+        ("bpe", {"user_defined_symbols": ["a b"]}, "'a b' contains a space"),
+        ("unigram", {}, "unigram model with byte fallback"),
+        ("unigram", {"byte_fallback": False, "user_defined_symbols": ["<tool>"]}, "unigram .* user-defined pieces"),
+        ("unigram", {"byte_fallback": False, "add_dummy_prefix": True}, "but not both"),
     ],
 )
-def test_what_llama_cpp_makes_other_ids_of_is_refused(tmp_path, kind, settings, problem):
-    with pytest.raises(UserError, match=f"^tokenizer: .*{problem}.*, which llama.cpp cannot do; prepare"):
+def test_tokenizers_with_other_ids_in_llama_cpp_are_refused(tmp_path, kind, settings, problem):
+    with pytest.raises(UserError, match=f"^tokenizer: .*{problem}.*, which llama.cpp does not support; prepare"):
         vocabulary(sentencepiece_model(tmp_path, kind, **settings))
 
 
 @pytest.mark.parametrize("begins", [True, False])
-def test_what_an_imported_tokenizer_puts_before_a_text_stays(corpus_dir, tmp_path, begins):
+def test_the_bos_token_of_an_imported_tokenizer_is_kept(corpus_dir, tmp_path, begins):
     from transformers import AutoTokenizer
 
     source = tmp_path / "source"

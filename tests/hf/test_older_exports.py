@@ -1,4 +1,4 @@
-"""Exports of older code (see tests/golden) are read by transformers, with their own code, and come back."""
+"""Exports of older versions (see tests/golden) load in transformers with their own code, and can be imported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OLDER = ["export_top_p", "export_top_any"]
 
 
 @pytest.mark.parametrize("name", OLDER)
-def test_transformers_computes_what_it_did(name):
+def test_transformers_gives_the_original_results(name):
     expected = load_file(GOLDEN / name / "expected.safetensors")
     with torch.no_grad():
         found = read(GOLDEN / name)(expected["input_ids"], output_router_logits=True)
@@ -29,14 +29,14 @@ def test_transformers_computes_what_it_did(name):
 
 @pytest.mark.parametrize("field", ["num_experts", "layer_experts"])
 @pytest.mark.parametrize("name", OLDER)
-def test_they_can_be_trained_on(name, field, tmp_path):
+def test_older_exports_can_be_imported(name, field, tmp_path):
     source = shutil.copytree(GOLDEN / name, tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     config[field] = config.pop("num_experts")
     (source / "config.json").write_text(json.dumps(config))
     expected = load_file(source / "expected.safetensors")
-    maker, decoder = imported(source, tmp_path / "run")
-    assert maker == "dynmoe"
+    architecture, decoder = imported(source, tmp_path / "run")
+    assert architecture == "dynmoe"
     logits, maps = run_decoder(decoder, expected["input_ids"])
     torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=1e-5)
     assert torch.equal(torch.stack([routed.sum(dim=-1) for routed in maps]), expected["experts_per_token"])

@@ -1,4 +1,4 @@
-"""What came with a checkpoint goes out with its export; a tokenizer that cannot serve is refused when it comes in."""
+"""Files of an imported checkpoint are exported again; an unusable tokenizer is refused at import."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPECIAL = {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 5}
 
 
 @pytest.mark.parametrize("name", RELEASES[1:])
-def test_the_papers_release_goes_out_again_with_its_own_logits(name, tmp_path):
+def test_the_papers_release_is_exported_with_its_own_logits(name, tmp_path):
     from transformers import AutoModelForCausalLM
 
     import_checkpoint(GOLDEN / name, tmp_path / "run")
@@ -42,13 +42,12 @@ def test_the_papers_release_goes_out_again_with_its_own_logits(name, tmp_path):
     assert torch.equal(found.experts_per_token, expected["experts_per_token"])
     config = model.config
     assert (config.max_position_embeddings, config.bos_token_id, config.eos_token_id) == (64, 1, 2)
-    assert (tmp_path / "out" / "generation_config.json").read_bytes() == (
-        GOLDEN / name / "generation_config.json"
-    ).read_bytes()
+    generation = "generation_config.json"
+    assert (tmp_path / "out" / generation).read_bytes() == (GOLDEN / name / generation).read_bytes()
 
 
 def llama(folder: Path, vocab_size: int = 448, **settings):
-    """A checkpoint of transformers for 2,048 positions."""
+    """Saves a transformers checkpoint with 2,048 positions."""
     import transformers
 
     torch.manual_seed(0)
@@ -57,13 +56,14 @@ def llama(folder: Path, vocab_size: int = 448, **settings):
         initializer_range=0.3, **({"max_position_embeddings": 2048} | SPECIAL | settings),
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
-    model.generation_config.temperature, model.generation_config.do_sample = 0.7, True
+    model.generation_config.temperature = 0.7
+    model.generation_config.do_sample = True
     model.save_pretrained(folder)
     return model
 
 
 def with_tokenizer(folder: Path, tokenizer_model: Path) -> None:
-    """The tokenizer that transformers makes of sentencepiece's file, as its maker would publish it."""
+    """Saves the tokenizer that transformers creates from a sentencepiece model."""
     from transformers import AutoTokenizer
 
     shutil.copy(tokenizer_model, folder)
@@ -76,16 +76,17 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("config.json", "README.md")}
 
 
-def test_tokenizer_positions_and_special_tokens_come_back(corpus_dir, tmp_path):
+def test_tokenizer_positions_and_special_tokens_are_exported_unchanged(corpus_dir, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source, out = tmp_path / "source", tmp_path / "out"
+    source = tmp_path / "source"
+    out = tmp_path / "out"
     model = llama(source)
     with_tokenizer(source, corpus_dir / TOKENIZER)
     import_checkpoint(source, tmp_path / "run", [f"data.dirs=[{corpus_dir}]", "data.sequence_length=32"])
     done = export(tmp_path / "run", out)
     assert done.texts > 0, "not compared with sentencepiece"
-    there, here = files_of(source), files_of(out)
+    there, here = map(files_of, (source, out))
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", TOKENIZER} < there.keys()
     del there["model.safetensors"], here["model.safetensors"]
     assert here == there
@@ -95,40 +96,39 @@ def test_tokenizer_positions_and_special_tokens_come_back(corpus_dir, tmp_path):
     assert again.generation_config.temperature == 0.7
     with torch.no_grad():
         torch.testing.assert_close(again(some_tokens()).logits, model(some_tokens()).logits, rtol=0, atol=1e-5)
-    first, second = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(out)
+    first, second = map(AutoTokenizer.from_pretrained, (source, out))
     assert first("def main(") == second("def main(")
     assert second.apply_chat_template([{"role": "user", "content": "def"}], tokenize=False) == "def"
 
 
-def test_a_tokenizer_that_came_and_encodes_otherwise_than_training_did_is_refused(corpus_dir, tmp_path):
+def test_an_imported_tokenizer_with_other_ids_than_training_is_refused(corpus_dir, tmp_path):
     llama(tmp_path / "source")
     with_tokenizer(tmp_path / "source", corpus_dir / TOKENIZER)
     path = tmp_path / "source" / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "Lowercase"}}))
     import_checkpoint(tmp_path / "source", tmp_path / "run", [f"data.dirs=[{corpus_dir}]"])
-    with pytest.raises(
-        UserError, match=r"gives other ids than sentencepiece .*; remove tokenizer\.json and .*run/imported"
-    ):
+    words = r"ids differ between transformers and sentencepiece .*; remove tokenizer\.json .*run/imported"
+    with pytest.raises(UserError, match=words):
         export(tmp_path / "run", tmp_path / "out")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "run" / IMPORTED / name).unlink()
     assert export(tmp_path / "run", tmp_path / "out").texts > 0
 
 
-def test_special_tokens_in_a_text_are_no_difference(corpus_dir, tmp_path):
-    """The tokenizer that came reads ``</s>`` in a text as the token; training took it for text."""
+def test_special_tokens_in_a_text_are_not_compared(corpus_dir, tmp_path):
+    """The imported tokenizer reads ``</s>`` as a token; training treats it as text."""
     from transformers import AutoTokenizer
 
     llama(tmp_path / "source")
     with_tokenizer(tmp_path / "source", corpus_dir / TOKENIZER)
-    own, text = Tokenizer(corpus_dir / TOKENIZER), "a </s> b"
-    assert AutoTokenizer.from_pretrained(tmp_path / "source")(text, add_special_tokens=False)[
-        "input_ids"
-    ] != own.encode(text)
+    own = Tokenizer(corpus_dir / TOKENIZER)
+    text = "a </s> b"
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "source")
+    assert theirs(text, add_special_tokens=False)["input_ids"] != own.encode(text)
     assert compare(own, tmp_path / "source", [text], "") == 1
 
 
-def test_a_tokenizer_that_is_not_sentencepieces_comes_back(tmp_path):
+def test_a_tokenizer_that_is_not_sentencepieces_is_exported_unchanged(tmp_path):
     from tokenizers import Tokenizer as Fast
     from tokenizers import models
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -142,7 +142,7 @@ def test_a_tokenizer_that_is_not_sentencepieces_comes_back(tmp_path):
     done = export(tmp_path / "run", tmp_path / "out")
     assert (done.tokenizer, done.texts) == (True, 0)
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("abba")["input_ids"] == [5, 4, 3]
-    there, here = files_of(tmp_path / "source"), files_of(tmp_path / "out")
+    there, here = (files_of(tmp_path / name) for name in ("source", "out"))
     del there["model.safetensors"], here["model.safetensors"]
     assert here == there
     with pytest.raises(UserError, match=r"tokenizer\.model is missing; copy it from the corpus"):
@@ -156,33 +156,36 @@ def test_sentencepieces_file_alone_becomes_a_tokenizer(corpus_dir, tmp_path):
     shutil.copy(corpus_dir / TOKENIZER, tmp_path / "source")
     import_checkpoint(tmp_path / "source", tmp_path / "run")
     export(tmp_path / "run", tmp_path / "out")
-    fast, own = AutoTokenizer.from_pretrained(tmp_path / "out"), Tokenizer(corpus_dir / TOKENIZER)
+    fast = AutoTokenizer.from_pretrained(tmp_path / "out")
+    own = Tokenizer(corpus_dir / TOKENIZER)
     assert fast("def main(")["input_ids"] == own.encode("def main(")
     assert (fast.bos_token_id, fast.eos_token_id, fast.model_max_length) == (1, own.eod, 2048)
 
 
-def test_a_run_that_was_trained_with_another_tokenizer_goes_out_with_that(corpus_dir, tmp_path):
+def test_a_run_trained_with_another_tokenizer_is_exported_with_that_one(corpus_dir, tmp_path):
     llama(tmp_path / "source")
     (tmp_path / "source" / "tokenizer.json").write_text("{}")
     import_checkpoint(tmp_path / "source", tmp_path / "run")
-    shutil.copy(corpus_dir / TOKENIZER, tmp_path / "run")  # as a training does
+    shutil.copy(corpus_dir / TOKENIZER, tmp_path / "run")  # as training does
     export(tmp_path / "run", tmp_path / "out")
-    own, config = Tokenizer(corpus_dir / TOKENIZER), json.loads((tmp_path / "out" / "config.json").read_text())
+    own = Tokenizer(corpus_dir / TOKENIZER)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["bos_token_id"] == config["eos_token_id"] == own.eod
     assert config["max_position_embeddings"] == 2048
     assert len(json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"]) == own.vocab_size
 
 
-def test_longer_sequences_than_the_checkpoints_count_once_they_were_trained(tmp_path):
+def test_the_maximum_length_grows_only_after_training_longer_sequences(tmp_path):
     llama(tmp_path / "source", max_position_embeddings=64)
     import_checkpoint(tmp_path / "source", tmp_path / "run", ["data.sequence_length=128"])
-    model, kept = open_decoder(tmp_path / "run", torch.device("cpu")), Kept.of(tmp_path / "run")
+    model = open_decoder(tmp_path / "run", torch.device("cpu"))
+    kept = Kept.of(tmp_path / "run")
     assert own_fields(model, None, kept)["max_position_embeddings"] == 64
     assert own_fields(replace(model, step=1), None, kept)["max_position_embeddings"] == 128
 
 
-def test_what_a_file_leaves_out_is_kept_as_the_family_has_it(tmp_path):
-    """An export of another architecture would have other defaults."""
+def test_missing_fields_are_kept_with_the_default_of_the_family(tmp_path):
+    """An export to another architecture would have other defaults."""
     model = llama(tmp_path / "source")
     path = tmp_path / "source" / "config.json"
     said = {key: value for key, value in json.loads(path.read_text()).items() if key not in SPECIAL}
@@ -194,8 +197,8 @@ def test_what_a_file_leaves_out_is_kept_as_the_family_has_it(tmp_path):
     assert fields == {name: getattr(plain, name) for name in (*SPECIAL, "max_position_embeddings")}
 
 
-def test_runs_that_go_on_from_it_take_it_along(corpus_dir, tmp_path):
-    """Under Megatron the run is made by ``convert``, which goes on from a plain one."""
+def test_a_megatron_run_keeps_the_files_too(corpus_dir, tmp_path):
+    """For Megatron, ``convert`` creates the run from a canonical one."""
     llama(tmp_path / "source")
     with_tokenizer(tmp_path / "source", corpus_dir / TOKENIZER)
     import_checkpoint(tmp_path / "source", tmp_path / "run", ["engine=megatron"])
@@ -206,7 +209,7 @@ def test_runs_that_go_on_from_it_take_it_along(corpus_dir, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"IQ== 0\nIg== 1\n", b"\xff\x00rubbish"], ids=["tiktoken", "rubbish"])
-def test_a_tokenizer_file_that_is_not_sentencepieces_is_refused_at_once(tmp_path, content):
+def test_a_tokenizer_file_that_is_not_sentencepieces_is_refused_at_import(tmp_path, content):
     llama(tmp_path / "source")
     (tmp_path / "source" / TOKENIZER).write_bytes(content)
     with pytest.raises(UserError, match=r"source/tokenizer\.model is not a sentencepiece model; move it away"):
@@ -214,7 +217,7 @@ def test_a_tokenizer_file_that_is_not_sentencepieces_is_refused_at_once(tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_more_ids_than_the_model_has_are_refused_at_once(corpus_dir, tmp_path):
+def test_more_ids_than_embedding_rows_are_refused_at_import(corpus_dir, tmp_path):
     llama(tmp_path / "source", 96)
     size = Tokenizer(corpus_dir / TOKENIZER).vocab_size
     with pytest.raises(UserError, match=rf"data\.dirs: .* has {size} token ids, more than the checkpoint's vocab"):

@@ -1,4 +1,4 @@
-"""What servers and compilers want of an exported model."""
+"""Features of an exported model that servers and compilers require."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.hf.test_export import read
 
 @pytest.fixture(autouse=True)
 def _forgets_graphs():
-    """A graph of each test's own: torch.compile keeps eight of one function, and then gives up."""
+    """Clears compiled graphs: torch.compile keeps at most eight per function."""
     torch._dynamo.reset()
 
 
@@ -28,10 +28,11 @@ FAST = ("top_p", "top_any improved", "relu", "everything")
 
 
 @pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in OWN])
-def test_one_graph(corpus_dir, tmp_path, name):
-    """As torch.compile wants it, and torch.export: no break, and the logits of the model."""
+def test_a_model_compiles_to_one_graph(corpus_dir, tmp_path, name):
+    """torch.compile and torch.export work without a graph break and give the same logits."""
     exported(corpus_dir, tmp_path, name)
-    model, tokens = read(tmp_path / "out", use_cache=False), some_tokens()
+    model = read(tmp_path / "out", use_cache=False)
+    tokens = some_tokens()
     with torch.no_grad():
         expected = model(tokens).logits
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -41,9 +42,10 @@ def test_one_graph(corpus_dir, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["top_p", pytest.param("top_any improved", marks=pytest.mark.slow)])
-def test_gradients_of_one_graph(corpus_dir, tmp_path, name):
+def test_a_compiled_graph_has_the_same_gradients(corpus_dir, tmp_path, name):
     exported(corpus_dir, tmp_path, name)
-    tokens, gradients = some_tokens(), []
+    tokens = some_tokens()
+    gradients = []
     for compiles in (False, True):
         model = read(tmp_path / "out", use_cache=False).train()
         run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiles else model
@@ -53,16 +55,17 @@ def test_gradients_of_one_graph(corpus_dir, tmp_path, name):
         torch.testing.assert_close(gradients[1][parameter], gradient, rtol=0, atol=1e-5, msg=parameter)
 
 
-def test_experts_are_counted_where_wanted(corpus_dir, tmp_path):
+def test_experts_are_counted_if_configured(corpus_dir, tmp_path):
     run = exported(corpus_dir, tmp_path, "top_p")
-    model, tokens = read(tmp_path / "out", count_experts=True), some_tokens()
+    model = read(tmp_path / "out", count_experts=True)
+    tokens = some_tokens()
     _, maps = run_decoder(run.decoder, tokens)
     with torch.no_grad():
         model(tokens)
         model(F.pad(tokens, (3, 0)), attention_mask=F.pad(torch.ones_like(tokens), (3, 0)))
     taken = [int(map_BSE.sum()) for map_BSE in maps]
     assert model.model.expert_counts == [[2 * tokens.numel(), 2 * count] for count in taken]
-    with pytest.raises(ValueError, match="count_experts=False: nothing is counted; load the model with"):
+    with pytest.raises(ValueError, match="count_experts=False: experts are not counted; load the model with"):
         _ = read(tmp_path / "out").model.expert_counts
 
 
@@ -88,18 +91,18 @@ def test_experts_per_token_can_be_set(corpus_dir, tmp_path, name, overrides, mos
     [
         ({"kind": "expert_threshold"}, {"k": 2}, "router_overrides.k=2: router.kind='expert_threshold' has no such "
          "setting; its experts per token cannot be set"),
-        ({"kind": "top_p"}, {"k": 2}, "router_overrides.k=2: router.kind='top_p' has no such setting; use p or "
-         "min_experts or max_experts"),
+        ({"kind": "top_p"}, {"k": 2}, "router_overrides.k=2: router.kind='top_p' has no such setting; use "
+         "min_experts or max_experts or p"),
         ({"kind": "top_any", "variant": "released"}, {"min_experts": 2}, "has no such setting; use max_experts"),
         ({"kind": "top_p"}, {"p": 1.5}, "router_overrides.p=1.5: is too large; use a value of at most 1"),
         ({"kind": "top_k", "k": 2}, {"k": 5}, "router_overrides.k=5: is more than there are experts; use at most "
          "the number of experts (4)"),
-        ({"kind": "sigmoid"}, {"min_experts": True}, "router_overrides.min_experts=True must be a whole number"),
+        ({"kind": "sigmoid"}, {"min_experts": True}, "router_overrides.min_experts=True: must be an integer"),
         ({"kind": "top_p", "min_experts": 3}, {"max_experts": 2}, "router_overrides.max_experts=2: is below "
          "min_experts; use at least router_overrides.min_experts (3)"),
     ],
 )  # fmt: skip
-def test_overrides_that_a_router_does_not_have(router, overrides, words):
+def test_invalid_router_overrides_are_refused(router, overrides, words):
     with pytest.raises(ValueError, match=r"^router_overrides") as caught:
         DynMoEConfig(num_hidden_layers=2, layer_experts=[4, 0], router=router, router_overrides=overrides)
     assert words in str(caught.value)
@@ -107,8 +110,8 @@ def test_overrides_that_a_router_does_not_have(router, overrides, words):
 
 
 @pytest.mark.parametrize("kind", ["top_p", "top_any", "sigmoid", "top_k", "expert_threshold"])
-def test_a_model_that_was_made_without_memory_is_initialised(kind):
-    """As from_pretrained and servers make it: on the meta device, then filled."""
+def test_a_model_from_the_meta_device_is_initialized(kind):
+    """from_pretrained and servers create the model on the meta device and then fill it."""
     from dynmoe.hf.modeling_dynmoe import DynMoEForCausalLM
 
     router = {"kind": kind, "losses": {}, "k": 2, "cutoff": 0.5, "p": 0.3}
@@ -129,7 +132,7 @@ def test_a_model_that_was_made_without_memory_is_initialised(kind):
 
 
 def tensor_parallel(path):
-    """On each of two ranks: the logits, and how much of a stack of experts it has."""
+    """The logits, and the fraction of a stack of experts on this rank, one of two."""
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM
 
@@ -142,7 +145,7 @@ def tensor_parallel(path):
 
 
 @pytest.mark.parametrize("name", ["top_p", "top_any improved", "everything"])
-def test_two_ranks_share_a_model(corpus_dir, tmp_path, two_ranks, name):
+def test_two_tensor_parallel_ranks_give_the_logits_of_one(corpus_dir, tmp_path, two_ranks, name):
     run = exported(corpus_dir, tmp_path, name, "model.kv_heads=2", "model.moe.expert_hidden=16")
     expected, _ = run_decoder(run.decoder, some_tokens())
     for logits, share in two_ranks.run(tensor_parallel, str(tmp_path / "out")):

@@ -1,4 +1,4 @@
-"""What an export says to servers and converters, each of which looks at other fields; and that others can read it."""
+"""Fields of an export that servers and converters read, and the permissions of its files."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.hf.test_export import read
 
 
 @pytest.mark.parametrize("name", [*STANDARD, "top_p"])
-def test_servers_find_the_base_of_positions_where_they_look(corpus_dir, tmp_path, name):
-    """mlx-lm beside the other fields, transformers and vLLM in ``rope_parameters``."""
+def test_servers_find_the_base_of_rotary_positions(corpus_dir, tmp_path, name):
+    """mlx-lm reads it at the top level, transformers and vLLM in ``rope_parameters``."""
     from transformers import AutoConfig
 
     run = begin(corpus_dir, tmp_path / "run", [*(STANDARD | OWN)[name], "model.rope_theta=500"])
@@ -39,8 +39,8 @@ def test_servers_find_the_base_of_positions_where_they_look(corpus_dir, tmp_path
 
 
 @pytest.mark.parametrize("name", ["olmoe", "llama"])
-def test_every_embedding_learns_in_a_fine_tuning(corpus_dir, tmp_path, name):
-    """An OLMoE whose file names no padding has it at token 1, whose embedding then gets no gradient."""
+def test_fine_tuning_trains_every_embedding(corpus_dir, tmp_path, name):
+    """Without a padding token in its file, OLMoE uses token 1, whose embedding then gets no gradient."""
     export(begin(corpus_dir, tmp_path / "run", STANDARD[name]).path, tmp_path / "out")
     model = read(tmp_path / "out")
     model(torch.tensor([[1, 1, 5]]), labels=torch.tensor([[1, 1, 5]])).loss.backward()
@@ -48,14 +48,12 @@ def test_every_embedding_learns_in_a_fine_tuning(corpus_dir, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "qwen2_moe, shared and dense"])
-def test_servers_find_every_tensor_that_they_have_of_qwen2_moe(corpus_dir, tmp_path, name):
-    """vLLM makes biases whatever the configuration says, and no server reads a shared expert of width 0."""
+def test_servers_find_every_tensor_of_qwen2_moe(corpus_dir, tmp_path, name):
+    """vLLM creates biases whatever the configuration says, and no server supports a shared expert of width 0."""
     run = begin(corpus_dir, tmp_path / "run", STANDARD[name])
     export(run.path, tmp_path / "out", torch.bfloat16)
-    said, weights = (
-        json.loads((tmp_path / "out" / "config.json").read_text()),
-        load_file(tmp_path / "out" / "model.safetensors"),
-    )
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    weights = load_file(tmp_path / "out" / "model.safetensors")
     shared = 16 if "shared" in name else 32
     assert (said["qkv_bias"], said["shared_expert_intermediate_size"]) == (True, shared)
     assert all(tensor.numel() for tensor in weights.values())
@@ -68,8 +66,8 @@ def test_servers_find_every_tensor_that_they_have_of_qwen2_moe(corpus_dir, tmp_p
     assert not weights["model.layers.0.mlp.shared_expert_gate.weight"].any()
 
 
-def test_llama_cpp_is_told_what_comes_before_a_text(corpus_dir, tmp_path):
-    """Its converter takes a token and a space for granted; so they are there where sentencepiece puts them."""
+def test_the_tokenizer_states_what_it_prepends_for_llama_cpp(corpus_dir, tmp_path):
+    """llama.cpp's converter assumes a token and a space by default; the fields match sentencepiece instead."""
     from transformers import AutoTokenizer
 
     export(begin(corpus_dir, tmp_path / "run", []).path, tmp_path / "out")
@@ -86,14 +84,14 @@ def test_llama_cpp_is_told_what_comes_before_a_text(corpus_dir, tmp_path):
     if Version(metadata.version("transformers")) >= Version("5.24"):
         for text in texts:
             assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == own.encode(text)
-    else:  # they leave the space out, and an export that would encode otherwise is refused
-        with pytest.raises(UserError, match="transformers gives other ids than sentencepiece from token 0"):
+    else:  # older versions omit the space, and an export with other ids is refused
+        with pytest.raises(UserError, match="ids differ between transformers and sentencepiece from token 0"):
             compare(own, tmp_path, texts, cure="use a later one")
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
-def test_every_file_has_the_mode_that_the_umask_leaves(corpus_dir, tmp_path, umask):
-    """safetensors writes private files, whoever calls it."""
+def test_every_file_has_the_mode_that_the_umask_allows(corpus_dir, tmp_path, umask):
+    """safetensors itself writes private files."""
     before = os.umask(umask)
     try:
         run = begin(corpus_dir, tmp_path / "run", ["model.moe.experts=3"])
@@ -104,8 +102,8 @@ def test_every_file_has_the_mode_that_the_umask_leaves(corpus_dir, tmp_path, uma
     assert not_of_mode(tmp_path, 0o666 & ~umask) == set()
 
 
-def test_a_training_writes_no_private_file(undisturbed):
-    """Checkpoints with generators, traces, TensorBoard's events and what else there is."""
+def test_training_writes_no_private_file(undisturbed):
+    """Includes checkpoints, traces and TensorBoard events."""
     folder = undisturbed[0]
     (folder / "new").touch()
     mode = (folder / "new").stat().st_mode & 0o777
@@ -121,15 +119,15 @@ def not_of_mode(folder: Path, mode: int) -> set[str]:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("llama", "transformers, vLLM and mlx-lm read it; for llama.cpp there is python -m dynmoe.hf gguf."),
-        ("qwen2_moe", "transformers, vLLM and mlx-lm read it; for llama.cpp there is python -m dynmoe.hf gguf."),
-        ("qwen2_moe, shared and dense", "mlx-lm and llama.cpp do not, as not every layer has experts."),
-        ("qwen2_moe, sum", "mlx-lm does not make its gates sum to 1; for llama.cpp there is"),
-        ("top_p", "transformers and vLLM read it; mlx-lm and llama.cpp do not."),
+        ("llama", "transformers, vLLM and mlx-lm can load it; for llama.cpp use python -m dynmoe.hf gguf."),
+        ("qwen2_moe", "transformers, vLLM and mlx-lm can load it; for llama.cpp use python -m dynmoe.hf gguf."),
+        ("qwen2_moe, shared and dense", "mlx-lm and llama.cpp cannot, because not every layer has experts."),
+        ("qwen2_moe, sum", "mlx-lm does not normalize its gates; for llama.cpp use"),
+        ("top_p", "transformers and vLLM can load it; mlx-lm and llama.cpp cannot."),
     ],
 )
-def test_the_export_says_who_reads_it(corpus_dir, tmp_path, monkeypatch, capsys, name, said):
-    """The sentences are those that tests/served measures."""
+def test_the_export_prints_which_servers_can_load_it(corpus_dir, tmp_path, monkeypatch, capsys, name, said):
+    """tests/served measures whether these sentences are true."""
     sum_to_1 = [*STANDARD["qwen2_moe"], "model.moe.shared_hidden=16", "model.router.renormalize=true"]
     begin(corpus_dir, tmp_path / "run", (STANDARD | OWN | {"qwen2_moe, sum": sum_to_1})[name])
     monkeypatch.setattr("sys.argv", ["dynmoe.hf", "export", str(tmp_path / "run"), str(tmp_path / "out")])

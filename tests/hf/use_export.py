@@ -1,4 +1,4 @@
-"""What somebody without this project does with an export: generates, fine-tunes one epoch, counts experts.
+"""Uses an export without this project: generates, fine-tunes for one epoch, counts experts.
 
 use_export.py OUT TUNED prints the loss before and after, and experts per token.
 """
@@ -20,24 +20,11 @@ model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 texts = [f"the number {n} comes before {n + 1}" for n in range(64)]
 data = [tokenizer(text) for text in texts]
 arguments = TrainingArguments(
-    tuned,
-    num_train_epochs=1,
-    per_device_train_batch_size=4,
-    learning_rate=3e-2,
-    report_to=[],
-    use_cpu=True,
-    gradient_checkpointing=True,
-    logging_steps=1000,
-    save_strategy="no",
-    disable_tqdm=True,
-)
-trainer = Trainer(
-    model,
-    arguments,
-    train_dataset=data,
-    eval_dataset=data[:16],
-    data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-)
+    tuned, num_train_epochs=1, per_device_train_batch_size=4, learning_rate=3e-2, report_to=[], use_cpu=True,
+    gradient_checkpointing=True, logging_steps=1000, save_strategy="no", disable_tqdm=True,
+)  # fmt: skip
+collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data[:16], data_collator=collator)
 before = trainer.evaluate()["eval_loss"]
 trainer.train()
 after = trainer.evaluate()["eval_loss"]

@@ -74,7 +74,7 @@ def test_a_start_is_recorded_and_the_previous_outcome_deleted(config):
 @pytest.mark.parametrize(
     ("ranks", "field", "problem"),
     [
-        (3, "train.steps=40", r"parallel\.expert=2: does not divide the ranks"),
+        (3, "train.steps=40", r"parallel\.expert=2: must divide the world size \(3\)"),
         (2, "train.global_batch=3", r"train\.global_batch=3: cannot be split evenly"),
         (2, "data.dirs=[nowhere]", "nowhere holds no prepared corpus"),
     ],

@@ -9,7 +9,8 @@ from dynmoe.config import load_config
 from dynmoe.config.model import ModelConfig
 from dynmoe.moe import MoEContext, MoEGroups, MoELayer, StepState
 
-HIDDEN, EXPERTS = 16, 4
+HIDDEN = 16
+EXPERTS = 4
 ROUTERS = {
     "top_k": ["model.router.kind=top_k", "model.router.k=2"],
     "top_p": ["model.router.kind=top_p", "model.router.p=0.5"],
@@ -69,7 +70,8 @@ def expert_parallel_equals_local(overrides: list[str], tokens_per_rank: list[int
     Returns, by name, the largest difference relative to the largest value. ``steer_to`` sends every token to one
     expert.
     """
-    rank, model = dist.get_rank(), tiny_model(*overrides)
+    rank = dist.get_rank()
+    model = tiny_model(*overrides)
     group = dist.new_group(list(range(dist.get_world_size())))
     spread = MoELayer(model, 0, 0, MoEContext(MoEGroups(expert=group, tokens=group), step=StepState(recording=True)))
     whole = MoELayer(model, 0, 0, MoEContext(step=StepState(recording=True)))
@@ -81,13 +83,15 @@ def expert_parallel_equals_local(overrides: list[str], tokens_per_rank: list[int
                 layer.router.weight_ED[steer_to] = 8.0
     generator = torch.Generator().manual_seed(7)
     total = sum(tokens_per_rank)
-    x, upstream = torch.randn(total, HIDDEN, generator=generator), torch.randn(total, HIDDEN, generator=generator)
+    x = torch.randn(total, HIDDEN, generator=generator)
+    upstream = torch.randn(total, HIDDEN, generator=generator)
     if steer_to is not None:
         x = x.abs() + 0.5
     start = sum(tokens_per_rank[:rank])
     mine = slice(start, start + tokens_per_rank[rank])
 
-    local, reference = run_layer(spread, x[mine], upstream[mine]), run_layer(whole, x, upstream)
+    local = run_layer(spread, x[mine], upstream[mine])
+    reference = run_layer(whole, x, upstream)
     experts = slice(spread.experts.experts.start, spread.experts.experts.stop)
     reference = {
         name: value[mine] if name in ("y", "x") else value[experts] if name.startswith("experts.") else value
@@ -118,7 +122,8 @@ def bytes_on_the_wire(overrides: list[str], tokens: int) -> tuple[int, int]:
         layer.eval()(x)  # does not count
         away_TRL = layer.router(x).routing_map_TE.view(tokens, dist.get_world_size(), -1).clone()
     away_TRL[:, dist.get_rank()] = False
-    rows, routes = int(away_TRL.any(dim=2).sum()), int(away_TRL.sum())
+    rows = int(away_TRL.any(dim=2).sum())
+    routes = int(away_TRL.sum())
     came = torch.tensor([rows, routes])
     # Outputs and gradients of what came from elsewhere leave this rank too.
     dist.all_reduce(came)

@@ -9,13 +9,15 @@ from dynmoe.config import load_config
 from dynmoe.moe import MoEContext
 from dynmoe.moe.budget import Budget
 from dynmoe.moe.router import Router
-from dynmoe.routing.control_statistics import (
-    ControlStatisticsSpec,
-    pack_control_statistics,
-    unpack_control_statistics,
+from dynmoe.routing.update_statistics import (
+    UpdateStatisticsSpec,
+    pack_update_statistics,
+    unpack_update_statistics,
 )
 
-HIDDEN, EXPERTS, TOKENS = 64, 16, 512
+HIDDEN = 64
+EXPERTS = 16
+TOKENS = 512
 
 
 def experts_per_token(kind: list[str], common: float, steps: int) -> tuple[list[float], torch.Tensor]:
@@ -25,7 +27,7 @@ def experts_per_token(kind: list[str], common: float, steps: int) -> tuple[list[
     ])  # fmt: skip
     router = Router(config.model, EXPERTS, 0, "router", MoEContext()).train()
     budget = Budget(config.budget)
-    wanted = ControlStatisticsSpec(deviation=router.spec.NEEDS_DEVIATION)
+    wanted = UpdateStatisticsSpec(deviation=router.spec.NEEDS_DEVIATION)
     generator = torch.Generator().manual_seed(1)
     direction = torch.randn(HIDDEN, generator=generator)
     with torch.no_grad():
@@ -37,8 +39,8 @@ def experts_per_token(kind: list[str], common: float, steps: int) -> tuple[list[
         x_TD = common**0.5 * direction + (1 - common) ** 0.5 * noise
         plan = router(x_TD)
         compared_TE = router.spec.compared_TE(router, plan).detach() if wanted.deviation else None
-        packed = pack_control_statistics(plan, x_TD, compared_TE, wanted)
-        statistics = unpack_control_statistics(packed, EXPERTS, wanted)
+        packed = pack_update_statistics(plan, x_TD, compared_TE, wanted)
+        statistics = unpack_update_statistics(packed, EXPERTS, wanted)
         budget.update([router], [statistics], step)
         seen.append(statistics.experts_per_token.item())
     return seen, plan.tokens_per_expert_E

@@ -8,19 +8,19 @@ import torch
 from dynmoe.config import load_config
 from dynmoe.moe import MoEContext, MoELayer, StepState
 from dynmoe.moe.adaptation import Adaptation
-from dynmoe.routing.control_statistics import ControlStatisticsSpec, unpack_control_statistics
+from dynmoe.routing.update_statistics import UpdateStatisticsSpec, unpack_update_statistics
 from tests.routing.test_golden import TOP_ANY, close
 
 ADAPTIVE = sorted({name.split(".")[0] for name in TOP_ANY if name.startswith("adaptive")})
 
-SPEC = ControlStatisticsSpec(unclaimed=True)
+SPEC = UpdateStatisticsSpec(unclaimed=True)
 
 
 class PlainRenewal:
     """Parameters without an optimizer."""
 
     @torch.no_grad()
-    def renew(self, parameter, index, fresh):
+    def reset_slice(self, parameter, index, fresh):
         parameter[index] = fresh
 
 
@@ -36,7 +36,7 @@ def test_one_released_window_and_update(case):
         "model.moe.expert_hidden=8", "model.router.kind=top_any", "model.router.variant=released",
         "adaptation.interval=1", "adaptation.policy=released",
     ])  # fmt: skip
-    layer = MoELayer(config.model, 0, 0, MoEContext(step=StepState(control=SPEC)))
+    layer = MoELayer(config.model, 0, 0, MoEContext(step=StepState(update_statistics=SPEC)))
     router = layer.router
     with torch.no_grad():
         router.prototypes_DE.copy_(golden("sim_before"))
@@ -44,7 +44,7 @@ def test_one_released_window_and_update(case):
         router.active_E.copy_(golden("mask_before").bool())
     for x_TD in passes_x:
         layer(x_TD)
-    statistics = unpack_control_statistics(layer.drain().control, experts, SPEC)
+    statistics = unpack_update_statistics(layer.drain().update_sums, experts, SPEC)
     assert torch.equal(statistics.selected_E, golden("routing_records").double())
     close(statistics.unclaimed_D.float(), golden("unrouted_sum"))
     Adaptation(config.adaptation, PlainRenewal()).update([layer], [statistics], step=1)

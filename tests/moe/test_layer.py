@@ -39,7 +39,7 @@ def loop_over_tokens(layer: MoELayer, x, upstream):
     factor = layer.settings.capacity_factor
     if factor is not None:
         capacity = max(1, -int(-factor * int(plan.routing_map_TE.sum()) // EXPERTS))
-        plan = plan.keep(
+        plan = plan.mask(
             oracles.kept_under_capacity(plan.scores_TE, plan.routing_map_TE, capacity, layer.settings.drop_policy)
         )
     y = oracles.moe_output(x, plan.gates_TE, plan.routing_map_TE, layer.experts.w_up_EHD, layer.experts.w_down_EDF)
@@ -62,7 +62,8 @@ def test_output_and_gradients_equal_a_loop_over_tokens(seed, kind, tokens, extra
         layer.router.l1.zero_()
     generator = torch.Generator().manual_seed(seed)
     x, upstream = (torch.randn(tokens, HIDDEN, generator=generator) for _ in range(2))
-    ours, oracle = run_layer(layer, x, upstream), loop_over_tokens(layer, x, upstream)
+    ours = run_layer(layer, x, upstream)
+    oracle = loop_over_tokens(layer, x, upstream)
     for name, expected in oracle.items():
         torch.testing.assert_close(ours[name], expected, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -109,7 +110,8 @@ def test_the_limit_of_mean_experts_bounds_the_rows_of_a_training_pass(kind):
     limit = ["model.moe.max_mean_experts_per_token=1.25", "model.moe.on_overflow=drop"]
     x = torch.randn(10, HIDDEN, generator=torch.Generator().manual_seed(0))
     wide = [*ROUTERS[kind], "model.router.p=0.99"]
-    free, bounded = make_layer(*wide), make_layer(*wide, *limit)
+    free = make_layer(*wide)
+    bounded = make_layer(*wide, *limit)
     assert torch.equal(bounded.eval()(x), free.eval()(x))
     free.train()(x)
     assert free.drain().routed_rows > 13
@@ -147,7 +149,7 @@ def test_evaluation_routes_like_training_and_counts_nothing():
     assert torch.equal(layer(x), trained)
     counted = layer.drain()
     assert counted.routed_rows == 0
-    with pytest.raises(RuntimeError, match="no statistics: run a training pass"):
+    with pytest.raises(RuntimeError, match="no statistics were recorded; run a training pass"):
         counted.statistics()
 
 

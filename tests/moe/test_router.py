@@ -127,9 +127,9 @@ def test_the_balance_counts_the_step_so_far():
     expected = 4 * (share * second.scores_TE.mean(dim=0)).sum()
     torch.testing.assert_close(layer.router.losses(second)["balance"], expected)
     # A repeated pass (activation recomputation) finds its counts, those of the first pass too, and adds nothing.
-    with layer.context.running(micro_batch=1, recomputing=True):
+    with layer.context.override(micro_batch=1, recomputing=True):
         torch.testing.assert_close(layer.router.losses(second)["balance"], expected)
-    with layer.context.running(micro_batch=0, recomputing=True):
+    with layer.context.override(micro_batch=0, recomputing=True):
         first = layer.router(x[:12])
         alone = 4 * (first.selected_map_TE.float().mean(dim=0) / 2 * first.scores_TE.mean(dim=0)).sum()
         torch.testing.assert_close(layer.router.losses(first)["balance"], alone)

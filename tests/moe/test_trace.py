@@ -12,7 +12,8 @@ from dynmoe.moe.trace import RoutingTrace
 from tests.moe.cases import HIDDEN, spread_router, tiny_model
 
 TOKENS = 96
-ROUTE, COUNT = 4 + 4, 4  # bytes: index and gate; how many there are
+ROUTE = 4 + 4  # bytes of index and gate
+COUNT = 4  # bytes of the number of routes
 
 
 def tensors(own: object) -> Iterator[torch.Tensor]:
@@ -32,7 +33,8 @@ def tensors(own: object) -> Iterator[torch.Tensor]:
 )
 def test_bytes_follow_the_routes_and_not_the_experts(router, experts):
     model = tiny_model(f"model.moe.experts={experts}", *(f"model.router.{field}" for field in router))
-    trace, routes = RoutingTrace(), 0
+    trace = RoutingTrace()
+    routes = 0
     layer = MoELayer(model, 0, 0, MoEContext(step=StepState(trace=trace)))
     spread_router(layer)
     plans = []
@@ -51,15 +53,16 @@ def test_bytes_follow_the_routes_and_not_the_experts(router, experts):
 
 
 def test_buffers_that_are_longer_than_the_routes_end_where_these_do():
-    """Our kernels leave what lies behind them as it was; here the ceiling has room for all that is kept, and drops."""
+    """Our kernels leave what lies behind them as it was; here a limit drops routes, and the rest fit its rows."""
     model = tiny_model(
         "model.router.kind=top_p", "model.moe.capacity_factor=0.5", "model.moe.max_mean_experts_per_token=3"
     )
     trace = RoutingTrace()
     layer = MoELayer(model, 0, 0, MoEContext(backend="triton", step=StepState(trace=trace)))
     spread_router(layer)
-    plans, dispatch = [], layer.dispatcher.dispatch
-    layer.dispatcher.dispatch = lambda x_TD, plan, most_rows: (plans.append(plan), dispatch(x_TD, plan, most_rows))[1]
+    plans = []
+    dispatch = layer.dispatcher.dispatch
+    layer.dispatcher.dispatch = lambda x_TD, plan, max_rows: (plans.append(plan), dispatch(x_TD, plan, max_rows))[1]
     layer(torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(0)))
     (own,), (plan,) = trace.passes(), plans
     assert len(own.route_N) == 3 * TOKENS > int(plan.routing_map_TE.sum())

@@ -19,7 +19,7 @@ def test_a_worked_example():
     assert permutation.token_N.tolist() == [0, 2, 0]  # expert 0: tokens 0 and 2; expert 2: token 0
     assert permutation.route_N.tolist() == [0, 6, 2]
     assert permutation.row_N.tolist() == [0, 2, 1]  # token 0: rows 0 and 2; token 2: row 1
-    assert permutation.token_offsets_T1.tolist() == [0, 2, 2, 3]
+    assert permutation.token_offsets.tolist() == [0, 2, 2, 3]
     assert permutation.ends_E.tolist() == [2, 2, 3]
 
 

@@ -30,7 +30,7 @@ def test_routes_equal_those_of_pytorch(seed, tokens, experts, density, spare):
     ours = Permutation(*build_routes(routing_map, num_rows + spare))
     for name in ("token_N", "route_N", "row_N"):
         assert torch.equal(getattr(ours, name)[:num_rows].long(), getattr(expected, name)), name
-    assert torch.equal(ours.token_offsets_T1.long(), expected.token_offsets_T1)
+    assert torch.equal(ours.token_offsets.long(), expected.token_offsets)
     assert torch.equal(ours.ends_E, expected.ends_E)
 
 
@@ -119,7 +119,7 @@ def test_sums_of_rows_in_parts_of_the_width():
     permutation = Permutation.of(routing_map)
     rows = torch.randn(int(routing_map.sum()), 1500, device=DEVICE)
     expected = torch.zeros(6, 1500, device=DEVICE).index_add_(0, permutation.token_N, rows)
-    torch.testing.assert_close(sum_rows(rows, permutation.row_N, permutation.token_offsets_T1), expected)
+    torch.testing.assert_close(sum_rows(rows, permutation.row_N, permutation.token_offsets), expected)
 
 
 @pytest.mark.parametrize("kind", sorted(ROUTERS))
@@ -137,7 +137,7 @@ def test_the_whole_layer_by_our_kernels(kind):
 
 
 def test_a_bound_of_the_rows_changes_nothing():
-    """With a ceiling that is not reached, in every backend: only our kernels may see rows that are not there."""
+    """With a limit that is not reached, in every backend: only our kernels may see rows that are not there."""
     for name in ("triton", "grouped_mm", "loop"):
         results = []
         for limit in ([], ["model.moe.max_mean_experts_per_token=3.9"]):

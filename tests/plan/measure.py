@@ -1,4 +1,4 @@
-"""Memory of a training step in fresh processes, under torchrun: -m tests.plan.measure RESULT key=value ..."""
+"""Measures the memory of a training step; under torchrun: -m tests.plan.measure RESULT key=value ..."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from harness.memory import peak_bytes
 
 
 def bytes_of_tensors() -> int:
-    """Bytes of all tensors that exist, shared storage counted once."""
+    """Bytes of all existing tensors, counting shared storage once."""
     gc.collect()
     found = {}
     for thing in gc.get_objects():
@@ -29,7 +29,7 @@ def bytes_of_tensors() -> int:
 
 
 def main() -> None:
-    """The second step is measured: what the first allocates for good is there."""
+    """Measures the second step, after the first has made its persistent allocations."""
     config = load_config(None, sys.argv[2:])
     torch.set_num_threads(1)
     vocab_size = config.model.vocab_size

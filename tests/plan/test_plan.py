@@ -1,4 +1,4 @@
-"""The plan of a configuration: its sums, its memory against measured runs, and the configurations that come with us."""
+"""Plans: their sums, their memory compared with measured runs, and the project's configurations."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def layout(ranks: int, *fields: str, nodes: int = 1) -> Layout:
 
 
 def described(path: Path) -> tuple[int, int]:
-    """Nodes and GPUs of each, as the head of a configuration says."""
+    """Nodes and GPUs per node, as stated at the top of a configuration."""
     found = re.search(rf"python -m dynmoe\.plan configs/{path.name} --nodes (\d+) --gpus (\d+)", path.read_text())
-    assert found, f"{path} does not say what it is for"
+    assert found, f"{path} does not state its cluster"
     return int(found[1]), int(found[2])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_configuration_is_what_it_says(path, summary):
-    """Built on the meta device; it fits the GPUs that it names, also at the most experts per token."""
+def test_every_configuration_has_the_size_that_it_states(path, summary):
+    """Also, it fits the GPUs that it names at the maximum number of experts per token."""
     config = load_config(path)
     nodes, gpus = described(path)
     rows = config.model.vocab_size
@@ -54,12 +54,11 @@ def test_every_configuration_is_what_it_says(path, summary):
         model = Decoder(config.model, rows, 0, recompute=config.train.recompute)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert parameters == own.size.total_parameters
-    told = re.search(r"([\d.]+) B parameters", path.read_text())
-    assert float(told[1]) == pytest.approx(parameters / 1e9, rel=0.06)
+    stated = re.search(r"([\d.]+) B parameters", path.read_text())
+    assert float(stated[1]) == pytest.approx(parameters / 1e9, rel=0.06)
     tokens = re.search(r"([\d.,]+) B tokens", path.read_text())
-    assert float(tokens[1].replace(",", "")) == pytest.approx(
-        config.train.steps * config.tokens_per_step / 1e9, rel=0.03
-    )
+    trained = config.train.steps * config.tokens_per_step / 1e9
+    assert float(tokens[1].replace(",", "")) == pytest.approx(trained, rel=0.03)
     held = expected_experts(config) or 2.0
     one = plan(own, held, Hardware())
     assert one.fits(Hardware()), f"{one.largest.total / 2**30:.1f} GiB"
@@ -70,7 +69,7 @@ def test_every_configuration_is_what_it_says(path, summary):
     )
 
 
-def test_ranks_of_a_token_are_those_of_a_count():
+def test_ranks_per_token_equal_an_enumeration():
     for experts, ranks, chosen in [(8, 4, 1), (8, 4, 2), (8, 2, 3), (6, 3, 4), (6, 6, 6)]:
         per_rank = experts // ranks
         sets = list(itertools.combinations(range(experts), chosen))
@@ -79,16 +78,11 @@ def test_ranks_of_a_token_are_those_of_a_count():
     assert ranks_per_token(1.5, 8, 4) == pytest.approx((1 + ranks_per_token(2, 8, 4)) / 2)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        [],
-        ["parallel.expert=4"],
-        ["engine=megatron", "parallel.pipeline=2", "parallel.expert=2"],
-        ["engine=megatron", "parallel.tensor=2", "model.moe.moe_layer_freq=2"],
-    ],
-)
-def test_ranks_hold_the_whole_model_between_them(fields):
+@pytest.mark.parametrize("fields", [
+    [], ["parallel.expert=4"], ["engine=megatron", "parallel.pipeline=2", "parallel.expert=2"],
+    ["engine=megatron", "parallel.tensor=2", "model.moe.moe_layer_freq=2"],
+])  # fmt: skip
+def test_the_ranks_together_hold_the_whole_model(fields):
     own = layout(8, *fields, "train.global_batch=32")
     parallel = own.config.parallel
     stages = range(parallel.pipeline)
@@ -113,7 +107,7 @@ def test_traffic_follows_the_links():
     one_pass = layout(8, "deepspeed.zero_stage=2", "train.global_batch=8")
     four = layout(8, "deepspeed.zero_stage=2", "train.global_batch=32")
     reduced = [estimate(own, 2.0, hardware).traffic["gradients and weights"].inside for own in (one_pass, four)]
-    assert reduced[1] == pytest.approx(2.5 * reduced[0])  # gradients of each pass, weights once
+    assert reduced[1] == pytest.approx(2.5 * reduced[0])  # gradients of each micro-batch, weights once
 
 
 def test_other_layouts_fit_and_are_sorted():
@@ -134,7 +128,7 @@ def test_more_experts_per_token_need_more_memory():
     assert (few.parameters, few.gradients, few.optimizer) == (many.parameters, many.gradients, many.optimizer)
 
 
-def test_the_command_tells_what_a_queue_would_find_out_later(monkeypatch, capsys):
+def test_the_command_prints_plans_and_errors(monkeypatch, capsys):
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["dynmoe", "plan", *arguments])
         status = 0
@@ -145,18 +139,18 @@ def test_the_command_tells_what_a_queue_would_find_out_later(monkeypatch, capsys
         return status, *capsys.readouterr()
 
     one_node = str(ROOT / "configs/one_node.yaml")
-    status, told, _ = run(one_node, "--nodes", "1", "--gpus", "8", "--layouts", "3")
+    status, printed, _ = run(one_node, "--nodes", "1", "--gpus", "8", "--layouts", "3")
     assert status == 0
     for part in ("2.93 B parameters", "memory per rank:", "at 4 experts per token", "tokens to experts:", "tokens/s"):
-        assert part in told
-    assert len(told[told.index("Layouts that fit") :].splitlines()) == 5
-    _, told, _ = run(one_node, "--nodes", "1", "--gpus", "6")
-    assert "own layout does not fit: parallel.expert=8: does not divide the ranks" in told
+        assert part in printed
+    assert len(printed[printed.index("Layouts that fit") :].splitlines()) == 5
+    _, printed, _ = run(one_node, "--nodes", "1", "--gpus", "6")
+    assert "configured layout is invalid: parallel.expert=8: must divide the world size (6)" in printed
     status, _, problem = run(one_node, "--memory-gib", "2")
     assert status == EXIT_USER_ERROR
-    assert problem == "error: no layout of 8 GPUs fits 2 GiB; use more of them\n"
+    assert problem == "error: no layout of 8 GPUs fits 2 GiB; use more GPUs\n"
     assert "model.vocab_size=None" in run(str(ROOT / "configs/quickstart.yaml"))[2]
-    assert "--efficiency 0.0: use a number above 0" in run(one_node, "--efficiency", "0")[2]
+    assert "--efficiency 0.0: must be above 0" in run(one_node, "--efficiency", "0")[2]
 
 
 def test_groups_of_odd_sizes_cross_nodes_too():
@@ -164,14 +158,14 @@ def test_groups_of_odd_sizes_cross_nodes_too():
     assert estimate(own, 2.0, Hardware()).traffic["gradients and weights"].between > 0
 
 
-def test_a_pipeline_keeps_what_is_under_way():
+def test_pipeline_stages_store_activations_in_flight():
     fields = ["engine=megatron", "train.recompute=full", "train.global_batch=32", "train.micro_batch=4"]
     one, four = (
         memory_per_rank(layout(4, *fields, f"parallel.pipeline={stages}"), 2.0, "cpu").activations for stages in (1, 4)
     )
     tokens = 4 * 256
-    # The first stage: its layer's input for four passes, and one layer that is computed again; the others' and the
-    # head's are the last stage's.
+    # The first stage stores its layer's input for four micro-batches, and one recomputed layer; the head is on the last
+    # stage.
     assert four < one + 4 * tokens * 512 * 4
     interleaved = layout(4, *fields[:1], *fields[2:], "parallel.pipeline=2", "parallel.virtual_pipeline=2")
     plain = layout(4, *fields[:1], *fields[2:], "parallel.pipeline=2")
@@ -179,8 +173,8 @@ def test_a_pipeline_keeps_what_is_under_way():
 
 
 _PLAIN = str.maketrans(dict.fromkeys("[]' "))
-# Ranks and fields: both engines, ZeRO stages, precisions, accumulation, recomputation, expert, tensor and pipeline
-# parallelism; some with more activations than parameters.
+# Ranks and fields: both engines, ZeRO stages, precisions, accumulation, recomputation and parallelism; some have more
+# activations than parameters.
 MEASURED = [
     (1, ["deepspeed.zero_stage=0", "train.micro_batch=16"]),
     (2, ["deepspeed.zero_stage=1", "parallel.expert=2", "train.micro_batch=8"]),
@@ -190,17 +184,15 @@ MEASURED = [
     (2, ["engine=megatron", "parallel.expert=2", "train.micro_batch=8"]),
     (2, ["engine=megatron", "parallel.tensor=2", "train.micro_batch=8"]),
     (2, ["engine=megatron", "parallel.pipeline=2", "train.precision=bf16", "accumulate", "train.micro_batch=4"]),
-    (
-        2,
-        ["deepspeed.zero_stage=1", "model.moe.moe_layer_freq=2", "model.moe.shared_hidden=1024", "train.micro_batch=8"],
-    ),
-]
+    (2, ["deepspeed.zero_stage=1", "model.moe.moe_layer_freq=2", "model.moe.shared_hidden=1024",
+         "train.micro_batch=8"]),
+]  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "fields"), MEASURED, ids=lambda value: str(value).translate(_PLAIN))
 def test_memory_and_traffic_are_as_measured(tmp_path, summary, ranks, fields):
-    """Within 15% of the tensors that there are at once in a step of a run of these ranks."""
+    """Within 15% of the peak of all tensors in a step on these ranks."""
     given = load_config(None, [*_TINY, *(field for field in fields if field != "accumulate")])
     passes = ranks // given.parallel.model_parallel * (4 if "accumulate" in fields else 1)
     fields = [field for field in fields if field != "accumulate"]

@@ -53,9 +53,9 @@ def test_each_token_has_the_experts_and_gates_that_its_layers_used(model, view):
     for layer in model.decoder.moe_layers:
         dispatch = layer.dispatcher.dispatch
 
-        def watched(x_TD, plan, most_rows=None, layer=layer, dispatch=dispatch):
+        def watched(x_TD, plan, max_rows=None, layer=layer, dispatch=dispatch):
             given[layer.layer] = plan
-            return dispatch(x_TD, plan, most_rows)
+            return dispatch(x_TD, plan, max_rows)
 
         layer.dispatcher.dispatch = watched
     with torch.no_grad():

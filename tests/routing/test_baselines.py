@@ -153,7 +153,8 @@ def test_their_losses_do_not_depend_on_the_split(seed, kind, cut):
         return plan, losses.l1(plan, 1.5, counts) if kind == "relu" else null_balance(plan, 2, 2, counts)
 
     values = random_logits(seed, (12, 6))
-    whole, split = values.clone().requires_grad_(), values.clone().requires_grad_()
+    whole = values.clone().requires_grad_()
+    split = values.clone().requires_grad_()
     loss(whole)[1].backward()
     parts = [split[:cut], split[cut:]]
     own = [RoutingCounts.of(loss(part)[0]) for part in parts]

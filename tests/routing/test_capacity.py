@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynmoe.routing import apply_capacity, apply_ceiling, expert_capacity, top_p
+from dynmoe.routing import apply_capacity, expert_capacity, limit_routes, top_p
 from tests import oracles
 
 
@@ -42,17 +42,17 @@ def test_f18_drops_equal_a_brute_force_count(seed, tokens, experts, capacity, po
     st.integers(0, 10**6), st.integers(0, 14), st.integers(1, 6), st.integers(0, 40),
     st.sampled_from(["probs", "position"]), st.booleans(),
 )  # fmt: skip
-def test_a_ceiling_takes_from_all_tokens_alike(seed, tokens, experts, max_routes, policy, ties):
+def test_limit_routes_takes_from_all_tokens_alike(seed, tokens, experts, max_routes, policy, ties):
     logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed))
     plan = top_p(logits.round() if ties else logits, 0.7)
-    limited = apply_ceiling(plan, max_routes, policy)
-    expected = oracles.kept_under_ceiling(plan.scores_TE, plan.routing_map_TE, max_routes, policy)
+    limited = limit_routes(plan, max_routes, policy)
+    expected = oracles.kept_within_limit(plan.scores_TE, plan.routing_map_TE, max_routes, policy)
     assert torch.equal(limited.routing_map_TE, expected)
     assert torch.equal(limited.selected_map_TE, plan.routing_map_TE)
     assert limited.routing_map_TE.sum() == min(max_routes, int(plan.routing_map_TE.sum()))
 
 
-@pytest.mark.parametrize("limit", [apply_capacity, apply_ceiling])
+@pytest.mark.parametrize("limit", [apply_capacity, limit_routes])
 def test_an_unknown_policy_is_named(limit):
     with pytest.raises(ValueError, match="policy='oldest'"):
         limit(top_p(torch.zeros(1, 2), 0.5), 1, "oldest")

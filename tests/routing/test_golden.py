@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dynmoe.routing import losses, released_top_any_loss, top_any, top_p
+from dynmoe.routing import losses, top_any, top_p
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TOP_ANY = load_file(GOLDEN / "dynmoe_top_any.safetensors")
@@ -33,10 +33,10 @@ def test_top_any(case):
     assert torch.equal(plan.experts_per_token_T.int(), golden("k"))
     assert torch.equal(plan.tokens_per_expert_E, golden("exp_counts"))
     close(plan.gates_TE, golden("combine_weights"))
-    loss = released_top_any_loss(plan, prototypes, active)
-    close(loss.view(1), golden("l_aux"))
     parameters = losses.diversity(prototypes, active) + losses.simplicity(prototypes)
     close(parameters.view(1), golden("diversity_simplicity"))
+    loss = parameters + losses.gate_balance(plan) + losses.efficiency(plan)
+    close(loss.view(1), golden("l_aux"))
     if training:
         ((plan.gates_TE * golden("upstream")).sum() + 0.01 * loss).backward()
         for name, tensor in (("grad_x", x), ("grad_sim", prototypes), ("grad_thr", thresholds)):

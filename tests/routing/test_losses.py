@@ -113,7 +113,8 @@ def test_the_load_loss_is_the_squared_variation_of_the_load():
 
 
 def test_active_experts_are_what_is_counted():
-    hidden, prototypes = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.eye(4)
+    hidden = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    prototypes = torch.eye(4)
     whole = top_any(hidden, prototypes[:, :2], torch.zeros(2), torch.ones(2))
     active = torch.tensor([1, 1, 0, 0])
     part = top_any(hidden, prototypes, torch.zeros(4), active)

@@ -51,7 +51,8 @@ def test_figures_equal_a_count_over_the_maps(seed, tokens, experts, capacity):
 
 def test_vectors_of_parts_add_up():
     logits = torch.randn(10, 4)
-    whole, parts = pack(top_p(logits, 0.5)), [pack(top_p(part, 0.5)) for part in logits.split(5)]
+    whole = pack(top_p(logits, 0.5))
+    parts = [pack(top_p(part, 0.5)) for part in logits.split(5)]
     torch.testing.assert_close(whole, parts[0] + parts[1])
 
 

@@ -1,4 +1,4 @@
-"""What a model answers in transformers, and in what the answers of a client differ from it."""
+"""Reference answers of transformers, and how the answers of a client differ from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TOKENS = 24
-# Spaces, digits, line ends, and characters that are in no piece, but bytes.
+# Spaces, digits, line breaks, and characters that are encoded as bytes.
 PROMPTS = ["The router takes", "# Document 7\nThe expert  counts 12 of the", " caf\u00e9 \u2014 the gate"]
 SAME = "same"
 _TOLERANCE = 1e-4  # of log-probabilities
@@ -16,12 +16,12 @@ _TOLERANCE = 1e-4  # of log-probabilities
 
 @dataclass(frozen=True)
 class Answer:
-    """To one prompt, greedily.
+    """The greedy answer to one prompt.
 
     Attributes:
-        prompt: ids that its text became.
-        tokens: ids that were written.
-        logprobs: of each of them, from the logits as the model gives them.
+        prompt: ids of the prompt.
+        tokens: generated ids.
+        logprobs: log-probability of each generated token, from the model's raw logits.
     """
 
     prompt: list[int]
@@ -30,7 +30,7 @@ class Answer:
 
 
 def ask_transformers(export: Path) -> list[Answer]:
-    """The reference: fp32, on and on after the end of a text, as the clients are told to go."""
+    """Generates the reference in fp32, continuing after EOD as the clients do."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -49,9 +49,9 @@ def ask_transformers(export: Path) -> list[Answer]:
 
 
 def difference(found: Sequence[Answer], expected: Sequence[Answer]) -> str:
-    """``same``: ids of the text and tokens are, and log-probabilities within 1e-4; or what is not, in a few words.
+    """``same`` if prompt ids and tokens are equal and log-probabilities agree within 1e-4, else a short description.
 
-    Log-probabilities count as long as all tokens before them are the same. A client may give none.
+    Log-probabilities are compared as long as all tokens before them are the same. A client may omit them.
     """
     pairs = list(zip(found, expected, strict=True))
     if ids := sum(a.prompt != b.prompt for a, b in pairs):
@@ -66,7 +66,7 @@ def difference(found: Sequence[Answer], expected: Sequence[Answer]) -> str:
 
 
 def _off(found: Answer, expected: Answer) -> float:
-    """The largest difference of log-probabilities of tokens that are the same, and follow the same."""
+    """The largest difference of log-probabilities within the common prefix."""
     largest = 0.0
     for place, logprob in enumerate(found.logprobs):
         if found.tokens[: place + 1] != expected.tokens[: place + 1]:

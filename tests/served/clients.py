@@ -1,4 +1,4 @@
-"""The clients of the table: each a script that an environment of its own runs, without this project."""
+"""The clients of the table: scripts that run in separate environments, without this project."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.served.environments import python_of, variables
 
 @dataclass(frozen=True)
 class Said:
-    """What a client says of one model.
+    """The result of a client for one model.
 
     Attributes:
-        answers: to the prompts; none where there is an error.
-        error: why there are none.
-        apart: requests that are answered otherwise among others than alone.
-        versions: of the client's packages.
+        answers: answers to the prompts; empty after an error.
+        error: the error, if any.
+        apart: number of requests whose answer in a batch differs from the answer alone.
+        versions: versions of the client's packages.
     """
 
     answers: list[Answer] = field(default_factory=list)
@@ -41,34 +41,35 @@ def ask_client(
     environment: Mapping[str, str] | None = None,
     **job: Any,
 ) -> dict[str, Said]:
-    """Has the client's script answer for the models in turn.
+    """Runs the client's script for all models in turn.
 
-    Should it end, or be ended, before it has come to all of them, then that is the error of the others.
+    If the script exits or times out early, that is the error of the remaining models.
 
     Args:
         client: ``vllm``, ``mlx`` or ``llama``.
-        models: what each is called, and the folder or file that the client reads.
-        folder: for what it is told and leaves behind.
-        timeout_s: for all models together.
-        environment: variables to add.
-        job: what the script wants to know beside models, prompts and tokens.
+        models: the folder or file of each model, by name.
+        folder: working directory for inputs and outputs.
+        timeout_s: timeout for all models together.
+        environment: additional environment variables.
+        job: further inputs of the script.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    told, paths = folder / "job.json", {name: str(path) for name, path in models.items()}
-    told.write_text(json.dumps({"models": paths, "prompts": PROMPTS, "tokens": TOKENS, **job}))
-    command = [python_of(client), Path(__file__).with_name(f"{client}_client.py"), told]
+    inputs = folder / "job.json"
+    paths = {name: str(path) for name, path in models.items()}
+    inputs.write_text(json.dumps({"models": paths, "prompts": PROMPTS, "tokens": TOKENS, **job}))
+    command = [python_of(client), Path(__file__).with_name(f"{client}_client.py"), inputs]
     with (folder / "answers.txt").open("w") as answers, (folder / "errors.txt").open("w") as errors:
         process = subprocess.Popen(
             command, cwd=folder, env=variables(folder) | dict(environment or {}), stdout=answers, stderr=errors,
             start_new_session=True,
         )  # fmt: skip
     try:
-        ending = f"the client ended with status {process.wait(timeout_s)}"
+        ending = f"the client exited with status {process.wait(timeout_s)}"
     except subprocess.TimeoutExpired:
         ending = f"no answer within {timeout_s:.0f} s"
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # itself and what it has started
+            os.killpg(process.pid, signal.SIGKILL)  # and its child processes
         process.wait()
     said = {name: Said(error=ending) for name in models}
     for line in (folder / "answers.txt").read_text().splitlines():

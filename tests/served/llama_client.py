@@ -1,9 +1,8 @@
-"""What llama.cpp answers: run by the interpreter of an environment that has xllamacpp, and nothing of this project.
+"""Answers of llama.cpp; runs in an environment with xllamacpp and without this project.
 
-Its argument is a JSON file with ``models`` (name to GGUF file), ``prompts`` and ``tokens`` to write for each; ``texts``
-that are only made ids of, and ``exact`` (false: keys and values as llama.cpp has them by default) may be left out. It
-prints a JSON line for each model as soon as it has one: ``name``, ``versions``, and ``error``, or ``answers`` and
-``ids``.
+The argument is a JSON file with ``models`` (name to GGUF file), ``prompts`` and the number of ``tokens`` to generate.
+Optional are ``texts`` to tokenize, and ``exact`` (false: llama.cpp's default types of keys and values). Prints a JSON
+line per model when it is done: ``name``, ``versions``, and ``error``, or ``answers`` and ``ids``.
 """
 
 import json
@@ -14,15 +13,17 @@ from importlib.metadata import version
 
 
 def ask(file, job):
-    """The answers of one model."""
+    """Returns the answers of one model."""
     import xllamacpp
 
     settings = xllamacpp.CommonParams()
     settings.model.path = file
-    settings.n_ctx, settings.n_parallel, settings.warmup = 256, 1, False
-    # One thread: on a busy machine several would wait for each other in a loop.
+    settings.n_ctx = 256
+    settings.n_parallel = 1
+    settings.warmup = False
+    # One thread, because several threads busy-wait for each other on a loaded machine.
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
-    if job.get("exact", True):  # else keys and values are fp16, and flash attention rounds them even where they are not
+    if job.get("exact", True):  # by default they are fp16, and flash attention rounds them anyway
         settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(settings)
@@ -37,8 +38,10 @@ def ask(file, job):
         return post("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
 
     def answer(text):
-        prompt, tokens, logprobs = ids_of(text), [], []
-        while len(tokens) < job["tokens"]:  # it stops at the end of a text, and is told to go on from there
+        prompt = ids_of(text)
+        tokens = []
+        logprobs = []
+        while len(tokens) < job["tokens"]:  # it stops at EOD; continue from there
             wanted = {"n_predict": job["tokens"] - len(tokens), "temperature": 0.0, "n_probs": 1, "return_tokens": True}
             said = post("/completion", prompt=prompt + tokens, **wanted)
             if not said["tokens"]:
@@ -46,7 +49,7 @@ def ask(file, job):
             steps = said.get("completion_probabilities", [])
             given = [math.nan if step["logprob"] is None else step["logprob"] for step in steps]
             whole = len(given) == len(said["tokens"]) and len(logprobs) == len(tokens)
-            logprobs += given if whole else []  # none of tokens that are only a part of a character
+            logprobs += given if whole else []  # tokens that are part of a character have none
             tokens += said["tokens"]
         return {"prompt": prompt, "tokens": tokens, "logprobs": logprobs}
 

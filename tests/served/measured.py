@@ -1,4 +1,4 @@
-"""What each client answers for each model, measured once."""
+"""The answers of each client for each model, measured once."""
 
 from __future__ import annotations
 
@@ -12,37 +12,43 @@ from tests.served.clients import Said, ask_client
 from tests.served.models import call_hf, make_models
 from tests.texts import make_text
 
-EAGER, COMPILED, TWO_RANKS, AT_ONCE = "vLLM, eager", "vLLM, compiled", "vLLM, 2 ranks", "vLLM, 32 at once"
-MLX, LLAMA = "mlx-lm", "llama.cpp"
+EAGER = "vLLM, eager"
+COMPILED = "vLLM, compiled"
+TWO_RANKS = "vLLM, 2 ranks"
+AT_ONCE = "vLLM, 32 at once"
+MLX = "mlx-lm"
+LLAMA = "llama.cpp"
 CLIENTS = (EAGER, AT_ONCE, COMPILED, TWO_RANKS, MLX, LLAMA)
-# Beginnings and middles of sentences, of several lengths.
+# Parts of sentences with different lengths.
 _REQUESTS = [make_text(number).splitlines()[1][number % 7 : 12 + number % 20] for number in range(32)]
 _ENGINES: dict[str, dict[str, Any]] = {
     EAGER: {"enforce_eager": True},
     COMPILED: {},
     TWO_RANKS: {"enforce_eager": True, "tensor_parallel_size": 2},
 }
-# The engine in the client's process, which imports vLLM once for all models; ranks have processes of their own.
-_IN_ONE_PROCESS, _ON_TWO_CORES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-_TIMEOUT_S = 1800.0  # of all models
+# The engine runs in the client's process, which imports vLLM once for all models; ranks have their own processes.
+_IN_ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+_ON_TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+_TIMEOUT_S = 1800.0  # for all models
 
 
 class Measured:
-    """Trains and exports the models, and asks a client when its column is wanted.
+    """Trains and exports the models, and runs each client on demand.
 
     Attributes:
-        versions: by package, of the clients that were asked.
+        versions: versions of the packages of the clients that have run.
     """
 
     def __init__(self, corpus: Path, folder: Path) -> None:
         self.versions: dict[str, str] = {}
-        self._folder, self._columns = folder, dict[str, dict[str, str]]()
+        self._folder = folder
+        self._columns: dict[str, dict[str, str]] = {}
         self._models = make_models(corpus, folder)
         self._exports = {name: model.export for name, model in self._models.items()}
         self._expected = {name: ask_transformers(export) for name, export in self._exports.items()}
 
     def column(self, client: str) -> dict[str, str]:
-        """By model: ``same``, or what is not."""
+        """Results of a client by model: ``same``, or the difference."""
         if client not in self._columns:
             if client == AT_ONCE:
                 self.column(EAGER)  # which measures both
@@ -57,7 +63,7 @@ class Measured:
     def _ask_vllm(self, client: str) -> None:
         requests = _REQUESTS if client == EAGER else []
         environment = _IN_ONE_PROCESS | (_ON_TWO_CORES if client == TWO_RANKS else {})
-        folder = self._folder / re.sub(r"\W+", "_", client)  # vLLM's compiler takes no spaces
+        folder = self._folder / re.sub(r"\W+", "_", client)  # vLLM's compiler does not support spaces
         said = ask_client(
             "vllm", self._exports, folder, _TIMEOUT_S, environment, engine=_ENGINES[client], requests=requests
         )
@@ -66,8 +72,10 @@ class Measured:
             self._columns[AT_ONCE] = {name: _together(own) for name, own in said.items()}
 
     def _ask_llama(self) -> None:
-        """Of the models that the export to GGUF takes; of the others what it says."""
-        files, refusals, folder = {}, {}, self._folder / LLAMA
+        """Runs llama.cpp on the models that can be exported to GGUF; the others get the export's error."""
+        files = {}
+        refusals = {}
+        folder = self._folder / LLAMA
         folder.mkdir()
         for number, (name, model) in enumerate(self._models.items()):
             file = folder / f"{number}.gguf"
@@ -87,11 +95,11 @@ class Measured:
 
 
 def _refused(said: Said) -> str:
-    """Why there are no answers; nothing where there are."""
+    """The error, or an empty string if there are answers."""
     return f"refused: {said.error.splitlines()[0]}" if said.error else ""
 
 
 def _together(said: Said) -> str:
-    """Whether 32 requests at once are answered as each is alone."""
+    """Compares the answers to 32 requests at once with the answers to each alone."""
     other = f"other tokens ({said.apart} of {len(_REQUESTS)})" if said.apart else SAME
     return _refused(said) or other

@@ -1,7 +1,7 @@
-"""What mlx-lm answers: run by the interpreter of an environment that has mlx-lm, and nothing of this project.
+"""Answers of mlx-lm; runs in an environment with mlx-lm and without this project.
 
-Its argument is a JSON file with ``models`` (name to folder), ``prompts`` and ``tokens`` to write for each. It prints a
-JSON line for each model as soon as it has one: ``name``, ``versions``, and ``error`` or ``answers``.
+The argument is a JSON file with ``models`` (name to folder), ``prompts`` and the number of ``tokens`` to generate for
+each. Prints a JSON line per model when it is done: ``name``, ``versions``, and ``error`` or ``answers``.
 """
 
 import json

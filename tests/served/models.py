@@ -1,4 +1,4 @@
-"""The models of the table: each architecture of transformers and each router, trained for a moment and exported."""
+"""The models of the table: each architecture of transformers and each router, trained briefly and exported."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dynmoe.hf.command import main
 from harness.processes import WarmTraining
 from tests.hf.cases import TOP_K
 
-# As small as servers take: vLLM's attention on a CPU wants heads of 32, two ranks halve everything, and mlx-lm's
-# Mixtral knows no width of a head but hidden / heads. As many rows as pieces: a file for llama.cpp has no others, whose
-# share every log-probability would lack.
+# The smallest sizes that all servers support: vLLM's attention on a CPU requires heads of 32, two ranks halve sizes,
+# and mlx-lm's Mixtral requires hidden / heads as head width. Each embedding row represents a piece, because a GGUF file
+# omits further rows, and with them their share of the probability.
 _SHAPE = [
     "data.sequence_length=64", "model.vocab_size=400", "model.layers=3", "model.hidden=128", "model.heads=4",
     "model.kv_heads=2", "model.ffn_hidden=192", "model.moe.experts=8", "model.moe.expert_hidden=64",
@@ -25,9 +25,10 @@ _TRAINING = [
     "checkpoint.interval=60", "eval.interval=60", "eval.batches=1", "eval.sample_tokens=0", "logging.interval=20",
     "logging.wandb=disabled",
 ]  # fmt: skip
-_TIMEOUT_S = 600.0  # of one training, which takes seconds
-DENSE, NORMALIZED = "Qwen2-MoE, dense layers", "Qwen2-MoE, shared expert, gates that sum to 1"
-# What transformers has; the fields beside those above.
+_TIMEOUT_S = 600.0  # for one training, which takes seconds
+DENSE = "Qwen2-MoE, dense layers"
+NORMALIZED = "Qwen2-MoE, shared expert, gates that sum to 1"
+# Models that transformers has; the fields in addition to those above.
 FIXED = {
     "Llama": ["model.moe.experts=0"],
     "Mixtral": [*TOP_K, "model.router.renormalize=true"],
@@ -38,7 +39,7 @@ FIXED = {
     DENSE: [*TOP_K, "model.moe.moe_layer_freq=2"],
     NORMALIZED: [*TOP_K, "model.moe.shared_hidden=96", "model.router.renormalize=true"],
 }  # fmt: skip
-# What takes our code along: every router, and every other part of the architecture with one of them.
+# Models with our own code: every router, and every other architectural option with one of them.
 DYNAMIC = {
     "top_p": ["model.router.kind=top_p"],
     "top_any, shared expert": ["model.router.kind=top_any", "model.router.variant=improved",
@@ -58,8 +59,8 @@ class Served:
     """A model of the table.
 
     Attributes:
-        run: its directory.
-        export: what ``python -m dynmoe.hf export`` wrote.
+        run: directory of the run.
+        export: directory of the export.
     """
 
     run: Path
@@ -67,10 +68,11 @@ class Served:
 
 
 def make_models(corpus: Path, folder: Path) -> dict[str, Served]:
-    """Trains the models, one after the other, and exports them."""
+    """Trains and exports the models, one at a time."""
     made = {}
     for number, (name, fields) in enumerate((FIXED | DYNAMIC).items()):
-        run, out = folder / "runs" / f"model_{number}", folder / f"export_{number}"
+        run = folder / "runs" / f"model_{number}"
+        out = folder / f"export_{number}"
         train(corpus, run, fields)
         call_hf("export", run, out)
         made[name] = Served(run, out)
@@ -78,7 +80,7 @@ def make_models(corpus: Path, folder: Path) -> dict[str, Served]:
 
 
 def train(corpus: Path, run: Path, fields: Sequence[str]) -> None:
-    """``train.py`` on one rank, with ``fields`` beside those of a tiny model, into the directory ``run``."""
+    """Runs ``train.py`` on one rank, with a tiny model and ``fields``, in the directory ``run``."""
     run.parent.mkdir(parents=True, exist_ok=True)
     place = [f"data.dirs=[{corpus}]", f"run.dir={run.parent}", f"run.name={run.name}"]
     training = WarmTraining([*place, *_SHAPE, *_TRAINING, *fields], 1, 0, run.with_suffix(".txt"), {})
@@ -86,10 +88,10 @@ def train(corpus: Path, run: Path, fields: Sequence[str]) -> None:
 
 
 def call_hf(*words: str | Path) -> None:
-    """``python -m dynmoe.hf``, without the seconds of another interpreter.
+    """Calls ``python -m dynmoe.hf`` in this process.
 
     Raises:
-        UserError: what the command would print.
+        UserError: the error that the command would print.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["dynmoe.hf", *map(str, words)])

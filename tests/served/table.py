@@ -1,4 +1,4 @@
-"""The table of ``docs/serving.md``: what each client answers for each model, as it was measured last."""
+"""The table of ``docs/serving.md``: the latest results of each client for each model."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from tests.pages import rows
 
 NOT_ASKED = "–"
-_LONGEST = 80  # characters of a cell
+_LONGEST = 80  # characters per cell
 
 
 def table(cells: Mapping[str, Mapping[str, str]], versions: Mapping[str, str]) -> str:
-    """A row for each model, a column for each client, and the versions of all packages that took part.
+    """Formats a row per model, a column per client, and the versions of all packages.
 
     Args:
-        cells: by client, then by model.
-        versions: by package.
+        cells: results by client, then by model.
+        versions: versions by package.
     """
     models = dict.fromkeys(model for column in cells.values() for model in column)
     lines = [[model, *(_short(column.get(model, NOT_ASKED)) for column in cells.values())] for model in models]

@@ -1,4 +1,4 @@
-"""Experts per token in vLLM: the lines of ``docs/serving.md``, and what a router does not have."""
+"""Experts per token in vLLM: the example of ``docs/serving.md``, and refused settings."""
 
 from __future__ import annotations
 
@@ -53,16 +53,14 @@ def test_experts_are_set(exported):
     assert all(tokens == taken for tokens, taken in counts)
 
 
-def test_what_a_router_does_not_have_is_named(exported):
+def test_a_setting_that_a_router_does_not_have_is_named(exported):
     done = run(exported, script().replace('"count_experts": True', '"router_overrides": {"k": 2}'))
     assert done.returncode != 0
-    wanted = (
-        "ValueError: router_overrides.k=2: router.kind='top_p' has no such setting; use p or min_experts or max_experts"
-    )
-    assert wanted in done.stdout + done.stderr
+    problem = "router_overrides.k=2: router.kind='top_p' has no such setting; use p or min_experts or max_experts"
+    assert f"ValueError: {problem}" in done.stdout + done.stderr
 
 
-def test_a_prompt_beyond_the_window_is_named(exported):
+def test_a_prompt_beyond_the_context_length_is_refused(exported):
     done = run(exported, script().replace('"def main("', '"def main(" * 100'))
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("vllm.exceptions")]

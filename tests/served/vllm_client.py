@@ -1,9 +1,9 @@
-"""What vLLM answers: run by the interpreter of an environment that has vLLM, and nothing of this project.
+"""Answers of vLLM; runs in an environment with vLLM and without this project.
 
-Its argument is a JSON file with ``models`` (name to folder), ``prompts``, ``tokens`` to write for each, ``requests``
-(texts that are asked at once and then each alone; may be none) and ``engine`` (arguments of ``vllm.LLM``). It prints a
-JSON line for each model as soon as it has one: ``name``, ``versions``, and ``error`` or ``answers`` with ``apart``, the
-number of requests that are answered otherwise alone.
+The argument is a JSON file with ``models`` (name to folder), ``prompts``, the number of ``tokens`` to generate,
+``requests`` (texts to answer in one batch and then alone; may be empty) and ``engine`` (arguments of ``vllm.LLM``).
+Prints a JSON line per model when it is done: ``name``, ``versions``, and ``error`` or ``answers`` with ``apart``, the
+number of requests whose answer alone differs.
 """
 
 import gc
@@ -12,12 +12,11 @@ import os
 import sys
 from importlib.metadata import version
 
-# In this process, which is left to serve several models, where one rank is enough.
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 
 
 def ask(folder, job):
-    """The answers of one model, in one engine."""
+    """Returns the answers of one model, from one engine."""
     from vllm import LLM, SamplingParams
 
     greedy = SamplingParams(temperature=0.0, max_tokens=job["tokens"], ignore_eos=True, logprobs=0, detokenize=False)
@@ -43,7 +42,7 @@ def _answer(out):
 
 
 def _close(model):
-    """Ends what belongs to the engine, so that this process can make another."""
+    """Shuts the engine down, so that this process can create another."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     model.llm_engine.engine_core.shutdown()

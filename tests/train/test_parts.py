@@ -210,8 +210,8 @@ def test_a_dense_model_has_no_moe_metrics():
     assert moe_row(StepReport({}, 0, {}), config, 1) == {}
 
 
-def test_the_ceiling_may_change_on_resume():
-    """The error about a ceiling that is too low asks for this change."""
+def test_the_mean_experts_limit_may_change_on_resume():
+    """The error about a limit that is too low asks for this change."""
     saved = dataclasses.asdict(load_config(None, ["model.moe.max_mean_experts_per_token=2"]))
     check_unchanged(
         saved,

@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dynmoe.config import load_config
-from dynmoe.config.control import BudgetConfig
+from dynmoe.config.budget import BudgetConfig
 from dynmoe.config.logging import LoggingConfig
 from dynmoe.train.console import RunConsole
 from dynmoe.train.health import find_problems, new_problems

@@ -117,7 +117,7 @@ class MegatronEngine:
 
     def _recompute_latest(self) -> None:
         """Repeats the latest step's passes without statistics; the next step clears the gradients."""
-        with self.moe.repetition():
+        with self.moe.recompute():
             self._accumulate(self._batches)
 
     def _set_mode(self, training: bool) -> None:

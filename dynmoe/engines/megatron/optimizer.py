@@ -133,8 +133,8 @@ class OptimizerState:
             held.copy_(values[part].flatten()[start : start + held.numel()])
 
     @torch.no_grad()
-    def renew(self, parameter: nn.Parameter, index: tuple[int | slice, ...], fresh: Tensor) -> None:
-        """See :class:`dynmoe.moe.adaptation.ParameterRenewal`; needs no communication, as all ranks call it alike."""
+    def reset_slice(self, parameter: nn.Parameter, index: tuple[int | slice, ...], fresh: Tensor) -> None:
+        """See :class:`dynmoe.moe.adaptation.ParameterReset`; needs no communication, as all ranks call it alike."""
         renewed = torch.zeros_like(parameter, dtype=torch.bool)
         renewed[index] = True
         values = torch.zeros_like(parameter, dtype=torch.float32)

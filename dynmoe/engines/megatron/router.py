@@ -112,7 +112,7 @@ class DynamicRouter(MegatronModule):
         if losses and torch.is_grad_enabled():
             gates_TE = MoEAuxLossAutoScaler.apply(gates_TE, weighted_sum(losses, coefficients) * self._loss_scale)
         if self.training and not self._is_recomputation():
-            self._pass_statistics = record(plan, losses, coefficients, self.router.control_value, self.router.active_E)
+            self._pass_statistics = record(plan, losses, self.router)
         return gates_TE, plan.routing_map_TE
 
     def _accumulate_statistics(self) -> None:
@@ -127,7 +127,7 @@ class DynamicRouter(MegatronModule):
     def _calibrate(self, x_TD: Tensor) -> None:
         """Sets the thresholds from the scores of the first training pass, if so configured."""
         if self._needs_calibration and self.training and self.router.is_calibrated is not None:
-            with self.context.running(calibrating=True):
+            with self.context.override(calibrating=True):
                 self.router(x_TD)
         self._needs_calibration = self._needs_calibration and not self.training
 

@@ -106,7 +106,7 @@ class TritonBackend:
             h_NH, a_NF, launch.ends_E, width, hidden, **launch.row_meta(tiles),
         )  # fmt: skip
         rows_ND = _rows_product(launch, a_NF, w_down_EDF.transpose(1, 2))
-        return sum_rows(rows_ND, permutation.row_N, permutation.token_offsets_T1), h_NH
+        return sum_rows(rows_ND, permutation.row_N, permutation.token_offsets), h_NH
 
     def backward(
         self,
@@ -134,7 +134,7 @@ class TritonBackend:
         del a_NF, partial_NP
         grad_up_EHD = _weights_product(launch, grad_h_NH, x_TD.contiguous(), token_N, gather_a=False)
         grad_rows_ND = _rows_product(launch, grad_h_NH, w_up_EHD)
-        grad_x_TD = sum_rows(grad_rows_ND, permutation.row_N, permutation.token_offsets_T1)
+        grad_x_TD = sum_rows(grad_rows_ND, permutation.row_N, permutation.token_offsets)
         return grad_x_TD, grad_gates_TE, grad_up_EHD, grad_down_EDF
 
 

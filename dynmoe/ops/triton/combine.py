@@ -21,15 +21,15 @@ def _sum_rows_kernel(rows_ptr, row_ptr, offsets_ptr, out_ptr, width, WIDTH: tl.c
     tl.store(out_ptr + token.to(tl.int64) * width + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def sum_rows(rows_ND: Tensor, row_N: Tensor, token_offsets_T1: Tensor) -> Tensor:
+def sum_rows(rows_ND: Tensor, row_N: Tensor, token_offsets: Tensor) -> Tensor:
     """Sums the rows of each token, [T, D]; 0 for a token without rows. Deterministic."""
-    num_tokens = token_offsets_T1.shape[0] - 1
+    num_tokens = token_offsets.shape[0] - 1
     width = rows_ND.shape[1]
     out_TD = rows_ND.new_empty(num_tokens, width)
     if num_tokens:
         part = min(triton.next_power_of_2(width), 1024)
         _sum_rows_kernel[(num_tokens, triton.cdiv(width, part))](
-            rows_ND, row_N, token_offsets_T1, out_TD, width, WIDTH=part
+            rows_ND, row_N, token_offsets, out_TD, width, WIDTH=part
         )
     return out_TD
 

@@ -67,9 +67,9 @@ def build_routes(routing_map_TE: Tensor, num_rows: int) -> tuple[Tensor, Tensor,
     ends_E = counts_BE.sum(dim=0).cumsum(0)
     totals_BE = counts_BE.cumsum(0)
     start_BE = (totals_BE - counts_BE + F.pad(ends_E, (1, 0))[:-1]).to(torch.int32)
-    token_offsets_T1 = F.pad(routing_map_TE.sum(dim=1).cumsum(0), (1, 0)).to(torch.int32)
+    token_offsets = F.pad(routing_map_TE.sum(dim=1).cumsum(0), (1, 0)).to(torch.int32)
     if num_tiles:
         _fill_kernel[(num_tiles,)](
-            map_TE, start_BE, token_offsets_T1, token_N, route_N, row_N, num_tokens, num_rows, **sizes
+            map_TE, start_BE, token_offsets, token_N, route_N, row_N, num_tokens, num_rows, **sizes
         )
-    return token_N, route_N, row_N, token_offsets_T1, ends_E.to(torch.int32)
+    return token_N, route_N, row_N, token_offsets, ends_E.to(torch.int32)

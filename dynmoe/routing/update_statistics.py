@@ -1,4 +1,4 @@
-"""What budgets, adaptation and capacities need to know of a step: sums over its tokens, for each layer."""
+"""Sums over the tokens of a step and layer, from which budgets, adaptation and capacities are computed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dynmoe.routing.plan import RoutingPlan
 
 
 @dataclass(frozen=True)
-class ControlStatisticsSpec:
-    """What is summed up in addition to tokens and loads.
+class UpdateStatisticsSpec:
+    """The sums to collect in addition to tokens and loads.
 
     Attributes:
-        deviation: of what is compared with thresholds.
-        unclaimed: tokens that exceeded no threshold, and the sum of their router inputs.
+        deviation: mean and variance of the values that are compared with thresholds.
+        unclaimed: number of tokens that exceed no threshold, and the sum of their router inputs.
         histogram: counts of scores by expert and bin.
     """
 
@@ -27,17 +27,17 @@ class ControlStatisticsSpec:
 
 
 @dataclass(frozen=True)
-class ControlStatistics:
-    """Sums of one layer over all tokens of a step, fp64, the same on every rank.
+class UpdateStatistics:
+    """Statistics of one layer over all tokens of a step, fp64, identical on every rank.
 
     Attributes:
-        tokens: their number, a scalar.
-        selected_E: tokens that selected each expert, before capacity dropped routes.
-        mean_E: of what is compared with each threshold; None without ``deviation``.
-        variance_E: likewise.
-        unclaimed: tokens that exceeded no expert's threshold, a scalar; None without ``unclaimed``.
-        unclaimed_D: sum of the router inputs of those tokens; None without ``unclaimed``.
-        histogram_EB: counts of ``score_histogram``; None without ``histogram``.
+        tokens: number of tokens, a scalar.
+        selected_E: tokens that selected each expert, before capacity drops routes.
+        mean_E: mean of the values that are compared with each threshold; None without ``deviation``.
+        variance_E: variance of these values.
+        unclaimed: number of tokens that exceed no threshold, a scalar; None without ``unclaimed``.
+        unclaimed_D: sum of the router inputs of these tokens.
+        histogram_EC: sum of ``score_histogram``; None without ``histogram``.
     """
 
     tokens: Tensor
@@ -46,7 +46,7 @@ class ControlStatistics:
     variance_E: Tensor | None = None
     unclaimed: Tensor | None = None
     unclaimed_D: Tensor | None = None
-    histogram_EB: Tensor | None = None
+    histogram_EC: Tensor | None = None
 
     @property
     def experts_per_token(self) -> Tensor:
@@ -54,16 +54,16 @@ class ControlStatistics:
 
 
 @torch.no_grad()
-def pack_control_statistics(
-    plan: RoutingPlan, x_TD: Tensor, compared_TE: Tensor | None, spec: ControlStatisticsSpec
+def pack_update_statistics(
+    plan: RoutingPlan, x_TD: Tensor, compared_TE: Tensor | None, spec: UpdateStatisticsSpec
 ) -> Tensor:
-    """The sums of one forward pass as a vector, fp64; vectors of micro-batches and ranks add up.
+    """The sums of one forward pass as an fp64 vector; vectors of micro-batches and ranks can be added.
 
     Args:
         plan: of this rank's tokens, before capacity drops routes.
-        x_TD: the router's inputs.
-        compared_TE: what was compared with thresholds, where ``spec.deviation`` asks for it.
-        spec: what the vector holds.
+        x_TD: inputs of the router.
+        compared_TE: values that were compared with thresholds; needed if ``spec.deviation``.
+        spec: the sums to collect.
     """
     selected_TE = plan.selected_map_TE
     parts = [torch.full((1,), selected_TE.shape[0], device=x_TD.device), selected_TE.sum(dim=0)]
@@ -79,12 +79,12 @@ def pack_control_statistics(
     return torch.cat([part.double() for part in parts])
 
 
-def unpack_control_statistics(vector: Tensor, num_experts: int, spec: ControlStatisticsSpec) -> ControlStatistics:
-    """The sums of a vector of :func:`pack_control_statistics`, by name."""
+def unpack_update_statistics(vector: Tensor, num_experts: int, spec: UpdateStatisticsSpec) -> UpdateStatistics:
+    """The statistics in a (summed) vector of :func:`pack_update_statistics`."""
     tokens = vector[0]
     selected_E = vector[1 : 1 + num_experts]
     rest = vector[1 + num_experts :]
-    mean_E = variance_E = count = total_D = bins_EB = None
+    mean_E = variance_E = count = total_D = histogram_EC = None
     if spec.deviation:
         sum_E, square_E, rest = rest.split([num_experts, num_experts, len(rest) - 2 * num_experts])
         mean_E = sum_E / tokens
@@ -93,5 +93,5 @@ def unpack_control_statistics(vector: Tensor, num_experts: int, spec: ControlSta
         count = rest[0]
         total_D = rest[1:]
     if spec.histogram:
-        bins_EB = rest.view(num_experts, NUM_BINS)
-    return ControlStatistics(tokens, selected_E, mean_E, variance_E, count, total_D, bins_EB)
+        histogram_EC = rest.view(num_experts, NUM_BINS)
+    return UpdateStatistics(tokens, selected_E, mean_E, variance_E, count, total_D, histogram_EC)
