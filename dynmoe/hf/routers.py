@@ -84,6 +84,8 @@ def _from_older(spec: type[RouterSpec], found: Mapping[str, Any], hidden: int) -
     today["variant"] = found["form"]
     today |= {f"{name}_loss": losses.get(name, 0.0) for name in known}
     today |= {name: getattr(ordinary, name) for name in _NOT_IN_OLDER & set(names) if name not in today}
+    if today.get("weights") == "uniform":  # whose gates sum to 1 whatever it says
+        today["renormalize"] = None
     if "temperature" in names:
         scale = get.optional("scale")
         factor = {"fixed": 1.0, "sqrt_hidden": hidden**0.5}.get(today["temperature"])
