@@ -15,7 +15,7 @@ class BudgetConfig(Section):
     _section: ClassVar[str] = "budget"
 
     method: str = option(
-        "none", "how the budget is held: pi moves p (top_p) or all thresholds together; loss_free also moves each "
+        "none", "how the budget is enforced: pi moves p (top_p) or all thresholds together; loss_free also moves each "
         "expert's threshold by its load (top_k: only its bias, for balance)", choices=("none", "pi", "loss_free"),
     )  # fmt: skip
     experts_per_token: Optional[float] = option(None, "target of the mean experts per token", above=0)

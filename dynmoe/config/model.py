@@ -34,8 +34,9 @@ class MoEConfig(Section):
     )  # fmt: skip
     max_mean_experts_per_token: Optional[float] = option(
         None, "limit of experts per token in training, averaged over the tokens of one rank and micro-batch. It bounds "
-        "the memory of a layer, which a GPU then allocates without waiting for a count. With parallel.expert it bounds "
-        "the routes that a rank sends, not those that it receives (see capacity_factor). null: no limit", at_least=1,
+        "the memory of a layer; on a GPU, buffers are allocated at this size up front, so the host does not wait for a "
+        "row count. With parallel.expert it bounds the routes that a rank sends, not those that it receives (see "
+        "capacity_factor). null: no limit", at_least=1,
     )  # fmt: skip
     on_overflow: str = option(
         "error", "what to do if tokens select more than max_mean_experts_per_token: stop the run, or drop the worst "
