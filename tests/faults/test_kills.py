@@ -60,7 +60,7 @@ def test_f01_kill_of_a_rank_in_any_phase_of_a_step(
 # Before and after each part of a save: shard, hash, manifest, rename, verification, and (interrupted) removal of the
 # oldest checkpoint.
 SAVE = (
-    Strike("dynmoe.engines.canonical_state:save_file", 1, 1),
+    Strike("dynmoe.engines.canonical_state:save_tensors", 1, 1),
     Strike("dynmoe.train.checkpoint_store:hashes", 1, 0),
     Strike("dynmoe.train.checkpoint_store:hashes", 1, 1, after=True),
     Strike("dynmoe.train.checkpoint_store:commit", 1, 0),
