@@ -47,6 +47,8 @@ class Router(nn.Module):
     def __init__(self, model: ModelConfig, num_experts: int, seed: int, name: str, context: MoEContext) -> None:
         super().__init__()
         self.spec = model.router.resolved
+        self._losses = self.spec.losses
+        self._coefficients = self.spec.loss_coefficients()
         self.context = context
         self._loss_counts = LossCounts(context)
         spread = self.spec.variant != "released"
@@ -104,7 +106,8 @@ class Router(nn.Module):
     @property
     def loss_coefficients(self) -> dict[str, Any]:
         """The coefficient of each active auxiliary loss, a number or a tensor."""
-        return self.spec.loss_coefficients(self)
+        has_state = len(self._coefficients) < len(self._losses)
+        return self.spec.loss_coefficients(self) if has_state else self._coefficients
 
     def losses(self, plan: RoutingPlan, num_sequences: int = 1) -> dict[str, Tensor]:
         """Each active auxiliary loss, without its coefficient.
@@ -118,7 +121,7 @@ class Router(nn.Module):
         """
         target = self.context.step.target_experts
         inputs = CountedLossInputs(self.spec, self, plan, num_sequences, self._loss_counts, target)
-        return {name: loss(inputs) for name, loss in self.spec.losses.items()}
+        return {name: loss(inputs) for name, loss in self._losses.items()}
 
     def wait_for_counts(self) -> None:
         """Waits for the counts of this step's forward passes, which fills in the values of their losses."""

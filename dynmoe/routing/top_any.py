@@ -65,8 +65,7 @@ def top_any(
             threshold by the largest margin; in the released variant they have the highest scores.
 
     Raises:
-        ValueError: an argument is out of range, or no expert is active (checked on a CPU outside compiled graphs only:
-            elsewhere it would wait for the device).
+        ValueError: an argument is out of range, or no expert is active (checked on a CPU outside compiled graphs only).
     """
     _check_choices(variant, weights, straight_through)
     check_limits(prototypes_DE.shape[1], min_experts, max_experts)
