@@ -17,6 +17,7 @@ from dynmoe.hf.configuration_dynmoe import DynMoEConfig
 from dynmoe.hf.serving_dynmoe import ExpertsHost
 from dynmoe.routers.base import LossInputs, TensorSpec, router_of, without_shape
 from dynmoe.routing import RoutingPlan
+from dynmoe.routing.scope import TokenScope
 
 
 def router_buffers(config: DynMoEConfig, num_experts: int) -> dict[str, TensorSpec]:
@@ -26,14 +27,21 @@ def router_buffers(config: DynMoEConfig, num_experts: int) -> dict[str, TensorSp
 
 
 class RouterTensors:
-    """The tensors of a router under the names of its specification, which include shape letters."""
+    """The state of a router (see ``RouterState``): its tensors under names that include shape letters."""
 
     active_E: Tensor
 
-    def __init__(self, router: nn.Module, names: dict[str, str], overrides: dict[str, Any]) -> None:
+    def __init__(self, router: DynMoERouter, num_sequences: int = 1) -> None:
         self.training = router.training
-        for ours, theirs in names.items():
-            setattr(self, ours, overrides.get(theirs, getattr(router, theirs)))
+        self.scope = TokenScope(num_sequences)
+        self._target_experts = router.target_experts
+        for ours, theirs in router.names.items():
+            # An override replaces a trained value, such as p.
+            setattr(self, ours, router.overrides.get(theirs, getattr(router, theirs)))
+
+    @property
+    def target_experts(self) -> float | None:
+        return self._target_experts
 
     def linear(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         return F.linear(x_TD.float(), weight_ED.float())
@@ -56,6 +64,7 @@ class DynMoERouter(nn.Module):
         self.overrides = config.router_overrides or {}
         # Losses count the tokens of one batch, whatever their scope in training.
         self.spec = router_of(config.router | self.overrides | {"balance_scope": "micro_batch"}).resolved
+        self.target_experts: float | None = config.router.get("budget", {}).get("experts_per_token")
         self.most_experts = self.spec.max_experts_per_token(num_experts)
         functions = self.spec.losses
         self.losses = [(factor, functions[name]) for name, factor in self.spec.loss_coefficients().items()]
@@ -81,19 +90,14 @@ class DynMoERouter(nn.Module):
                 self._buffers[name] = buffer.to(getattr(self, name).device)
         return self
 
-    @property
-    def tensors(self) -> RouterTensors:
-        # An override replaces a trained value, such as p.
-        return RouterTensors(self, self.names, self.overrides)
-
-    def forward(self, x_TD: Tensor) -> tuple[RoutingPlan, Tensor]:
+    def forward(self, x_TD: Tensor, num_sequences: int) -> tuple[RoutingPlan, Tensor]:
         """Returns the plan, and the logits [T, E] before softmax, sigmoid or ReLU (null experts come last)."""
-        plan = self.spec.route(self.tensors, x_TD)
+        plan = self.spec.route(RouterTensors(self, num_sequences), x_TD)
         return plan, torch.logit(plan.scores_TE) if plan.logits_TE is None else plan.logits_TE
 
     def loss(self, plan: RoutingPlan) -> Tensor:
         """Sum of the router's auxiliary losses in training, times their coefficients."""
-        inputs = LossInputs(self.spec, self.tensors, plan)
+        inputs = LossInputs(self.spec, RouterTensors(self), plan)
         losses = [factor * function(inputs) for factor, function in self.losses]
         return torch.stack(losses).sum() if losses else plan.scores_TE.new_zeros(())
 
@@ -164,13 +168,15 @@ class DynMoEBlock(nn.Module):
         """
         x_TD = x_BSD.flatten(0, 1)
         with torch.autocast(x_TD.device.type, enabled=False):  # routers stay in fp32
-            plan, logits_TE = self.router(x_TD)
+            plan, logits_TE = self.router(x_TD, len(x_BSD))
             loss = self.router.loss(plan if counted_T is None else _of_tokens(plan, counted_T)) if wanted else None
         if self.counts_2 is not None:
             self.counts_2.add_(_counts_of(plan.routing_map_TE, counted_T))
         y_TD = self.experts(x_TD, plan.routing_map_TE, plan.gates_TE)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
+        if plan.local_TD is not None:
+            y_TD = y_TD + plan.local_TD
         if loss is None:
             return y_TD.view_as(x_BSD), ()
         shape = (*x_BSD.shape[:2], -1)

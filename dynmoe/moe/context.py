@@ -52,7 +52,7 @@ class StepState:
         calibrating: threshold routers set their thresholds from the scores of this forward pass.
         recording: collect statistics for the metrics.
         update_statistics: statistics to collect for budgets and adaptation; None for none.
-        target_experts: experts per token that the budget targets; the penalty of the relu router is relative to it.
+        target_experts: experts per token that the budget targets; None without a budget.
         trace: collects the routes; None if the step is not traced.
     """
 
@@ -62,7 +62,7 @@ class StepState:
     calibrating: bool = False
     recording: bool = False
     update_statistics: UpdateStatisticsSpec | None = None
-    target_experts: float = 1.0
+    target_experts: float | None = None
     trace: RoutingTrace | None = None
 
 

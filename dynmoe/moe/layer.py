@@ -57,7 +57,7 @@ class MoELayer(nn.Module):
         step = self.context.step
         trains = self.training and not step.calibrating
         x_TD = x.reshape(-1, x.shape[-1])
-        selection = self.router(x_TD)
+        selection = self.router(x_TD, math.prod(x.shape[:-2]))
         plan, max_rows, overflowed = self._within_limit(self._within_capacity(selection), step)
         self.dispatcher.count_bytes(trains)
         dispatched = self.dispatcher.dispatch(x_TD, plan, max_rows)
@@ -66,8 +66,10 @@ class MoELayer(nn.Module):
         y_TD = self.dispatcher.combine(outputs_TD, dispatched)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
+        if plan.local_TD is not None:
+            y_TD = y_TD + plan.local_TD
         if trains:
-            losses = self.router.losses(selection, math.prod(x.shape[:-2]))
+            losses = self.router.losses(selection)
             if losses and torch.is_grad_enabled():
                 y_TD = attach_loss(y_TD, weighted_sum(losses, self.router.loss_coefficients), step.loss_scale)
             if not step.recomputing:

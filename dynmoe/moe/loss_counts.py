@@ -77,11 +77,9 @@ class CountedLossInputs(LossInputs):
     """
 
     def __init__(
-        self, spec: RouterSpec, state: RouterState, plan: RoutingPlan, num_sequences: int, counts: LossCounts,
-        target_experts: float,
-    ) -> None:  # fmt: skip
+        self, spec: RouterSpec, state: RouterState, plan: RoutingPlan, num_sequences: int, counts: LossCounts
+    ) -> None:
         super().__init__(spec, state, plan)
-        self.target_experts = target_experts
         self._num_sequences = num_sequences
         self._counts = counts
 

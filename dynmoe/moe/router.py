@@ -13,9 +13,11 @@ from dynmoe.moe.calibration import thresholds_for_share
 from dynmoe.moe.context import MoEContext
 from dynmoe.moe.initialization import named_normal
 from dynmoe.moe.loss_counts import CountedLossInputs, LossCounts
+from dynmoe.moe.scope import RankScope
 from dynmoe.ops import linear_fp32
 from dynmoe.routers.base import without_shape
 from dynmoe.routing import RoutingPlan
+from dynmoe.routing.scope import TokenScope
 
 
 def initially_active(num_experts: int, wanted: int | None, spread: bool) -> Tensor:
@@ -43,6 +45,7 @@ class Router(nn.Module):
 
     active_E: Tensor
     experts_per_token: Tensor
+    scope: TokenScope
 
     def __init__(self, model: ModelConfig, num_experts: int, seed: int, name: str, context: MoEContext) -> None:
         super().__init__()
@@ -50,6 +53,7 @@ class Router(nn.Module):
         self._losses = self.spec.losses
         self._coefficients = self.spec.loss_coefficients()
         self.context = context
+        self.scope = RankScope(1, context.groups)
         self._loss_counts = LossCounts(context)
         spread = self.spec.variant != "released"
         self.register_buffer("active_E", initially_active(num_experts, model.moe.active_at_start, spread))
@@ -77,7 +81,13 @@ class Router(nn.Module):
     def linear(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         return linear_fp32(x_TD, weight_ED)
 
-    def forward(self, x_TD: Tensor) -> RoutingPlan:
+    @property
+    def target_experts(self) -> float | None:
+        return self.context.step.target_experts
+
+    def forward(self, x_TD: Tensor, num_sequences: int = 1) -> RoutingPlan:
+        """The plan of the tokens of ``num_sequences`` sequences; tokens of a sequence are contiguous."""
+        self.scope = RankScope(num_sequences, self.context.groups)
         if self.context.step.calibrating:
             self._calibrate(x_TD)
         return self.spec.route(self, x_TD)
@@ -109,18 +119,13 @@ class Router(nn.Module):
         has_state = len(self._coefficients) < len(self._losses)
         return self.spec.loss_coefficients(self) if has_state else self._coefficients
 
-    def losses(self, plan: RoutingPlan, num_sequences: int = 1) -> dict[str, Tensor]:
+    def losses(self, plan: RoutingPlan) -> dict[str, Tensor]:
         """Each active auxiliary loss, without its coefficient.
 
         The value of a loss with counts over ranks is NaN until the backward pass or :meth:`wait_for_counts` has waited
-        for the counts.
-
-        Args:
-            plan: of this rank's tokens, before capacity drops routes.
-            num_sequences: number of sequences in the plan; tokens of a sequence are contiguous.
+        for the counts. ``plan`` is that of the latest forward pass, before capacity drops routes.
         """
-        target = self.context.step.target_experts
-        inputs = CountedLossInputs(self.spec, self, plan, num_sequences, self._loss_counts, target)
+        inputs = CountedLossInputs(self.spec, self, plan, self.scope.num_sequences, self._loss_counts)
         return {name: loss(inputs) for name, loss in self._losses.items()}
 
     def wait_for_counts(self) -> None:

@@ -74,9 +74,9 @@ class RouterUpdates:
             return None
         return UpdateStatisticsSpec(self._deviation, adapts, self._histogram)
 
-    def target_experts(self, step: int) -> float:
-        """Experts per token that the budget targets in optimizer step ``step``; 1 without a budget."""
-        return self._budget.target(step - 1) or 1.0
+    def target_experts(self, step: int) -> float | None:
+        """Experts per token that the budget targets in optimizer step ``step``; None without a budget."""
+        return self._budget.target(step - 1)
 
     def apply(
         self, stats: Sequence[LayerStepStats], spec: UpdateStatisticsSpec | None, step: int

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dynmoe.routing.plan import AsyncCounts, RoutingCounts, RoutingPlan
+    from dynmoe.routing.scope import TokenScope
     from dynmoe.routing.update_statistics import UpdateStatistics
 
 
@@ -46,9 +47,19 @@ def without_shape(name: str) -> str:
 
 
 class RouterState(Protocol):
-    """The tensors of a router as attributes, by their names in its :class:`RouterSpec`."""
+    """The tensors of a router as attributes, by their names in its :class:`RouterSpec`.
+
+    Attributes:
+        training: False in evaluation and generation, where the choice for a token must not depend on later tokens.
+        scope: the tokens of this forward pass, for routers whose choice in training depends on other tokens.
+        target_experts: experts per token that the budget targets; None without a budget.
+    """
 
     training: bool
+    scope: TokenScope
+
+    @property
+    def target_experts(self) -> float | None: ...
 
     def linear(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         """x · Wᵀ in fp32, [T, E]."""
@@ -84,10 +95,7 @@ class LossInputs:
         spec: of the router, resolved.
         state: tensors of the router.
         plan: of this rank's tokens, before capacity drops routes.
-        target_experts: experts per token that the budget targets.
     """
-
-    target_experts: float = 1.0
 
     def __init__(self, spec: Any, state: RouterState, plan: RoutingPlan) -> None:
         self.spec = spec
@@ -145,6 +153,10 @@ class RouterSpec(Section):
     ADAPTS: ClassVar[bool] = False
     # True if the losses can be computed for each sequence.
     BALANCES_SEQUENCES: ClassVar[bool] = False
+    # The tokens on which the choice for a token depends in training: the token itself, its sequence, or the batch.
+    SELECTS_AMONG: ClassVar[str] = "token"
+    # True if plans have ``local_TD``.
+    ADDS_OUTPUT: ClassVar[bool] = False
 
     kind: str = option("", "routing method: how the experts of a token are chosen")
     variant: str = option(
@@ -218,17 +230,18 @@ class RouterSpec(Section):
         if most is not None and most > largest:
             cure = f"use at most model.moe.experts ({largest})"
             raise ConfigError("model.router.max_experts", most, "is more than there are experts", cure)
-        rows = smallest + self.num_null_experts
+        rows = smallest + self.num_zero_computation
         for name in ("min_experts", "initial_experts", "k"):
             value = getattr(self, name, None)
             if value is not None and value > rows:
-                limit = "the real and null experts" if self.num_null_experts else "model.moe.experts"
+                free = self.num_zero_computation
+                limit = f"the {smallest} experts and {free} zero-computation experts" if free else "model.moe.experts"
                 cure = f"use at most {limit} ({rows})"
                 raise ConfigError(f"model.router.{name}", value, "is more than there are experts", cure)
 
     @property
-    def num_null_experts(self) -> int:
-        """Number of experts that a token can select and that compute nothing."""
+    def num_zero_computation(self) -> int:
+        """Number of experts that a token can select besides those of the layer, and that compute (almost) nothing."""
         return 0
 
     # Tensors

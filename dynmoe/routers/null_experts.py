@@ -36,7 +36,7 @@ class NullExperts(LinearRouter):
     z_loss: Optional[float] = auxiliary(z_term, "the router z-loss")
 
     @property
-    def num_null_experts(self) -> int:
+    def num_zero_computation(self) -> int:
         return self.num_null
 
     @property

@@ -38,7 +38,7 @@ class LinearRouter(RouterSpec):
     """A router whose scores come from linear logits, x · Wᵀ."""
 
     def parameters(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
-        return {"weight_ED": TensorSpec((num_experts + self.num_null_experts, hidden), None, export="tensor")}
+        return {"weight_ED": TensorSpec((num_experts + self.num_zero_computation, hidden), None, export="tensor")}
 
     def logits_TE(self, state: RouterState, x_TD: Tensor) -> Tensor:
         return state.linear(x_TD, state.weight_ED)

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def l1_term(inputs: LossInputs) -> Tensor:
-    """L1 penalty on positive logits, weighted by load."""
+    """L1 penalty on positive logits, weighted by load; without a budget, relative to one expert per token."""
     from dynmoe.routing.losses import l1
 
-    return l1(inputs.plan, inputs.target_experts, inputs.counts)
+    return l1(inputs.plan, inputs.state.target_experts or 1.0, inputs.counts)
 
 
 @register("relu")

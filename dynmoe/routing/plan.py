@@ -23,6 +23,8 @@ class RoutingPlan:
         unclaimed_T: bool; tokens that exceed no expert's threshold, even if a floor adds an expert. None for routers
             in which this cannot happen.
         choice_TE: fp32 selection (0 or 1) with the straight-through gradient of top_any; None for other routers.
+        local_TD: part of the output that the router computes on the token's own rank; has gradients. None for routers
+            without zero-computation experts.
     """
 
     gates_TE: Tensor
@@ -32,6 +34,7 @@ class RoutingPlan:
     logits_TE: Tensor | None = None
     unclaimed_T: Tensor | None = None
     choice_TE: Tensor | None = None
+    local_TD: Tensor | None = None
 
     @property
     def experts_per_token_T(self) -> Tensor:

@@ -45,7 +45,7 @@ BAD = [
     ),
     ("model.router.cutoff=0.3", ["model.router.cutoff=0.3", "top_p", "remove it"]),
     ("model.router.weights=score", ["model.router.weights='score'", "top_p", "remove it"]),
-    ("model.router.kind=null_experts model.router.k=33", ["model.router.k=33", "real and null experts (32)"]),
+    ("model.router.kind=null_experts model.router.k=33", ["model.router.k=33", "zero-computation experts (32)"]),
     (
         "model.router.kind=top_any model.router.variant=released model.router.min_experts=1",
         ["min_experts=1", "the released variant has no minimum"],

@@ -144,7 +144,7 @@ def test_narrower_scopes_of_the_balance(scope):
     spread_router(layer)
     x = torch.randn(2, 6, HIDDEN)
     layer.context.step = StepState(micro_batch=1)  # makes no difference here
-    found = layer.router.losses(layer.router(x.view(12, HIDDEN)), num_sequences=2)["balance"]
+    found = layer.router.losses(layer.router(x.view(12, HIDDEN), num_sequences=2))["balance"]
     parts = [x.view(12, HIDDEN)] if scope == "micro_batch" else list(x)
     alone = [layer.router(part) for part in parts]
     expected = [4 * (plan.selected_map_TE.float().mean(dim=0) / 2 * plan.scores_TE.mean(dim=0)).sum() for plan in alone]

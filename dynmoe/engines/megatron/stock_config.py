@@ -73,6 +73,12 @@ def check_config(config: TransformerConfig, settings: RouterSpec) -> None:
     if settings.HAS_OWN_RULE:
         problem = "updates its state between steps, which a stock training loop does not do"
         raise UserError(f"kind={settings.kind!r}: {problem}; use engine=megatron")
+    if settings.ADDS_OUTPUT:
+        problem = "computes part of the output itself, which Megatron's layer does not add"
+        raise UserError(f"kind={settings.kind!r}: {problem}; use engine=megatron")
+    if settings.SELECTS_AMONG == "sequence":
+        problem = "selects within sequences, which the stock layer mixes"
+        raise UserError(f"kind={settings.kind!r}: {problem}; use engine=megatron")
     if settings.balance_scope == "sequence":
         raise UserError(
             "balance_scope='sequence': the stock layer mixes sequences; use global_batch (the tokens of "
