@@ -33,6 +33,7 @@ from bench import (
     soak,
     statistics,
     wire,
+    zero_computation,
 )
 from bench.report import Rows, machine, markdown, print_table
 from dynmoe.cli import run_tool
@@ -43,8 +44,8 @@ BENCHMARKS: dict[str, ModuleType] = {
     "layer": layer, "dispatch": dispatch, "growth": growth, "imbalance": imbalance, "memory": memory,
     "launches": launches, "wire": wire, "end_to_end": end_to_end, "router": router, "statistics": statistics,
     "saving": saving, "decoding": decoding, "collectives": collectives, "gradient_watch": gradient_watch,
-    "data_prep": data_prep, "faults": faults, "gpu_layer": gpu_layer, "gpu_smoke": gpu_smoke, "routing": routing,
-    "served": served, "soak": soak,
+    "data_prep": data_prep, "zero_computation": zero_computation, "faults": faults, "gpu_layer": gpu_layer,
+    "gpu_smoke": gpu_smoke, "routing": routing, "served": served, "soak": soak,
 }  # fmt: skip
 _OF_ALL = [name for name in BENCHMARKS if name not in ("faults", "gpu_smoke", "routing", "served", "soak")]
 

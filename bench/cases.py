@@ -61,7 +61,7 @@ class FixedRouter(nn.Module):
         self.loss_coefficients: dict[str, float] = {}
         self.gates_TE = nn.Parameter(plan.gates_TE.detach().clone())
 
-    def forward(self, _: Tensor) -> RoutingPlan:
+    def forward(self, *_: object) -> RoutingPlan:
         return replace(self.plan, gates_TE=self.gates_TE)
 
     def losses(self, *_: object) -> dict[str, Tensor]:

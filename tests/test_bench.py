@@ -71,6 +71,15 @@ def test_the_layer_against_the_dense_floor_and_its_peers(one_rank):
     assert verdicts[0].startswith("bf16, K̄ 2")
 
 
+def test_identity_experts_against_plain_top_k(tmp_path):
+    small = [*SMALL, "--width", "16", "--experts", "4", "--identity", "2", "--ranks", "2"]
+    (row,), said = run_benchmark(tmp_path, "zero_computation", *small)
+    assert row["mean_k"] == pytest.approx(2.0, abs=0.1)
+    assert min(row["forward"], row["backward"], row["both"]) > 0
+    assert 0.3 < row["sent"] < 1.0
+    assert "fp32, K̄ 2" in said
+
+
 def test_a_method_with_a_different_output_is_not_timed():
     layer = torch.nn.Linear(4, 4)
     for wrong in (lambda x: 1.01 * layer(x), lambda x: layer(x).detach() + 1.01 * (layer(x) - layer(x).detach())):

@@ -25,8 +25,8 @@ class BudgetConfig(Section):
     proportional: float = option(0.1, "gain of pi on the change of the error (1 - observed / target)", at_least=0)
     integral: float = option(0.4, "gain of pi on the error, per step", above=0)
     rate: Optional[float] = option(
-        None, "step size of loss_free: of a threshold in deviations of its scores (null: 0.1), of a bias (null: 0.001)",
-        above=0,
+        None, "step size of loss_free: of a threshold in deviations of its scores (null: 0.1), of a bias of top_k "
+        "(null: 0.001) or of identity_experts (null: 0.1)", above=0,
     )  # fmt: skip
 
     def check_router(self, router: RouterSpec, num_experts: int) -> None:

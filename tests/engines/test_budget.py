@@ -66,6 +66,21 @@ def test_the_budget_is_reached_from_both_sides_and_after_a_change(one_rank, two_
     assert mean(experts_per_token(second)[SETTLED:]) == pytest.approx(4.0, rel=0.02)
 
 
+@pytest.mark.parametrize("layout", ["alone", *(pytest.param(name, marks=pytest.mark.slow) for name in SPREAD)])
+@pytest.mark.parametrize("target", [1.25, 2.5])
+def test_biases_of_ffn_experts_hold_their_number(one_rank, two_ranks, layout, target):
+    """A token selects three of 16 FFN and eight identity experts: without a budget, two FFN experts.
+
+    The rate is ten times the default, as 70 steps are few.
+    """
+    pool = one_rank if layout == "alone" else two_ranks
+    overrides = [*BASE, "model.router.kind=identity_experts", "budget.method=loss_free", "budget.rate=1"]
+    budget = f"budget.experts_per_token={target}"
+    observed = experts_per_token(pool.run(train, [*overrides, budget, *SPREAD.get(layout, [])], 0, SETTLED + WINDOW)[0])
+    assert observed[0] == pytest.approx(2.0, abs=0.25)
+    assert mean(observed[SETTLED:]) == pytest.approx(target, rel=0.02)
+
+
 @pytest.mark.parametrize("layout", ["alone", pytest.param("PP 2", marks=pytest.mark.slow)])
 def test_each_layer_or_the_mean_over_layers_reaches_the_budget(one_rank, two_ranks, layout):
     pool = one_rank if layout == "alone" else two_ranks

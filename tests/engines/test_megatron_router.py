@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from dynmoe.errors import UserError
 from dynmoe.moe.initialization import named_normal
-from dynmoe.routers import ExpertThreshold, NullExperts, ReLU, Sigmoid, TopAny, TopK, TopP
+from dynmoe.routers import ExpertThreshold, IdentityExperts, NullExperts, ReLU, Sigmoid, TopAny, TopK, TopP
 from harness.processes import CPU, ROOT
 
 KINDS = {
@@ -258,6 +258,7 @@ def test_options_that_assume_a_fixed_k_are_refused_by_name(fields, named):
     [
         (ReLU(), "kind='relu'.*engine=megatron"),
         (ExpertThreshold(), "kind='expert_threshold'"),
+        (IdentityExperts(), "kind='identity_experts': computes part of the output itself"),
         (TopP(balance_scope="sequence"), "balance_scope='sequence'"),
     ],
 )

@@ -109,7 +109,7 @@ def test_invalid_router_overrides_are_refused(router, overrides, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["top_p", "top_any", "sigmoid", "top_k", "expert_threshold"])
+@pytest.mark.parametrize("kind", ["top_p", "top_any", "sigmoid", "top_k", "expert_threshold", "identity_experts"])
 def test_a_model_from_the_meta_device_is_initialized(kind):
     """from_pretrained and servers create the model on the meta device and then fill it."""
     from dynmoe.hf.modeling_dynmoe import DynMoEForCausalLM

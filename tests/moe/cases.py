@@ -19,6 +19,9 @@ ROUTERS = {
 # The others, which the engines' tests try in one layout.
 BASELINES = {
     "expert_threshold": ["model.router.kind=expert_threshold", "model.router.cutoff=0.6", "budget.experts_per_token=2"],
+    "identity_experts": ["model.router.kind=identity_experts", "model.router.k=3", "model.router.num_identity=2",
+                         "model.router.num_zero=1", "model.router.num_constant=1",
+                         "budget.method=loss_free", "budget.experts_per_token=1.5"],
     "null_experts": ["model.router.kind=null_experts", "model.router.k=3", "model.router.num_null=2"],
     "relu": ["model.router.kind=relu", "budget.experts_per_token=2"],
     "sigmoid": ["model.router.kind=sigmoid", "model.router.balance_loss=1e-2"],

@@ -31,6 +31,14 @@ def make_layer(*overrides: str, seed: int = 0) -> MoELayer:
     return layer
 
 
+def oracles_of_all(router, x, k: int) -> torch.Tensor:
+    """Which of all experts, zero-computation ones included, each token selects."""
+    selected_TX = torch.zeros(len(x), len(router.weight_ED), dtype=torch.bool)
+    for token, probs in enumerate(router.linear(x, router.weight_ED).softmax(dim=1).tolist()):
+        selected_TX[token, list(oracles.top_k_choice(probs, k))] = True
+    return selected_TX
+
+
 def loop_over_tokens(layer: MoELayer, x, upstream):
     """The same pass with the routing of the layer's router and the oracle's experts."""
     layer.zero_grad()
@@ -45,6 +53,8 @@ def loop_over_tokens(layer: MoELayer, x, upstream):
     y = oracles.moe_output(x, plan.gates_TE, plan.routing_map_TE, layer.experts.w_up_EHD, layer.experts.w_down_EDF)
     if layer.shared is not None:
         y = y + layer.shared(x)
+    if plan.local_TD is not None:
+        y = y + plan.local_TD
     y.backward(upstream)
     zero = {name: torch.zeros_like(p) for name, p in layer.named_parameters()}
     gradients = {name: zero[name] if p.grad is None else p.grad.clone() for name, p in layer.named_parameters()}
@@ -172,7 +182,19 @@ def test_expert_parallel_equals_one_process(two_ranks, kind):
         assert max(differences.values()) < 1e-4, differences
 
 
-@pytest.mark.parametrize("kind", sorted(ROUTERS))
+@pytest.mark.parametrize("kind", [*sorted(ROUTERS), "identity_experts"])
 def test_a_token_crosses_once_for_all_its_experts_of_a_rank(two_ranks, kind):
-    for sent, minimum in two_ranks.run(bytes_on_the_wire, ROUTERS[kind], 30):
+    """Zero-computation experts send nothing, so that a token with no other experts stays."""
+    for sent, minimum in two_ranks.run(bytes_on_the_wire, ALL[kind], 30):
         assert sent == minimum > 0
+
+
+def test_zero_computation_experts_compute_no_rows():
+    overrides = ["model.router.kind=identity_experts", "model.router.k=4", "model.router.num_identity=4"]
+    layer = make_layer(*overrides)
+    x = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(0))
+    plan = layer.router(x)
+    selected_TX = oracles_of_all(layer.router, x, 4)
+    layer(x)
+    assert layer.drain().routed_rows == selected_TX[:, :EXPERTS].sum() < 4 * 40
+    assert torch.equal(plan.routing_map_TE, selected_TX[:, :EXPERTS])
