@@ -156,6 +156,10 @@ def main() -> None:
         "--top-p", type=float, default=1.0, help="probability mass of the tokens to sample from (default: 1)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    parser.add_argument(
+        "--experts-per-token", type=float, metavar="K",
+        help="budget, in the range of model.router.budgets (default: budget.experts_per_token of the run)",
+    )  # fmt: skip
     parser.add_argument("--show-experts", action="store_true", help="print experts per token, averaged over layers")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     given = parser.parse_args()
@@ -166,7 +170,9 @@ def main() -> None:
     from dynmoe.model.sampling import Sampling
     from dynmoe.trained import open_trained
 
-    model = open_trained(given.run, None if given.device is None else torch.device(given.device))
+    model = open_trained(
+        given.run, None if given.device is None else torch.device(given.device), given.experts_per_token
+    )
     if given.show_experts and not model.decoder.moe_layers:
         raise UserError(f"--show-experts: the model of {given.run} is dense; remove the option")
     sampling = Sampling(given.temperature, given.top_k, given.top_p)

@@ -50,11 +50,11 @@ class TrainedModel(TrainedDecoder):
     tokenizer: Tokenizer
 
 
-def open_trained(run: Path, device: torch.device | None = None) -> TrainedModel:
+def open_trained(run: Path, device: torch.device | None = None, experts_per_token: float | None = None) -> TrainedModel:
     """Loads the model and the tokenizer of a run; see :func:`open_decoder`.
 
     Raises:
-        UserError: there is no run, no tokenizer or no valid checkpoint.
+        UserError: there is no run, no tokenizer or no valid checkpoint, or the model has no such budget.
     """
     directory = RunDirectory(run)
     load_config(directory.config)  # a missing run is reported before a missing tokenizer
@@ -62,10 +62,12 @@ def open_trained(run: Path, device: torch.device | None = None) -> TrainedModel:
     if not directory.tokenizer.exists():
         raise UserError(f"{directory.tokenizer} is missing; {cure}")
     tokenizer = Tokenizer(directory.tokenizer, cure)
-    return TrainedModel(**vars(open_decoder(run, device)), tokenizer=tokenizer)
+    return TrainedModel(**vars(open_decoder(run, device, experts_per_token)), tokenizer=tokenizer)
 
 
-def open_decoder(run: Path, device: torch.device | None = None) -> TrainedDecoder:
+def open_decoder(
+    run: Path, device: torch.device | None = None, experts_per_token: float | None = None
+) -> TrainedDecoder:
     """Loads the whole model of a run, which must fit into memory whatever the layout of the run.
 
     The MoE backend is chosen for ``device``, not taken from the run. The checkpoint of a Megatron run is first
@@ -74,16 +76,20 @@ def open_decoder(run: Path, device: torch.device | None = None) -> TrainedDecode
     Args:
         run: directory of the run.
         device: device of the model; default: a GPU if there is one.
+        experts_per_token: a number in the range of ``model.router.budgets``; default: ``budget.experts_per_token``.
 
     Raises:
-        UserError: there is no run or no valid checkpoint.
+        UserError: there is no run or no valid checkpoint, or the model has no such budget.
     """
     directory = RunDirectory(run)
     config = load_config(directory.config)
+    if experts_per_token is not None:
+        config.model.router.check_budget(experts_per_token, "--experts-per-token")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _canonical_checkpoint(directory, config) as checkpoint:
         rows = canonical_state.read_shape(checkpoint.path, "w_embed_VD")[0]
         decoder = Decoder(config.model, rows, config.train.seed)
+        decoder.context.aim(experts_per_token or config.budget.experts_per_token)
         canonical_state.load_weights(checkpoint.path, decoder, decoder.moe_layers)
     return TrainedDecoder(config, checkpoint.step, decoder.to(device).eval(), device)
 

@@ -88,11 +88,14 @@ def warm_start(
     fitted = isinstance(config.model.router, TopP)
     if fitted and old.model.moe_layers and experts_per_token is None:
         experts_per_token = old.model.router.expected_experts
+    if fitted and config.model.router.budgets:
+        experts_per_token = config.budget.experts_per_token
     if experts_per_token is not None and not fitted:
         raise UserError(f"--experts-per-token={experts_per_token}: only top_p fits p; use model.router.kind=top_p")
     model = open_trained(run, torch.device("cpu"))
     tokens_BS = _validation_text(config, model.tokenizer.sha256)
     decoder = Decoder(config.model, model.decoder.w_embed_VD.shape[0], config.train.seed).eval()
+    decoder.context.aim(config.budget.experts_per_token)
     _copy(model.decoder, decoder)
     if not old.model.moe_layers:
         _upcycle(model.decoder, decoder, granularity, config.train.seed, symmetry_break)
@@ -206,7 +209,8 @@ def fit_p(decoder: Decoder, tokens_BS: Tensor, experts_per_token: float) -> None
         logits_TE = plans[0].logits_TE
         assert logits_TE is not None
         with torch.no_grad():
-            router.spec.fit(router, logits_TE, experts_per_token)
+            for wanted in router.spec.budgets or [experts_per_token]:
+                router.spec.fit(router.at(wanted), logits_TE, wanted)
 
 
 def _compare(old: Decoder, new: Decoder, tokens_BS: Tensor) -> tuple[float, float, float]:

@@ -35,7 +35,8 @@ class BudgetConfig(Section):
         if self.method not in known:
             problem = f"does not control the {router.kind} router"
             raise ConfigError("budget.method", self.method, problem, f"use {' or '.join(known)}")
-        needs = router.HAS_OWN_RULE or (self.method != "none" and router.fixed_experts is None)
+        needs = router.HAS_OWN_RULE or bool(router.budgets)
+        needs = needs or (self.method != "none" and router.fixed_experts is None)
         if needs and self.experts_per_token is None:
             raise ConfigError("budget.experts_per_token", None, "is needed to hold a budget", "set a number")
         if not needs and self.experts_per_token is not None:
@@ -46,6 +47,8 @@ class BudgetConfig(Section):
             raise ConfigError(f"budget.{name}", getattr(self, name), "is only half of a schedule", cure)
         if self.start is not None and self.experts_per_token is None:
             raise ConfigError("budget.start", self.start, "has no final target", "set budget.experts_per_token")
+        if router.budgets:
+            self._check_several(router)
         if self.rate is not None and self.method != "loss_free":
             raise ConfigError("budget.rate", self.rate, f"has no meaning for budget.method={self.method}", "remove it")
         if self.scope == "global" and not router.HOLDS_GLOBALLY:
@@ -58,6 +61,20 @@ class BudgetConfig(Section):
             if value is not None and not fewest <= value <= most:
                 problem = f"is not a possible number of experts per token ({fewest} to {most})"
                 raise ConfigError(f"budget.{name}", value, problem, "change it or the limits")
+        if router.budgets and not (fewest <= router.budgets[0] and router.budgets[-1] <= most):
+            problem = f"exceeds the possible experts per token ({fewest} to {most})"
+            raise ConfigError("model.router.budgets", router.budgets, problem, "change it or the limits")
+
+    def _check_several(self, router: RouterSpec) -> None:
+        """Raises a ConfigError if this budget does not fit the several budgets of the router."""
+        if self.method == "none" and not (router.HAS_OWN_RULE or router.SETS_NUMBER):
+            cure = f"use {' or '.join(router.BUDGET_METHODS)}"
+            raise ConfigError("budget.method", self.method, "does not hold several model.router.budgets", cure)
+        if self.start is not None:
+            problem = "has no meaning with several model.router.budgets"
+            raise ConfigError("budget.start", self.start, problem, "remove it")
+        assert self.experts_per_token is not None
+        router.check_budget(self.experts_per_token, "budget.experts_per_token")
 
 
 @dataclass
@@ -86,6 +103,9 @@ class AdaptationConfig(Section):
         if not router.ADAPTS:
             problem = f"the {router.kind} router cannot add or remove experts"
             raise ConfigError("adaptation.interval", self.interval, problem, "use 0, or model.router.kind=top_any")
+        if router.budgets:
+            problem = "cannot change the experts of a model with several model.router.budgets"
+            raise ConfigError("adaptation.interval", self.interval, problem, "use 0, or budgets=[]")
         if self.window > min(self.interval, steps):
             problem = f"is longer than the interval ({self.interval}) or the run ({steps} steps)"
             raise ConfigError("adaptation.window", self.window, problem, "use a shorter one")

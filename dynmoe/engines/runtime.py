@@ -40,6 +40,7 @@ class MoERuntime:
         parameters: Iterable[tuple[str, nn.Parameter]], device: torch.device,
     ) -> None:  # fmt: skip
         self.context = context
+        context.aim(config.budget.experts_per_token)
         self._model = config.model
         self._layers = layers
         self._device = device

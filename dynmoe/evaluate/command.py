@@ -15,7 +15,8 @@ from dynmoe.errors import UserError
 if TYPE_CHECKING:
     from dynmoe.config import Config
     from dynmoe.data.corpus import Corpus
-    from dynmoe.evaluate.harness import Tasks
+    from dynmoe.evaluate.harness import Tasks, TaskScores
+    from dynmoe.evaluate.models import WholeModel
     from dynmoe.evaluate.scoring import Progress
     from dynmoe.train.metrics import Row
     from dynmoe.train.run_directory import RunDirectory
@@ -34,6 +35,11 @@ def main() -> None:
     parser.add_argument("--include", type=Path, metavar="DIR", help="folder of more YAML files with named tasks")
     parser.add_argument("--shots", type=int, help="examples before each question; default: as each task specifies")
     parser.add_argument("--limit", type=int, help="maximum number of documents per task; default: all")
+    parser.add_argument(
+        "--experts-per-token", nargs="+", type=float, metavar="K",
+        help="evaluate with each of these budgets, in the range of model.router.budgets; the scores are not added to "
+        "the run's metrics (python -m dynmoe.report budget draws them)",
+    )  # fmt: skip
     domains = parser.add_mutually_exclusive_group()
     domains.add_argument("--corpora", nargs="+", metavar="DIR", help="corpora to use as domains; default: data.dirs")
     domains.add_argument("--no-domains", action="store_true", help="evaluate only tasks")
@@ -48,7 +54,9 @@ def main() -> None:
 
     directory = RunDirectory(given.run)
     config = load_config(directory.config)
-    if given.output is None:
+    for wanted in given.experts_per_token or []:
+        config.model.router.check_budget(wanted, "--experts-per-token")
+    if given.output is None and not given.experts_per_token:
         _claim(directory)
         directory.release()  # evaluation may take long and must not block training
     corpora, sequences = ({}, None) if given.no_domains else _open_corpora(config, given.corpora)
@@ -73,10 +81,8 @@ def _score(
     """Computes, prints and stores the scores."""
     import torch
 
-    from dynmoe.evaluate.domains import score_domains
     from dynmoe.evaluate.models import WholeModel
     from dynmoe.train.console import print_scores
-    from dynmoe.train.scores import scores_row
     from dynmoe.trained import open_trained
 
     trained = open_trained(given.run, None if given.device is None else torch.device(given.device))
@@ -85,6 +91,38 @@ def _score(
             cure = f"prepare it with --tokenizer {directory.tokenizer}"
             raise UserError(f"--corpora: {name} was encoded with a different tokenizer than the run; {cure}")
     model = WholeModel(trained)
+    content: dict[str, Any] = {"run": config.run.name, "step": trained.step}
+    path = directory.path / "evaluations" / f"step_{trained.step:08d}.json"
+    if given.experts_per_token:
+        content["budgets"] = []
+        for wanted in given.experts_per_token:
+            trained.decoder.context.aim(wanted)
+            row, _ = _score_once(given, model, corpora, sequences, tasks)
+            print_scores(row, f"{given.run}, step {trained.step}, {wanted:g} experts per token")
+            content["budgets"].append({"experts_per_token": wanted, "scores": row})
+        _write(content, given.output or path.with_stem(f"{path.stem}_budgets"))
+        return
+    row, done = _score_once(given, model, corpora, sequences, tasks)
+    print_scores(row, f"{given.run}, step {trained.step}")
+    content["scores"] = row
+    if done is not None:
+        longest = config.data.sequence_length
+        for name, count in done.cut.items():
+            print(f"{name}: truncated {count} requests at the beginning to data.sequence_length ({longest})")
+        content |= {"cut": done.cut, "harness": done.report}
+    _write(content, given.output or path)
+    if given.output is None:
+        _record(config, directory, trained.step, row)
+
+
+def _score_once(
+    given: argparse.Namespace, model: WholeModel, corpora: dict[str, Corpus], sequences: dict[str, int] | None,
+    tasks: Tasks | None,
+) -> tuple[Row, TaskScores | None]:  # fmt: skip
+    """The scores of domains and tasks as a row of metrics, and the results of the tasks."""
+    from dynmoe.evaluate.domains import score_domains
+    from dynmoe.train.scores import scores_row
+
     done = None
     with tempfile.TemporaryDirectory() as cache, _shown("domains") as progress:
         domains = score_domains(model, corpora, Path(cache), progress, sequences)
@@ -93,17 +131,7 @@ def _score(
 
         with _shown("tasks") as progress:
             done = score_tasks(model, tasks, progress, shots=given.shots, limit=given.limit)
-    row = scores_row({} if done is None else done.scores, domains)
-    print_scores(row, f"{given.run}, step {trained.step}")
-    content: dict[str, Any] = {"run": config.run.name, "step": trained.step, "scores": row}
-    if done is not None:
-        longest = config.data.sequence_length
-        for name, count in done.cut.items():
-            print(f"{name}: truncated {count} requests at the beginning to data.sequence_length ({longest})")
-        content |= {"cut": done.cut, "harness": done.report}
-    _write(content, given.output or directory.path / "evaluations" / f"step_{trained.step:08d}.json")
-    if given.output is None:
-        _record(config, directory, trained.step, row)
+    return scores_row({} if done is None else done.scores, domains), done
 
 
 def _check(given: argparse.Namespace, names: Sequence[str]) -> None:

@@ -100,17 +100,19 @@ class DynMoEConfig(PreTrainedConfig):
         """
         spec = router_of(self.router)
         overrides = self.router_overrides or {}
-        known = spec.served_fields
+        known = (*spec.served_fields, *(["experts_per_token"] if spec.budgets else []))
         for name, value in overrides.items():
             problem = f"router_overrides.{name}={value!r}"
             if name not in known:
                 cure = f"use {' or '.join(known)}" if known else "its experts per token cannot be set"
                 raise ValueError(f"{problem}: router.kind={spec.kind!r} has no such setting; {cure}")
-            takes_fractions = spec.__dataclass_fields__[name].type == "float"
+            takes_fractions = name == "experts_per_token" or spec.__dataclass_fields__[name].type == "float"
             if isinstance(value, bool) or not isinstance(value, int | float if takes_fractions else int):
                 raise ValueError(f"{problem}: must be {'a number' if takes_fractions else 'an integer'}")
         experts = [count for count in self.layer_experts if count]
         try:
+            if "experts_per_token" in overrides:
+                spec.check_budget(overrides["experts_per_token"], "router_overrides.experts_per_token")
             router_of(self.router | overrides).check_layers(min(experts, default=0), min(experts, default=0))
         except ConfigError as error:
             text = str(error).replace("model.router.", "router_overrides.")

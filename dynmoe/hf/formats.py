@@ -22,7 +22,7 @@ def standard_architecture(model: ModelConfig) -> str | None:
     moe = model.moe
     if not model.moe_layers:
         return "llama" if model.qk_norm is None else None
-    if not isinstance(model.router, TopK) or len(set(moe.experts_by_layer)) > 1:
+    if not isinstance(model.router, TopK) or model.router.budgets or len(set(moe.experts_by_layer)) > 1:
         return None
     plain = moe.moe_layer_freq == 1 and not moe.shared_hidden
     if model.qk_norm == "head":

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from dynmoe.hf.configuration_dynmoe import DynMoEConfig
 from dynmoe.hf.serving_dynmoe import ExpertsHost
-from dynmoe.routers.base import LossInputs, TensorSpec, router_of, without_shape
+from dynmoe.routers.base import LossInputs, TensorSpec, at_budget, router_of, without_shape
 from dynmoe.routing import RoutingPlan
 from dynmoe.routing.scope import TokenScope
 
 
 def router_buffers(config: DynMoEConfig, num_experts: int) -> dict[str, TensorSpec]:
     """Router state that training updates without gradients, under the names of training."""
-    buffers = router_of(config.router).buffers(config.hidden_size, num_experts)
+    buffers = router_of(config.router).stored_buffers(config.hidden_size, num_experts)
     return {name: tensor for name, tensor in buffers.items() if tensor.export == "tensor"}
 
 
@@ -37,7 +37,10 @@ class RouterTensors:
         self._target_experts = router.target_experts
         for ours, theirs in router.names.items():
             # An override replaces a trained value, such as p.
-            setattr(self, ours, router.overrides.get(theirs, getattr(router, theirs)))
+            value = router.overrides.get(theirs, getattr(router, theirs))
+            if router.initial[theirs].by_budget and router.spec.budgets:
+                value = at_budget(value, router.spec.budgets, router.target_experts or router.spec.budgets[-1])
+            setattr(self, ours, value)
 
     @property
     def target_experts(self) -> float | None:
@@ -64,7 +67,8 @@ class DynMoERouter(nn.Module):
         self.overrides = config.router_overrides or {}
         # Losses count the tokens of one batch, whatever their scope in training.
         self.spec = router_of(config.router | self.overrides | {"balance_scope": "micro_batch"}).resolved
-        self.target_experts: float | None = config.router.get("budget", {}).get("experts_per_token")
+        trained = (config.router.get("budget") or {}).get("experts_per_token")
+        self.target_experts: float | None = self.overrides.get("experts_per_token", trained)
         self.most_experts = self.spec.max_experts_per_token(num_experts)
         functions = self.spec.losses
         self.losses = [(factor, functions[name]) for name, factor in self.spec.loss_coefficients().items()]

@@ -144,6 +144,6 @@ def _router(model: ModelConfig, experts: int, ours: str, theirs: str) -> Iterato
     for name, tensor in model.router.parameters(hidden, experts).items():
         yield Part(f"{ours}.{name}", (f"{theirs}.{without_shape(name)}",), tensor.shape)
     yield Part(f"{ours}.active_E", (f"{theirs}.active",), (experts,), state=True)
-    for name, tensor in model.router.buffers(hidden, experts).items():
+    for name, tensor in model.router.stored_buffers(hidden, experts).items():
         if tensor.export == "tensor":
             yield Part(f"{ours}.{name}", (f"{theirs}.{without_shape(name)}",), tensor.shape, state=True)

@@ -24,6 +24,10 @@ _NOT_IN_OLDER = {
 }  # fmt: skip
 
 
+# Fields that older exports lack, with the only value that they could have.
+_ADDED: dict[str, Any] = {"budgets": []}
+
+
 def write_router(config: Config) -> dict[str, Any]:
     """Every field of a run's router with its effective value, and the budget at the end of its schedule."""
     settings = dataclasses.asdict(config.model.router.resolved)
@@ -43,7 +47,7 @@ def read_router(found: Any, hidden: int) -> dict[str, Any]:
     Raises:
         UserError: a setting is missing or unknown.
     """
-    found = _mapping("router", found)
+    found = _ADDED | dict(_mapping("router", found))
     kind = Settings(found, path="router.")["kind"]
     if kind not in list(ROUTERS):
         raise UserError(f"config.json: router.kind={shown(kind)}: unknown router; use one of {', '.join(ROUTERS)}")

@@ -72,7 +72,7 @@ class MoEContext:
     Attributes:
         groups: process groups.
         backend: computes the experts (see ``dynmoe.ops.routed_experts``).
-        step: state of the current forward pass; only :meth:`override` changes it.
+        step: state of the current forward pass; only :meth:`override` and :meth:`aim` change it.
         token_counts, sequence_counts: all-reduces over the groups of these names; None without the group.
     """
 
@@ -82,6 +82,10 @@ class MoEContext:
         self.step = StepState() if step is None else step
         self.token_counts = None if self.groups.tokens is None else CountsOverRanks(self.groups.tokens)
         self.sequence_counts = None if self.groups.sequence is None else CountsOverRanks(self.groups.sequence)
+
+    def aim(self, target_experts: float | None) -> None:
+        """Sets the experts per token outside of optimizer steps, in evaluation and generation."""
+        self.step = dataclasses.replace(self.step, target_experts=target_experts)
 
     @contextmanager
     def override(self, **changes: Any) -> Iterator[None]:

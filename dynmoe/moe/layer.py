@@ -83,6 +83,8 @@ class MoELayer(nn.Module):
         if factor is None or not self.training:
             return plan
         average = self.router.experts_per_token
+        if self.router.spec.budgets:  # another one in each step
+            average = torch.full_like(average, self.context.step.target_experts or 0.0)
         num_tokens = plan.routing_map_TE.shape[0]
         # The first step has no moving average yet and uses the routes of these tokens.
         routes = torch.where(average > 0, average * num_tokens, plan.routing_map_TE.sum())
@@ -131,7 +133,8 @@ class MoELayer(nn.Module):
             step.trace.add(self.layer, step.micro_batch, plan, dispatched.routes)
         if step.update_statistics is not None:
             with torch.no_grad():
-                compared_TE = router.spec.compared_TE(router, plan) if step.update_statistics.deviation else None
+                state = router.at(step.target_experts)
+                compared_TE = router.spec.compared_TE(state, plan) if step.update_statistics.deviation else None
             sums = pack_update_statistics(plan, x_TD, compared_TE, step.update_statistics)
             stats.update_sums = sums if stats.update_sums is None else stats.update_sums + sums
 

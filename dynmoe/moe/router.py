@@ -15,7 +15,7 @@ from dynmoe.moe.initialization import named_normal
 from dynmoe.moe.loss_counts import CountedLossInputs, LossCounts
 from dynmoe.moe.scope import RankScope
 from dynmoe.ops import linear_fp32
-from dynmoe.routers.base import without_shape
+from dynmoe.routers.base import RouterState, at_budget, without_shape
 from dynmoe.routing import RoutingPlan
 from dynmoe.routing.scope import TokenScope
 
@@ -26,6 +26,25 @@ def initially_active(num_experts: int, wanted: int | None, spread: bool) -> Tens
     count = num_experts if wanted is None else wanted
     active_E[[index * num_experts // count if spread else index for index in range(count)]] = True
     return active_E
+
+
+class BudgetState:
+    """The state of a router at one of several budgets, or between two of them (see ``RouterState``).
+
+    Args:
+        router: the router; its buffers have a value for each budget.
+        target_experts: experts per token.
+    """
+
+    def __init__(self, router: Router, target_experts: float) -> None:
+        self._router = router
+        self.target_experts = target_experts
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._router, name)
+        if name not in self._router.by_budget:
+            return value
+        return at_budget(value, self._router.spec.budgets, self.target_experts)
 
 
 class Router(nn.Module):
@@ -46,6 +65,7 @@ class Router(nn.Module):
     active_E: Tensor
     experts_per_token: Tensor
     scope: TokenScope
+    by_budget: frozenset[str]
 
     def __init__(self, model: ModelConfig, num_experts: int, seed: int, name: str, context: MoEContext) -> None:
         super().__init__()
@@ -64,7 +84,9 @@ class Router(nn.Module):
             else:
                 values = torch.full(tensor.shape, tensor.initial)
             self.register_parameter(key, nn.Parameter(values))
-        for key, tensor in self.spec.buffers(model.hidden, num_experts).items():
+        buffers = self.spec.stored_buffers(model.hidden, num_experts)
+        self.by_budget = frozenset(key for key, tensor in buffers.items() if tensor.by_budget and self.spec.budgets)
+        for key, tensor in buffers.items():
             assert tensor.initial is not None
             self.register_buffer(key, torch.full(tensor.shape, tensor.initial, dtype=getattr(torch, tensor.dtype)))
 
@@ -85,18 +107,23 @@ class Router(nn.Module):
     def target_experts(self) -> float | None:
         return self.context.step.target_experts
 
+    def at(self, target_experts: float | None) -> RouterState:
+        """The state for the experts per token that the budget targets; without one, for the most of several."""
+        budgets = self.spec.budgets
+        return BudgetState(self, target_experts or budgets[-1]) if budgets else self
+
     def forward(self, x_TD: Tensor, num_sequences: int = 1) -> RoutingPlan:
         """The plan of the tokens of ``num_sequences`` sequences; tokens of a sequence are contiguous."""
         self.scope = RankScope(num_sequences, self.context.groups)
         if self.context.step.calibrating:
             self._calibrate(x_TD)
-        return self.spec.route(self, x_TD)
+        return self.spec.route(self.at(self.target_experts), x_TD)
 
     @property
     @torch.no_grad()
     def control_value(self) -> Tensor:
         """See :meth:`RouterSpec.control_value`."""
-        return self.spec.control_value(self)
+        return self.spec.control_value(self.at(self.target_experts))
 
     @property
     def is_calibrated(self) -> Tensor | None:
@@ -108,16 +135,18 @@ class Router(nn.Module):
         """Sets the offsets, once, so that each active expert takes its share of the tokens of all ranks."""
         if self.is_calibrated is None or bool(self.is_calibrated):
             return
-        share = min(1.0, self.spec.initial_experts / int(self.active_E.sum()))  # type: ignore[attr-defined]
-        values_TE = self.spec.calibration_TE(self, x_TD)
-        self.offset_E.copy_(thresholds_for_share(values_TE, share, self.context.groups.tokens))  # type: ignore[operator]
+        for wanted in self.spec.budgets or [self.spec.initial_experts]:  # type: ignore[attr-defined]
+            state = self.at(wanted)
+            share = min(1.0, wanted / int(self.active_E.sum()))
+            values_TE = self.spec.calibration_TE(state, x_TD)
+            state.offset_E.copy_(thresholds_for_share(values_TE, share, self.context.groups.tokens))
         self.is_calibrated.fill_(True)
 
     @property
     def loss_coefficients(self) -> dict[str, Any]:
         """The coefficient of each active auxiliary loss, a number or a tensor."""
         has_state = len(self._coefficients) < len(self._losses)
-        return self.spec.loss_coefficients(self) if has_state else self._coefficients
+        return self.spec.loss_coefficients(self.at(self.target_experts)) if has_state else self._coefficients
 
     def losses(self, plan: RoutingPlan) -> dict[str, Tensor]:
         """Each active auxiliary loss, without its coefficient.
@@ -125,7 +154,8 @@ class Router(nn.Module):
         The value of a loss with counts over ranks is NaN until the backward pass or :meth:`wait_for_counts` has waited
         for the counts. ``plan`` is that of the latest forward pass, before capacity drops routes.
         """
-        inputs = CountedLossInputs(self.spec, self, plan, self.scope.num_sequences, self._loss_counts)
+        state = self.at(self.target_experts)
+        inputs = CountedLossInputs(self.spec, state, plan, self.scope.num_sequences, self._loss_counts)
         return {name: loss(inputs) for name, loss in self._losses.items()}
 
     def wait_for_counts(self) -> None:

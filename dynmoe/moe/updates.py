@@ -40,7 +40,7 @@ class RouterUpdates:
         budget = config.budget
         self._layers = layers
         self._groups = groups
-        self._budget = Budget(budget, groups.pipeline, device)
+        self._budget = Budget(config, groups.pipeline, device)
         needed = max(router.min_experts_per_token, budget.experts_per_token or 0, budget.start or 0, 1)
         self._adaptation = Adaptation(config.adaptation, optimizer_state, min_active=math.ceil(needed))
         self._has_budget = budget.method != "none" or budget.experts_per_token is not None
@@ -76,7 +76,7 @@ class RouterUpdates:
 
     def target_experts(self, step: int) -> float | None:
         """Experts per token that the budget targets in optimizer step ``step``; None without a budget."""
-        return self._budget.target(step - 1)
+        return self._budget.of_step(step)
 
     def apply(
         self, stats: Sequence[LayerStepStats], spec: UpdateStatisticsSpec | None, step: int

@@ -1,4 +1,4 @@
-"""python -m dynmoe.report: the report of runs, the token view (tokens), the W&B dashboard (dashboard)."""
+"""python -m dynmoe.report: the report of runs, the token view, scores by budget, and the W&B dashboard."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dynmoe.errors import UserError
 
 _USAGE = """%(prog)s RUN [RUN ...] [--output FILE]      one page about a run, or about several runs in comparison
        %(prog)s tokens RUN [--text FILE ...]       a text, with the experts that each token used
+       %(prog)s budget RUN [RUN ...]               scores against experts per token
        %(prog)s dashboard RUN                      the W&B dashboard, as code"""
 
 
@@ -20,6 +21,8 @@ def main() -> None:
     name = sys.argv[0] if program != "__main__.py" else "python -m dynmoe.report"
     if arguments[:1] == ["tokens"]:
         _tokens(f"{name} tokens", arguments[1:])
+    elif arguments[:1] == ["budget"]:
+        _budget(f"{name} budget", arguments[1:])
     elif arguments[:1] == ["dashboard"]:
         _dashboard(f"{name} dashboard", arguments[1:])
     else:
@@ -80,6 +83,24 @@ def _tokens(name: str, arguments: list[str]) -> None:
     mean = sum(row["mean"] for row in view["tables"]["layers"]) / len(view["tables"]["layers"])
     print(f"{len(view['tokens'])} tokens used {mean:.2f} experts on average over the layers.")
     print(f"Token view: {output} (data: {data})")
+
+
+def _budget(name: str, arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        name, description="Draws the scores of runs against experts per token: of runs that python -m dynmoe.evaluate "
+        "RUN --experts-per-token scored at several budgets, and of others at their own.",
+    )  # fmt: skip
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
+    parser.add_argument("--output", type=Path, help="the page; default: budget.html in the first RUN")
+    given = parser.parse_args(arguments)
+    from dynmoe.report.budget import write_budget_page
+    from dynmoe.report.runs import read_runs
+
+    output = given.output or given.runs[0] / "budget.html"
+    runs = read_runs(given.runs)
+    _check_folder(output)
+    write_budget_page(runs, output)
+    print(f"Scores by experts per token: {output}")
 
 
 def _dashboard(name: str, arguments: list[str]) -> None:

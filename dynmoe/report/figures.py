@@ -285,3 +285,13 @@ def adaptation(run: Run) -> go.Figure | None:
     layers = [*run.layers, *(event["layer"] for event in run.events)]
     figure.update_yaxes(dtick=1, range=[min(layers) - 0.5, max(layers) + 0.5])
     return figure
+
+
+def budget_curve(name: str, curves: dict[str, list[tuple[float, float]]]) -> go.Figure:
+    """Score ``name`` against experts per token: for each run, by name, its pairs of experts per token and score."""
+    figure = _figure(name, "score", "experts per token")
+    for number, (run, points) in enumerate(curves.items()):
+        experts, values = zip(*points, strict=True)
+        figure.add_trace(_line(list(experts), list(values), run, _colour(number)))
+        figure.data[-1].update(mode="lines+markers", marker={"size": 9})
+    return figure

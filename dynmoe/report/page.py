@@ -42,6 +42,15 @@ def write_page(template: str, output: Path, **values: Any) -> None:
     write_atomically(output, _TEMPLATES.get_template(template).render(**values))
 
 
+def embedded(figure: Any, name: str) -> str:
+    """A figure as part of a page that contains plotly."""
+    html: str = figure.to_html(
+        full_html=False, include_plotlyjs=False, div_id=f"figure-{name}", auto_play=False,
+        config={"responsive": True, "displaylogo": False},
+    )  # fmt: skip
+    return html
+
+
 def write_report(runs: Sequence[Run], output: Path) -> None:
     """Writes the report of one run, or of several in comparison.
 
@@ -50,15 +59,9 @@ def write_report(runs: Sequence[Run], output: Path) -> None:
     zeros = zero_throughout(runs)
     drawn = sections(runs)
     pages = {
-        section: [
-            figure.to_html(
-                full_html=False, include_plotlyjs=False, div_id=f"figure-{name}", auto_play=False,
-                config={"responsive": True, "displaylogo": False}
-            )
-            for name, figure in own.items() if name not in zeros
-        ]
+        section: [embedded(figure, name) for name, figure in own.items() if name not in zeros]
         for section, own in drawn.items()
-    }  # fmt: skip
+    }
     quiet = {
         section: "; ".join(zeros[name][0].lower() + zeros[name][1:] for name in own if name in zeros)
         for section, own in drawn.items()

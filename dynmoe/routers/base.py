@@ -6,9 +6,10 @@ torch is loaded.
 
 from __future__ import annotations
 
+import bisect
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar, dataclass_transform
 
@@ -32,18 +33,36 @@ class TensorSpec:
         initial: initial value of all elements; None draws them from a normal distribution.
         dtype: name of the torch dtype.
         export: where an export stores it: as a ``tensor``, as a number in config.json (``config``), or None: nowhere.
+        by_budget: it determines the experts per token: with several budgets there is one for each, along the first
+            dimension. The router sees the one of the budget in force.
     """
 
     shape: tuple[int, ...] = ()
     initial: float | bool | None = 0.0
     dtype: str = "float32"
     export: str | None = None
+    by_budget: bool = False
 
 
 def without_shape(name: str) -> str:
     """The name of a tensor without its shape suffix: ``weight`` for ``weight_ED``."""
     stem, _, letters = name.rpartition("_")
     return stem if stem and letters.isupper() else name
+
+
+def at_budget(values: Tensor, budgets: Sequence[float], wanted: float) -> Tensor:
+    """The value for ``wanted`` experts per token: a view of that of a budget, or interpolated between two of them.
+
+    Args:
+        values: a tensor with a value for each budget along the first dimension.
+        budgets: experts per token, ascending.
+        wanted: a number between the first and the last of them.
+    """
+    upper = bisect.bisect_left(budgets, wanted)
+    if budgets[upper] == wanted:
+        return values[upper]
+    share = (wanted - budgets[upper - 1]) / (budgets[upper] - budgets[upper - 1])
+    return values[upper - 1].lerp(values[upper], share)
 
 
 class RouterState(Protocol):
@@ -153,6 +172,8 @@ class RouterSpec(Section):
     ADAPTS: ClassVar[bool] = False
     # True if the losses can be computed for each sequence.
     BALANCES_SEQUENCES: ClassVar[bool] = False
+    # True if each token takes exactly as many experts as are configured, or as the budget of the step says.
+    SETS_NUMBER: ClassVar[bool] = False
     # The tokens on which the choice for a token depends in training: the token itself, its sequence, or the batch.
     SELECTS_AMONG: ClassVar[str] = "token"
     # True if plans have ``local_TD``.
@@ -168,6 +189,10 @@ class RouterSpec(Section):
         "global_batch", "tokens over which the load is balanced: those of all ranks and micro-batches of the step so "
         "far, of one micro-batch on one rank, or of each sequence", choices=("global_batch", "micro_batch", "sequence"),
     )  # fmt: skip
+    budgets: list[float] = option(
+        [], "experts per token of which training uses a random one in each step, ascending; the model then runs with "
+        "any number between the first and the last. []: one budget for all steps", above=0,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -179,11 +204,23 @@ class RouterSpec(Section):
             problem = f"the {self.kind} router cannot balance sequences"
             cure = "use global_batch or micro_batch"
             raise ConfigError(f"{self._section}.balance_scope", self.balance_scope, problem, cure)
+        self._check_budgets()
         most = getattr(self, "max_experts", None)
         fewest = self.min_experts_per_token
         if most is not None and most < fewest:
             cure = f"use at least model.router.min_experts ({fewest})"
             raise ConfigError(f"{self._section}.max_experts", most, "is below min_experts", cure)
+
+    def _check_budgets(self) -> None:
+        budgets = self.budgets
+        if not budgets:
+            return
+        if not any(tensor.by_budget for tensor in self.buffers(1, 1).values()):
+            problem = f"the {self.kind} router cannot change its experts per token from step to step"
+            raise ConfigError(f"{self._section}.budgets", budgets, problem, "use []")
+        if len(budgets) < 2 or sorted(set(budgets)) != budgets:
+            cure = "use at least two numbers in ascending order, or []"
+            raise ConfigError(f"{self._section}.budgets", budgets, "is not a range", cure)
 
     @property
     def resolved(self) -> Self:
@@ -223,6 +260,15 @@ class RouterSpec(Section):
         """Experts per token to plan with; None if they depend on training."""
         return self.fixed_experts
 
+    def check_budget(self, wanted: float, field: str) -> None:
+        """Raises a ConfigError unless a model trained with this router can use ``wanted`` experts per token."""
+        if not self.budgets:
+            cure = "train with several model.router.budgets to choose one afterwards"
+            raise ConfigError(field, wanted, "the model was trained with one budget", cure)
+        if not self.budgets[0] <= wanted <= self.budgets[-1]:
+            cure = f"use {self.budgets[0]:g} to {self.budgets[-1]:g}"
+            raise ConfigError(field, wanted, "is outside the range of model.router.budgets", cure)
+
     def check_layers(self, smallest: int, largest: int) -> None:
         """Raises a ConfigError if this router does not fit layers of ``smallest`` to ``largest`` experts."""
         most = getattr(self, "max_experts", None)
@@ -253,6 +299,15 @@ class RouterSpec(Section):
     def buffers(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
         """The tensors that are updated outside autograd, by name; fp32 in every model, and part of checkpoints."""
         return {}
+
+    def stored_buffers(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
+        """The buffers as a model stores them: with several budgets, one for each where it depends on the budget."""
+        own = self.buffers(hidden, num_experts)
+        if not self.budgets:
+            return own
+        count = len(self.budgets)
+        rows = {name: dataclasses.replace(t, shape=(count, *t.shape)) for name, t in own.items() if t.by_budget}
+        return own | rows
 
     # Losses
 

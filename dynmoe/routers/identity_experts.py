@@ -85,7 +85,7 @@ class IdentityExperts(LinearRouter):
         return tensors
 
     def buffers(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
-        return {"bias_X": TensorSpec((num_experts + self.num_zero_computation,), export="tensor")}
+        return {"bias_X": TensorSpec((num_experts + self.num_zero_computation,), export="tensor", by_budget=True)}
 
     def route(self, state: RouterState, x_TD: Tensor) -> RoutingPlan:
         from dynmoe.routing.identity_experts import constant_output, identity_experts, identity_output

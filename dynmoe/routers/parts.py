@@ -75,7 +75,7 @@ class ThresholdRouter(RouterSpec):
 
     def buffers(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
         return {
-            "offset_E": TensorSpec((num_experts,), self.initial_threshold, export="tensor"),
+            "offset_E": TensorSpec((num_experts,), self.initial_threshold, export="tensor", by_budget=True),
             "calibrated": TensorSpec((), self.resolved.initial_experts is None, "bool"),
         }
 
@@ -103,7 +103,8 @@ class HeldThresholdRouter(ThresholdRouter):
     NEEDS_DEVIATION: ClassVar[bool] = True
 
     def buffers(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
-        return super().buffers(hidden, num_experts) | {"deviation": TensorSpec(), "error": TensorSpec()}
+        more = {name: TensorSpec(by_budget=True) for name in ("deviation", "error")}
+        return super().buffers(hidden, num_experts) | more
 
     def base_E(self, state: RouterState) -> Tensor | float:
         """The thresholds without their offsets."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
+from dynmoe.errors import ConfigError
 from dynmoe.fields import option
 from dynmoe.routers.base import BudgetStep, RouterState, TensorSpec, auxiliary, register
 from dynmoe.routers.losses import entropy_term, z_term
@@ -27,32 +28,49 @@ class TopK(LinearRouter, BalancedRouter):
     HOLDS_GLOBALLY: ClassVar[bool] = False
     CONTROL_METRIC: ClassVar[str] = "router_k"
     BALANCES_SEQUENCES: ClassVar[bool] = True
+    SETS_NUMBER: ClassVar[bool] = True
 
     k: int = option(2, "experts per token", at_least=1, served=True)
     entropy_loss: Optional[float] = auxiliary(entropy_term, "the router entropy")
     z_loss: Optional[float] = auxiliary(z_term, "the router z-loss")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(budget != int(budget) for budget in self.budgets):
+            problem = "a token takes a whole number of experts"
+            raise ConfigError("model.router.budgets", self.budgets, problem, "use whole numbers, or another kind")
+
     @property
-    def fixed_experts(self) -> int:
-        return self.k
+    def fixed_experts(self) -> int | None:
+        return None if self.budgets else self.k
 
     @property
     def min_experts_per_token(self) -> int:
-        return self.k
+        return int(self.budgets[0]) if self.budgets else self.k
 
     def max_experts_per_token(self, num_experts: int) -> int:
-        return min(self.k, num_experts)
+        return min(int(self.budgets[-1]) if self.budgets else self.k, num_experts)
+
+    def check_budget(self, wanted: float, field: str) -> None:
+        super().check_budget(wanted, field)
+        if wanted != int(wanted):
+            raise ConfigError(field, wanted, "is not a whole number, which the top_k router needs", "use one")
+
+    def experts_of(self, state: RouterState) -> int:
+        """The number of experts of each token."""
+        return int(state.target_experts or self.k) if self.budgets else self.k
 
     def buffers(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
-        return {"bias_E": TensorSpec((num_experts,), export="tensor")}
+        return {"bias_E": TensorSpec((num_experts,), export="tensor", by_budget=True)}
 
     def route(self, state: RouterState, x_TD: Tensor) -> RoutingPlan:
         from dynmoe.routing.top_k import top_k
 
-        return top_k(self.logits_TE(state, x_TD), self.k, bias_E=state.bias_E, **self.arguments("renormalize"))
+        k = self.experts_of(state)
+        return top_k(self.logits_TE(state, x_TD), k, bias_E=state.bias_E, **self.arguments("renormalize"))
 
     def control_value(self, state: RouterState) -> Tensor:
-        return state.experts_per_token.new_full((), float(self.k))
+        return state.experts_per_token.new_full((), float(self.experts_of(state)))
 
     def update(self, state: RouterState, seen: UpdateStatistics, budget: BudgetStep) -> None:
         from dynmoe.routing.budget_rules import bias_change

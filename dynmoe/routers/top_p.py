@@ -44,7 +44,7 @@ class TopP(LinearRouter, BalancedRouter, LimitedRouter):
             raise ConfigError("model.router.min_experts", self.min_experts, problem, "use 1 or more")
 
     def buffers(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
-        return {"p": TensorSpec((), self.p, export="tensor"), "error": TensorSpec()}
+        return {"p": TensorSpec((), self.p, export="tensor", by_budget=True), "error": TensorSpec(by_budget=True)}
 
     def route(self, state: RouterState, x_TD: Tensor) -> RoutingPlan:
         return self.choose(state, self.logits_TE(state, x_TD))

@@ -33,9 +33,11 @@ def check_unchanged(saved: dict[str, Any], current: dict[str, Any], has_begun: b
     fixed = _FIXED if has_begun else _FIXED_BEFORE
     free = [*_FREE, *map(current_name, current["checkpoint"]["accept_changes"])]
     for name in sorted(old.keys() | new.keys(), key=lambda name: (name != "model.router.kind", name)):
-        if _is_in(name, fixed) and not _is_in(name, free) and old.get(name) != new.get(name):
+        now = new.get(name)
+        before = old.get(name, [] if now == [] else None)  # an empty list means the behavior before the field existed
+        if _is_in(name, fixed) and not _is_in(name, free) and before != now:
             cure = "keep it, start a new run with another run.name, or name it in checkpoint.accept_changes"
-            raise ConfigError(name, new.get(name), f"the run's checkpoint has {old.get(name)!r}", cure)
+            raise ConfigError(name, now, f"the run's checkpoint has {before!r}", cure)
 
 
 def with_weighting(config: Config, saved: dict[str, Any] | None) -> Config:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.engines.cases import GLOBAL_BATCH, LENGTH, train
+from dynmoe.moe.budget import Budget
+from tests.engines.cases import GLOBAL_BATCH, LENGTH, config_for, train
 
 SETTLED = 70
 WINDOW = 50
@@ -79,6 +80,44 @@ def test_biases_of_ffn_experts_hold_their_number(one_rank, two_ranks, layout, ta
     observed = experts_per_token(pool.run(train, [*overrides, budget, *SPREAD.get(layout, [])], 0, SETTLED + WINDOW)[0])
     assert observed[0] == pytest.approx(2.0, abs=0.25)
     assert mean(observed[SETTLED:]) == pytest.approx(target, rel=0.02)
+
+
+SEVERAL = {
+    "top_p": ["model.router.kind=top_p", "budget.method=pi"],
+    "sigmoid": ["model.router.kind=sigmoid", "budget.method=pi"],
+    "top_any": [*IMPROVED, "budget.method=loss_free"],
+    "identity_experts": ["model.router.kind=identity_experts", "model.router.k=5", "budget.method=loss_free",
+                         "budget.rate=1"],
+    "top_k": ["model.router.kind=top_k"],
+}  # fmt: skip
+OF_SEVERAL = [
+    pytest.param(kind, layout, marks=() if (kind, layout) == ("top_p", "alone") else pytest.mark.slow)
+    for kind in SEVERAL for layout in ("alone", *SPREAD)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "layout"), OF_SEVERAL)
+def test_each_of_several_budgets_is_reached(one_rank, two_ranks, kind, layout):
+    overrides = [*BASE, *SEVERAL[kind], "model.router.budgets=[1,2,4]", TWO, *SPREAD.get(layout, [])]
+    pool = one_rank if layout == "alone" else two_ranks
+    settled = 3 * SETTLED
+    observed = experts_per_token(pool.run(train, overrides, 0, settled + 3 * WINDOW)[0])
+    budget = Budget(config_for(*overrides))
+    for wanted in (1, 2, 4):
+        own = [k for step, k in enumerate(observed, 1) if step > settled and budget.of_step(step) == wanted]
+        assert len(own) == WINDOW
+        assert mean(own) == pytest.approx(wanted, rel=0.02)
+
+
+def test_a_resumed_run_draws_the_same_budgets(one_rank, tmp_path):
+    overrides = [*BASE, *SEVERAL["top_p"], "model.router.budgets=[1,2,4]", TWO]
+    (whole,) = one_rank.run(train, overrides, 0, 14)
+    saved = str(tmp_path / "saved")
+    (first,) = one_rank.run(train, overrides, 0, 8, "", saved)
+    (second,) = one_rank.run(train, overrides, 8, 14, saved)
+    assert first["losses"] + second["losses"] == whole["losses"]
+    assert first["rows"] + second["rows"] == whole["rows"]
+    assert all(torch.equal(value, second["state"][name]) for name, value in whole["state"].items())
 
 
 @pytest.mark.parametrize("layout", ["alone", pytest.param("PP 2", marks=pytest.mark.slow)])

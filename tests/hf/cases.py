@@ -58,6 +58,7 @@ def begin(corpus: Path, path: Path, overrides: Sequence[str]) -> Begun:
         "model.init_std=0.3", *overrides, f"run.dir={path.parent}", f"run.name={path.name}",
     ])  # fmt: skip
     decoder = Decoder(config.model, 448, seed=0).eval()
+    decoder.context.aim(config.budget.experts_per_token)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in decoder.named_parameters():
         if name.endswith("norm.weight"):
@@ -66,6 +67,8 @@ def begin(corpus: Path, path: Path, overrides: Sequence[str]) -> Begun:
         for name, buffer in layer.router.named_buffers():
             if name == "offset_E" or (name == "bias_E" and "biased" in path.name):
                 buffer.add_(0.02 * torch.randn(buffer.shape, generator=generator))
+            if name in layer.router.by_budget:
+                buffer.add_(0.02 * torch.arange(float(len(buffer))).view(-1, *[1] * (buffer.dim() - 1)))
     begin_run(config, decoder, {TOKENIZER: (corpus / TOKENIZER).read_bytes()}, path)
     return Begun(path, config, decoder)
 

@@ -25,6 +25,8 @@ BASELINES = {
     "null_experts": ["model.router.kind=null_experts", "model.router.k=3", "model.router.num_null=2"],
     "relu": ["model.router.kind=relu", "budget.experts_per_token=2"],
     "sigmoid": ["model.router.kind=sigmoid", "model.router.balance_loss=1e-2"],
+    "top_p budgets": ["model.router.kind=top_p", "model.router.budgets=[1.5,2,3]", "budget.method=pi",
+                      "budget.experts_per_token=2"],
     "top_any improved": ["model.router.kind=top_any", "model.router.variant=improved",
                          "model.router.temperature=learned", "model.router.efficiency_loss=1e-3"],
     "top_any released": ["model.router.kind=top_any", "model.router.variant=released"],

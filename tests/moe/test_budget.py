@@ -26,7 +26,7 @@ def experts_per_token(kind: list[str], common: float, steps: int) -> tuple[list[
         f"model.hidden={HIDDEN}", f"model.moe.experts={EXPERTS}", "budget.experts_per_token=2", *kind,
     ])  # fmt: skip
     router = Router(config.model, EXPERTS, 0, "router", MoEContext()).train()
-    budget = Budget(config.budget)
+    budget = Budget(config)
     wanted = UpdateStatisticsSpec(deviation=router.spec.NEEDS_DEVIATION)
     generator = torch.Generator().manual_seed(1)
     direction = torch.randn(HIDDEN, generator=generator)
