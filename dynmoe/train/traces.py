@@ -30,6 +30,11 @@ from dynmoe.moe.trace import RoutingTrace, TracedPass
 from dynmoe.train.checkpoint import step_directories, step_of
 
 
+def step_directory(directory: Path, step: int) -> Path:
+    """The directory of a step's trace."""
+    return directory / f"step_{step:08d}"
+
+
 def write_trace(
     directory: Path,
     step: int,
@@ -59,7 +64,7 @@ def write_trace(
     ]
     if not tables:  # a pipeline stage of dense layers
         return
-    folder = directory / f"step_{step:08d}"
+    folder = step_directory(directory, step)
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f".rank_{rank:05d}.tmp"
     parquet.write_table(pa.concat_tables(tables), unfinished, compression="zstd")
