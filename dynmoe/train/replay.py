@@ -17,7 +17,7 @@ from dynmoe.data.batches import Batch
 from dynmoe.errors import UserError, first_line
 from dynmoe.moe import MoELayer
 from dynmoe.moe.replay import DROPPED, ROUTED, RoutingReplay
-from dynmoe.train.traces import step_directory
+from dynmoe.train.traces import step_directory, traces_of
 from dynmoe.train.verification import gather_ranks
 
 _SAME_DATA = "replay with the data, train.seed, train.global_batch and data.sequence_length of the traced run"
@@ -36,8 +36,7 @@ class ReplaySource:
 
     def __init__(self, replay: str, own: Path) -> None:
         self._replay = replay
-        path = Path(replay)
-        self._traces = path / "traces" if (path / "traces").is_dir() else path
+        self._traces = traces_of(Path(replay))
         if not any(self._traces.glob("step_*")):
             raise UserError(f"train.replay={replay}: has no traces; name a run that was trained with --trace")
         if self._traces.resolve() == own.resolve():

@@ -30,6 +30,11 @@ from dynmoe.moe.trace import RoutingTrace, TracedPass
 from dynmoe.train.checkpoint import step_directories, step_of
 
 
+def traces_of(path: Path) -> Path:
+    """The directory of the traces of a run; ``path`` is that of the run, or already that of its traces."""
+    return path / "traces" if (path / "traces").is_dir() else path
+
+
 def step_directory(directory: Path, step: int) -> Path:
     """The directory of a step's trace."""
     return directory / f"step_{step:08d}"
@@ -88,13 +93,13 @@ def _columns(traced: TracedPass, step: int, samples: range, batch: Batch, positi
         "sample": pa.array(sample_T.numpy(), pa.int64()),
         "position": pa.array(position_T.numpy(), pa.int32()),
         "token": pa.array(tokens_BP.flatten().numpy(), pa.int32()),
-        "experts": _lists(token_N, expert_N, num_rows, pa.int16()),
-        "gates": _lists(token_N, gates_N, num_rows, pa.float32()),
-        "dropped": _lists(dropped_M // traced.num_experts, dropped_M % traced.num_experts, num_rows, pa.int16()),
+        "experts": token_lists(token_N, expert_N, num_rows, pa.int16()),
+        "gates": token_lists(token_N, gates_N, num_rows, pa.float32()),
+        "dropped": token_lists(dropped_M // traced.num_experts, dropped_M % traced.num_experts, num_rows, pa.int16()),
     }
 
 
-def _lists(token_N: Tensor, values_N: Tensor, num_tokens: int, kind: Any) -> Any:
+def token_lists(token_N: Tensor, values_N: Tensor, num_tokens: int, kind: Any) -> Any:
     """An Arrow array with the list of values of each token; ``token_N`` is sorted."""
     import pyarrow as pa
 
