@@ -82,7 +82,6 @@ def from_flame(source: Path, output: Path, sequence_length: int) -> list[int]:
     Raises:
         UserError: files are missing or do not fit together.
     """
-    import pyarrow as pa
     from pyarrow import parquet
 
     from dynmoe.train.traces import step_directory
@@ -98,7 +97,7 @@ def from_flame(source: Path, output: Path, sequence_length: int) -> list[int]:
         for number, file in _numbered(folder, r"layer_(\d+)\.parquet"):
             for first, batch in _flame_batches(file, len(tokens)):
                 own = tokens.slice(first, len(batch))
-                table = pa.table(_columns(batch, own, step, number - 1, first, sequence_length, file))
+                table = _table(batch, own, step, number - 1, first, sequence_length, file)
                 path = target / "rank_00000.parquet"
                 writer = writer or parquet.ParquetWriter(path, table.schema, compression="zstd")
                 writer.write_table(table)
@@ -160,15 +159,12 @@ def _routes(experts: Any, gates: Any) -> tuple[Tensor, Tensor, Tensor]:
     return token_N, torch.tensor(flat[0]).long(), torch.tensor(flat[1]).float()
 
 
-def _columns(
-    batch: Any, tokens: Any, step: int, layer: int, first: int, sequence_length: int, file: Path
-) -> dict[str, Any]:
-    """The columns of a trace of ours from the rows of a layer that begin with token ``first``."""
-    import pyarrow as pa
+def _table(batch: Any, tokens: Any, step: int, layer: int, first: int, sequence_length: int, file: Path) -> Any:
+    """The rows of a trace of ours from the rows of a layer that begin with token ``first``."""
     import torch
     from pyarrow import compute
 
-    from dynmoe.train.traces import token_lists
+    from dynmoe.train.traces import trace_table
 
     if not compute.list_value_length(batch["scores"]).equals(compute.list_value_length(batch["indices"])):
         raise UserError(f"{file}: has rows with more scores than indices or fewer; download the file again")
@@ -177,19 +173,12 @@ def _columns(
         raise UserError(f"{file}: has index {int(expert_N.min())}, which is no expert; remove padding from the rows")
     order_N = expert_N.argsort(stable=True)
     order_N = order_N[token_N[order_N].argsort(stable=True)]
-    size = len(batch)
-    row_T = torch.arange(first, first + size)
-    nothing = row_T[:0]
-    return {
-        "step": pa.array(torch.full((size,), step).numpy(), pa.int32()),
-        "layer": pa.array(torch.full((size,), layer).numpy(), pa.int16()),
-        "sample": pa.array((row_T // sequence_length).numpy(), pa.int64()),
-        "position": pa.array((row_T % sequence_length).numpy(), pa.int32()),
-        "token": tokens.cast(pa.int32()),
-        "experts": token_lists(token_N, expert_N[order_N], size, pa.int16()),
-        "gates": token_lists(token_N, gate_N[order_N], size, pa.float32()),
-        "dropped": token_lists(nothing, nothing, size, pa.int16()),
-    }
+    row_T = torch.arange(first, first + len(batch))
+    none_M = row_T[:0]
+    return trace_table(
+        step, layer, row_T // sequence_length, row_T % sequence_length, torch.tensor(tokens.to_numpy()),
+        (token_N, expert_N[order_N]), gate_N[order_N], (none_M, none_M),
+    )  # fmt: skip
 
 
 def _flame_tokens(folder: Path) -> Any:
