@@ -71,7 +71,7 @@ def samples_of(engine: Any) -> list[range]:
 def train_and_trace(overrides: list[str], steps: int, traces: str, replay: str = "") -> dict[str, Any]:
     """Trains and traces every step, with the experts of the traces ``replay`` if given.
 
-    Returns the losses, gradient norms, and this rank's plans of the last step.
+    Returns the losses and gradient norms, this rank's plans of the last step, and the final control values.
     """
     config = config_for(*overrides, *([f"train.replay={replay}"] if replay else []))
     config.check_world(dist.get_world_size())
@@ -90,7 +90,8 @@ def train_and_trace(overrides: list[str], steps: int, traces: str, replay: str =
             gradients, _ = take_step(engine, batches, config.optimizer.lr, trace=trace, replay=forced)
         seen.append((gradients.lm_loss, gradients.grad_norm))
         write_trace(Path(traces), step, dist.get_rank(), trace, samples, batches, positions)
-    return {"seen": seen, "plans": plans, "place": place(engine)}
+    control = [float(layer.router.control_value) for layer in engine.layers]
+    return {"seen": seen, "plans": plans, "place": place(engine), "control": control}
 
 
 def refused_replay(overrides: list[str], step: int, traces: str, replay: str) -> str:

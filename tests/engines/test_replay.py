@@ -61,6 +61,20 @@ def test_the_same_weights_and_experts_give_bitwise_the_same_losses(one_rank, tmp
     assert other["seen"] != expected["seen"], "the replaying run would select these experts anyway"
 
 
+@pytest.mark.parametrize("kind", ["relu", "expert_threshold"])
+def test_routers_with_a_rule_of_their_own_keep_their_state(one_rank, tmp_path, kind):
+    """Without an update they would hold the budget of experts that do not respond to it."""
+    first, replayed = (str(tmp_path / name) for name in ("first", "replayed"))
+    fields = [*WHOLE, f"model.router.kind={kind}", "budget.experts_per_token=2"]
+    (expected,) = one_rank.run(train_and_trace, fields, STEPS, first)
+    (ours,) = one_rank.run(train_and_trace, fields, STEPS, replayed, first)
+    (begun,) = one_rank.run(train_and_trace, fields, 1, str(tmp_path / "begun"), first)
+    assert ours["seen"][0] == expected["seen"][0]
+    assert routes(read(Path(replayed))) == routes(read(Path(first)))
+    assert ours["control"] == begun["control"]
+    assert all(a != b for a, b in zip(ours["control"], expected["control"], strict=True))
+
+
 @pytest.fixture(scope="module")
 def of_one_rank(one_rank, tmp_path_factory):
     """Traces of a run on one rank, whose capacity drops routes."""
