@@ -18,6 +18,7 @@ VERBS = {
     "launch": "write a Slurm job for a configuration; also used by the scripts in launch/",
     "plan": "estimate memory, traffic and speed of a configuration on a number of GPUs, and find layouts that fit",
     "report": "write pages about runs: curves and loads, tokens with their experts, a W&B dashboard",
+    "traces": "convert routing traces to the layout of the FLAME-MoE traces, and back",
     "warmstart": "start a run from a dense or a top-k run",
 }
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from dynmoe.data.tokenizer import Tokenizer
     from dynmoe.model.sampling import Sampling
+    from dynmoe.routing import RoutingPlan
     from dynmoe.trained import TrainedModel
 
 
@@ -30,10 +31,12 @@ class Step:
         tokens: the sampled tokens; None for a text that has ended.
         experts_LBS: experts per token of the forward pass, int64 [MoE layers, B, S]: of the prompts, padded on the
             left, in the first pass, and of the previously sampled tokens afterwards.
+        plans: the routing of the same tokens, by MoE layer.
     """
 
     tokens: list[int | None]
     experts_LBS: Tensor
+    plans: Sequence[RoutingPlan]
 
 
 def generate(
@@ -46,14 +49,18 @@ def generate(
     Raises:
         UserError: a prompt and its continuation are longer than a training sequence.
     """
-    tokenizer = model.tokenizer
     longest = model.config.data.sequence_length
-    encoded = [[tokenizer.eod, *tokenizer.encode(prompt)] for prompt in prompts]
+    encoded = encode(model, prompts)
     for prompt in encoded:
         if len(prompt) + num_tokens > longest:
             problem = f"with a prompt of {len(prompt)} tokens exceeds data.sequence_length ({longest}), the positions"
             raise UserError(f"--tokens={num_tokens}: {problem} that were trained; use fewer")
     yield from continue_tokens(model, encoded, num_tokens, sampling, seed)
+
+
+def encode(model: TrainedModel, prompts: Sequence[str]) -> list[list[int]]:
+    """The tokens of prompts, each after the end of another document."""
+    return [[model.tokenizer.eod, *model.tokenizer.encode(prompt)] for prompt in prompts]
 
 
 def continue_tokens(
@@ -77,11 +84,62 @@ def continue_tokens(
         ):
             ended = [over or token == tokenizer.eod for over, token in zip(ended, drawn_B.tolist(), strict=True)]
             counts = [plan.experts_per_token_T.cpu().view(len(prompts), -1) for plan in plans]
-            plans.clear()
             experts_LBS = torch.stack(counts) if counts else drawn_B.new_zeros(0, len(prompts), 0)
-            yield Step([None if over else t for over, t in zip(ended, drawn_B.tolist(), strict=True)], experts_LBS)
+            drawn = [None if over else token for over, token in zip(ended, drawn_B.tolist(), strict=True)]
+            yield Step(drawn, experts_LBS, list(plans))
+            plans.clear()
             if all(ended):
                 return
+
+
+class TextTrace:
+    """Collects the routing of generated texts; in the trace that it writes, text b is sample b.
+
+    The last sampled token of a text has no row, as no forward pass has computed its experts.
+
+    Args:
+        model: the model.
+        prompts: the prompts as tokens.
+    """
+
+    def __init__(self, model: TrainedModel, prompts: Sequence[Sequence[int]]) -> None:
+        self._model = model
+        self._texts = [list(prompt) for prompt in prompts]
+        longest = max(map(len, prompts))
+        self._padding = [longest - len(prompt) for prompt in prompts]
+        self._lengths: list[int] = []  # of the texts without their last tokens
+        self._passes: list[list[Tensor]] = []  # gates [B, S, E] of each layer
+
+    def watch(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """Yields ``steps``, those of :func:`continue_tokens`, and collects them."""
+        for step in steps:
+            # Gates of routes may be 0, so the others become NaN.
+            gates = [plan.gates_TE.masked_fill(~plan.routing_map_TE, float("nan")).cpu() for plan in step.plans]
+            self._passes.append([gates_TE.view(len(self._texts), -1, gates_TE.shape[1]) for gates_TE in gates])
+            self._lengths = [len(text) for text in self._texts]
+            for text, token in zip(self._texts, step.tokens, strict=True):
+                if token is not None:
+                    text.append(token)
+            yield step
+
+    def write(self, directory: Path) -> None:
+        """Writes the trace into the folder of the model's step below ``directory``."""
+        import torch
+
+        from dynmoe.train.traces import step_directory, trace_table, write_tables
+
+        places = [(b, position) for b, length in enumerate(self._lengths) for position in range(length)]
+        sample_T, position_T = torch.tensor(places).unbind(1)
+        token_T = torch.tensor([self._texts[b][position] for b, position in places])
+        column_T = position_T + torch.tensor(self._padding)[sample_T]
+        tables = []
+        for layer, passes in zip(self._model.config.model.moe_layers, zip(*self._passes, strict=True), strict=True):
+            gates_TE = torch.cat(passes, dim=1)[sample_T, column_T]
+            token_N, expert_N = (~gates_TE.isnan()).nonzero(as_tuple=True)
+            none = (sample_T[:0], sample_T[:0])
+            columns = sample_T, position_T, token_T, (token_N, expert_N), gates_TE[token_N, expert_N], none
+            tables.append(trace_table(self._model.step, layer, *columns))
+        write_tables(step_directory(directory, self._model.step), 0, tables)
 
 
 class _Text:
@@ -161,6 +219,7 @@ def main() -> None:
         help="budget, in the range of model.router.budgets (default: budget.experts_per_token of the run)",
     )  # fmt: skip
     parser.add_argument("--show-experts", action="store_true", help="print experts per token, averaged over layers")
+    parser.add_argument("--trace", type=Path, metavar="DIR", help="write the experts of all tokens as a routing trace")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     given = parser.parse_args()
     prompts = _prompts(given)
@@ -170,15 +229,22 @@ def main() -> None:
     from dynmoe.model.sampling import Sampling
     from dynmoe.trained import open_trained
 
-    model = open_trained(
-        given.run, None if given.device is None else torch.device(given.device), given.experts_per_token
-    )
-    if given.show_experts and not model.decoder.moe_layers:
-        raise UserError(f"--show-experts: the model of {given.run} is dense; remove the option")
+    device = None if given.device is None else torch.device(given.device)
+    model = open_trained(given.run, device, given.experts_per_token)
+    for option in ("--show-experts", "--trace"):
+        if getattr(given, option[2:].replace("-", "_")) and not model.decoder.moe_layers:
+            raise UserError(f"{option}: the model of {given.run} is dense; remove the option")
     sampling = Sampling(given.temperature, given.top_k, given.top_p)
     steps = generate(model, prompts, given.tokens, sampling, given.seed)
+    trace = None if given.trace is None else TextTrace(model, encode(model, prompts))
+    _print(model, prompts, steps if trace is None else trace.watch(steps), given.show_experts)
+    if trace is not None:
+        trace.write(given.trace)
+
+
+def _print(model: TrainedModel, prompts: Sequence[str], steps: Iterator[Step], show_experts: bool) -> None:
     if len(prompts) == 1:
-        show = stream_with_experts if given.show_experts else stream
+        show = stream_with_experts if show_experts else stream
         for part in show(model, prompts[0], steps):
             print(part, end="", flush=True)
         print()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 
+import pandas as pd
 import pytest
 import torch
 
+from dynmoe.data.batches import Batch
 from dynmoe.errors import UserError
 from dynmoe.generate import _Text, generate, main, stream, stream_with_experts
 from dynmoe.model.sampling import Sampling
+from dynmoe.moe.layer import capture_plans
+from dynmoe.train.replay import read_step
 from dynmoe.trained import open_trained
 from tests.hf.cases import begin, run_decoder
 
@@ -124,9 +129,56 @@ def test_options_out_of_range_are_refused(run, monkeypatch, arguments, words):
         call(monkeypatch, str(run), *arguments)
 
 
+def test_a_trace_has_the_experts_of_each_token(run, model, monkeypatch, capsys, tmp_path):
+    """Of texts with prompts of different lengths, which end at different times; as one forward pass over each text."""
+    arguments = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
+    call(monkeypatch, str(run), *arguments, "--tokens", "10", "--temperature", "0", "--trace", str(tmp_path / "traces"))
+    assert "--- 3" in capsys.readouterr().out
+    trace = pd.read_parquet(tmp_path / "traces")
+    assert sorted(trace["layer"].unique()) == [0, 1, 2]
+    assert (trace["step"] == model.step).all()
+    for sample, prompt in enumerate(PROMPTS):
+        tokens = continued(model, prompt, 10)[:-1]  # the last one was sampled, and its experts never computed
+        with capture_plans(model.decoder.moe_layers) as plans:
+            model.decoder(torch.tensor([tokens]))
+        for layer, plan in enumerate(plans):
+            rows = trace[(trace["sample"] == sample) & (trace["layer"] == layer)].sort_values("position")
+            assert rows["position"].tolist() == list(range(len(tokens)))
+            assert rows["token"].tolist() == tokens
+            chosen = [row.nonzero().flatten().tolist() for row in plan.routing_map_TE]
+            assert rows["experts"].map(list).tolist() == chosen
+            for gates, own_E, experts in zip(rows["gates"], plan.gates_TE, chosen, strict=True):
+                assert list(gates) == pytest.approx(own_E[experts].tolist(), rel=1e-4)
+            assert rows["dropped"].str.len().sum() == 0
+        assert len({len(row) for row in chosen}) > 1, "nothing is dynamic here"
+
+
+def test_training_replays_a_generated_text(run, model, monkeypatch, capsys, tmp_path):
+    """As reinforcement learning needs it: the experts of the rollout, although the router has changed since."""
+    call(monkeypatch, str(run), "--prompt", PROMPTS[0], "--tokens", "10", "--trace", str(tmp_path / "traces"))
+    trace = pd.read_parquet(tmp_path / "traces").sort_values(["layer", "position"])
+    tokens_BS = torch.tensor([trace[trace["layer"] == 0]["token"].tolist()])
+    learner = copy.deepcopy(model.decoder).train()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for layer in learner.moe_layers:
+            layer.router.weight_ED.add_(torch.randn(layer.router.weight_ED.shape, generator=generator))
+    positions = torch.arange(tokens_BS.shape[1])
+    (folder,) = (tmp_path / "traces").iterdir()
+    replay = read_step(folder, learner.moe_layers, [range(1)], [Batch(tokens_BS, tokens_BS)], positions)
+    chosen = {}
+    for name, changes in (("own", {}), ("replayed", {"replay": replay})):
+        with learner.context.override(**changes), capture_plans(learner.moe_layers) as plans:
+            learner(tokens_BS, tokens_BS).backward()
+        chosen[name] = [row.nonzero().flatten().tolist() for plan in plans for row in plan.routing_map_TE]
+    assert chosen["replayed"] == trace["experts"].map(list).tolist()
+    assert chosen["own"] != chosen["replayed"]
+
+
 def test_a_dense_model_has_no_experts_to_show(corpus_dir, tmp_path, monkeypatch, capsys):
     path = begin(corpus_dir, tmp_path / "dense", ["model.moe.experts=0"]).path
     call(monkeypatch, str(path), "--prompt", "a", "--tokens", "3")
     assert capsys.readouterr().out.startswith("a")
-    with pytest.raises(UserError, match=r"--show-experts: the model of .* is dense"):
-        call(monkeypatch, str(path), "--show-experts", "--tokens", "3")
+    for option in (["--show-experts"], ["--trace", str(tmp_path / "traces")]):
+        with pytest.raises(UserError, match=rf"{option[0]}: the model of .* is dense; remove the option"):
+            call(monkeypatch, str(path), *option, "--tokens", "3")

@@ -22,7 +22,7 @@ LAYERS = [
     {"engines"},
     {"cli"},
     {"convert"},  # the verbs: python -m dynmoe.VERB
-    {"checkpoint", "compact", "launch", "plan", "trained"},
+    {"checkpoint", "compact", "launch", "plan", "traces", "trained"},
     {"generate", "hf", "report", "warmstart"},
     {"evaluate"},
 ]

@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Optional
 
 from omegaconf import OmegaConf
 
@@ -87,6 +87,10 @@ class TrainConfig(Section):
         "none", "activation checkpointing: recompute attention (selective) or whole layers (full) in backward",
         choices=("none", "selective", "full"),
     )  # fmt: skip
+    replay: Optional[str] = option(
+        None,
+        "run directory, or its traces, with the experts that each token uses in each step; gates remain this run's",
+    )
 
 
 @dataclass
@@ -141,6 +145,8 @@ class Config(Section):
                 raise ConfigError("train.precision", self.train.precision, problem, "use bf16")
         self.parallel.check_experts(self.model)
         self._check_budget()
+        if self.train.replay is not None:
+            self._check_replay(self.train.replay)
 
     def _check_budget(self) -> None:
         model = self.model
@@ -164,6 +170,19 @@ class Config(Section):
             raise ConfigError("model.moe.max_mean_experts_per_token", limit, problem, cure)
         budget.check_router(model.router, model.moe.active_at_start or model.max_experts_per_layer)
         adaptation.check_run(model.router, self.train.steps)
+
+    def _check_replay(self, replay: str) -> None:
+        model = self.model
+        if not model.moe_layers:
+            raise ConfigError("train.replay", replay, "the model is dense", "remove it, or set model.moe.experts")
+        if model.router.ADDS_OUTPUT:
+            problem = f"traces do not have the part of the output that the {model.router.kind} router computes itself"
+            raise ConfigError("train.replay", replay, problem, "remove it, or use another model.router.kind")
+        problem = "replayed experts do not respond to it"
+        if self.budget.method != "none":
+            raise ConfigError("budget.method", self.budget.method, problem, "use none, or remove train.replay")
+        if self.adaptation.interval:
+            raise ConfigError("adaptation.interval", self.adaptation.interval, problem, "use 0, or remove train.replay")
 
     def check_world(self, world_size: int) -> None:
         """Raises a ConfigError if the parallel sizes or batches do not fit ``world_size`` ranks."""

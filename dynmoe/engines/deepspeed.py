@@ -36,6 +36,7 @@ from dynmoe.launched import choose_interface
 from dynmoe.model import Decoder
 from dynmoe.moe import MoEContext, MoEGroups, MoELayer
 from dynmoe.moe.adaptation import AdaptationEvent
+from dynmoe.moe.replay import RoutingReplay
 from dynmoe.moe.trace import RoutingTrace
 from dynmoe.train.engine import Gradients, Snapshot, StepReport
 from dynmoe.train.optimizer import parameter_groups
@@ -127,14 +128,17 @@ class DeepSpeedEngine:
             "steps_per_print": sys.maxsize,
         }
 
-    def compute_gradients(self, batches: Sequence[Batch], record: bool, trace: RoutingTrace | None = None) -> Gradients:
+    def compute_gradients(
+        self, batches: Sequence[Batch], record: bool, trace: RoutingTrace | None = None,
+        replay: RoutingReplay | None = None,
+    ) -> Gradients:  # fmt: skip
         self.step += 1
         self.module.train()
         # One micro-batch of each rank is sure to fit in memory.
         self.moe.calibrate(lambda: self.module.hidden(batches[0].tokens_BS.to(self.device)))
         self._batches = batches
         losses = []
-        with self.moe.step(self.step, 1.0 / len(batches), record, trace):
+        with self.moe.step(self.step, 1.0 / len(batches), record, trace, replay):
             for number, batch in enumerate(batches):
                 on_device = batch.to(self.device)
                 with self.moe.micro_batch(number):

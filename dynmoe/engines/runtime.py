@@ -13,6 +13,7 @@ from dynmoe.config import Config
 from dynmoe.engines.nonfinite import GradientWatch, describe_nonfinite
 from dynmoe.moe import MoEContext, MoELayer
 from dynmoe.moe.adaptation import AdaptationEvent, ParameterReset
+from dynmoe.moe.replay import RoutingReplay
 from dynmoe.moe.statistics import LayerStepStats, vector_size
 from dynmoe.moe.trace import RoutingTrace
 from dynmoe.moe.updates import RouterUpdates
@@ -51,6 +52,7 @@ class MoERuntime:
         self._sent_bytes = 0
         self._recorded = False
         self._update_spec: UpdateStatisticsSpec | None = None
+        self._replay: RoutingReplay | None = None
 
     @torch.no_grad()
     def calibrate(self, run_pass: Callable[[], object]) -> None:
@@ -64,8 +66,9 @@ class MoERuntime:
 
     @contextmanager
     def step(
-        self, number: int, loss_scale: float, record: bool = False, trace: RoutingTrace | None = None
-    ) -> Iterator[None]:
+        self, number: int, loss_scale: float, record: bool = False, trace: RoutingTrace | None = None,
+        replay: RoutingReplay | None = None,
+    ) -> Iterator[None]:  # fmt: skip
         """The context of all micro-batches of optimizer step ``number`` (from 1).
 
         Args:
@@ -73,12 +76,14 @@ class MoERuntime:
             loss_scale: see :class:`dynmoe.moe.context.StepState`.
             record: collect statistics.
             trace: collects the routes; None for no trace.
+            replay: forces the routes; None for the routers' own.
         """
         self._update_spec = self._updates.spec(number)
         self._recorded = record
+        self._replay = replay
         with self.context.override(
             loss_scale=loss_scale, recording=record, trace=trace, update_statistics=self._update_spec,
-            target_experts=self._updates.target_experts(number),
+            target_experts=self._updates.target_experts(number), replay=replay,
         ):  # fmt: skip
             yield
         self._stats = [layer.drain() for layer in self._layers]
@@ -91,7 +96,7 @@ class MoERuntime:
 
     def recompute(self, number: int = 0) -> AbstractContextManager[None]:
         """The context of a forward pass that repeats that of micro-batch ``number``; nothing is counted."""
-        return self.context.override(micro_batch=number, recomputing=True)
+        return self.context.override(micro_batch=number, recomputing=True, replay=self._replay)
 
     def apply_step(self, number: int) -> list[AdaptationEvent]:
         """Updates budgets and the set of experts after the optimizer's update; collective."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dynmoe.moe.counts import CountsOverRanks
+from dynmoe.moe.replay import RoutingReplay
 from dynmoe.moe.trace import RoutingTrace
 from dynmoe.routing.update_statistics import UpdateStatisticsSpec
 
@@ -54,6 +55,7 @@ class StepState:
         update_statistics: statistics to collect for budgets and adaptation; None for none.
         target_experts: experts per token that the budget targets; None without a budget.
         trace: collects the routes; None if the step is not traced.
+        replay: routes of another run that replace the routers' own; None if the step is not replayed.
     """
 
     loss_scale: float = 1.0
@@ -64,6 +66,7 @@ class StepState:
     update_statistics: UpdateStatisticsSpec | None = None
     target_experts: float | None = None
     trace: RoutingTrace | None = None
+    replay: RoutingReplay | None = None
 
 
 class MoEContext:

@@ -14,6 +14,7 @@ from dynmoe.config import ModelConfig
 from dynmoe.moe.context import MoEContext, StepState
 from dynmoe.moe.dispatcher import DispatchedTokens, TokenDispatcher
 from dynmoe.moe.experts import GroupedExperts, SwiGLU
+from dynmoe.moe.replay import ReplayedRoutes
 from dynmoe.moe.router import Router
 from dynmoe.moe.statistics import LayerStepStats, record, weighted_sum
 from dynmoe.ops import attach_loss
@@ -57,8 +58,9 @@ class MoELayer(nn.Module):
         step = self.context.step
         trains = self.training and not step.calibrating
         x_TD = x.reshape(-1, x.shape[-1])
-        selection = self.router(x_TD, math.prod(x.shape[:-2]))
-        plan, max_rows, overflowed = self._within_limit(self._within_capacity(selection), step)
+        replayed = None if step.replay is None else step.replay.routes(self.layer, step.micro_batch, x.device)
+        selection = self.router(x_TD, math.prod(x.shape[:-2]), None if replayed is None else replayed.selected_TE)
+        plan, max_rows, overflowed = self._limited(selection, replayed, step)
         self.dispatcher.count_bytes(trains)
         dispatched = self.dispatcher.dispatch(x_TD, plan, max_rows)
         shared_TD = None if self.shared is None else self.shared(x_TD)  # overlaps with the all-to-all
@@ -75,6 +77,14 @@ class MoELayer(nn.Module):
             if not step.recomputing:
                 self._count(plan, x_TD, losses, dispatched, overflowed, step)
         return y_TD.view_as(x)
+
+    def _limited(
+        self, plan: RoutingPlan, replayed: ReplayedRoutes | None, step: StepState
+    ) -> tuple[RoutingPlan, int | None, Tensor | None]:
+        """Applies capacity and limit, or drops the routes that the replayed run dropped; see :meth:`_within_limit`."""
+        if replayed is None:
+            return self._within_limit(self._within_capacity(plan), step)
+        return plan.mask(replayed.routed_TE), None, None
 
     def _within_capacity(self, plan: RoutingPlan) -> RoutingPlan:
         """The plan without the routes beyond the capacity of an expert."""

@@ -112,12 +112,16 @@ class Router(nn.Module):
         budgets = self.spec.budgets
         return BudgetState(self, target_experts or budgets[-1]) if budgets else self
 
-    def forward(self, x_TD: Tensor, num_sequences: int = 1) -> RoutingPlan:
-        """The plan of the tokens of ``num_sequences`` sequences; tokens of a sequence are contiguous."""
+    def forward(self, x_TD: Tensor, num_sequences: int = 1, selected_TE: Tensor | None = None) -> RoutingPlan:
+        """The plan of the tokens of ``num_sequences`` sequences; tokens of a sequence are contiguous.
+
+        ``selected_TE`` (bool) replaces the router's own selection.
+        """
         self.scope = RankScope(num_sequences, self.context.groups)
         if self.context.step.calibrating:
             self._calibrate(x_TD)
-        return self.spec.route(self.at(self.target_experts), x_TD)
+        plan = self.spec.route(self.at(self.target_experts), x_TD)
+        return plan if selected_TE is None else self.spec.reroute(plan, selected_TE)
 
     @property
     @torch.no_grad()

@@ -43,7 +43,9 @@ class RouterUpdates:
         self._budget = Budget(config, groups.pipeline, device)
         needed = max(router.min_experts_per_token, budget.experts_per_token or 0, budget.start or 0, 1)
         self._adaptation = Adaptation(config.adaptation, optimizer_state, min_active=math.ceil(needed))
-        self._has_budget = budget.method != "none" or budget.experts_per_token is not None
+        has_budget = budget.method != "none" or budget.experts_per_token is not None
+        # Replayed experts do not respond to a change of thresholds: a controller would move them without end.
+        self._has_budget = has_budget and config.train.replay is None
         self._has_capacity = config.model.moe.capacity_factor is not None
         self._deviation = budget.method != "none" and router.NEEDS_DEVIATION
         self._histogram = router.NEEDS_HISTOGRAM

@@ -332,6 +332,16 @@ class RouterSpec(Section):
         """The plan of these tokens."""
         raise NotImplementedError
 
+    def reroute(self, plan: RoutingPlan, selected_TE: Tensor) -> RoutingPlan:
+        """The plan of the same tokens with the experts of ``selected_TE`` (bool), for ``train.replay``.
+
+        Gates are computed as in :meth:`route`. By default they are the scores, renormalized if the router does so.
+        With the router's own selection the result equals ``plan``, values and gradients.
+        """
+        from dynmoe.routing.selection import with_experts
+
+        return with_experts(plan, selected_TE, bool(getattr(self, "renormalize", False)))
+
     def control_value(self, state: RouterState) -> Tensor:
         """The scalar that determines K: k, p, the L1 coefficient or the mean threshold."""
         raise NotImplementedError

@@ -164,6 +164,14 @@ class TopAny(HeldThresholdRouter, LimitedRouter):
             **self.arguments("straight_through", "weights", "renormalize", "min_experts", "max_experts"),
         )  # fmt: skip
 
+    def reroute(self, plan: RoutingPlan, selected_TE: Tensor) -> RoutingPlan:
+        """The straight-through gradient remains that of this router's own choice."""
+        from dynmoe.routing.top_any import top_any_plan
+
+        assert plan.choice_TE is not None
+        gates = self.arguments("weights", "renormalize")
+        return top_any_plan(selected_TE, plan.choice_TE, plan.scores_TE, plan.unclaimed_T, **gates)
+
     def new_expert(
         self, state: RouterState, slot: int, active_E: Tensor, at_median: bool
     ) -> dict[str, tuple[tuple[int | slice, ...], Tensor]]:

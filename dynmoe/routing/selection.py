@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,17 @@ def softmax_plan(logits_TE: Tensor, probs_TE: Tensor, map_TE: Tensor, renormaliz
     """A plan whose gates are the probabilities of the selected experts, optionally renormalized to sum to 1."""
     gates_TE = probs_TE.masked_fill(~map_TE, 0.0)
     return RoutingPlan(sum_to_one(gates_TE) if renormalize else gates_TE, map_TE, map_TE, probs_TE, logits_TE)
+
+
+def with_experts(plan: RoutingPlan, map_TE: Tensor, renormalize: bool) -> RoutingPlan:
+    """``plan`` with other experts, whose gates are their scores, optionally renormalized to sum to 1.
+
+    ``unclaimed_T`` is unchanged: it compares the scores with the router's own thresholds.
+    """
+    gates_TE = plan.scores_TE.masked_fill(~map_TE, 0.0)
+    if renormalize:
+        gates_TE = sum_to_one(gates_TE)
+    return dataclasses.replace(plan, gates_TE=gates_TE, routing_map_TE=map_TE, selected_map_TE=map_TE)
 
 
 def threshold_plan(

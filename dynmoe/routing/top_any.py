@@ -88,6 +88,16 @@ def top_any(
             map_TE = map_TE | ((rank_TE < 1) & unclaimed_T.unsqueeze(1))
     map_TE = limit_experts(map_TE, rank_TE, min_experts, max_experts) & active_E
 
+    return top_any_plan(map_TE, step_TE, scores_TE, unclaimed_T, weights, renormalize)
+
+
+def top_any_plan(
+    map_TE: Tensor, step_TE: Tensor, scores_TE: Tensor, unclaimed_T: Tensor | None, weights: str, renormalize: bool
+) -> RoutingPlan:
+    """The plan with these experts, of which ``step_TE`` (0 or 1) has the straight-through gradient.
+
+    See :func:`top_any` for ``weights`` and ``renormalize``.
+    """
     # The value is that of the map, the gradient that of the step.
     choice_TE = map_TE.float() + step_TE - step_TE.detach()
     if weights == "score":

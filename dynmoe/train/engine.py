@@ -15,6 +15,7 @@ from dynmoe.data.batches import Batch
 from dynmoe.errors import UserError
 from dynmoe.moe import MoEContext, MoELayer
 from dynmoe.moe.adaptation import AdaptationEvent
+from dynmoe.moe.replay import RoutingReplay
 from dynmoe.moe.trace import RoutingTrace
 
 
@@ -86,10 +87,14 @@ class Engine(Protocol):
     layers: list[MoELayer]
     local_modules: Sequence[nn.Module]
 
-    def compute_gradients(self, batches: Sequence[Batch], record: bool, trace: RoutingTrace | None = None) -> Gradients:
+    def compute_gradients(
+        self, batches: Sequence[Batch], record: bool, trace: RoutingTrace | None = None,
+        replay: RoutingReplay | None = None,
+    ) -> Gradients:  # fmt: skip
         """Runs the next step over the micro-batches of this rank; with ``record``, MoE statistics are collected.
 
-        ``trace`` collects the routes of this rank. Must be followed by either :meth:`update` or :meth:`skip`.
+        ``trace`` collects the routes of this rank, ``replay`` forces them. Must be followed by either :meth:`update` or
+        :meth:`skip`.
         """
 
     def update(self, lr: float) -> list[AdaptationEvent]:
@@ -137,14 +142,15 @@ class Engine(Protocol):
 
 
 def take_step(
-    engine: Engine, batches: Sequence[Batch], lr: float, record: bool = False, trace: RoutingTrace | None = None
-) -> tuple[Gradients, list[AdaptationEvent]]:
+    engine: Engine, batches: Sequence[Batch], lr: float, record: bool = False, trace: RoutingTrace | None = None,
+    replay: RoutingReplay | None = None,
+) -> tuple[Gradients, list[AdaptationEvent]]:  # fmt: skip
     """Runs a step and its update without a guard; returns the experts added or removed as well.
 
     Raises:
         UserError: the step is not finite; parameters and moments have not changed.
     """
-    gradients = engine.compute_gradients(batches, record, trace)
+    gradients = engine.compute_gradients(batches, record, trace, replay)
     if not gradients.finite:
         raise UserError(f"step {engine.step}: {engine.describe_nonfinite()}")
     return gradients, engine.update(lr)

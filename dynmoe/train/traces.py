@@ -29,6 +29,18 @@ from dynmoe.data.batches import Batch
 from dynmoe.moe.trace import RoutingTrace, TracedPass
 from dynmoe.train.checkpoint import step_directories, step_of
 
+Routes = tuple[Tensor, Tensor]
+
+
+def traces_of(path: Path) -> Path:
+    """The directory of the traces of a run; ``path`` is that of the run, or already that of its traces."""
+    return path / "traces" if (path / "traces").is_dir() else path
+
+
+def step_directory(directory: Path, step: int) -> Path:
+    """The directory of a step's trace."""
+    return directory / f"step_{step:08d}"
+
 
 def write_trace(
     directory: Path,
@@ -50,46 +62,67 @@ def write_trace(
         batches: the micro-batches.
         positions_P: positions in a sequence that this rank computed, in its order.
     """
+    tables = []
+    for own in trace.passes():
+        own_samples = samples[own.micro_batch]
+        tokens_BP = batches[own.micro_batch].tokens_BS[:, positions_P]
+        sample_T = torch.arange(own_samples.start, own_samples.stop).repeat_interleave(len(positions_P))
+        position_T = positions_P.repeat(len(tokens_BP))
+        tables.append(trace_table(step, own.layer, sample_T, position_T, tokens_BP.flatten(), *_routes(own)))
+    if tables:  # none on a pipeline stage of dense layers
+        write_tables(step_directory(directory, step), rank, tables)
+
+
+def _routes(traced: TracedPass) -> tuple[Routes, Tensor, Routes]:
+    route_N, gates_N = traced.sorted_routes()
+    num_experts = traced.num_experts
+    dropped_M = traced.dropped_M
+    return (route_N // num_experts, route_N % num_experts), gates_N, (dropped_M // num_experts, dropped_M % num_experts)
+
+
+def write_tables(folder: Path, rank: int, tables: Sequence[Any]) -> None:
+    """Writes tables of :func:`trace_table` as the file of a rank, atomically."""
     import pyarrow as pa  # imported here, as only traces need it
     from pyarrow import parquet
 
-    tables = [
-        pa.table(_columns(own, step, samples[own.micro_batch], batches[own.micro_batch], positions_P))
-        for own in trace.passes()
-    ]
-    if not tables:  # a pipeline stage of dense layers
-        return
-    folder = directory / f"step_{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f".rank_{rank:05d}.tmp"
     parquet.write_table(pa.concat_tables(tables), unfinished, compression="zstd")
     unfinished.rename(folder / f"rank_{rank:05d}.parquet")
 
 
-def _columns(traced: TracedPass, step: int, samples: range, batch: Batch, positions_P: Tensor) -> dict[str, Any]:
+def trace_table(
+    step: int, layer: int, sample_T: Tensor, position_T: Tensor, token_T: Tensor, routes: Routes, gates_N: Tensor,
+    dropped: Routes,
+) -> Any:  # fmt: skip
+    """The rows of one layer.
+
+    Args:
+        step: number of the optimizer step.
+        layer: index of the layer.
+        sample_T, position_T, token_T: columns of these names.
+        routes: row and expert of each computed route, by row and expert.
+        gates_N: gates of these routes.
+        dropped: row and expert of each dropped route, in the same order.
+    """
     import pyarrow as pa
 
-    tokens_BP = batch.tokens_BS[:, positions_P]
-    num_rows = tokens_BP.numel()
-    position_T = positions_P.repeat(len(tokens_BP))
-    sample_T = torch.arange(samples.start, samples.stop).repeat_interleave(len(positions_P))
-    route_N, gates_N = traced.sorted_routes()
-    token_N = route_N // traced.num_experts
-    expert_N = route_N % traced.num_experts
-    dropped_M = traced.dropped_M
-    return {
-        "step": pa.array([step] * num_rows, pa.int32()),
-        "layer": pa.array([traced.layer] * num_rows, pa.int16()),
+    size = len(token_T)
+    token_N, expert_N = routes
+    token_M, expert_M = dropped
+    return pa.table({
+        "step": pa.array(torch.full((size,), step).numpy(), pa.int32()),
+        "layer": pa.array(torch.full((size,), layer).numpy(), pa.int16()),
         "sample": pa.array(sample_T.numpy(), pa.int64()),
         "position": pa.array(position_T.numpy(), pa.int32()),
-        "token": pa.array(tokens_BP.flatten().numpy(), pa.int32()),
-        "experts": _lists(token_N, expert_N, num_rows, pa.int16()),
-        "gates": _lists(token_N, gates_N, num_rows, pa.float32()),
-        "dropped": _lists(dropped_M // traced.num_experts, dropped_M % traced.num_experts, num_rows, pa.int16()),
-    }
+        "token": pa.array(token_T.numpy(), pa.int32()),
+        "experts": token_lists(token_N, expert_N, size, pa.int16()),
+        "gates": token_lists(token_N, gates_N, size, pa.float32()),
+        "dropped": token_lists(token_M, expert_M, size, pa.int16()),
+    })  # fmt: skip
 
 
-def _lists(token_N: Tensor, values_N: Tensor, num_tokens: int, kind: Any) -> Any:
+def token_lists(token_N: Tensor, values_N: Tensor, num_tokens: int, kind: Any) -> Any:
     """An Arrow array with the list of values of each token; ``token_N`` is sorted."""
     import pyarrow as pa
 

@@ -25,6 +25,7 @@ from dynmoe.train.evaluation import Evaluation
 from dynmoe.train.guard import StepGuard
 from dynmoe.train.metrics import Row, View, histograms
 from dynmoe.train.record import RunRecord
+from dynmoe.train.replay import ReplaySource
 from dynmoe.train.resume import check_unchanged, with_weighting
 from dynmoe.train.run_directory import RunDirectory
 from dynmoe.train.schedule import learning_rate
@@ -83,12 +84,16 @@ class Trainer:
         self._watchdog = watchdog
         self._score = score
         self._speed = SpeedComparison(config.guard, engine.local_modules, engine.device)
+        replay = config.train.replay
+        self._replay = None if replay is None else ReplaySource(replay, directory.traces)
         on_gpu = engine.device.type == "cuda"
         self._loader = Loader(data, config.train, engine.data_rank, engine.data_size, pin=on_gpu)
 
     def run(self) -> Result:
         """Resumes from the latest checkpoint, trains until the last step or a stop request, and saves a checkpoint."""
         self.config = with_weighting(self.config, self._resume())
+        if self._replay is not None:
+            self._replay.check_steps(self.progress.step + 1, self.config.train.steps)
         self._watchdog.progress("the order of the samples")
         self._evaluation = Evaluation(self.config, self.engine, self.data)
         record = self._begin()
@@ -152,16 +157,18 @@ class Trainer:
         return row
 
     def _compute_gradients(self, step: int, record: bool) -> Gradients:
-        """Runs the forward and backward passes of a step, and writes their trace if one is due."""
+        """Runs the forward and backward passes of a step, replayed if configured; writes their trace if one is due."""
         self._watchdog.progress(f"step {step}")
         with self._speed.loading():
             samples, batches = self._loader.take(self.progress.samples, continues=step < self.config.train.steps)
-        if not self.config.logging.traces(step):
-            return self.engine.compute_gradients(batches, record)
-        trace = RoutingTrace()
-        gradients = self.engine.compute_gradients(batches, record, trace)
         positions_P = self.engine.positions(self.config.data.sequence_length)
-        write_trace(self.directory.traces, step, self.engine.rank, trace, samples, batches, positions_P)
+        replay = None
+        if self._replay is not None:
+            replay = self._replay.read(step, self.engine.layers, samples, batches, positions_P)
+        trace = RoutingTrace() if self.config.logging.traces(step) else None
+        gradients = self.engine.compute_gradients(batches, record, trace, replay)
+        if trace is not None:
+            write_trace(self.directory.traces, step, self.engine.rank, trace, samples, batches, positions_P)
         return gradients
 
     def _apply(self, gradients: Gradients, step: int, lr: float, record: RunRecord | None) -> list[AdaptationEvent]:

@@ -27,6 +27,7 @@ from dynmoe.engines.megatron.weights import moe_layers, weights
 from dynmoe.engines.runtime import MoERuntime
 from dynmoe.errors import ConfigError
 from dynmoe.moe.adaptation import AdaptationEvent
+from dynmoe.moe.replay import RoutingReplay
 from dynmoe.moe.trace import RoutingTrace
 from dynmoe.train.engine import Gradients, Snapshot, StepReport
 
@@ -78,7 +79,10 @@ class MegatronEngine:
         self._local_loss = torch.zeros((), device=self.device)
         self._grad_norm = 0.0
 
-    def compute_gradients(self, batches: Sequence[Batch], record: bool, trace: RoutingTrace | None = None) -> Gradients:
+    def compute_gradients(
+        self, batches: Sequence[Batch], record: bool, trace: RoutingTrace | None = None,
+        replay: RoutingReplay | None = None,
+    ) -> Gradients:  # fmt: skip
         self.step += 1
         self._set_mode(training=True)
         # One micro-batch per rank, which is certain to fit in memory.
@@ -86,7 +90,7 @@ class MegatronEngine:
         self._batches = batches
         # Tensor-parallel ranks hold different tokens; Megatron sums the gradients of replicated parameters over them.
         loss_scale = 1.0 / (len(batches) * self.config.parallel.tensor)
-        with self.moe.step(self.step, loss_scale, record, trace):
+        with self.moe.step(self.step, loss_scale, record, trace, replay):
             losses = self._accumulate(batches)
         self.optimizer.prepare_grads()
         self._grad_norm = float(self.optimizer.get_grad_norm())
