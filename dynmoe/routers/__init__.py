@@ -3,6 +3,7 @@
 from dynmoe.routers.base import ROUTERS, RouterSpec, TensorSpec, router_of
 from dynmoe.routers.expert_threshold import ExpertThreshold
 from dynmoe.routers.null_experts import NullExperts
+from dynmoe.routers.quantile import Quantile
 from dynmoe.routers.relu import ReLU
 from dynmoe.routers.sigmoid import Sigmoid
 from dynmoe.routers.top_any import TopAny
@@ -10,6 +11,6 @@ from dynmoe.routers.top_k import TopK
 from dynmoe.routers.top_p import TopP
 
 __all__ = [
-    "ROUTERS", "ExpertThreshold", "NullExperts", "ReLU", "RouterSpec", "Sigmoid", "TensorSpec", "TopAny", "TopK",
-    "TopP", "router_of",
+    "ROUTERS", "ExpertThreshold", "NullExperts", "Quantile", "ReLU", "RouterSpec", "Sigmoid", "TensorSpec", "TopAny",
+    "TopK", "TopP", "router_of",
 ]  # fmt: skip

@@ -20,6 +20,11 @@ ROUTERS = {
 BASELINES = {
     "expert_threshold": ["model.router.kind=expert_threshold", "model.router.cutoff=0.6", "budget.experts_per_token=2"],
     "null_experts": ["model.router.kind=null_experts", "model.router.k=3", "model.router.num_null=2"],
+    "quantile": ["model.router.kind=quantile", "model.router.bins=16", "budget.experts_per_token=2"],
+    "quantile running": [
+        "model.router.kind=quantile", "model.router.thresholds=running", "model.router.bins=16",
+        "budget.experts_per_token=2",
+    ],
     "relu": ["model.router.kind=relu", "budget.experts_per_token=2"],
     "sigmoid": ["model.router.kind=sigmoid", "model.router.balance_loss=1e-2"],
     "top_any improved": ["model.router.kind=top_any", "model.router.variant=improved",
@@ -73,8 +78,9 @@ def expert_parallel_equals_local(overrides: list[str], tokens_per_rank: list[int
     rank = dist.get_rank()
     model = tiny_model(*overrides)
     group = dist.new_group(list(range(dist.get_world_size())))
-    spread = MoELayer(model, 0, 0, MoEContext(MoEGroups(expert=group, tokens=group), step=StepState(recording=True)))
-    whole = MoELayer(model, 0, 0, MoEContext(step=StepState(recording=True)))
+    step = StepState(recording=True, target_experts=2.0)
+    spread = MoELayer(model, 0, 0, MoEContext(MoEGroups(expert=group, tokens=group), step=step))
+    whole = MoELayer(model, 0, 0, MoEContext(step=step))
     for layer in (spread, whole):
         spread_router(layer)
         if steer_to is not None:

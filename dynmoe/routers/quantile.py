@@ -1,0 +1,127 @@
+"""Quantile routing (https://kexue.fm/archives/11626): each expert takes the same share of the tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from dynmoe.errors import ConfigError
+from dynmoe.fields import option
+from dynmoe.routers.base import BudgetStep, RouterState, TensorSpec, register
+from dynmoe.routers.parts import BalancedRouter, LinearRouter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dynmoe.routing.plan import RoutingPlan
+    from dynmoe.routing.update_statistics import UpdateStatistics
+
+# Smallest deviation of an expert's logits; below it they count as equal.
+_NARROWEST = 1e-6
+
+
+@register("quantile")
+class Quantile(LinearRouter, BalancedRouter):
+    """Selects every expert whose logit exceeds the (1 - K/E)-quantile of that expert's logits.
+
+    The published rule is ``thresholds=running``: the thresholds are moving averages, and the choice for a token depends
+    on no other token. With ``batch``, training uses the quantile of the forward pass itself, which gives exact loads
+    but depends on later tokens. Both keep the moving averages, ``threshold_E``, which evaluation uses.
+    """
+
+    HAS_OWN_RULE: ClassVar[bool] = True
+    HOLDS_GLOBALLY: ClassVar[bool] = False
+    NEEDS_DEVIATION: ClassVar[bool] = True
+    NEEDS_HISTOGRAM: ClassVar[bool] = True
+    BALANCES_SEQUENCES: ClassVar[bool] = True
+
+    thresholds: str = option(
+        "batch", "thresholds in training: quantiles of the forward pass over all ranks (exact load, but a choice "
+        "depends on later tokens), or moving averages, as in evaluation", choices=("batch", "running"),
+    )  # fmt: skip
+    bins: int = option(1024, "bins of the histogram from which an expert's quantile is read", at_least=16, at_most=1024)
+    cutoff_decay: float = option(0.9, "decay of the moving average of the cut-offs", at_least=0, below=1)
+
+    @property
+    def selects_among(self) -> str:
+        return "batch" if self.thresholds == "batch" else "token"
+
+    def check_tokens(self, per_pass: int, per_step: int) -> None:
+        batch = self.thresholds == "batch"
+        tokens = per_pass if batch else per_step
+        if tokens < self.bins:
+            problem = f"exceeds the {tokens} tokens of {'a forward pass over all ranks' if batch else 'a step'}"
+            more = "train.micro_batch" if batch else "train.global_batch"
+            cure = f"use at most {tokens}, or increase {more}" if tokens >= 16 else f"increase {more}"
+            raise ConfigError("model.router.bins", self.bins, problem, cure)
+
+    def buffers(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
+        return {
+            "threshold_E": TensorSpec((num_experts,), export="tensor"),
+            "center_E": TensorSpec((num_experts,), export="tensor"),
+            "width_E": TensorSpec((num_experts,), 1.0, export="tensor"),
+            "calibrated": TensorSpec((), False, "bool"),
+        }
+
+    def control_value(self, state: RouterState) -> Tensor:
+        mean: Tensor = state.threshold_E.sigmoid().mean()
+        return mean
+
+    def route(self, state: RouterState, x_TD: Tensor) -> RoutingPlan:
+        from dynmoe.routing.quantile import quantile_choice
+
+        logits_TE = self.logits_TE(state, x_TD)
+        of_batch = state.training and self.thresholds == "batch"
+        thresholds_E = self.batch_thresholds_E(state, logits_TE) if of_batch else state.threshold_E
+        return quantile_choice(logits_TE, thresholds_E, **self.arguments("renormalize"))
+
+    def batch_thresholds_E(self, state: RouterState, logits_TE: Tensor) -> Tensor:
+        """The quantiles of this forward pass over all ranks, in one collective."""
+        from dynmoe.routing.histogram import score_histogram
+        from dynmoe.routing.quantile import logit_places, quantile_thresholds
+
+        assert state.target_experts is not None
+        places_TE = logit_places(logits_TE, state.center_E, state.width_E)
+        counts_EC = state.scope.sum(score_histogram(places_TE, self.bins).int())
+        share = state.target_experts / logits_TE.shape[1]
+        return quantile_thresholds(counts_EC, share, state.center_E, state.width_E)
+
+    def calibrate(self, state: RouterState, x_TD: Tensor) -> None:
+        """Fits the bins, and then the thresholds, to the tokens of this forward pass over all ranks."""
+        import torch
+
+        logits_TE = self.logits_TE(state, x_TD)
+        values_TE = logits_TE.double()
+        powers_3E = torch.stack([torch.ones_like(values_TE), values_TE, values_TE.square()]).sum(dim=1)
+        tokens_E, sum_E, square_E = state.scope.sum(powers_3E)
+        mean_E = sum_E / tokens_E
+        self.fit_bins(state, mean_E, square_E / tokens_E - mean_E.square())
+        state.threshold_E.copy_(self.batch_thresholds_E(state, logits_TE))
+
+    def fit_bins(self, state: RouterState, mean_E: Tensor, variance_E: Tensor) -> None:
+        """Lays the bins over logits of this mean and variance."""
+        state.center_E.copy_(mean_E)
+        state.width_E.copy_(variance_E.clamp(min=0.0).sqrt().clamp(min=_NARROWEST))
+
+    def compared_TE(self, state: RouterState, plan: RoutingPlan) -> Tensor:
+        assert plan.logits_TE is not None
+        return plan.logits_TE
+
+    def histogram_EC(self, state: RouterState, plan: RoutingPlan) -> Tensor:
+        from dynmoe.routing.histogram import score_histogram
+        from dynmoe.routing.quantile import logit_places
+
+        places_TE = logit_places(self.compared_TE(state, plan), state.center_E, state.width_E)
+        return score_histogram(places_TE, self.bins)
+
+    def update(self, state: RouterState, seen: UpdateStatistics, budget: BudgetStep) -> None:
+        from dynmoe.routing.histogram import move_cutoffs
+        from dynmoe.routing.quantile import quantile_thresholds
+
+        assert seen.histogram_EC is not None
+        assert seen.mean_E is not None
+        assert seen.variance_E is not None
+        assert budget.target is not None
+        share = budget.target / len(seen.histogram_EC)
+        found_E = quantile_thresholds(seen.histogram_EC, share, state.center_E, state.width_E)
+        state.threshold_E.copy_(move_cutoffs(state.threshold_E, found_E, self.cutoff_decay))
+        self.fit_bins(state, seen.mean_E, seen.variance_E)
