@@ -105,15 +105,14 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def _calibrate(self, x_TD: Tensor) -> None:
-        """Sets the thresholds, once, so that each active expert takes its share of the tokens of all ranks."""
+        """Sets the offsets, once, so that each active expert takes its share of the tokens of all ranks."""
         if self.is_calibrated is None or bool(self.is_calibrated):
             return
-        if self.spec.has_field("initial_experts"):
-            share = min(1.0, self.spec.initial_experts / int(self.active_E.sum()))  # type: ignore[attr-defined]
-            values_TE = self.spec.calibration_TE(self, x_TD)
-            self.offset_E.copy_(thresholds_for_share(values_TE, share, self.context.groups.tokens))  # type: ignore[operator]
-        else:
-            self.spec.calibrate(self, x_TD)
+        experts = self.spec.initial_experts or self.target_experts  # type: ignore[attr-defined]
+        assert experts is not None
+        share = min(1.0, experts / int(self.active_E.sum()))
+        values_TE = self.spec.calibration_TE(self, x_TD)
+        self.offset_E.copy_(thresholds_for_share(values_TE, share, self.context.groups.tokens))  # type: ignore[operator]
         self.is_calibrated.fill_(True)
 
     @property

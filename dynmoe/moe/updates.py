@@ -45,7 +45,7 @@ class RouterUpdates:
         self._adaptation = Adaptation(config.adaptation, optimizer_state, min_active=math.ceil(needed))
         self._has_budget = budget.method != "none" or budget.experts_per_token is not None
         self._has_capacity = config.model.moe.capacity_factor is not None
-        self._deviation = (budget.method != "none" or router.HAS_OWN_RULE) and router.NEEDS_DEVIATION
+        self._deviation = budget.method != "none" and router.NEEDS_DEVIATION
         self._histogram = router.NEEDS_HISTOGRAM or budget.method == "quantile"
         self._calibrated = False
 

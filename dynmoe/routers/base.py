@@ -298,11 +298,7 @@ class RouterSpec(Section):
         raise NotImplementedError
 
     def calibration_TE(self, state: RouterState, x_TD: Tensor) -> Tensor:
-        """The values to which calibration fits ``offset_E``, for a router with ``initial_experts``."""
-        raise NotImplementedError
-
-    def calibrate(self, state: RouterState, x_TD: Tensor) -> None:
-        """Fits the state to the first batch, for a router that has ``calibrated`` but not ``initial_experts``."""
+        """The values to which calibration fits ``offset_E``."""
         raise NotImplementedError
 
     def update(self, state: RouterState, seen: UpdateStatistics, budget: BudgetStep) -> None:

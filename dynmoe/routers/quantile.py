@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from dynmoe.errors import ConfigError
 from dynmoe.fields import option
 from dynmoe.routers.base import BudgetStep, RouterState, TensorSpec, register
-from dynmoe.routers.parts import BalancedRouter, LinearRouter
+from dynmoe.routers.parts import BalancedRouter, LinearRouter, ThresholdRouter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,22 +15,18 @@ if TYPE_CHECKING:
     from dynmoe.routing.plan import RoutingPlan
     from dynmoe.routing.update_statistics import UpdateStatistics
 
-# Smallest deviation of an expert's logits; below it they count as equal.
-_NARROWEST = 1e-6
-
 
 @register("quantile")
-class Quantile(LinearRouter, BalancedRouter):
+class Quantile(LinearRouter, ThresholdRouter, BalancedRouter):
     """Selects every expert whose logit exceeds the (1 - K/E)-quantile of that expert's logits.
 
     The published rule is ``thresholds=running``: the thresholds are moving averages, and the choice for a token depends
     on no other token. With ``batch``, training uses the quantile of the forward pass itself, which gives exact loads
-    but depends on later tokens. Both keep the moving averages, ``threshold_E``, which evaluation uses.
+    but depends on later tokens. Both keep the moving averages, ``offset_E``, which evaluation uses.
     """
 
     HAS_OWN_RULE: ClassVar[bool] = True
     HOLDS_GLOBALLY: ClassVar[bool] = False
-    NEEDS_DEVIATION: ClassVar[bool] = True
     NEEDS_HISTOGRAM: ClassVar[bool] = True
     BALANCES_SEQUENCES: ClassVar[bool] = True
 
@@ -55,73 +51,44 @@ class Quantile(LinearRouter, BalancedRouter):
             raise ConfigError("model.router.bins", self.bins, problem, cure)
 
     def buffers(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
-        return {
-            "threshold_E": TensorSpec((num_experts,), export="tensor"),
-            "center_E": TensorSpec((num_experts,), export="tensor"),
-            "width_E": TensorSpec((num_experts,), 1.0, export="tensor"),
-            "calibrated": TensorSpec((), False, "bool"),
-        }
+        # Without initial_experts, the first batch gives thresholds for the budget.
+        return super().buffers(hidden, num_experts) | {"calibrated": TensorSpec((), False, "bool")}
 
-    def control_value(self, state: RouterState) -> Tensor:
-        mean: Tensor = state.threshold_E.sigmoid().mean()
-        return mean
+    def threshold_scores_E(self, state: RouterState) -> Tensor:
+        scores_E: Tensor = state.offset_E.sigmoid()
+        return scores_E
+
+    def calibration_TE(self, state: RouterState, x_TD: Tensor) -> Tensor:
+        return self.logits_TE(state, x_TD)
 
     def route(self, state: RouterState, x_TD: Tensor) -> RoutingPlan:
         from dynmoe.routing.quantile import quantile_choice
 
         logits_TE = self.logits_TE(state, x_TD)
         of_batch = state.training and self.thresholds == "batch"
-        thresholds_E = self.batch_thresholds_E(state, logits_TE) if of_batch else state.threshold_E
+        thresholds_E = self.batch_thresholds_E(state, logits_TE) if of_batch else state.offset_E
         return quantile_choice(logits_TE, thresholds_E, **self.arguments("renormalize"))
 
     def batch_thresholds_E(self, state: RouterState, logits_TE: Tensor) -> Tensor:
         """The quantiles of this forward pass over all ranks, in one collective."""
-        from dynmoe.routing.histogram import score_histogram
-        from dynmoe.routing.quantile import logit_places, quantile_thresholds
+        from dynmoe.routing.quantile import quantile_histogram, quantile_thresholds
 
         assert state.target_experts is not None
-        places_TE = logit_places(logits_TE, state.center_E, state.width_E)
-        counts_EC = state.scope.sum(score_histogram(places_TE, self.bins).int())
-        share = state.target_experts / logits_TE.shape[1]
-        return quantile_thresholds(counts_EC, share, state.center_E, state.width_E)
-
-    def calibrate(self, state: RouterState, x_TD: Tensor) -> None:
-        """Fits the bins, and then the thresholds, to the tokens of this forward pass over all ranks."""
-        import torch
-
-        logits_TE = self.logits_TE(state, x_TD)
-        values_TE = logits_TE.double()
-        powers_3E = torch.stack([torch.ones_like(values_TE), values_TE, values_TE.square()]).sum(dim=1)
-        tokens_E, sum_E, square_E = state.scope.sum(powers_3E)
-        mean_E = sum_E / tokens_E
-        self.fit_bins(state, mean_E, square_E / tokens_E - mean_E.square())
-        state.threshold_E.copy_(self.batch_thresholds_E(state, logits_TE))
-
-    def fit_bins(self, state: RouterState, mean_E: Tensor, variance_E: Tensor) -> None:
-        """Lays the bins over logits of this mean and variance."""
-        state.center_E.copy_(mean_E)
-        state.width_E.copy_(variance_E.clamp(min=0.0).sqrt().clamp(min=_NARROWEST))
-
-    def compared_TE(self, state: RouterState, plan: RoutingPlan) -> Tensor:
-        assert plan.logits_TE is not None
-        return plan.logits_TE
+        counts_EC = state.scope.sum(quantile_histogram(logits_TE, state.offset_E, self.bins).int())
+        return quantile_thresholds(counts_EC, state.target_experts / logits_TE.shape[1], state.offset_E)
 
     def histogram_EC(self, state: RouterState, plan: RoutingPlan) -> Tensor:
-        from dynmoe.routing.histogram import score_histogram
-        from dynmoe.routing.quantile import logit_places
+        from dynmoe.routing.quantile import quantile_histogram
 
-        places_TE = logit_places(self.compared_TE(state, plan), state.center_E, state.width_E)
-        return score_histogram(places_TE, self.bins)
+        assert plan.logits_TE is not None
+        return quantile_histogram(plan.logits_TE, state.offset_E, self.bins)
 
     def update(self, state: RouterState, seen: UpdateStatistics, budget: BudgetStep) -> None:
         from dynmoe.routing.histogram import move_cutoffs
         from dynmoe.routing.quantile import quantile_thresholds
 
         assert seen.histogram_EC is not None
-        assert seen.mean_E is not None
-        assert seen.variance_E is not None
         assert budget.target is not None
         share = budget.target / len(seen.histogram_EC)
-        found_E = quantile_thresholds(seen.histogram_EC, share, state.center_E, state.width_E)
-        state.threshold_E.copy_(move_cutoffs(state.threshold_E, found_E, self.cutoff_decay))
-        self.fit_bins(state, seen.mean_E, seen.variance_E)
+        found_E = quantile_thresholds(seen.histogram_EC, share, state.offset_E)
+        state.offset_E.copy_(move_cutoffs(state.offset_E, found_E, self.cutoff_decay))

@@ -1,23 +1,15 @@
 """Quantile routing (https://kexue.fm/archives/11626): each expert takes its share of the tokens, those of best score.
 
-Quantiles come from histograms, whose counts can be summed over ranks. A bin holds the same share of a normal
-distribution wherever it lies: a logit's place among the bins is the sigmoid of its distance from the mean, in
-deviations. A bad fit only makes some bins fuller than others.
+Quantiles come from histograms, whose counts can be summed over ranks.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from dynmoe.routing.histogram import kth_largest
+from dynmoe.routing.histogram import distances_at, kth_largest, log_places, score_histogram
 from dynmoe.routing.plan import RoutingPlan
 from dynmoe.routing.selection import sum_to_one
-
-# With this factor, the sigmoid is within 0.01 of the cumulative distribution function of the normal distribution.
-_STEEPNESS = 1.702
-# Places this close to 0 or 1 are not told apart, so that quantiles stay finite.
-_EDGE = 1e-6
 
 
 def quantile_choice(logits_TE: Tensor, thresholds_E: Tensor, *, renormalize: bool = False) -> RoutingPlan:
@@ -41,18 +33,18 @@ def quantile_choice(logits_TE: Tensor, thresholds_E: Tensor, *, renormalize: boo
     )  # fmt: skip
 
 
-def logit_places(logits_TE: Tensor, center_E: Tensor, width_E: Tensor) -> Tensor:
-    """The place of each logit among the bins of its expert, in [0, 1]."""
-    return torch.sigmoid(_STEEPNESS * (logits_TE.detach().float() - center_E) / width_E)
+def quantile_histogram(logits_TE: Tensor, thresholds_E: Tensor, num_bins: int) -> Tensor:
+    """Number of tokens by expert and bin of their logit's distance from the expert's last threshold, int64 [E, C]."""
+    return score_histogram(log_places(logits_TE - thresholds_E), num_bins)
 
 
-def quantile_thresholds(histogram_EC: Tensor, share: float, center_E: Tensor, width_E: Tensor) -> Tensor:
+def quantile_thresholds(histogram_EC: Tensor, share: float, thresholds_E: Tensor) -> Tensor:
     """The logit that ``share`` of an expert's tokens exceed, fp32 [E], exact to the width of a bin.
 
     Args:
-        histogram_EC: counts of :func:`logit_places` with the same ``center_E`` and ``width_E``.
+        histogram_EC: sum of :func:`quantile_histogram` with the same ``thresholds_E`` over all tokens.
         share: of the tokens.
-        center_E, width_E: mean and standard deviation of each expert's logits, or estimates of them.
+        thresholds_E: the last thresholds, or any other estimate.
     """
     place_E = kth_largest(histogram_EC, share * histogram_EC[0].sum())
-    return (center_E + width_E * torch.logit(place_E, eps=_EDGE) / _STEEPNESS).float()
+    return (thresholds_E + distances_at(place_E)).float()
