@@ -10,7 +10,7 @@ import torch
 
 from tests.engines.cases import to_canonical, train, train_plainly
 from tests.engines.comparisons import largest_difference, maps_of_all_ranks, read_canonical
-from tests.moe.cases import ROUTERS
+from tests.moe.cases import BASELINES, ROUTERS
 
 STEPS = 20
 # All losses of a router together. Every forward pass, over all ranks, has the same two sequences.
@@ -103,3 +103,36 @@ def test_training_does_not_depend_on_engine_or_layout(
         passes = reference[layer][: len(ours)]  # of the first step
         assert all(torch.equal(a, b) for a, b in zip(ours, passes, strict=True)), layer
     assert sorted(maps_of_all_ranks(first)) == [0, 1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def alone(one_rank):
+    @functools.cache
+    def run(kind: str):
+        (result,) = one_rank.run(train, [*COMMON, *BASELINES[kind], *WHOLE], 0, 6)
+        return result
+
+    return run
+
+
+# Routers whose choice in training depends on the tokens of other ranks.
+BETWEEN_RANKS = ["quantile"]
+
+
+@pytest.mark.parametrize("kind", BETWEEN_RANKS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=() if name == "Megatron TP 2 x EP 2" else pytest.mark.slow) for name in LAYOUTS],
+)
+def test_a_choice_between_tokens_of_all_ranks_does_not_depend_on_the_layout(alone, two_ranks, four_ranks, layout, kind):
+    """Against DeepSpeed on one rank, with calibration and updates between steps."""
+    ranks, overrides = LAYOUTS[layout]
+    expected = alone(kind)
+    results = {2: two_ranks, 4: four_ranks}[ranks].run(train, [*COMMON, *BASELINES[kind], *overrides], 0, 6)
+    assert relative(results[0]["losses"], expected["losses"]) <= 1e-5
+    assert relative(results[0]["norms"], expected["norms"]) <= 1e-5
+    reference = maps_of_all_ranks([expected])
+    for layer, ours in maps_of_all_ranks(results).items():
+        trained = zip(ours[-24:], reference[layer][-24:], strict=True)  # without the pass that calibrates
+        assert all(torch.equal(a, b) for a, b in trained), layer
+    assert sorted(maps_of_all_ranks(results)) == [0, 1, 2, 3]
