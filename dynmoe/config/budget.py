@@ -16,7 +16,8 @@ class BudgetConfig(Section):
 
     method: str = option(
         "none", "how the budget is enforced: pi moves p (top_p) or all thresholds together; loss_free also moves each "
-        "expert's threshold by its load (top_k: only its bias, for balance)", choices=("none", "pi", "loss_free"),
+        "expert's threshold by its load (top_k: only its bias, for balance); quantile (top_k) sets each bias to the "
+        "quantile that gives equal loads", choices=("none", "pi", "loss_free", "quantile"),
     )  # fmt: skip
     experts_per_token: Optional[float] = option(None, "target of the mean experts per token", above=0)
     start: Optional[float] = option(None, "initial target of a schedule; null: experts_per_token", above=0)
@@ -25,8 +26,8 @@ class BudgetConfig(Section):
     proportional: float = option(0.1, "gain of pi on the change of the error (1 - observed / target)", at_least=0)
     integral: float = option(0.4, "gain of pi on the error, per step", above=0)
     rate: Optional[float] = option(
-        None, "step size of loss_free: of a threshold in deviations of its scores (null: 0.1), of a bias (null: 0.001)",
-        above=0,
+        None, "step size of loss_free: of a threshold in deviations of its scores (null: 0.1), of a bias (null: "
+        "0.001); of quantile: share of the way to the new bias, at most 1 (null: 1)", above=0,
     )  # fmt: skip
 
     def check_router(self, router: RouterSpec, num_experts: int) -> None:
@@ -46,8 +47,10 @@ class BudgetConfig(Section):
             raise ConfigError(f"budget.{name}", getattr(self, name), "is only half of a schedule", cure)
         if self.start is not None and self.experts_per_token is None:
             raise ConfigError("budget.start", self.start, "has no final target", "set budget.experts_per_token")
-        if self.rate is not None and self.method != "loss_free":
+        if self.rate is not None and self.method not in ("loss_free", "quantile"):
             raise ConfigError("budget.rate", self.rate, f"has no meaning for budget.method={self.method}", "remove it")
+        if self.rate is not None and self.rate > 1 and self.method == "quantile":
+            raise ConfigError("budget.rate", self.rate, "would overshoot the quantile", "use at most 1")
         if self.scope == "global" and not router.HOLDS_GLOBALLY:
             problem = f"the {router.kind} router holds each layer separately"
             raise ConfigError("budget.scope", self.scope, problem, "use layer")

@@ -82,6 +82,8 @@ BAD = [
     ("budget.method=pi budget.experts_per_token=nan", ["budget.experts_per_token=nan", "finite"]),
     ("model.router.kind=top_k budget.method=pi budget.experts_per_token=2", ["budget.method='pi'", "use none"]),
     ("budget.method=loss_free budget.experts_per_token=2", ["budget.method='loss_free'", "use none or pi"]),
+    ("budget.method=quantile budget.experts_per_token=2", ["budget.method='quantile'", "use none or pi"]),
+    ("model.router.kind=top_k budget.method=quantile budget.rate=1.5", ["budget.rate=1.5", "use at most 1"]),
     ("model.router.kind=quantile", ["budget.experts_per_token=None", "set a number"]),
     ("model.router.kind=quantile model.router.bins=8", ["model.router.bins=8", "at least 16"]),
     ("model.router.kind=quantile model.router.bins=2048", ["model.router.bins=2048", "at most 1024"]),

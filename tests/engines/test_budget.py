@@ -127,15 +127,16 @@ def variation_of_load(result, layer: int) -> float:
     return (loads.std(correction=0) / loads.mean()).item()
 
 
-def test_loss_free_bias_balances_top_k(one_rank):
+def test_biases_balance_top_k(one_rank):
     overrides = [*BASE, "model.router.kind=top_k", "model.router.balance_loss=0"]
     spread = {}
-    for method in ("none", "loss_free"):
+    for method in ("none", "loss_free", "quantile"):
         extra = ["budget.rate=0.01"] if method == "loss_free" else []
         (result,) = one_rank.run(train, [*overrides, f"budget.method={method}", *extra], 0, SETTLED + WINDOW)
         spread[method] = [variation_of_load(result, layer) for layer in (0, 1)]
         assert all(k == 2.0 for k in experts_per_token(result))
     assert max(spread["loss_free"]) < 0.5 * min(spread["none"])
+    assert max(spread["quantile"]) < 0.5 * min(spread["none"])
 
 
 @pytest.mark.parametrize("kind", [pytest.param("relu", marks=pytest.mark.slow), "expert_threshold"])
