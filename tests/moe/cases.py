@@ -18,6 +18,10 @@ ROUTERS = {
 }
 # The others, which the engines' tests try in one layout.
 BASELINES = {
+    "dtop_p": [
+        "model.router.kind=dtop_p", "model.router.p=0.6", "budget.method=pi", "budget.scope=global",
+        "budget.experts_per_token=2",
+    ],
     "expert_threshold": ["model.router.kind=expert_threshold", "model.router.cutoff=0.6", "budget.experts_per_token=2"],
     "null_experts": ["model.router.kind=null_experts", "model.router.k=3", "model.router.num_null=2"],
     "quantile": ["model.router.kind=quantile", "model.router.bins=16", "budget.experts_per_token=2"],
@@ -44,7 +48,7 @@ def tiny_model(*overrides: str) -> ModelConfig:
 def no_losses(kind: str) -> list[str]:
     """Fields that switch the auxiliary losses of a router off."""
     names = ("balance", "diversity", "simplicity", "efficiency") if "top_any" in kind else ("balance",)
-    names += ("entropy",) if kind in ("top_k", "top_p", "null_experts") else ()
+    names += ("entropy",) if kind in ("top_k", "top_p", "dtop_p", "null_experts") else ()
     if kind in ("relu", "expert_threshold"):
         names = ()
     return [f"model.router.{name}_loss=0" for name in names]
