@@ -85,7 +85,7 @@ def warm_start(
         raise UserError(f"OUT: {output} exists; name a new directory")
     old = load_config(run / "config.yaml")
     config = _configuration(old, run, output, experts, granularity, overrides)
-    fitted = isinstance(config.model.router, TopP)
+    fitted = config.model.router.kind == TopP.kind
     if fitted and old.model.moe_layers and experts_per_token is None:
         experts_per_token = old.model.router.expected_experts
     if fitted and config.model.router.budgets:

@@ -24,7 +24,9 @@ from tests.moe.cases import tiny_model
 from tests.train.cases import read_rows
 
 DENSE = ["model.moe.experts=0", "model.ffn_hidden=64"]
-TOP_K, TOP_P, TOP_ANY, SIGMOID = ([f"model.router.kind={kind}"] for kind in ("top_k", "top_p", "top_any", "sigmoid"))
+TOP_K, TOP_P, DTOP_P, TOP_ANY, SIGMOID = (
+    [f"model.router.kind={kind}"] for kind in ("top_k", "top_p", "dtop_p", "top_any", "sigmoid")
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def dense(tmp_path_factory, corpus_dir) -> Path:
     return begin(corpus_dir, tmp_path_factory.mktemp("dense") / "run", DENSE).path
 
 
-@pytest.mark.parametrize("router", [TOP_K, TOP_P, TOP_ANY, SIGMOID], ids=" ".join)
+@pytest.mark.parametrize("router", [TOP_K, TOP_P, DTOP_P, TOP_ANY, SIGMOID], ids=" ".join)
 @pytest.mark.parametrize("extra", [[], ["model.moe.moe_layer_freq=2"]], ids=["every layer", "every second"])
 def test_copies_keep_the_output(dense, tmp_path, router, extra):
     done = warm_start(dense, tmp_path / "run", experts=4, overrides=[*router, *extra])
@@ -148,6 +150,7 @@ def test_training_continues_from_a_warm_start(corpus_dir, tmp_path, engine):
     ("dense", {"experts": 4, "granularity": 16}, "--granularity=16"),
     ("dense", {"experts": 4, "overrides": ["model.hidden=32"]}, "model.hidden=32: the weights have 16"),
     ("dense", {"experts": 4, "experts_per_token": 2.0, "overrides": TOP_ANY}, "--experts-per-token=2.0"),
+    ("dense", {"experts": 4, "experts_per_token": 2.0, "overrides": DTOP_P}, "only top_p fits p"),
     ("dense", {"experts": 4, "overrides": ["data.dirs=[nowhere]"]}, "nowhere holds no prepared corpus"),
     ("top_p", {"overrides": TOP_ANY}, "model.router.kind=top_any: a top_p run cannot become top_any"),
     ("top_p", {"experts": 4}, "already has experts"),

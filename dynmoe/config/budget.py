@@ -16,7 +16,8 @@ class BudgetConfig(Section):
 
     method: str = option(
         "none", "how the budget is enforced: pi moves p (top_p) or all thresholds together; loss_free also moves each "
-        "expert's threshold by its load (top_k: only its bias, for balance)", choices=("none", "pi", "loss_free"),
+        "expert's threshold by its load (top_k: only its bias, for balance); quantile (top_k) sets each bias to the "
+        "quantile that gives equal loads", choices=("none", "pi", "loss_free", "quantile"),
     )  # fmt: skip
     experts_per_token: Optional[float] = option(None, "target of the mean experts per token", above=0)
     start: Optional[float] = option(None, "initial target of a schedule; null: experts_per_token", above=0)
@@ -26,7 +27,8 @@ class BudgetConfig(Section):
     integral: float = option(0.4, "gain of pi on the error, per step", above=0)
     rate: Optional[float] = option(
         None, "step size of loss_free: of a threshold in deviations of its scores (null: 0.1), of a bias of top_k "
-        "(null: 0.001) or of identity_experts (null: 0.1)", above=0,
+        "(null: 0.001) or of identity_experts (null: 0.1); of quantile: share of the way to the new bias, at most 1 "
+        "(null: 1)", above=0,
     )  # fmt: skip
 
     def check_router(self, router: RouterSpec, num_experts: int) -> None:
@@ -49,8 +51,10 @@ class BudgetConfig(Section):
             raise ConfigError("budget.start", self.start, "has no final target", "set budget.experts_per_token")
         if router.budgets:
             self._check_several(router)
-        if self.rate is not None and self.method != "loss_free":
+        if self.rate is not None and self.method not in ("loss_free", "quantile"):
             raise ConfigError("budget.rate", self.rate, f"has no meaning for budget.method={self.method}", "remove it")
+        if self.rate is not None and self.rate > 1 and self.method == "quantile":
+            raise ConfigError("budget.rate", self.rate, "would overshoot the quantile", "use at most 1")
         if self.scope == "global" and not router.HOLDS_GLOBALLY:
             problem = f"the {router.kind} router holds each layer separately"
             raise ConfigError("budget.scope", self.scope, problem, "use layer")

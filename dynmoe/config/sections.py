@@ -193,6 +193,8 @@ class Config(Section):
         if self.train.global_batch % per_pass:
             cure = f"use a multiple of train.micro_batch x data-parallel ranks ({per_pass})"
             raise ConfigError("train.global_batch", self.train.global_batch, "cannot be split evenly over ranks", cure)
+        if self.model.moe_layers:
+            self.model.router.check_tokens(per_pass * self.data.sequence_length, self.tokens_per_step)
         passes = self.accumulation(world_size)
         if self.parallel.virtual_pipeline > 1 and passes % self.parallel.pipeline:
             problem = f"gives {passes} micro-batches, not a multiple of parallel.pipeline ({self.parallel.pipeline})"

@@ -61,7 +61,8 @@ class MoERuntime:
         ``run_pass`` runs one micro-batch on each rank, forward only; collective.
         """
         if self._updates.need_calibration:
-            with self.context.override(calibrating=True):
+            target = self._updates.target_experts(1)
+            with self.context.override(calibrating=True, target_experts=target):
                 run_pass()
 
     @contextmanager

@@ -65,8 +65,10 @@ class DynMoERouter(nn.Module):
     def __init__(self, config: DynMoEConfig, num_experts: int) -> None:
         super().__init__()
         self.overrides = config.router_overrides or {}
-        # Losses count the tokens of one batch, whatever their scope in training.
-        self.spec = router_of(config.router | self.overrides | {"balance_scope": "micro_batch"}).resolved
+        # Losses count the tokens of one batch, whatever their scope in training. Thresholds are those of evaluation,
+        # because batches of fine-tuning may be small and padded.
+        fixed = {"balance_scope": "micro_batch", "thresholds": "running"}
+        self.spec = router_of(config.router | self.overrides | fixed).resolved
         trained = (config.router.get("budget") or {}).get("experts_per_token")
         self.target_experts: float | None = self.overrides.get("experts_per_token", trained)
         self.most_experts = self.spec.max_experts_per_token(num_experts)

@@ -142,10 +142,12 @@ class MoELayer(nn.Module):
         if step.trace is not None:
             step.trace.add(self.layer, step.micro_batch, plan, dispatched.routes)
         if step.update_statistics is not None:
+            wanted = step.update_statistics
             with torch.no_grad():
                 state = router.at(step.target_experts)
-                compared_TE = router.spec.compared_TE(state, plan) if step.update_statistics.deviation else None
-            sums = pack_update_statistics(plan, x_TD, compared_TE, step.update_statistics)
+                compared_TE = router.spec.compared_TE(state, plan) if wanted.deviation else None
+                histogram_EC = router.spec.histogram_EC(state, plan) if wanted.histogram else None
+            sums = pack_update_statistics(plan, x_TD, compared_TE, wanted, histogram_EC)
             stats.update_sums = sums if stats.update_sums is None else stats.update_sums + sums
 
     def drain(self) -> LayerStepStats:

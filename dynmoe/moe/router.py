@@ -139,9 +139,11 @@ class Router(nn.Module):
         """Sets the offsets, once, so that each active expert takes its share of the tokens of all ranks."""
         if self.is_calibrated is None or bool(self.is_calibrated):
             return
-        for wanted in self.spec.budgets or [self.spec.initial_experts]:  # type: ignore[attr-defined]
-            state = self.at(wanted)
-            share = min(1.0, wanted / int(self.active_E.sum()))
+        initial = self.spec.initial_experts or self.target_experts  # type: ignore[attr-defined]
+        assert initial is not None
+        for experts in self.spec.budgets or [initial]:
+            state = self.at(experts)
+            share = min(1.0, experts / int(self.active_E.sum()))
             values_TE = self.spec.calibration_TE(state, x_TD)
             state.offset_E.copy_(thresholds_for_share(values_TE, share, self.context.groups.tokens))
         self.is_calibrated.fill_(True)

@@ -48,7 +48,7 @@ class RouterUpdates:
         self._has_budget = has_budget and config.train.replay is None
         self._has_capacity = config.model.moe.capacity_factor is not None
         self._deviation = budget.method != "none" and router.NEEDS_DEVIATION
-        self._histogram = router.NEEDS_HISTOGRAM
+        self._histogram = router.NEEDS_HISTOGRAM or budget.method == "quantile"
         self._calibrated = False
 
     @property

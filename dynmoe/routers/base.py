@@ -165,7 +165,7 @@ class RouterSpec(Section):
     HOLDS_GLOBALLY: ClassVar[bool] = True
     # Metric name of ``control_value``.
     CONTROL_METRIC: ClassVar[str] = "router_threshold_mean"
-    # Statistics that ``update`` needs: deviations of scores, histograms of scores.
+    # Statistics that ``update`` needs: deviations of scores; histograms, which budget.method=quantile always needs.
     NEEDS_DEVIATION: ClassVar[bool] = False
     NEEDS_HISTOGRAM: ClassVar[bool] = False
     # True if experts can be added and removed during training.
@@ -285,6 +285,14 @@ class RouterSpec(Section):
                 cure = f"use at most {limit} ({rows})"
                 raise ConfigError(f"model.router.{name}", value, "is more than there are experts", cure)
 
+    def check_tokens(self, per_pass: int, per_step: int) -> None:
+        """Raises a ConfigError if there are too few tokens in a forward pass over all ranks, or in a step."""
+
+    @property
+    def selects_among(self) -> str:
+        """``SELECTS_AMONG``, unless it depends on a field."""
+        return self.SELECTS_AMONG
+
     @property
     def num_zero_computation(self) -> int:
         """Number of experts that a token can select besides those of the layer, and that compute (almost) nothing."""
@@ -348,6 +356,10 @@ class RouterSpec(Section):
 
     def compared_TE(self, state: RouterState, plan: RoutingPlan) -> Tensor:
         """The values that were compared with thresholds, if the router ``NEEDS_DEVIATION``."""
+        raise NotImplementedError
+
+    def histogram_EC(self, state: RouterState, plan: RoutingPlan) -> Tensor:
+        """Counts of this rank's tokens by expert and bin, int64, if the router ``NEEDS_HISTOGRAM``."""
         raise NotImplementedError
 
     def calibration_TE(self, state: RouterState, x_TD: Tensor) -> Tensor:

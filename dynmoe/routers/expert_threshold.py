@@ -44,8 +44,13 @@ class ExpertThreshold(LinearRouter, ThresholdRouter, BalancedRouter):
 
         return expert_threshold(self.logits_TE(state, x_TD), state.offset_E, **self.arguments("renormalize"))
 
+    def histogram_EC(self, state: RouterState, plan: RoutingPlan) -> Tensor:
+        from dynmoe.routing.histogram import score_histogram
+
+        return score_histogram(plan.scores_TE)
+
     def update(self, state: RouterState, seen: UpdateStatistics, budget: BudgetStep) -> None:
-        from dynmoe.routing.expert_threshold import kth_largest, move_cutoffs
+        from dynmoe.routing.histogram import kth_largest, move_cutoffs
 
         assert seen.histogram_EC is not None
         assert budget.target is not None

@@ -21,10 +21,15 @@ _BIAS_RATE = 1e-3
 
 @register("top_k")
 class TopK(LinearRouter, BalancedRouter):
-    """Selects the k most probable experts; loss-free balancing (arXiv 2408.15664) adds ``bias_E`` to select them."""
+    """Selects the k most probable experts, after adding ``bias_E``.
+
+    ``budget.method`` moves the biases after each step: loss_free by a constant towards equal loads (arXiv 2408.15664),
+    quantile to the biases that would have given the step equal loads (https://kexue.fm/archives/11619; Megatron-Core
+    from 0.19 on, torchtitan). Both leave the gates and the loss alone.
+    """
 
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"balance_loss": 1e-2, "balance_per_route": True}}
-    BUDGET_METHODS: ClassVar[tuple[str, ...]] = ("loss_free",)
+    BUDGET_METHODS: ClassVar[tuple[str, ...]] = ("loss_free", "quantile")
     HOLDS_GLOBALLY: ClassVar[bool] = False
     CONTROL_METRIC: ClassVar[str] = "router_k"
     BALANCES_SEQUENCES: ClassVar[bool] = True
@@ -72,7 +77,20 @@ class TopK(LinearRouter, BalancedRouter):
     def control_value(self, state: RouterState) -> Tensor:
         return state.experts_per_token.new_full((), float(self.experts_of(state)))
 
+    def histogram_EC(self, state: RouterState, plan: RoutingPlan) -> Tensor:
+        from dynmoe.routing.top_k import margin_histogram
+
+        return margin_histogram(plan.scores_TE, state.bias_E, self.experts_of(state))
+
     def update(self, state: RouterState, seen: UpdateStatistics, budget: BudgetStep) -> None:
         from dynmoe.routing.budget_rules import bias_change
+        from dynmoe.routing.top_k import quantile_bias
 
+        if budget.method == "quantile":
+            assert seen.histogram_EC is not None
+            wanted_E = quantile_bias(state.bias_E, seen.histogram_EC, self.experts_of(state))
+            state.bias_E.lerp_(wanted_E.float(), budget.rate or 1.0)
+            # A constant in all biases changes no choice.
+            state.bias_E.sub_(state.bias_E.mean())
+            return
         state.bias_E.add_(bias_change(seen.selected_E, budget.rate or _BIAS_RATE).float())

@@ -14,6 +14,7 @@ from dynmoe.routing.capacity import apply_capacity, expert_capacity, limit_route
 from dynmoe.routing.expert_threshold import expert_threshold
 from dynmoe.routing.null_experts import null_experts
 from dynmoe.routing.plan import AsyncCounts, RoutingCounts, RoutingPlan
+from dynmoe.routing.quantile import quantile_choice
 from dynmoe.routing.relu import relu
 from dynmoe.routing.sigmoid import sigmoid_cutoff
 from dynmoe.routing.top_any import top_any
@@ -22,6 +23,6 @@ from dynmoe.routing.top_p import top_p
 
 __all__ = [
     "AsyncCounts", "RoutingCounts", "RoutingPlan", "apply_capacity", "expert_capacity",
-    "expert_threshold", "limit_routes", "losses", "null_experts", "relu", "sigmoid_cutoff",
-    "top_any", "top_k", "top_p",
+    "expert_threshold", "limit_routes", "losses", "null_experts", "quantile_choice", "relu",
+    "sigmoid_cutoff", "top_any", "top_k", "top_p",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dynmoe.routing.histogram import distances_at, kth_largest, log_places, score_histogram
 from dynmoe.routing.plan import RoutingPlan
 from dynmoe.routing.selection import rank_descending, softmax_plan
 
@@ -29,3 +30,29 @@ def top_k(logits_TE: Tensor, k: int, *, renormalize: bool = False, bias_E: Tenso
     probs_TE = torch.softmax(logits_TE, dim=1)
     ranked_TE = probs_TE if bias_E is None else probs_TE.detach() + bias_E
     return softmax_plan(logits_TE, probs_TE, rank_descending(ranked_TE) < k, renormalize)
+
+
+def margin_histogram(scores_TE: Tensor, bias_E: Tensor, k: int) -> Tensor:
+    """Number of tokens by expert and bin of the expert's margin, int64 [E, C].
+
+    The margin is the biased score minus the highest one that is not selected; those of selected experts are above 0.
+    """
+    ranked_TE = scores_TE.detach() + bias_E
+    runner_up = min(k, ranked_TE.shape[1] - 1)
+    cutoff_T1 = ranked_TE.topk(runner_up + 1, dim=1).values[:, -1:]
+    return score_histogram(log_places(ranked_TE - cutoff_T1))
+
+
+def quantile_bias(bias_E: Tensor, histogram_EC: Tensor, k: int) -> Tensor:
+    """The biases with which each expert exceeds the cut-offs of k / E of the tokens, fp64 [E].
+
+    Quantile balancing (https://kexue.fm/archives/11619): the bias becomes the k/E-quantile of cut-off minus score. The
+    cut-offs depend on the biases, so the loads are equal only after a few steps.
+
+    Args:
+        bias_E: the current biases.
+        histogram_EC: sum of :func:`margin_histogram` over all tokens of a step with these biases.
+        k: experts per token.
+    """
+    tokens = histogram_EC[0].sum() * (k / len(bias_E))
+    return bias_E - distances_at(kth_largest(histogram_EC, tokens))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dynmoe.routing.plan import RoutingPlan
@@ -46,3 +47,12 @@ def top_p(
         selected_TE[:, max_experts:] = False
     map_TE = torch.zeros_like(selected_TE).scatter_(1, order_TE, selected_TE)
     return softmax_plan(logits_TE, probs_TE, map_TE, renormalize)
+
+
+def normalized_logits(logits_TE: Tensor, scale: Tensor) -> Tensor:
+    """The logits of each token with mean 0 over the experts and standard deviation ``scale``, fp32 (arXiv 2512.13996).
+
+    The deviation is that of a population. As in a layer norm, 1e-5 is added to the variance, which keeps gradients
+    finite if all logits are equal.
+    """
+    return F.layer_norm(logits_TE.float(), logits_TE.shape[1:]) * scale.float()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynmoe.routing.expert_threshold import NUM_BINS, score_histogram
 from dynmoe.routing.plan import RoutingPlan
 
 
@@ -18,7 +17,7 @@ class UpdateStatisticsSpec:
     Attributes:
         deviation: mean and variance of the values that are compared with thresholds.
         unclaimed: number of tokens that exceed no threshold, and the sum of their router inputs.
-        histogram: counts of scores by expert and bin.
+        histogram: counts by expert and bin (:meth:`RouterSpec.histogram_EC`).
     """
 
     deviation: bool = False
@@ -37,7 +36,7 @@ class UpdateStatistics:
         variance_E: variance of these values.
         unclaimed: number of tokens that exceed no threshold, a scalar; None without ``unclaimed``.
         unclaimed_D: sum of the router inputs of these tokens.
-        histogram_EC: sum of ``score_histogram``; None without ``histogram``.
+        histogram_EC: sum of the histograms; None without ``histogram``.
     """
 
     tokens: Tensor
@@ -55,8 +54,9 @@ class UpdateStatistics:
 
 @torch.no_grad()
 def pack_update_statistics(
-    plan: RoutingPlan, x_TD: Tensor, compared_TE: Tensor | None, spec: UpdateStatisticsSpec
-) -> Tensor:
+    plan: RoutingPlan, x_TD: Tensor, compared_TE: Tensor | None, spec: UpdateStatisticsSpec,
+    histogram_EC: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The sums of one forward pass as an fp64 vector; vectors of micro-batches and ranks can be added.
 
     Args:
@@ -64,6 +64,7 @@ def pack_update_statistics(
         x_TD: inputs of the router.
         compared_TE: values that were compared with thresholds; needed if ``spec.deviation``.
         spec: the sums to collect.
+        histogram_EC: of this rank's tokens; needed if ``spec.histogram``.
     """
     selected_TE = plan.selected_map_TE
     parts = [torch.full((1,), selected_TE.shape[0], device=x_TD.device), selected_TE.sum(dim=0)]
@@ -75,7 +76,8 @@ def pack_update_statistics(
         assert plan.unclaimed_T is not None
         parts += [plan.unclaimed_T.sum().view(1), plan.unclaimed_T.float() @ x_TD.detach().float()]
     if spec.histogram:
-        parts.append(score_histogram(plan.scores_TE).flatten())
+        assert histogram_EC is not None
+        parts.append(histogram_EC.flatten())
     return torch.cat([part.double() for part in parts])
 
 
@@ -93,5 +95,5 @@ def unpack_update_statistics(vector: Tensor, num_experts: int, spec: UpdateStati
         count = rest[0]
         total_D = rest[1:]
     if spec.histogram:
-        histogram_EC = rest.view(num_experts, NUM_BINS)
+        histogram_EC = rest.view(num_experts, -1)
     return UpdateStatistics(tokens, selected_E, mean_E, variance_E, count, total_D, histogram_EC)

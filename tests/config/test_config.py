@@ -82,6 +82,16 @@ BAD = [
     ("budget.method=pi budget.experts_per_token=nan", ["budget.experts_per_token=nan", "finite"]),
     ("model.router.kind=top_k budget.method=pi budget.experts_per_token=2", ["budget.method='pi'", "use none"]),
     ("budget.method=loss_free budget.experts_per_token=2", ["budget.method='loss_free'", "use none or pi"]),
+    ("budget.method=quantile budget.experts_per_token=2", ["budget.method='quantile'", "use none or pi"]),
+    ("model.router.kind=top_k budget.method=quantile budget.rate=1.5", ["budget.rate=1.5", "use at most 1"]),
+    ("model.router.kind=quantile", ["budget.experts_per_token=None", "set a number"]),
+    ("model.router.kind=quantile model.router.bins=8", ["model.router.bins=8", "at least 16"]),
+    ("model.router.kind=quantile model.router.bins=2048", ["model.router.bins=2048", "at most 1024"]),
+    ("model.router.kind=quantile model.router.thresholds=none", ["thresholds='none'", "batch, running"]),
+    (
+        "model.router.kind=quantile budget.experts_per_token=2 budget.scope=global",
+        ["budget.scope='global'", "quantile", "use layer"],
+    ),
     ("model.router.kind=relu", ["budget.experts_per_token=None", "set a number"]),
     ("adaptation.interval=10", ["adaptation.interval=10", "model.router.kind=top_any"]),
     (
@@ -181,6 +191,9 @@ def test_f25_invalid_override_is_refused_in_one_line_with_field_value_and_fix(ty
         assert part in message, message
 
 
+QUANTILE = ["model.router.kind=quantile", "budget.experts_per_token=2"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "world_size", "named"),
     [
@@ -194,6 +207,26 @@ def test_f25_invalid_override_is_refused_in_one_line_with_field_value_and_fix(ty
             ["engine=megatron", "parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.micro_batch=16"],
             2,
             ["train.global_batch=16", "multiple of 32"],
+        ),
+        (
+            [*QUANTILE, "data.sequence_length=64", "parallel.expert=2", "train.micro_batch=1"],
+            2,
+            [
+                "model.router.bins=1024",
+                "128 tokens of a forward pass over all ranks",
+                "at most 128",
+                "train.micro_batch",
+            ],
+        ),
+        (
+            [*QUANTILE, "data.sequence_length=32", "model.router.thresholds=running"],
+            1,
+            ["model.router.bins=1024", "512 tokens of a step", "at most 512", "train.global_batch"],
+        ),
+        (
+            [*QUANTILE, "data.sequence_length=2", "model.router.bins=16", "train.micro_batch=4"],
+            1,
+            ["model.router.bins=16", "8 tokens of a forward pass", "; increase train.micro_batch"],
         ),
     ],
 )
@@ -482,3 +515,12 @@ def test_configuration_of_an_older_run_loads_with_the_fields_of_all_routers(kind
     other = saved["model"]["router"]["kind"] = "null_experts" if kind == "top_k" else "top_k"
     with pytest.raises(ConfigError, match=rf"model\.router\.kind='{kind}': the run's checkpoint has '{other}'"):
         check_unchanged(saved, dataclasses.asdict(config))
+
+
+def test_a_quantile_needs_as_many_tokens_as_bins():
+    """128 tokens on each of 8 ranks are enough in a pass; 1,024 tokens of a step are, whatever a pass has."""
+    fields = [*QUANTILE, "data.sequence_length=128", "train.micro_batch=1"]
+    load_config(None, fields).check_world(8)
+    with pytest.raises(UserError, match=r"bins=1024: exceeds the 512 tokens"):
+        load_config(None, fields).check_world(4)
+    load_config(None, [*fields, "train.global_batch=8", "model.router.thresholds=running"]).check_world(1)

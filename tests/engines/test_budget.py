@@ -181,15 +181,25 @@ def variation_of_load(result, layer: int) -> float:
     return (loads.std(correction=0) / loads.mean()).item()
 
 
-def test_loss_free_bias_balances_top_k(one_rank):
+def test_biases_balance_top_k(one_rank):
     overrides = [*BASE, "model.router.kind=top_k", "model.router.balance_loss=0"]
     spread = {}
-    for method in ("none", "loss_free"):
+    for method in ("none", "loss_free", "quantile"):
         extra = ["budget.rate=0.01"] if method == "loss_free" else []
         (result,) = one_rank.run(train, [*overrides, f"budget.method={method}", *extra], 0, SETTLED + WINDOW)
         spread[method] = [variation_of_load(result, layer) for layer in (0, 1)]
         assert all(k == 2.0 for k in experts_per_token(result))
     assert max(spread["loss_free"]) < 0.5 * min(spread["none"])
+    assert max(spread["quantile"]) < 0.5 * min(spread["none"])
+
+
+def test_quantiles_hold_the_budget_from_the_first_step(one_rank):
+    """192 tokens in a forward pass: within a few tokens of each of 16 experts."""
+    overrides = [*BASE, "model.router.kind=quantile", "model.router.bins=128", TWO]
+    (result,) = one_rank.run(train, overrides, 0, 100)
+    observed = experts_per_token(result)
+    assert mean(observed) == pytest.approx(2.0, rel=0.01)
+    assert observed == pytest.approx([2.0] * 100, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", [pytest.param("relu", marks=pytest.mark.slow), "expert_threshold"])
@@ -197,3 +207,20 @@ def test_routers_with_their_own_update_rule_reach_the_budget(one_rank, kind):
     """They converge later and oscillate more than the controllers: within 10 %."""
     (result,) = one_rank.run(train, [*BASE, f"model.router.kind={kind}", TWO], 0, 250)
     assert mean(experts_per_token(result)[200:]) == pytest.approx(2.0, rel=0.1)
+
+
+@pytest.mark.parametrize("layout", ["alone", pytest.param("PP 2", marks=pytest.mark.slow)])
+def test_the_layers_of_dtop_p_share_one_p_and_one_budget(one_rank, two_ranks, layout):
+    """Their scales differ, and so do their experts per token."""
+    overrides = ["model.router.kind=dtop_p", "model.router.p=0.2", "budget.method=pi", "budget.scope=global"]
+    pool = one_rank if layout == "alone" else two_ranks
+    results = pool.run(train, [*BASE, *overrides, TWO, *SPREAD.get(layout, [])], 0, SETTLED + WINDOW)
+    state = {name: value for result in results for name, value in result["state"].items()}
+    p = [value.item() for name, value in state.items() if name.endswith("router.p")]
+    assert len(p) == 2
+    assert p[0] == p[1]
+    assert abs(p[0] - 0.2) > 0.01
+    scales = [value.item() for name, value in state.items() if name.endswith("router.scale")]
+    assert len(set(scales)) == 2
+    assert 1.0 not in scales
+    assert mean(experts_per_token(results[0])[SETTLED:]) == pytest.approx(2.0, rel=0.03)

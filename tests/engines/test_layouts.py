@@ -108,3 +108,44 @@ def test_training_does_not_depend_on_engine_or_layout(
         passes = reference[layer][: len(ours)]  # of the first step
         assert all(torch.equal(a, b) for a, b in zip(ours, passes, strict=True)), layer
     assert sorted(maps_of_all_ranks(first)) == [0, 1, 2, 3]
+
+
+# Routers whose choice in training, or whose state, depends on quantiles over the tokens of all ranks.
+OVER_RANKS = {
+    "quantile": BASELINES["quantile"],
+    "quantile balancing": [*ROUTERS["top_k"], "budget.method=quantile"],
+}
+
+
+@pytest.fixture(scope="module")
+def alone(one_rank):
+    @functools.cache
+    def run(kind: str):
+        (result,) = one_rank.run(train, [*COMMON, *OVER_RANKS[kind], *WHOLE], 0, 6)
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        pytest.param(
+            layout, kind,
+            marks=() if (layout, kind) == ("Megatron TP 2 x EP 2", "quantile") else pytest.mark.slow,
+        )
+        for layout in LAYOUTS for kind in OVER_RANKS
+    ],
+)  # fmt: skip
+def test_quantiles_over_all_ranks_do_not_depend_on_the_layout(alone, two_ranks, four_ranks, layout, kind):
+    """Against DeepSpeed on one rank, with calibration and updates between steps."""
+    ranks, overrides = LAYOUTS[layout]
+    expected = alone(kind)
+    results = {2: two_ranks, 4: four_ranks}[ranks].run(train, [*COMMON, *OVER_RANKS[kind], *overrides], 0, 6)
+    assert relative(results[0]["losses"], expected["losses"]) <= 1e-5
+    assert relative(results[0]["norms"], expected["norms"]) <= 1e-5
+    reference = maps_of_all_ranks([expected])
+    for layer, ours in maps_of_all_ranks(results).items():
+        trained = zip(ours[-24:], reference[layer][-24:], strict=True)  # without the pass that calibrates
+        assert all(torch.equal(a, b) for a, b in trained), layer
+    assert sorted(maps_of_all_ranks(results)) == [0, 1, 2, 3]

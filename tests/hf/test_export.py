@@ -179,6 +179,16 @@ def test_routers_stay_in_fp32_under_autocast(corpus_dir, tmp_path, name):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_quantile_routers_choose_alike_in_training_and_evaluation(corpus_dir, tmp_path):
+    """An export keeps its thresholds, whereas training here takes those of the batch."""
+    run = begin(corpus_dir, tmp_path / "run", OWN["quantile"])
+    export(run.path, tmp_path / "out")
+    model = read(tmp_path / "out")
+    found = model(some_tokens(), output_router_logits=True)
+    trained = model.train()(some_tokens(), output_router_logits=True)
+    assert torch.equal(torch.stack(list(trained.routing_maps)), torch.stack(list(found.routing_maps)))
+
+
 def test_checkpointed_gradients_are_the_same(top_p):
     _, path = top_p
     gradients = []

@@ -1,4 +1,4 @@
-"""Nine models are exported, trained for a step with Trainer, imported, and trained here."""
+"""Eleven models are exported, trained for a step with Trainer, imported, and trained here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.train.cases import read_rows
 
 MODELS = {
     **{name: STANDARD[name] for name in STANDARD if name != "qwen3_moe, dense"},
-    **{name: OWN[name] for name in ("top_p", "top_any improved", "sigmoid")},
+    **{name: OWN[name] for name in ("top_p", "top_any improved", "sigmoid", "dtop_p", "quantile running")},
 }
 FAST = ("qwen2_moe, shared and dense", "top_any improved")
 TRAINING = [

@@ -18,11 +18,20 @@ ROUTERS = {
 }
 # The others, which the engines' tests try in one layout.
 BASELINES = {
+    "dtop_p": [
+        "model.router.kind=dtop_p", "model.router.p=0.6", "budget.method=pi", "budget.scope=global",
+        "budget.experts_per_token=2",
+    ],
     "expert_threshold": ["model.router.kind=expert_threshold", "model.router.cutoff=0.6", "budget.experts_per_token=2"],
     "identity_experts": ["model.router.kind=identity_experts", "model.router.k=3", "model.router.num_identity=2",
                          "model.router.num_zero=1", "model.router.num_constant=1",
                          "budget.method=loss_free", "budget.experts_per_token=1.5"],
     "null_experts": ["model.router.kind=null_experts", "model.router.k=3", "model.router.num_null=2"],
+    "quantile": ["model.router.kind=quantile", "model.router.bins=16", "budget.experts_per_token=2"],
+    "quantile running": [
+        "model.router.kind=quantile", "model.router.thresholds=running", "model.router.bins=16",
+        "budget.experts_per_token=2",
+    ],
     "relu": ["model.router.kind=relu", "budget.experts_per_token=2"],
     "sigmoid": ["model.router.kind=sigmoid", "model.router.balance_loss=1e-2"],
     "top_p budgets": ["model.router.kind=top_p", "model.router.budgets=[1.5,2,3]", "budget.method=pi",
@@ -44,7 +53,7 @@ def tiny_model(*overrides: str) -> ModelConfig:
 def no_losses(kind: str) -> list[str]:
     """Fields that switch the auxiliary losses of a router off."""
     names = ("balance", "diversity", "simplicity", "efficiency") if "top_any" in kind else ("balance",)
-    names += ("entropy",) if kind in ("top_k", "top_p", "null_experts") else ()
+    names += ("entropy",) if kind in ("top_k", "top_p", "dtop_p", "null_experts") else ()
     if kind in ("relu", "expert_threshold"):
         names = ()
     return [f"model.router.{name}_loss=0" for name in names]
@@ -78,8 +87,9 @@ def expert_parallel_equals_local(overrides: list[str], tokens_per_rank: list[int
     rank = dist.get_rank()
     model = tiny_model(*overrides)
     group = dist.new_group(list(range(dist.get_world_size())))
-    spread = MoELayer(model, 0, 0, MoEContext(MoEGroups(expert=group, tokens=group), step=StepState(recording=True)))
-    whole = MoELayer(model, 0, 0, MoEContext(step=StepState(recording=True)))
+    step = StepState(recording=True, target_experts=2.0)
+    spread = MoELayer(model, 0, 0, MoEContext(MoEGroups(expert=group, tokens=group), step=step))
+    whole = MoELayer(model, 0, 0, MoEContext(step=step))
     for layer in (spread, whole):
         spread_router(layer)
         if steer_to is not None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynmoe.routing import RoutingCounts, expert_threshold, losses, null_experts, relu, sigmoid_cutoff, top_k
-from dynmoe.routing.expert_threshold import NUM_BINS, kth_largest, move_cutoffs, score_histogram
+from dynmoe.routing.histogram import NUM_BINS, kth_largest, move_cutoffs, score_histogram
 from dynmoe.routing.null_experts import null_balance
 from dynmoe.routing.relu import adapt_l1
 from tests import oracles

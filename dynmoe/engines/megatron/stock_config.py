@@ -76,7 +76,7 @@ def check_config(config: TransformerConfig, settings: RouterSpec) -> None:
     if settings.ADDS_OUTPUT:
         problem = "computes part of the output itself, which Megatron's layer does not add"
         raise UserError(f"kind={settings.kind!r}: {problem}; use engine=megatron")
-    if settings.SELECTS_AMONG == "sequence":
+    if settings.selects_among == "sequence":
         problem = "selects within sequences, which the stock layer mixes"
         raise UserError(f"kind={settings.kind!r}: {problem}; use engine=megatron")
     if settings.balance_scope == "sequence":
