@@ -33,7 +33,7 @@ BAD = [
     ("model.router.p=nan", ["model.router.p=nan", "finite"]),
     ("optimizer.lr=inf", ["optimizer.lr=inf", "finite"]),
     ("optimizer.lr=-1", ["optimizer.lr=-1", "above 0"]),
-    ("model.router.kind=soft", ["model.router.kind='soft'", "top_any, top_k, top_p"]),
+    ("model.router.kind=soft", ["model.router.kind='soft'", "top_any, top_k"]),
     ("model.router.kind=top_k model.router.k=17", ["model.router.k=17", "model.moe.experts (16)"]),
     ("model.router.min_experts=3 model.router.max_experts=2", ["model.router.max_experts=2", "at least"]),
     ("model.router.max_experts=17", ["model.router.max_experts=17", "model.moe.experts (16)"]),

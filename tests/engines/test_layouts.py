@@ -149,3 +149,12 @@ def test_quantiles_over_all_ranks_do_not_depend_on_the_layout(alone, two_ranks, 
         trained = zip(ours[-24:], reference[layer][-24:], strict=True)  # without the pass that calibrates
         assert all(torch.equal(a, b) for a, b in trained), layer
     assert sorted(maps_of_all_ranks(results)) == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_recomputed_pass_finds_the_same_quantiles(alone, four_ranks):
+    _, overrides = LAYOUTS["Megatron PP 2 x EP 2"]
+    overrides = [*COMMON, *OVER_RANKS["quantile"], *overrides, "train.recompute=full"]
+    results = four_ranks.run(train, overrides, 0, 6)
+    assert relative(results[0]["losses"], alone("quantile")["losses"]) <= 1e-5
+    assert relative(results[0]["norms"], alone("quantile")["norms"]) <= 1e-5

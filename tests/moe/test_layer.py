@@ -174,10 +174,10 @@ def test_initial_experts_do_not_depend_on_who_holds_them():
     assert all(parameter.allreduce is False for parameter in part.parameters())
 
 
-@pytest.mark.parametrize("kind", sorted(ROUTERS))
+@pytest.mark.parametrize("kind", [*sorted(ROUTERS), "quantile"])
 def test_expert_parallel_equals_one_process(two_ranks, kind):
     # Auxiliary losses are means over ranks: the engines' tests compare them, with the average that engines take.
-    overrides = [*ROUTERS[kind], *no_losses(kind), "model.moe.shared_hidden=8"]
+    overrides = [*ALL[kind], *no_losses(kind), "model.moe.shared_hidden=8"]
     for differences in two_ranks.run(expert_parallel_equals_local, overrides, [6, 5], None):
         assert max(differences.values()) < 1e-4, differences
 
