@@ -36,7 +36,7 @@ def some_map(seed: int = 2) -> torch.Tensor:
 @pytest.mark.parametrize("name", ALL)
 def test_the_own_selection_gives_the_own_plan(name):
     """Values and gradients of every field, bitwise."""
-    router = layer_of(*ALL[name]).router
+    router = layer_of(*ALL[name], target_experts=2.0).router
     if router.spec.ADDS_OUTPUT:
         with pytest.raises(ConfigError, match=r"^train\.replay='runs/a': traces do not have the part of the output"):
             load_config(None, [*ALL[name], "train.replay=runs/a"])
