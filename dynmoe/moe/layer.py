@@ -131,8 +131,10 @@ class MoELayer(nn.Module):
             step.trace.add(self.layer, step.micro_batch, plan, dispatched.routes)
         if step.update_statistics is not None:
             with torch.no_grad():
-                compared_TE = router.spec.compared_TE(router, plan) if step.update_statistics.deviation else None
-            sums = pack_update_statistics(plan, x_TD, compared_TE, step.update_statistics)
+                wanted = step.update_statistics
+                compared = wanted.deviation or wanted.histogram
+                compared_TE = router.spec.compared_TE(router, plan) if compared else None
+            sums = pack_update_statistics(plan, x_TD, compared_TE, wanted)
             stats.update_sums = sums if stats.update_sums is None else stats.update_sums + sums
 
     def drain(self) -> LayerStepStats:

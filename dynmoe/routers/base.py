@@ -282,8 +282,8 @@ class RouterSpec(Section):
         raise NotImplementedError
 
     def compared_TE(self, state: RouterState, plan: RoutingPlan) -> Tensor:
-        """The values that were compared with thresholds, if the router ``NEEDS_DEVIATION``."""
-        raise NotImplementedError
+        """The values of which ``update`` gets deviations or histograms (in [0, 1]), if the router needs them."""
+        return plan.scores_TE
 
     def calibration_TE(self, state: RouterState, x_TD: Tensor) -> Tensor:
         """The values to which calibration fits ``offset_E``."""

@@ -16,9 +16,9 @@ class UpdateStatisticsSpec:
     """The sums to collect in addition to tokens and loads.
 
     Attributes:
-        deviation: mean and variance of the values that are compared with thresholds.
+        deviation: mean and variance of the values that are compared with thresholds (``RouterSpec.compared_TE``).
         unclaimed: number of tokens that exceed no threshold, and the sum of their router inputs.
-        histogram: counts of scores by expert and bin.
+        histogram: counts of these values by expert and bin.
     """
 
     deviation: bool = False
@@ -62,7 +62,7 @@ def pack_update_statistics(
     Args:
         plan: of this rank's tokens, before capacity drops routes.
         x_TD: inputs of the router.
-        compared_TE: values that were compared with thresholds; needed if ``spec.deviation``.
+        compared_TE: values that were compared with thresholds; needed if ``spec.deviation`` or ``spec.histogram``.
         spec: the sums to collect.
     """
     selected_TE = plan.selected_map_TE
@@ -75,7 +75,8 @@ def pack_update_statistics(
         assert plan.unclaimed_T is not None
         parts += [plan.unclaimed_T.sum().view(1), plan.unclaimed_T.float() @ x_TD.detach().float()]
     if spec.histogram:
-        parts.append(score_histogram(plan.scores_TE).flatten())
+        assert compared_TE is not None
+        parts.append(score_histogram(compared_TE).flatten())
     return torch.cat([part.double() for part in parts])
 
 
