@@ -46,6 +46,7 @@ class Router(nn.Module):
     active_E: Tensor
     experts_per_token: Tensor
     scope: TokenScope
+    importance_T: Tensor | None
 
     def __init__(self, model: ModelConfig, num_experts: int, seed: int, name: str, context: MoEContext) -> None:
         super().__init__()
@@ -85,8 +86,9 @@ class Router(nn.Module):
     def target_experts(self) -> float | None:
         return self.context.step.target_experts
 
-    def forward(self, x_TD: Tensor, num_sequences: int = 1) -> RoutingPlan:
+    def forward(self, x_TD: Tensor, num_sequences: int = 1, importance_T: Tensor | None = None) -> RoutingPlan:
         """The plan of the tokens of ``num_sequences`` sequences; tokens of a sequence are contiguous."""
+        self.importance_T = importance_T
         self.scope = RankScope(num_sequences, self.context.groups)
         if self.context.step.calibrating:
             self._calibrate(x_TD)

@@ -1,6 +1,7 @@
 """The routers, one file each. To add a router, write its file and import it here."""
 
 from dynmoe.routers.base import ROUTERS, RouterSpec, TensorSpec, router_of
+from dynmoe.routers.da_moe import DAMoE
 from dynmoe.routers.expert_race import ExpertRace
 from dynmoe.routers.expert_threshold import ExpertThreshold
 from dynmoe.routers.null_experts import NullExperts
@@ -13,6 +14,6 @@ from dynmoe.routers.top_k import TopK
 from dynmoe.routers.top_p import TopP
 
 __all__ = [
-    "ROUTERS", "ExpertRace", "ExpertThreshold", "NullExperts", "ReLU", "Resonance", "RouterSpec", "SeqTopK", "Sigmoid",
-    "TensorSpec", "TopAny", "TopK", "TopP", "router_of",
+    "ROUTERS", "DAMoE", "ExpertRace", "ExpertThreshold", "NullExperts", "ReLU", "Resonance", "RouterSpec", "SeqTopK",
+    "Sigmoid", "TensorSpec", "TopAny", "TopK", "TopP", "router_of",
 ]  # fmt: skip

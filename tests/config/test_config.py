@@ -83,6 +83,10 @@ BAD = [
     ("model.router.kind=top_k budget.method=pi budget.experts_per_token=2", ["budget.method='pi'", "use none"]),
     ("budget.method=loss_free budget.experts_per_token=2", ["budget.method='loss_free'", "use none or pi"]),
     ("model.router.kind=relu", ["budget.experts_per_token=None", "set a number"]),
+    (
+        "engine=megatron train.precision=bf16 parallel.context=2 model.router.kind=da_moe",
+        ["parallel.context=2", "da_moe", "use parallel.tensor"],
+    ),
     ("model.router.kind=seq_top_k", ["budget.experts_per_token=None", "set a number"]),
     ("model.router.kind=seq_top_k budget.experts_per_token=0.5", ["budget.experts_per_token=0.5", "(1 to 16)"]),
     (

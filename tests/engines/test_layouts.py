@@ -10,7 +10,7 @@ import torch
 
 from tests.engines.cases import to_canonical, train, train_plainly
 from tests.engines.comparisons import largest_difference, maps_of_all_ranks, read_canonical
-from tests.moe.cases import BASELINES, ROUTERS
+from tests.moe.cases import ATTENTIVE, BASELINES, ROUTERS
 
 STEPS = 20
 # All losses of a router together. Every forward pass, over all ranks, has the same two sequences.
@@ -26,6 +26,7 @@ MODELS = {kind: [*ROUTERS[kind], *losses] for kind, losses in LOSSES.items()} | 
     "top_p, projections normalized": [*ROUTERS["top_p"], "model.qk_norm=projection"],
     # Routers that select among the tokens of a sequence or of the batch.
     **{kind: BASELINES[kind] for kind in ("seq_top_k", "expert_race", "resonance")},
+    "da_moe": ATTENTIVE["da_moe"],
 }
 WHOLE = ["train.micro_batch=2"]
 HALF = ["train.micro_batch=1"]

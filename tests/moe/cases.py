@@ -36,6 +36,12 @@ BASELINES = {
                          "model.router.temperature=learned", "model.router.efficiency_loss=1e-3"],
     "top_any released": ["model.router.kind=top_any", "model.router.variant=released"],
 }  # fmt: skip
+# These need the attention of their decoder layer, so they are tried in whole decoders only.
+ATTENTIVE = {
+    "da_moe": ["model.router.kind=da_moe"],
+    "da_moe limited": ["model.router.kind=da_moe", "model.router.min_experts=0", "model.router.max_experts=3",
+                       "model.router.renormalize=true", "budget.method=pi", "budget.experts_per_token=1.5"],
+}  # fmt: skip
 
 
 def tiny_config(*overrides: str) -> Config:

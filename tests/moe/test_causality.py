@@ -16,9 +16,10 @@ from dynmoe.moe.layer import capture_plans
 from dynmoe.moe.updates import RouterUpdates
 from dynmoe.routers import ROUTERS as KINDS
 from dynmoe.routers import TopK
-from tests.moe.cases import BASELINES, EXPERTS, HIDDEN, ROUTERS, spread_router, tiny_config
+from tests.moe.cases import ATTENTIVE, BASELINES, EXPERTS, HIDDEN, ROUTERS, spread_router, tiny_config
 
 ALL = ROUTERS | BASELINES
+DECODERS = ALL | ATTENTIVE
 VOCAB = 48
 SEQUENCES = 3
 LENGTH = 10
@@ -87,7 +88,7 @@ def test_the_choice_for_a_token_depends_on_the_tokens_that_the_router_declares(k
 
 
 def test_every_router_is_tested():
-    assert {name.split()[0] for name in ALL} == set(KINDS)
+    assert {name.split()[0] for name in DECODERS} == set(KINDS)
     assert {spec.SELECTS_AMONG for spec in KINDS.values()} == set(EXPECTED)
 
 
@@ -106,7 +107,7 @@ def test_a_router_that_looks_further_than_it_declares_is_found(reach):
 
 
 def decoder_of(kind: str, steps: int) -> Decoder:
-    config = tiny_config(*ALL[kind])
+    config = tiny_config(*DECODERS[kind])
     model = Decoder(config.model, VOCAB, seed=0)
     train_steps(config, model.moe_layers, lambda step: model(tokens(step, 32)), steps)
     return model.eval()
@@ -117,7 +118,7 @@ def tokens(seed: int, length: int = LENGTH) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("steps", [0, 3], ids=["new", "trained"])
-@pytest.mark.parametrize("kind", sorted(ALL))
+@pytest.mark.parametrize("kind", sorted(DECODERS))
 def test_the_logits_of_a_prefix_are_those_of_the_prefix_alone(kind, steps):
     model = decoder_of(kind, steps)
     text = tokens(100)
@@ -130,7 +131,24 @@ def test_the_logits_of_a_prefix_are_those_of_the_prefix_alone(kind, steps):
         torch.testing.assert_close(model(text[:1, :KEPT])[0], whole, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", sorted(ALL))
+@pytest.mark.parametrize("kind", sorted(ATTENTIVE))
+def test_a_router_that_needs_attention_looks_back_only_in_training_too(kind):
+    """Its choice depends on the tokens so far, which it sees through attention."""
+    model = decoder_of(kind, 3).train()
+    assert KINDS["da_moe"].SELECTS_AMONG == "token"
+    text = tokens(100)
+    for changed, same in (((0, slice(KEPT, None)), True), ((slice(1, None),), True), ((0, slice(0, 1)), False)):
+        other = text.clone()
+        other[changed] = (other[changed] + 1) % VOCAB
+        found = []
+        for batch in (text, other):
+            with torch.no_grad(), capture_plans(model.moe_layers) as plans:
+                model(batch)
+            found.append(torch.stack([plan.gates_TE.unflatten(0, batch.shape)[0, 1:KEPT] for plan in plans]))
+        assert torch.equal(*found) == same
+
+
+@pytest.mark.parametrize("kind", sorted(DECODERS))
 def test_generation_with_a_cache_equals_evaluation_of_the_whole_text(kind):
     model = decoder_of(kind, 3)
     prompts = tokens(100, 5)
