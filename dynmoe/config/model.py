@@ -103,6 +103,7 @@ class ModelConfig(Section):
         if layers == 0:
             return
         router.check_layers(self.min_experts_per_layer, self.max_experts_per_layer)
+        router.parameters(self.hidden, self.max_experts_per_layer)  # may refuse the sizes
         limit = moe.max_mean_experts_per_token
         fewest = router.min_experts_per_token
         if limit is not None and limit < fewest:

@@ -67,6 +67,9 @@ class ParallelConfig(Section):
         _check_divides(f"parallel.{name}", getattr(self, name), stages, "model.layers", model.layers)
         for field, value in {"model.kv_heads": model.kv_heads, "model.ffn_hidden": model.ffn_hidden}.items():
             _check_divides("parallel.tensor", self.tensor, self.tensor, field, value)
+        if self.context > 1 and model.router.NEEDS_ATTENTION:
+            problem = f"the {model.router.kind} router needs attention weights, which context parallelism does not give"
+            raise ConfigError("parallel.context", self.context, problem, "use parallel.tensor, or another router")
         name = "context" if self.context > 1 else "tensor"
         parts = self.sequence_parts
         _check_divides(f"parallel.{name}", getattr(self, name), parts, "data.sequence_length", sequence_length)

@@ -56,8 +56,8 @@ class DeepSpeedMoELayer(MoELayer, MoE):
         for parameter in self.experts.parameters():
             parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return MoELayer.forward(self, x)
+    def forward(self, x: Tensor, importance: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return MoELayer.forward(self, x, importance)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Does nothing: the process groups already exist."""

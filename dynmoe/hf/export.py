@@ -70,6 +70,10 @@ def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code
         raise UserError(f"OUT: {output} exists; name a new directory")
     kept = Kept.of(run)
     model, tokenizer = _open(run, kept)
+    router = model.config.model.router
+    if model.decoder.moe_layers and router.NEEDS_ATTENTION:
+        problem = "needs the attention weights, which the attention of transformers and servers does not return"
+        raise UserError(f"model.router.kind={router.kind!r}: {problem}; run it with python -m dynmoe.generate")
     standard = None if own_code or _is_biased(model) else standard_architecture(model.config.model)
     architecture = standard or "dynmoe"
     rows = model.decoder.w_embed_VD.shape[0]

@@ -30,6 +30,7 @@ class RouterTensors:
     """The state of a router (see ``RouterState``): its tensors under names that include shape letters."""
 
     active_E: Tensor
+    importance_T: Tensor | None = None  # routers that need it are not exported
 
     def __init__(self, router: DynMoERouter, num_sequences: int = 1) -> None:
         self.training = router.training

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dynmoe.config import ModelConfig
 from dynmoe.model.cache import LayerCache
+from dynmoe.model.importance import importance, own_weights
 from dynmoe.moe.experts import down_std
 from dynmoe.moe.initialization import named_normal
 
@@ -68,11 +69,18 @@ class Attention(nn.Module):
         name: prefix of this module's parameter names in the decoder.
         recompute: recompute the activations between the projections in the backward pass (selective activation
             recomputation, arXiv 2205.05198).
+
+    Attributes:
+        importance_BS: importance of the latest positions, if the router needs it; else None.
     """
+
+    importance_BS: Tensor | None
 
     def __init__(self, model: ModelConfig, seed: int, name: str, recompute: bool = False) -> None:
         super().__init__()
         self.recompute = recompute
+        self.importance_BS = None
+        self.measures_importance = model.router.NEEDS_ATTENTION
         self.heads = model.heads
         self.kv_heads = model.kv_heads
         self.head_dim = model.width_of_head
@@ -101,8 +109,14 @@ class Attention(nn.Module):
             k = self.k_norm(k)
         q = rotate(q, cos_Sd, sin_Sd)
         k = rotate(k, cos_Sd, sin_Sd)
+        mask = None
         if cache is not None:
-            out_BHSd = causal_attention(q, *cache.extend(k, v), cache.mask_B1SP)
+            k, v = cache.extend(k, v)
+            mask = cache.mask_B1SP
+        if self.measures_importance:
+            self.importance_BS = importance(own_weights(q, k, mask), self.heads)
+        if cache is not None:
+            out_BHSd = causal_attention(q, k, v, mask)
         elif self.recompute and torch.is_grad_enabled():
             out_BHSd = checkpoint(causal_attention, q, k, v, use_reentrant=False, preserve_rng_state=False)
         else:

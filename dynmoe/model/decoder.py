@@ -45,6 +45,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_BSD: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, cache: LayerCache | None = None) -> Tensor:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_Sd, sin_Sd, cache)
+        if self.moe is not None and self.attention.importance_BS is not None:
+            return x_BSD + self.moe(self.ffn_norm(x_BSD), self.attention.importance_BS)
         feed_forward = self.moe if self.moe is not None else self.ffn
         assert feed_forward is not None
         return x_BSD + feed_forward(self.ffn_norm(x_BSD))

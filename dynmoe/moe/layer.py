@@ -53,13 +53,15 @@ class MoELayer(nn.Module):
             self.shared = SwiGLU(model, model.moe.shared_hidden, seed, f"{name}.shared")
         self._stats: LayerStepStats | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps [..., D] to [..., D]."""
+    def forward(self, x: Tensor, importance: Tensor | None = None) -> Tensor:
+        """Maps [..., D] to [..., D]; ``importance`` [...] is for routers that need it."""
         step = self.context.step
         trains = self.training and not step.calibrating
         x_TD = x.reshape(-1, x.shape[-1])
+        importance_T = None if importance is None else importance.reshape(-1)
         replayed = None if step.replay is None else step.replay.routes(self.layer, step.micro_batch, x.device)
-        selection = self.router(x_TD, math.prod(x.shape[:-2]), None if replayed is None else replayed.selected_TE)
+        selected_TE = None if replayed is None else replayed.selected_TE
+        selection = self.router(x_TD, math.prod(x.shape[:-2]), importance_T, selected_TE)
         plan, max_rows, overflowed = self._limited(selection, replayed, step)
         self.dispatcher.count_bytes(trains)
         dispatched = self.dispatcher.dispatch(x_TD, plan, max_rows)

@@ -66,6 +66,7 @@ class Router(nn.Module):
     experts_per_token: Tensor
     scope: TokenScope
     by_budget: frozenset[str]
+    importance_T: Tensor | None
 
     def __init__(self, model: ModelConfig, num_experts: int, seed: int, name: str, context: MoEContext) -> None:
         super().__init__()
@@ -112,11 +113,19 @@ class Router(nn.Module):
         budgets = self.spec.budgets
         return BudgetState(self, target_experts or budgets[-1]) if budgets else self
 
-    def forward(self, x_TD: Tensor, num_sequences: int = 1, selected_TE: Tensor | None = None) -> RoutingPlan:
-        """The plan of the tokens of ``num_sequences`` sequences; tokens of a sequence are contiguous.
+    def forward(
+        self, x_TD: Tensor, num_sequences: int = 1, importance_T: Tensor | None = None,
+        selected_TE: Tensor | None = None,
+    ) -> RoutingPlan:  # fmt: skip
+        """The plan of these tokens.
 
-        ``selected_TE`` (bool) replaces the router's own selection.
+        Args:
+            x_TD: hidden states.
+            num_sequences: number of sequences; tokens of a sequence are contiguous.
+            importance_T: see ``RouterState``.
+            selected_TE: bool; replaces the router's own selection.
         """
+        self.importance_T = importance_T
         self.scope = RankScope(num_sequences, self.context.groups)
         if self.context.step.calibrating:
             self._calibrate(x_TD)

@@ -72,10 +72,12 @@ class RouterState(Protocol):
         training: False in evaluation and generation, where the choice for a token must not depend on later tokens.
         scope: the tokens of this forward pass, for routers whose choice in training depends on other tokens.
         target_experts: experts per token that the budget targets; None without a budget.
+        importance_T: importance of the tokens in the layer's attention, for routers that need it; else None.
     """
 
     training: bool
     scope: TokenScope
+    importance_T: Tensor | None
 
     @property
     def target_experts(self) -> float | None: ...
@@ -176,6 +178,8 @@ class RouterSpec(Section):
     SETS_NUMBER: ClassVar[bool] = False
     # The tokens on which the choice for a token depends in training: the token itself, its sequence, or the batch.
     SELECTS_AMONG: ClassVar[str] = "token"
+    # True if it needs ``importance_T``.
+    NEEDS_ATTENTION: ClassVar[bool] = False
     # True if plans have ``local_TD``.
     ADDS_OUTPUT: ClassVar[bool] = False
 
@@ -355,8 +359,8 @@ class RouterSpec(Section):
         raise NotImplementedError
 
     def compared_TE(self, state: RouterState, plan: RoutingPlan) -> Tensor:
-        """The values that were compared with thresholds, if the router ``NEEDS_DEVIATION``."""
-        raise NotImplementedError
+        """The values of which ``update`` gets deviations or histograms (in [0, 1]), if the router needs them."""
+        return plan.scores_TE
 
     def histogram_EC(self, state: RouterState, plan: RoutingPlan) -> Tensor:
         """Counts of this rank's tokens by expert and bin, int64, if the router ``NEEDS_HISTOGRAM``."""

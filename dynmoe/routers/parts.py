@@ -33,6 +33,17 @@ def pi_step(state: RouterState, budget: BudgetStep) -> Tensor:
     return change
 
 
+def experts_to_select(kind: str, state: RouterState) -> float:
+    """Experts per token that a router selects in training.
+
+    Raises:
+        ValueError: there is no budget.
+    """
+    if state.target_experts is None:
+        raise ValueError(f"target_experts=None: the {kind} router selects by it in training; set it in StepState")
+    return state.target_experts
+
+
 @dataclass
 class LinearRouter(RouterSpec):
     """A router whose scores come from linear logits, x · Wᵀ."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from dynmoe.errors import ConfigError
 from dynmoe.fields import option
 from dynmoe.routers.base import BudgetStep, RouterState, TensorSpec, register
-from dynmoe.routers.parts import BalancedRouter, LinearRouter, ThresholdRouter
+from dynmoe.routers.parts import BalancedRouter, LinearRouter, ThresholdRouter, experts_to_select
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,9 +73,9 @@ class Quantile(LinearRouter, ThresholdRouter, BalancedRouter):
         """The quantiles of this forward pass over all ranks, in one collective."""
         from dynmoe.routing.quantile import quantile_histogram, quantile_thresholds
 
-        assert state.target_experts is not None
+        share = experts_to_select(self.kind, state) / logits_TE.shape[1]
         counts_EC = state.scope.sum(quantile_histogram(logits_TE, state.offset_E, self.bins).int())
-        return quantile_thresholds(counts_EC, state.target_experts / logits_TE.shape[1], state.offset_E)
+        return quantile_thresholds(counts_EC, share, state.offset_E)
 
     def histogram_EC(self, state: RouterState, plan: RoutingPlan) -> Tensor:
         from dynmoe.routing.quantile import quantile_histogram

@@ -31,11 +31,13 @@ def kth_largest(histogram_EC: Tensor, k: Tensor) -> Tensor:
 
     Args:
         histogram_EC: sum of :func:`score_histogram` over all tokens.
-        k: number of tokens that an expert takes, a scalar; may be fractional.
+        k: number of tokens that an expert takes, a scalar or [E]; may be fractional.
     """
     above_EC = histogram_EC.flip(1).cumsum(1).flip(1).double()  # tokens in this bin or a better one
     k = k.double().clamp(min=torch.finfo(torch.float64).tiny)
-    place_E = (above_EC >= k).sum(dim=1).clamp(min=1) - 1  # the best bin with k tokens in it or in better ones
+    place_E = (above_EC >= k[..., None]).sum(dim=1).clamp(
+        min=1
+    ) - 1  # the best bin with k tokens in it or in better ones
     inside_E = histogram_EC.gather(1, place_E[:, None]).squeeze(1).double()
     better_E = above_EC.gather(1, place_E[:, None]).squeeze(1) - inside_E
     fraction_E = ((k - better_E) / inside_E.clamp(min=1)).clamp(0.0, 1.0)

@@ -15,7 +15,7 @@ class UpdateStatisticsSpec:
     """The sums to collect in addition to tokens and loads.
 
     Attributes:
-        deviation: mean and variance of the values that are compared with thresholds.
+        deviation: mean and variance of the values that are compared with thresholds (``RouterSpec.compared_TE``).
         unclaimed: number of tokens that exceed no threshold, and the sum of their router inputs.
         histogram: counts by expert and bin (:meth:`RouterSpec.histogram_EC`).
     """

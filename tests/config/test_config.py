@@ -93,6 +93,30 @@ BAD = [
         ["budget.scope='global'", "quantile", "use layer"],
     ),
     ("model.router.kind=relu", ["budget.experts_per_token=None", "set a number"]),
+    (
+        "engine=megatron train.precision=bf16 parallel.context=2 model.router.kind=da_moe",
+        ["parallel.context=2", "da_moe", "use parallel.tensor"],
+    ),
+    ("model.router.kind=seq_top_k", ["budget.experts_per_token=None", "set a number"]),
+    ("model.router.kind=seq_top_k budget.experts_per_token=0.5", ["budget.experts_per_token=0.5", "(1 to 16)"]),
+    (
+        "model.router.kind=seq_top_k model.router.max_experts=2 budget.experts_per_token=3",
+        ["budget.experts_per_token=3", "(1 to 2)"],
+    ),
+    ("model.router.kind=resonance budget.experts_per_token=3", ["budget.experts_per_token=3", "(0 to 2)"]),
+    ("model.router.kind=resonance model.router.k=17", ["model.router.k=17", "model.moe.experts (16)"]),
+    (
+        "model.router.kind=resonance model.hidden=8 model.heads=1 model.kv_heads=1 budget.experts_per_token=2",
+        ["model.hidden=8", "use at least model.moe.experts (16)"],
+    ),
+    (
+        "model.router.kind=expert_race budget.experts_per_token=2 model.router.renormalize=true",
+        ["model.router.renormalize=True", "expert_race", "remove it"],
+    ),
+    (
+        "model.router.kind=expert_race budget.experts_per_token=2 budget.scope=global",
+        ["budget.scope='global'", "holds each layer separately", "use layer"],
+    ),
     ("adaptation.interval=10", ["adaptation.interval=10", "model.router.kind=top_any"]),
     (
         "model.router.kind=top_any adaptation.interval=10 adaptation.window=11",

@@ -198,7 +198,9 @@ def train_plainly(overrides: list[str], steps: int) -> dict[str, Any]:
         batches = micro_batches(config, step)
         total = 0.0
         for number, batch in enumerate(batches):
-            with model.context.override(micro_batch=number, loss_scale=1.0 / len(batches)):
+            with model.context.override(
+                micro_batch=number, loss_scale=1.0 / len(batches), target_experts=config.budget.experts_per_token
+            ):
                 loss = model(batch.tokens_BS, batch.labels_BS) / len(batches)
             loss.backward()
             total += loss.item()

@@ -10,7 +10,7 @@ import torch
 
 from tests.engines.cases import config_for, to_canonical, train, train_plainly
 from tests.engines.comparisons import largest_difference, maps_of_all_ranks, read_canonical
-from tests.moe.cases import BASELINES, ROUTERS
+from tests.moe.cases import ATTENTIVE, BASELINES, ROUTERS
 
 STEPS = 20
 # All losses of a router together. Every forward pass, over all ranks, has the same two sequences.
@@ -29,6 +29,9 @@ MODELS = {kind: [*ROUTERS[kind], *losses] for kind, losses in LOSSES.items()} | 
     ],
     "top_p, heads normalized": [*ROUTERS["top_p"], "model.qk_norm=head", "model.head_dim=24"],
     "top_p, projections normalized": [*ROUTERS["top_p"], "model.qk_norm=projection"],
+    # Routers that select among the tokens of a sequence or of the batch.
+    **{kind: BASELINES[kind] for kind in ("seq_top_k", "expert_race", "resonance")},
+    "da_moe": ATTENTIVE["da_moe"],
 }
 WHOLE = ["train.micro_batch=2"]
 HALF = ["train.micro_batch=1"]
@@ -67,7 +70,7 @@ def relative(ours: list[float], theirs: list[float]) -> float:
 
 # The fast tests cover each kind of parallelism with one router, and another attention where it is sharded.
 FAST = {(layout, "top_p") for layout in ("DeepSpeed EP 2", "Megatron PP 2 interleaved", "Megatron EP 2")}
-FAST.add(("Megatron TP 2", "top_p, projections normalized"))
+FAST |= {("Megatron TP 2", "top_p, projections normalized"), ("Megatron TP 2", "seq_top_k")}
 CASES = [
     pytest.param(layout, name, marks=() if (layout, name) in FAST else pytest.mark.slow)
     for layout in LAYOUTS

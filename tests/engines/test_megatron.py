@@ -15,7 +15,7 @@ from dynmoe.errors import ConfigError
 from tests.engines.cases import config_for, forward_only, refusal, to_canonical, train, train_into_nan, train_plainly
 from tests.engines.comparisons import maps_of_all_ranks, read_canonical
 from tests.golden.make_megatron import FIELDS
-from tests.moe.cases import BASELINES, ROUTERS
+from tests.moe.cases import ATTENTIVE, BASELINES, ROUTERS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -299,4 +299,4 @@ def test_sharded_weights_have_megatrons_layout():
 def test_every_router_kind_is_tested():
     from dynmoe import routers
 
-    assert {name.split()[0] for name in [*BASELINES, *ROUTERS]} == set(routers.ROUTERS)
+    assert {name.split()[0] for name in [*ATTENTIVE, *BASELINES, *ROUTERS]} == set(routers.ROUTERS)

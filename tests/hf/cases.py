@@ -65,6 +65,8 @@ def begin(corpus: Path, path: Path, overrides: Sequence[str]) -> Begun:
             parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     for layer in decoder.moe_layers:
         for name, buffer in layer.router.named_buffers():
+            if name in ("cutoff", "cutoffs_E"):
+                buffer.fill_(0.5).add_(0.02 * torch.randn(buffer.shape, generator=generator))
             if name == "offset_E" or (name == "bias_E" and "biased" in path.name):
                 buffer.add_(0.02 * torch.randn(buffer.shape, generator=generator))
             if name in layer.router.by_budget:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import torch
 import torch.distributed as dist
 
-from dynmoe.config import load_config
+from dynmoe.config import Config, load_config
 from dynmoe.config.model import ModelConfig
 from dynmoe.moe import MoEContext, MoEGroups, MoELayer, StepState
+from dynmoe.moe.scope import RankScope
+from dynmoe.routing.pooled import best_of_batch
+from dynmoe.routing.scope import TokenScope
 
 HIDDEN = 16
 EXPERTS = 4
@@ -22,6 +27,8 @@ BASELINES = {
         "model.router.kind=dtop_p", "model.router.p=0.6", "budget.method=pi", "budget.scope=global",
         "budget.experts_per_token=2",
     ],
+
+    "expert_race": ["model.router.kind=expert_race", "budget.experts_per_token=1.5"],
     "expert_threshold": ["model.router.kind=expert_threshold", "model.router.cutoff=0.6", "budget.experts_per_token=2"],
     "identity_experts": ["model.router.kind=identity_experts", "model.router.k=3", "model.router.num_identity=2",
                          "model.router.num_zero=1", "model.router.num_constant=1",
@@ -33,6 +40,10 @@ BASELINES = {
         "budget.experts_per_token=2",
     ],
     "relu": ["model.router.kind=relu", "budget.experts_per_token=2"],
+    "resonance": ["model.router.kind=resonance", "model.router.k=3", "budget.experts_per_token=2"],
+    "seq_top_k": ["model.router.kind=seq_top_k", "budget.experts_per_token=1.75"],
+    "seq_top_k limited": ["model.router.kind=seq_top_k", "model.router.min_experts=0", "model.router.max_experts=2",
+                          "model.router.renormalize=true", "budget.experts_per_token=1.5"],
     "sigmoid": ["model.router.kind=sigmoid", "model.router.balance_loss=1e-2"],
     "top_p budgets": ["model.router.kind=top_p", "model.router.budgets=[1.5,2,3]", "budget.method=pi",
                       "budget.experts_per_token=2"],
@@ -40,14 +51,24 @@ BASELINES = {
                          "model.router.temperature=learned", "model.router.efficiency_loss=1e-3"],
     "top_any released": ["model.router.kind=top_any", "model.router.variant=released"],
 }  # fmt: skip
+# These need the attention of their decoder layer, so they are tried in whole decoders only.
+ATTENTIVE = {
+    "da_moe": ["model.router.kind=da_moe"],
+    "da_moe limited": ["model.router.kind=da_moe", "model.router.min_experts=0", "model.router.max_experts=3",
+                       "model.router.renormalize=true", "budget.method=pi", "budget.experts_per_token=1.5"],
+}  # fmt: skip
 
 
-def tiny_model(*overrides: str) -> ModelConfig:
+def tiny_config(*overrides: str) -> Config:
     base = [
         f"model.hidden={HIDDEN}", "model.heads=2", "model.kv_heads=1", "model.layers=2", "model.ffn_hidden=32",
         f"model.moe.experts={EXPERTS}", "model.moe.expert_hidden=24", "model.init_std=0.3",
     ]  # fmt: skip
-    return load_config(None, [*base, *overrides]).model
+    return load_config(None, [*base, *overrides])
+
+
+def tiny_model(*overrides: str) -> ModelConfig:
+    return tiny_config(*overrides).model
 
 
 def no_losses(kind: str) -> list[str]:
@@ -56,6 +77,8 @@ def no_losses(kind: str) -> list[str]:
     names += ("entropy",) if kind in ("top_k", "top_p", "dtop_p", "null_experts") else ()
     if kind in ("relu", "expert_threshold"):
         names = ()
+    if kind == "expert_race":
+        names = ("similarity",)
     return [f"model.router.{name}_loss=0" for name in names]
 
 
@@ -145,3 +168,16 @@ def bytes_on_the_wire(overrides: list[str], tokens: int) -> tuple[int, int]:
     others = came - torch.tensor([rows, routes])
     minimum = (2 * rows + 2 * int(others[0])) * HIDDEN * 4 + routes * 8 + int(others[1]) * 4 + 16
     return layer.drain().sent_bytes, minimum
+
+
+def race_over_ranks(tokens_per_rank: list[int]) -> tuple[list, list, list[int]]:
+    """What this rank selects, what one rank would for its tokens, and the elements of each all-reduce."""
+    rank = dist.get_rank()
+    values = torch.rand(sum(tokens_per_rank), EXPERTS, generator=torch.Generator().manual_seed(3))
+    start = sum(tokens_per_rank[:rank])
+    mine = slice(start, start + tokens_per_rank[rank])
+    scope = RankScope(1, MoEGroups(tokens=dist.new_group(list(range(dist.get_world_size())))))
+    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+        found = best_of_batch(values[mine], 1.5, scope)
+    elements = [call.args[0].numel() for call in reduced.call_args_list]
+    return found.tolist(), best_of_batch(values, 1.5, TokenScope())[mine].tolist(), elements

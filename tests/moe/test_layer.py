@@ -26,7 +26,7 @@ ALL = ROUTERS | BASELINES
 
 
 def make_layer(*overrides: str, seed: int = 0) -> MoELayer:
-    layer = MoELayer(tiny_model(*overrides), 0, seed, MoEContext(step=StepState(recording=True, target_experts=2.0)))
+    layer = MoELayer(tiny_model(*overrides), 0, seed, MoEContext(step=StepState(recording=True, target_experts=1.5)))
     spread_router(layer, seed)
     return layer
 

@@ -43,7 +43,7 @@ def test_the_own_selection_gives_the_own_plan(name):
         return
     x_TD = inputs().flatten(0, 1)
     own = router(x_TD, 2)
-    again = router(x_TD, 2, own.selected_map_TE.clone())
+    again = router(x_TD, 2, selected_TE=own.selected_map_TE.clone())
     for field in dataclasses.fields(own):
         value, expected = getattr(again, field.name), getattr(own, field.name)
         assert (value is None) == (expected is None), field.name
@@ -78,7 +78,7 @@ def test_gates_of_a_given_selection_are_computed_token_by_token(fields, kind):
     router = layer_of(*fields).router
     map_TE = some_map()
     assert (map_TE.sum(dim=1) == 0).any()
-    plan = router(inputs().flatten(0, 1), 2, map_TE)
+    plan = router(inputs().flatten(0, 1), 2, selected_TE=map_TE)
     assert torch.equal(plan.routing_map_TE, map_TE)
     assert torch.equal(plan.selected_map_TE, map_TE)
     for token, scores in enumerate(plan.scores_TE.tolist()):

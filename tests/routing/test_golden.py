@@ -1,4 +1,4 @@
-"""The released form of both papers, against values computed by running their code (see tests/golden)."""
+"""Routers against values computed by running public code of their papers (see tests/golden)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from dynmoe.routing import losses, top_any, top_p
+from dynmoe.routing.pooled import best_of_sequences, contested, odds_of_uniform
+from dynmoe.routing.scope import TokenScope
+from dynmoe.routing.selection import softmax_plan
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TOP_ANY = load_file(GOLDEN / "dynmoe_top_any.safetensors")
 TOP_P = load_file(GOLDEN / "dynamic_moe_top_p.safetensors")
+SEQ_TOP_K = load_file(GOLDEN / "seq_top_k.safetensors")
 TOP_ANY_CASES = sorted({name.rsplit(".", 1)[0] for name in TOP_ANY if name.startswith("case")})
 
 
@@ -49,3 +53,20 @@ def test_top_p(route):
     assert torch.equal(plan.experts_per_token_T, TOP_P[f"{route}.k"])
     assert torch.equal(plan.routing_map_TE, TOP_P[f"{route}.weights"] > 0)
     close(plan.gates_TE, TOP_P[f"{route}.weights"])
+
+
+@pytest.mark.parametrize("case", sorted({name.split(".")[0] for name in SEQ_TOP_K}))
+def test_seq_top_k(case):
+    logits, upstream, weights, routing, gradient, sequences, k, most = (
+        SEQ_TOP_K[f"{case}.{name}"].clone()
+        for name in ("logits", "upstream", "weights", "routing", "grad", "sequences", "k", "most")
+    )
+    logits.requires_grad_()
+    probs = logits.softmax(dim=1)
+    values = contested(odds_of_uniform(probs), 0, int(most))
+    plan = softmax_plan(logits, probs, best_of_sequences(values, float(k), TokenScope(int(sequences))), False)
+    assert torch.equal(plan.routing_map_TE, routing)
+    close(plan.gates_TE, weights)
+    (plan.gates_TE * upstream).sum().backward()
+    close(logits.grad, gradient)
+    assert len(plan.experts_per_token_T.unique()) > 1 or k == most

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -24,6 +25,7 @@ from dynmoe.config import Config, ModelConfig
 from dynmoe.engines.megatron.versions import build_decoder
 from dynmoe.engines.megatron.weights import initialize
 from dynmoe.model.attention import causal_attention
+from dynmoe.model.importance import importance, own_weights
 from dynmoe.moe import MoEContext, MoELayer
 
 
@@ -128,14 +130,27 @@ class QKNormAttention(SelfAttention):
 
 
 class CoreAttention(MegatronModule):
-    """The attention of the plain model between Megatron's projections; never keeps an [S, S] tensor."""
+    """The attention of the plain model between Megatron's projections; never keeps an [S, S] tensor.
 
-    def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
+    Attributes:
+        importance_BS: importance of the positions of the latest forward pass, over the heads of all ranks; None if the
+            router does not need it.
+    """
+
+    def __init__(self, config: TransformerConfig, *, measures_importance: bool = False, **kwargs: Any) -> None:
         super().__init__(config)
+        self.importance_BS: Tensor | None = None
+        self._measures_importance = measures_importance
+        self._heads = config.num_attention_heads
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Maps query [S, B, H, d] and key, value [S, B, K, d] to [S, B, H d]."""
-        out_BHSd = causal_attention(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
+        q_BHSd, k_BKSd, v_BKSd = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if self._measures_importance:
+            weights_BS = own_weights(q_BHSd, k_BKSd)  # of this rank's heads
+            dist.all_reduce(weights_BS, group=parallel_state.get_tensor_model_parallel_group())
+            self.importance_BS = importance(weights_BS, self._heads)
+        out_BHSd = causal_attention(q_BHSd, k_BKSd, v_BKSd)
         return out_BHSd.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -178,6 +193,7 @@ class MegatronMoELayer(MoELayer):
     ) -> None:
         # Megatron passes the last three arguments from 0.18 on; the process groups are those of the context.
         super().__init__(model, layer, seed, context)
+        self.attention: tuple[CoreAttention] | None = None  # a tuple, as it is not a part of this module
         experts = {id(parameter) for parameter in self.experts.parameters()}
         for parameter in self.parameters():
             if id(parameter) in experts:
@@ -188,8 +204,18 @@ class MegatronMoELayer(MoELayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore[override]
         """Maps [S, B, D] to [S, B, D], and no bias."""
-        y_BSD = super().forward(x.transpose(0, 1))
+        y_BSD = super().forward(x.transpose(0, 1), self._importance_BS())
         return y_BSD.transpose(0, 1).contiguous(), None
+
+    def _importance_BS(self) -> Tensor | None:
+        """Importance of the positions that this rank holds, if the router needs it."""
+        if self.attention is None:
+            return None
+        whole_BS = self.attention[0].importance_BS
+        group = self.context.groups.sequence
+        if group is None or whole_BS is None:
+            return whole_BS
+        return whole_BS.chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -217,7 +243,8 @@ def _layer_spec(config: Config, context: MoEContext, layer: int) -> ModuleSpec:
         attention.module = QKNormAttention
         attention.params = attention.params | {"model": config.model}
     if config.parallel.context == 1:
-        attention.submodules.core_attention = CoreAttention
+        measures = {"measures_importance": config.model.router.NEEDS_ATTENTION}
+        attention.submodules.core_attention = ModuleSpec(module=CoreAttention, params=measures)
     else:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
@@ -229,6 +256,13 @@ def _layer_spec(config: Config, context: MoEContext, layer: int) -> ModuleSpec:
         spec.module = RecomputedLayer
         spec.params = {"context": context}
     return spec
+
+
+def _connect_attention(chunk: nn.Module) -> None:
+    """Gives each MoE layer the attention of its decoder layer."""
+    for layer in chunk.modules():
+        if isinstance(layer, TransformerLayer) and isinstance(layer.mlp, MegatronMoELayer):
+            layer.mlp.attention = (layer.self_attention.core_attention,)
 
 
 def build_chunks(config: Config, vocab_size: int, context: MoEContext, device: torch.device) -> list[MegatronModule]:
@@ -251,6 +285,8 @@ def build_chunks(config: Config, vocab_size: int, context: MoEContext, device: t
             position_embedding_type="rope",
             rotary_base=config.model.rope_theta,
         ).to(device)
+        if config.model.router.NEEDS_ATTENTION:
+            _connect_attention(chunk)
         tensor_rank = parallel_state.get_tensor_model_parallel_rank()
         initialize(chunk, config.model, vocab_size, config.train.seed, tensor_rank, parallel.tensor)
         chunks.append(Float16Module(settings, chunk) if settings.bf16 else chunk)

@@ -73,6 +73,9 @@ def check_config(config: TransformerConfig, settings: RouterSpec) -> None:
     if settings.HAS_OWN_RULE:
         problem = "updates its state between steps, which a stock training loop does not do"
         raise UserError(f"kind={settings.kind!r}: {problem}; use engine=megatron")
+    if settings.NEEDS_ATTENTION:
+        problem = "needs the attention of its layer, which Megatron's layer does not pass on"
+        raise UserError(f"kind={settings.kind!r}: {problem}; use engine=megatron")
     if settings.ADDS_OUTPUT:
         problem = "computes part of the output itself, which Megatron's layer does not add"
         raise UserError(f"kind={settings.kind!r}: {problem}; use engine=megatron")
