@@ -28,7 +28,7 @@ class PooledRouter(LinearRouter, LimitedRouter):
     HOLDS_GLOBALLY: ClassVar[bool] = False
     NEEDS_HISTOGRAM: ClassVar[bool] = True
 
-    cutoff_decay: float = option(0.9, "decay of the moving average of the cut-offs", at_least=0, below=1)
+    cutoff_decay: float = option(0.5, "decay of the moving average of the cut-offs", at_least=0, below=1)
 
     def buffers(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
         return {"cutoff": TensorSpec(export="tensor", by_budget=True)}

@@ -38,7 +38,7 @@ class Resonance(BalancedRouter):
 
     k: int = option(2, "experts that a token chooses, of which the experts' choice leaves some", at_least=1)
     scale: float = option(1.0, "factor on affinities in the softmax of the gates", above=0)
-    cutoff_decay: float = option(0.9, "decay of the moving average of the cut-offs", at_least=0, below=1)
+    cutoff_decay: float = option(0.5, "decay of the moving average of the cut-offs", at_least=0, below=1)
 
     def max_experts_per_token(self, num_experts: int) -> int:
         return min(self.k, num_experts)

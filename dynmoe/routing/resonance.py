@@ -59,8 +59,11 @@ def equal_capacity(chosen_E: Tensor, routes: Tensor) -> Tensor:
 
 
 def resonance_cutoffs(histogram_EC: Tensor, routes: Tensor) -> Tensor:
-    """The cut-offs of :func:`chosen_by_tokens` that leave each expert its capacity, fp32 [E]; 0 for one with fewer."""
+    """The cut-offs of :func:`chosen_by_tokens` that leave each expert its capacity, fp32 [E].
+
+    An expert with fewer tokens has the value below all of them, one without tokens 0. A cut-off thus does not jump when
+    the load of an expert crosses the capacity, and its moving average stays between the values of tokens.
+    """
     chosen_E = histogram_EC[:, 1:].sum(dim=1).double()
-    capacity = equal_capacity(chosen_E, routes)
-    cutoffs_E = kth_largest(histogram_EC, chosen_E.clamp(max=capacity))
-    return cutoffs_E.where(chosen_E > capacity, 0.0).float()
+    cutoffs_E = kth_largest(histogram_EC, chosen_E.clamp(max=equal_capacity(chosen_E, routes)))
+    return cutoffs_E.where(chosen_E > 0, 0.0).float()

@@ -213,6 +213,11 @@ def test_more_than_all_is_no_capacity():
     assert equal_capacity(torch.tensor([2, 1]), torch.tensor(3.5)).item() == math.inf
 
 
+def test_an_expert_that_no_token_chooses_has_no_cutoff():
+    values = torch.tensor([[0.9, 0.0], [0.8, 0.0], [0.6, 0.0]])
+    assert resonance_cutoffs(score_histogram(values), torch.tensor(2.0))[1] == 0
+
+
 def test_the_cutoffs_of_resonance_leave_every_expert_its_capacity():
     affinity = torch.rand(4000, 4, generator=torch.Generator().manual_seed(0)) - 0.5
     affinity[:, 0] += 0.4  # most tokens choose it
@@ -221,7 +226,7 @@ def test_the_cutoffs_of_resonance_leave_every_expert_its_capacity():
     cutoffs = resonance_cutoffs(score_histogram(values), torch.tensor(4000 * 1.25))
     counts = (values > cutoffs).sum(dim=0).tolist()
     assert sum(counts) == pytest.approx(5000, rel=0.01)
-    assert cutoffs[3] == 0
+    assert cutoffs[3] == pytest.approx(values[:, 3][values[:, 3] > 0].min().item(), abs=1 / NUM_BINS)
     assert counts[3] == (values[:, 3] > 0).sum()
     assert counts[0] == pytest.approx(counts[1], rel=0.01)
     assert counts[0] == pytest.approx(counts[2], rel=0.01)
