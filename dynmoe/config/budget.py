@@ -15,9 +15,9 @@ class BudgetConfig(Section):
     _section: ClassVar[str] = "budget"
 
     method: str = option(
-        "none", "how the budget is enforced: pi moves p (top_p, dtop_p) or all thresholds together; loss_free also moves "
-        "each expert's threshold by its load (top_k: only its bias, for balance); quantile (top_k) sets each bias to "
-        "the quantile that gives equal loads", choices=("none", "pi", "loss_free", "quantile"),
+        "none", "how the budget is enforced: pi moves p (top_p, dtop_p) or all thresholds together; loss_free also "
+        "moves each expert's threshold by its load (top_k: only its bias, for balance); quantile (top_k) sets each "
+        "bias to the quantile that gives equal loads", choices=("none", "pi", "loss_free", "quantile"),
     )  # fmt: skip
     experts_per_token: Optional[float] = option(None, "target of the mean experts per token", above=0)
     start: Optional[float] = option(None, "initial target of a schedule; null: experts_per_token", above=0)
