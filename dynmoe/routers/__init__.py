@@ -18,6 +18,5 @@ from dynmoe.routers.top_p import TopP
 
 __all__ = [
     "ROUTERS", "DAMoE", "DTopP", "ExpertRace", "ExpertThreshold", "IdentityExperts", "NullExperts", "Quantile", "ReLU",
-    "Resonance", "RouterSpec", "SeqTopK",
-    "Sigmoid", "TensorSpec", "TopAny", "TopK", "TopP", "router_of",
+    "Resonance", "RouterSpec", "SeqTopK", "Sigmoid", "TensorSpec", "TopAny", "TopK", "TopP", "router_of",
 ]  # fmt: skip

@@ -23,10 +23,10 @@ LOSSES = {
 # By name in the table.
 MODELS = {kind: [*ROUTERS[kind], *losses] for kind, losses in LOSSES.items()} | {
     # The plain loop has no budget.
-    "identity_experts": [
-        *(part for part in BASELINES["identity_experts"] if not part.startswith("budget")),
-        "optimizer.clip_grad=0.5",
-    ],
+    **{
+        kind: [*(part for part in BASELINES[kind] if not part.startswith("budget")), "optimizer.clip_grad=0.5"]
+        for kind in ("identity_experts", "dtop_p")
+    },
     "top_p, heads normalized": [*ROUTERS["top_p"], "model.qk_norm=head", "model.head_dim=24"],
     "top_p, projections normalized": [*ROUTERS["top_p"], "model.qk_norm=projection"],
     # Routers that select among the tokens of a sequence or of the batch.
@@ -113,18 +113,21 @@ def test_training_does_not_depend_on_engine_or_layout(
     assert sorted(maps_of_all_ranks(first)) == [0, 1, 2, 3]
 
 
-# Routers whose choice in training, or whose state, depends on quantiles over the tokens of all ranks.
-OVER_RANKS = {
-    "quantile": BASELINES["quantile"],
+# Routers whose state between steps, or choice in training, depends on the tokens of all ranks.
+WITH_STATE = {
+    **{kind: BASELINES[kind] for kind in (
+        "quantile", "dtop_p", "expert_race", "identity_experts", "resonance", "seq_top_k", "top_p budgets",
+    )},
+    "da_moe": [*ATTENTIVE["da_moe"], "budget.method=pi", "budget.experts_per_token=1.5"],
     "quantile balancing": [*ROUTERS["top_k"], "budget.method=quantile"],
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def alone(one_rank):
     @functools.cache
     def run(kind: str):
-        (result,) = one_rank.run(train, [*COMMON, *OVER_RANKS[kind], *WHOLE], 0, 6)
+        (result,) = one_rank.run(train, [*COMMON, *WITH_STATE[kind], *WHOLE], 0, 6)
         return result
 
     return run
@@ -137,16 +140,17 @@ def alone(one_rank):
             layout, kind,
             marks=() if (layout, kind) == ("Megatron TP 2 x EP 2", "quantile") else pytest.mark.slow,
         )
-        for layout in LAYOUTS for kind in OVER_RANKS
+        for layout in LAYOUTS for kind in WITH_STATE
     ],
 )  # fmt: skip
-def test_quantiles_over_all_ranks_do_not_depend_on_the_layout(alone, two_ranks, four_ranks, layout, kind):
+def test_state_between_steps_does_not_depend_on_the_layout(alone, two_ranks, four_ranks, layout, kind):
     """Against DeepSpeed on one rank, with calibration and updates between steps."""
     ranks, overrides = LAYOUTS[layout]
     expected = alone(kind)
-    results = {2: two_ranks, 4: four_ranks}[ranks].run(train, [*COMMON, *OVER_RANKS[kind], *overrides], 0, 6)
+    results = {2: two_ranks, 4: four_ranks}[ranks].run(train, [*COMMON, *WITH_STATE[kind], *overrides], 0, 6)
     assert relative(results[0]["losses"], expected["losses"]) <= 1e-5
-    assert relative(results[0]["norms"], expected["norms"]) <= 1e-5
+    assert relative(results[0]["norms"][:1], expected["norms"][:1]) <= 1e-5
+    assert relative(results[0]["norms"], expected["norms"]) <= 1e-4
     reference = maps_of_all_ranks([expected])
     for layer, ours in maps_of_all_ranks(results).items():
         trained = zip(ours[-24:], reference[layer][-24:], strict=True)  # without the pass that calibrates
@@ -157,7 +161,7 @@ def test_quantiles_over_all_ranks_do_not_depend_on_the_layout(alone, two_ranks, 
 @pytest.mark.slow
 def test_a_recomputed_pass_finds_the_same_quantiles(alone, four_ranks):
     _, overrides = LAYOUTS["Megatron PP 2 x EP 2"]
-    overrides = [*COMMON, *OVER_RANKS["quantile"], *overrides, "train.recompute=full"]
+    overrides = [*COMMON, *WITH_STATE["quantile"], *overrides, "train.recompute=full"]
     results = four_ranks.run(train, overrides, 0, 6)
     assert relative(results[0]["losses"], alone("quantile")["losses"]) <= 1e-5
     assert relative(results[0]["norms"], alone("quantile")["norms"]) <= 1e-5
