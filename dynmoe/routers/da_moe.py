@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class DAMoE(LinearRouter, BalancedRouter, LimitedRouter):
     """Selects the K most probable experts, K in proportion to the importance of the token in the layer's attention.
 
-    The paper takes the importance from the attention weights of an encoder, which sees the whole text. Attention that
-    later tokens pay to a token is not known when a decoder generates it. Here only the attention that has been paid up
+    The paper takes the importance from attention weights. Attention that later tokens pay to a token is not known when
+    a decoder generates it. Here only the attention that has been paid up
     to the token counts, which is its own (:func:`dynmoe.model.importance.importance`), in training as in evaluation.
     That measure and the proportion, ``slope``, are our choices.
     """

@@ -23,7 +23,8 @@ def router_similarity(scores_TE: Tensor, together_EE: Tensor) -> Tensor:
     """Sum over pairs of experts of W_ij (P^T P)_ij / T, P the scores (section 5).
 
     W is :func:`selected_together`, its diagonal and the rest each scaled to a mean of 1. The diagonal balances the
-    load, the rest repels experts that are often selected together. The loss is 1 for uniform scores.
+    load, the rest repels experts that are often selected together. The loss is 1 for uniform scores: public versions
+    of it are scaled differently, and this scale is our choice.
 
     Args:
         scores_TE: of this rank's tokens, with gradients.

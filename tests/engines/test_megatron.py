@@ -246,6 +246,17 @@ def test_evaluation_and_logits_equal_those_of_the_plain_model(one_rank, two_rank
         torch.testing.assert_close(result["logits"], expected["logits"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["seq_top_k", "expert_race", "resonance", "da_moe"])
+def test_evaluation_of_split_sequences_equals_that_of_whole_ones(one_rank, two_ranks, kind):
+    overrides = [part for part in BASE if "router" not in part] + (BASELINES | ATTENTIVE)[kind]
+    plain = [part for part in overrides if part != "engine=megatron"]
+    (expected,) = one_rank.run(forward_only, [*plain, *ALONE])
+    for result in two_ranks.run(forward_only, [*overrides, *TP2]):
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        torch.testing.assert_close(result["logits"], expected["logits"], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("layout", "rank"), [(EP2, 1), (PP2, 1), (TP2, 0)], ids=["EP 2", "PP 2", "TP 2"])
 def test_nonfinite_scores_stop_every_rank_and_name_step_layer_and_rank(two_ranks, layout, rank):
     for message, untouched in two_ranks.run(train_into_nan, [*BASE, *layout], 3, rank):
