@@ -14,7 +14,7 @@ from dynmoe import evaluate, generate
 from dynmoe.config import load_config
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.hf.export import export
-from dynmoe.moe import MoEContext
+from dynmoe.moe import MoEContext, MoELayer
 from dynmoe.moe.budget import Budget
 from dynmoe.moe.router import Router
 from dynmoe.report import main as report
@@ -23,6 +23,7 @@ from dynmoe.train.scores import EXPERTS
 from dynmoe.trained import open_trained
 from tests.faults.cases import MEGATRON
 from tests.hf.cases import begin, run_decoder, some_tokens
+from tests.moe.test_causality import train_steps
 from tests.train.cases import TrainingProcess
 
 BUDGETS = ["model.router.budgets=[1,1.5,3]", "budget.experts_per_token=1.5"]
@@ -60,6 +61,29 @@ def test_without_a_target_a_router_uses_its_most_experts():
     router.context.aim(1.25)
     assert router(x_TD).experts_per_token_T.sum() < most.experts_per_token_T.sum()
     assert router.control_value == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("kind", ["expert_race", "expert_threshold", "quantile", "resonance", "seq_top_k"])
+def test_running_thresholds_of_each_budget_hold_it_in_evaluation(kind):
+    k = ["model.router.k=6"] if kind == "resonance" else []
+    several = ["model.router.budgets=[1,2,4]", "budget.experts_per_token=2"]
+    config = load_config(None, [f"model.router.kind={kind}", "model.hidden=64", *several, *k])
+    layer = MoELayer(config.model, 0, 0, MoEContext())
+
+    def inputs(seed: int) -> torch.Tensor:
+        return torch.randn(8, 512, 64, generator=torch.Generator().manual_seed(seed))
+
+    train_steps(config, [layer], lambda step: layer(inputs(step)), 30)
+    layer.eval()
+    found = {}
+    for wanted in (1.0, 2.0, 3.0, 4.0):
+        layer.context.aim(wanted)
+        with torch.no_grad():
+            plans = [layer.router(inputs(seed).flatten(0, 1), 8) for seed in range(100, 110)]
+        found[wanted] = sum(plan.experts_per_token_T.float().mean().item() for plan in plans) / len(plans)
+    for wanted in (1.0, 2.0, 4.0):
+        assert found[wanted] == pytest.approx(wanted, rel=0.02)
+    assert 2.5 < found[3.0] < 3.5
 
 
 @pytest.mark.parametrize(
