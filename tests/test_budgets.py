@@ -132,7 +132,7 @@ def test_an_export_runs_at_every_budget(corpus_dir, tmp_path, away_from_the_hub,
         )
 
 
-@pytest.fixture(scope="module", params=["deepspeed", "megatron"])
+@pytest.fixture(scope="module", params=["deepspeed", pytest.param("megatron", marks=pytest.mark.slow)])
 def trained(request, corpus_dir, tmp_path_factory):
     """A run of the engine with several budgets, and one with a single one."""
     runs = tmp_path_factory.mktemp("budgets") / "runs"

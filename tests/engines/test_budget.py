@@ -181,6 +181,7 @@ def variation_of_load(result, layer: int) -> float:
     return (loads.std(correction=0) / loads.mean()).item()
 
 
+@pytest.mark.slow
 def test_biases_balance_top_k(one_rank):
     overrides = [*BASE, "model.router.kind=top_k", "model.router.balance_loss=0"]
     spread = {}
