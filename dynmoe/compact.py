@@ -147,7 +147,8 @@ def _select(key: str, tensor: Tensor, kept: Mapping[int, list[int]]) -> Tensor:
     if not letters.isupper() or "E" not in letters:
         return tensor
     index = torch.tensor(kept[layer])
-    return tensor.index_select(letters.index("E"), index).contiguous()
+    # From the end, as a buffer may have a row for each budget.
+    return tensor.index_select(letters.index("E") - len(letters), index).contiguous()
 
 
 def main() -> None:

@@ -276,6 +276,10 @@ def _check(given: argparse.Namespace, prompts: int) -> None:
             raise UserError(f"--{name.replace('_', '-')}={value}: is out of range; use {least} to {most:g}")
     if not 0 < given.top_p <= 1:
         raise UserError(f"--top-p={given.top_p}: is out of range; use a number above 0 and at most 1")
+    if given.trace is not None and not given.trace.parent.is_dir():
+        raise UserError(
+            f"--trace={given.trace}: {given.trace.parent} is not a directory; create it, or use another path"
+        )
     if given.show_experts and prompts > 1:
         raise UserError(f"--show-experts: supports one prompt, but {prompts} are given; give one")
 

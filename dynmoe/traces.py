@@ -107,19 +107,24 @@ def from_flame(source: Path, output: Path, sequence_length: int) -> list[int]:
 
 
 def _layers(folder: Path) -> list[int]:
-    from pyarrow import parquet
-
-    layers: list[int] = parquet.read_table(folder, columns=["layer"])["layer"].unique().to_pylist()
+    layers: list[int] = _read_step(folder, ["layer"])["layer"].unique().to_pylist()
     return sorted(layers)
 
 
 def _layer_rows(folder: Path, layer: int) -> Any:
     """The rows of a layer by sample and position."""
+    rows = _read_step(folder, ["sample", "position", "token", "experts", "gates"], [("layer", "=", layer)])
+    return rows.sort_by([("sample", "ascending"), ("position", "ascending")])
+
+
+def _read_step(folder: Path, columns: list[str], filters: list[tuple[str, str, int]] | None = None) -> Any:
     from pyarrow import parquet
 
-    columns = ["sample", "position", "token", "experts", "gates"]
-    rows = parquet.read_table(folder, columns=columns, filters=[("layer", "=", layer)])
-    return rows.sort_by([("sample", "ascending"), ("position", "ascending")])
+    try:
+        return parquet.read_table(folder, columns=columns, filters=filters).select(columns)
+    except (OSError, ValueError, KeyError) as error:
+        problem = f"cannot be read as a trace ({first_line(error)})"
+        raise UserError(f"{folder}: {problem}; name the directory of a traced run") from None
 
 
 def _actives(rows: Any) -> dict[str, Any]:
@@ -249,6 +254,8 @@ def main() -> None:
         help="dynmoe: tokens of a sequence (default: %(default)s, as FLAME-MoE)",
     )  # fmt: skip
     given = parser.parse_args()
+    if given.step is not None and given.to != "flame":
+        raise UserError(f"--step={given.step}: has no meaning for --to {given.to}, which converts all steps; omit it")
     if given.output.exists():
         raise UserError(f"{given.output}: exists; name a new directory")
     if given.sequence_length < 1:

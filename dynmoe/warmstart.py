@@ -87,9 +87,9 @@ def warm_start(
     config = _configuration(old, run, output, experts, granularity, overrides)
     fitted = config.model.router.kind == TopP.kind
     if fitted and old.model.moe_layers and experts_per_token is None:
-        experts_per_token = old.model.router.expected_experts
+        experts_per_token = old.budget.experts_per_token or old.model.router.expected_experts
     if fitted and config.model.router.budgets:
-        experts_per_token = config.budget.experts_per_token
+        experts_per_token = config.budget.experts_per_token  # p is fitted to each budget
     if experts_per_token is not None and not fitted:
         raise UserError(f"--experts-per-token={experts_per_token}: only top_p fits p; use model.router.kind=top_p")
     model = open_trained(run, torch.device("cpu"))

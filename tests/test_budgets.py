@@ -100,6 +100,9 @@ def test_running_thresholds_of_each_budget_hold_it_in_evaluation(kind):
         ([*TOP_P, "budget.start=3", "budget.over_steps=9"], "budget.start=3.0: has no meaning"),
         (TOP_P[:-1], "budget.experts_per_token=None: is needed"),
         (["model.router.kind=top_k", *BUDGETS], "a token takes a whole number of experts"),
+        (["model.router.kind=top_k", "model.moe.experts_by_layer=[4,8,8,8]", "model.router.budgets=[1,6]",
+          "budget.experts_per_token=2"], "model.router.budgets=6.0: is more than there are experts"),
+        ([*TOP_P, "model.moe.max_mean_experts_per_token=2"], "a budget of 3 experts per token would exceed it"),
         (["model.router.kind=top_any", "adaptation.interval=2", "budget.method=pi", *BUDGETS], "adaptation.interval=2"),
     ],
 )  # fmt: skip
@@ -107,6 +110,14 @@ def test_budgets_that_do_not_fit_are_named(overrides, named):
     with pytest.raises(ConfigError) as error:
         load_config(None, overrides)
     assert named in str(error.value)
+
+
+def test_top_k_without_a_method_leaves_its_biases_alone():
+    config = load_config(None, ["model.router.kind=top_k", "model.router.budgets=[1,2]", "budget.experts_per_token=2"])
+    layer = MoELayer(config.model, 0, 0, MoEContext())
+    train_steps(config, [layer], lambda step: layer(torch.randn(1, 50, 256)), 3)
+    assert not layer.router.bias_E.any()
+    assert config.model.router.expected_experts == 1.5
 
 
 @pytest.mark.parametrize("overrides", [TOP_P, ["model.router.kind=top_k", "model.router.budgets=[1,2,3]",
@@ -130,6 +141,11 @@ def test_an_export_runs_at_every_budget(corpus_dir, tmp_path, away_from_the_hub,
         AutoModelForCausalLM.from_pretrained(
             tmp_path / "out", trust_remote_code=True, router_overrides={"experts_per_token": 9}
         )
+    number = "p" if run.config.model.router.has_field("p") else "k"
+    with pytest.raises(
+        ValueError, match=rf"^router_overrides.{number}=1: .* has no such setting; use .*experts_per_token"
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, router_overrides={number: 1})
 
 
 @pytest.fixture(scope="module", params=["deepspeed", pytest.param("megatron", marks=pytest.mark.slow)])

@@ -116,3 +116,16 @@ def test_the_command_lists_its_verbs_and_names_an_unknown_one(capsys, monkeypatc
     monkeypatch.setattr("sys.argv", ["dynmoe", "shrink"])
     with pytest.raises(UserError, match="dynmoe shrink: unknown verb; use one of checkpoint, "):
         main()
+
+
+def test_rows_of_several_budgets_keep_their_number():
+    import torch
+
+    from dynmoe.compact import _select
+
+    offsets = torch.arange(12.0).view(3, 4)
+    for shape in (offsets, offsets[0]):
+        found = _select("buffer|layers.0.moe.router.offset_E", shape, {0: [0, 2]})
+        assert torch.equal(found, shape[..., [0, 2]])
+    prototypes = torch.arange(8.0).view(2, 4)
+    assert torch.equal(_select("layers.0.moe.router.prototypes_DE", prototypes, {0: [3]}), prototypes[:, [3]])

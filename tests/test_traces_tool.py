@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -213,3 +214,22 @@ def test_the_command(traced, tmp_path, monkeypatch):
         )
         with pytest.raises(UserError, match=message):
             main()
+    for arguments, message in (
+        (
+            [str(traced["top_k"]), str(back), "--to", "dynmoe", "--step", "1"],
+            "--step=1: has no meaning for --to dynmoe",
+        ),
+        ([str(cut_short(traced["top_k"], tmp_path)), str(back), "--to", "flame"], "cannot be read as a trace"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["traces", *arguments])
+        with pytest.raises(UserError, match=message):
+            main()
+
+
+def cut_short(traces: Path, folder: Path) -> Path:
+    """A copy of traces whose first file is cut short."""
+    copy = folder / "broken"
+    shutil.copytree(traces, copy)
+    file = sorted(copy.rglob("*.parquet"))[0]
+    file.write_bytes(file.read_bytes()[:50])
+    return copy

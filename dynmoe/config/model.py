@@ -102,7 +102,7 @@ class ModelConfig(Section):
             raise ConfigError("model.moe.active_at_start", moe.active_at_start, problem, "remove it")
         if layers == 0:
             return
-        router.check_layers(self.min_experts_per_layer, self.max_experts_per_layer)
+        router.check_layers(moe.experts_by_layer or [moe.experts])
         router.parameters(self.hidden, self.max_experts_per_layer)  # may refuse the sizes
         limit = moe.max_mean_experts_per_token
         fewest = router.min_experts_per_token

@@ -163,7 +163,7 @@ class Config(Section):
                     raise ConfigError(name, value, "the model is dense", "remove it, or set model.moe.experts")
             return
         limit = model.moe.max_mean_experts_per_token
-        held = max(budget.experts_per_token or 0, budget.start or 0)
+        held = max(budget.experts_per_token or 0, budget.start or 0, *model.router.budgets)
         if limit is not None and held >= limit:
             problem = f"a budget of {held:g} experts per token would exceed it in about half of the micro-batches"
             cure = "increase it well above the budget, or remove it"

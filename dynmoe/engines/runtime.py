@@ -53,6 +53,7 @@ class MoERuntime:
         self._recorded = False
         self._update_spec: UpdateStatisticsSpec | None = None
         self._replay: RoutingReplay | None = None
+        self._target: float | None = None
 
     @torch.no_grad()
     def calibrate(self, run_pass: Callable[[], object]) -> None:
@@ -82,9 +83,10 @@ class MoERuntime:
         self._update_spec = self._updates.spec(number)
         self._recorded = record
         self._replay = replay
+        self._target = self._updates.target_experts(number)
         with self.context.override(
             loss_scale=loss_scale, recording=record, trace=trace, update_statistics=self._update_spec,
-            target_experts=self._updates.target_experts(number), replay=replay,
+            target_experts=self._target, replay=replay,
         ):  # fmt: skip
             yield
         self._stats = [layer.drain() for layer in self._layers]
@@ -97,7 +99,9 @@ class MoERuntime:
 
     def recompute(self, number: int = 0) -> AbstractContextManager[None]:
         """The context of a forward pass that repeats that of micro-batch ``number``; nothing is counted."""
-        return self.context.override(micro_batch=number, recomputing=True, replay=self._replay)
+        return self.context.override(
+            micro_batch=number, recomputing=True, replay=self._replay, target_experts=self._target
+        )
 
     def apply_step(self, number: int) -> list[AdaptationEvent]:
         """Updates budgets and the set of experts after the optimizer's update; collective."""

@@ -97,9 +97,10 @@ def _score(
         content["budgets"] = []
         for wanted in given.experts_per_token:
             trained.decoder.context.aim(wanted)
-            row, _ = _score_once(given, model, corpora, sequences, tasks)
+            row, done = _score_once(given, model, corpora, sequences, tasks)
             print_scores(row, f"{given.run}, step {trained.step}, {wanted:g} experts per token")
-            content["budgets"].append({"experts_per_token": wanted, "scores": row})
+            report = {} if done is None else {"cut": done.cut, "harness": done.report}
+            content["budgets"].append({"experts_per_token": wanted, "scores": row, **report})
         _write(content, given.output or path.with_stem(f"{path.stem}_budgets"))
         return
     row, done = _score_once(given, model, corpora, sequences, tasks)

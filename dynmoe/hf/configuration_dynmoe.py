@@ -100,7 +100,9 @@ class DynMoEConfig(PreTrainedConfig):
         """
         spec = router_of(self.router)
         overrides = self.router_overrides or {}
-        known = (*spec.served_fields, *(["experts_per_token"] if spec.budgets else []))
+        known = spec.served_fields
+        if spec.budgets:  # which replace the numbers that determine K
+            known = (*(name for name in known if name not in ("k", "p")), "experts_per_token")
         for name, value in overrides.items():
             problem = f"router_overrides.{name}={value!r}"
             if name not in known:
@@ -110,10 +112,13 @@ class DynMoEConfig(PreTrainedConfig):
             if isinstance(value, bool) or not isinstance(value, int | float if takes_fractions else int):
                 raise ValueError(f"{problem}: must be {'a number' if takes_fractions else 'an integer'}")
         experts = [count for count in self.layer_experts if count]
-        try:
-            if "experts_per_token" in overrides:
+        if "experts_per_token" in overrides:
+            try:
                 spec.check_budget(overrides["experts_per_token"], "router_overrides.experts_per_token")
-            router_of(self.router | overrides).check_layers(min(experts, default=0), min(experts, default=0))
+            except ConfigError as error:
+                raise ValueError(str(error).replace("model.router.budgets", "the budgets")) from None
+        try:
+            router_of(self.router | overrides).check_layers([min(experts, default=0)])
         except ConfigError as error:
             text = str(error).replace("model.router.", "router_overrides.")
             raise ValueError(text.replace("model.moe.experts", "the number of experts")) from None

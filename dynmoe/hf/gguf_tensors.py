@@ -61,6 +61,8 @@ def find_architecture(model: ModelConfig) -> str:
 
 def _without_architecture(model: ModelConfig) -> ConfigError:
     moe = model.moe
+    if model.moe_layers and model.router.budgets:
+        return ConfigError("model.router.budgets", model.router.budgets, "llama.cpp has one number of experts", SERVERS)
     if model.moe_layers and not isinstance(model.router, TopK):
         problem = "llama.cpp gives every token the same number of experts"
         return ConfigError("model.router.kind", model.router.kind, problem, SERVERS)

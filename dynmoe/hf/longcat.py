@@ -50,6 +50,7 @@ def load_longcat(layer: MoELayer, tensors: Mapping[str, Tensor], prefix: str = "
         if tensors[name].shape != own.shape:
             problem = f"has shape {tuple(tensors[name].shape)}, must have {tuple(own.shape)}"
             raise UserError(f"{name}: {problem}; compare the configurations")
+    for name, own in pairs:
         own.copy_(tensors[name])
 
 
@@ -63,6 +64,8 @@ def _spec(layer: MoELayer) -> IdentityExperts:
             raise UserError(
                 f"model.router.{name}={getattr(spec, name)}: LongCat-Flash has identity experts only; use 0"
             )
+    if spec.budgets:
+        raise UserError(f"model.router.budgets={spec.budgets}: LongCat-Flash has one budget; use []")
     if layer.shared is not None:
         raise UserError(f"model.moe.shared_hidden={layer.settings.shared_hidden}: LongCat-Flash has none; use 0")
     return spec

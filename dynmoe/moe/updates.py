@@ -44,8 +44,9 @@ class RouterUpdates:
         needed = max(router.min_experts_per_token, budget.experts_per_token or 0, budget.start or 0, 1)
         self._adaptation = Adaptation(config.adaptation, optimizer_state, min_active=math.ceil(needed))
         has_budget = budget.method != "none" or budget.experts_per_token is not None
-        # Replayed experts do not respond to a change of thresholds: a controller would move them without end.
-        self._has_budget = has_budget and config.train.replay is None
+        # Replayed experts do not respond to a change of thresholds, so a controller would move them without end.
+        # Histograms are of the router's own scores.
+        self._has_budget = has_budget and (config.train.replay is None or router.NEEDS_HISTOGRAM)
         self._has_capacity = config.model.moe.capacity_factor is not None
         self._deviation = budget.method != "none" and router.NEEDS_DEVIATION
         self._histogram = router.NEEDS_HISTOGRAM or budget.method == "quantile"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar, dataclass_transform
 
@@ -262,7 +262,7 @@ class RouterSpec(Section):
     @property
     def expected_experts(self) -> float | None:
         """Experts per token to plan with; None if they depend on training."""
-        return self.fixed_experts
+        return sum(self.budgets) / len(self.budgets) if self.budgets else self.fixed_experts
 
     def check_budget(self, wanted: float, field: str) -> None:
         """Raises a ConfigError unless a model trained with this router can use ``wanted`` experts per token."""
@@ -273,16 +273,21 @@ class RouterSpec(Section):
             cure = f"use {self.budgets[0]:g} to {self.budgets[-1]:g}"
             raise ConfigError(field, wanted, "is outside the range of model.router.budgets", cure)
 
-    def check_layers(self, smallest: int, largest: int) -> None:
-        """Raises a ConfigError if this router does not fit layers of ``smallest`` to ``largest`` experts."""
+    def check_layers(self, sizes: Collection[int]) -> None:
+        """Raises a ConfigError if this router does not fit layers of these numbers of experts."""
+        smallest = min(sizes)
+        largest = max(sizes)
         most = getattr(self, "max_experts", None)
         # A maximum above the size of a small layer is harmless; above that of every layer it is a mistake.
         if most is not None and most > largest:
             cure = f"use at most model.moe.experts ({largest})"
             raise ConfigError("model.router.max_experts", most, "is more than there are experts", cure)
         rows = smallest + self.num_zero_computation
-        for name in ("min_experts", "initial_experts", "k"):
-            value = getattr(self, name, None)
+        # Several budgets take the place of a number.
+        numbers = {name: getattr(self, name, None) for name in ("min_experts", "initial_experts", "k")}
+        if self.SETS_NUMBER and self.budgets:
+            numbers = numbers | {"k": None, "budgets": self.budgets[-1]}
+        for name, value in numbers.items():
             if value is not None and value > rows:
                 free = self.num_zero_computation
                 limit = f"the {smallest} experts and {free} zero-computation experts" if free else "model.moe.experts"

@@ -20,9 +20,9 @@ class DAMoE(LinearRouter, BalancedRouter, LimitedRouter):
     """Selects the K most probable experts, K in proportion to the importance of the token in the layer's attention.
 
     The paper takes the importance from attention weights. Attention that later tokens pay to a token is not known when
-    a decoder generates it. Here only the attention that has been paid up
-    to the token counts, which is its own (:func:`dynmoe.model.importance.importance`), in training as in evaluation.
-    That measure and the proportion, ``slope``, are our choices.
+    a decoder generates it. Here only the attention that has been paid up to the token counts, which is its own
+    (:func:`dynmoe.model.importance.importance`), in training as in evaluation. That measure and the proportion,
+    ``slope``, are our choices.
     """
 
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"balance_loss": 1e-2, "balance_per_route": True}}

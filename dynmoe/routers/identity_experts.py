@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from dynmoe.errors import ConfigError
@@ -70,12 +71,13 @@ class IdentityExperts(LinearRouter):
     def max_experts_per_token(self, num_experts: int) -> int:
         return min(self.k, num_experts)
 
-    def check_layers(self, smallest: int, largest: int) -> None:
-        super().check_layers(smallest, largest)
+    def check_layers(self, sizes: Collection[int]) -> None:
+        super().check_layers(sizes)
         groups = self.balance_groups
-        if groups is not None and (smallest % groups or largest % groups):
-            cure = f"use a divisor of model.moe.experts ({largest})"
-            raise ConfigError("model.router.balance_groups", groups, "does not divide the experts", cure)
+        undivided = [] if groups is None else [size for size in sizes if size % groups]
+        if undivided:
+            problem = f"does not divide the experts of a layer ({undivided[0]})"
+            raise ConfigError("model.router.balance_groups", groups, problem, "use a divisor of model.moe.experts")
 
     def parameters(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
         tensors = super().parameters(hidden, num_experts)

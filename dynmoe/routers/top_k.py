@@ -86,6 +86,8 @@ class TopK(LinearRouter, BalancedRouter):
         from dynmoe.routing.budget_rules import bias_change
         from dynmoe.routing.top_k import quantile_bias
 
+        if budget.method == "none":
+            return
         if budget.method == "quantile":
             assert seen.histogram_EC is not None
             wanted_E = quantile_bias(state.bias_E, seen.histogram_EC, self.experts_of(state))

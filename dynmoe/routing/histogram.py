@@ -35,9 +35,8 @@ def kth_largest(histogram_EC: Tensor, k: Tensor) -> Tensor:
     """
     above_EC = histogram_EC.flip(1).cumsum(1).flip(1).double()  # tokens in this bin or a better one
     k = k.double().clamp(min=torch.finfo(torch.float64).tiny)
-    place_E = (above_EC >= k[..., None]).sum(dim=1).clamp(
-        min=1
-    ) - 1  # the best bin with k tokens in it or in better ones
+    enough_EC = above_EC >= k[..., None]
+    place_E = enough_EC.sum(dim=1).clamp(min=1) - 1  # the best bin with k tokens in it or in better ones
     inside_E = histogram_EC.gather(1, place_E[:, None]).squeeze(1).double()
     better_E = above_EC.gather(1, place_E[:, None]).squeeze(1) - inside_E
     fraction_E = ((k - better_E) / inside_E.clamp(min=1)).clamp(0.0, 1.0)

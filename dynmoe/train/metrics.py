@@ -67,7 +67,7 @@ def moe_row(report: StepReport, config: Config, step: int) -> Row:
     row = {f"moe/layer_{layer:02d}/{name}": value for layer, own in figures.items() for name, value in own.items()}
     names = next(iter(figures.values()), {})
     means = {f"moe/{name}": sum(own[name] for own in figures.values()) / len(figures) for name in names}
-    target = Budget(config).of_step(step)
+    target = None if config.train.replay is not None else Budget(config).of_step(step)
     return means | ({} if target is None or not figures else {"moe/experts_per_token_target": target}) | row
 
 

@@ -258,6 +258,7 @@ def test_options_that_assume_a_fixed_k_are_refused_by_name(fields, named):
     [
         (ReLU(), "kind='relu'.*engine=megatron"),
         (ExpertThreshold(), "kind='expert_threshold'"),
+        (TopP(budgets=[1.0, 2.0]), r"budgets=\[1.0, 2.0\]: are drawn between steps"),
         (IdentityExperts(), "kind='identity_experts': computes part of the output itself"),
         (TopP(balance_scope="sequence"), "balance_scope='sequence'"),
     ],

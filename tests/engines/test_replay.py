@@ -61,11 +61,10 @@ def test_the_same_weights_and_experts_give_bitwise_the_same_losses(one_rank, tmp
     assert other["seen"] != expected["seen"], "the replaying run would select these experts anyway"
 
 
-@pytest.mark.parametrize("kind", ["relu", "expert_threshold"])
-def test_routers_with_a_rule_of_their_own_keep_their_state(one_rank, tmp_path, kind):
-    """Without an update they would hold the budget of experts that do not respond to it."""
+def test_a_controller_of_experts_that_do_not_respond_rests(one_rank, tmp_path):
+    """Without that, the penalty of relu would grow without end."""
     first, replayed = (str(tmp_path / name) for name in ("first", "replayed"))
-    fields = [*WHOLE, f"model.router.kind={kind}", "budget.experts_per_token=2"]
+    fields = [*WHOLE, "model.router.kind=relu", "budget.experts_per_token=2"]
     (expected,) = one_rank.run(train_and_trace, fields, STEPS, first)
     (ours,) = one_rank.run(train_and_trace, fields, STEPS, replayed, first)
     (begun,) = one_rank.run(train_and_trace, fields, 1, str(tmp_path / "begun"), first)
@@ -73,6 +72,17 @@ def test_routers_with_a_rule_of_their_own_keep_their_state(one_rank, tmp_path, k
     assert routes(read(Path(replayed))) == routes(read(Path(first)))
     assert ours["control"] == begun["control"]
     assert all(a != b for a, b in zip(ours["control"], expected["control"], strict=True))
+
+
+@pytest.mark.parametrize("kind", ["expert_threshold", "quantile", "resonance", "seq_top_k"])
+def test_cut_offs_follow_the_scores_in_a_replay_too(one_rank, tmp_path, kind):
+    first, replayed = (str(tmp_path / name) for name in ("first", "replayed"))
+    bins = ["model.router.bins=16"] if kind == "quantile" else []
+    fields = [*WHOLE, f"model.router.kind={kind}", "budget.experts_per_token=2", *bins]
+    (expected,) = one_rank.run(train_and_trace, fields, STEPS, first)
+    (ours,) = one_rank.run(train_and_trace, fields, STEPS, replayed, first)
+    assert ours["seen"] == expected["seen"]
+    assert ours["control"] == expected["control"]
 
 
 @pytest.fixture(scope="module")

@@ -100,6 +100,12 @@ def test_a_layer_with_other_parts_is_refused(extra):
         longcat_tensors(our_layer(extra))
 
 
+def test_several_budgets_are_refused():
+    budgets = ["model.router.budgets=[1,2]", "budget.method=loss_free", "budget.experts_per_token=1"]
+    with pytest.raises(UserError, match=r"^model.router.budgets=\[1.0, 2.0\]: LongCat-Flash has one budget; use \[\]$"):
+        longcat_tensors(our_layer(*budgets))
+
+
 def test_another_router_is_refused():
     layer = MoELayer(tiny_model("model.router.kind=top_k"), 0, 0, MoEContext())
     with pytest.raises(UserError, match="LongCat-Flash has none; use identity_experts"):

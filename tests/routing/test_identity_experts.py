@@ -123,7 +123,11 @@ KIND = "model.router.kind=identity_experts"
     [
         (["model.router.num_identity=0"], "model.router.num_identity=0: leaves no zero-computation expert"),
         (["model.router.k=40"], "the 16 experts and 8 zero-computation experts (24)"),
-        (["model.router.balance_groups=3"], "use a divisor of model.moe.experts (16)"),
+        (["model.router.balance_groups=3"], "does not divide the experts of a layer (16)"),
+        (
+            ["model.router.balance_groups=8", "model.moe.experts_by_layer=[8,12,16,16]"],
+            "does not divide the experts of a layer (12)",
+        ),
         (["budget.method=loss_free", "budget.experts_per_token=3.5"], "is not a possible number of experts per token"),
         (["budget.method=loss_free"], "budget.experts_per_token=None: is needed"),
         (["budget.method=pi", "budget.experts_per_token=2"], "use none or loss_free"),

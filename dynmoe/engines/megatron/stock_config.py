@@ -70,9 +70,17 @@ def check_config(config: TransformerConfig, settings: RouterSpec) -> None:
         raise UserError(
             f"expert_tensor_parallel_size=1: {problem}; raise it, or set expert_model_parallel_size above 1"
         )
+    _check_router(settings)
+
+
+def _check_router(settings: RouterSpec) -> None:
+    """Refuses routers that need more than Megatron's layer and loop give them."""
     if settings.HAS_OWN_RULE:
         problem = "updates its state between steps, which a stock training loop does not do"
         raise UserError(f"kind={settings.kind!r}: {problem}; use engine=megatron")
+    if settings.budgets:
+        problem = "are drawn between steps, which a stock training loop does not do"
+        raise UserError(f"budgets={settings.budgets}: {problem}; use engine=megatron, or []")
     if settings.NEEDS_ATTENTION:
         problem = "needs the attention of its layer, which Megatron's layer does not pass on"
         raise UserError(f"kind={settings.kind!r}: {problem}; use engine=megatron")
