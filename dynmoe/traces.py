@@ -260,6 +260,8 @@ def main() -> None:
         raise UserError(f"{given.output}: exists; name a new directory")
     if given.sequence_length < 1:
         raise UserError(f"--sequence-length={given.sequence_length}: is too small; use at least 1")
+    if not given.source.is_dir():
+        raise UserError(f"{given.source}: does not exist; name a run, or a directory in the layout of FLAME-MoE")
     from dynmoe.train.traces import traces_of
 
     given.output.parent.mkdir(parents=True, exist_ok=True)

@@ -90,8 +90,8 @@ def test_running_thresholds_of_each_budget_hold_it_in_evaluation(kind):
     ("overrides", "named"),
     [
         (["model.router.kind=relu", *BUDGETS], "model.router.budgets=[1.0, 1.5, 3.0]: the relu router cannot change"),
-        ([*TOP_P, "model.router.budgets=[2]"], "model.router.budgets=[2.0]: is not a range"),
-        ([*TOP_P, "model.router.budgets=[3,2]"], "is not a range"),
+        ([*TOP_P, "model.router.budgets=[2]"], "model.router.budgets=[2.0]: must be at least two numbers"),
+        ([*TOP_P, "model.router.budgets=[3,2]"], "must be at least two numbers in ascending order"),
         ([*TOP_P, "model.router.budgets=[0,2]"], "model.router.budgets=0.0: is too small"),
         ([*TOP_P, "model.router.budgets=[0.5,2]"], "exceeds the possible experts per token (1 to 16)"),
         ([*TOP_P, "model.router.max_experts=2"], "exceeds the possible experts per token (1 to 2)"),

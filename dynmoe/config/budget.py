@@ -16,7 +16,7 @@ class BudgetConfig(Section):
 
     method: str = option(
         "none", "how the budget is enforced: pi moves p (top_p, dtop_p) or all thresholds together; loss_free also "
-        "moves each expert's threshold or bias by its load (top_k: for balance only); quantile (top_k) sets each bias "
+        "moves each expert's threshold or bias by its load (top_k: only to balance); quantile (top_k) sets each bias "
         "to the quantile that gives equal loads", choices=("none", "pi", "loss_free", "quantile"),
     )  # fmt: skip
     experts_per_token: Optional[float] = option(None, "target of the mean experts per token", above=0)
@@ -40,7 +40,10 @@ class BudgetConfig(Section):
         needs = router.HAS_OWN_RULE or bool(router.budgets)
         needs = needs or (self.method != "none" and router.fixed_experts is None)
         if needs and self.experts_per_token is None:
-            raise ConfigError("budget.experts_per_token", None, "is needed to hold a budget", "set a number")
+            by_itself = router.HAS_OWN_RULE and self.method == "none"
+            what = "several model.router.budgets" if router.budgets else f"the {router.kind} router"
+            problem = f"is needed by {what}" if router.budgets or by_itself else "is needed to hold a budget"
+            raise ConfigError("budget.experts_per_token", None, problem, "set a number")
         if not needs and self.experts_per_token is not None:
             problem = f"the {router.kind} router does not hold it with budget.method={self.method}"
             raise ConfigError("budget.experts_per_token", self.experts_per_token, problem, "set budget.method")

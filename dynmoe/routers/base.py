@@ -223,8 +223,8 @@ class RouterSpec(Section):
             problem = f"the {self.kind} router cannot change its experts per token from step to step"
             raise ConfigError(f"{self._section}.budgets", budgets, problem, "use []")
         if len(budgets) < 2 or sorted(set(budgets)) != budgets:
-            cure = "use at least two numbers in ascending order, or []"
-            raise ConfigError(f"{self._section}.budgets", budgets, "is not a range", cure)
+            problem = "must be at least two numbers in ascending order"
+            raise ConfigError(f"{self._section}.budgets", budgets, problem, "sort and complete them, or use []")
 
     @property
     def resolved(self) -> Self:

@@ -35,6 +35,8 @@ class ReplaySource:
     """
 
     def __init__(self, replay: str, own: Path) -> None:
+        if not Path(replay).is_dir():
+            raise UserError(f"train.replay={replay}: does not exist; name the directory of a traced run")
         self._replay = replay
         self._traces = traces_of(Path(replay))
         if not any(self._traces.glob("step_*")):
@@ -46,7 +48,8 @@ class ReplaySource:
         """Raises a UserError unless steps ``first`` to ``last`` are traced."""
         for step in range(first, last + 1):
             if not step_directory(self._traces, step).is_dir():
-                cure = f"trace every step (logging.trace_interval=1), or use train.steps={step - 1}"
+                cure = "trace every step (logging.trace_interval=1)"
+                cure += f", or use train.steps={step - 1}" if step > first else ""
                 raise UserError(f"train.replay={self._replay}: has no trace of step {step}; {cure}")
 
     def read(

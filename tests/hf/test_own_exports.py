@@ -120,7 +120,9 @@ def test_an_older_export_without_a_budget_requires_one(corpus_dir, tmp_path, kin
     if kind == "relu":
         older["max_experts"] = router["max_experts"]
     changed(tmp_path / "out", router=older)
-    with pytest.raises(UserError, match=r"^budget\.experts_per_token=None: is needed to hold a budget; set a number$"):
+    with pytest.raises(
+        UserError, match=rf"^budget\.experts_per_token=None: is needed by the {kind} router; set a number$"
+    ):
         import_checkpoint(tmp_path / "out", tmp_path / "run")
     _, decoder = imported(tmp_path / "out", tmp_path / "run", "budget.experts_per_token=3")
     found = run_decoder(decoder, some_tokens())[0]

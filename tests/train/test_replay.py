@@ -138,7 +138,7 @@ def test_steps_and_directories_are_checked_before_training(tmp_path):
         assert str(caught.value) == f"train.replay={named}: has no trace of step 3; {cure}"
     with pytest.raises(UserError, match=r"are this run's own traces; use another run\.name"):
         ReplaySource(str(run), run / "traces")
-    with pytest.raises(UserError, match=r"nowhere: has no traces; name a run that was trained with --trace"):
+    with pytest.raises(UserError, match=r"nowhere: does not exist; name the directory of a traced run"):
         ReplaySource(str(tmp_path / "nowhere"), run / "traces")
 
 
