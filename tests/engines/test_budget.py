@@ -21,6 +21,11 @@ HOLDERS = {
     "top_p": (["model.router.kind=top_p", "budget.method=pi"], ["model.router.p=0.01"], ["model.router.p=0.7"]),
     "top_any": ([*TOP_ANY, "budget.method=pi"], FEW, HALF),
     "top_any improved": ([*IMPROVED, "budget.method=pi"], FEW, HALF),
+    "da_moe": (
+        ["model.router.kind=da_moe", "budget.method=pi"],
+        ["model.router.experts_at_uniform=0.1"],
+        ["model.router.experts_at_uniform=9"],
+    ),
     "top_any loss-free": ([*IMPROVED, "budget.method=loss_free"], FEW, HALF),
 }
 
