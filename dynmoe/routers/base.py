@@ -6,7 +6,6 @@ torch is loaded.
 
 from __future__ import annotations
 
-import bisect
 import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -58,7 +57,7 @@ def at_budget(values: Tensor, budgets: Sequence[float], wanted: float) -> Tensor
         budgets: experts per token, ascending.
         wanted: a number between the first and the last of them.
     """
-    upper = bisect.bisect_left(budgets, wanted)
+    upper = len([budget for budget in budgets if budget < wanted])  # torch.compile cannot trace bisect
     if budgets[upper] == wanted:
         return values[upper]
     share = (wanted - budgets[upper - 1]) / (budgets[upper] - budgets[upper - 1])
