@@ -32,6 +32,8 @@ def sort_descending(scores_TE: Tensor) -> tuple[Tensor, Tensor]:
 def rank_descending(scores_TE: Tensor) -> Tensor:
     """Rank of each expert within its token, int64 [T, E]; 0 is the best, ties go to the lower expert index."""
     _, order_TE = sort_descending(scores_TE)
+    if torch.compiler.is_compiling():
+        return order_TE.argsort(dim=1)  # compiled by torch 2.13 for a CPU, the scatter below can be lost
     ranks_TE = torch.arange(scores_TE.shape[1], device=scores_TE.device).expand_as(order_TE)
     return torch.empty_like(order_TE).scatter_(1, order_TE, ranks_TE)
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynmoe.routing.selection import sort_descending
+from dynmoe.routing.selection import rank_descending, sort_descending
 
 INF = float("inf")
 NAN = float("nan")
@@ -33,3 +33,21 @@ def test_numbers_at_the_edges(row):
 def test_no_gradient_goes_through_the_order():
     scores = torch.randn(3, 4, requires_grad=True)
     assert not sort_descending(scores)[0].requires_grad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", [4, 8, 16])
+def test_compiled_ranks_are_right_next_to_a_softmax(experts):
+    """Where PyTorch's compiler loses a scatter of ranks (findings/inductor_loses_scatter.sh)."""
+
+    def choose(logits_TE):
+        probs_TE = logits_TE.softmax(dim=1)
+        map_TE = rank_descending(probs_TE / (probs_TE + 1.0)) < 2
+        return map_TE, probs_TE.masked_fill(~map_TE, 0.0)
+
+    logits_TE = torch.randn(7, experts, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        map_TE, gates_TE = torch.compile(choose, dynamic=True)(logits_TE)
+        expected = choose(logits_TE)
+    assert torch.equal(map_TE, expected[0])
+    torch.testing.assert_close(gates_TE, expected[1])
