@@ -363,8 +363,8 @@ class RouterSpec(Section):
         raise NotImplementedError
 
     def compared_TE(self, state: RouterState, plan: RoutingPlan) -> Tensor:
-        """The values of which ``update`` gets deviations or histograms (in [0, 1]), if the router needs them."""
-        return plan.scores_TE
+        """The values that were compared with thresholds, if the router ``NEEDS_DEVIATION``."""
+        raise NotImplementedError
 
     def histogram_EC(self, state: RouterState, plan: RoutingPlan) -> Tensor:
         """Counts of this rank's tokens by expert and bin, int64, if the router ``NEEDS_HISTOGRAM``."""

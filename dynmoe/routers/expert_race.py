@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from dynmoe.routers.base import LossInputs, RouterState, auxiliary, register
-from dynmoe.routers.parts import experts_to_select
 from dynmoe.routers.pooled import PooledRouter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dynmoe.routing.plan import RoutingPlan
+    from dynmoe.routing.scope import TokenScope
 
 
 def similarity_term(inputs: LossInputs) -> Tensor:
@@ -40,16 +40,16 @@ class ExpertRace(PooledRouter):
 
         return squeezed(logits_TE)
 
+    def best_TE(self, values_TE: Tensor, experts_per_token: float, scope: TokenScope) -> Tensor:
+        from dynmoe.routing.pooled import best_of_batch
+
+        return best_of_batch(values_TE, experts_per_token, scope)
+
     def route(self, state: RouterState, x_TD: Tensor) -> RoutingPlan:
         from dynmoe.routing.expert_race import race_plan
-        from dynmoe.routing.pooled import best_of_batch, passing
 
         logits_TE = self.logits_TE(state, x_TD)
-        values_TE = self.contested_TE(logits_TE)
-        if state.training:
-            map_TE = best_of_batch(values_TE, experts_to_select(self.kind, state), state.scope)
-        else:
-            map_TE = passing(values_TE, state.cutoff)
+        map_TE = self.chosen_TE(state, logits_TE)
         return race_plan(logits_TE, map_TE)
 
     def reroute(self, plan: RoutingPlan, selected_TE: Tensor) -> RoutingPlan:

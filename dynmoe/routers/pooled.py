@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dynmoe.fields import option
 from dynmoe.routers.base import BudgetStep, RouterState, TensorSpec
-from dynmoe.routers.parts import LimitedRouter, LinearRouter
+from dynmoe.routers.parts import LimitedRouter, LinearRouter, experts_to_select
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dynmoe.routing.plan import RoutingPlan
+    from dynmoe.routing.scope import TokenScope
     from dynmoe.routing.update_statistics import UpdateStatistics
 
 
@@ -42,6 +43,19 @@ class PooledRouter(LinearRouter, LimitedRouter):
         from dynmoe.routing.pooled import contested
 
         return contested(self.strength_TE(logits_TE), **self.arguments("min_experts", "max_experts"))
+
+    def best_TE(self, values_TE: Tensor, experts_per_token: float, scope: TokenScope) -> Tensor:
+        """Mask of the pool's best pairs, as many as there are tokens times ``experts_per_token``."""
+        raise NotImplementedError
+
+    def chosen_TE(self, state: RouterState, logits_TE: Tensor) -> Tensor:
+        """Mask of the selected pairs."""
+        from dynmoe.routing.pooled import passing
+
+        values_TE = self.contested_TE(logits_TE)
+        if state.training:
+            return self.best_TE(values_TE, experts_to_select(self.kind, state), state.scope)
+        return passing(values_TE, state.cutoff)
 
     def histogram_EC(self, state: RouterState, plan: RoutingPlan) -> Tensor:
         from dynmoe.routing.histogram import score_histogram

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from dynmoe.routers.base import RouterState, auxiliary, register
 from dynmoe.routers.losses import z_term
-from dynmoe.routers.parts import BalancedRouter, experts_to_select
+from dynmoe.routers.parts import BalancedRouter
 from dynmoe.routers.pooled import PooledRouter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dynmoe.routing.plan import RoutingPlan
+    from dynmoe.routing.scope import TokenScope
 
 
 @register("seq_top_k")
@@ -35,14 +36,14 @@ class SeqTopK(PooledRouter, BalancedRouter):
 
         return odds_of_uniform(logits_TE.softmax(dim=1))
 
+    def best_TE(self, values_TE: Tensor, experts_per_token: float, scope: TokenScope) -> Tensor:
+        from dynmoe.routing.pooled import best_of_sequences
+
+        return best_of_sequences(values_TE, experts_per_token, scope)
+
     def route(self, state: RouterState, x_TD: Tensor) -> RoutingPlan:
-        from dynmoe.routing.pooled import best_of_sequences, passing
         from dynmoe.routing.selection import softmax_plan
 
         logits_TE = self.logits_TE(state, x_TD)
-        values_TE = self.contested_TE(logits_TE)
-        if state.training:
-            map_TE = best_of_sequences(values_TE, experts_to_select(self.kind, state), state.scope)
-        else:
-            map_TE = passing(values_TE, state.cutoff)
+        map_TE = self.chosen_TE(state, logits_TE)
         return softmax_plan(logits_TE, logits_TE.softmax(dim=1), map_TE, **self.arguments("renormalize"))

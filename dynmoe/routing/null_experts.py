@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
+from dynmoe.routing.identity_experts import identity_experts
 from dynmoe.routing.plan import AsyncCounts, RoutingCounts, RoutingPlan, weigh
-from dynmoe.routing.selection import rank_descending, sum_to_one
+from dynmoe.routing.selection import sum_to_one
 
 
 def null_experts(logits_TX: Tensor, k: int, num_null: int, *, renormalize: bool = True) -> RoutingPlan:
@@ -26,16 +29,8 @@ def null_experts(logits_TX: Tensor, k: int, num_null: int, *, renormalize: bool 
         raise ValueError(f"num_null={num_null} must be at least 1 and less than the number of logits ({num_all})")
     if not 1 <= k <= num_all:
         raise ValueError(f"k={k} must be between 1 and the number of experts including null experts ({num_all})")
-    logits_TX = logits_TX.float()
-    probs_TX = torch.softmax(logits_TX, dim=1)
-    real = slice(0, num_all - num_null)
-    map_TE = (rank_descending(probs_TX.detach()) < k)[:, real]
-    scores_TE = probs_TX[:, real]
-    gates_TE = scores_TE.masked_fill(~map_TE, 0.0)
-    return RoutingPlan(
-        sum_to_one(gates_TE) if renormalize else gates_TE, map_TE, map_TE, scores_TE, logits_TX,
-        unclaimed_T=~map_TE.any(dim=1),
-    )  # fmt: skip
+    plan, _ = identity_experts(logits_TX, k, num_all - num_null)
+    return dataclasses.replace(plan, gates_TE=sum_to_one(plan.gates_TE)) if renormalize else plan
 
 
 def null_balance(plan: RoutingPlan, k: int, num_null: int, counts: RoutingCounts | AsyncCounts | None = None) -> Tensor:
