@@ -10,6 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dynmoe.errors import UserError
+
 Rows = list[dict[str, Any]]
 
 
@@ -63,6 +65,20 @@ def print_table(name: str, rows: Rows) -> None:
     for row in rows:
         table.add_row(*(shown(column, row.get(column)) for column in columns))
     Console(width=160).print(table)
+
+
+def replace_block(page: str, name: str, text: str) -> str:
+    """The page with ``text`` between the comments ``<!-- NAME -->`` and ``<!-- end of NAME -->``.
+
+    Raises:
+        UserError: the page lacks one of the comments.
+    """
+    opening, closing = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, found, rest = page.partition(opening)
+    _, end, after = rest.partition(closing)
+    if not found or not end:
+        raise UserError(f"the page lacks the comments {opening} and {closing}; add them where the text belongs")
+    return f"{before}{opening}\n\n{text.strip()}\n\n{closing}{after}"
 
 
 def markdown(title: str, rows: Rows, verdicts: list[str], picture: str | None) -> str:

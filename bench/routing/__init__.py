@@ -1,0 +1,156 @@
+"""Does dynamic routing pay? Validation loss of each router minus that of top-2, at equal measured FLOPs and tokens.
+
+Each method trains the quickstart model on one core with paired seeds: within a cell (a width and a corpus), runs with
+the same seed have the same shared initial weights and the same order of data. The learning rate of each method is swept
+first. Then each method trains on the same tokens as top-2. If its measured FLOPs differ by more than 1 %, it trains
+again, for as many steps as have the same FLOPs. Every unit is one training of a few minutes and one JSON file below
+``--evidence``; the command may be stopped at any time and goes on with the units that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from bench.report import replace_block
+from bench.routing.comparison import Comparison, Plan, verdicts
+from bench.routing.methods import METHODS, REFERENCE
+from bench.routing.units import Cell, Evidence, Unit
+from dynmoe.errors import UserError
+
+__all__ = ["add_arguments", "plot", "run", "tables", "verdicts"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD",
+                        help=f"methods to compare: {'; '.join(METHODS)}")  # fmt: skip
+    parser.add_argument("--corpora", nargs="+", default=["code=data/stdlib", "docs=data/debian"], metavar="NAME=DIR",
+                        help="prepared corpora; the learning rate is swept on the first")  # fmt: skip
+    parser.add_argument("--widths", nargs="+", type=int, default=[128, 256], help="widths of the model and its experts")
+    parser.add_argument("--learning-rates", nargs="+", type=float, default=[1.5e-3, 3e-3, 6e-3], help="swept values")
+    parser.add_argument("--seeds", type=int, default=5, help="paired runs of each method")
+    parser.add_argument("--steps", type=int, default=240, help="optimizer steps of 2,048 tokens")
+    parser.add_argument("--workers", type=int, default=2, help="concurrent units, each on one core")
+    parser.add_argument("--hours", type=float, default=0.0, help="start units for this long; 0: only report")
+    parser.add_argument("--evidence", type=Path, default=Path("bench/evidence/routing"), help="directory of the units")
+    parser.add_argument("--page", type=Path, help="page whose block 'routing' gets the tables, as docs/science.md")
+    parser.add_argument("--scratch", type=Path, default=Path("runs/bench-routing"), help="directory of unfinished runs")
+
+
+def run(given: argparse.Namespace) -> list[dict[str, Any]]:
+    corpora = dict(_named(text) for text in given.corpora)
+    if REFERENCE not in given.methods:
+        raise UserError(f"--methods: {REFERENCE} is missing, with which all others are compared; add it")
+    plan = Plan(
+        methods=given.methods,
+        cells=[Cell(width, corpus) for width in given.widths for corpus in corpora],
+        learning_rates=given.learning_rates,
+        swept_on=next(iter(corpora)),
+        seeds=given.seeds,
+        steps=given.steps,
+    )
+    evidence = Evidence(given.evidence, corpora, given.scratch)
+    comparison = Comparison(plan, evidence.get)
+    if given.hours:
+        _train(comparison, evidence, given.workers, given.hours)
+    rows = list(comparison.rows())
+    if not rows:
+        raise UserError(f"--evidence {given.evidence}: has no complete pair of these methods; train some with --hours")
+    if given.page is not None:
+        given.page.write_text(replace_block(given.page.read_text(), "routing", tables(rows)))
+    return rows
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown, a table for each cell, and the verdicts."""
+    lines: list[str] = []
+    for cell in dict.fromkeys(Cell(row["width"], row["corpus"]) for row in rows):
+        own = [row for row in rows if Cell(row["width"], row["corpus"]) == cell]
+        lines += [f"**{cell}**: {own[0]['pairs']} pairs, loss of top-2 {own[0]['loss']:.3f}", ""]
+        lines += [
+            "| router | learning rate | K, training | K, evaluation | FLOPs | loss − top-2, same tokens | tokens "
+            "| loss − top-2, same FLOPs |",
+            "|---|---|---|---|---|---|---|---|",
+            *(_line(row) for row in own if row["method"] != REFERENCE),
+            "",
+        ]
+    return "\n".join([*lines, *(f"- {line}" for line in verdicts(rows))])
+
+
+def _line(row: dict[str, Any]) -> str:
+    cells = [
+        row["method"], f"{row['learning_rate']:g}", f"{row['experts']:.2f}", f"{row['experts_evaluated']:.2f}",
+        f"× {row['flops_ratio']:.3f}", row["same_tokens"],
+    ]  # fmt: skip
+    if "same_flops" in row:
+        missing = row["pairs"] - row["pairs_of_same_flops"]
+        cells += [f"× {row['tokens_ratio']:.3f}", f"{row['same_flops']}{f' ({missing} pairs missing)' * (missing > 0)}"]
+    else:
+        cells += ["", "not yet"]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise UserError(f"--corpora {text}: is not NAME=DIR; use for example code=data/stdlib")
+    return name, Path(path)
+
+
+def _train(comparison: Comparison, evidence: Evidence, workers: int, hours: float) -> None:
+    """Trains missing units until ``hours`` have passed; then finishes those that have started.
+
+    Raises:
+        UserError: units failed; the others were trained nevertheless.
+    """
+    end = time.monotonic() + 3600 * hours
+    running: dict[Future[None], Unit] = {}
+    failed: dict[Unit, UserError] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        while True:
+            if time.monotonic() < end:
+                for unit in comparison.missing():
+                    if len(running) == workers:
+                        break
+                    if unit not in running.values() and unit not in failed:
+                        running[pool.submit(evidence.train, unit)] = unit
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                unit = running.pop(future)
+                try:
+                    future.result()
+                    print(f"{unit.path}: done", flush=True)
+                except UserError as error:
+                    failed[unit] = error
+                    print(f"failed: {error}", flush=True)
+    if failed:
+        raise UserError(f"{len(failed)} units failed, the first: {next(iter(failed.values()))}; call again to repeat")
+
+
+def plot(rows: list[dict[str, Any]], axes: Any) -> None:
+    """Draws the difference to top-2 at equal FLOPs with its interval, for each method and cell."""
+    rows = [row for row in rows if "same_flops" in row and row["method"] != REFERENCE]
+    cells = list(dict.fromkeys(Cell(row["width"], row["corpus"]) for row in rows))
+    means = {
+        method: statistics.mean(row["same_flops"].mean for row in rows if row["method"] == method)
+        for method in dict.fromkeys(row["method"] for row in rows)
+    }
+    order = sorted(means, key=lambda method: -means[method])
+    for place, cell in enumerate(cells):
+        own = [row for row in rows if Cell(row["width"], row["corpus"]) == cell]
+        heights = [order.index(row["method"]) - 0.6 * ((place + 0.5) / len(cells) - 0.5) for row in own]
+        differences = [row["same_flops"].mean for row in own]
+        # Without an interval (too few pairs) only the point is drawn.
+        below = [mean - (mean if low is None else low) for mean, low, _ in (row["same_flops"] for row in own)]
+        above = [(mean if high is None else high) - mean for mean, _, high in (row["same_flops"] for row in own)]
+        axes.errorbar(differences, heights, xerr=[below, above], fmt="o", markersize=4, capsize=2, label=str(cell))
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(order)), order)
+    axes.set_xlabel("validation loss minus top-2 at equal FLOPs, nats per token (95 % interval)")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=8)
