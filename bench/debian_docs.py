@@ -56,13 +56,16 @@ def main() -> None:
         "python -m bench.debian_docs",
         description="Writes the text of Debian's documentation, downloaded as packages by name, into one folder for "
         f"each language: {', '.join(LANGUAGES)}. Each of them, or all, is a source for data_prep.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
         "--out", type=Path, default=Path("data/debian-text"),
-        help="directory for the text; versions and hashes of the packages go into a file beside it, OUT.json",
+        help="directory for the text; versions and hashes of the packages go into a file beside it, OUT.json (default: "
+        "%(default)s)",
     )  # fmt: skip
-    parser.add_argument("--packages", nargs="+", default=PACKAGES, metavar="NAME", help="packages with HTML pages")
+    parser.add_argument(
+        "--packages", nargs="+", default=PACKAGES, metavar="NAME",
+        help=f"packages with HTML pages (default: {len(PACKAGES)} manuals, {PACKAGES[0]} to {PACKAGES[-1]})",
+    )  # fmt: skip
     given = parser.parse_args()
     if given.out.exists():
         check(given.out, given.packages)
