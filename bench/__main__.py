@@ -18,6 +18,7 @@ from bench import (
     dispatch,
     end_to_end,
     faults,
+    findings,
     gpu_layer,
     gpu_smoke,
     gradient_watch,
@@ -44,10 +45,10 @@ BENCHMARKS: dict[str, ModuleType] = {
     "layer": layer, "dispatch": dispatch, "growth": growth, "imbalance": imbalance, "memory": memory,
     "launches": launches, "wire": wire, "end_to_end": end_to_end, "router": router, "statistics": statistics,
     "saving": saving, "decoding": decoding, "collectives": collectives, "gradient_watch": gradient_watch,
-    "data_prep": data_prep, "zero_computation": zero_computation, "faults": faults, "gpu_layer": gpu_layer,
-    "gpu_smoke": gpu_smoke, "routing": routing, "served": served, "soak": soak,
+    "data_prep": data_prep, "zero_computation": zero_computation, "faults": faults, "findings": findings,
+    "gpu_layer": gpu_layer, "gpu_smoke": gpu_smoke, "routing": routing, "served": served, "soak": soak,
 }  # fmt: skip
-_OF_ALL = [name for name in BENCHMARKS if name not in ("faults", "gpu_smoke", "routing", "served", "soak")]
+_OF_ALL = [name for name in BENCHMARKS if name not in ("faults", "findings", "gpu_smoke", "routing", "served", "soak")]
 
 
 def main() -> None:

@@ -47,8 +47,8 @@ def interval_of(differences: Sequence[float]) -> Interval:
 def bootstrap(samples_xN: ArrayLike, resamples: int = _RESAMPLES) -> tuple[NDArray, NDArray]:
     """95 % intervals of the means over the last axis by the expanded percentile bootstrap.
 
-    Percentiles of resampled means are too narrow for few pairs. The expanded percentile bootstrap (Hesterberg, arXiv 1411.5279, section 4.4.2) takes
-    percentiles further out, such that the interval of normal data is as wide as Student's.
+    Percentiles of resampled means are too narrow for few pairs. The expanded percentile bootstrap (Hesterberg, arXiv
+    1411.5279) takes percentiles further out, such that the interval of normal data is as wide as Student's.
     """
     samples_xN = np.asarray(samples_xN)
     pairs = samples_xN.shape[-1]

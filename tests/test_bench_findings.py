@@ -1,0 +1,134 @@
+"""The statistics of the paper's findings, on data whose answer is known; only the slow test trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench.findings import STATISTICS, Tokens, associations, by_bins, read_tokens, rows_of, table, verdict_of
+from bench.routing.intervals import Interval
+from dynmoe.data.batches import PretrainingData
+from dynmoe.data.corpus import Corpus
+from dynmoe.trained import open_trained
+from harness.processes import CPU
+
+ROOT = Path(__file__).parents[1]
+
+
+def made_tokens(experts: Any, ids: Any, loss: Any) -> Tokens:
+    length = len(ids)
+    own = np.concatenate([[np.nan], np.asarray(loss, dtype=float)[:-1]])
+    return Tokens(
+        np.asarray(ids), np.arange(length), np.asarray(experts, dtype=float), np.asarray(loss, dtype=float), own
+    )
+
+
+def test_tokens_that_use_more_experts_where_the_loss_is_higher():
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, 5, 2000)
+    loss = generator.normal(size=2000)
+    found = associations(made_tokens(loss**3, ids, loss), np.arange(2000))
+    assert found["loss"] == 1.0
+    assert found["loss_within_token"] > 0.9
+    assert abs(found["surprise"]) < 0.1
+    assert abs(found["position"]) < 0.1
+    assert found["rarity"] == found["position"]
+    assert found["share_of_token"] < 0.01
+
+
+def test_experts_that_depend_on_the_token_id_only():
+    """Then they go with the loss if the ids do, but not within an id."""
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, 5, 2000)
+    noise = generator.normal(size=(2, 2000))
+    found = associations(made_tokens(ids + 1e-3 * noise[0], ids, ids + noise[1]), -ids)
+    assert found["loss"] > 0.5
+    assert found["rarity"] < -0.95
+    assert found["share_of_token"] == 1.0
+    assert abs(found["loss_within_token"]) < 0.1
+
+
+def test_ids_that_occur_seldom_are_left_out_of_the_means():
+    ids = np.array([0, 0, 1, 1] * 10 + [2, 3, 4])
+    experts = np.where(ids == 0, 1.0, 3.0) + np.array([0.5, -0.5] * 20 + [9.0, 9.0, 9.0])
+    found = associations(made_tokens(experts, ids, np.arange(43)), ids)
+    assert found["share_of_token"] == pytest.approx(0.8)  # 1 between ids, 0.25 within
+
+
+def test_means_of_tenths():
+    assert by_bins(np.arange(20.0), -np.arange(20)) == [18.5 - 2 * part for part in range(10)]
+    assert by_bins(np.arange(20.0), np.zeros(20)) == [0.5 + 2 * part for part in range(10)]
+
+
+def seed(first: float, last: float, **changes: float) -> dict[str, Any]:
+    """A training whose two layers fall evenly from ``first`` and ``last`` to half of that."""
+    falling = np.linspace(1, 0.5, 40)[:, None] * np.array([first, last])
+    names = [name for name in STATISTICS if name not in ("change", "first_minus_last_layer")]
+    return {"experts_by_layer": falling.tolist(), "statistics": dict.fromkeys(names, 0.1) | changes}
+
+
+def test_verdicts_follow_from_the_interval_over_seeds():
+    seeds = [seed(4 + 0.1 * n, 2.0, loss=-0.2 - 0.01 * n, rarity=0.1 * (n - 2)) for n in range(5)]
+    rows = {row["statistic"]: row for row in rows_of(seeds)}
+    change = rows[STATISTICS["change"][0]]
+    # Of the mean of both layers: parts 36 to 39 (mean 37.5 of 39) minus parts 4 to 7 (5.5).
+    assert change["mean"].mean == pytest.approx(-0.5 * (37.5 - 5.5) / 39 * (4.2 + 2) / 2)
+    assert change["verdict"] == "seen"
+    assert rows[STATISTICS["first_minus_last_layer"][0]]["verdict"] == "seen"
+    assert rows[STATISTICS["loss"][0]]["verdict"] == "the opposite is seen"
+    assert rows[STATISTICS["rarity"][0]]["verdict"] == "not seen at this size"
+    assert rows[STATISTICS["position"][0]]["verdict"] == ""
+    assert "| −0.220 [" in table(list(rows.values()))
+    assert verdict_of(Interval(0.3, None, None), +1) == "not seen at this size"  # too few seeds for an interval
+
+
+@pytest.mark.slow
+def test_a_training_is_stopped_resumed_and_read(corpus_dir, tmp_path):
+    arguments = [
+        sys.executable, "-m", "bench", "findings", "--corpus", str(corpus_dir), "--seeds", "1", "--layers", "2",
+        "--steps", "40", "--sequences", "4", "--runs", str(tmp_path / "runs"), "--evidence", str(tmp_path / "seeds"),
+    ]  # fmt: skip
+
+    def bench(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*arguments, *more], capture_output=True, text=True, check=False, cwd=ROOT,
+                              env=os.environ | CPU, timeout=600)  # fmt: skip
+
+    assert "has no finished seed; train with --hours" in bench().stderr
+    done = bench("--hours", str(9 / 3600))  # ends while it starts or trains
+    assert "finished" not in done.stdout
+    page = tmp_path / "page.md"
+    page.write_text("<!-- findings --><!-- end of findings -->")
+    done = bench("--hours", "1", "--plot", str(tmp_path / "plot.png"), "--page", str(page))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rank correlation of K and position in the sequence" in page.read_text()
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    (kept,) = (tmp_path / "seeds").glob("*.json")
+    read = json.loads(kept.read_text())
+    assert len(read["experts_by_layer"]) == 40
+
+    model = open_trained(tmp_path / "runs" / kept.stem)
+    data = PretrainingData([Corpus.open(corpus_dir)], [], model.config.data.sequence_length, 0, tmp_path / "index")
+    tokens = read_tokens(model, data, 3)
+    batch = data.validation_batch(range(3))
+    length = batch.tokens_BS.shape[1]
+    for row in range(3):
+        with torch.no_grad():
+            logits_SV = model.decoder(batch.tokens_BS[row : row + 1])[0]
+            loss_S = F.cross_entropy(logits_SV, batch.labels_BS[row], reduction="none").numpy()
+        own = slice(row * length, (row + 1) * length)
+        np.testing.assert_allclose(tokens.next_loss_N[own], loss_S, rtol=1e-4)
+        np.testing.assert_allclose(tokens.own_loss_N[own][1:], loss_S[:-1], rtol=1e-4)
+        assert np.isnan(tokens.own_loss_N[own][0])
+        assert tokens.ids_N[own].tolist() == batch.tokens_BS[row].tolist()
+        assert tokens.position_N[own].tolist() == list(range(length))
+    assert tokens.experts_N.min() >= 1
+    assert tokens.experts_N.max() <= 16
