@@ -194,7 +194,7 @@ class Shell:
             return
         if (verb := module.removeprefix("dynmoe.")) != module:
             assert verb in VERBS, f"{module}: no such tool"
-        tool = importlib.import_module(module if module.startswith("dynmoe.") else f"{module}.__main__")
+        tool = importlib.import_module(module if "." in module else f"{module}.__main__")
         if not words:
             assert callable(tool.main)
             return

@@ -129,13 +129,12 @@ def test_a_verdict_must_hold_in_every_cell():
     assert higher == "loss higher than top-k 2 at equal FLOPs in all 2 cells: ReLU"
 
 
-@pytest.mark.parametrize("pairs", [5, 8, 20])
-def test_the_interval_holds_the_true_mean_as_often_as_it_says(pairs):
-    """1,500 experiments: the standard error of the share is 0.6 %. Of five pairs at best 1 - 2/32 = 93.75 % hold it."""
+@pytest.mark.parametrize(("pairs", "at_least"), [(5, 0.9), (8, 0.92), (20, 0.93)])
+def test_the_interval_holds_the_true_mean_nearly_as_often_as_it_says(pairs, at_least):
+    """1,500 experiments: the standard error of the share is 0.7 %. Plain percentiles of five pairs reach 0.83."""
     samples = np.random.default_rng(1).normal(0.3, 1.0, (1500, pairs))
     low, high = bootstrap(samples, resamples=4000)
-    held = np.mean((low <= 0.3) & (high >= 0.3))
-    assert 0.92 <= held <= 0.97
+    assert at_least <= np.mean((low <= 0.3) & (high >= 0.3)) <= 0.97
 
 
 def test_four_pairs_have_no_interval():
@@ -211,7 +210,7 @@ def test_the_report_of_trained_units(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("Before\n<!-- routing -->\nold\n<!-- end of routing -->\nafter\n")
     arguments = ["--evidence", str(tmp_path), "--methods", *BEST, "--corpora", "code=none", "docs=none",
-                 "--widths", "128", "--learning-rates", *map(str, RATES), "--seeds", "5",
+                 "--cells", "code-128", "docs-128", "--learning-rates", *map(str, RATES), "--seeds", "5",
                  "--steps", str(STEPS)]  # fmt: skip
     done = bench(*arguments, "--page", str(page), "--plot", str(tmp_path / "plot.png"))
     assert done.returncode == 0, done.stderr
@@ -230,6 +229,7 @@ def test_mistakes_in_the_arguments():
     for arguments, message in {
         ("--corpora", "data/stdlib"): "--corpora data/stdlib: is not NAME=DIR",
         ("--methods", "ReLU"): "--methods: top-k 2 is missing",
+        ("--cells", "text-128"): "--cells text-128: is not NAME-WIDTH; use for example code-128",
     }.items():
         done = bench(*arguments)
         assert done.returncode == 2
@@ -251,7 +251,7 @@ def test_a_plot_without_intervals():
 @pytest.mark.slow
 def test_units_are_trained_and_resumed(corpus_dir, tmp_path):
     """Two methods on a small corpus, stopped after the sweep; top-k 4 needs a second run for equal FLOPs."""
-    arguments = ["--corpora", f"code={corpus_dir}", "--methods", REFERENCE, "top-k 4", "--widths", "128",
+    arguments = ["--corpora", f"code={corpus_dir}", "--methods", REFERENCE, "top-k 4", "--cells", "code-128",
                  "--seeds", "1", "--steps", "6", "--learning-rates", "1e-3", "--evidence", str(tmp_path / "evidence"),
                  "--scratch", str(tmp_path / "runs")]  # fmt: skip
     done = bench(*arguments, "--hours", "1e-6", "--workers", "1")

@@ -30,10 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"methods to compare: {'; '.join(METHODS)}")  # fmt: skip
     parser.add_argument("--corpora", nargs="+", default=["code=data/stdlib", "docs=data/debian"], metavar="NAME=DIR",
                         help="prepared corpora; the learning rate is swept on the first")  # fmt: skip
-    parser.add_argument("--widths", nargs="+", type=int, default=[128, 256], help="widths of the model and its experts")
+    parser.add_argument("--cells", nargs="+", default=["code-128", "docs-128", "code-256"], metavar="NAME-WIDTH",
+                        help="corpora with widths of the model and its experts, to compare in")  # fmt: skip
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1.5e-3, 3e-3, 6e-3], help="swept values")
     parser.add_argument("--seeds", type=int, default=5, help="paired runs of each method")
-    parser.add_argument("--steps", type=int, default=240, help="optimizer steps of 2,048 tokens")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of 2,048 tokens")
     parser.add_argument("--workers", type=int, default=2, help="concurrent units, each on one core")
     parser.add_argument("--hours", type=float, default=0.0, help="start units for this long; 0: only report")
     parser.add_argument("--evidence", type=Path, default=Path("bench/evidence/routing"), help="directory of the units")
@@ -47,7 +48,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
         raise UserError(f"--methods: {REFERENCE} is missing, with which all others are compared; add it")
     plan = Plan(
         methods=given.methods,
-        cells=[Cell(width, corpus) for width in given.widths for corpus in corpora],
+        cells=[_cell(text, corpora) for text in given.cells],
         learning_rates=given.learning_rates,
         swept_on=next(iter(corpora)),
         seeds=given.seeds,
@@ -99,6 +100,13 @@ def _named(text: str) -> tuple[str, Path]:
     if not name or not path:
         raise UserError(f"--corpora {text}: is not NAME=DIR; use for example code=data/stdlib")
     return name, Path(path)
+
+
+def _cell(text: str, corpora: dict[str, Path]) -> Cell:
+    corpus, _, width = text.rpartition("-")
+    if corpus not in corpora or not width.isdecimal():
+        raise UserError(f"--cells {text}: is not NAME-WIDTH; use for example {next(iter(corpora))}-128")
+    return Cell(int(width), corpus)
 
 
 def _train(comparison: Comparison, evidence: Evidence, workers: int, hours: float) -> None:
