@@ -2,7 +2,8 @@
 
 The same model (except for the router), data, order and optimizer. The methods take turns, one step each, so that
 disturbances affect all of them. deepspeed_top2 is DeepSpeed's own MoE layer and gate, without drops, in its own engine;
-the others are ours. Tokens per second are those of the median step.
+the others are ours. Tokens per second are those of the median step. The median ratio lies between at_least and at_most
+with 95 % confidence (by order statistics).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from bench.report import verdict
+from bench.timing import median_interval
 from dynmoe.config import Config, load_config
 from dynmoe.data.batches import Batch
 from dynmoe.errors import UserError
@@ -67,11 +69,13 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     for name, figures in seen.items():
         seconds = figures["seconds"]
         config = configs[name]
+        ratios = [own / first for own, first in zip(seconds, reference, strict=True)]
+        low, high = median_interval(ratios)
         rows.append({
             "method": name, "router": config.model.router.kind,
             "experts_per_token": statistics.mean(figures["experts"]),
             "tokens_per_s": round(config.tokens_per_step / statistics.median(seconds)),
-            "time_over_first": statistics.median(a / b for a, b in zip(seconds, reference, strict=True)),
+            "time_over_first": statistics.median(ratios), "at_least": low, "at_most": high,
             "moe_share": statistics.median(figures["moe_share"]),
             "loss_at_end": statistics.mean(figures["losses"][-5:]),
             "curve": [list(point) for point in zip(accumulate(seconds), figures["losses"], strict=True)],

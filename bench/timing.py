@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 
@@ -56,6 +57,12 @@ def interleave(methods: Mapping[str, Callable[[], Passes]], repeats: int) -> dic
 def median_ratio(times: Iterable[Passes], floor: Iterable[Passes], direction: str) -> float:
     """Median over turns of the ratio to the floor in the same turn."""
     return statistics.median(a.of(direction) / b.of(direction) for a, b in zip(times, floor, strict=True))
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the median by order statistics, which assumes no distribution."""
+    interval = stats.quantile_test(values, p=0.5).confidence_interval()
+    return float(interval.low), float(interval.high)
 
 
 def saved_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
