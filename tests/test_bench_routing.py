@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib import pyplot
+from torch import Tensor
 
 from bench import routing
 from bench.report import replace_block
@@ -23,6 +25,7 @@ from bench.routing.methods import METHODS, REFERENCE
 from bench.routing.units import Cell, Evidence, Outcome, Unit, outcome_of
 from dynmoe.config import load_config
 from dynmoe.errors import UserError
+from dynmoe.model import Decoder
 from harness.processes import CPU
 
 ROOT = Path(__file__).parents[1]
@@ -149,6 +152,22 @@ def test_every_method_is_a_valid_configuration():
         for cell in (CODE, Cell(256, "code")):
             load_config(ROOT / "configs" / "quickstart.yaml", Unit(cell, method, 1e-3, 0, 100).overrides)
     assert len({Unit(CODE, method, 1e-3, 0, 100).path for method in METHODS}) == len(METHODS)
+
+
+def test_runs_of_a_seed_start_with_the_same_shared_weights():
+    def weights(method: str, seed: int) -> dict[str, Tensor]:
+        config = load_config(ROOT / "configs" / "quickstart.yaml", Unit(CODE, method, 1e-3, seed, 100).overrides)
+        return dict(Decoder(config.model, vocab_size=64, seed=config.train.seed).named_parameters())
+
+    reference = weights(REFERENCE, 0)
+    shared = {name for name in reference if ".router." not in name}
+    assert len(shared) > 20
+    for method in METHODS:
+        own = weights(method, 0)
+        assert {name for name in own if ".router." not in name} == shared
+        assert all(torch.equal(own[name], reference[name]) for name in shared), method
+    other = weights(REFERENCE, 1)
+    assert not any(torch.equal(other[name], reference[name]) for name in shared if "norm" not in name)
 
 
 def rows_of_a_run() -> list[dict[str, Any]]:
