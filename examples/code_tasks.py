@@ -18,7 +18,7 @@ LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 NOT_READ = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data", "lib2to3"}
 PACKAGES = ("asyncio", "email", "multiprocessing", "unittest", "xml")
 LINES = 4  # at least
-CHARACTERS = 240  # about 70 tokens
+CHARACTERS = 200  # about 60 tokens
 CLOSES = {")": "(", "]": "[", "}": "{"}
 
 Passage = tuple[str, ...]
@@ -95,17 +95,6 @@ def indentation(line: str) -> str:
     return line[: len(line) - len(line.lstrip())]
 
 
-def shuffle_indentation(passage: Passage, draw: random.Random) -> Passage | None:
-    """Gives the lines each other's indentation; None if all have the same."""
-    before = [indentation(line) for line in passage]
-    if len(set(before)) == 1:
-        return None
-    after = before
-    while after == before:
-        after = draw.sample(before, len(before))
-    return tuple(space + line.lstrip() for space, line in zip(after, passage, strict=True))
-
-
 def is_closed(passage: Passage) -> bool:
     """True if every bracket is closed by its counterpart, those in strings included."""
     waiting: list[str] = []
@@ -168,7 +157,6 @@ class Task(NamedTuple):
 TASKS = {
     "kind": Task("is it code or a docstring?", 2, of_kinds),
     "package": Task("which of five packages is it from?", len(PACKAGES), of_packages),
-    "indentation": Task("is the indentation of the lines shuffled?", 2, changed_by(shuffle_indentation)),
     "bracket": Task("is a closing bracket missing?", 2, changed_by(remove_bracket)),
     "order": Task("are two lines of equal indentation swapped?", 2, changed_by(swap_lines)),
 }

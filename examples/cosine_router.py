@@ -26,7 +26,7 @@ class CosineTopK(TopK):
 
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"balance_loss": 1e-2}}
 
-    width: int = option(32, "dimension of the projected token and of the embeddings", at_least=1)
+    width: int = option(8, "dimension of the projected token and of the embeddings", at_least=1)
 
     def parameters(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
         return {

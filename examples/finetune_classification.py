@@ -32,9 +32,9 @@ from transformers.utils import logging
 
 from dynmoe.hf.held_budget import HeldBudget
 
-TOKENS = 128
-TRAIN = 800
-TEST = 400
+TOKENS = 96
+TRAIN = 600
+TEST = 300
 EPOCHS = 2
 # The first one defines how difficult a task is.
 ROUTERS = {
@@ -115,6 +115,7 @@ def test(model, batches: DataLoader) -> tuple[float, Tensor]:
 def finetune(job: Job) -> Outcome:
     """Fine-tunes a model on a task, with its budget if it has one."""
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(job.model, trust_remote_code=True)
     learn, held_out = (
         [{**tokenizer(own["text"], truncation=True, max_length=TOKENS), "labels": own["label"]} for own in split]

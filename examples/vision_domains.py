@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
-from vit_digits import PATCH, ViT, shifted
+from vit_digits import PATCH, ViT
 
 from dynmoe.config import Config, load_config
 from dynmoe.engines.deepspeed_state import OptimizerState
@@ -32,7 +32,7 @@ from dynmoe.moe.layer import capture_plans
 from dynmoe.train.optimizer import parameter_groups
 
 SHARED = [
-    "model.layers=4", "model.hidden=64", "model.heads=4", "model.moe.expert_hidden=64", "optimizer.weight_decay=0.05",
+    "model.layers=2", "model.hidden=64", "model.heads=4", "model.moe.expert_hidden=64", "optimizer.weight_decay=0.05",
 ]  # fmt: skip
 ROUTERS = {
     "top-2": ["model.moe.experts=6", "model.router.kind=cosine_top_k", "model.router.k=2"],
@@ -44,8 +44,8 @@ ROUTERS = {
 }  # fmt: skip
 PATCHES = (8 // PATCH) ** 2
 VALIDATION = 0.2
-BATCH = 128
-RATE = 2e-3
+BATCH = 64
+RATE = 3e-3
 
 
 class Images(NamedTuple):
@@ -74,9 +74,8 @@ def noisy(images_N88: Tensor, deviation: float) -> Tensor:
 
 DOMAINS: dict[str, Callable[[Tensor], Tensor]] = {
     "plain": torch.clone,
-    "rotated by 30°": partial(rotated, degrees=30.0),
-    "rotated by 60°": partial(rotated, degrees=60.0),
-    "noisy": partial(noisy, deviation=0.3),
+    "rotated": partial(rotated, degrees=45.0),
+    "noisy": partial(noisy, deviation=0.2),
     "inverted": lambda images_N88: 1 - images_N88,
 }
 
@@ -199,7 +198,7 @@ def train(job: Job) -> Outcome:
     best: tuple[float, int, dict[str, Tensor]] = (-1.0, 0, {})
     for step in range(1, job.steps + 1):
         batch = learn.part(torch.randint(len(learn.labels_N), (BATCH,)))
-        training.step(step, job.steps, batch._replace(images_N88=shifted(batch.images_N88)))
+        training.step(step, job.steps, batch)
         if step % 25 == 0 or step == job.steps:
             accuracy, _ = training.test(validation)
             if accuracy >= best[0]:
