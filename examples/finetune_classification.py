@@ -35,7 +35,7 @@ from dynmoe.hf.held_budget import HeldBudget
 TOKENS = 96
 TRAIN = 600
 TEST = 300
-EPOCHS = 2
+EPOCHS = 3
 # The first one defines how difficult a task is.
 ROUTERS = {
     "top_k 2": ["model.router.kind=top_k", "model.router.k=2"],

@@ -269,7 +269,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS), help="held out; default: each")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    parser.add_argument("--steps", type=int, default=300, help="training steps")
+    parser.add_argument("--steps", type=int, default=600, help="training steps")
     parser.add_argument("--processes", type=int, default=2, help="models that are trained at the same time")
     given = parser.parse_args()
     jobs = [Job(*own, given.steps) for own in product(ROUTERS, given.domains, range(given.seeds))]
