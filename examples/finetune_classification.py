@@ -92,8 +92,9 @@ def make_models(steps: int) -> list[Path]:
     for name, fields in ROUTERS.items():
         run = dense.with_name(name.replace(" ", "_"))
         out = run.with_name(f"{run.name}_exported")
-        if not out.exists():
+        if not run.exists():
             call("-m", "dynmoe.warmstart", str(dense), str(run), "--experts", "8", *fields)
+        if not out.exists():
             call("train.py", str(run / "config.yaml"), f"train.steps={steps // 2}")
             call("-m", "dynmoe.hf", "export", str(run), str(out), "--own-code")
         made.append(out)
@@ -112,6 +113,14 @@ def test(model, batches: DataLoader) -> tuple[float, Tensor]:
     return torch.cat(right).float().mean().item(), torch.cat(experts)
 
 
+def load(job: Job):
+    """The model with a new head, whose weights depend on the seed and the task only."""
+    torch.manual_seed(job.seed)
+    return AutoModelForSequenceClassification.from_pretrained(
+        job.model, trust_remote_code=True, num_labels=TASKS[job.task].labels, output_router_logits=True
+    )
+
+
 def finetune(job: Job) -> Outcome:
     """Fine-tunes a model on a task, with its budget if it has one."""
     logging.set_verbosity_error()
@@ -121,10 +130,7 @@ def finetune(job: Job) -> Outcome:
         [{**tokenizer(own["text"], truncation=True, max_length=TOKENS), "labels": own["label"]} for own in split]
         for split in (samples(job.task, False, job.count), samples(job.task, True, TEST))
     )
-    torch.manual_seed(job.seed)  # of the head
-    model = AutoModelForSequenceClassification.from_pretrained(
-        job.model, trust_remote_code=True, num_labels=TASKS[job.task].labels, output_router_logits=True
-    )
+    model = load(job)
     collate = DataCollatorWithPadding(tokenizer)
     batches = DataLoader(held_out, batch_size=50, collate_fn=collate)
     _, before_T = test(model, batches)
@@ -133,7 +139,7 @@ def finetune(job: Job) -> Outcome:
         per_device_train_batch_size=32, warmup_steps=10, weight_decay=0.01, seed=job.seed, use_cpu=True,
         disable_tqdm=True, report_to="none", save_strategy="no", logging_strategy="no",
     )  # fmt: skip
-    callbacks = [HeldBudget()] if "budget" in model.config.router else []
+    callbacks = [HeldBudget()] if HeldBudget.fits(model.config) else []
     trainer = Trainer(model, arguments, collate, train_dataset=learn, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     loss = trainer.train().training_loss

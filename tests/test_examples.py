@@ -217,7 +217,7 @@ def test_a_vision_model_reads_digits_of_an_unseen_domain_at_equal_cost():
 
 
 @pytest.mark.slow
-def test_exported_models_learn_to_classify(tmp_path):
+def test_exported_models_learn_to_classify(example, away_from_the_hub, tmp_path):
     """Runs in its own folder, where it creates models."""
     for name in ("train.py", "configs", "dynmoe", "data_prep"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -238,3 +238,9 @@ def test_exported_models_learn_to_classify(tmp_path):
     assert (
         len(re.findall(r"^Harder tasks use more experts, top_any\w* (?:before|after) fine-tuning: ", said, re.M)) == 4
     )
+
+    finetuning = example("finetune_classification")
+    exported = [tmp_path / "runs" / "finetune" / f"{name}_exported" for name in ("top_k_2", "top_any")]
+    heads = [finetuning.load(finetuning.Job(path, "kind", 1, 0)).score.weight for path in exported]
+    assert torch.equal(*heads), "heads of one seed differ"
+    assert heads[0].std() > 0

@@ -19,6 +19,8 @@ from dynmoe.routing.update_statistics import (
     unpack_update_statistics,
 )
 
+_METHODS = ("pi", "loss_free")
+
 
 class _HeldRouter:
     """A router of an exported model, with the state of its budget rule, which starts anew.
@@ -72,6 +74,11 @@ class HeldBudget(TrainerCallback):
         self._counted_T: Tensor | None = None
         self._budget: Mapping[str, Any] = {}
 
+    @staticmethod
+    def fits(config: Any) -> bool:
+        """True if the export with this configuration has a budget that the callback can hold."""
+        return _method(config.router) in _METHODS and not config.router.get("budgets")
+
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Attaches to the routers of the model."""
         settings = model.config.router
@@ -115,12 +122,16 @@ class HeldBudget(TrainerCallback):
         return count
 
 
+def _method(settings: Mapping[str, Any]) -> str:
+    return (settings.get("budget") or {"method": "none"})["method"]
+
+
 def _budget_of(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """The budget in the field ``router`` of an export."""
-    budget: Mapping[str, Any] = settings.get("budget") or {"method": "none"}
-    if budget["method"] not in ("pi", "loss_free"):
-        problem = f"router.budget.method={budget['method']}: is not held in fine-tuning"
+    if _method(settings) not in _METHODS:
+        problem = f"router.budget.method={_method(settings)}: is not held in fine-tuning"
         raise UserError(f"{problem}; export a run with budget.method=pi or loss_free, or remove HeldBudget")
     if settings.get("budgets"):
         raise UserError(f"router.budgets={settings['budgets']}: only one budget is held in fine-tuning; use []")
+    budget: Mapping[str, Any] = settings["budget"]
     return budget

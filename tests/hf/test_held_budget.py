@@ -7,6 +7,7 @@ import torch
 
 from dynmoe.errors import UserError
 from dynmoe.hf.export import export
+from dynmoe.hf.held_budget import HeldBudget
 from dynmoe.moe.updates import RouterUpdates
 from tests.hf.cases import BATCH, OWN, begin, some_tokens
 from tests.hf.test_export import read
@@ -44,8 +45,6 @@ def fine_tune(model, folder, padding: int = PADDING) -> None:
     """``STEPS`` steps on the same tokens with a learning rate of 0, with padding on the left."""
     from transformers import Trainer, TrainingArguments
 
-    from dynmoe.hf.held_budget import HeldBudget
-
     tokens = torch.cat([torch.full((BATCH, padding), 7), some_tokens()], dim=1)
     mask = torch.ones_like(tokens)
     mask[:, :padding] = 0
@@ -64,6 +63,7 @@ def test_fine_tuning_moves_what_training_moves(corpus_dir, tmp_path, name):
     begun = begin(corpus_dir, tmp_path / "run", HELD[name])
     export(begun.path, tmp_path / "out")
     model = read(tmp_path / "out")
+    assert HeldBudget.fits(model.config)
     routers = [layer.mlp.router for layer in model.model.layers]
     before = {key: value.clone() for key, value in moved(routers).items()}
     fine_tune(model, tmp_path / "tuned")
@@ -90,5 +90,7 @@ def test_fine_tuning_moves_what_training_moves(corpus_dir, tmp_path, name):
 )
 def test_exports_without_one_budget_are_refused(corpus_dir, tmp_path, fields, words):
     export(begin(corpus_dir, tmp_path / "run", fields).path, tmp_path / "out")
+    model = read(tmp_path / "out")
+    assert not HeldBudget.fits(model.config)
     with pytest.raises(UserError, match=words):
-        fine_tune(read(tmp_path / "out"), tmp_path / "tuned")
+        fine_tune(model, tmp_path / "tuned")
