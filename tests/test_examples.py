@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from sklearn.datasets import load_digits
+from torch.utils.flop_counter import FlopCounterMode
 
 from dynmoe.config import load_config
 from dynmoe.moe import MoEContext, MoELayer
@@ -67,6 +68,15 @@ def example() -> Iterator[Callable[[str], ModuleType]]:
     for name in set(sys.modules) - before:
         if (ROOT / "examples" / f"{name}.py").exists():
             del sys.modules[name]
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    assert not dist.is_initialized()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def test_brackets_are_closed_or_not(example):
@@ -192,17 +202,33 @@ def test_the_cosine_router_selects_by_cosines(example):
     assert all(parameter.grad.abs().max() > 0 for parameter in state.values())
 
 
+def vision_training(vision: ModuleType, router: str):
+    return vision.Training(load_config(None, [*vision.SHARED, *vision.ROUTERS[router], "train.seed=3"]), 3)
+
+
 def test_routers_start_from_the_same_weights_outside_the_experts(example):
     vision = example("vision_domains")
-    models = []
-    for fields in vision.ROUTERS.values():
-        config = load_config(None, [*vision.SHARED, *fields, "train.seed=3"])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dist, "is_initialized", lambda: True)
-            models.append(dict(vision.Training(config, 3).model.named_parameters()))
+    models = [dict(vision_training(vision, router).model.named_parameters()) for router in vision.ROUTERS]
     shared = [name for name in models[0] if ".moe." not in name]
     assert len(shared) > 10
     assert all(torch.equal(models[0][name], models[1][name]) for name in shared)
+
+
+def test_flops_are_those_that_torch_counts(example, one_rank):
+    vision = example("vision_domains")
+    training = vision_training(vision, "top-2")
+    with FlopCounterMode(display=False) as counter:
+        training.step(1, 100, vision.make_domains()["plain"].part(slice(64)))
+    layers = 2
+    images = 64
+    patches = 16
+    hidden = width = 64
+    assert training.rows == layers * images * patches * 2
+    # What torch does not count: fused attention, and the products of our experts.
+    attention = layers * images * patches * patches * hidden * 2
+    experts = training.rows * 3 * hidden * width
+    unneeded = 2 * images * patches * 4 * hidden  # the gradient of the pixels
+    assert training.flops == counter.get_total_flops() + 6 * (attention + experts) + unneeded
 
 
 @pytest.mark.slow
