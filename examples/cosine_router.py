@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 class CosineTopK(TopK):
     """Selects the k best experts by the cosine of the projected token with each expert's embedding.
 
-    The gates are the softmax of the cosines over a learned temperature. The paper does not say where the temperature
-    starts; we start at 0.5.
+    The gates are the softmax of the cosines over a learned temperature, which starts at 0.5.
     """
 
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"balance_loss": 1e-2}}
