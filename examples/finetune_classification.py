@@ -154,7 +154,7 @@ def difficulty(task: str, accuracy: float) -> float:
 
 
 def verdict(difficulties: dict[str, float], experts: dict[str, list[float]]) -> str:
-    """Whether harder tasks use more experts: only if they do for every pair of tasks in every seed.
+    """Whether harder tasks use more experts: only if they do for every pair of tasks in every seed, of three at least.
 
     Args:
         difficulties: by task.
@@ -164,6 +164,8 @@ def verdict(difficulties: dict[str, float], experts: dict[str, list[float]]) -> 
     seeds = range(len(experts[pairs[0][0]]))
     rising = [sum(experts[hard][seed] > experts[easy][seed] for easy, hard in pairs) for seed in seeds]
     seen = "seen" if min(rising) == len(pairs) else "not seen at this size"
+    if len(difficulties) < 3 or len(seeds) < 3:
+        seen = "too few tasks or seeds for a verdict"
     return f"{seen} (the harder task uses more in {', '.join(map(str, rising))} of {len(pairs)} pairs, by seed)"
 
 

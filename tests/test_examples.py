@@ -141,11 +141,12 @@ def test_no_file_is_in_both_splits_and_labels_are_right(example):
 def test_the_verdict_needs_every_pair_in_every_seed(example):
     verdict = example("finetune_classification").verdict
     hardness = {"middle": 0.5, "easy": 0.1, "hard": 0.9}
-    rising = {"easy": [1.0, 2.0], "middle": [1.1, 2.5], "hard": [1.2, 2.6]}
-    assert verdict(hardness, rising) == "seen (the harder task uses more in 3, 3 of 3 pairs, by seed)"
-    rising["hard"] = [1.2, 2.4]
-    assert verdict(hardness, rising).startswith("not seen at this size (the harder task uses more in 3, 2 of 3")
-    example("code_tasks")
+    rising = {"easy": [1.0, 2.0, 3.0], "middle": [1.1, 2.5, 3.1], "hard": [1.2, 2.6, 3.2]}
+    assert verdict(hardness, rising) == "seen (the harder task uses more in 3, 3, 3 of 3 pairs, by seed)"
+    rising["hard"] = [1.2, 2.4, 3.2]
+    assert verdict(hardness, rising).startswith("not seen at this size (the harder task uses more in 3, 2, 3 of 3")
+    one_seed = {task: experts[:1] for task, experts in rising.items()}
+    assert verdict(hardness, one_seed).startswith("too few tasks or seeds for a verdict (the harder")
     assert example("finetune_classification").difficulty("package", 0.2) == pytest.approx(1.0)
     assert example("finetune_classification").difficulty("kind", 0.75) == pytest.approx(0.5)
 
@@ -247,13 +248,13 @@ def test_exported_models_learn_to_classify(example, away_from_the_hub, tmp_path)
     """Runs in its own folder, where it creates models."""
     for name in ("train.py", "configs", "dynmoe", "data_prep"):
         (tmp_path / name).symlink_to(ROOT / name)
-    options = ["--tasks", "kind", "package", "--seeds", "1", "--passages", "400"]
+    options = ["--tasks", "kind", "package", "--seeds", "1"]
     said = run_example(str(ROOT / "examples" / "finetune_classification.py"), *options, cwd=tmp_path, timeout_s=1800)
     pattern = r"(\S+)_exported, (\w+), .* accuracy ([\d.]+), ([\d.]+) experts.* below ([\d.]+), .* above ([\d.]+)\)"
     found = re.findall(pattern, said)
     assert [name for name, *_ in found] == ["top_k_2", "top_k_1", "top_any", "top_any_at_2"] * 2
     for name, task, accuracy, *experts in found:
-        assert float(accuracy) > {"kind": 0.8, "package": 0.25}[task]
+        assert float(accuracy) > {"kind": 0.8, "package": 0.3}[task]
         mean, low, high = (float(value) for value in experts)
         if name.startswith("top_k"):
             assert mean == low == high == int(name[-1])
