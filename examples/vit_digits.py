@@ -5,6 +5,7 @@ python examples/vit_digits.py, or torchrun --nproc-per-node 2 examples/vit_digit
 
 import argparse
 import os
+from functools import partial
 
 import deepspeed
 import torch
@@ -115,8 +116,10 @@ def main() -> None:
         for group in adam.param_groups:
             group["lr"] = 2e-3 * min(1.0, step / 50, (steps - step + 1) / (0.5 * steps)) * group["lr_factor"]
         chosen = train[torch.randint(len(train), (batch,))][rank::ranks]  # the same draw on every rank
+        batch_B88 = shifted(images[chosen]).to(device)
+        runtime.calibrate(partial(engine, batch_B88))
         with runtime.step(step, loss_scale=1.0):
-            loss = F.cross_entropy(engine(shifted(images[chosen]).to(device)), labels[chosen].to(device))
+            loss = F.cross_entropy(engine(batch_B88), labels[chosen].to(device))
             engine.backward(loss)
         engine.step()
         events = runtime.apply_step(step)
