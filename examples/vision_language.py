@@ -1,203 +1,230 @@
-"""DynMoE's vision-language case at small scale: WIP"""
+"""DynMoE's vision-language case at small scale: the three stages of MoE-LLaVA (arXiv 2401.15947), with top-any routing.
+
+The model answers questions about pictures of coloured shapes (scenes.py). The recipe starts from a pretrained vision
+encoder and a pretrained language model, so both are trained first: the encoder names what is in each cell, the language
+model reads descriptions of scenes. Then (1) only the projector is trained; (2) projector and language model, dense;
+(3) experts start as copies of the feed-forward layers, and only the MoE layers are trained.
+
+python examples/vision_language.py, or torchrun --nproc-per-node 2 examples/vision_language.py for two ranks.
+--compare trains stage 3 with top-2 as well, to the same measured FLOPs.
+"""
 
 import argparse
-import math
+import os
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-import random
-import resource
-
-import deepspeed
-import torch
-import torch.nn.functional as F
-import torch.distributed as dist
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from torch import Tensor, nn
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import scenes
-from dynmoe.config import Config, load_config
-from dynmoe.engines.deepspeed import DeepSpeedMoELayer, make_context, start_processes
-from dynmoe.engines.deepspeed_state import OptimizerState
-from dynmoe.engines.runtime import MoERuntime
-from dynmoe.model import Decoder, ModelSize
-from dynmoe.moe.experts import SwiGLU
-from dynmoe.moe.upcycling import copy_experts
-from dynmoe.train.optimizer import parameter_groups
+import torch
+import torch.distributed as dist
+from scenes import Scene
+from torch import Tensor
+from vision_language_model import IDS, PATCHES, ROWS, Encoder, VisionLanguageModel, never_together
+from vision_language_training import EXPERTS, conversations, test, train, upcycle
 
-PATCH = 4
-SIDE = scenes.GRID * scenes.CELL // PATCH
-PATCHES = SIDE**2
-WORDS = ["<pad>", *scenes.words()]
-ID = {word: number for number, word in enumerate(WORDS)}
+from dynmoe.config import load_config
+from dynmoe.engines.deepspeed import make_context, start_processes
+from dynmoe.moe.layer import capture_plans
+from dynmoe.report.images import Image
+from dynmoe.report.tokens import Document, view_documents, write_view
+from dynmoe.routing import RoutingPlan
 
-
-class Block(nn.Module):
-    def __init__(self, config, layer):
-        super().__init__()
-        model = config.model
-        self.attention_norm = nn.LayerNorm(model.hidden)
-        self.ffn_norm = nn.LayerNorm(model.hidden)
-        self.attention = nn.MultiheadAttention(model.hidden, model.heads, batch_first=True)
-        self.ffn = SwiGLU(model, model.ffn_hidden, config.train.seed, f"encoder.{layer}")
-
-    def forward(self, x_BPD):
-        n = self.attention_norm(x_BPD)
-        x_BPD = x_BPD + self.attention(n, n, n, need_weights=False)[0]
-        return x_BPD + self.ffn(self.ffn_norm(x_BPD))
-
-
-class Encoder(nn.Module):
-    def __init__(self, config, layers=2):
-        super().__init__()
-        hidden = config.model.hidden
-        self.embed = nn.Linear(3 * PATCH**2, hidden)
-        self.positions = nn.Parameter(torch.randn(PATCHES, hidden) * 0.02)
-        self.blocks = nn.Sequential(*(Block(config, layer) for layer in range(layers)))
-        self.norm = nn.LayerNorm(hidden)
-        self.head = nn.Linear(hidden, len(scenes.COLOURS) + len(scenes.SHAPES) + 2)
-
-    def features(self, pictures):
-        p = F.unfold(pictures, PATCH, stride=PATCH).transpose(1, 2)
-        return self.norm(self.blocks(self.embed(p) + self.positions))
-
-    def forward(self, pictures, names_BC2):
-        x = self.features(pictures).transpose(1, 2).unflatten(2, (SIDE, SIDE))
-        cells = F.avg_pool2d(x, SIDE // scenes.GRID).flatten(2).transpose(1, 2)
-        colour, shape = self.head(cells).split([len(scenes.COLOURS) + 1, len(scenes.SHAPES) + 1], dim=2)
-        if not self.training:
-            return torch.stack([colour.argmax(2), shape.argmax(2)], 2) == names_BC2
-        return F.cross_entropy(colour.flatten(0, 1), names_BC2[..., 0].flatten()) + F.cross_entropy(
-            shape.flatten(0, 1), names_BC2[..., 1].flatten()
-        )
+EACH = 3  # training questions of each kind about a picture
+TEST = 500  # pictures
+SHOWN = 12  # pictures of the token view
+STEPS = (600, 150, 60, 600, 200)
+DENSE = [
+    "model.layers=4", "model.hidden=64", "model.heads=2", "model.kv_heads=2", "model.ffn_hidden=128",
+    "model.qk_norm=head", "model.init_std=0.1", "model.moe.experts=0", "optimizer.lr=3e-3",
+    "optimizer.weight_decay=0.1",
+]  # fmt: skip
+SPARSE = ["model.moe.experts=8", "model.moe.expert_hidden=128"]
+ROUTERS = {
+    "top-any": [
+        "model.router.kind=top_any", "model.router.variant=improved", "model.moe.active_at_start=4",
+        "budget.method=pi", f"budget.experts_per_token={EXPERTS}",
+        "adaptation.interval=50", "adaptation.window=25", "adaptation.removal_share=0.1", "adaptation.until=100",
+    ],
+    "top-2": ["model.router.kind=top_k", "model.router.k=2", "model.router.renormalize=true"],
+}  # fmt: skip
 
 
-class VisionLanguageModel(nn.Module):
-    def __init__(self, config, context, encoder):
-        super().__init__()
-        hidden = config.model.hidden
-        self.encoder = encoder
-        self.projector = nn.Sequential(nn.Linear(hidden, 2 * hidden), nn.GELU(), nn.Linear(2 * hidden, hidden))
-        self.decoder = Decoder(config.model, len(WORDS), config.train.seed, context, make_moe=DeepSpeedMoELayer)
-
-    def logits(self, pictures, tokens_BS, wanted):
-        prefix = None
-        if pictures is not None:
-            with torch.no_grad():
-                f = self.encoder.features(pictures)
-            prefix = self.projector(f)
-        h = self.decoder.hidden(tokens_BS, prefix_BPD=prefix)
-        if prefix is not None:
-            h = h[:, PATCHES:]
-        return F.linear(h[wanted], self.decoder.output_weight_VD)
-
-    def forward(self, pictures, tokens_BS, labels_BS):
-        wanted = labels_BS >= 0
-        return F.cross_entropy(self.logits(pictures, tokens_BS, wanted), labels_BS[wanted])
+def decode(model: VisionLanguageModel, pictures: Tensor, tokens_BS: Tensor) -> list[RoutingPlan]:
+    """The plans of the MoE layers for pictures and words."""
+    device = next(model.parameters()).device
+    with torch.no_grad(), capture_plans(model.decoder.moe_layers) as plans:
+        model.logits(pictures.to(device), tokens_BS.to(device), torch.zeros_like(tokens_BS, dtype=torch.bool))
+    return plans
 
 
-def encode(text):
-    return [ID[w] for w in text.split()]
+def print_experts(model: VisionLanguageModel, pictures: Tensor, drawn: Sequence[Scene]) -> None:
+    """Mean experts of patches and of words, by layer."""
+    tokens_BS, _ = conversations(drawn, seed=0, described=False)
+    for layer, plan in zip(model.decoder.moe_layers, decode(model, pictures, tokens_BS), strict=True):
+        counts_BS = plan.experts_per_token_T.view(len(drawn), -1).float()
+        patches = counts_BS[:, :PATCHES].mean().item()
+        words = counts_BS[:, PATCHES:].mean().item()
+        active = int(layer.router.active_E.sum())
+        print(f"  layer {layer.layer}: {patches:.2f} experts per patch, {words:.2f} per word, {active} in use")
 
 
-def conversation(scene, drawn, described):
-    """tokens, labels"""
-    toks, labs = [], []
-    if described:
-        things = list(scene.things)
-        drawn.shuffle(things)
-        for t in things:
-            e = encode(str(t))
-            toks += e
-            labs += e
-    qs = list(scene.questions.values())
-    drawn.shuffle(qs)
-    for q in qs:
-        e = encode(q.text)
-        toks += e + [ID[q.answer]]
-        labs += (e if described else [-1] * len(e)) + [ID[q.answer]]
-    return toks, labs
+def write_page(model: VisionLanguageModel, pictures: Tensor, drawn: Sequence[Scene], step: int, output: Path) -> None:
+    """Writes the token view of pictures, each with its questions and answers."""
+    documents = []
+    for picture, scene in zip(pictures, drawn, strict=True):
+        pieces = [f"{piece} " for own in scene.questions for piece in f"{own.text} {own.answer}.".split()]
+        ids = [IDS[piece.rstrip(". ")] for piece in pieces]
+        plans = decode(model, picture[None], torch.tensor([ids]))
+        image = Image((picture.permute(1, 2, 0) * 255).round().to(torch.uint8), ROWS, ROWS)
+        documents.append(Document("pictures of the test", ids, pieces, plans, image))
+    layers = [layer.layer for layer in model.decoder.moe_layers]
+    if dist.get_rank() == 0:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_view(view_documents(documents, "vision_language", step, layers), output)
 
 
-def pad(rows, value):
-    n = max(map(len, rows))
-    return torch.tensor([r + [value] * (n - len(r)) for r in rows])
+@dataclass(frozen=True)
+class Data:
+    """Scenes of both splits, and their pictures."""
+
+    training: list[Scene]
+    test: list[Scene]
+    training_pictures: Tensor
+    test_pictures: Tensor
 
 
-def texts(scs, seed, described):
-    drawn = random.Random(seed)
-    rows = [conversation(s, drawn, described) for s in scs]
-    toks = pad([r[0] for r in rows], 0)
-    labs = pad([r[1] for r in rows], -1)
-    return toks[:, :-1], labs[:, 1:]
+def draw(number: int) -> Data:
+    training = scenes.draw_scenes(number, test=False, each=EACH, seed=0)
+    test = scenes.draw_scenes(TEST, test=True, each=1, seed=1)
+    return Data(training, test, scenes.paint(training, seed=2), scenes.paint(test, seed=3))
 
 
-def train(name, model, parts, config, inputs, batch, lr, steps=None, flops=None, size=None):
-    model.requires_grad_(False)
-    for p in parts:
-        p.requires_grad_(True)
-    layers = [m for m in model.modules() if isinstance(m, DeepSpeedMoELayer)]
-    groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(nn.ModuleList(parts), config))
-    adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98))
-    engine, optimizer, *_ = deepspeed.initialize(
-        model=model, optimizer=adam,
-        config={"train_micro_batch_size_per_gpu": batch, "zero_optimization": {"stage": 0}, "gradient_clipping": 1.0, "steps_per_print": 10**9},
-    )
-    context = layers[0].context if layers else make_context(1)
-    runtime = MoERuntime(config, layers, context, OptimizerState(optimizer, adam), [(n, p) for n, p in model.named_parameters()], torch.device("cpu"))
-    gen = torch.Generator().manual_seed(config.train.seed)
-    n = len(inputs[-1])
-    step = 0
-    spent = 0
-    order = None
-    started = time.time()
-    total = flops or steps
-    engine.train()
-    while spent < total:
-        step += 1
-        if order is None or len(order) < batch:
-            order = torch.randperm(n, generator=gen)
-        chosen, order = order[:batch], order[batch:]
-        args = [None if x is None else x[chosen] for x in inputs]
-        for g in adam.param_groups:
-            g["lr"] = lr * min(1, step / 50, 1.02 - spent / total) * g["lr_factor"]
-        if layers:
-            runtime.calibrate(lambda: model(*args))
-        with runtime.step(step, loss_scale=1.0):
-            loss = engine(*args)
-            engine.backward(loss)
-        engine.step()
-        events = runtime.apply_step(step)
-        rows = runtime.report().routed_rows if layers else {}
-        if flops:
-            tokens = batch * (PATCHES + args[1].shape[1])
-            spent += size.flops(tokens, sum(rows.values()))
-        else:
-            spent += 1
-        for e in events:
-            print("   ", e)
-        if step % 50 == 0:
-            k = [f"{r / (batch * (PATCHES + args[1].shape[1])):.2f}" for r in rows.values()]
-            print(f"{name} step {step}: loss {loss.item():.4f} {k} {time.time() - started:.0f} s", flush=True)
-    model.eval()
-    return step
+class Clock:
+    """Prints what was reached after a stage, and the time that it took."""
+
+    def __init__(self) -> None:
+        self.wall = time.monotonic()
+        self.cpu = time.process_time()
+
+    def say(self, text: str) -> None:
+        wall = time.monotonic()
+        cpu = time.process_time()
+        if dist.get_rank() == 0:
+            print(f"{text} ({wall - self.wall:.0f} s, {cpu - self.cpu:.0f} s of CPU)", flush=True)
+        self.wall = wall
+        self.cpu = cpu
 
 
-@torch.no_grad()
-def test(model, pictures, scs):
-    right, loss = {}, 0
-    for kind in scenes.KINDS:
-        qs = [s.questions[kind] for s in scs]
-        toks = torch.tensor([encode(q.text) for q in qs])
-        ans = torch.tensor([ID[q.answer] for q in qs])
-        wanted = torch.zeros_like(toks, dtype=torch.bool)
-        wanted[:, -1] = True
-        out = torch.cat([model.logits(p, t, w) for p, t, w in zip(pictures.split(250), toks.split(250), wanted.split(250))])
-        right[kind] = (out.argmax(1) == ans).float().mean().item()
-        loss += F.cross_entropy(out, ans).item() / len(scenes.KINDS)
-    right["all"] = sum(right.values()) / len(right)
-    return {k: round(v, 4) for k, v in right.items()}, round(loss, 4)
+def told(scores: dict[str, float]) -> str:
+    kinds = ", ".join(f"{kind} {scores[kind]:.3f}" for kind in scenes.KINDS)
+    return f"{scores['all']:.3f} of the answers right ({kinds}), loss {scores['loss']:.3f}"
 
 
-def cpu():
-    u = resource.getrusage(resource.RUSAGE_SELF)
-    return f"{u.ru_utime:.0f}"
+def train_dense(seed: int, data: Data, steps: Sequence[int]) -> VisionLanguageModel:
+    """The pretrained parts, and stages 1 and 2."""
+    device = start_processes()
+    clock = Clock()
+    config = load_config(None, [*DENSE, f"train.seed={seed}"])
+    torch.manual_seed(seed)
+    encoder = Encoder(config).to(device)
+    names_BC2 = scenes.names_of_cells(data.training)
+    train("encoder", encoder, [encoder], config, (data.training_pictures, names_BC2), steps[0])
+    wanted_BC2 = scenes.names_of_cells(data.test)
+    with torch.no_grad():
+        named = [logits.argmax(dim=2).cpu() for logits in encoder.names(data.test_pictures.to(device))]
+    right_BC = (torch.stack(named, dim=2) == wanted_BC2).all(dim=2)
+    filled_BC = wanted_BC2[..., 0] > 0
+    unseen_BC = never_together()[wanted_BC2[..., 0], wanted_BC2[..., 1]]
+    shares = [right_BC[own].float().mean().item() for own in (filled_BC & ~unseen_BC, unseen_BC)]
+    clock.say(f"Encoder: names {shares[0]:.3f} of the things of known pairs, {shares[1]:.3f} of unseen pairs")
+
+    model = VisionLanguageModel(config, make_context(1), encoder).to(device)
+    descriptions = (None, *conversations(data.training, seed, described=True))
+    train("language model", model, [model.decoder], config, descriptions, steps[1])
+    clock.say("Language model: trained on descriptions")
+    examples = (data.training_pictures, *conversations(data.training, seed, described=False))
+    train("stage 1", model, [model.projector], config, examples, steps[2])
+    clock.say(f"Stage 1, the projector: {told(test(model, data.test_pictures, data.test))}")
+    train("stage 2", model, [model.projector, model.decoder], config, examples, steps[3])
+    clock.say(f"Stage 2, dense: {told(test(model, data.test_pictures, data.test))}")
+    return model
+
+
+def train_sparse(
+    router: str, dense: VisionLanguageModel, seed: int, data: Data, steps: int, output: Path | None
+) -> dict[str, float]:
+    """Stage 3; returns the scores, with the ``flops`` and the ``experts`` per token of the training."""
+    clock = Clock()
+    parallel = f"parallel.expert={dist.get_world_size()}"
+    # The trainer is not used; the number of steps only bounds the adaptation.
+    config = load_config(None, [*DENSE, *SPARSE, *ROUTERS[router], f"train.seed={seed}", parallel])
+    model = upcycle(dense, config)
+    examples = (data.training_pictures, *conversations(data.training, seed, described=False))
+    parts = list(model.decoder.moe_layers)
+    flops, experts = train(f"stage 3, {router}", model, parts, config, examples, steps)
+    scores = test(model, data.test_pictures, data.test)
+    clock.say(f"Stage 3, {router}: {told(scores)}; {experts:.3f} experts per token, {flops / 1e12:.3f} TFLOPs")
+    if router == "top-any":
+        print_experts(model, data.test_pictures, data.test)
+    if output is not None:
+        write_page(model, data.test_pictures[:SHOWN], data.test[:SHOWN], steps, output)
+    return {**scores, "flops": flops, "experts": experts}
+
+
+def print_comparison(results: Sequence[dict[str, dict[str, float]]]) -> None:
+    """A table of both routers by seed, with differences between runs of the same seed."""
+    print("\n| seed | accuracy, top-any | top-2 | difference | loss, top-any | top-2 | difference | FLOPs, ratio |")
+    print("|---|---|---|---|---|---|---|---|")
+    differences: dict[str, list[float]] = {"all": [], "loss": []}
+    for seed, result in enumerate(results):
+        own = result["top-any"]
+        other = result["top-2"]
+        cells = []
+        for score in ("all", "loss"):
+            differences[score].append(own[score] - other[score])
+            cells.append(f"{own[score]:.4f} | {other[score]:.4f} | {own[score] - other[score]:+.4f}")
+        print(f"| {seed} | {' | '.join(cells)} | {own['flops'] / other['flops']:.4f} |")
+    if len(results) < 2:
+        return
+    for name, values in (("Accuracy", differences["all"]), ("Loss", differences["loss"])):
+        mean = statistics.mean(values)
+        deviation = statistics.stdev(values)
+        error = deviation / len(values) ** 0.5
+        shown = "these seeds show no difference" if abs(mean) < 2 * error else "more than two standard errors"
+        print(f"{name}, top-any minus top-2: {mean:+.4f} ± {deviation:.4f} (standard deviation): {shown}.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0")
+    parser.add_argument("--compare", action="store_true", help="stage 3 with top-2 too")
+    parser.add_argument("--scenes", type=int, default=6000, help="number of training pictures")
+    parser.add_argument(
+        "--steps", type=int, nargs=5, default=STEPS, metavar=("ENCODER", "LANGUAGE", "ONE", "TWO", "THREE"),
+        help="training steps of the encoder, the language model, and stages 1, 2 and 3",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, default=Path("runs/vision_language/tokens.html"), help="the token view")
+    given = parser.parse_args()
+    start_processes()
+    data = draw(given.scenes)
+    results = []
+    for seed in range(given.seeds):
+        dense = train_dense(seed, data, given.steps)
+        routers = ROUTERS if given.compare else ["top-any"]
+        pages = {"top-any": given.output if seed == 0 else None}
+        results.append({
+            router: train_sparse(router, dense, seed, data, given.steps[4], pages.get(router)) for router in routers
+        })  # fmt: skip
+    if dist.get_rank() == 0:
+        if given.compare:
+            print_comparison(results)
+        print(f"Token view: {given.output}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    main()

@@ -154,6 +154,9 @@ class Shell:
             assert not set(words) - set(rules), f"make {' '.join(words)}: no such target"
         elif program == "torchrun":
             given = get_args_parser().parse_args(words)
+            if given.training_script.startswith("examples/"):
+                self._check_command(given.training_script, *given.training_script_args)
+                return
             assert given.training_script == "train.py"
             self._train(given.training_script_args).check_world(int(given.nproc_per_node))
         elif program.endswith("python") and words[0] == "-m":
@@ -169,8 +172,11 @@ class Shell:
         elif program == "sbatch" or program.startswith("launch/"):
             self._launch([program, *words])
         else:
-            assert program.startswith("examples/") and not words, f"{program}: nothing is known of it"  # noqa: PT018
-            assert Path(program).is_file()
+            assert program.startswith("examples/"), f"{program}: nothing is known of it"
+            options = re.findall(r'add_argument\(\s*"(--[\w-]+)"', Path(program).read_text())
+            assert {word for word in words if word.startswith("-")} <= set(options), (
+                f"{' '.join(words)}: no such option"
+            )
 
     def _train(self, words: Sequence[str]) -> Config:
         """The configuration that train.py makes of its arguments."""

@@ -84,7 +84,7 @@ def test_what_is_not_run_is_still_there():
         "python -m dynmoe.hf export runs/NAME", "python -m data_prep texts --output data/mine", "sbatch second.sbatch",
         "python -m bench nothing", "python -m pytest tests/test_none.py", "an unknown tongue", "dynmoe train",
         "srun bash -c 'python -m data_prep verify'", "model.router.knid=top_p", "kind=top_q", "eval.batch",
-        "docs/none.md", "Trainer.evaluate_all", "--no-such-option", "train/lm_los",
+        "python examples/vit_digits.py --epochs 3", "docs/none.md", "Trainer.evaluate_all", "--no-such-option", "train/lm_los",
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_found(shell, wrong):

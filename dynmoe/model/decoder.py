@@ -93,9 +93,7 @@ class Decoder(nn.Module):
     def moe_layers(self) -> list[MoELayer]:
         return [module for module in self.modules() if isinstance(module, MoELayer)]
 
-    def hidden(
-        self, tokens_BS: Tensor, cache: KeyValueCache | None = None, prefix_BPD: Tensor | None = None
-    ) -> Tensor:
+    def hidden(self, tokens_BS: Tensor, cache: KeyValueCache | None = None, prefix_BPD: Tensor | None = None) -> Tensor:
         """Output of the final norm, [B, S, D]; with a cache, ``tokens_BS`` follow the cached positions.
 
         ``prefix_BPD`` are embeddings of other inputs, such as patches of an image, which take the P positions before

@@ -18,8 +18,8 @@ from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.report.images import Image
 from dynmoe.report.page import write_report
 from dynmoe.report.runs import read_run
-from dynmoe.report.tokens import _read as read_tokens
 from dynmoe.report.tokens import Document, tables, view_documents, write_view
+from dynmoe.report.tokens import _read as read_tokens
 from dynmoe.routing import RoutingPlan
 from harness.processes import ROOT
 
@@ -335,7 +335,8 @@ def test_patches_lie_over_their_image_with_the_text_beside_it(open_page, with_im
     expect(page.locator("#detail")).to_contain_text("patch in row 1, column 2, position 1: experts (gates) by layer")
     words = page.locator("#text .document").nth(1).locator("> :last-child")
     told = "".join(token["piece"] for token in view["tokens"] if token["source"] == 0 and "image" not in token)
-    assert words.text_content() and words.text_content() in told
+    assert words.text_content()
+    assert words.text_content() in told
     if viewport == WIDE:
         assert words.bounding_box()["x"] >= whole["x"] + whole["width"]
 
