@@ -154,11 +154,11 @@ class Shell:
             assert not set(words) - set(rules), f"make {' '.join(words)}: no such target"
         elif program == "torchrun":
             given = get_args_parser().parse_args(words)
-            if given.training_script.startswith("examples/"):
-                self._check_command(given.training_script, *given.training_script_args)
-                return
-            assert given.training_script == "train.py"
-            self._train(given.training_script_args).check_world(int(given.nproc_per_node))
+            script = given.training_script
+            if script == "train.py":
+                self._train(given.training_script_args).check_world(int(given.nproc_per_node))
+            else:
+                self._example(script, given.training_script_args)
         elif program.endswith("python") and words[0] == "-m":
             self._call(words[1], words[2:])
         elif program.endswith("python"):

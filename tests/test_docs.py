@@ -84,7 +84,8 @@ def test_what_is_not_run_is_still_there():
         "python -m dynmoe.hf export runs/NAME", "python -m data_prep texts --output data/mine", "sbatch second.sbatch",
         "python -m bench nothing", "python -m pytest tests/test_none.py", "an unknown tongue", "dynmoe train",
         "srun bash -c 'python -m data_prep verify'", "model.router.knid=top_p", "kind=top_q", "eval.batch",
-        "python examples/vit_digits.py --epochs 3", "docs/none.md", "Trainer.evaluate_all", "--no-such-option", "train/lm_los",
+        "docs/none.md", "Trainer.evaluate_all", "--no-such-option", "train/lm_los",
+        "python examples/vit_digits.py --epochs 3", "torchrun --nproc-per-node 2 examples/vit_digits.py --epochs 3",
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_found(shell, wrong):
