@@ -153,12 +153,7 @@ class Shell:
             rules = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert not set(words) - set(rules), f"make {' '.join(words)}: no such target"
         elif program == "torchrun":
-            given = get_args_parser().parse_args(words)
-            script = given.training_script
-            if script == "train.py":
-                self._train(given.training_script_args).check_world(int(given.nproc_per_node))
-            else:
-                self._example(script, given.training_script_args)
+            self._torchrun(words)
         elif program.endswith("python") and words[0] == "-m":
             self._call(words[1], words[2:])
         elif program.endswith("python"):
