@@ -46,7 +46,7 @@ ROUTERS = {
     "top-any": [
         "model.router.kind=top_any", "model.router.variant=improved", "model.moe.active_at_start=4",
         "budget.method=pi", f"budget.experts_per_token={EXPERTS}",
-        "adaptation.interval=50", "adaptation.window=25", "adaptation.removal_share=0.1", "adaptation.until=100",
+        "adaptation.interval=50", "adaptation.window=25", "adaptation.removal_share=0.1", "adaptation.weights=slot",
     ],
     "top-2": ["model.router.kind=top_k", "model.router.k=2", "model.router.renormalize=true"],
 }  # fmt: skip

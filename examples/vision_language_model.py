@@ -39,6 +39,15 @@ def never_together() -> Tensor:
     return unseen
 
 
+def places(hidden: int) -> Tensor:
+    """Fixed codes of the places of patches, sines and cosines of row and column, [P, D] (arXiv 2205.01580)."""
+    frequency = 100.0 ** -torch.linspace(0, 1, hidden // 4)
+    angle_RF = torch.arange(ROWS)[:, None] * frequency
+    code_RF = torch.cat([angle_RF.sin(), angle_RF.cos()], dim=1)
+    rows, columns = torch.arange(PATCHES) // ROWS, torch.arange(PATCHES) % ROWS
+    return torch.cat([code_RF[rows], code_RF[columns]], dim=1)
+
+
 class Block(nn.Module):
     """Attention over all patches, then a dense layer."""
 
@@ -63,7 +72,7 @@ class Encoder(nn.Module):
         super().__init__()
         hidden = config.model.hidden
         self.embed = nn.Linear(3 * PATCH**2, hidden)
-        self.positions = nn.Parameter(torch.randn(PATCHES, hidden) * 0.1)
+        self.register_buffer("places", places(hidden))
         self.blocks = nn.Sequential(*(Block(config, layer) for layer in range(layers)))
         self.norm = nn.LayerNorm(hidden)
         self.colour = nn.Linear(hidden, len(scenes.COLOURS) + 1)
@@ -73,7 +82,7 @@ class Encoder(nn.Module):
     def features(self, pictures_B3HW: Tensor) -> Tensor:
         """A vector for each patch, [B, P, D]."""
         patches_BPp = F.unfold(pictures_B3HW, PATCH, stride=PATCH).transpose(1, 2)
-        return self.norm(self.blocks(self.embed(patches_BPp) + self.positions))
+        return self.norm(self.blocks(self.embed(patches_BPp) + self.places))
 
     def names(self, pictures_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the colour and of the shape in each cell, [B, cells, names]."""
@@ -82,17 +91,20 @@ class Encoder(nn.Module):
         return self.colour(cells_BCD), self.shape(cells_BCD)
 
     def forward(self, pictures_B3HW: Tensor, names_BC2: Tensor) -> Tensor:
-        """Cross-entropy of both names.
+        """Cross-entropy of both names; of half of the pictures, in grey, of the shape only.
 
         Names that never occur together in training are left out of each other's softmax. Otherwise the encoder learns
-        that what is red is no square: it named 35 % of the shapes of unseen pairs, against 93 % without them.
+        that what is red is no square.
         """
-        colours, shapes = self.names(pictures_B3HW)
+        grey_B = torch.rand(len(pictures_B3HW), device=pictures_B3HW.device) < 0.5
+        greys_B1HW = pictures_B3HW.mean(dim=1, keepdim=True)
+        colours, shapes = self.names(torch.where(grey_B[:, None, None, None], greys_B1HW, pictures_B3HW))
         colour_BC, shape_BC = names_BC2.unbind(dim=2)
         colours = colours.masked_fill(self.never_together.t()[shape_BC], -torch.inf)
         shapes = shapes.masked_fill(self.never_together[colour_BC], -torch.inf)
-        both = ((colours, colour_BC), (shapes, shape_BC))
-        return sum(F.cross_entropy(logits.flatten(0, 1), own.flatten()) for logits, own in both)
+        wanted_BC = colour_BC.masked_fill(grey_B[:, None], IGNORED)
+        both = ((colours, wanted_BC), (shapes, shape_BC))
+        return sum(F.cross_entropy(logits.flatten(0, 1), own.flatten(), ignore_index=IGNORED) for logits, own in both)
 
 
 class VisionLanguageModel(nn.Module):
