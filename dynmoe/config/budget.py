@@ -97,8 +97,8 @@ class AdaptationConfig(Section):
         choices=("improved", "released"),
     )  # fmt: skip
     weights: str = option(
-        "fresh", "weights of a new expert: fresh ones, or those in its slot, which are the last expert's there or, in a "
-        "model that was converted from a dense one, a copy of the dense layer", choices=("fresh", "slot"),
+        "fresh", "weights of a new expert: fresh ones, or those in its slot, which are its last expert's or, in a model "
+        "that was converted from a dense one, a copy of the dense layer", choices=("fresh", "slot"),
     )  # fmt: skip
     removal_share: float = option(
         0.0, "improved: remove experts with at most this share of the mean load (0: unused ones)", at_least=0, below=1
