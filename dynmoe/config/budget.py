@@ -97,7 +97,7 @@ class AdaptationConfig(Section):
         choices=("improved", "released"),
     )  # fmt: skip
     weights: str = option(
-        "fresh", "weights of a new expert: fresh ones, or those in its slot, which are its last expert's or, in a model "
+        "fresh", "weights of a new expert: fresh ones, or what its slot holds: those of its last expert or, in a model "
         "that was converted from a dense one, a copy of the dense layer", choices=("fresh", "slot"),
     )  # fmt: skip
     removal_share: float = option(

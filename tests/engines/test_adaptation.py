@@ -140,9 +140,8 @@ def test_a_new_expert_can_start_from_the_weights_of_its_slot(two_ranks):
     """Those it was built with, up to weight decay; its moments are new all the same."""
     overrides = layout(2, 1)
     results = two_ranks.run(train, [*ADAPTIVE, *overrides, "adaptation.weights=slot"], 0, 20)
-    unused = {
-        event for event in results[0]["events"] if event.change == "added" and event.expert % 2
-    }  # 0, 2, 4, 6 began
+    # Experts 0, 2, 4 and 6 are active from the start.
+    unused = {event for event in results[0]["events"] if event.change == "added" and event.expert % 2}
     assert unused
     for event in unused:
         name = f"layers.{event.layer}.moe.experts.w_up_EHD"
