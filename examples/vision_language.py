@@ -25,7 +25,7 @@ from torch import Tensor
 from vision_language_model import IDS, PATCHES, ROWS, Encoder, VisionLanguageModel, never_together
 from vision_language_training import EXPERTS, conversations, test, train, upcycle
 
-from dynmoe.config import load_config
+from dynmoe.config import Config, load_config
 from dynmoe.engines.deepspeed import make_context, start_processes
 from dynmoe.moe.layer import capture_plans
 from dynmoe.report.images import Image
@@ -35,7 +35,7 @@ from dynmoe.routing import RoutingPlan
 EACH = 3  # training questions of each kind about a picture
 TEST = 500  # pictures
 SHOWN = 12  # pictures of the token view
-STEPS = (600, 150, 60, 600, 200)
+STEPS = (600, 150, 60, 1400, 200)
 DENSE = [
     "model.layers=4", "model.hidden=64", "model.heads=2", "model.kv_heads=2", "model.ffn_hidden=128",
     "model.qk_norm=head", "model.init_std=0.1", "model.moe.experts=0", "optimizer.lr=3e-3",
@@ -46,7 +46,8 @@ ROUTERS = {
     "top-any": [
         "model.router.kind=top_any", "model.router.variant=improved", "model.moe.active_at_start=4",
         "budget.method=pi", f"budget.experts_per_token={EXPERTS}",
-        "adaptation.interval=50", "adaptation.window=25", "adaptation.removal_share=0.1", "adaptation.weights=slot",
+        "adaptation.interval=30", "adaptation.window=15", "adaptation.until=90", "adaptation.removal_share=0.1",
+        "adaptation.weights=slot",
     ],
     "top-2": ["model.router.kind=top_k", "model.router.k=2", "model.router.renormalize=true"],
 }  # fmt: skip
@@ -68,7 +69,8 @@ def print_experts(model: VisionLanguageModel, pictures: Tensor, drawn: Sequence[
         patches = counts_BS[:, :PATCHES].mean().item()
         words = counts_BS[:, PATCHES:].mean().item()
         active = int(layer.router.active_E.sum())
-        print(f"  layer {layer.layer}: {patches:.2f} experts per patch, {words:.2f} per word, {active} in use")
+        if dist.get_rank() == 0:
+            print(f"  layer {layer.layer}: {patches:.2f} experts per patch, {words:.2f} per word, {active} in use")
 
 
 def write_page(model: VisionLanguageModel, pictures: Tensor, drawn: Sequence[Scene], step: int, output: Path) -> None:
@@ -123,15 +125,18 @@ def told(scores: dict[str, float]) -> str:
     return f"{scores['all']:.3f} of the answers right ({kinds}), loss {scores['loss']:.3f}"
 
 
-def train_dense(seed: int, data: Data, steps: Sequence[int]) -> VisionLanguageModel:
-    """The pretrained parts, and stages 1 and 2."""
+def make_dense() -> tuple[Config, VisionLanguageModel]:
     device = start_processes()
+    config = load_config(None, DENSE)
+    torch.manual_seed(config.train.seed)
+    return config, VisionLanguageModel(config, make_context(1), Encoder(config)).to(device)
+
+
+def train_encoder(config: Config, encoder: Encoder, data: Data, steps: int) -> None:
     clock = Clock()
-    config = load_config(None, [*DENSE, f"train.seed={seed}"])
-    torch.manual_seed(seed)
-    encoder = Encoder(config).to(device)
+    device = next(encoder.parameters()).device
     names_BC2 = scenes.names_of_cells(data.training)
-    train("encoder", encoder, [encoder], config, (data.training_pictures, names_BC2), steps[0])
+    train("encoder", encoder, [encoder], config, (data.training_pictures, names_BC2), steps)
     wanted_BC2 = scenes.names_of_cells(data.test)
     with torch.no_grad():
         named = [logits.argmax(dim=2).cpu() for logits in encoder.names(data.test_pictures.to(device))]
@@ -141,11 +146,16 @@ def train_dense(seed: int, data: Data, steps: Sequence[int]) -> VisionLanguageMo
     shares = [right_BC[own].float().mean().item() for own in (filled_BC & ~unseen_BC, unseen_BC)]
     clock.say(f"Encoder: names {shares[0]:.3f} of the things of known pairs, {shares[1]:.3f} of unseen pairs")
 
-    model = VisionLanguageModel(config, make_context(1), encoder).to(device)
-    descriptions = (None, *conversations(data.training, seed, described=True))
+
+def train_dense(data: Data, steps: Sequence[int]) -> VisionLanguageModel:
+    """The pretrained parts, and stages 1 and 2."""
+    config, model = make_dense()
+    train_encoder(config, model.encoder, data, steps[0])
+    clock = Clock()
+    descriptions = (None, *conversations(data.training, seed=0, described=True))
     train("language model", model, [model.decoder], config, descriptions, steps[1])
     clock.say("Language model: trained on descriptions")
-    examples = (data.training_pictures, *conversations(data.training, seed, described=False))
+    examples = (data.training_pictures, *conversations(data.training, seed=0, described=False))
     train("stage 1", model, [model.projector], config, examples, steps[2])
     clock.say(f"Stage 1, the projector: {told(test(model, data.test_pictures, data.test))}")
     train("stage 2", model, [model.projector, model.decoder], config, examples, steps[3])
@@ -159,7 +169,6 @@ def train_sparse(
     """Stage 3; returns the scores, with the ``flops`` and the ``experts`` per token of the training."""
     clock = Clock()
     parallel = f"parallel.expert={dist.get_world_size()}"
-    # The trainer is not used; the number of steps only bounds the adaptation.
     config = load_config(None, [*DENSE, *SPARSE, *ROUTERS[router], f"train.seed={seed}", parallel])
     model = upcycle(dense, config)
     examples = (data.training_pictures, *conversations(data.training, seed, described=False))
@@ -199,20 +208,31 @@ def print_comparison(results: Sequence[dict[str, dict[str, float]]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds of stage 3, from 0")
     parser.add_argument("--compare", action="store_true", help="stage 3 with top-2 too")
     parser.add_argument("--scenes", type=int, default=6000, help="number of training pictures")
     parser.add_argument(
         "--steps", type=int, nargs=5, default=STEPS, metavar=("ENCODER", "LANGUAGE", "ONE", "TWO", "THREE"),
         help="training steps of the encoder, the language model, and stages 1, 2 and 3",
     )  # fmt: skip
+    parser.add_argument(
+        "--dense", type=Path, help="dense model of an earlier call (dense.pt), in place of stages 1 and 2"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/vision_language/tokens.html"), help="the token view")
     given = parser.parse_args()
     start_processes()
     data = draw(given.scenes)
+    if given.dense is None:
+        dense = train_dense(data, given.steps)
+        if dist.get_rank() == 0:
+            given.output.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(dense.state_dict(), given.output.with_name("dense.pt"))
+    else:
+        _, dense = make_dense()
+        dense.load_state_dict(torch.load(given.dense))
+        dense.eval()
     results = []
     for seed in range(given.seeds):
-        dense = train_dense(seed, data, given.steps)
         routers = ROUTERS if given.compare else ["top-any"]
         pages = {"top-any": given.output if seed == 0 else None}
         results.append({

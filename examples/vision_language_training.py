@@ -76,7 +76,7 @@ def train(
     total = steps * size.static_flops(BATCH * length, EXPERTS)
     generator = torch.Generator().manual_seed(config.train.seed)  # the same on every rank
     spent = step = rows = 0
-    while spent < total:
+    while total - spent > total / steps / 2:  # to the nearest step
         step += 1
         chosen = torch.randint(len(examples[-1]), (BATCH,), generator=generator)[dist.get_rank() :: ranks]
         batch = [None if own is None else own[chosen].to(device) for own in examples]
