@@ -6,7 +6,7 @@ model reads descriptions of scenes. Then (1) only the projector is trained; (2) 
 (3) experts start as copies of the feed-forward layers, and only the MoE layers are trained.
 
 python examples/vision_language.py, or torchrun --nproc-per-node 2 examples/vision_language.py for two ranks.
---compare trains stage 3 with top-2 as well, to the same measured FLOPs.
+--compare trains stage 3 with top-2 as well, to the same measured FLOPs. All seeds of stage 3 start from one dense model.
 """
 
 import argparse
@@ -215,9 +215,7 @@ def main() -> None:
         "--steps", type=int, nargs=5, default=STEPS, metavar=("ENCODER", "LANGUAGE", "ONE", "TWO", "THREE"),
         help="training steps of the encoder, the language model, and stages 1, 2 and 3",
     )  # fmt: skip
-    parser.add_argument(
-        "--dense", type=Path, help="dense model of an earlier call (dense.pt), in place of stages 1 and 2"
-    )
+    parser.add_argument("--dense", type=Path, help="dense.pt of an earlier call, in place of stages 1 and 2")
     parser.add_argument("--output", type=Path, default=Path("runs/vision_language/tokens.html"), help="the token view")
     given = parser.parse_args()
     start_processes()
@@ -229,7 +227,7 @@ def main() -> None:
             torch.save(dense.state_dict(), given.output.with_name("dense.pt"))
     else:
         _, dense = make_dense()
-        dense.load_state_dict(torch.load(given.dense))
+        dense.load_state_dict(torch.load(given.dense, map_location="cpu"))
         dense.eval()
     results = []
     for seed in range(given.seeds):
