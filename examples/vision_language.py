@@ -6,7 +6,7 @@ model reads descriptions of scenes. Then (1) only the projector is trained; (2) 
 (3) experts start as copies of the feed-forward layers, and only the MoE layers are trained.
 
 python examples/vision_language.py, or torchrun --nproc-per-node 2 examples/vision_language.py for two ranks.
---compare trains stage 3 with top-2 as well, to the same measured FLOPs. All seeds of stage 3 start from one dense model.
+--compare trains stage 3 with top-2 as well, to the same measured FLOPs. Seeds of stage 3 share one dense model.
 """
 
 import argparse
