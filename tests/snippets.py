@@ -167,11 +167,22 @@ class Shell:
         elif program == "sbatch" or program.startswith("launch/"):
             self._launch([program, *words])
         else:
-            assert program.startswith("examples/"), f"{program}: nothing is known of it"
-            options = re.findall(r'add_argument\(\s*"(--[\w-]+)"', Path(program).read_text())
-            assert {word for word in words if word.startswith("-")} <= set(options), (
-                f"{' '.join(words)}: no such option"
-            )
+            self._example(program, words)
+
+    def _torchrun(self, words: Sequence[str]) -> None:
+        given = get_args_parser().parse_args(words)
+        if given.training_script.startswith("examples/"):
+            self._example(given.training_script, given.training_script_args)
+            return
+        assert given.training_script == "train.py"
+        self._train(given.training_script_args).check_world(int(given.nproc_per_node))
+
+    def _example(self, program: str, words: Sequence[str]) -> None:
+        """An example, and the names of its options."""
+        assert program.startswith("examples/"), f"{program}: nothing is known of it"
+        known = re.findall(r'"(--[\w-]+)"', Path(program).read_text())
+        unknown = {word for word in words if word.startswith("-")} - set(known)
+        assert not unknown, f"{program}: no such options: {unknown}"
 
     def _train(self, words: Sequence[str]) -> Config:
         """The configuration that train.py makes of its arguments."""
