@@ -35,7 +35,7 @@ from dynmoe.routing import RoutingPlan
 EACH = 3  # training questions of each kind about a picture
 TEST = 500  # pictures
 SHOWN = 12  # pictures of the token view
-STEPS = (600, 150, 60, 1400, 200)
+STEPS = (1000, 100, 40, 700, 120)
 DENSE = [
     "model.layers=4", "model.hidden=64", "model.heads=2", "model.kv_heads=2", "model.ffn_hidden=128",
     "model.qk_norm=head", "model.init_std=0.1", "model.moe.experts=0", "optimizer.lr=3e-3",
@@ -90,18 +90,23 @@ def write_page(model: VisionLanguageModel, pictures: Tensor, drawn: Sequence[Sce
 
 @dataclass(frozen=True)
 class Data:
-    """Scenes of both splits, and their pictures."""
+    """Scenes, and their pictures; those of ``known`` are new, but of pairs that training has."""
 
     training: list[Scene]
+    known: list[Scene]
     test: list[Scene]
     training_pictures: Tensor
+    known_pictures: Tensor
     test_pictures: Tensor
 
 
 def draw(number: int) -> Data:
     training = scenes.draw_scenes(number, test=False, each=EACH, seed=0)
+    known = scenes.draw_scenes(TEST, test=False, each=1, seed=1)
     test = scenes.draw_scenes(TEST, test=True, each=1, seed=1)
-    return Data(training, test, scenes.paint(training, seed=2), scenes.paint(test, seed=3))
+    pictures = (scenes.paint(own, seed) for seed, own in enumerate((training, test, known), start=2))
+    training_pictures, test_pictures, known_pictures = pictures
+    return Data(training, known, test, training_pictures, known_pictures, test_pictures)
 
 
 class Clock:
@@ -150,7 +155,8 @@ def train_encoder(config: Config, encoder: Encoder, data: Data, steps: int) -> N
 def train_dense(data: Data, steps: Sequence[int]) -> VisionLanguageModel:
     """The pretrained parts, and stages 1 and 2."""
     config, model = make_dense()
-    train_encoder(config, model.encoder, data, steps[0])
+    decayed = load_config(None, [*DENSE, "optimizer.weight_decay=0.3"])  # for pairs that it has not seen
+    train_encoder(decayed, model.encoder, data, steps[0])
     clock = Clock()
     descriptions = (None, *conversations(data.training, seed=0, described=True))
     train("language model", model, [model.decoder], config, descriptions, steps[1])
@@ -160,6 +166,7 @@ def train_dense(data: Data, steps: Sequence[int]) -> VisionLanguageModel:
     clock.say(f"Stage 1, the projector: {told(test(model, data.test_pictures, data.test))}")
     train("stage 2", model, [model.projector, model.decoder], config, examples, steps[3])
     clock.say(f"Stage 2, dense: {told(test(model, data.test_pictures, data.test))}")
+    clock.say(f"  on new pictures of known pairs: {told(test(model, data.known_pictures, data.known))}")
     return model
 
 
@@ -176,6 +183,7 @@ def train_sparse(
     flops, experts = train(f"stage 3, {router}", model, parts, config, examples, steps)
     scores = test(model, data.test_pictures, data.test)
     clock.say(f"Stage 3, {router}: {told(scores)}; {experts:.3f} experts per token, {flops / 1e12:.3f} TFLOPs")
+    clock.say(f"  on new pictures of known pairs: {told(test(model, data.known_pictures, data.known))}")
     if router == "top-any":
         print_experts(model, data.test_pictures, data.test)
     if output is not None:

@@ -45,7 +45,7 @@ def places(hidden: int) -> Tensor:
     angle_RF = torch.arange(ROWS)[:, None] * frequency
     code_RF = torch.cat([angle_RF.sin(), angle_RF.cos()], dim=1)
     rows, columns = torch.arange(PATCHES) // ROWS, torch.arange(PATCHES) % ROWS
-    return torch.cat([code_RF[rows], code_RF[columns]], dim=1)
+    return 0.2 * torch.cat([code_RF[rows], code_RF[columns]], dim=1)  # small beside the patch
 
 
 class Block(nn.Module):
