@@ -288,7 +288,7 @@ def test_characters_that_are_written_as_bytes_can_be_read(open_page, in_bytes, v
 def with_images(pages, tmp_path_factory, pytestconfig) -> Path:
     """A token view of two images, each with a text, or the page that --screenshot-images names."""
     named = pytestconfig.getoption("screenshot_images")
-    pages["images"] = Path(named) if named else tmp_path_factory.mktemp("images") / "tokens.html"
+    pages["images"] = Path(named).resolve() if named else tmp_path_factory.mktemp("images") / "tokens.html"
     if named:
         return pages["images"]
     experts = [torch.arange(6) < count for count in (1, 2, 3, 6, 0, 2, 4, 1)]
