@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import random
 import re
@@ -241,6 +242,29 @@ def test_a_vision_model_reads_digits_of_an_unseen_domain_at_equal_cost():
     assert min(map(float, accuracies)) > 0.5
     low, high = (float(ratio) for ratio in re.search(r"relative to top-2: ([\d.]+) to ([\d.]+)", said).groups())
     assert 0.99 <= low <= high <= 1.01
+
+
+@pytest.mark.slow
+def test_a_vision_language_model_answers_questions_in_three_stages(tmp_path):
+    """Short settings: the encoder is trained in full, the language model far enough to see one kind of answer."""
+    page = tmp_path / "view" / "tokens.html"
+    said = run_example(
+        "examples/vision_language.py", "--compare", "--scenes", "3000", "--steps", "400", "40", "20", "250", "60",
+        "--output", str(page), timeout_s=1800,
+    )  # fmt: skip
+    assert float(re.search(r"known pairs, ([\d.]+) of unseen pairs", said)[1]) > 0.8
+    stages = dict(re.findall(r"(Stage \d, [^:]+): .*\(colour ([\d.]+),", said))
+    assert list(stages) == ["Stage 1, the projector", "Stage 2, dense", "Stage 3, top-any", "Stage 3, top-2"]
+    assert float(stages["Stage 1, the projector"]) < 0.5
+    assert float(stages["Stage 2, dense"]) > 0.5
+    assert float(stages["Stage 3, top-any"]) > 0.6
+    ratio = float(re.search(r"^\| 0 \|.*\| ([\d.]+) \|$", said, re.MULTILINE)[1])
+    assert ratio == pytest.approx(1.0, abs=0.01)
+    view = json.loads(page.with_suffix(".json").read_text())
+    kinds = {row["name"]: row["count"] for row in view["tables"]["kinds"]}
+    assert kinds["image"] == sum(image["rows"] * image["columns"] for image in view["images"]) > 0
+    assert kinds["text"] > 0
+    assert len({len(experts) for token in view["tokens"] for experts in token["experts"]}) > 1
 
 
 @pytest.mark.slow
