@@ -32,7 +32,8 @@ docs: $(INSTALLED)
 
 # Pictures of the quickstart's pages, for docs/.
 screenshots: $(INSTALLED)
-	$(BIN)/python -m pytest tests/report/test_browser.py -k screenshots --screenshots docs/figures --screenshot-run runs/quickstart
+	$(BIN)/python -m pytest tests/report/test_browser.py -k screenshots --screenshots docs/figures --screenshot-run runs/quickstart \
+		--screenshot-images runs/vision_language/tokens.html
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow and alone"

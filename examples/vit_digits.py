@@ -5,6 +5,7 @@ python examples/vit_digits.py, or torchrun --nproc-per-node 2 examples/vit_digit
 
 import argparse
 import os
+from functools import partial
 
 import deepspeed
 import torch
@@ -18,7 +19,7 @@ from dynmoe.config import Config, load_config
 from dynmoe.engines.deepspeed import DeepSpeedMoELayer, make_context, start_processes
 from dynmoe.engines.deepspeed_state import OptimizerState
 from dynmoe.engines.runtime import MoERuntime
-from dynmoe.moe import MoEContext
+from dynmoe.moe import MoEContext, MoELayer
 from dynmoe.train.optimizer import parameter_groups
 
 PATCH = 2
@@ -33,13 +34,13 @@ SETTINGS = [
 class Block(nn.Module):
     """Attention over all patches, then experts."""
 
-    def __init__(self, config: Config, layer: int, context: MoEContext) -> None:
+    def __init__(self, config: Config, layer: int, context: MoEContext, moe: type[MoELayer]) -> None:
         super().__init__()
         hidden = config.model.hidden
         self.attention_norm = nn.LayerNorm(hidden)
         self.ffn_norm = nn.LayerNorm(hidden)
         self.attention = nn.MultiheadAttention(hidden, config.model.heads, batch_first=True)
-        self.moe = DeepSpeedMoELayer(config.model, layer, config.train.seed, context)
+        self.moe = moe(config.model, layer, config.train.seed, context)
 
     def forward(self, x_BPD: Tensor) -> Tensor:
         normed_BPD = self.attention_norm(x_BPD)
@@ -48,15 +49,18 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Embeds patches of 2 x 2 pixels, applies the blocks, averages over patches, and classifies."""
+    """Embeds patches of 2 x 2 pixels, applies the blocks, averages over patches, and classifies.
 
-    def __init__(self, config: Config, context: MoEContext) -> None:
+    ``moe`` is the class of the layers with experts: DeepSpeed's engine needs its own.
+    """
+
+    def __init__(self, config: Config, context: MoEContext, moe: type[MoELayer] = DeepSpeedMoELayer) -> None:
         super().__init__()
         hidden = config.model.hidden
         patches = (8 // PATCH) ** 2
         self.embed = nn.Linear(PATCH * PATCH, hidden)
         self.positions = nn.Parameter(torch.randn(patches, hidden) * 0.02)
-        self.blocks = nn.Sequential(*(Block(config, layer, context) for layer in range(config.model.layers)))
+        self.blocks = nn.Sequential(*(Block(config, layer, context, moe) for layer in range(config.model.layers)))
         self.norm = nn.LayerNorm(hidden)
         self.head = nn.Linear(hidden, CLASSES)
 
@@ -112,8 +116,10 @@ def main() -> None:
         for group in adam.param_groups:
             group["lr"] = 2e-3 * min(1.0, step / 50, (steps - step + 1) / (0.5 * steps)) * group["lr_factor"]
         chosen = train[torch.randint(len(train), (batch,))][rank::ranks]  # the same draw on every rank
+        batch_B88 = shifted(images[chosen]).to(device)
+        runtime.calibrate(partial(engine, batch_B88))
         with runtime.step(step, loss_scale=1.0):
-            loss = F.cross_entropy(engine(shifted(images[chosen]).to(device)), labels[chosen].to(device))
+            loss = F.cross_entropy(engine(batch_B88), labels[chosen].to(device))
             engine.backward(loss)
         engine.step()
         events = runtime.apply_step(step)

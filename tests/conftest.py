@@ -32,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("screenshots", "pictures of the report and the token view (tests/report/test_browser.py)")
     group.addoption("--screenshots", metavar="DIR", help="folder in which they are kept")
     group.addoption("--screenshot-run", metavar="RUN", help="run that they show; default: a small one")
+    group.addoption("--screenshot-images", metavar="PAGE", help="token view with images; default: a small one")
 
 
 @pytest.fixture(scope="session")

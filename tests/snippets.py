@@ -153,9 +153,7 @@ class Shell:
             rules = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert not set(words) - set(rules), f"make {' '.join(words)}: no such target"
         elif program == "torchrun":
-            given = get_args_parser().parse_args(words)
-            assert given.training_script == "train.py"
-            self._train(given.training_script_args).check_world(int(given.nproc_per_node))
+            self._torchrun(words)
         elif program.endswith("python") and words[0] == "-m":
             self._call(words[1], words[2:])
         elif program.endswith("python"):
@@ -169,8 +167,22 @@ class Shell:
         elif program == "sbatch" or program.startswith("launch/"):
             self._launch([program, *words])
         else:
-            assert program.startswith("examples/") and not words, f"{program}: nothing is known of it"  # noqa: PT018
-            assert Path(program).is_file()
+            self._example(program, words)
+
+    def _torchrun(self, words: Sequence[str]) -> None:
+        given = get_args_parser().parse_args(words)
+        if given.training_script.startswith("examples/"):
+            self._example(given.training_script, given.training_script_args)
+            return
+        assert given.training_script == "train.py"
+        self._train(given.training_script_args).check_world(int(given.nproc_per_node))
+
+    def _example(self, program: str, words: Sequence[str]) -> None:
+        """An example, and the names of its options."""
+        assert program.startswith("examples/"), f"{program}: nothing is known of it"
+        known = re.findall(r'"(--[\w-]+)"', Path(program).read_text())
+        unknown = {word for word in words if word.startswith("-")} - set(known)
+        assert not unknown, f"{program}: no such options: {unknown}"
 
     def _train(self, words: Sequence[str]) -> Config:
         """The configuration that train.py makes of its arguments."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import random
@@ -242,6 +243,18 @@ def test_the_report_of_trained_units(tmp_path):
     assert done.returncode == 2
     assert "error: --evidence" in done.stderr
     assert "train some with --hours" in done.stderr
+
+
+def test_the_page_shows_the_evidence():
+    """If this fails: python -m bench routing --page docs/science.md --plot docs/figures/routing.png"""
+    page = (ROOT / "docs" / "science.md").read_text()
+    parser = argparse.ArgumentParser()
+    routing.add_arguments(parser)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        comparison, _ = routing.open_study(parser.parse_args([]))
+        shown = routing.tables(list(comparison.rows()))
+    assert replace_block(page, "routing", shown) == page
 
 
 def test_mistakes_in_the_arguments():

@@ -85,6 +85,7 @@ def test_what_is_not_run_is_still_there():
         "python -m bench nothing", "python -m pytest tests/test_none.py", "an unknown tongue", "dynmoe train",
         "srun bash -c 'python -m data_prep verify'", "model.router.knid=top_p", "kind=top_q", "eval.batch",
         "docs/none.md", "Trainer.evaluate_all", "--no-such-option", "train/lm_los",
+        "python examples/vit_digits.py --epochs 3", "torchrun --nproc-per-node 2 examples/vit_digits.py --epochs 3",
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_found(shell, wrong):

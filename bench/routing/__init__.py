@@ -43,6 +43,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
+    comparison, evidence = open_study(given)
+    if given.hours:
+        _train(comparison, evidence, given.workers, given.hours)
+    rows = list(comparison.rows())
+    if not rows:
+        raise UserError(f"--evidence {given.evidence}: has no complete pair of these methods; train some with --hours")
+    if given.page is not None:
+        given.page.write_text(replace_block(given.page.read_text(), "routing", tables(rows)))
+    return rows
+
+
+def open_study(given: argparse.Namespace) -> tuple[Comparison, Evidence]:
+    """The comparison that the arguments describe, and its units.
+
+    Raises:
+        UserError: the arguments contradict each other.
+    """
     corpora = dict(_named(text) for text in given.corpora)
     if REFERENCE not in given.methods:
         raise UserError(f"--methods: {REFERENCE} is missing, with which all others are compared; add it")
@@ -55,19 +72,13 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
         steps=given.steps,
     )
     evidence = Evidence(given.evidence, corpora, given.scratch)
-    comparison = Comparison(plan, evidence.get)
-    if given.hours:
-        _train(comparison, evidence, given.workers, given.hours)
-    rows = list(comparison.rows())
-    if not rows:
-        raise UserError(f"--evidence {given.evidence}: has no complete pair of these methods; train some with --hours")
-    if given.page is not None:
-        given.page.write_text(replace_block(given.page.read_text(), "routing", tables(rows)))
-    return rows
+    return Comparison(plan, evidence.get), evidence
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown, a table for each cell, and the verdicts."""
+    if not rows:
+        return "Not measured yet: the units of the first cell are being trained."
     lines: list[str] = []
     for cell in dict.fromkeys(Cell(row["width"], row["corpus"]) for row in rows):
         own = [row for row in rows if Cell(row["width"], row["corpus"]) == cell]

@@ -153,7 +153,7 @@ class Evidence:
         path = self._directory / unit.path
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(_rounded(kept), indent=1) + "\n")
+        partial.write_text(json.dumps(_rounded(kept)) + "\n")
         partial.rename(path)
 
 

@@ -96,6 +96,10 @@ class AdaptationConfig(Section):
         "on the rank with the fewest active experts with the median threshold (improved)",
         choices=("improved", "released"),
     )  # fmt: skip
+    weights: str = option(
+        "fresh", "weights of a new expert: fresh ones, or what its slot holds: those of its last expert or, in a model "
+        "that was converted from a dense one, a copy of the dense layer", choices=("fresh", "slot"),
+    )  # fmt: skip
     removal_share: float = option(
         0.0, "improved: remove experts with at most this share of the mean load (0: unused ones)", at_least=0, below=1
     )

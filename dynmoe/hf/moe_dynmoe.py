@@ -176,7 +176,7 @@ class DynMoEBlock(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         with torch.autocast(x_TD.device.type, enabled=False):  # routers stay in fp32
             plan, logits_TE = self.router(x_TD, len(x_BSD))
-            loss = self.router.loss(plan if counted_T is None else _of_tokens(plan, counted_T)) if wanted else None
+            loss = self.router.loss(plan if counted_T is None else of_tokens(plan, counted_T)) if wanted else None
         if self.counts_2 is not None:
             self.counts_2.add_(_counts_of(plan.routing_map_TE, counted_T))
         y_TD = self.experts(x_TD, plan.routing_map_TE, plan.gates_TE)
@@ -197,6 +197,6 @@ def _counts_of(routing_map_TE: Tensor, counted_T: Tensor | None) -> Tensor:
     return torch.stack([counted_T.sum(), (routing_map_TE & counted_T[:, None]).sum()])
 
 
-def _of_tokens(plan: RoutingPlan, kept_T: Tensor) -> RoutingPlan:
+def of_tokens(plan: RoutingPlan, kept_T: Tensor) -> RoutingPlan:
     """The plan restricted to some of the tokens."""
     return replace(plan, **{name: value[kept_T] for name, value in vars(plan).items() if value is not None})

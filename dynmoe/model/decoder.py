@@ -93,18 +93,24 @@ class Decoder(nn.Module):
     def moe_layers(self) -> list[MoELayer]:
         return [module for module in self.modules() if isinstance(module, MoELayer)]
 
-    def hidden(self, tokens_BS: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Output of the final norm, [B, S, D]; with a cache, ``tokens_BS`` follow the cached positions."""
+    def hidden(self, tokens_BS: Tensor, cache: KeyValueCache | None = None, prefix_BPD: Tensor | None = None) -> Tensor:
+        """Output of the final norm, [B, S, D]; with a cache, ``tokens_BS`` follow the cached positions.
+
+        ``prefix_BPD`` are embeddings of other inputs, such as patches of an image, which take the P positions before
+        ``tokens_BS``; the output is then [B, P + S, D].
+        """
         settings = self.settings
-        num_positions = tokens_BS.shape[1] + (0 if cache is None else cache.length)
+        x_BSD = F.embedding(tokens_BS, self.w_embed_VD)
+        if prefix_BPD is not None:
+            x_BSD = torch.cat([prefix_BPD, x_BSD], dim=1)
+        num_positions = x_BSD.shape[1] + (0 if cache is None else cache.length)
         cos_Sd, sin_Sd = rotary_tables(
             num_positions, settings.width_of_head, settings.rope_theta, self.w_embed_VD.device
         )
         if cache is not None:
-            position_BS = cache.advance(tokens_BS.shape[1])
+            position_BS = cache.advance(x_BSD.shape[1])
             cos_Sd = cos_Sd[position_BS].unsqueeze(1)
             sin_Sd = sin_Sd[position_BS].unsqueeze(1)
-        x_BSD = F.embedding(tokens_BS, self.w_embed_VD)
         for number, layer in enumerate(self.layers):
             if cache is not None:
                 x_BSD = layer(x_BSD, cos_Sd, sin_Sd, cache.layers[number])

@@ -78,7 +78,7 @@ class Adaptation:
     """Records routing in windows of optimizer steps; at the end of each window, removes and adds experts.
 
     Sums are over all ranks, so all replicas decide alike. They are buffers of the routers, so checkpoints contain them.
-    An added expert has new weights, fp32 master weights and moments.
+    An added expert has new weights (unless ``weights`` is ``slot``), fp32 master weights and moments.
 
     Args:
         config: schedule and policy.
@@ -173,5 +173,8 @@ class Adaptation:
         experts = layer.experts
         if slot in experts.experts:
             local = slot - experts.experts.start
-            for parameter, fresh in experts.fresh_weights(slot, f"step{step}"):
+            fresh_weights = experts.fresh_weights(slot, f"step{step}")
+            if self.config.weights == "slot":
+                fresh_weights = [(parameter, parameter[local].clone()) for parameter, _ in fresh_weights]
+            for parameter, fresh in fresh_weights:
                 self.optimizer_state.reset_slice(parameter, (local,), fresh)

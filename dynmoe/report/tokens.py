@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
 from dynmoe.moe.layer import capture_plans
+from dynmoe.report.images import Image
 from dynmoe.report.page import write_page
 from dynmoe.report.texts import Text
 from dynmoe.routing import RoutingPlan
@@ -26,6 +28,59 @@ _TOP = 20
 _FEW = 3
 
 
+@dataclass(frozen=True)
+class Document:
+    """A text, with an image before it or without, and the plans of a forward pass over it alone.
+
+    Attributes:
+        source: shown above the documents of the same source.
+        ids: of the tokens of the text.
+        pieces: the text of each of these tokens.
+        plans: by MoE layer, for the patches of the image and then the tokens.
+        image: the image; None without one.
+    """
+
+    source: str
+    ids: Sequence[int]
+    pieces: Sequence[str]
+    plans: Sequence[RoutingPlan]
+    image: Image | None = None
+
+
+def view_documents(documents: Sequence[Document], run: str, step: int, layers: Sequence[int]) -> dict[str, Any]:
+    """The token view of any model's documents, such as images with text; see :func:`view_tokens`.
+
+    Args:
+        documents: those of the same source one after the other.
+        run: name of the run.
+        step: step of the model.
+        layers: indices of the MoE layers.
+    """
+    sources = list(dict.fromkeys(document.source for document in documents))
+    images: list[dict[str, Any]] = []
+    tokens: list[dict[str, Any]] = []
+    for document in documents:
+        told: list[dict[str, Any]] = []
+        if document.image is not None:
+            image = document.image
+            told += [
+                {"id": None, "piece": image.name(patch), "image": len(images), "patch": patch}
+                for patch in range(image.patches)
+            ]
+            images.append(image.data())
+        told += [{"id": own, "piece": piece} for own, piece in zip(document.ids, document.pieces, strict=True)]
+        source = sources.index(document.source)
+        chosen = [_routes(plan) for plan in document.plans]
+        tokens += [
+            {**own, "source": source, "position": place, **_of_token(chosen, place)} for place, own in enumerate(told)
+        ]
+    window = 1 + max(token["position"] for token in tokens)
+    return {
+        "run": run, "step": step, "layers": list(layers), "sources": sources, "images": images, "tokens": tokens,
+        "tables": tables(tokens, layers, sources, window),
+    }  # fmt: skip
+
+
 def view_tokens(model: TrainedModel, texts: Sequence[Text], num_tokens: int) -> dict[str, Any]:
     """Runs the model over the texts, in windows of the training length that each start like a document.
 
@@ -35,7 +90,8 @@ def view_tokens(model: TrainedModel, texts: Sequence[Text], num_tokens: int) -> 
         Content of tokens.json: ``run``, ``step``, ``layers`` (indices), ``sources``; ``tokens``, each with ``id``,
         ``piece``, ``source`` (index), ``position`` and, by layer, ``experts`` and their ``gates``; and ``tables`` (see
         :func:`tables`). A byte of a character that is complete in its window also has this ``character``, and its index
-        in it, ``byte``.
+        in it, ``byte``. A token that is a patch of one of the ``images`` has no id, but the index of the ``image`` and
+        of the ``patch``.
 
     Raises:
         UserError: the model is dense, or there is no text.
@@ -56,8 +112,8 @@ def view_tokens(model: TrainedModel, texts: Sequence[Text], num_tokens: int) -> 
     if not tokens:
         raise UserError("--text: contains no token; use more text")
     return {
-        "run": model.config.run.name, "step": model.step, "layers": layers, "sources": sources, "tokens": tokens,
-        "tables": tables(tokens, layers, sources, window),
+        "run": model.config.run.name, "step": model.step, "layers": layers, "sources": sources, "images": [],
+        "tokens": tokens, "tables": tables(tokens, layers, sources, window),
     }  # fmt: skip
 
 
@@ -70,7 +126,7 @@ def _run_window(model: TrainedModel, ids: list[int], source: int) -> list[dict[s
     return [
         {
             "id": token, "piece": piece, "source": source, "position": place - 1, **character,
-            "experts": [experts[place] for experts, _ in chosen], "gates": [gates[place] for _, gates in chosen],
+            **_of_token(chosen, place),
         }
         for place, (token, piece, character) in enumerate(_read(model.tokenizer, ids), start=1)
     ]  # fmt: skip
@@ -97,6 +153,11 @@ def _routes(plan: RoutingPlan) -> tuple[list[list[int]], list[list[float]]]:
     return experts, gates
 
 
+def _of_token(chosen: Sequence[tuple[list[list[int]], list[list[float]]]], place: int) -> dict[str, Any]:
+    """The experts and gates of the token at ``place``, by layer."""
+    return {"experts": [experts[place] for experts, _ in chosen], "gates": [gates[place] for _, gates in chosen]}
+
+
 def _mean_used(token: dict[str, Any]) -> float:
     """Experts of a token, averaged over layers."""
     return sum(map(len, token["experts"])) / len(token["experts"])
@@ -109,18 +170,22 @@ def tables(
 
     ``most`` and ``fewest``: pieces by mean, if they occur at least three times. ``positions``: by position in the
     window of ``window`` tokens. ``ranks``: by frequency rank of the piece in this text. ``sources``. ``layers``: the
-    mean of each layer, and in ``histogram`` the number of tokens that used 0, 1, 2, … experts.
+    mean of each layer, and in ``histogram`` the number of tokens that used 0, 1, 2, … experts. ``kinds``: patches of
+    images, which the tables of pieces leave out, and text; each with the means of the ``layers``.
     """
     used = [_mean_used(token) for token in tokens]
-    pieces = Counter(token["id"] for token in tokens)
+    text = [token for token in tokens if "image" not in token]
+    used_by_text = [_mean_used(token) for token in text]
+    pieces = Counter(token["id"] for token in text)
     rank = {token: place for place, (token, _) in enumerate(pieces.most_common(), start=1)}
-    shown = {token["id"]: token["piece"] for token in tokens}
-    by_piece = [row for row in _grouped((t["id"] for t in tokens), used) if row["count"] >= _FEW]
+    shown = {token["id"]: token["piece"] for token in text}
+    by_piece = [row for row in _grouped((t["id"] for t in text), used_by_text) if row["count"] >= _FEW]
     by_piece = [{**row, "name": shown[row["name"]]} for row in by_piece]
     by_mean = sorted(by_piece, key=lambda row: (row["mean"], row["name"]))
     width = -(-window // _POSITION_BUCKETS)
     positions = _grouped((token["position"] // width for token in tokens), used)
-    ranks = _grouped((rank[token["id"]].bit_length() - 1 for token in tokens), used)
+    ranks = _grouped((rank[token["id"]].bit_length() - 1 for token in text), used_by_text)
+    patches = [token for token in tokens if "image" in token]
     return {
         "most": by_mean[::-1][:_TOP],
         "fewest": by_mean[:_TOP],
@@ -131,6 +196,7 @@ def tables(
         "ranks": [{**row, "name": _span(2 ** row["name"], 2 ** (row["name"] + 1) - 1)} for row in ranks],
         "sources": [{**row, "name": sources[row["name"]]} for row in _grouped((t["source"] for t in tokens), used)],
         "layers": [_layer_row(tokens, place, layer) for place, layer in enumerate(layers)],
+        "kinds": [_kind_row(name, own) for name, own in (("image", patches), ("text", text)) if own],
     }
 
 
@@ -154,6 +220,12 @@ def _layer_row(tokens: Sequence[dict[str, Any]], place: int, layer: int) -> dict
     histogram = [counts.count(number) for number in range(max(counts) + 1)]
     mean = round(sum(counts) / len(counts), 4)
     return {"name": f"layer {layer}", "count": len(tokens), "mean": mean, "histogram": histogram}
+
+
+def _kind_row(name: str, tokens: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    by_layer = zip(*([len(experts) for experts in token["experts"]] for token in tokens), strict=True)
+    means = [round(sum(counts) / len(counts), 4) for counts in by_layer]
+    return {"name": name, "count": len(tokens), "mean": round(sum(means) / len(means), 4), "layers": means}
 
 
 def write_view(view: dict[str, Any], output: Path) -> None:

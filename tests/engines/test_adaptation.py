@@ -136,6 +136,23 @@ def test_a_new_expert_has_fresh_weights_fresh_masters_and_no_moments(two_ranks, 
         assert moments[:, stayed].any(), "the moments were wiped for all"
 
 
+def test_a_new_expert_can_start_from_the_weights_of_its_slot(two_ranks):
+    """Those it was built with, up to weight decay; its moments are new all the same."""
+    overrides = layout(2, 1)
+    results = two_ranks.run(train, [*ADAPTIVE, *overrides, "adaptation.weights=slot"], 0, 20)
+    # Experts 0, 2, 4 and 6 are active from the start.
+    unused = {event for event in results[0]["events"] if event.change == "added" and event.expert % 2}
+    assert unused
+    for event in unused:
+        name = f"layers.{event.layer}.moe.experts.w_up_EHD"
+        held, moment = (
+            whole_part(results, event.rank, name, part, overrides)[event.expert % 4] for part in ("param", "exp_avg")
+        )
+        built = named_normal((64, 32), 0.1, 0, f"layers.{event.layer}.moe.experts.w_up.{event.expert}")
+        torch.testing.assert_close(held / held.norm(), built / built.norm(), rtol=1e-4, atol=1e-6)
+        assert not moment.any()
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

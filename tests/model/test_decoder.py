@@ -85,6 +85,21 @@ def test_cached_positions_of_padded_texts_give_the_logits_of_each_text_alone(kin
             torch.testing.assert_close(own, text[end - missing - 1], rtol=1e-5, atol=1e-6)
 
 
+def test_embeddings_take_the_positions_before_the_tokens():
+    """Embeddings of tokens as a prefix are those tokens, with and without a cache; their gradient arrives."""
+    model = Decoder(tiny_model(*ROUTERS["top_any"]), VOCAB, seed=0).eval()
+    text = tokens()
+    prefix = F.embedding(text[:, :5], model.w_embed_VD.detach()).requires_grad_()
+    whole = model.hidden(text)
+    torch.testing.assert_close(model.hidden(text[:, 5:], prefix_BPD=prefix), whole)
+    cache = KeyValueCache(2, torch.zeros(2, dtype=torch.int64))
+    first = model.hidden(text[:, 5:8], cache, prefix)
+    torch.testing.assert_close(torch.cat([first, model.hidden(text[:, 8:], cache)], dim=1), whole)
+    model.hidden(text[:, 5:], prefix_BPD=prefix)[:, -1].sum().backward()
+    assert prefix.grad is not None
+    assert (prefix.grad.abs().sum(dim=2) > 0).all()
+
+
 @pytest.mark.parametrize("kind", [*sorted(ROUTERS), "quantile"])
 def test_recomputation_gives_equal_gradients_and_counts_routes_once(kind):
     results = []

@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.report.images import Image
 from dynmoe.report.page import write_report
 from dynmoe.report.runs import read_run
+from dynmoe.report.tokens import Document, tables, view_documents, write_view
 from dynmoe.report.tokens import _read as read_tokens
-from dynmoe.report.tokens import tables, write_view
+from dynmoe.routing import RoutingPlan
 from harness.processes import ROOT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -281,8 +284,65 @@ def test_characters_that_are_written_as_bytes_can_be_read(open_page, in_bytes, v
         expect(page.locator("#detail tr")).to_contain_text(f"layer 0{len(token['experts'][0])}")
 
 
-def test_screenshots(open_page, report, pytestconfig, tmp_path):
-    """Pictures of both pages; with --screenshots they are kept there (see CONTRIBUTING)."""
+@pytest.fixture(scope="module")
+def with_images(pages, tmp_path_factory, pytestconfig) -> Path:
+    """A token view of two images, each with a text, or the page that --screenshot-images names."""
+    named = pytestconfig.getoption("screenshot_images")
+    pages["images"] = Path(named).resolve() if named else tmp_path_factory.mktemp("images") / "tokens.html"
+    if named:
+        return pages["images"]
+    experts = [torch.arange(6) < count for count in (1, 2, 3, 6, 0, 2, 4, 1)]
+    documents = []
+    for number in range(2):
+        image = Image(torch.full((20, 30, 3), 200 * number, dtype=torch.uint8), rows=2, columns=3)
+        maps = [torch.stack(experts).roll(number + layer, 0) for layer in range(2)]
+        plans = [RoutingPlan(own.float() / 6, own, own, own.float()) for own in maps]
+        documents.append(Document("scenes", [4, 5], ["what ", "colour "], plans, image))
+    write_view(view_documents(documents, "images", 1, [0, 2]), pages["images"])
+    return pages["images"]
+
+
+@pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
+def test_patches_lie_over_their_image_with_the_text_beside_it(open_page, with_images, viewport):
+    page = open_page("images", viewport)
+    view = json.loads(with_images.with_suffix(".json").read_text())
+    spans = page.locator("#text span")
+    assert spans.count() == len(view["tokens"])
+    images = page.locator("#text .image")
+    assert images.count() == len(view["images"])
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    whole = images.nth(1).bounding_box()
+    first = next(number for number, token in enumerate(view["tokens"]) if token.get("image") == 1)
+    rows, columns = (view["images"][1][name] for name in ("rows", "columns"))
+    for patch in (0, 1, columns, rows * columns - 1):
+        box = spans.nth(first + patch).bounding_box()
+        row, column = divmod(patch, columns)
+        assert box["x"] == pytest.approx(whole["x"] + whole["width"] * column / columns, abs=1)
+        assert box["y"] == pytest.approx(whole["y"] + whole["height"] * row / rows, abs=1)
+        assert box["width"] == pytest.approx(whole["width"] / columns, abs=1)
+    for layer, place in ((f"layer {view['layers'][1]}", 1), ("mean over layers", None)):
+        page.locator("#layer").select_option(label=layer)
+        counts = [
+            sum(map(len, t["experts"])) / len(t["experts"]) if place is None else len(t["experts"][place])
+            for t in view["tokens"]
+        ]
+        colours = spans.evaluate_all("(nodes) => nodes.map((node) => node.style.backgroundColor)")
+        for token, colour, count in zip(view["tokens"], colours, counts, strict=True):
+            alpha = float(match[1]) if (match := re.search(r"[,/] ?([\d.]+)\)$", colour)) else 1.0
+            share = (count - min(counts)) / (max(counts) - min(counts))
+            assert alpha == pytest.approx((0.7 if "image" in token else 0.85) * share, abs=0.01)
+    spans.nth(first + 1).hover()
+    expect(page.locator("#detail")).to_contain_text("patch in row 1, column 2, position 1: experts (gates) by layer")
+    words = page.locator("#text .document").nth(1).locator("> :last-child")
+    told = "".join(token["piece"] for token in view["tokens"] if token["source"] == 0 and "image" not in token)
+    assert words.text_content()
+    assert words.text_content() in told
+    if viewport == WIDE:
+        assert words.bounding_box()["x"] >= whole["x"] + whole["width"]
+
+
+def test_screenshots(open_page, report, with_images, pytestconfig, tmp_path):
+    """Pictures of the pages; with --screenshots they are kept there (see CONTRIBUTING)."""
     folder = Path(pytestconfig.getoption("screenshots") or tmp_path)
     report.locator("#figure-experts_per_token").evaluate("(node) => node.scrollIntoView()")
     report.wait_for_timeout(300)
@@ -290,5 +350,8 @@ def test_screenshots(open_page, report, pytestconfig, tmp_path):
     page = open_page("tokens")
     page.locator("#text span").nth(8).hover()
     page.screenshot(path=folder / "tokens.png")
-    for name in ("report", "tokens"):
+    page = open_page("images", {"width": 1000, "height": 640})
+    page.locator("#text .image span").nth(5).hover()
+    page.screenshot(path=folder / "vision_language.png")
+    for name in ("report", "tokens", "vision_language"):
         assert (folder / f"{name}.png").stat().st_size > 10_000

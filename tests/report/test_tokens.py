@@ -6,14 +6,19 @@ import io
 import json
 import sys
 
+import matplotlib.image
 import pytest
 import torch
 
 from dynmoe.errors import UserError
+from dynmoe.model import Decoder
+from dynmoe.moe.layer import capture_plans
 from dynmoe.report import main
+from dynmoe.report.images import Image, png
 from dynmoe.report.texts import Text, read_texts, validation_texts
-from dynmoe.report.tokens import view_tokens, write_view
+from dynmoe.report.tokens import Document, view_documents, view_tokens, write_view
 from dynmoe.trained import TrainedModel, open_trained
+from tests.moe.cases import ROUTERS, tiny_model
 from tests.train.cases import evaluation_loss
 
 TEXT = "The router sends 7 of the tokens.\nThe expert takes them, é and all.\n" * 6
@@ -141,6 +146,52 @@ def test_the_page_carries_its_data_and_escapes_it(view, tmp_path):
     assert "</script><b>" not in page
     data = page.split('id="data">')[1].split("</script>")[0]
     assert json.loads(data) == hostile
+
+
+def test_a_png_has_the_pixels():
+    pixels = torch.randint(256, (5, 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    read = torch.tensor(matplotlib.image.imread(io.BytesIO(png(pixels)), format="png"))
+    assert (read[..., :3] * 255).round().tolist() == pixels.tolist()
+
+
+@torch.no_grad()
+def test_patches_of_images_are_tokens_with_their_own_experts(tmp_path):
+    """Two images with text, and a text without: every token has the experts of its row in the plans."""
+    model = tiny_model(*ROUTERS["top_any"])
+    decoder = Decoder(model, 48, seed=0).eval()
+    words = torch.tensor([[1, 2, 3, 1]])
+    image = Image(torch.zeros(4, 6, 3, dtype=torch.uint8), rows=2, columns=3)
+    documents = []
+    for number in range(3):
+        own = image if number < 2 else None
+        prefix = torch.randn(1, 6, model.hidden, generator=torch.Generator().manual_seed(number))
+        with capture_plans(decoder.moe_layers) as plans:
+            decoder.hidden(words, prefix_BPD=prefix if own else None)
+        source = "with images" if own else "text"
+        documents.append(Document(source, words[0].tolist(), ["a ", "b ", "c ", "a "], plans, own))
+    view = view_documents(documents, "tiny", 7, model.moe_layers)
+    assert view["sources"] == ["with images", "text"]
+    assert [own["rows"] * own["columns"] for own in view["images"]] == [6, 6]
+    tokens = view["tokens"]
+    assert [token["position"] for token in tokens] == [*range(10), *range(10), *range(4)]
+    assert [(t["image"], t["patch"]) for t in tokens if "patch" in t] == [(i, p) for i in range(2) for p in range(6)]
+    assert tokens[4]["piece"] == "patch in row 2, column 2"
+    assert [token["piece"] for token in tokens[6:10]] == ["a ", "b ", "c ", "a "]
+    for document, start in zip(documents, (0, 10, 20), strict=True):
+        for place, plan in enumerate(document.plans):
+            for row, map_E in enumerate(plan.routing_map_TE):
+                assert sorted(tokens[start + row]["experts"][place]) == map_E.nonzero().flatten().tolist()
+    kinds = {row["name"]: row for row in view["tables"]["kinds"]}
+    for name, isin in (("image", True), ("text", False)):
+        own = [token for token in tokens if ("image" in token) == isin]
+        assert kinds[name]["count"] == len(own) == 12
+        means = [sum(len(token["experts"][place]) for token in own) / 12 for place in range(2)]
+        assert kinds[name]["layers"] == pytest.approx(means, abs=1e-4)
+    assert {row["name"] for row in view["tables"]["most"]} == {"a ", "b ", "c "}  # no patch
+    write_view(view, tmp_path / "tokens.html")
+    page = (tmp_path / "tokens.html").read_text()
+    assert "By kind of token" in page
+    assert page.count("data:image/png;base64,") == 2
 
 
 def test_texts_come_from_files_lines_and_standard_input(tmp_path, monkeypatch):
