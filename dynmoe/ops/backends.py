@@ -20,6 +20,7 @@ from dynmoe.ops.swiglu import gated_activation, gated_activation_backward
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+ActivationBackward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Backend(Protocol):
@@ -97,9 +98,12 @@ def _one_token(
 class PackedBackend:
     """Grouped products over the routed rows, built on ``product``."""
 
-    def __init__(self, name: str, product: Product) -> None:
+    def __init__(
+        self, name: str, product: Product, activation_backward: ActivationBackward = gated_activation_backward
+    ) -> None:
         self.name = name
         self._product = product
+        self._activation_backward = activation_backward
 
     def permutation(self, routing_map_TE: Tensor, max_rows: int | None = None) -> Permutation:
         """Counts the rows exactly, whatever the bound: PyTorch's products and sums process every allocated row."""
@@ -132,9 +136,9 @@ class PackedBackend:
         ends_E = permutation.ends_E
         grad_ND = gather(grad_TD, permutation)
         grad_NF = self._product(grad_ND, w_down_EDF, ends_E)
-        grad_gates_N = gated_activation_backward(h_NH, permutation.of_rows(gates_TE), grad_NF)
+        grad_gates_N = self._activation_backward(h_NH, permutation.of_rows(gates_TE), grad_NF)
         grad_h_NH = h_NH
-        activation_NF = grad_NF  # gated_activation_backward wrote both in place
+        activation_NF = grad_NF  # both were written in place
         grad_up_EHD = grad_down_EDF = w_up_EHD.new_empty(0)
         if of_weights:
             grad_down_EDF = self._product(grad_ND.t(), activation_NF, ends_E)

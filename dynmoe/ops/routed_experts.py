@@ -15,6 +15,7 @@ from torch.autograd.graph import increment_version
 from dynmoe.config.constants import MOE_BACKENDS
 from dynmoe.errors import ConfigError
 from dynmoe.ops.backends import Backend, PackedBackend, grouped_mm, looped_mm
+from dynmoe.ops.native import native_activation_backward
 from dynmoe.ops.permute import Permutation
 
 
@@ -48,7 +49,7 @@ def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backe
     products = {"grouped_mm": grouped_mm, "loop": looped_mm}
     if wanted not in products:
         raise ConfigError(field, wanted, "is not a known backend", f"use one of {', '.join(MOE_BACKENDS)}")
-    return PackedBackend(wanted, products[wanted])
+    return PackedBackend(wanted, products[wanted], native_activation_backward)
 
 
 class _RoutedExperts(torch.autograd.Function):
