@@ -1,8 +1,8 @@
 """Compiles every kernel that a layer launches, for GPUs that need not be here: python -m harness.machine_code 90 ...
 
 The backend runs on meta tensors with a pretended GPU driver, so that what is compiled is what a layer of these sizes
-launches: the same tiles, constants and alignments. Prints a JSON list of ``Compiled``. Kernels under TRITON_INTERPRET have no
-machine code.
+launches: the same tiles, constants and alignments. Prints a JSON list of ``Compiled``. Kernels under
+TRITON_INTERPRET have no machine code.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class _PretendedDriver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.target.arch  # Triton keeps compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -151,6 +151,7 @@ def compile_layers(capability: int, dtype: str = "bf16", shapes: tuple[str, ...]
 
 
 def describe(kernel: str, compiled: Any, capability: int, dtype: str, constants: dict[str, Any]) -> Compiled:
+    assert compiled.metadata.target.arch == capability
     code = read(compiled.asm["cubin"])
     warps = _warps(compiled)
     shared = compiled.metadata.shared

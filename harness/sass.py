@@ -27,10 +27,12 @@ _BRANCHES = ("BRA", "BRX", "BSSY", "BSYNC", "EXIT", "CALL", "RET", "BREAK", "YIE
 
 @dataclass(frozen=True)
 class Instruction:
-    """``opcode`` with its modifiers, as in HGMMA.64x256x16.F32.BF16; ``target``: the label to which it may jump."""
+    """``opcode`` with its modifiers, as in HGMMA.64x256x16.F32.BF16; ``target``: the label to which it may jump;
+    ``conditional``: a predicate decides whether it runs."""
 
     opcode: str
     target: str | None = None
+    conditional: bool = False
 
     @property
     def word(self) -> str:
@@ -67,27 +69,63 @@ class MachineCode:
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]
 
-    def loops(self) -> list[tuple[int, int]]:
-        """First and last instruction of each loop, as jumps back give them."""
-        jumps = ((place, self.labels.get(i.target or "")) for place, i in enumerate(self.instructions))
-        return [(start, place) for place, start in jumps if start is not None and start <= place]
+    def successors(self, place: int) -> list[int]:
+        """Instructions that may run after this one."""
+        instruction = self.instructions[place]
+        ends = instruction.word in ("EXIT", "RET", "BRA", "BRX") and not instruction.conditional
+        target = self.labels.get(instruction.target or "")
+        following = [] if ends or place + 1 == len(self.instructions) else [place + 1]
+        return following if target is None else [*following, target]
+
+    def loops(self) -> list[set[int]]:
+        """The instructions of each loop.
+
+        Blocks do not lie in the order in which they run: waits that seldom wait stand at the end and jump back. So a
+        loop is a jump to an instruction on the way to the jump, with all that lies between in the order of running.
+        """
+        before: dict[int, list[int]] = {}
+        ends: dict[int, list[int]] = {}  # jumps back, by the first instruction of the loop
+        open_path: set[int] = set()
+        seen = {0}
+        stack = [(0, iter(self.successors(0)))]
+        open_path.add(0)
+        while stack:
+            place, left = stack[-1]
+            following = next(left, None)
+            if following is None:
+                open_path.discard(stack.pop()[0])
+                continue
+            before.setdefault(following, []).append(place)
+            if following in open_path:
+                ends.setdefault(following, []).append(place)
+            if following not in seen:
+                seen.add(following)
+                open_path.add(following)
+                stack.append((following, iter(self.successors(following))))
+        return [_body(start, jumps, before) for start, jumps in ends.items()]
 
     def inner_loop(self) -> Counter[str]:
         """Counts the opcodes of the loop with the most matrix instructions among those that hold no other such loop;
         empty if no loop has one."""
-        bodies = [(start, end) for start, end in self.loops() if self._matrices(start, end)]
-        innermost = [
-            (start, end)
-            for start, end in bodies
-            if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in bodies)
-        ]
-        if not innermost:
-            return Counter()
-        start, end = max(innermost, key=lambda body: self._matrices(*body))
-        return Counter(i.opcode for i in self.instructions[start : end + 1])
+        found = [loop for loop in self.loops() if self._matrices(loop)]
+        innermost = [loop for loop in found if not any(other < loop for other in found)]
+        busiest = max(innermost, key=self._matrices, default=set())
+        return Counter(self.instructions[place].opcode for place in busiest)
 
-    def _matrices(self, start: int, end: int) -> int:
-        return sum(i.word in MATRIX for i in self.instructions[start : end + 1])
+    def _matrices(self, places: set[int]) -> int:
+        return sum(self.instructions[place].word in MATRIX for place in places)
+
+
+def _body(start: int, jumps: list[int], before: dict[int, list[int]]) -> set[int]:
+    """What leads to one of the jumps without passing the start."""
+    body = {start}
+    left = list(jumps)
+    while left:
+        place = left.pop()
+        if place not in body:
+            body.add(place)
+            left += before[place]
+    return body
 
 
 def groups(opcodes: Counter[str]) -> Counter[str]:
@@ -121,9 +159,12 @@ def parse(text: str) -> tuple[tuple[Instruction, ...], dict[str, int]]:
     for line in text.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(instructions)
-        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);", line):
-            target = re.search(r"\((\.L_\w+)\)", found[2]) if found[1].startswith("BR") else None
-            instructions.append(Instruction(found[1], target[1] if target else None))
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);", line):
+            condition, opcode, operands = found.groups()
+            target = re.search(r"\((\.L_\w+)\)", operands) if opcode.startswith("BR") else None
+            # BRA may also name a predicate as an operand.
+            conditional = condition is not None or bool(re.search(r"\bU?P\d", operands) and target)
+            instructions.append(Instruction(opcode, target[1] if target else None, conditional))
     return tuple(instructions), labels
 
 
