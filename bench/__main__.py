@@ -26,6 +26,7 @@ from bench import (
     imbalance,
     launches,
     layer,
+    machine_code,
     memory,
     router,
     routing,
@@ -36,7 +37,7 @@ from bench import (
     wire,
     zero_computation,
 )
-from bench.report import Rows, machine, markdown, print_table
+from bench.report import Rows, machine, markdown, print_table, with_sections
 from dynmoe.cli import run_tool
 from dynmoe.errors import UserError
 
@@ -45,8 +46,9 @@ BENCHMARKS: dict[str, ModuleType] = {
     "layer": layer, "dispatch": dispatch, "growth": growth, "imbalance": imbalance, "memory": memory,
     "launches": launches, "wire": wire, "end_to_end": end_to_end, "router": router, "statistics": statistics,
     "saving": saving, "decoding": decoding, "collectives": collectives, "gradient_watch": gradient_watch,
-    "data_prep": data_prep, "zero_computation": zero_computation, "faults": faults, "findings": findings,
-    "gpu_layer": gpu_layer, "gpu_smoke": gpu_smoke, "routing": routing, "served": served, "soak": soak,
+    "data_prep": data_prep, "zero_computation": zero_computation, "machine_code": machine_code,
+    "faults": faults, "findings": findings, "gpu_layer": gpu_layer, "gpu_smoke": gpu_smoke, "routing": routing,
+    "served": served, "soak": soak,
 }  # fmt: skip
 _OF_ALL = [name for name in BENCHMARKS if name not in ("faults", "findings", "gpu_smoke", "routing", "served", "soak")]
 
@@ -86,7 +88,8 @@ def _add(names: argparse._SubParsersAction, name: str, phrase: str) -> argparse.
 def run_all(given: argparse.Namespace) -> None:
     """Runs the benchmarks one by one, each in its own process, and writes the page from their JSON files.
 
-    Existing results, from whatever machine, stay on the page until they are measured again.
+    Existing results, from whatever machine, stay on the page until they are measured again. So do sections that no
+    benchmark writes.
     """
     _pyplot()  # fails early, not after the first benchmark
     given.figures.mkdir(parents=True, exist_ok=True)
@@ -97,7 +100,8 @@ def run_all(given: argparse.Namespace) -> None:
         if subprocess.run(command, check=False).returncode:
             print(f"{name}: failed and skipped, see above", flush=True)
     sections = [_section(name, given) for name in _OF_ALL if (given.figures / f"{name}.json").exists()]
-    given.page.write_text(_HEAD + "\n".join(sections))
+    page = given.page.read_text() if given.page.exists() else ""
+    given.page.write_text(with_sections(page, _HEAD, sections))
     print(f"wrote {given.page}")
 
 
@@ -106,7 +110,6 @@ _HEAD = """# Performance
 Written by `python -m bench all`; `python -m bench NAME` runs one benchmark with other sizes. All figures are ratios:
 the methods take turns within one process, and medians are reported. Ratios are meaningful on shared machines; absolute
 times are not. Every timing follows a check that the methods agree. `docs/log.md` explains the figures.
-
 """
 
 

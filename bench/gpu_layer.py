@@ -104,17 +104,13 @@ def _peak(dtype: str, size: int) -> float:
 def _tune(method: Method, x_TD: Tensor, upstream_TD: Tensor) -> None:
     """Tries tiles for one kind of kernel after another, keeps the fastest, and prints them."""
     settings: dict[str, Tiles] = {}
-    chosen = kernels.choose_tiles, kernels.weight_tiles
+    chosen = kernels.choose_tiles
 
-    def choose(num_rows: int, num_experts: int, dtype: torch.dtype, fused: bool) -> Tiles:
-        return settings.get("fused" if fused else "plain") or chosen[0](num_rows, num_experts, dtype, fused)
-
-    def choose_weights(dtype: torch.dtype) -> Tiles:
-        return settings.get("weights") or chosen[1](dtype)
+    def choose(kind: str, num_rows: int, num_experts: int, dtype: torch.dtype, capability: int) -> Tiles:
+        return settings.get(kind) or chosen(kind, num_rows, num_experts, dtype, capability)
 
     kernels.choose_tiles = choose
-    kernels.weight_tiles = choose_weights
-    for kind in ("fused", "plain", "weights"):
+    for kind in ("up", "gradient", "rows", "weights"):
         best: tuple[float, Tiles | None] = (float("inf"), None)
         for sizes in itertools.product((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)):
             settings[kind] = Tiles(*sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,16 @@ def markdown(title: str, rows: Rows, verdicts: list[str], picture: str | None) -
     if picture:
         lines += [f"![{title}]({picture})", ""]
     return "\n".join(lines)
+
+
+def with_sections(page: str, head: str, sections: list[str]) -> str:
+    """The page with these sections in place of those of the same number, new ones at the end, and all others as they
+    are."""
+    left = {_number(section): section for section in sections}
+    kept = [left.pop(_number(section), section) for section in re.split(r"^(?=## )", page, flags=re.MULTILINE)[1:]]
+    return "\n".join(part.rstrip("\n") + "\n" for part in (head, *kept, *left.values()))
+
+
+def _number(section: str) -> str:
+    """What a section is called before the colon: Benchmark 15."""
+    return section.splitlines()[0].partition(":")[0]

@@ -10,6 +10,7 @@ from functools import cache
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dynmoe.ops.backends import Gradients
 from dynmoe.ops.permute import Permutation
@@ -20,34 +21,48 @@ from dynmoe.ops.triton.routes import build_routes
 # (at least this many rows expected per expert, rows of a tile): mostly empty tiles waste work. Estimated from registers
 # and shared memory of an H100, not yet measured on one; ``python -m bench gpu_layer --tune`` does.
 _ROW_TILES = ((96, 128), (48, 64), (24, 32), (0, 16))
-_WARPS = {128: 8, 64: 4, 32: 4, 16: 4}
-# Programs on one multiprocessor: small tiles leave room for more than one.
-_PROGRAMS_PER_SM = 2
+# Compute capabilities (90: 9.0) of Hopper and of Blackwell's data center cards. Their products read shared memory, of
+# which there is enough for tiles of 256 columns.
+_WIDE_TILES = (90, 100, 103)
+# Cards from Hopper on copy whole tiles (TMA), which a descriptor of the tensor tells them.
+_DESCRIPTORS_SINCE = 90
+# One compiled kernel for all numbers of experts up to this one.
+_FEW_EXPERTS = 128
+
+
+def _capability() -> int:
+    """Compute capability of the card that kernels are compiled for; the interpreter does what all cards can."""
+    if triton.knobs.runtime.interpret:
+        return _DESCRIPTORS_SINCE
+    return triton.runtime.driver.active.get_current_target().arch
 
 
 @cache
-def _num_programs(device: torch.device) -> int:
-    """Number of programs that a GPU holds at a time; few in the interpreter, which runs them one after another."""
-    if device.type != "cuda":
-        return 4
-    return _PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+def _multiprocessors(device: torch.device) -> int:
+    """Few in the interpreter, which runs programs one after another."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def choose_tiles(num_rows: int, num_experts: int, dtype: torch.dtype, fused: bool) -> Tiles:
-    """Chooses the tile sizes of the products over rows.
+def choose_tiles(kind: str, num_rows: int, num_experts: int, dtype: torch.dtype, capability: int) -> Tiles:
+    """Chooses the tile sizes of a product.
 
     Args:
+        kind: ``up`` and ``gradient`` for the fused kernels, ``rows`` for other products over rows, ``weights`` for
+            gradients of weights.
         num_experts: number of experts that share the rows.
-        fused: for the two fused kernels, which need registers for more than one accumulator.
     """
     rows = next(size for at_least, size in _ROW_TILES if num_rows // max(num_experts, 1) >= at_least)
+    fused = kind in ("up", "gradient")
     if dtype == torch.float32:  # no tensor cores at full precision: small tiles save registers
-        return Tiles(min(rows, 64), 32 if fused else 64, 32, 4, 2)
-    return Tiles(rows, 64 if fused else 128, 64, _WARPS[rows], 3)
-
-
-def weight_tiles(dtype: torch.dtype) -> Tiles:
-    return Tiles(64, 64, 32, 4, 2) if dtype == torch.float32 else Tiles(128, 128, 64, 8, 3)
+        return Tiles(64 if kind == "weights" else min(rows, 64), 32 if fused else 64, 32, 4, 2)
+    wide = capability in _WIDE_TILES
+    if kind == "weights":
+        return Tiles(128, 256 if wide else 128, 64, 8, 3)
+    if rows < 128:
+        return Tiles(rows, 64 if fused else 128, 64, 4, 3)
+    # Two products at a time for the up projection; room in registers for the epilogue of the gradient.
+    columns = {"up": 128, "gradient": 128, "rows": 256} if wide else {"up": 64, "gradient": 64, "rows": 128}
+    return Tiles(rows, columns[kind], 64, 8, 4 if wide else 3)
 
 
 class _Launch:
@@ -58,25 +73,48 @@ class _Launch:
         self.ends_E = permutation.ends_E
         self.num_experts = len(self.ends_E)
         self.device = like.device
+        self.dtype = like.dtype
+        self.capability = _capability()
         # As in PyTorch's own products: full fp32 unless the user allows TF32.
         full = like.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
         self.precision = "ieee" if full else "tf32"
 
-    def grid(self, most_tiles: int) -> tuple[int]:
-        return (max(1, min(most_tiles, _num_programs(self.device))),)
+    def tiles(self, kind: str) -> Tiles:
+        return choose_tiles(kind, self.num_rows, self.num_experts, self.dtype, self.capability)
+
+    def grid(self, most_tiles: int, tiles: Tiles) -> tuple[int]:
+        """One program for each place on the device: eight warps fill a multiprocessor with their registers."""
+        places = _multiprocessors(self.device) * (1 if tiles.warps == 8 else 2)
+        return (max(1, min(most_tiles, places)),)
 
     def row_grid(self, tiles: Tiles, width: int) -> tuple[int]:
         most = triton.cdiv(self.num_rows, tiles.rows) + self.num_experts
-        return self.grid(most * triton.cdiv(width, tiles.columns))
+        return self.grid(most * triton.cdiv(width, tiles.columns), tiles)
+
+    def uses_descriptors(self, *operands: Tensor) -> bool:
+        """Whether a kernel reads these operands by descriptors: the card has them, and rows begin at 16 bytes.
+
+        Not in fp32, whose products read registers.
+        """
+        aligned = all(
+            x.numel() > 0 and x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0 for x in operands
+        )
+        return self.capability >= _DESCRIPTORS_SINCE and self.dtype != torch.float32 and aligned
 
     def meta(self, tiles: Tiles) -> dict[str, int | str]:
         return {
-            "E": self.num_experts, "ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth,
+            "ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "GROUP": tiles.group,
             "PRECISION": self.precision, "num_warps": tiles.warps, "num_stages": tiles.stages,
         }  # fmt: skip
 
-    def row_meta(self, tiles: Tiles) -> dict[str, int | str]:
-        return {**self.meta(tiles), "E_PAD": triton.next_power_of_2(self.num_experts)}
+    def row_meta(self, tiles: Tiles, depth: int) -> dict[str, int | str]:
+        padded = max(_FEW_EXPERTS, triton.next_power_of_2(self.num_experts))
+        return {**self.meta(tiles), "E_PAD": padded, "EVEN": depth % tiles.depth == 0}
+
+
+def _described(operand: Tensor, use: bool, *block: int) -> Tensor | TensorDescriptor:
+    """The operand as a kernel reads it: by tiles of a shape, or by pointers."""
+    return TensorDescriptor.from_tensor(operand, list(block)) if use else operand
 
 
 class TritonBackend:
@@ -100,12 +138,16 @@ class TritonBackend:
         hidden, width = w_down_EDF.shape[1:]
         h_NH = x_TD.new_empty(launch.num_rows, 2 * width)
         a_NF = x_TD.new_empty(launch.num_rows, width)
-        tiles = choose_tiles(launch.num_rows, launch.num_experts, x_TD.dtype, fused=True)
+        tiles = launch.tiles("up")
+        # Gate and up projection are two matrices of each expert.
+        w_up = w_up_EHD.contiguous().view(-1, width, hidden)
+        tma = launch.uses_descriptors(w_up)
         _up_kernel[launch.row_grid(tiles, width)](
-            x_TD.contiguous(), permutation.token_N, permutation.route_N, gates_TE.contiguous(), w_up_EHD.contiguous(),
-            h_NH, a_NF, launch.ends_E, width, hidden, **launch.row_meta(tiles),
+            x_TD.contiguous(), permutation.token_N, permutation.route_N, gates_TE.contiguous(),
+            _described(w_up, tma, 1, tiles.columns, tiles.depth), h_NH, a_NF, launch.ends_E, launch.num_experts,
+            hidden, width, TMA=tma, **launch.row_meta(tiles, hidden),
         )  # fmt: skip
-        rows_ND = _rows_product(launch, a_NF, w_down_EDF.transpose(1, 2))
+        rows_ND = _rows_product(launch, a_NF, w_down_EDF, linear=True)
         return sum_rows(rows_ND, permutation.row_N, permutation.token_offsets), h_NH
 
     def backward(
@@ -120,12 +162,15 @@ class TritonBackend:
     ) -> Gradients:
         launch = _Launch(permutation, x_TD)
         hidden, width = w_down_EDF.shape[1:]
-        tiles = choose_tiles(launch.num_rows, launch.num_experts, x_TD.dtype, fused=True)
+        tiles = launch.tiles("gradient")
         a_NF = x_TD.new_empty(launch.num_rows, width)
         partial_NP = gates_TE.new_empty(launch.num_rows, triton.cdiv(width, tiles.columns))
+        w_down_EDF = w_down_EDF.contiguous()
+        tma = launch.uses_descriptors(w_down_EDF)
         _activation_gradient_kernel[launch.row_grid(tiles, width)](
-            grad_TD, permutation.token_N, permutation.route_N, gates_TE.contiguous(), w_down_EDF.contiguous(), h_NH,
-            a_NF, partial_NP, launch.ends_E, width, hidden, **launch.row_meta(tiles),
+            grad_TD, permutation.token_N, permutation.route_N, gates_TE.contiguous(),
+            _described(w_down_EDF, tma, 1, tiles.depth, tiles.columns), h_NH, a_NF, partial_NP, launch.ends_E,
+            launch.num_experts, hidden, width, TMA=tma, **launch.row_meta(tiles, hidden),
         )  # fmt: skip
         grad_gates_TE = gate_gradient(partial_NP, permutation.route_N, launch.ends_E, gates_TE)
         token_N = permutation.token_N
@@ -133,19 +178,23 @@ class TritonBackend:
         grad_down_EDF = _weights_product(launch, grad_TD, a_NF, token_N, gather_a=True)
         del a_NF, partial_NP
         grad_up_EHD = _weights_product(launch, grad_h_NH, x_TD.contiguous(), token_N, gather_a=False)
-        grad_rows_ND = _rows_product(launch, grad_h_NH, w_up_EHD)
+        grad_rows_ND = _rows_product(launch, grad_h_NH, w_up_EHD, linear=False)
         grad_x_TD = sum_rows(grad_rows_ND, permutation.row_N, permutation.token_offsets)
         return grad_x_TD, grad_gates_TE, grad_up_EHD, grad_down_EDF
 
 
-def _rows_product(launch: _Launch, a_NJ: Tensor, b_EJI: Tensor) -> Tensor:
-    """Multiplies each row by the matrix of its expert, [N, I]; b may have any strides."""
-    width = b_EJI.shape[2]
+def _rows_product(launch: _Launch, a_NJ: Tensor, w: Tensor, *, linear: bool) -> Tensor:
+    """Multiplies each row by the matrix of its expert, [N, I]; linear: w is [E, I, J], otherwise [E, J, I]."""
+    w = w.contiguous()
+    depth = a_NJ.shape[1]
+    width = w.shape[1 if linear else 2]
     out_NI = a_NJ.new_empty(launch.num_rows, width)
-    tiles = choose_tiles(launch.num_rows, launch.num_experts, a_NJ.dtype, fused=False)
+    tiles = launch.tiles("rows")
+    block = (tiles.columns, tiles.depth) if linear else (tiles.depth, tiles.columns)
+    tma = launch.uses_descriptors(a_NJ, w)
     _rows_kernel[launch.row_grid(tiles, width)](
-        a_NJ, b_EJI, out_NI, launch.ends_E, width, a_NJ.shape[1], *b_EJI.stride(),
-        **launch.row_meta(tiles),
+        _described(a_NJ, tma, tiles.rows, tiles.depth), _described(w, tma, 1, *block), out_NI, launch.ends_E,
+        launch.num_experts, depth, width, LINEAR=linear, TMA=tma, **launch.row_meta(tiles, depth),
     )  # fmt: skip
     return out_NI
 
@@ -155,10 +204,13 @@ def _weights_product(launch: _Launch, a: Tensor, b: Tensor, token_N: Tensor, *, 
     height = a.shape[1]
     width = b.shape[1]
     out_EIJ = a.new_empty(launch.num_experts, height, width)
-    tiles = weight_tiles(a.dtype)
+    tiles = launch.tiles("weights")
     most = launch.num_experts * triton.cdiv(height, tiles.rows) * triton.cdiv(width, tiles.columns)
-    _weights_kernel[launch.grid(most)](
-        a, b, token_N, out_EIJ, launch.ends_E, height, width, GATHER_A=gather_a,
+    tma = launch.uses_descriptors(b if gather_a else a)
+    _weights_kernel[launch.grid(most, tiles)](
+        _described(a, tma and not gather_a, tiles.depth, tiles.rows),
+        _described(b, tma and gather_a, tiles.depth, tiles.columns),
+        token_N, out_EIJ, launch.ends_E, launch.num_experts, HEIGHT=height, WIDTH=width, GATHER_A=gather_a, TMA=tma,
         **launch.meta(tiles),
     )  # fmt: skip
     return out_EIJ

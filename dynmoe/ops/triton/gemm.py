@@ -2,6 +2,9 @@
 
 All kernels are persistent: a fixed number of programs processes the tiles of all experts. The number of tiles is
 derived on the device from the ends of the experts' rows, so no launch synchronizes with the device.
+
+An operand is either a tensor or, on cards that copy whole tiles (TMA), a descriptor of one. Loops need no masks where
+tiles divide the contraction (EVEN): products of what lies outside a matrix are not stored.
 """
 
 from __future__ import annotations
@@ -14,187 +17,322 @@ import triton.language as tl
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes (rows, columns, contraction) and launch options."""
+    """Tile sizes (rows, columns, contraction), launch options, and tiles of rows that are processed together."""
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    group: int = 16
 
 
 @triton.jit
-def _plan_tiles(ends_ptr, num_columns, E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr):
+def _grouped(tile, num_rows, num_columns, GROUP: tl.constexpr):
+    """Row and column of a tile of a matrix of tiles: GROUP rows of tiles at a time, one column after another.
+
+    Programs that run at the same time process neighbouring tiles. What these share then fits into the cache, even if
+    the matrix of an expert does not.
+    """
+    first = tile // (GROUP * num_columns) * GROUP
+    place = tile - first * num_columns
+    rows = tl.minimum(num_rows - first, GROUP)
+    return first + place % rows, place // rows
+
+
+@triton.jit
+def _plan_tiles(ends_ptr, num_experts, num_columns, E_PAD: tl.constexpr, ROWS: tl.constexpr):
     """Returns the end of each expert's rows, the end of its row tiles (both in registers), and the number of tiles."""
     lane = tl.arange(0, E_PAD)
-    ends = tl.load(ends_ptr + lane, mask=lane < E, other=0)
-    starts = tl.load(ends_ptr + lane - 1, mask=(lane > 0) & (lane < E), other=0)
-    tiles = tl.where(lane < E, (ends - starts + ROWS - 1) // ROWS, 0)
+    ends = tl.load(ends_ptr + lane, mask=lane < num_experts, other=0)
+    starts = tl.load(ends_ptr + lane - 1, mask=(lane > 0) & (lane < num_experts), other=0)
+    tiles = (ends - starts + ROWS - 1) // ROWS
     tile_ends = tl.cumsum(tiles, axis=0)
     return ends, tile_ends, tl.max(tile_ends, axis=0) * num_columns
 
 
 @triton.jit
 def _locate(
-    tile, num_columns, ends, tile_ends, E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Returns a tile's expert, rows and columns, and a mask of the rows that belong to the expert."""
-    place = tile // num_columns  # index of the row tile
+    tile, num_columns, ends, tile_ends, num_experts,
+    E_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Returns a tile's expert, its first row and column, and the end of the expert's rows."""
     lane = tl.arange(0, E_PAD)
-    expert = tl.sum(((tile_ends <= place) & (lane < E)).to(tl.int32), axis=0)
+    expert = tl.sum(((tile_ends <= tile // num_columns) & (lane < num_experts)).to(tl.int32), axis=0)
     # Both increase with the expert, so the maximum over all earlier experts is the value of the previous one.
     first_tile = tl.max(tl.where(lane < expert, tile_ends, 0), axis=0)
     first_row = tl.max(tl.where(lane < expert, ends, 0), axis=0)
-    end = tl.sum(tl.where(lane == expert, ends, 0), axis=0)
-    row = first_row + (place - first_tile) * ROWS + tl.arange(0, ROWS)
-    column = (tile % num_columns) * COLUMNS + tl.arange(0, COLUMNS)
-    return expert, row, column, row < end
+    end_tile = tl.max(tl.where(lane <= expert, tile_ends, 0), axis=0)
+    end = tl.max(tl.where(lane <= expert, ends, 0), axis=0)
+    i, j = _grouped(tile - first_tile * num_columns, end_tile - first_tile, num_columns, GROUP)
+    return expert, first_row + i * ROWS, j * COLUMNS, end
+
+
+@triton.jit
+def _rows_tile(a, row, start, depth, DEPTH: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr):
+    """Columns ``start`` to ``start + DEPTH`` of rows of a [., depth], 0 past the depth. ``row``: with a descriptor the
+    first row, otherwise every row."""
+    if TMA:
+        tile = a.load([row, start])
+    else:
+        k = start + tl.arange(0, DEPTH)
+        a_ptrs = (a + row.to(tl.int64) * depth)[:, None] + k[None, :]
+        tile = tl.load(a_ptrs) if EVEN else tl.load(a_ptrs, mask=k[None, :] < depth, other=0.0)
+    return tile
+
+
+@triton.jit
+def _weights_tile(
+    w, expert, start, column, depth, width,
+    LINEAR: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Tile [DEPTH, COLUMNS] of the matrix of an expert; 0 past the depth, arbitrary past the width.
+
+    LINEAR: in memory it is [width, depth], as in ``nn.Linear``, otherwise [depth, width].
+    """
+    if TMA and LINEAR:
+        tile = w.load([expert, column, start]).reshape(COLUMNS, DEPTH).T
+    elif TMA:
+        tile = w.load([expert, start, column]).reshape(DEPTH, COLUMNS)
+    else:
+        k = tl.arange(0, DEPTH)
+        i = (column + tl.arange(0, COLUMNS)) % width
+        matrix_ptr = w + expert.to(tl.int64) * depth * width
+        if LINEAR:
+            w_ptrs = matrix_ptr + start + (i[None, :] * depth + k[:, None])
+        else:
+            w_ptrs = matrix_ptr + tl.cast(start, tl.int64) * width + (k[:, None] * width + i[None, :])
+        tile = tl.load(w_ptrs) if EVEN else tl.load(w_ptrs, mask=(start + k)[:, None] < depth, other=0.0)
+    return tile
 
 
 @triton.jit
 def _product(
-    a_ptr, source, inside, b_ptr, column, width, depth, stride_depth, stride_column,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    a, row, w, expert, column, depth, width,
+    LINEAR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, TMA_ROWS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Multiplies rows ``source`` of a [., depth] by a tile of columns of b, in fp32."""
+    """Multiplies rows of a [., depth] by columns of an expert's matrix [depth, width], in fp32."""
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    k = tl.arange(0, DEPTH)
-    a_ptrs = a_ptr + source.to(tl.int64)[:, None] * depth + k[None, :]
-    b_ptrs = b_ptr + k[:, None] * stride_depth + column.to(tl.int64)[None, :] * stride_column
     for start in range(0, depth, DEPTH):
-        left = depth - start
-        a = tl.load(a_ptrs, mask=inside[:, None] & (k[None, :] < left), other=0.0)
-        b = tl.load(b_ptrs, mask=(k[:, None] < left) & (column[None, :] < width), other=0.0)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
-        a_ptrs += DEPTH
-        b_ptrs += DEPTH * stride_depth
+        a_tile = _rows_tile(a, row, start, depth, DEPTH, EVEN, TMA_ROWS)
+        w_tile = _weights_tile(w, expert, start, column, depth, width, LINEAR, COLUMNS, DEPTH, EVEN, TMA)
+        total = tl.dot(a_tile, w_tile, total, input_precision=PRECISION)
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts"])
 def _rows_kernel(
-    a_ptr, b_ptr, out_ptr, ends_ptr, width, depth, stride_expert, stride_depth, stride_column,
-    E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    a, w, out_ptr, ends_ptr, num_experts, depth, width,
+    LINEAR: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    GROUP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = a[row] @ b[expert of row]."""
+    """out[row] = a[row] @ w[expert of row]."""
     num_columns = tl.cdiv(width, COLUMNS)
-    ends, tile_ends, num_tiles = _plan_tiles(ends_ptr, num_columns, E, E_PAD, ROWS)
+    ends, tile_ends, num_tiles = _plan_tiles(ends_ptr, num_experts, num_columns, E_PAD, ROWS)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        expert, row, column, inside = _locate(tile, num_columns, ends, tile_ends, E, E_PAD, ROWS, COLUMNS)
+        expert, first, column, end = _locate(
+            tile, num_columns, ends, tile_ends, num_experts, E_PAD, ROWS, COLUMNS, GROUP
+        )
+        row = first + tl.arange(0, ROWS)
+        source = first if TMA else tl.minimum(row, end - 1)
         total = _product(
-            a_ptr, row, inside, b_ptr + expert.to(tl.int64) * stride_expert, column, width, depth, stride_depth,
-            stride_column, ROWS, COLUMNS, DEPTH, PRECISION,
-        )  # fmt: skip
-        mask = inside[:, None] & (column[None, :] < width)
-        out_ptrs = out_ptr + row.to(tl.int64)[:, None] * width + column[None, :]
+            a, source, w, expert, column, depth, width, LINEAR, ROWS, COLUMNS, DEPTH, EVEN, PRECISION, TMA, TMA
+        )
+        i = column + tl.arange(0, COLUMNS)
+        out_ptrs = (out_ptr + row.to(tl.int64) * width)[:, None] + i[None, :]
+        mask = (row < end)[:, None] & (i < width)[None, :]
         tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts"])
 def _up_kernel(
-    x_ptr, token_ptr, route_ptr, gates_ptr, w_ptr, h_ptr, a_ptr, ends_ptr, width, depth,
-    E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x_ptr, token_ptr, route_ptr, gates_ptr, w, h_ptr, a_ptr, ends_ptr, num_experts, depth, width,
+    E_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """h[row] = x[token] @ w[expert], both halves, and a[row] = gate * silu(h1) * h2."""
+    """h[row] = x[token] @ w[expert], both halves, and a[row] = gate * silu(h1) * h2.
+
+    ``w`` has two matrices [width, depth] for each expert.
+    """
     dtype = h_ptr.dtype.element_ty
     num_columns = tl.cdiv(width, COLUMNS)
-    ends, tile_ends, num_tiles = _plan_tiles(ends_ptr, num_columns, E, E_PAD, ROWS)
+    ends, tile_ends, num_tiles = _plan_tiles(ends_ptr, num_experts, num_columns, E_PAD, ROWS)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        expert, row, column, inside = _locate(tile, num_columns, ends, tile_ends, E, E_PAD, ROWS, COLUMNS)
+        expert, first, column, end = _locate(
+            tile, num_columns, ends, tile_ends, num_experts, E_PAD, ROWS, COLUMNS, GROUP
+        )
+        row = first + tl.arange(0, ROWS)
+        inside = row < end
         token = tl.load(token_ptr + row, mask=inside, other=0)
-        gate = tl.load(gates_ptr + tl.load(route_ptr + row, mask=inside, other=0), mask=inside, other=0.0)
         # One pass over x computes both halves.
         h1 = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         h2 = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        k = tl.arange(0, DEPTH)
-        x_ptrs = x_ptr + token.to(tl.int64)[:, None] * depth + k[None, :]
-        w_ptrs = w_ptr + (expert.to(tl.int64) * 2 * width + column[None, :]) * depth + k[:, None]
-        second = width.to(tl.int64) * depth
         for start in range(0, depth, DEPTH):
-            left = depth - start
-            x = tl.load(x_ptrs, mask=inside[:, None] & (k[None, :] < left), other=0.0)
-            present = (k[:, None] < left) & (column[None, :] < width)
-            h1 = tl.dot(x, tl.load(w_ptrs, mask=present, other=0.0), h1, input_precision=PRECISION)
-            h2 = tl.dot(x, tl.load(w_ptrs + second, mask=present, other=0.0), h2, input_precision=PRECISION)
-            x_ptrs += DEPTH
-            w_ptrs += DEPTH
-        mask = inside[:, None] & (column[None, :] < width)
-        h_ptrs = h_ptr + row.to(tl.int64)[:, None] * (2 * width) + column[None, :]
-        tl.store(h_ptrs, h1.to(dtype), mask=mask)
-        tl.store(h_ptrs + width, h2.to(dtype), mask=mask)
+            x = _rows_tile(x_ptr, token, start, depth, DEPTH, EVEN, False)
+            w1 = _weights_tile(w, 2 * expert, start, column, depth, width, True, COLUMNS, DEPTH, EVEN, TMA)
+            w2 = _weights_tile(w, 2 * expert + 1, start, column, depth, width, True, COLUMNS, DEPTH, EVEN, TMA)
+            h1 = tl.dot(x, w1, h1, input_precision=PRECISION)
+            h2 = tl.dot(x, w2, h2, input_precision=PRECISION)
+        gate = tl.load(gates_ptr + tl.load(route_ptr + row, mask=inside, other=0), mask=inside, other=0.0)
+        i = column + tl.arange(0, COLUMNS)
+        mask = inside[:, None] & (i < width)[None, :]
+        h_ptrs = (h_ptr + row.to(tl.int64) * (2 * width))[:, None] + i[None, :]
+        h1 = h1.to(dtype)
+        h2 = h2.to(dtype)
+        tl.store(h_ptrs, h1, mask=mask)
+        tl.store(h_ptrs + width, h2, mask=mask)
         # From the rounded values, which the backward pass will read.
-        h1 = h1.to(dtype).to(tl.float32)
-        h2 = h2.to(dtype).to(tl.float32)
-        a = gate[:, None] * h1 * tl.sigmoid(h1) * h2
-        tl.store(a_ptr + row.to(tl.int64)[:, None] * width + column[None, :], a.to(dtype), mask=mask)
+        h1 = h1.to(tl.float32)
+        a = gate[:, None] * h1 * tl.sigmoid(h1) * h2.to(tl.float32)
+        tl.store((a_ptr + row.to(tl.int64) * width)[:, None] + i[None, :], a.to(dtype), mask=mask)
 
 
 @triton.jit
+def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Left and right half of the columns."""
+    return x.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _activation_gradient_part(
+    grad, products, gate, first, end, first_column, h_ptr, a_ptr, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Stores the gradient of h and the activation for some columns; returns their part of the gate's gradient."""
+    dtype = h_ptr.dtype.element_ty
+    row = tl.arange(0, ROWS)
+    i = first_column + tl.arange(0, COLUMNS)
+    mask = (row < end - first)[:, None] & (i < width)[None, :]
+    h_ptrs = h_ptr + first.to(tl.int64) * (2 * width) + (row[:, None] * (2 * width) + i[None, :])
+    h1 = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
+    h2 = tl.load(h_ptrs + width, mask=mask, other=0.0).to(tl.float32)
+    grad = grad.to(tl.float32)
+    sigmoid = tl.sigmoid(h1)
+    silu = h1 * sigmoid
+    a = silu * h2
+    products += grad * a
+    grad *= gate[:, None]
+    tl.store(h_ptrs, (grad * h2 * (sigmoid + silu * (1.0 - sigmoid))).to(dtype), mask=mask)
+    tl.store(h_ptrs + width, (grad * silu).to(dtype), mask=mask)
+    a_ptrs = a_ptr + first.to(tl.int64) * width + (row[:, None] * width + i[None, :])
+    tl.store(a_ptrs, (gate[:, None] * a).to(dtype), mask=mask)
+    return products
+
+
+@triton.jit(do_not_specialize=["num_experts"])
 def _activation_gradient_kernel(
-    grad_ptr, token_ptr, route_ptr, gates_ptr, w_ptr, h_ptr, a_ptr, partial_ptr, ends_ptr, width, depth,
-    E: tl.constexpr, E_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    grad_ptr, token_ptr, route_ptr, gates_ptr, w, h_ptr, a_ptr, partial_ptr, ends_ptr, num_experts, depth, width,
+    E_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Computes the gradient of a[row] without storing it. Overwrites h with its gradient, recomputes the activation,
     and stores this tile's part of the gate's gradient."""
-    dtype = h_ptr.dtype.element_ty
     num_columns = tl.cdiv(width, COLUMNS)
-    ends, tile_ends, num_tiles = _plan_tiles(ends_ptr, num_columns, E, E_PAD, ROWS)
+    ends, tile_ends, num_tiles = _plan_tiles(ends_ptr, num_experts, num_columns, E_PAD, ROWS)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        expert, row, column, inside = _locate(tile, num_columns, ends, tile_ends, E, E_PAD, ROWS, COLUMNS)
+        expert, first, column, end = _locate(
+            tile, num_columns, ends, tile_ends, num_experts, E_PAD, ROWS, COLUMNS, GROUP
+        )
+        row = first + tl.arange(0, ROWS)
+        inside = row < end
         token = tl.load(token_ptr + row, mask=inside, other=0)
-        gate = tl.load(gates_ptr + tl.load(route_ptr + row, mask=inside, other=0), mask=inside, other=0.0)
-        expert_ptr = w_ptr + expert.to(tl.int64) * depth * width
         grad = _product(
-            grad_ptr, token, inside, expert_ptr, column, width, depth, width, 1, ROWS, COLUMNS, DEPTH, PRECISION
+            grad_ptr, token, w, expert, column, depth, width, False, ROWS, COLUMNS, DEPTH, EVEN, PRECISION, False, TMA
         )
-        mask = inside[:, None] & (column[None, :] < width)
-        h_ptrs = h_ptr + row.to(tl.int64)[:, None] * (2 * width) + column[None, :]
-        h1 = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
-        h2 = tl.load(h_ptrs + width, mask=mask, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(h1)
-        silu = h1 * sigmoid
-        a = silu * h2
-        tl.store(
-            partial_ptr + row.to(tl.int64) * num_columns + tile % num_columns, tl.sum(grad * a, axis=1), mask=inside
-        )
-        grad *= gate[:, None]
-        tl.store(h_ptrs, (grad * h2 * (sigmoid + silu * (1.0 - sigmoid))).to(dtype), mask=mask)
-        tl.store(h_ptrs + width, (grad * silu).to(dtype), mask=mask)
-        a_ptrs = a_ptr + row.to(tl.int64)[:, None] * width + column[None, :]
-        tl.store(a_ptrs, (gate[:, None] * a).to(dtype), mask=mask)
+        gate = tl.load(gates_ptr + tl.load(route_ptr + row, mask=inside, other=0), mask=inside, other=0.0)
+        # In parts: the activation and its derivatives of all columns do not fit into registers.
+        left, right = _halves(grad.to(h_ptr.dtype.element_ty), ROWS, COLUMNS)
+        l0, l1 = _halves(left, ROWS, COLUMNS // 2)
+        r0, r1 = _halves(right, ROWS, COLUMNS // 2)
+        Q: tl.constexpr = COLUMNS // 4
+        p = tl.zeros((ROWS, Q), dtype=tl.float32)
+        p = _activation_gradient_part(l0, p, gate, first, end, column, h_ptr, a_ptr, width, ROWS, Q)
+        p = _activation_gradient_part(l1, p, gate, first, end, column + Q, h_ptr, a_ptr, width, ROWS, Q)
+        p = _activation_gradient_part(r0, p, gate, first, end, column + 2 * Q, h_ptr, a_ptr, width, ROWS, Q)
+        p = _activation_gradient_part(r1, p, gate, first, end, column + 3 * Q, h_ptr, a_ptr, width, ROWS, Q)
+        of_gate = tl.sum(p, axis=1)
+        partial_ptrs = partial_ptr + row.to(tl.int64) * num_columns + column // COLUMNS
+        tl.store(partial_ptrs, of_gate, mask=inside)
 
 
 @triton.jit
+def _contraction_tile(
+    x, source, column, inside,
+    WIDTH: tl.constexpr, TRANSPOSE: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Columns ``column`` to ``column + COLUMNS`` of rows of x [., WIDTH], 0 outside unless WHOLE, arbitrary past the
+    width. ``source``: with a descriptor the first row, otherwise every row."""
+    if TMA:
+        tile = x.load([source, column])
+        tile = tile if WHOLE else tl.where(inside[:, None], tile, 0.0)
+        tile = tile.T if TRANSPOSE else tile
+    else:
+        column_ptrs = x + (column + tl.arange(0, COLUMNS)) % WIDTH
+        offset = source.to(tl.int64) * WIDTH
+        # Transposed in registers, it could not be copied ahead on cards whose products read registers.
+        if TRANSPOSE:
+            ptrs = column_ptrs[:, None] + offset[None, :]
+            mask = inside[None, :]
+        else:
+            ptrs = column_ptrs[None, :] + offset[:, None]
+            mask = inside[:, None]
+        tile = tl.load(ptrs) if WHOLE else tl.load(ptrs, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def _weights_step(
+    total, a, b, token, start, end, i, j,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GATHER_A: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Adds the product of DEPTH rows; WHOLE: all of them belong to the expert."""
+    row = start + tl.arange(0, DEPTH)
+    source = start if TMA else row
+    a_source = token if GATHER_A else source
+    b_source = source if GATHER_A else token
+    a_tile = _contraction_tile(a, a_source, i, row < end, HEIGHT, True, ROWS, WHOLE, TMA and not GATHER_A)
+    b_tile = _contraction_tile(b, b_source, j, row < end, WIDTH, False, COLUMNS, WHOLE, TMA and GATHER_A)
+    return tl.dot(a_tile, b_tile, total, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["num_experts"])
 def _weights_kernel(
-    a_ptr, b_ptr, token_ptr, out_ptr, ends_ptr, height, width,
-    GATHER_A: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    a, b, token_ptr, out_ptr, ends_ptr, num_experts,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GATHER_A: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """out[expert] = (rows of a)^T @ (rows of b) over the rows of the expert; 0 if it has none. One operand holds tokens
     instead of rows; its rows are gathered."""
-    num_rows = tl.cdiv(height, ROWS)
-    num_columns = tl.cdiv(width, COLUMNS)
-    for tile in range(tl.program_id(0), E * num_rows * num_columns, tl.num_programs(0)):
+    num_rows = tl.cdiv(HEIGHT, ROWS)
+    num_columns = tl.cdiv(WIDTH, COLUMNS)
+    lane = tl.arange(0, DEPTH)
+    for tile in range(tl.program_id(0), num_experts * num_rows * num_columns, tl.num_programs(0)):
         expert = tile // (num_rows * num_columns)
-        i = (tile // num_columns) % num_rows * ROWS + tl.arange(0, ROWS)
-        j = tile % num_columns * COLUMNS + tl.arange(0, COLUMNS)
+        i, j = _grouped(tile % (num_rows * num_columns), num_rows, num_columns, GROUP)
+        i *= ROWS
+        j *= COLUMNS
         first = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
         end = tl.load(ends_ptr + expert)
+        rest = end - (end - first) % DEPTH
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        for start in range(first, end, DEPTH):
-            row = start + tl.arange(0, DEPTH)
-            inside = row < end
-            token = tl.load(token_ptr + row, mask=inside, other=0)
-            source_a = (token if GATHER_A else row).to(tl.int64)
-            source_b = (row if GATHER_A else token).to(tl.int64)
-            a_ptrs = a_ptr + source_a[:, None] * height + i[None, :]
-            a = tl.load(a_ptrs, mask=inside[:, None] & (i[None, :] < height), other=0.0)
-            b_ptrs = b_ptr + source_b[:, None] * width + j[None, :]
-            b = tl.load(b_ptrs, mask=inside[:, None] & (j[None, :] < width), other=0.0)
-            total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
-        out_ptrs = out_ptr + (expert.to(tl.int64) * height + i[:, None]) * width + j[None, :]
-        mask = (i[:, None] < height) & (j[None, :] < width)
+        token = tl.load(token_ptr + first + lane, mask=first + lane < end, other=0)
+        for start in range(first, rest, DEPTH):
+            # The indices of the next rows: when their tokens are to be copied, they are here.
+            next_token = tl.load(token_ptr + tl.minimum(start + DEPTH, rest - DEPTH) + lane)
+            total = _weights_step(
+                total, a, b, token, start, end, i, j, HEIGHT, WIDTH, GATHER_A, ROWS, COLUMNS, DEPTH, PRECISION, TMA,
+                True,
+            )  # fmt: skip
+            token = next_token
+        if rest < end:
+            token = tl.load(token_ptr + rest + lane, mask=rest + lane < end, other=0)
+            total = _weights_step(
+                total, a, b, token, rest, end, i, j, HEIGHT, WIDTH, GATHER_A, ROWS, COLUMNS, DEPTH, PRECISION, TMA,
+                False,
+            )  # fmt: skip
+        i += tl.arange(0, ROWS)
+        j += tl.arange(0, COLUMNS)
+        out_ptrs = out_ptr + (expert.to(tl.int64) * HEIGHT + i[:, None]) * WIDTH + j[None, :]
+        mask = (i[:, None] < HEIGHT) & (j[None, :] < WIDTH)
         tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Entries of the map in one tile: enough to occupy a warp group, few enough to stay in registers.
-_TILE_ENTRIES = 4096
+_TILE_ENTRIES = 2048
 
 
 # Arguments that change every step. Specializing on divisibility by 16 would recompile kernels during training.
@@ -70,6 +70,15 @@ def build_routes(routing_map_TE: Tensor, num_rows: int) -> tuple[Tensor, Tensor,
     token_offsets = F.pad(routing_map_TE.sum(dim=1).cumsum(0), (1, 0)).to(torch.int32)
     if num_tiles:
         _fill_kernel[(num_tiles,)](
-            map_TE, start_BE, token_offsets, token_N, route_N, row_N, num_tokens, num_rows, **sizes
+            map_TE,
+            start_BE,
+            token_offsets,
+            token_N,
+            route_N,
+            row_N,
+            num_tokens,
+            num_rows,
+            **sizes,
+            num_warps=8,
         )
     return token_N, route_N, row_N, token_offsets, ends_E.to(torch.int32)
