@@ -1,7 +1,7 @@
 """Small pictures of coloured shapes with questions and answers, for vision_language.py.
 
 The test is compositional: some pairs of colour and shape occur in no training picture, and every test question is about
-a thing of such a pair.
+a thing of such a pair. Text without pictures may name every pair.
 """
 
 import random
@@ -15,6 +15,7 @@ from torch import Tensor
 COLOURS = {
     "red": (0.85, 0.15, 0.15), "green": (0.15, 0.7, 0.2), "blue": (0.2, 0.3, 0.9),
     "yellow": (0.9, 0.85, 0.2), "purple": (0.6, 0.2, 0.7), "white": (0.95, 0.95, 0.95),
+    "cyan": (0.2, 0.85, 0.9),
 }  # fmt: skip
 SHAPES = {
     "square": "###### ###### ###### ###### ###### ######",
@@ -22,6 +23,8 @@ SHAPES = {
     "triangle": "..##.. ..##.. .####. .####. ###### ######",
     "cross": "##..## ###### .####. .####. ###### ##..##",
     "ring": ".####. ##..## #....# #....# ##..## .####.",
+    "plus": "..##.. ..##.. ###### ###### ..##.. ..##..",
+    "corner": "##.... ##.... ##.... ##.... ###### ######",
 }
 PLACES = ("top-left", "top", "top-right", "left", "middle", "right", "bottom-left", "bottom", "bottom-right")
 NUMBERS = ("none", "one", "two", "three", "four", "five")
@@ -35,7 +38,7 @@ SHADES = 0.1
 
 Pair = tuple[str, str]
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-# One shape of each colour.
+# One shape of each colour, and one colour of each shape.
 HELD_OUT = {(colour, list(SHAPES)[number % len(SHAPES)]) for number, colour in enumerate(COLOURS)}
 
 
@@ -112,23 +115,27 @@ def choose(questions: Sequence[Question], number: int, drawn: random.Random) -> 
     return chosen
 
 
-def draw_scene(drawn: random.Random, test: bool, each: int) -> Scene:
-    """A random scene of the training or of the test split, with up to ``each`` questions of each kind."""
-    known = [pair for pair in PAIRS if test or pair not in HELD_OUT]
+def draw_scene(drawn: random.Random, split: str, each: int) -> Scene:
+    """A random scene of a split, with up to ``each`` questions of each kind.
+
+    ``training`` has known pairs only; ``test`` has every pair, with questions about unseen ones; ``text`` has every
+    pair, with any questions, and is not for painting.
+    """
+    known = [pair for pair in PAIRS if split != "training" or pair not in HELD_OUT]
     while True:
         cells = drawn.sample(range(GRID**2), drawn.choice(THINGS))
         things = tuple(Thing(*drawn.choice(known), cell) for cell in cells)
         found = ask(things)
-        if test:
+        if split == "test":
             found = [question for question in found if any(thing.pair in HELD_OUT for thing in question.about)]
         by_kind = [[question for question in found if question.kind == kind] for kind in KINDS]
         if all(by_kind):
             return Scene(things, tuple(own for questions in by_kind for own in choose(questions, each, drawn)))
 
 
-def draw_scenes(number: int, test: bool, each: int, seed: int) -> list[Scene]:
-    drawn = random.Random(f"{seed}/{test}")
-    return [draw_scene(drawn, test, each) for _ in range(number)]
+def draw_scenes(number: int, split: str, each: int, seed: int) -> list[Scene]:
+    drawn = random.Random(f"{seed}/{split}")
+    return [draw_scene(drawn, split, each) for _ in range(number)]
 
 
 def paint(scenes: Sequence[Scene], seed: int) -> Tensor:

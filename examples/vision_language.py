@@ -2,7 +2,8 @@
 
 The model answers questions about pictures of coloured shapes (scenes.py). The recipe starts from a pretrained vision
 encoder and a pretrained language model, so both are trained first: the encoder names what is in each cell, the language
-model reads descriptions of scenes. Then (1) only the projector is trained; (2) projector and language model, dense;
+model reads descriptions of scenes. Some pairs of colour and shape are held out from all training pictures, but not from
+this text; the test asks about them. Then (1) only the projector is trained; (2) projector and language model, dense;
 (3) experts start as copies of the feed-forward layers, and only the MoE layers are trained.
 
 python examples/vision_language.py, or torchrun --nproc-per-node 2 examples/vision_language.py for two ranks.
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 from scenes import Scene
 from torch import Tensor
-from vision_language_model import IDS, PATCHES, ROWS, Encoder, VisionLanguageModel, never_together
+from vision_language_model import IDS, TOKENS, Encoder, VisionLanguageModel, never_together
 from vision_language_training import EXPERTS, conversations, test, train, upcycle
 
 from dynmoe.config import Config, load_config
@@ -35,7 +36,7 @@ from dynmoe.routing import RoutingPlan
 EACH = 3  # training questions of each kind about a picture
 TEST = 500  # pictures
 SHOWN = 12  # pictures of the token view
-STEPS = (1000, 100, 40, 700, 120)
+STEPS = (1200, 700, 60, 1300, 120)
 DENSE = [
     "model.layers=4", "model.hidden=64", "model.heads=2", "model.kv_heads=2", "model.ffn_hidden=128",
     "model.qk_norm=head", "model.init_std=0.1", "model.moe.experts=0", "optimizer.lr=3e-3",
@@ -62,15 +63,15 @@ def decode(model: VisionLanguageModel, pictures: Tensor, tokens_BS: Tensor) -> l
 
 
 def print_experts(model: VisionLanguageModel, pictures: Tensor, drawn: Sequence[Scene]) -> None:
-    """Mean experts of patches and of words, by layer."""
+    """Mean experts of cells and of words, by layer."""
     tokens_BS, _ = conversations(drawn, seed=0, described=False)
     for layer, plan in zip(model.decoder.moe_layers, decode(model, pictures, tokens_BS), strict=True):
         counts_BS = plan.experts_per_token_T.view(len(drawn), -1).float()
-        patches = counts_BS[:, :PATCHES].mean().item()
-        words = counts_BS[:, PATCHES:].mean().item()
+        cells = counts_BS[:, :TOKENS].mean().item()
+        words = counts_BS[:, TOKENS:].mean().item()
         active = int(layer.router.active_E.sum())
         if dist.get_rank() == 0:
-            print(f"  layer {layer.layer}: {patches:.2f} experts per patch, {words:.2f} per word, {active} in use")
+            print(f"  layer {layer.layer}: {cells:.2f} experts per cell, {words:.2f} per word, {active} in use")
 
 
 def write_page(model: VisionLanguageModel, pictures: Tensor, drawn: Sequence[Scene], step: int, output: Path) -> None:
@@ -80,7 +81,7 @@ def write_page(model: VisionLanguageModel, pictures: Tensor, drawn: Sequence[Sce
         pieces = [f"{piece} " for own in scene.questions for piece in f"{own.text} {own.answer}.".split()]
         ids = [IDS[piece.rstrip(". ")] for piece in pieces]
         plans = decode(model, picture[None], torch.tensor([ids]))
-        image = Image((picture.permute(1, 2, 0) * 255).round().to(torch.uint8), ROWS, ROWS)
+        image = Image((picture.permute(1, 2, 0) * 255).round().to(torch.uint8), scenes.GRID, scenes.GRID)
         documents.append(Document("pictures of the test", ids, pieces, plans, image))
     layers = [layer.layer for layer in model.decoder.moe_layers]
     if dist.get_rank() == 0:
@@ -90,8 +91,9 @@ def write_page(model: VisionLanguageModel, pictures: Tensor, drawn: Sequence[Sce
 
 @dataclass(frozen=True)
 class Data:
-    """Scenes, and their pictures; those of ``known`` are new, but of pairs that training has."""
+    """Scenes, and their pictures; those of ``known`` are new, but of pairs that training has; ``text`` has none."""
 
+    text: list[Scene]
     training: list[Scene]
     known: list[Scene]
     test: list[Scene]
@@ -101,12 +103,13 @@ class Data:
 
 
 def draw(number: int) -> Data:
-    training = scenes.draw_scenes(number, test=False, each=EACH, seed=0)
-    known = scenes.draw_scenes(TEST, test=False, each=1, seed=1)
-    test = scenes.draw_scenes(TEST, test=True, each=1, seed=1)
+    text = scenes.draw_scenes(number, "text", each=EACH, seed=0)
+    training = scenes.draw_scenes(number, "training", each=EACH, seed=0)
+    known = scenes.draw_scenes(TEST, "training", each=1, seed=1)
+    test = scenes.draw_scenes(TEST, "test", each=1, seed=1)
     pictures = (scenes.paint(own, seed) for seed, own in enumerate((training, test, known), start=2))
     training_pictures, test_pictures, known_pictures = pictures
-    return Data(training, known, test, training_pictures, known_pictures, test_pictures)
+    return Data(text, training, known, test, training_pictures, known_pictures, test_pictures)
 
 
 class Clock:
@@ -158,7 +161,7 @@ def train_dense(data: Data, steps: Sequence[int]) -> VisionLanguageModel:
     decayed = load_config(None, [*DENSE, "optimizer.weight_decay=0.3"])  # for pairs that it has not seen
     train_encoder(decayed, model.encoder, data, steps[0])
     clock = Clock()
-    descriptions = (None, *conversations(data.training, seed=0, described=True))
+    descriptions = (None, *conversations(data.text, seed=0, described=True))
     train("language model", model, [model.decoder], config, descriptions, steps[1])
     clock.say("Language model: trained on descriptions")
     examples = (data.training_pictures, *conversations(data.training, seed=0, described=False))
@@ -218,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds of stage 3, from 0")
     parser.add_argument("--compare", action="store_true", help="stage 3 with top-2 too")
-    parser.add_argument("--scenes", type=int, default=6000, help="number of training pictures")
+    parser.add_argument("--scenes", type=int, default=8000, help="number of training pictures")
     parser.add_argument(
         "--steps", type=int, nargs=5, default=STEPS, metavar=("ENCODER", "LANGUAGE", "ONE", "TWO", "THREE"),
         help="training steps of the encoder, the language model, and stages 1, 2 and 3",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from scenes import Scene
 from torch import Tensor, nn
-from vision_language_model import IDS, IGNORED, PATCHES, WORDS, VisionLanguageModel, encode, pad
+from vision_language_model import IDS, IGNORED, TOKENS, WORDS, VisionLanguageModel, encode, pad
 
 from dynmoe.config import Config
 from dynmoe.engines.deepspeed import DeepSpeedMoELayer, make_context
@@ -71,7 +71,7 @@ def train(
     )  # fmt: skip
     device = next(model.parameters()).device
     runtime = MoERuntime(config, layers, context, OptimizerState(optimizer, adam), model.named_parameters(), device)
-    length = examples[-1].shape[1] + (0 if examples[0] is None else PATCHES)
+    length = examples[-1].shape[1] + (0 if examples[0] is None else TOKENS)
     size = ModelSize(config.model, len(WORDS), length)
     total = steps * size.static_flops(BATCH * length, EXPERTS)
     generator = torch.Generator().manual_seed(config.train.seed)  # the same on every rank

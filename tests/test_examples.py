@@ -252,7 +252,7 @@ def test_a_vision_language_model_answers_questions_in_three_stages(tmp_path):
     """Short settings: the encoder is trained in full, the language model far enough to see one kind of answer."""
     page = tmp_path / "view" / "tokens.html"
     said = run_example(
-        "examples/vision_language.py", "--compare", "--scenes", "3000", "--steps", "400", "40", "20", "250", "60",
+        "examples/vision_language.py", "--compare", "--scenes", "3000", "--steps", "400", "100", "20", "400", "60",
         "--output", str(page), timeout_s=1800,
     )  # fmt: skip
     assert float(re.search(r"known pairs, ([\d.]+) of unseen pairs", said)[1]) > 0.8

@@ -53,8 +53,8 @@ def test_above_is_in_a_higher_row(scenes):
 
 
 def test_no_pair_of_the_test_is_in_training(scenes):
-    training = scenes.draw_scenes(300, test=False, each=3, seed=0)
-    test = scenes.draw_scenes(100, test=True, each=1, seed=1)
+    training = scenes.draw_scenes(300, "training", each=3, seed=0)
+    test = scenes.draw_scenes(100, "test", each=1, seed=1)
     pairs = {thing.pair for scene in training for thing in scene.things}
     assert pairs == set(scenes.PAIRS) - scenes.HELD_OUT
     assert {colour for colour, _ in pairs} == set(scenes.COLOURS)
@@ -65,11 +65,17 @@ def test_no_pair_of_the_test_is_in_training(scenes):
             assert any(thing.pair in scenes.HELD_OUT for thing in question.about), question
     asked = {thing.pair for scene in test for own in scene.questions for thing in own.about}
     assert asked >= scenes.HELD_OUT
+    assert len(scenes.HELD_OUT) == len({shape for _, shape in scenes.HELD_OUT}) == len(scenes.COLOURS)
+
+
+def test_text_names_every_pair(scenes):
+    text = scenes.draw_scenes(300, "text", each=3, seed=0)
+    assert {thing.pair for scene in text for thing in scene.things} == set(scenes.PAIRS)
 
 
 def test_questions_of_a_scene_are_true_and_differ(scenes):
     words = set(scenes.vocabulary())
-    for scene in scenes.draw_scenes(50, test=False, each=3, seed=2):
+    for scene in scenes.draw_scenes(50, "training", each=3, seed=2):
         true = {question.text: question.answer for question in scenes.ask(scene.things)}
         texts = [question.text for question in scene.questions]
         assert len(set(texts)) == len(texts) <= 3 * len(scenes.KINDS)
@@ -79,7 +85,7 @@ def test_questions_of_a_scene_are_true_and_differ(scenes):
 
 
 def test_pictures_show_the_things_where_they_are(scenes):
-    drawn = scenes.draw_scenes(20, test=True, each=1, seed=3)
+    drawn = scenes.draw_scenes(20, "test", each=1, seed=3)
     pictures = scenes.paint(drawn, seed=4)
     names = scenes.names_of_cells(drawn)
     assert pictures.shape == (20, 3, scenes.SIDE, scenes.SIDE)
