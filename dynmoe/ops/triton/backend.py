@@ -88,8 +88,9 @@ class _Launch:
         return choose_tiles(kind, self.num_rows, self.num_experts, self.dtype, self.capability)
 
     def grid(self, most_tiles: int, tiles: Tiles) -> tuple[int]:
-        """One program for each place on the device: eight warps fill a multiprocessor with their registers."""
-        places = _multiprocessors(self.device) * (1 if tiles.warps == 8 else 2)
+        """One program for each place on the device: eight warps with a wide tile fill a multiprocessor."""
+        fills = tiles.warps == 8 and self.capability in _WIDE_TILES
+        places = _multiprocessors(self.device) * (1 if fills else 2)
         return (max(1, min(most_tiles, places)),)
 
     def row_grid(self, tiles: Tiles, width: int) -> tuple[int]:
