@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from bench import end_to_end
 from bench.__main__ import main
 from bench.cases import DTYPES, Method
 from bench.layer import check
+from bench.machine_code import Work, seconds_of, work_of
 from bench.timing import Passes, interleave, median_ratio, saved_bytes
+from harness.machine_code import CARDS, SHAPES, Compiled
 from harness.memory import peak_bytes
 from harness.plans import Shape, spread_plan
 from harness.processes import CPU
@@ -171,6 +174,47 @@ def test_the_page_has_measurements_and_targets(tmp_path, monkeypatch):
     assert "| experts |" in text
     assert "- fp32, E 16: share of the layer: 0.031, target at most 0.03: missed by 0.001" in text
     assert "Benchmark 1" not in text
+
+
+def test_a_page_keeps_what_no_benchmark_writes(tmp_path, monkeypatch):
+    (tmp_path / "router.json").write_text(
+        json.dumps({"machine": "a machine", "torch": "2.0", "rows": [{"dtype": "fp32", "experts": 16, "both": 0.02}]})
+    )
+    page = tmp_path / "performance.md"
+    page.write_text(
+        "# Performance\n\nOld.\n\n## Benchmark 9: an older title.\n\nOld rows.\n\n"
+        "## Benchmark 15: by hand.\n\nServed.\n\n### A part of it\n\nMore.\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["bench", "all", "--only", "--page", str(page), "--figures", str(tmp_path)])
+    main()
+    text = page.read_text()
+    assert "Old" not in text
+    assert text.index("## Benchmark 9: the router") < text.index("## Benchmark 15: by hand.\n\nServed.\n\n### A part")
+    assert text.endswith("More.\n")
+    main()
+    assert page.read_text() == text
+
+
+def test_a_roofline_adds_what_nothing_overlaps():
+    """A product that the matrix units bound, and one that waits for the memory when it stores."""
+    card = replace(CARDS[90], tflops=100.0, terabytes_per_second=1.0)
+    tiles = {"ROWS": 128, "COLUMNS": 256, "DEPTH": 64}
+    compiled = Compiled("rows", 90, "bf16", ("fine",), tiles, 8, 128, 0, 0, 1, {"HGMMA.64x256x16.F32.BF16": 4})
+    work = Work(rows=1000, columns=1000, depth=50_000, read=10, moved=500_000)
+    assert seconds_of(compiled, work, card) == pytest.approx(1e-3 + 1e-6)
+    assert seconds_of(replace(compiled, blocks=2), work, card) == pytest.approx(1e-3)
+    slow = replace(compiled, loop={"HGMMA.64x256x16.F32.BF16": 4, "IADD3": 100_000})
+    iterations = 1000 * 1000 * 50_000 / (128 * 256 * 64)
+    issued = iterations * 100_004 * 2 / (132 * card.clock_ghz * 1e9)
+    assert seconds_of(slow, work, card) == pytest.approx(issued + 1e-6)
+
+
+@pytest.mark.parametrize("layer", ["fine", "wide", "many"])
+def test_products_of_the_roofline_are_all_of_the_layer(layer):
+    shape, k = SHAPES[layer]
+    names = ("up", "rows down", "activation gradient", "rows input gradient", "weights down", "weights up")
+    flops = sum(work_of(name, layer).flops for name in names)
+    assert flops == 18 * shape.tokens * k * shape.hidden * shape.width
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Shape letters besides those of ``dynmoe.routing``: I, J columns of an operand, P
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -26,6 +27,8 @@ _ROW_TILES = ((96, 128), (48, 64), (24, 32), (0, 16))
 _WIDE_TILES = (90, 100, 103)
 # Cards from Hopper on copy whole tiles (TMA), which a descriptor of the tensor tells them.
 _DESCRIPTORS_SINCE = 90
+# Columns of the activation's gradient at a time.
+_PART = 16
 # One compiled kernel for all numbers of experts up to this one.
 _FEW_EXPERTS = 128
 
@@ -54,14 +57,16 @@ def choose_tiles(kind: str, num_rows: int, num_experts: int, dtype: torch.dtype,
     rows = next(size for at_least, size in _ROW_TILES if num_rows // max(num_experts, 1) >= at_least)
     fused = kind in ("up", "gradient")
     if dtype == torch.float32:  # no tensor cores at full precision: small tiles save registers
-        return Tiles(64 if kind == "weights" else min(rows, 64), 32 if fused else 64, 32, 4, 2)
+        return Tiles(64 if kind == "weights" else min(rows, 64), 32 if fused else 64, 16, 4, 2)
     wide = capability in _WIDE_TILES
     if kind == "weights":
         return Tiles(128, 256 if wide else 128, 64, 8, 3)
     if rows < 128:
         return Tiles(rows, 64 if fused else 128, 64, 4, 3)
-    # Two products at a time for the up projection; room in registers for the epilogue of the gradient.
-    columns = {"up": 128, "gradient": 128, "rows": 256} if wide else {"up": 64, "gradient": 64, "rows": 128}
+    if kind == "gradient":  # two programs on a multiprocessor
+        return Tiles(rows, 128 if wide else 64, 64, 8, 3, registers=128)
+    # The up projection multiplies two tiles of columns at a time.
+    columns = {"up": 128, "rows": 256} if wide else {"up": 64, "rows": 128}
     return Tiles(rows, columns[kind], 64, 8, 4 if wide else 3)
 
 
@@ -83,13 +88,16 @@ class _Launch:
         return choose_tiles(kind, self.num_rows, self.num_experts, self.dtype, self.capability)
 
     def grid(self, most_tiles: int, tiles: Tiles) -> tuple[int]:
-        """One program for each place on the device: eight warps fill a multiprocessor with their registers."""
-        places = _multiprocessors(self.device) * (1 if tiles.warps == 8 else 2)
+        """One program for each place on the device: eight warps with a wide tile fill a multiprocessor."""
+        fills = tiles.warps == 8 and self.capability in _WIDE_TILES
+        places = _multiprocessors(self.device) * (1 if fills else 2)
         return (max(1, min(most_tiles, places)),)
 
     def row_grid(self, tiles: Tiles, width: int) -> tuple[int]:
-        most = triton.cdiv(self.num_rows, tiles.rows) + self.num_experts
-        return self.grid(most * triton.cdiv(width, tiles.columns), tiles)
+        return self.grid(self.most_tiles(tiles, width), tiles)
+
+    def most_tiles(self, tiles: Tiles, width: int) -> int:
+        return (triton.cdiv(self.num_rows, tiles.rows) + self.num_experts) * triton.cdiv(width, tiles.columns)
 
     def uses_descriptors(self, *operands: Tensor) -> bool:
         """Whether a kernel reads these operands by descriptors: the card has them, and rows begin at 16 bytes.
@@ -101,13 +109,14 @@ class _Launch:
         )
         return self.capability >= _DESCRIPTORS_SINCE and self.dtype != torch.float32 and aligned
 
-    def meta(self, tiles: Tiles) -> dict[str, int | str]:
+    def meta(self, tiles: Tiles) -> dict[str, Any]:
         return {
             "ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "GROUP": tiles.group,
             "PRECISION": self.precision, "num_warps": tiles.warps, "num_stages": tiles.stages,
+            "maxnreg": tiles.registers,
         }  # fmt: skip
 
-    def row_meta(self, tiles: Tiles, depth: int) -> dict[str, int | str]:
+    def row_meta(self, tiles: Tiles, depth: int) -> dict[str, Any]:
         padded = max(_FEW_EXPERTS, triton.next_power_of_2(self.num_experts))
         return {**self.meta(tiles), "E_PAD": padded, "EVEN": depth % tiles.depth == 0}
 
@@ -167,10 +176,10 @@ class TritonBackend:
         partial_NP = gates_TE.new_empty(launch.num_rows, triton.cdiv(width, tiles.columns))
         w_down_EDF = w_down_EDF.contiguous()
         tma = launch.uses_descriptors(w_down_EDF)
-        _activation_gradient_kernel[launch.row_grid(tiles, width)](
+        _activation_gradient_kernel[(launch.most_tiles(tiles, width),)](
             grad_TD, permutation.token_N, permutation.route_N, gates_TE.contiguous(),
             _described(w_down_EDF, tma, 1, tiles.depth, tiles.columns), h_NH, a_NF, partial_NP, launch.ends_E,
-            launch.num_experts, hidden, width, TMA=tma, **launch.row_meta(tiles, hidden),
+            launch.num_experts, hidden, width, PART=_PART, TMA=tma, **launch.row_meta(tiles, hidden),
         )  # fmt: skip
         grad_gates_TE = gate_gradient(partial_NP, permutation.route_N, launch.ends_E, gates_TE)
         token_N = permutation.token_N

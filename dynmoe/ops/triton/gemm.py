@@ -1,7 +1,7 @@
 """Grouped matrix products over rows sorted by expert, with fused gather and activation.
 
-All kernels are persistent: a fixed number of programs processes the tiles of all experts. The number of tiles is
-derived on the device from the ends of the experts' rows, so no launch synchronizes with the device.
+All kernels but one are persistent: a fixed number of programs processes the tiles of all experts. The number of tiles
+is derived on the device from the ends of the experts' rows, so no launch synchronizes with the device.
 
 An operand is either a tensor or, on cards that copy whole tiles (TMA), a descriptor of one. Loops need no masks where
 tiles divide the contraction (EVEN): products of what lies outside a matrix are not stored.
@@ -17,13 +17,15 @@ import triton.language as tl
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes (rows, columns, contraction), launch options, and tiles of rows that are processed together."""
+    """Tile sizes (rows, columns, contraction), launch options (``registers``: most of a thread), and tiles of rows that
+    are processed together."""
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    registers: int | None = None
     group: int = 16
 
 
@@ -189,47 +191,58 @@ def _up_kernel(
 
 
 @triton.jit
-def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Left and right half of the columns."""
-    return x.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+def _activation_gradient(
+    grad, of_gate, gate, first, end, column, h_ptr, a_ptr, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradient of h and the activation, and adds to the gate's gradient [ROWS].
 
-
-@triton.jit
-def _activation_gradient_part(
-    grad, products, gate, first, end, first_column, h_ptr, a_ptr, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Stores the gradient of h and the activation for some columns; returns their part of the gate's gradient."""
-    dtype = h_ptr.dtype.element_ty
-    row = tl.arange(0, ROWS)
-    i = first_column + tl.arange(0, COLUMNS)
-    mask = (row < end - first)[:, None] & (i < width)[None, :]
-    h_ptrs = h_ptr + first.to(tl.int64) * (2 * width) + (row[:, None] * (2 * width) + i[None, :])
-    h1 = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
-    h2 = tl.load(h_ptrs + width, mask=mask, other=0.0).to(tl.float32)
-    grad = grad.to(tl.float32)
-    sigmoid = tl.sigmoid(h1)
-    silu = h1 * sigmoid
-    a = silu * h2
-    products += grad * a
-    grad *= gate[:, None]
-    tl.store(h_ptrs, (grad * h2 * (sigmoid + silu * (1.0 - sigmoid))).to(dtype), mask=mask)
-    tl.store(h_ptrs + width, (grad * silu).to(dtype), mask=mask)
-    a_ptrs = a_ptr + first.to(tl.int64) * width + (row[:, None] * width + i[None, :])
-    tl.store(a_ptrs, (gate[:, None] * a).to(dtype), mask=mask)
-    return products
+    PART columns after one another: h, the activation and their gradients for all columns do not fit into registers.
+    """
+    if COLUMNS > PART:
+        HALF: tl.constexpr = COLUMNS // 2
+        left, right = grad.reshape(ROWS, 2, HALF).permute(0, 2, 1).split()
+        of_gate = _activation_gradient(left, of_gate, gate, first, end, column, h_ptr, a_ptr, width, ROWS, HALF, PART)
+        of_gate = _activation_gradient(
+            right, of_gate, gate, first, end, column + HALF, h_ptr, a_ptr, width, ROWS, HALF, PART
+        )
+    else:
+        row = tl.arange(0, ROWS)
+        i = column + tl.arange(0, COLUMNS)
+        mask = (row < end - first)[:, None] & (i < width)[None, :]
+        h_ptrs = h_ptr + first.to(tl.int64) * (2 * width) + (row[:, None] * (2 * width) + i[None, :])
+        a_ptrs = a_ptr + first.to(tl.int64) * width + (row[:, None] * width + i[None, :])
+        h1 = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
+        h2 = tl.load(h_ptrs + width, mask=mask, other=0.0).to(tl.float32)
+        grad = grad.to(tl.float32)
+        sigmoid = tl.sigmoid(h1)
+        silu = h1 * sigmoid
+        a = silu * h2
+        of_gate += tl.sum(grad * a, axis=1)
+        grad *= gate[:, None]
+        dtype = h_ptr.dtype.element_ty
+        tl.store(h_ptrs, (grad * h2 * (sigmoid + silu * (1.0 - sigmoid))).to(dtype), mask=mask)
+        tl.store(h_ptrs + width, (grad * silu).to(dtype), mask=mask)
+        tl.store(a_ptrs, (gate[:, None] * a).to(dtype), mask=mask)
+    return of_gate
 
 
 @triton.jit(do_not_specialize=["num_experts"])
 def _activation_gradient_kernel(
     grad_ptr, token_ptr, route_ptr, gates_ptr, w, h_ptr, a_ptr, partial_ptr, ends_ptr, num_experts, depth, width,
     E_PAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Computes the gradient of a[row] without storing it. Overwrites h with its gradient, recomputes the activation,
-    and stores this tile's part of the gate's gradient."""
+    and stores this tile's part of the gate's gradient.
+
+    Not persistent: it moves more numbers than any other, so two programs share a multiprocessor, and one multiplies
+    while the other moves. That takes all registers, and there are none for what a loop over tiles keeps.
+    """
     num_columns = tl.cdiv(width, COLUMNS)
     ends, tile_ends, num_tiles = _plan_tiles(ends_ptr, num_experts, num_columns, E_PAD, ROWS)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    tile = tl.program_id(0)
+    if tile < num_tiles:
         expert, first, column, end = _locate(
             tile, num_columns, ends, tile_ends, num_experts, E_PAD, ROWS, COLUMNS, GROUP
         )
@@ -240,17 +253,10 @@ def _activation_gradient_kernel(
             grad_ptr, token, w, expert, column, depth, width, False, ROWS, COLUMNS, DEPTH, EVEN, PRECISION, False, TMA
         )
         gate = tl.load(gates_ptr + tl.load(route_ptr + row, mask=inside, other=0), mask=inside, other=0.0)
-        # In parts: the activation and its derivatives of all columns do not fit into registers.
-        left, right = _halves(grad.to(h_ptr.dtype.element_ty), ROWS, COLUMNS)
-        l0, l1 = _halves(left, ROWS, COLUMNS // 2)
-        r0, r1 = _halves(right, ROWS, COLUMNS // 2)
-        Q: tl.constexpr = COLUMNS // 4
-        p = tl.zeros((ROWS, Q), dtype=tl.float32)
-        p = _activation_gradient_part(l0, p, gate, first, end, column, h_ptr, a_ptr, width, ROWS, Q)
-        p = _activation_gradient_part(l1, p, gate, first, end, column + Q, h_ptr, a_ptr, width, ROWS, Q)
-        p = _activation_gradient_part(r0, p, gate, first, end, column + 2 * Q, h_ptr, a_ptr, width, ROWS, Q)
-        p = _activation_gradient_part(r1, p, gate, first, end, column + 3 * Q, h_ptr, a_ptr, width, ROWS, Q)
-        of_gate = tl.sum(p, axis=1)
+        of_gate = tl.zeros((ROWS,), dtype=tl.float32)
+        of_gate = _activation_gradient(
+            grad, of_gate, gate, first, end, column, h_ptr, a_ptr, width, ROWS, COLUMNS, PART
+        )
         partial_ptrs = partial_ptr + row.to(tl.int64) * num_columns + column // COLUMNS
         tl.store(partial_ptrs, of_gate, mask=inside)
 
