@@ -249,18 +249,18 @@ def test_a_vision_model_reads_digits_of_an_unseen_domain_at_equal_cost():
 
 @pytest.mark.slow
 def test_a_vision_language_model_answers_questions_in_three_stages(tmp_path):
-    """Short settings: the encoder is trained in full, the language model far enough to see one kind of answer."""
+    """Short settings, about unseen pairs: in stage 2, all kinds of questions but relations are learned."""
     page = tmp_path / "view" / "tokens.html"
     said = run_example(
         "examples/vision_language.py", "--compare", "--scenes", "3000", "--steps", "400", "100", "20", "400", "60",
         "--output", str(page), timeout_s=1800,
     )  # fmt: skip
-    assert float(re.search(r"known pairs, ([\d.]+) of unseen pairs", said)[1]) > 0.8
-    stages = dict(re.findall(r"(Stage \d, [^:]+): .*\(colour ([\d.]+),", said))
+    assert float(re.search(r"known pairs, ([\d.]+) of unseen pairs", said)[1]) > 0.95
+    stages = dict(re.findall(r"(Stage \d, [^:]+): ([\d.]+) of the answers right", said))
     assert list(stages) == ["Stage 1, the projector", "Stage 2, dense", "Stage 3, top-any", "Stage 3, top-2"]
     assert float(stages["Stage 1, the projector"]) < 0.5
-    assert float(stages["Stage 2, dense"]) > 0.5
-    assert float(stages["Stage 3, top-any"]) > 0.6
+    assert float(stages["Stage 2, dense"]) > 0.7
+    assert float(stages["Stage 3, top-any"]) > 0.75
     ratio = float(re.search(r"^\| 0 \|.*\| ([\d.]+) \|$", said, re.MULTILINE)[1])
     assert ratio == pytest.approx(1.0, abs=0.01)
     view = json.loads(page.with_suffix(".json").read_text())
