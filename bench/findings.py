@@ -11,39 +11,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy import stats
 
 from bench.report import replace_block, shown
 from bench.routing.intervals import Interval, interval_of
 from bench.routing.methods import METHODS
+from bench.token_statistics import associations, by_bins, read_tokens
+from bench.trainings import problem_in, start
 from dynmoe.data.batches import PretrainingData
 from dynmoe.data.corpus import Corpus
 from dynmoe.errors import UserError
-from dynmoe.moe.layer import capture_plans
-from dynmoe.trained import TrainedModel, open_trained
+from dynmoe.trained import open_trained
 
-_CONFIG = Path("configs/quickstart.yaml")
 _METHOD = "top-p 0.4, paper"
 _PARTS = 40
-_BINS = 10
-# Means of token ids that occur less often in the text read are too noisy to take them off.
-_FEW = 10
 
 # Statistic, what it is, and on which side of 0 the paper's finding lies.
 STATISTICS: dict[str, tuple[str, int]] = {
@@ -111,33 +102,27 @@ def _train(given: argparse.Namespace, seed: int, end: float) -> None:
         return
     name = _file(given, seed).stem
     overrides = [
-        f"run.dir={given.runs}", f"run.name={name}", f"data.dirs=[{given.corpus}]", f"model.layers={given.layers}",
-        "train.global_batch=8", f"train.steps={given.steps}", f"train.seed={seed}",
-        f"optimizer.lr={given.learning_rate:g}", *METHODS[_METHOD], "parallel.expert=1", "logging.interval=1",
-        "logging.wandb=disabled", "logging.histograms_every=0", "eval.interval=0", "eval.sample_tokens=0",
-        "checkpoint.interval=200",
+        f"model.layers={given.layers}", "train.global_batch=8", f"train.steps={given.steps}", f"train.seed={seed}",
+        f"optimizer.lr={given.learning_rate:g}", *METHODS[_METHOD], "checkpoint.interval=200",
     ]  # fmt: skip
     given.runs.mkdir(parents=True, exist_ok=True)
+    run = given.runs / name
     log = given.runs / f"{name}.log"
     with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "train.py", str(_CONFIG), *overrides],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        process = start(run, given.corpus, overrides, output)
         try:
             process.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)  # writes a checkpoint
             process.wait()
-    outcome = given.runs / name / "outcome.json"
+    outcome = run / "outcome.json"
     status = json.loads(outcome.read_text())["status"] if outcome.exists() else "failed"
     if status == "finished":
-        read = read_run(given.runs / name, Corpus.open(given.corpus), given.sequences)
+        read = read_run(run, Corpus.open(given.corpus), given.sequences)
         given.evidence.mkdir(parents=True, exist_ok=True)
         _file(given, seed).write_text(json.dumps(read, indent=1) + "\n")
     elif time.monotonic() < end:
-        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"seed {seed}: {last.removeprefix('error: ')} (see {log})")
+        raise UserError(f"seed {seed}: {problem_in(log.read_text())} (see {log})")
     print(f"seed {seed}: {status}", flush=True)
 
 
@@ -170,78 +155,6 @@ def _parts(rows: Sequence[Any], number: int) -> list[Sequence[Any]]:
 
 def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
     return round(statistics.mean(row[name] for row in rows), 4)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Tokens of validation text in evaluation mode.
-
-    Attributes:
-        ids_N: token ids.
-        position_N: position in the sequence.
-        experts_N: experts, mean over MoE layers.
-        next_loss_N: loss of the next token, which the model predicts with these experts, in nats.
-        own_loss_N: loss of the token itself; nan for the first of a sequence.
-    """
-
-    ids_N: NDArray[np.int64]
-    position_N: NDArray[np.int64]
-    experts_N: NDArray[np.float64]
-    next_loss_N: NDArray[np.float64]
-    own_loss_N: NDArray[np.float64]
-
-
-@torch.no_grad()
-def read_tokens(model: TrainedModel, data: PretrainingData, sequences: int) -> Tokens:
-    """Runs the model over the first ``sequences`` validation sequences, or all if fewer."""
-    sequences = min(sequences, data.validation_samples)
-    rows = model.config.train.micro_batch
-    found: list[tuple[torch.Tensor, ...]] = []
-    for first in range(0, sequences, rows):
-        batch = data.validation_batch(range(first, min(first + rows, sequences))).to(model.device)
-        with capture_plans(model.decoder.moe_layers) as plans:
-            logits_BSV = model.decoder(batch.tokens_BS)
-        loss_BS = F.cross_entropy(logits_BSV.transpose(1, 2).float(), batch.labels_BS, reduction="none")
-        own_BS = F.pad(loss_BS[:, :-1], (1, 0), value=float("nan"))
-        experts_BS = torch.stack([plan.experts_per_token_T for plan in plans]).double().mean(dim=0).view_as(loss_BS)
-        position_BS = torch.arange(loss_BS.shape[1], device=model.device).expand_as(loss_BS)
-        found.append((batch.tokens_BS, position_BS, experts_BS, loss_BS.double(), own_BS.double()))
-    return Tokens(*(torch.cat(parts).flatten().cpu().numpy() for parts in zip(*found, strict=True)))
-
-
-def associations(tokens: Tokens, rarity_N: NDArray[np.int64]) -> dict[str, float]:
-    """The statistics of STATISTICS that concern tokens."""
-    known = ~np.isnan(tokens.own_loss_N)
-    _, id_N, count_I = np.unique(tokens.ids_N, return_inverse=True, return_counts=True)
-    often = count_I[id_N] >= _FEW
-    rest_N, share = _without_means(tokens.experts_N[often], id_N[often])
-    loss_rest_N, _ = _without_means(tokens.next_loss_N[often], id_N[often])
-    return {
-        "loss": _rank(tokens.experts_N, tokens.next_loss_N),
-        "surprise": _rank(tokens.experts_N[known], tokens.own_loss_N[known]),
-        "rarity": _rank(tokens.experts_N, rarity_N),
-        "position": _rank(tokens.experts_N, tokens.position_N),
-        "loss_within_token": _rank(rest_N, loss_rest_N),
-        "share_of_token": round(share, 4),
-    }
-
-
-def _rank(first_N: NDArray[Any], second_N: NDArray[Any]) -> float:
-    """Spearman's rank correlation."""
-    return round(float(stats.spearmanr(first_N, second_N).statistic), 4)
-
-
-def _without_means(values_N: NDArray[np.float64], id_N: NDArray[np.int64]) -> tuple[NDArray[np.float64], float]:
-    """The values less the mean of their id, and the share of the variance that the means explain."""
-    mean_I = np.bincount(id_N, values_N) / np.maximum(np.bincount(id_N), 1)
-    rest_N = values_N - mean_I[id_N]
-    return rest_N, float(1 - rest_N.var() / values_N.var())
-
-
-def by_bins(experts_N: NDArray[np.float64], values_N: NDArray[Any]) -> list[float]:
-    """Mean experts of ten equal parts of the tokens, by ascending value (ties in the order of the text)."""
-    ordered_N = experts_N[np.argsort(values_N, kind="stable")]
-    return [round(float(part_N.mean()), 4) for part_N in np.array_split(ordered_N, _BINS)]
 
 
 def rows_of(seeds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from harness.sass import groups, matrix_opcodes
 _LAYERS = ("fine", "wide", "many")
 # Bytes that a multiprocessor reads from the L2 cache in a cycle.
 _L2_BYTES = 5120 / 108
-# Forward and backward pass of the layer, and what the issue asks of it on an H100.
+# Share of the peak that both passes of the layer are to reach on an H100.
 _WANTED = {"fine": 0.50, "wide": 0.60}
 
 

@@ -19,7 +19,7 @@ _FLOAT = ("FADD", "FMUL", "FFMA", "FMNMX", "FSEL", "FSETP", "FSET", "FFMA2", "F2
 # Shared memory, registers of other lanes, and what waits for either.
 _SHARED = ("LDS", "LDSM", "STS", "STSM", "SHFL", "LDTM", "STTM", "REDUX")
 _WAITS = (
-    "BAR", "DEPBAR", "LDGDEPBAR", "LDTM", "SYNCS", "WARPGROUP", "WARPSYNC", "FENCE", "MEMBAR", "UTCBAR", "ARRIVES",
+    "BAR", "DEPBAR", "LDGDEPBAR", "SYNCS", "WARPGROUP", "WARPSYNC", "FENCE", "MEMBAR", "UTCBAR", "ARRIVES",
     "NANOSLEEP", "NOP", "CCTL", "ERRBAR", "UTMACCTL", "UTMACMDFLUSH", "ELECT",
 )  # fmt: skip
 _BRANCHES = ("BRA", "BRX", "BSSY", "BSYNC", "EXIT", "CALL", "RET", "BREAK", "YIELD", "BRXU")

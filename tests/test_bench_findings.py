@@ -14,8 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.findings import STATISTICS, Tokens, associations, by_bins, read_tokens, rows_of, table, verdict_of
+from bench.findings import STATISTICS, rows_of, table, verdict_of
 from bench.routing.intervals import Interval
+from bench.token_statistics import Tokens, associations, by_bins, read_tokens
 from dynmoe.data.batches import PretrainingData
 from dynmoe.data.corpus import Corpus
 from dynmoe.trained import open_trained

@@ -72,7 +72,7 @@ def example() -> Iterator[Callable[[str], ModuleType]]:
 
 
 @pytest.fixture
-def one_rank() -> Iterator[None]:
+def own_group() -> Iterator[None]:
     """A process group of this process alone, unless an earlier test left one."""
     if dist.is_initialized():
         assert dist.get_world_size() == 1
@@ -219,7 +219,7 @@ def test_routers_start_from_the_same_weights_outside_the_experts(example):
     assert all(torch.equal(models[0][name], models[1][name]) for name in shared)
 
 
-def test_flops_are_those_that_torch_counts(example, one_rank):
+def test_flops_are_those_that_torch_counts(example, own_group):
     vision = example("vision_domains")
     training = vision_training(vision, "top-2")
     with FlopCounterMode(display=False) as counter:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import shutil
 import statistics
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,13 +16,13 @@ from typing import Any
 import torch
 
 from bench.routing.methods import METHODS
+from bench.trainings import problem_in, start
 from dynmoe.data.corpus import MANIFEST
 from dynmoe.errors import UserError
 
-_CONFIG = Path("configs/quickstart.yaml")
 _POINTS = 24
 _EXPERTS = "experts_per_token_mean"
-# The first steps of a run, and its last quarter, after which the number of experts has settled.
+# After three quarters of a run the number of experts has settled.
 _SETTLED_SHARE = 0.75
 
 
@@ -128,20 +126,11 @@ class Evidence:
         """
         corpus = self._corpora[unit.cell.corpus]
         run = self._scratch / f"{unit.path.parent}_{unit.path.stem}"
-        command = [
-            sys.executable, "train.py", str(_CONFIG), *unit.overrides, f"run.dir={run.parent}", f"run.name={run.name}",
-            f"data.dirs=[{corpus}]", "parallel.expert=1", "logging.interval=1", "logging.wandb=disabled",
-            "logging.histograms_every=0", "eval.interval=0", "eval.domains=true", "eval.sample_tokens=0",
-            "checkpoint.interval=0",
-        ]  # fmt: skip
-        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        done = subprocess.run(
-            command, env=alone | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            check=False,
-        )  # fmt: skip
-        if done.returncode:
-            last = (done.stdout.strip().splitlines() or ["no output"])[-1]
-            raise UserError(f"{unit.path}: {last.removeprefix('error: ')}")
+        overrides = [*unit.overrides, "eval.domains=true", "checkpoint.interval=0"]
+        process = start(run, corpus, overrides, subprocess.PIPE)
+        output, _ = process.communicate()
+        if process.returncode:
+            raise UserError(f"{unit.path}: {problem_in(output)}")
         self._keep(unit, run, _fingerprint(corpus))
         shutil.rmtree(run)
 

@@ -13,9 +13,9 @@ _LARGEST = 2**31 - 1
 
 def keep_freed_memory() -> None:
     """Lets this process reuse the pages of freed CPU tensors instead of returning them to the system.
+
     By default glibc maps every large block anew and unmaps it when freed, so every activation of every step causes page
     faults: these took a sixth of an MoE layer's time. Other C libraries keep their settings.
-    page faults: a sixth of an MoE layer's time was measured. Other C libraries are left as they are.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -16,8 +16,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dynmoe.ops.backends import Gradients
 from dynmoe.ops.permute import Permutation
 from dynmoe.ops.triton.combine import gate_gradient, sum_rows
-from dynmoe.ops.triton.gemm import Tiles, _activation_gradient_kernel, _rows_kernel, _up_kernel, _weights_kernel
+from dynmoe.ops.triton.gemm import Tiles, _activation_gradient_kernel, _rows_kernel, _up_kernel
 from dynmoe.ops.triton.routes import build_routes
+from dynmoe.ops.triton.weight_gradients import _weights_kernel
 
 # (at least this many rows expected per expert, rows of a tile): mostly empty tiles waste work. Estimated from registers
 # and shared memory of an H100, not yet measured on one; ``python -m bench gpu_layer --tune`` does.
