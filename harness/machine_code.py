@@ -123,7 +123,7 @@ def pretended_card(capability: int) -> Iterator[list[tuple[str, Any, dict[str, A
 
 
 def launch_layer(shape: Shape, experts_per_token: int, dtype: torch.dtype) -> None:
-    """Forward and backward pass of the routed experts on meta tensors."""
+    """Forward and backward pass of the routed experts on meta tensors, and a backward pass that adds to fp32 sums."""
     from dynmoe.ops.triton.backend import TritonBackend
 
     backend = TritonBackend()
@@ -135,7 +135,9 @@ def launch_layer(shape: Shape, experts_per_token: int, dtype: torch.dtype) -> No
         routing_map_TE = torch.empty(shape.tokens, shape.experts, dtype=torch.bool)
         permutation = backend.permutation(routing_map_TE, shape.tokens * experts_per_token)
         _, h_NH = backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
-        backend.backward(grad_TD, h_NH, x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
+        sums = torch.empty_like(w_up_EHD, dtype=torch.float32), torch.empty_like(w_down_EDF, dtype=torch.float32)
+        for given in ((None, None), sums):
+            backend.backward(grad_TD, h_NH, x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation, sums=given)
 
 
 def compile_layers(capability: int, dtype: str = "bf16", shapes: tuple[str, ...] = tuple(SHAPES)) -> list[Compiled]:

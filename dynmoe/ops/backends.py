@@ -1,8 +1,9 @@
 """Backends that compute routed SwiGLU experts: each has the same ``forward`` and ``backward``, without autograd.
 
 ``forward`` returns the output and the up projection h, the only activation that ``backward`` needs besides its inputs.
-``backward`` returns the gradients of tokens, gates and weights, and may overwrite h. The gate scales the activation
-before the down projection. Its gradient is then <dO · W_down^T, a>, so the experts' outputs need not be saved.
+``backward`` returns the gradients of tokens, gates and weights, and may overwrite h. If a sum of a weight's gradients
+is given, it adds to that instead. The gate scales the activation before the down projection. Its gradient is then
+<dO · W_down^T, a>, so the experts' outputs need not be saved.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from torch import Tensor
 from dynmoe.ops.permute import Permutation, gather, scatter_sum
 from dynmoe.ops.swiglu import gated_activation, gated_activation_backward
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+# For each of the two weights: a tensor of its shape to which its gradient is added.
+Sums = tuple[Tensor | None, Tensor | None]
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 ActivationBackward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -46,8 +49,14 @@ class Backend(Protocol):
         w_up_EHD: Tensor,
         w_down_EDF: Tensor,
         permutation: Permutation,
+        *,
+        of_weights: bool = True,
+        sums: Sums = (None, None),
     ) -> Gradients:
-        """Returns the gradients of x, gates and both weights; overwrites ``h_NH``."""
+        """Returns the gradients of x, gates and both weights; overwrites ``h_NH``.
+
+        The gradient of a weight is None if ``of_weights`` is false (frozen weights), or if it was added to its sum.
+        """
 
 
 def grouped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
@@ -70,17 +79,30 @@ def grouped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
 
 def looped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
     """:func:`grouped_mm` with one product for each group: any dtype and stride; synchronizes with the device."""
-    ends = [0, *offsets_E.tolist()]
-    groups = [(e, slice(*pair)) for e, pair in enumerate(pairwise(ends)) if pair[0] < pair[1]]
     if b.dim() == 3:
         out = a.new_empty(a.shape[0], b.shape[2])
-        for expert, rows in groups:
+        for expert, rows in _groups(offsets_E):
             torch.mm(a[rows], b[expert], out=out[rows])
         return out
     out = a.new_zeros(len(offsets_E), a.shape[0], b.shape[1])
-    for expert, rows in groups:
+    for expert, rows in _groups(offsets_E):
         torch.mm(a[:, rows], b[rows], out=out[expert])
     return out
+
+
+def _groups(offsets_E: Tensor) -> list[tuple[int, slice]]:
+    """The groups that have rows."""
+    ends = [0, *offsets_E.tolist()]
+    return [(e, slice(*pair)) for e, pair in enumerate(pairwise(ends)) if pair[0] < pair[1]]
+
+
+def _add_products(total_EIJ: Tensor, a_IN: Tensor, b_NJ: Tensor, offsets_E: Tensor) -> None:
+    """Adds the product of each group of rows to its matrix; no more than one product is in memory."""
+    for expert, rows in _groups(offsets_E):
+        if total_EIJ.dtype == a_IN.dtype:
+            total_EIJ[expert].addmm_(a_IN[:, rows], b_NJ[rows])
+        else:
+            total_EIJ[expert].add_(a_IN[:, rows] @ b_NJ[rows])
 
 
 def _one_token(
@@ -131,19 +153,30 @@ class PackedBackend:
         permutation: Permutation,
         *,
         of_weights: bool = True,
+        sums: Sums = (None, None),
     ) -> Gradients:
-        """Returns empty weight gradients if ``of_weights`` is false (frozen weights)."""
         ends_E = permutation.ends_E
+        sum_up_EHD, sum_down_EDF = sums
         grad_ND = gather(grad_TD, permutation)
         grad_NF = self._product(grad_ND, w_down_EDF, ends_E)
         grad_gates_N = self._activation_backward(h_NH, permutation.of_rows(gates_TE), grad_NF)
         grad_h_NH = h_NH
         activation_NF = grad_NF  # both were written in place
-        grad_up_EHD = grad_down_EDF = w_up_EHD.new_empty(0)
+        grad_up_EHD = grad_down_EDF = None
         if of_weights:
-            grad_down_EDF = self._product(grad_ND.t(), activation_NF, ends_E)
+            grad_down_EDF = self._weights_product(grad_ND.t(), activation_NF, ends_E, sum_down_EDF)
         del grad_ND, grad_NF, activation_NF  # frees memory for the large weight gradients
         if of_weights:
-            grad_up_EHD = self._product(grad_h_NH.t(), gather(x_TD, permutation), ends_E)
+            grad_up_EHD = self._weights_product(grad_h_NH.t(), gather(x_TD, permutation), ends_E, sum_up_EHD)
         grad_x_TD = scatter_sum(self._product(grad_h_NH, w_up_EHD, ends_E), permutation)
         return grad_x_TD, permutation.of_routes(grad_gates_N, gates_TE), grad_up_EHD, grad_down_EDF
+
+    def _weights_product(self, a_IN: Tensor, b_NJ: Tensor, ends_E: Tensor, total_EIJ: Tensor | None) -> Tensor | None:
+        """Returns the gradient of a weight, or adds it to ``total_EIJ``."""
+        if total_EIJ is None:
+            return self._product(a_IN, b_NJ, ends_E)
+        if total_EIJ.device.type == "cpu":
+            _add_products(total_EIJ, a_IN, b_NJ, ends_E)
+        else:  # one launch for all experts
+            total_EIJ.add_(self._product(a_IN, b_NJ, ends_E))
+        return None

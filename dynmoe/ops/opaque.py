@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynmoe.ops.backends import Gradients, PackedBackend, grouped_mm, looped_mm
+from dynmoe.ops.backends import PackedBackend, grouped_mm, looped_mm
 from dynmoe.ops.permute import Permutation
 from dynmoe.ops.swiglu import gated_activation
 
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
 # Rows allocated at a time when they are not counted: most of them stay empty but take memory.
 _MAX_ROWS_AT_ONCE = 1 << 16
 _BYTES = 16  # grouped products need strides that are multiples of this; half an expert may have other strides
@@ -77,19 +78,20 @@ def _part(
 def _gradients(
     grad_TD: Tensor, x_TD: Tensor, routing_map_TE: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor,
     of_weights: bool,
-) -> Gradients:  # fmt: skip
+) -> Tensors:  # fmt: skip
     backend = _backend(x_TD, w_down_EDF)
     permutation = Permutation.of(routing_map_TE)
     # Recomputed, because its size is unknown when a graph is captured; this also repeats the second product.
     _, h_NH = backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
     given = (grad_TD.contiguous(), h_NH, x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
-    grad_x_TD, grad_gates_TE, grad_up_EHD, grad_down_EDF = backend.backward(*given, of_weights=of_weights)
-    # Two outputs of an operator may not share a tensor.
-    return grad_x_TD, grad_gates_TE, grad_up_EHD, grad_down_EDF if of_weights else grad_up_EHD.clone()
+    grad_x_TD, grad_gates_TE, *of_both = backend.backward(*given, of_weights=of_weights)
+    # An operator returns tensors, and two of them may not be the same.
+    grad_up_EHD, grad_down_EDF = (w_up_EHD.new_empty(0) if grad is None else grad for grad in of_both)
+    return grad_x_TD, grad_gates_TE, grad_up_EHD, grad_down_EDF
 
 
 def _gradients_like(grad: Tensor, x: Tensor, routing_map: Tensor, gates: Tensor, up: Tensor, down: Tensor,
-                    of_weights: bool) -> Gradients:  # fmt: skip
+                    of_weights: bool) -> Tensors:  # fmt: skip
     weights = (torch.empty_like(up), torch.empty_like(down)) if of_weights else (up.new_empty(0), up.new_empty(0))
     return torch.empty_like(x), torch.empty_like(gates), *weights
 

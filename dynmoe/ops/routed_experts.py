@@ -15,6 +15,7 @@ from torch.autograd.graph import increment_version
 from dynmoe.config.constants import MOE_BACKENDS
 from dynmoe.errors import ConfigError
 from dynmoe.ops.backends import Backend, PackedBackend, grouped_mm, looped_mm
+from dynmoe.ops.gradient_sums import gradient_sum
 from dynmoe.ops.native import native_activation_backward
 from dynmoe.ops.permute import Permutation
 
@@ -68,6 +69,7 @@ class _RoutedExperts(torch.autograd.Function):
         y_TD, h_NH = backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
         ctx.save_for_backward(h_NH, x_TD, gates_TE, w_up_EHD, w_down_EDF, *permutation.tensors)
         ctx.backend = backend
+        ctx.weights = (w_up_EHD, w_down_EDF)  # with recomputation, saved tensors are not the parameters themselves
         return y_TD
 
     @staticmethod
@@ -76,9 +78,11 @@ class _RoutedExperts(torch.autograd.Function):
         h_NH, x_TD, gates_TE, w_up_EHD, w_down_EDF, *tensors = ctx.saved_tensors
         # The backend overwrites h. Autograd cannot see what kernels write, so it is told here.
         increment_version(h_NH)
+        of_up, of_down = ctx.weights
         gradients = ctx.backend.backward(
-            grad_TD.contiguous(), h_NH, x_TD, gates_TE, w_up_EHD, w_down_EDF, Permutation(*tensors)
-        )
+            grad_TD.contiguous(), h_NH, x_TD, gates_TE, w_up_EHD, w_down_EDF, Permutation(*tensors),
+            of_weights=any(ctx.needs_input_grad[2:4]), sums=(gradient_sum(of_up), gradient_sum(of_down)),
+        )  # fmt: skip
         return *gradients, None, None
 
 

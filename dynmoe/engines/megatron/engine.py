@@ -59,11 +59,14 @@ class MegatronEngine:
         self._chunks = [
             wrap_with_ddp(settings, ddp, part, disable_bucketing=number > 0) for number, part in enumerate(parts)
         ]
+        self.layers = [layer for model in self.models for layer in moe_layers(model)]
+        for weight in (weight for layer in self.layers for weight in layer.experts.parameters()):
+            # Possible because gradients are not reduced while others are computed.
+            weight.adds_to_main_grad = True  # type: ignore[attr-defined]
         self.optimizer = make_optimizer(config, self._chunks)
         settings.finalize_model_grads_func = finalize_model_grads
         settings.grad_scale_func = self.optimizer.scale_loss
         self.state = OptimizerState(self.optimizer)
-        self.layers = [layer for model in self.models for layer in moe_layers(model)]
         for model in self.models:  # reduces the counts of all its layers, overlapped with computation
             model.decoder.register_forward_hook(lambda *_: self.context.start_counts())
         # The core attention only: its projections have collectives under tensor parallelism.

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dynmoe.ops.backends import Gradients
+from dynmoe.ops.backends import Gradients, Sums
 from dynmoe.ops.permute import Permutation
 from dynmoe.ops.triton.combine import gate_gradient, sum_rows
 from dynmoe.ops.triton.gemm import Tiles, _activation_gradient_kernel, _rows_kernel, _up_kernel
@@ -28,7 +29,7 @@ _ROW_TILES = ((96, 128), (48, 64), (24, 32), (0, 16))
 _WIDE_TILES = (90, 100, 103)
 # Cards from Hopper on copy whole tiles (TMA), which a descriptor of the tensor tells them.
 _DESCRIPTORS_SINCE = 90
-# Columns of the activation's gradient at a time.
+# Columns at a time of the activation's gradient, and of a weight's gradient that is added to a sum.
 _PART = 16
 # One compiled kernel for all numbers of experts up to this one.
 _FEW_EXPERTS = 128
@@ -169,6 +170,9 @@ class TritonBackend:
         w_up_EHD: Tensor,
         w_down_EDF: Tensor,
         permutation: Permutation,
+        *,
+        of_weights: bool = True,
+        sums: Sums = (None, None),
     ) -> Gradients:
         launch = _Launch(permutation, x_TD)
         hidden, width = w_down_EDF.shape[1:]
@@ -185,9 +189,14 @@ class TritonBackend:
         grad_gates_TE = gate_gradient(partial_NP, permutation.route_N, launch.ends_E, gates_TE)
         token_N = permutation.token_N
         grad_h_NH = h_NH  # overwritten by the kernel
-        grad_down_EDF = _weights_product(launch, grad_TD, a_NF, token_N, gather_a=True)
+        grad_up_EHD = grad_down_EDF = None
+        sum_up_EHD, sum_down_EDF = sums
+        if of_weights:
+            grad_down_EDF = _weights_product(launch, grad_TD, a_NF, token_N, sum_down_EDF, gather_a=True)
         del a_NF, partial_NP
-        grad_up_EHD = _weights_product(launch, grad_h_NH, x_TD.contiguous(), token_N, gather_a=False)
+        if of_weights:
+            x_TD = x_TD.contiguous()
+            grad_up_EHD = _weights_product(launch, grad_h_NH, x_TD, token_N, sum_up_EHD, gather_a=False)
         grad_rows_ND = _rows_product(launch, grad_h_NH, w_up_EHD, linear=False)
         grad_x_TD = sum_rows(grad_rows_ND, permutation.row_N, permutation.token_offsets)
         return grad_x_TD, grad_gates_TE, grad_up_EHD, grad_down_EDF
@@ -209,18 +218,26 @@ def _rows_product(launch: _Launch, a_NJ: Tensor, w: Tensor, *, linear: bool) -> 
     return out_NI
 
 
-def _weights_product(launch: _Launch, a: Tensor, b: Tensor, token_N: Tensor, *, gather_a: bool) -> Tensor:
-    """Multiplies a^T by b over the rows of each expert, [E, I, J]; one operand has rows, the other tokens to gather."""
+def _weights_product(
+    launch: _Launch, a: Tensor, b: Tensor, token_N: Tensor, total_EIJ: Tensor | None, *, gather_a: bool
+) -> Tensor | None:
+    """Multiplies a^T by b over the rows of each expert, [E, I, J]; one operand has rows, the other tokens to gather.
+
+    Adds the product to ``total_EIJ`` if it is given, and returns None.
+    """
     height = a.shape[1]
     width = b.shape[1]
-    out_EIJ = a.new_empty(launch.num_experts, height, width)
+    adds = total_EIJ is not None
+    out_EIJ = a.new_empty(launch.num_experts, height, width) if total_EIJ is None else total_EIJ
     tiles = launch.tiles("weights")
     most = launch.num_experts * triton.cdiv(height, tiles.rows) * triton.cdiv(width, tiles.columns)
     tma = launch.uses_descriptors(b if gather_a else a)
     _weights_kernel[launch.grid(most, tiles)](
         _described(a, tma and not gather_a, tiles.depth, tiles.rows),
         _described(b, tma and gather_a, tiles.depth, tiles.columns),
-        token_N, out_EIJ, launch.ends_E, launch.num_experts, HEIGHT=height, WIDTH=width, GATHER_A=gather_a, TMA=tma,
-        **launch.meta(tiles),
+        token_N, out_EIJ, launch.ends_E, launch.num_experts, HEIGHT=height, WIDTH=width, GATHER_A=gather_a, PART=_PART,
+        ADDS=adds, TMA=tma, **launch.meta(tiles),
     )  # fmt: skip
-    return out_EIJ
+    if adds:
+        increment_version(out_EIJ)  # autograd cannot see what kernels write
+    return None if adds else out_EIJ

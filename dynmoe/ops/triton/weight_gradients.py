@@ -52,14 +52,38 @@ def _weights_step(
     return tl.dot(a_tile, b_tile, total, input_precision=PRECISION)
 
 
+@triton.jit
+def _store(
+    total, out_ptr, i, j,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr,
+    ADDS: tl.constexpr,
+):  # fmt: skip
+    """Stores a tile in its matrix, or adds it. PART columns after one another: a second tile does not fit into
+    registers."""
+    if COLUMNS > PART:
+        HALF: tl.constexpr = COLUMNS // 2
+        left, right = total.reshape(ROWS, 2, HALF).permute(0, 2, 1).split()
+        _store(left, out_ptr, i, j, HEIGHT, WIDTH, ROWS, HALF, PART, ADDS)
+        _store(right, out_ptr, i, j + HALF, HEIGHT, WIDTH, ROWS, HALF, PART, ADDS)
+    else:
+        row = i + tl.arange(0, ROWS)[:, None]
+        column = j + tl.arange(0, COLUMNS)[None, :]
+        mask = (row < HEIGHT) & (column < WIDTH)
+        out_ptrs = out_ptr + (row * WIDTH + column)
+        if ADDS:
+            total += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_experts"])
 def _weights_kernel(
     a, b, token_ptr, out_ptr, ends_ptr, num_experts,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GATHER_A: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    DEPTH: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr, ADDS: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
-    """out[expert] = (rows of a)^T @ (rows of b) over the rows of the expert; 0 if it has none. One operand holds tokens
-    instead of rows; its rows are gathered."""
+    """out[expert] = (rows of a)^T @ (rows of b) over the rows of the expert, 0 if it has none; ADDS: out[expert] += it.
+    One operand holds tokens instead of rows; its rows are gathered."""
     num_rows = tl.cdiv(HEIGHT, ROWS)
     num_columns = tl.cdiv(WIDTH, COLUMNS)
     lane = tl.arange(0, DEPTH)
@@ -71,6 +95,7 @@ def _weights_kernel(
         first = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
         end = tl.load(ends_ptr + expert)
         rest = end - (end - first) % DEPTH
+        own_ptr = out_ptr + expert.to(tl.int64) * HEIGHT * WIDTH
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         token = tl.load(token_ptr + first + lane, mask=first + lane < end, other=0)
         for start in range(first, rest, DEPTH):
@@ -87,8 +112,4 @@ def _weights_kernel(
                 total, a, b, token, rest, end, i, j, HEIGHT, WIDTH, GATHER_A, ROWS, COLUMNS, DEPTH, PRECISION, TMA,
                 False,
             )  # fmt: skip
-        i += tl.arange(0, ROWS)
-        j += tl.arange(0, COLUMNS)
-        out_ptrs = out_ptr + (expert.to(tl.int64) * HEIGHT + i[:, None]) * WIDTH + j[None, :]
-        mask = (i[:, None] < HEIGHT) & (j[None, :] < WIDTH)
-        tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
+        _store(total, own_ptr, i, j, HEIGHT, WIDTH, ROWS, COLUMNS, PART if ADDS else COLUMNS, ADDS)
