@@ -14,9 +14,9 @@ from torch.autograd.graph import increment_version
 
 from dynmoe.config.constants import MOE_BACKENDS
 from dynmoe.errors import ConfigError
-from dynmoe.ops.backends import Backend, PackedBackend, grouped_mm, looped_mm
+from dynmoe.ops.backends import Activation, Backend, PackedBackend, grouped_mm, looped_mm
 from dynmoe.ops.gradient_sums import gradient_sum
-from dynmoe.ops.native import native_activation_backward
+from dynmoe.ops.native import native_activation, native_activation_backward
 from dynmoe.ops.permute import Permutation
 
 
@@ -50,7 +50,7 @@ def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backe
     products = {"grouped_mm": grouped_mm, "loop": looped_mm}
     if wanted not in products:
         raise ConfigError(field, wanted, "is not a known backend", f"use one of {', '.join(MOE_BACKENDS)}")
-    return PackedBackend(wanted, products[wanted], native_activation_backward)
+    return PackedBackend(wanted, products[wanted], Activation(native_activation, native_activation_backward))
 
 
 class _RoutedExperts(torch.autograd.Function):
@@ -66,7 +66,7 @@ class _RoutedExperts(torch.autograd.Function):
         permutation: Permutation,
         backend: Backend,
     ) -> Tensor:
-        y_TD, h_NH = backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
+        y_TD, h_NH = backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation, training=True)
         ctx.save_for_backward(h_NH, x_TD, gates_TE, w_up_EHD, w_down_EDF, *permutation.tensors)
         ctx.backend = backend
         ctx.weights = (w_up_EHD, w_down_EDF)  # with recomputation, saved tensors are not the parameters themselves
