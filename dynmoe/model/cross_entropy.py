@@ -26,13 +26,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             h = h_TD[start : start + chunk]
             labels = labels_T[start : start + chunk].unsqueeze(1)
             logits = F.linear(h, w_VD).float()
-            log_total = logits.logsumexp(dim=1, keepdim=True)
-            loss += (log_total - logits.gather(1, labels)).sum()
+            largest = logits.amax(dim=1, keepdim=True)
+            own = logits.gather(1, labels)
+            exponentials = logits.sub_(largest).exp_()  # the only ones, for the loss and its gradient
+            total = exponentials.sum(dim=1, keepdim=True)
+            loss += (total.log() + largest - own).sum()
             if grad_h_TD is None or grad_w_VD is None:
                 continue
-            grad = logits.sub_(log_total).exp_()  # softmax
-            grad.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=grad.dtype))
-            grad = grad.mul_(1.0 / num_tokens).to(h.dtype)
+            grad = exponentials.mul_(1.0 / (num_tokens * total))  # softmax over T
+            grad.scatter_add_(1, labels, torch.full_like(labels, -1.0 / num_tokens, dtype=grad.dtype))
+            grad = grad.to(h.dtype)
             torch.mm(grad, w_VD, out=grad_h_TD[start : start + chunk])
             if h.dtype == torch.float32:
                 grad_w_VD.addmm_(grad.t(), h)
