@@ -2,8 +2,9 @@
 
 The same model (except for the router), data, order and optimizer. The methods take turns, one step each, so that
 disturbances affect all of them. deepspeed_top2 is DeepSpeed's own MoE layer and gate, without drops, in its own engine;
-the others are ours. Tokens per second are those of the median step. The median ratio lies between at_least and at_most
-with 95 % confidence (by order statistics).
+deepspeed_autoep is transformers' Mixtral of the same sizes, trained by DeepSpeed's AutoEP (with transformers before
+5.23); the others are ours. Tokens per second are those of the median step. The median ratio lies between at_least and
+at_most with 95 % confidence (by order statistics).
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from bench import deepspeed_peers
+from bench.deepspeed_peers import TrainStep
 from bench.report import verdict
 from bench.timing import median_interval
 from dynmoe.config import Config, load_config
@@ -35,14 +36,17 @@ from harness.processes import join_ranks
 _HELD_TOP_P = ["model.router.kind=top_p", "model.router.renormalize=true", "budget.method=pi",
                "budget.experts_per_token=2"]  # fmt: skip
 _TOP_2 = ["model.router.kind=top_k", "model.router.renormalize=true", "model.router.k=2"]
-TrainStep = Callable[[Batch, float], tuple[float, float]]  # loss and experts per token
 METHODS = {
     "deepspeed_top2": ["engine=deepspeed", *_TOP_2],
+    "deepspeed_autoep": ["engine=deepspeed", *_TOP_2],
     "top_p, deepspeed": ["engine=deepspeed", *_HELD_TOP_P],
     "top_k, deepspeed": ["engine=deepspeed", *_TOP_2],
     "top_p, megatron": ["engine=megatron", *_HELD_TOP_P],
     "top_k, megatron": ["engine=megatron", *_TOP_2],
 }
+
+
+_PEERS = {"deepspeed_top2": deepspeed_peers.own_layers, "deepspeed_autoep": deepspeed_peers.mixtral}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     configs = {name: _config(given, name) for name in given.methods}  # reports errors before any process starts
+    if "deepspeed_autoep" in given.methods:
+        deepspeed_peers.check_versions()
     missing = [path for path in next(iter(configs.values())).data.dirs if not Path(path).exists()]
     if missing:
         raise UserError(f"data.dirs={missing}: does not exist; run python -m data_prep stdlib --out {missing[0]}")
@@ -127,7 +133,7 @@ class _Run:
     """The training of one method: seconds, loss and experts per token of each step."""
 
     def __init__(self, config: Config, vocab_size: int, name: str) -> None:
-        build = _deepspeed_own if name == "deepspeed_top2" else _ours
+        build = _PEERS.get(name, _ours)
         self._train_step, layers = build(config, vocab_size)
         self._clock = _Clock(layers)
         self.steps: list[tuple[float, float, float, float]] = []
@@ -176,50 +182,6 @@ def _ours(config: Config, vocab_size: int) -> tuple[TrainStep, list[nn.Module]]:
         return gradients.lm_loss, statistics.mean(report.routed_rows.values()) / config.tokens_per_step
 
     return step, list(engine.layers)  # type: ignore[attr-defined]
-
-
-def _deepspeed_own(config: Config, vocab_size: int) -> tuple[TrainStep, list[nn.Module]]:
-    """A step of DeepSpeed with its own MoE layers in our decoder, set up as users would."""
-    import deepspeed
-    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-
-    from bench.peers import DeepSpeedTop2
-    from dynmoe.engines.deepspeed import start_processes
-    from dynmoe.model import Decoder
-    from dynmoe.train.optimizer import parameter_groups
-
-    device = start_processes()
-    torch.manual_seed(config.train.seed)  # for the gates, which must be equal on all replicas
-
-    make_moe = partial(DeepSpeedTop2, ranks=config.parallel.expert)
-    module = Decoder(config.model, vocab_size, config.train.seed, make_moe=make_moe)  # type: ignore[arg-type]
-    layers = [child for child in module.modules() if isinstance(child, DeepSpeedTop2)]
-    groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(module, config))
-    settings = config.optimizer
-    adam = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=settings.lr, betas=(settings.beta1, settings.beta2),
-        eps=settings.eps, fused=True,
-    )  # fmt: skip
-    bf16 = config.train.precision == "bf16"
-    elements = 2 * sum(parameter.numel() for parameter in module.parameters())
-    engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config={
-        "train_micro_batch_size_per_gpu": config.train.micro_batch, "gradient_clipping": settings.clip_grad,
-        "zero_optimization": {"stage": config.deepspeed.zero_stage, "overlap_comm": False,
-                              "reduce_bucket_size": elements, "allgather_bucket_size": elements},
-        "bf16": {"enabled": bf16}, "steps_per_print": 10**9,
-    })  # fmt: skip
-
-    def step(batch: Batch, lr: float) -> tuple[float, float]:
-        for group in adam.param_groups:
-            group["lr"] = lr
-        loss = engine(batch.tokens_BS.to(device), batch.labels_BS.to(device))
-        engine.backward(loss)
-        engine.step()
-        mean = loss.detach() / config.parallel.expert
-        dist.all_reduce(mean)
-        return mean.item(), 2.0
-
-    return step, list(layers)
 
 
 def plot(rows: list[dict[str, Any]], axes: Any) -> None:

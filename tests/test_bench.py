@@ -9,12 +9,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from matplotlib import pyplot
+from packaging.version import Version
 
 from bench import end_to_end
 from bench.__main__ import main
@@ -151,8 +153,12 @@ def test_the_counts_of_a_step_are_reported_for_each_layout(tmp_path):
 def test_whole_steps_of_both_engines_and_of_deepspeeds_own_layer(tmp_path, corpus_dir):
     sizes = ["model.hidden=32", "model.moe.expert_hidden=32", "model.layers=2", "data.sequence_length=32",
              f"data.dirs=[{corpus_dir}]"]  # fmt: skip
-    rows, _ = run_benchmark(tmp_path, "end_to_end", "configs/quickstart.yaml", *sizes, "--steps", "6")
-    assert [row["method"] for row in rows] == list(end_to_end.METHODS)
+    methods = [*end_to_end.METHODS]
+    if Version(version("transformers")) >= Version("5.23"):
+        methods.remove("deepspeed_autoep")
+    named = ["--methods", *methods, "--steps", "6"]
+    rows, _ = run_benchmark(tmp_path, "end_to_end", "configs/quickstart.yaml", *sizes, *named)
+    assert [row["method"] for row in rows] == methods
     for row in rows:
         assert row["experts_per_token"] == 2 or row["router"] == "top_p"
         assert 0 < row["moe_share"] < 1
