@@ -23,7 +23,7 @@ Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 ActivationBackward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class Backend(Protocol):
+class KernelBackend(Protocol):
     """Gathers tokens into rows, multiplies them by the experts' weights, and sums the rows of each token."""
 
     @property
