@@ -59,6 +59,8 @@ def run(given: argparse.Namespace) -> Rows:
     end = time.monotonic() + 60 * given.minutes
     parts = [part for part in PARTS if part.name in given.parts]
     given.json.parent.mkdir(parents=True, exist_ok=True)
+    if not torch.cuda.is_available():
+        print("no GPU: a rehearsal in small, whose figures mean nothing")
     rows: Rows = []
     with given.json.with_suffix(".log").open("w") as log:
         for number, part in enumerate(parts):

@@ -38,8 +38,8 @@ _CASES = [
     Case("no routes", Shape(2001, 392, 264, 5), 2.0, 2.0, 2),
 ]
 _SMALL = [
-    Case("small, with holes", Shape(25, 24, 24, 4), 2.0, 1.5, 1),
-    Case("small, no routes", Shape(9, 24, 24, 3), 1.0, 1.0, 2),
+    Case("small, with holes", Shape(17, 24, 24, 3), 1.5, 1.5, 1),
+    Case("small, no routes", Shape(9, 24, 24, 2), 1.0, 1.0, 2),
 ]
 
 

@@ -61,13 +61,14 @@ def _settings() -> Iterator[tuple[dict[str, Tiles], dict[str, Tiles]]]:
 def _descend(
     kind: str, start: Tiles, settings: dict[str, Tiles], timed: Callable[[], float], until: float
 ) -> dict[str, Any]:
-    """Changes one size at a time for as long as that helps and time is left; keeps the best in ``settings``."""
+    """Changes one size at a time, once at least, for as long as that helps and time is left; the best stays in
+    ``settings``."""
     first = timed()
     best = start
     best_s = first
     tried = {start}
     waiting = list(_neighbours(start))
-    while waiting and time.monotonic() < until:
+    while waiting and (len(tried) == 1 or time.monotonic() < until):
         tiles = waiting.pop(0)
         if tiles in tried:
             continue
