@@ -79,7 +79,7 @@ def waits(run: Callable[[], object]) -> int:
             run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in said)
+    return sum("called a synchronizing" in str(warning.message) for warning in said)
 
 
 def saved_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:

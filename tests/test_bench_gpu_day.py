@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,25 @@ def test_nothing_waits_for_a_gpu_that_is_not_there():
     assert done == [1]
 
 
+def test_waits_are_counted_but_not_the_notice_about_counting(monkeypatch):
+    """With the warnings of torch 2.11 to 2.13."""
+    modes: list[str] = []
+
+    def set_mode(mode: str) -> None:
+        modes.append(mode)
+        warnings.warn("Synchronization debug mode does not yet detect all synchronizing operations", stacklevel=2)
+
+    def step() -> None:
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    assert waits(step) == 3
+    assert modes == ["warn", "default"]
+
+
 def test_the_tile_search_keeps_the_fastest_and_restores_what_it_found(monkeypatch):
     """With a clock that prefers narrow tiles of the up projection, of which the narrowest do not compile."""
     from bench import gpu_tiles
@@ -185,7 +205,6 @@ def test_the_tile_search_keeps_the_fastest_and_restores_what_it_found(monkeypatc
 
 @pytest.mark.slow
 def test_a_rehearsal_runs_every_part(tmp_path):
-    assert gpu_parts._SMALL
     rows, said = run_benchmark(tmp_path, "gpu_day", "--minutes", "9", timeout_s=600)
     assert [row["outcome"] for row in rows] == ["done"] * 6, said
     measured = {row["part"]: row["measured"] for row in rows}
