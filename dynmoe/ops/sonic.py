@@ -63,7 +63,7 @@ def load_sonic(device: torch.device, dtype: torch.dtype) -> ModuleType:
 def padded_rows(num_rows: int) -> int:
     """The number of rows that are computed: at most 6 % more, or a tile, and one of few sizes.
 
-    SonicMoE tunes its products for each number of rows that it meets, which takes seconds. With dynamic routing that
+    SonicMoE times many variants of each product for each number of rows that it meets. With dynamic routing that
     would be every step.
     """
     step = max(_TILE, (1 << num_rows.bit_length() >> 1) // _SIZES)
