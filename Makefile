@@ -23,7 +23,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck --external-sources launch/*.sh launch/*.sbatch findings/*.sh .ci/run
+	$(BIN)/shellcheck --external-sources launch/*.sh launch/*.sbatch bench/*.sh findings/*.sh .ci/run
 	$(BIN)/hadolint Dockerfile
 
 # The documentation site, in site/. A broken link or an undocumented parameter is an error.

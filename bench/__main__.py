@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
 from bench import (
     collectives,
     data_prep,
@@ -19,6 +17,7 @@ from bench import (
     end_to_end,
     faults,
     findings,
+    gpu_day,
     gpu_layer,
     gpu_smoke,
     gradient_watch,
@@ -37,7 +36,7 @@ from bench import (
     wire,
     zero_computation,
 )
-from bench.report import Rows, machine, markdown, print_table, with_sections
+from bench.report import Rows, markdown, print_table, with_sections, without_details, write_json
 from dynmoe.cli import run_tool
 from dynmoe.errors import UserError
 
@@ -46,11 +45,14 @@ BENCHMARKS: dict[str, ModuleType] = {
     "layer": layer, "dispatch": dispatch, "growth": growth, "imbalance": imbalance, "memory": memory,
     "launches": launches, "wire": wire, "end_to_end": end_to_end, "router": router, "statistics": statistics,
     "saving": saving, "decoding": decoding, "collectives": collectives, "gradient_watch": gradient_watch,
-    "data_prep": data_prep, "zero_computation": zero_computation, "machine_code": machine_code,
+    "data_prep": data_prep, "zero_computation": zero_computation, "machine_code": machine_code, "gpu_day": gpu_day,
     "faults": faults, "findings": findings, "gpu_layer": gpu_layer, "gpu_smoke": gpu_smoke, "routing": routing,
     "served": served, "soak": soak,
 }  # fmt: skip
-_OF_ALL = [name for name in BENCHMARKS if name not in ("faults", "findings", "gpu_smoke", "routing", "served", "soak")]
+_OTHERS = ("faults", "findings", "gpu_layer", "gpu_smoke", "routing", "served", "soak")
+_OF_ALL = [name for name in BENCHMARKS if name not in _OTHERS]
+# Without a GPU, what it writes is a rehearsal.
+_BY_DEFAULT = [name for name in _OF_ALL if name != "gpu_day"]
 
 
 def main() -> None:
@@ -64,7 +66,7 @@ def main() -> None:
         module.add_arguments(sub)
     every = _add(names, "all", "Runs all benchmarks with defaults and writes a page with tables and plots.")
     every.add_argument(
-        "--only", nargs="*", default=_OF_ALL, choices=_OF_ALL, help="benchmarks to run; none: only the page"
+        "--only", nargs="*", default=_BY_DEFAULT, choices=_OF_ALL, help="benchmarks to run; none: only the page"
     )
     every.add_argument("--page", type=Path, default=Path("docs/performance.md"))
     every.add_argument("--figures", type=Path, default=Path("docs/figures"), help="directory of JSON files and plots")
@@ -76,9 +78,11 @@ def main() -> None:
     rows = module.run(given)
     _show(given.name, module, rows)
     if given.json is not None:
-        _write_json(given.json, rows)
+        write_json(given.json, rows)
     if hasattr(module, "plot") and given.plot is not None:
         _draw(module, rows, given.plot)
+    if hasattr(module, "failures") and (found := module.failures(rows)):
+        raise UserError(f"bench {given.name}: {'; '.join(found)}")
 
 
 def _add(names: argparse._SubParsersAction, name: str, phrase: str) -> argparse.ArgumentParser:
@@ -116,13 +120,15 @@ times are not. Every timing follows a check that the methods agree. `docs/log.md
 def _section(name: str, given: argparse.Namespace) -> str:
     module = BENCHMARKS[name]
     document = json.loads((given.figures / f"{name}.json").read_text())
-    rows = [{key: value for key, value in row.items() if key != "curve"} for row in document["rows"]]
+    rows = without_details(document["rows"])
     title, _, explanation = str(module.__doc__).partition("\n")
     picture = f"figures/{name}.png" if (given.figures / f"{name}.png").exists() else None
     section = markdown(title, rows, _verdicts(module, document["rows"]), picture)
     where = f"On: {document['machine']}; torch {document['torch']}.\n"
     heading, _, rest = section.partition("\n")
-    return "\n".join([heading, "", *([explanation.strip(), ""] if explanation.strip() else []), where, rest.lstrip()])
+    parts = [markdown(row["part"], row["rows"], [], None, 3) for row in document["rows"] if row.get("rows")]
+    before = [heading, "", *([explanation.strip(), ""] if explanation.strip() else []), where]
+    return "\n".join([*before, rest.lstrip(), *parts])
 
 
 def _verdicts(module: ModuleType, rows: Rows) -> list[str]:
@@ -130,14 +136,9 @@ def _verdicts(module: ModuleType, rows: Rows) -> list[str]:
 
 
 def _show(name: str, module: ModuleType, rows: Rows) -> None:
-    print_table(name, [{key: value for key, value in row.items() if key != "curve"} for row in rows])
+    print_table(name, without_details(rows))
     for line in _verdicts(module, rows):
         print(line)
-
-
-def _write_json(path: Path, rows: Rows) -> None:
-    document = {"machine": machine(), "torch": torch.__version__, "rows": rows}
-    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _pyplot() -> ModuleType:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from harness.memory import peak_bytes
 from harness.plans import DEVICE, Shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_TOLERANCE = {"bf16": 3e-2, "fp32": 1e-5}
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,42 @@ class Method:
 
         return run
 
+    def step(self, x_TD: Tensor, upstream_TD: Tensor) -> None:
+        """Runs one forward and backward pass; gradients add up."""
+        self.forward(x_TD.detach().requires_grad_()).backward(upstream_TD)
+
     def memory(self, x_TD: Tensor, upstream_TD: Tensor) -> dict[str, int]:
         """Returns the bytes saved for the backward pass, and the peak increase of memory during both passes."""
-
-        def step() -> None:
-            self.forward(x_TD.detach().requires_grad_()).backward(upstream_TD)
-
         self.module.zero_grad()
         saved = saved_bytes(lambda: self.forward(x_TD.detach().requires_grad_()), self.module)
-        step()  # allocates gradients, so that the measurement covers only the passes
-        return {"saved_bytes": saved, "peak_bytes": peak_bytes(step)}
+        self.step(x_TD, upstream_TD)  # allocates gradients, so that the measurement covers only the passes
+        return {"saved_bytes": saved, "peak_bytes": peak_bytes(lambda: self.step(x_TD, upstream_TD))}
+
+
+def check(dtype: str, methods: Sequence[Method], x_TD: Tensor) -> None:
+    """Checks that with the same routing every method has the first one's output and gradient of the tokens.
+
+    Our whole layer also has the gradient of its router and losses, which is not compared.
+
+    Raises:
+        SystemExit: names the method that differs.
+    """
+    expected: list[Tensor] = []
+    for method in methods:
+        leaf = x_TD.detach().requires_grad_()
+        output = method.forward(leaf)
+        compared = [output.detach().float()]
+        if method.name != "dynmoe":
+            output.backward(torch.ones_like(output))
+            assert leaf.grad is not None
+            compared.append(leaf.grad.float())
+        expected = expected if len(expected) == 2 else compared
+        for ours, value in zip(expected, compared, strict=False):
+            error = ((value - ours).norm() / ours.norm()).item()
+            if not error <= _TOLERANCE[dtype]:
+                raise SystemExit(f"{dtype}: {method.name} differs from {methods[0].name} by {error:.1e}; no timings")
+    names = ", ".join(method.name for method in methods[1:])
+    print(f"{dtype}: {methods[0].name} agrees with {names} under the same routing")
 
 
 class FixedRouter(nn.Module):

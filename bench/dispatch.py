@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases import DTYPES, FixedRouter, Method, routing_facts, tokens_of
-from bench.layer import check
+from bench.cases import DTYPES, FixedRouter, Method, check, routing_facts, tokens_of
 from bench.peers import AutoEPLayer, FixedGate, deepspeed_layer, megatron_layer
 from bench.timing import DIRECTIONS, Passes, interleave, median_ratio, time_passes
 from dynmoe.ops import Permutation, gather_rows, sum_rows

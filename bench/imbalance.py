@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from bench.cases import DTYPES, Method, dense_floor, make_layer, routing_facts, tokens_of
-from bench.layer import check
+from bench.cases import DTYPES, Method, check, dense_floor, make_layer, routing_facts, tokens_of
 from bench.peers import same_routing_peers
 from bench.report import verdict
 from bench.timing import interleave, median_ratio

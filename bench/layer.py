@@ -10,13 +10,12 @@ DeepSpeed's layer also runs with its own top-2 gate. The last rows have many exp
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench.cases import DTYPES, Method, calibrate, dense_floor, make_layer, routing_facts, tokens_of
+from bench.cases import DTYPES, Method, calibrate, check, dense_floor, make_layer, routing_facts, tokens_of
 from bench.peers import own_routing_peer, same_routing_peers
 from bench.report import verdict
 from bench.timing import DIRECTIONS, Passes, interleave, median_ratio
@@ -24,8 +23,6 @@ from dynmoe.moe import MoELayer
 from dynmoe.ops.host_memory import keep_freed_memory
 from dynmoe.routing import RoutingPlan
 from harness.plans import Shape, spread_plan
-
-TOLERANCE = {"bf16": 3e-2, "fp32": 1e-5}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,32 +79,6 @@ def _measure(
         ratios = {d: median_ratio(times[method.name], times["dense_floor"], d) for d in DIRECTIONS}
         rows.append(facts | {"method": method.name, **ratios, **method.memory(x_TD, upstream_TD)})
     return rows
-
-
-def check(dtype: str, methods: Sequence[Method], x_TD: Tensor) -> None:
-    """Checks that with the same routing every method has the first one's output and gradient of the tokens.
-
-    Our whole layer also has the gradient of its router and losses, which is not compared.
-
-    Raises:
-        SystemExit: names the method that differs.
-    """
-    expected: list[Tensor] = []
-    for method in methods:
-        leaf = x_TD.detach().requires_grad_()
-        output = method.forward(leaf)
-        compared = [output.detach().float()]
-        if method.name != "dynmoe":
-            output.backward(torch.ones_like(output))
-            assert leaf.grad is not None
-            compared.append(leaf.grad.float())
-        expected = expected if len(expected) == 2 else compared
-        for ours, value in zip(expected, compared, strict=False):
-            error = ((value - ours).norm() / ours.norm()).item()
-            if not error <= TOLERANCE[dtype]:
-                raise SystemExit(f"{dtype}: {method.name} differs from {methods[0].name} by {error:.1e}; no timings")
-    names = ", ".join(method.name for method in methods[1:])
-    print(f"{dtype}: {methods[0].name} agrees with {names} under the same routing")
 
 
 def plot(rows: list[dict[str, Any]], axes: Any) -> None:

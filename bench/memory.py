@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.cases import DTYPES, Method, make_layer, routing_facts, tokens_of
-from bench.layer import check
+from bench.cases import DTYPES, Method, check, make_layer, routing_facts, tokens_of
 from bench.peers import same_routing_peers
 from bench.report import verdict
 from harness.plans import Shape, spread_plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 from pathlib import Path
@@ -68,6 +69,16 @@ def print_table(name: str, rows: Rows) -> None:
     Console(width=160).print(table)
 
 
+def without_details(rows: Rows) -> Rows:
+    """The rows without columns that are no table cell: points of a plot, and rows of a part."""
+    return [{key: value for key, value in row.items() if key not in ("curve", "rows")} for row in rows]
+
+
+def write_json(path: Path, rows: Rows) -> None:
+    document = {"machine": machine(), "torch": torch.__version__, "rows": rows}
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def replace_block(page: str, name: str, text: str) -> str:
     """The page with ``text`` between the comments ``<!-- NAME -->`` and ``<!-- end of NAME -->``.
 
@@ -82,10 +93,10 @@ def replace_block(page: str, name: str, text: str) -> str:
     return f"{before}{opening}\n\n{text.strip()}\n\n{closing}{after}"
 
 
-def markdown(title: str, rows: Rows, verdicts: list[str], picture: str | None) -> str:
+def markdown(title: str, rows: Rows, verdicts: list[str], picture: str | None, level: int = 2) -> str:
     """A section of the page: description, table, targets, picture."""
     _, columns = split_constants(rows)
-    lines = [f"## {title}", ""]
+    lines = [f"{'#' * level} {title}", ""]
     if caption(rows):
         lines += [f"{caption(rows)}.", ""]
     lines += [

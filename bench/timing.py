@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -63,6 +64,22 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the median by order statistics, which assumes no distribution."""
     interval = stats.quantile_test(values, p=0.5).confidence_interval()
     return float(interval.low), float(interval.high)
+
+
+def waits(run: Callable[[], object]) -> int:
+    """How often the host waits for the GPU during ``run``; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        run()
+        return 0
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing" in str(warning.message) for warning in said)
 
 
 def saved_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:

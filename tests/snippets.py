@@ -145,10 +145,7 @@ class Shell:
             for inner in [word for word in words if word.startswith("python ")]:  # bash -c '...'
                 self.check(inner)
         elif program == "pip":
-            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-            known = {f"{project}[{extra}]" for project in (".", "dynmoe") for extra in extras}
-            assert words[0] == "install"
-            assert not set(words[1:]) - known, f"pip {' '.join(words)}: no such part"
+            self._pip(words)
         elif program == "make":
             rules = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert not set(words) - set(rules), f"make {' '.join(words)}: no such target"
@@ -164,10 +161,19 @@ class Shell:
             self._check_tests(words)
         elif program == "train.py":
             self._train(words)
-        elif program == "sbatch" or program.startswith("launch/"):
+        elif program == "sbatch" or program.startswith(("launch/", "bench/")):
             self._launch([program, *words])
         else:
             self._example(program, words)
+
+    def _pip(self, words: Sequence[str]) -> None:
+        """Our extras; or packages without what they require, as a script of ours has them."""
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        known = {f"{project}[{extra}]" for project in (".", "dynmoe") for extra in extras}
+        if words[1] == "--no-deps":
+            known = {"--no-deps", *re.findall(r"[\w-]+==[\w.]+", _text("bench/gpu_day.sh"))}
+        assert words[0] == "install"
+        assert not set(words[1:]) - known, f"pip {' '.join(words)}: no such part"
 
     def _torchrun(self, words: Sequence[str]) -> None:
         given = get_args_parser().parse_args(words)
@@ -193,11 +199,20 @@ class Shell:
 
     def _launch(self, words: list[str]) -> None:
         """A script of ours, or a job, after options of sbatch; what follows it is a configuration."""
+        if words[0] == "bench/gpu_day.sh":
+            self._gpu_day(*words[1:])
+            return
         while not re.match(r"launch/|\w+\.sbatch$", words[0]):
             words.pop(0)
         assert Path(words[0]).is_file(), f"{words[0]} is not there"
         if arguments := [word for word in words[1:] if word != "hostfile"]:
             self._train(arguments)
+
+    def _gpu_day(self, verb: str, *words: str) -> None:
+        """``pack``, or ``run`` with a directory and arguments of the benchmark."""
+        assert f"\n{verb}() {{" in _text("bench/gpu_day.sh"), f"bench/gpu_day.sh {verb}: no such verb"
+        if verb == "run":
+            self._call("bench", ["gpu_day", *words[1:]])
 
     def _call(self, module: str, words: Sequence[str]) -> None:
         """``python -m``: what is said without arguments is a name, which must be there."""

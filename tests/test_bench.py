@@ -20,8 +20,7 @@ from packaging.version import Version
 
 from bench import end_to_end
 from bench.__main__ import main
-from bench.cases import DTYPES, Method
-from bench.layer import check
+from bench.cases import DTYPES, Method, check
 from bench.machine_code import Work, seconds_of, work_of
 from bench.timing import Passes, interleave, median_ratio, saved_bytes
 from harness.machine_code import CARDS, SHAPES, Compiled
@@ -30,12 +29,12 @@ from harness.plans import Shape, spread_plan
 from harness.processes import CPU
 
 
-def run_benchmark(folder: Path, *arguments: str) -> tuple[list[dict[str, Any]], str]:
+def run_benchmark(folder: Path, *arguments: str, timeout_s: float = 120) -> tuple[list[dict[str, Any]], str]:
     """The rows that a benchmark writes, and what it says."""
     path = folder / "rows.json"
     done = subprocess.run(
         [sys.executable, "-m", "bench", *arguments, "--json", str(path)],
-        capture_output=True, text=True, check=False, timeout=120, cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, check=False, timeout=timeout_s, cwd=Path(__file__).parents[1],
         env=os.environ | CPU,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
 """Constants that several packages share, in a module without torch."""
 
 # Values of train.moe_backend.
-MOE_BACKENDS = ("auto", "triton", "grouped_mm", "loop")
+MOE_BACKENDS = ("auto", "triton", "grouped_mm", "loop", "sonic")
 # Logits that the cross-entropy computes at a time: few enough to fit a CPU's cache, enough to fill a GPU.
 CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
 # Largest number of elements in a communication bucket of DeepSpeed.

@@ -80,8 +80,8 @@ class TrainConfig(Section):
     micro_batch: int = option(8, "number of sequences of a forward pass on one rank", at_least=1)
     precision: str = option("fp32", "precision of weights and activations", choices=("fp32", "bf16"))
     moe_backend: str = option(
-        "auto", "implementation of experts: Triton kernels, grouped GEMMs of PyTorch, or a loop over experts; auto: "
-        "Triton on a GPU, grouped GEMMs on a CPU", choices=MOE_BACKENDS,
+        "auto", "implementation of experts: our Triton kernels, grouped GEMMs of PyTorch, a loop over experts, or "
+        "SonicMoE, which is a package of its own; auto: Triton on a GPU, grouped GEMMs on a CPU", choices=MOE_BACKENDS,
     )  # fmt: skip
     recompute: str = option(
         "none", "activation checkpointing: recompute attention (selective) or whole layers (full) in backward",

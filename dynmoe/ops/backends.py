@@ -35,7 +35,7 @@ class Activation(NamedTuple):
 _PLAIN = Activation(gated_activation, gated_activation_backward)
 
 
-class Backend(Protocol):
+class KernelBackend(Protocol):
     """Gathers tokens into rows, multiplies them by the experts' weights, and sums the rows of each token."""
 
     @property

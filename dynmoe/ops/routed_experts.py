@@ -14,10 +14,13 @@ from torch.autograd.graph import increment_version
 
 from dynmoe.config.constants import MOE_BACKENDS
 from dynmoe.errors import ConfigError
-from dynmoe.ops.backends import Activation, Backend, PackedBackend, grouped_mm, looped_mm
+from dynmoe.ops.backends import Activation, KernelBackend, PackedBackend, grouped_mm, looped_mm
 from dynmoe.ops.gradient_sums import gradient_sum
 from dynmoe.ops.native import native_activation, native_activation_backward
 from dynmoe.ops.permute import Permutation
+from dynmoe.ops.sonic import SonicBackend, load_sonic
+
+Backend = KernelBackend | SonicBackend
 
 
 def _runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
@@ -32,7 +35,8 @@ def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backe
     """Returns the backend named ``wanted``; ``auto`` picks the fastest for the device and dtype.
 
     ``triton``: our own kernels, for GPUs. ``grouped_mm``: PyTorch's grouped GEMM, for fp32, bf16 and fp16 on any
-    device. ``loop``: one product for each expert, for any dtype.
+    device. ``loop``: one product for each expert, for any dtype. ``sonic``: SonicMoE's kernels, for bf16 on Hopper and
+    Blackwell; never chosen by ``auto``, because it has not been measured yet.
 
     Raises:
         ConfigError: the name is unknown, or the backend does not run on the device.
@@ -47,6 +51,8 @@ def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backe
         from dynmoe.ops.triton.backend import TritonBackend
 
         return TritonBackend()
+    if wanted == "sonic":
+        return SonicBackend(load_sonic(device, dtype))
     products = {"grouped_mm": grouped_mm, "loop": looped_mm}
     if wanted not in products:
         raise ConfigError(field, wanted, "is not a known backend", f"use one of {', '.join(MOE_BACKENDS)}")
@@ -64,7 +70,7 @@ class _RoutedExperts(torch.autograd.Function):
         w_up_EHD: Tensor,
         w_down_EDF: Tensor,
         permutation: Permutation,
-        backend: Backend,
+        backend: KernelBackend,
     ) -> Tensor:
         y_TD, h_NH = backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation, training=True)
         ctx.save_for_backward(h_NH, x_TD, gates_TE, w_up_EHD, w_down_EDF, *permutation.tensors)
@@ -99,8 +105,10 @@ def routed_experts(
         w_up_EHD: gate and up projections stacked along H = 2F; contraction dimension last, as in ``nn.Linear``.
 
     Raises:
-        RuntimeError: in a second backward pass through the same graph.
+        RuntimeError: in a second backward pass through the same graph (not ``sonic``).
     """
+    if isinstance(backend, SonicBackend):
+        return backend.experts(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
     if not torch.is_grad_enabled():  # skipping autograd saves a third of the time for one token
         return backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)[0]
     return _RoutedExperts.apply(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation, backend)

@@ -145,7 +145,7 @@ BAD = [
         "budget.over_steps=9",
         ["model.moe.max_mean_experts_per_token=3.0", "budget of 4"],
     ),
-    ("train.moe_backend=cutlass", ["train.moe_backend='cutlass'", "triton, grouped_mm, loop"]),
+    ("train.moe_backend=cutlass", ["train.moe_backend='cutlass'", "triton, grouped_mm, loop, sonic"]),
     ("model.moe.capacity_factor=0", ["model.moe.capacity_factor=0", "above 0"]),
     ("model.moe.expert_hidden=100", ["model.moe.expert_hidden=100", "multiple of 8"]),
     ("model.hidden=100 model.heads=2", ["model.hidden=100", "multiple of 8"]),

@@ -22,7 +22,7 @@ from dynmoe.ops.triton.routes import build_routes
 from dynmoe.ops.triton.weight_gradients import _weights_kernel
 
 # (at least this many rows expected per expert, rows of a tile): mostly empty tiles waste work. Estimated from registers
-# and shared memory of an H100, not yet measured on one; ``python -m bench gpu_layer --tune`` does.
+# and shared memory of an H100, not yet measured on one; ``python -m bench gpu_day --parts tiles`` does.
 _ROW_TILES = ((96, 128), (48, 64), (24, 32), (0, 16))
 # Compute capabilities (90: 9.0) of Hopper and of Blackwell's data center cards. Their products read shared memory, of
 # which there is enough for tiles of 256 columns.
