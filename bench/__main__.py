@@ -19,6 +19,7 @@ from bench import (
     end_to_end,
     faults,
     findings,
+    generation,
     gpu_layer,
     gpu_smoke,
     gradient_watch,
@@ -45,10 +46,10 @@ from dynmoe.errors import UserError
 BENCHMARKS: dict[str, ModuleType] = {
     "layer": layer, "dispatch": dispatch, "growth": growth, "imbalance": imbalance, "memory": memory,
     "launches": launches, "wire": wire, "end_to_end": end_to_end, "router": router, "statistics": statistics,
-    "saving": saving, "decoding": decoding, "collectives": collectives, "gradient_watch": gradient_watch,
-    "data_prep": data_prep, "zero_computation": zero_computation, "machine_code": machine_code,
-    "faults": faults, "findings": findings, "gpu_layer": gpu_layer, "gpu_smoke": gpu_smoke, "routing": routing,
-    "served": served, "soak": soak,
+    "saving": saving, "decoding": decoding, "generation": generation, "collectives": collectives,
+    "gradient_watch": gradient_watch, "data_prep": data_prep, "zero_computation": zero_computation,
+    "machine_code": machine_code, "faults": faults, "findings": findings, "gpu_layer": gpu_layer,
+    "gpu_smoke": gpu_smoke, "routing": routing, "served": served, "soak": soak,
 }  # fmt: skip
 _OF_ALL = [name for name in BENCHMARKS if name not in ("faults", "findings", "gpu_smoke", "routing", "served", "soak")]
 
