@@ -71,15 +71,17 @@ def grouped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
 def looped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
     """:func:`grouped_mm` with one product for each group: any dtype and stride; synchronizes with the device."""
     ends = [0, *offsets_E.tolist()]
-    groups = [(e, slice(*pair)) for e, pair in enumerate(pairwise(ends)) if pair[0] < pair[1]]
+    sizes = [last - first for first, last in pairwise(ends)]
+    experts = [expert for expert, size in enumerate(sizes) if size]
+    used = [sizes[expert] for expert in experts]
     if b.dim() == 3:
         out = a.new_empty(a.shape[0], b.shape[2])
-        for expert, rows in groups:
-            torch.mm(a[rows], b[expert], out=out[rows])
+        for expert, rows, product in zip(experts, a.split(used), out.split(used), strict=True):
+            torch.mm(rows, b[expert], out=product)
         return out
     out = a.new_zeros(len(offsets_E), a.shape[0], b.shape[1])
-    for expert, rows in groups:
-        torch.mm(a[:, rows], b[rows], out=out[expert])
+    for expert, columns, rows in zip(experts, a.split(used, dim=1), b.split(used), strict=True):
+        torch.mm(columns, rows, out=out[expert])
     return out
 
 

@@ -15,6 +15,7 @@ from torch.autograd.graph import increment_version
 from dynmoe.config.constants import MOE_BACKENDS
 from dynmoe.errors import ConfigError
 from dynmoe.ops.backends import Backend, PackedBackend, grouped_mm, looped_mm
+from dynmoe.ops.few_tokens import few_tokens
 from dynmoe.ops.native import native_activation_backward
 from dynmoe.ops.permute import Permutation
 
@@ -98,5 +99,8 @@ def routed_experts(
         RuntimeError: in a second backward pass through the same graph.
     """
     if not torch.is_grad_enabled():  # skipping autograd saves a third of the time for one token
-        return backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)[0]
+        y_TD = None
+        if backend.name == "grouped_mm":
+            y_TD = few_tokens(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
+        return backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)[0] if y_TD is None else y_TD
     return _RoutedExperts.apply(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation, backend)
