@@ -38,7 +38,7 @@ def exact(*arguments) -> Tensor:
 
 
 @compiled
-@given(st.integers(1, 32), st.integers(1, 40), st.integers(1, 40), st.sampled_from([0.1, 0.5, 1.0]), st.integers(0, 99))
+@given(st.integers(1, 16), st.integers(1, 40), st.integers(1, 40), st.sampled_from([0.1, 0.5, 1.0]), st.integers(0, 99))
 def test_against_a_loop_in_double_precision(tokens, depth, width, share, seed):
     arguments = case(tokens, depth, width, share=share, seed=seed)
     found = few_tokens(*arguments)
@@ -51,7 +51,7 @@ def test_against_a_loop_in_double_precision(tokens, depth, width, share, seed):
 
 @compiled
 def test_threads_compute_the_same_bits():
-    arguments = case(20, 129, 67, experts=3)
+    arguments = case(16, 129, 67, experts=3)
     found = []
     with pytest.MonkeyPatch.context() as patch:
         for threads in (1, 2, 3):
@@ -92,7 +92,7 @@ def test_the_layer_uses_it_without_gradients_only(monkeypatch):
 
 
 def test_other_tokens_are_left_to_pytorch(monkeypatch):
-    assert few_tokens(*case(33, 8, 8)) is None
+    assert few_tokens(*case(17, 8, 8)) is None
     assert few_tokens(*case(4, 8, 8, share=0.0)) is None
     *tensors, permutation = case(4, 8, 8)
     assert few_tokens(*(tensor.bfloat16() for tensor in tensors), permutation) is None
