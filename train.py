@@ -11,15 +11,20 @@ from dynmoe.config import Config, describe_fields, load_config
 from dynmoe.launched import StopSignal, end_with_launcher
 
 
+class _Parser(argparse.ArgumentParser):
+    """Lists the fields of the configuration at the end of ``--help``."""
+
+    def format_help(self) -> str:
+        fields = (f"  {name:30} {text} ({kind}; default {default})" for name, kind, default, text in describe_fields())
+        self.epilog = "\n".join(["fields:", *fields])
+        return super().format_help()
+
+
 def parse_arguments() -> tuple[Config, bool]:
     """Returns the merged configuration, and whether it is only to be printed."""
-    fields = "\n".join(
-        f"  {name:30} {meaning} ({kind}; default {default})" for name, kind, default, meaning in describe_fields()
+    parser = _Parser(
+        "train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser = argparse.ArgumentParser(
-        "train.py", description=__doc__, epilog=f"fields:\n{fields}",
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
     parser.add_argument("config", nargs="?", help="YAML file; fields that it does not set keep their defaults")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="sets a field, such as model.router.p=0.5")
     parser.add_argument("--trace", action="store_true", help="write the routing of every step (docs/statistics.md)")

@@ -17,6 +17,7 @@ from bench import (
     end_to_end,
     faults,
     findings,
+    generation,
     gpu_day,
     gpu_layer,
     gpu_smoke,
@@ -44,10 +45,10 @@ from dynmoe.errors import UserError
 BENCHMARKS: dict[str, ModuleType] = {
     "layer": layer, "dispatch": dispatch, "growth": growth, "imbalance": imbalance, "memory": memory,
     "launches": launches, "wire": wire, "end_to_end": end_to_end, "router": router, "statistics": statistics,
-    "saving": saving, "decoding": decoding, "collectives": collectives, "gradient_watch": gradient_watch,
-    "data_prep": data_prep, "zero_computation": zero_computation, "machine_code": machine_code, "gpu_day": gpu_day,
-    "faults": faults, "findings": findings, "gpu_layer": gpu_layer, "gpu_smoke": gpu_smoke, "routing": routing,
-    "served": served, "soak": soak,
+    "saving": saving, "decoding": decoding, "generation": generation, "collectives": collectives,
+    "gradient_watch": gradient_watch, "data_prep": data_prep, "zero_computation": zero_computation,
+    "machine_code": machine_code, "gpu_day": gpu_day, "faults": faults, "findings": findings, "gpu_layer": gpu_layer,
+    "gpu_smoke": gpu_smoke, "routing": routing, "served": served, "soak": soak,
 }  # fmt: skip
 _OTHERS = ("faults", "findings", "gpu_layer", "gpu_smoke", "routing", "served", "soak")
 _OF_ALL = [name for name in BENCHMARKS if name not in _OTHERS]

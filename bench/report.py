@@ -37,6 +37,12 @@ def verdict(what: str, value: float, at_most: float) -> str:
     return f"{what}: {value:.3f}, target at most {at_most:g}: {outcome}"
 
 
+def verdict_at_least(what: str, value: float, at_least: float) -> str:
+    """Compares a figure with its lower limit, in one line."""
+    outcome = "reached" if value >= at_least else f"missed by {at_least - value:.3f}"
+    return f"{what}: {value:.3f}, target at least {at_least:g}: {outcome}"
+
+
 def split_constants(rows: Rows) -> tuple[dict[str, Any], list[str]]:
     """Returns the values that are equal in every row, and the remaining columns."""
     columns = list(dict.fromkeys(name for row in rows for name in row))

@@ -15,20 +15,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from bench.report import Rows
-from data_prep.build import build
-from data_prep.recipe import Recipe
-from dynmoe.config import load_config
-from dynmoe.data.corpus import TOKENIZER
+from bench.exports import export_random, write_corpus
+from bench.report import Rows, verdict_at_least
 from dynmoe.errors import UserError
-from dynmoe.hf.export import export
-from dynmoe.model import Decoder
-from dynmoe.moe.router import Router
-from dynmoe.routers import TopP
-from dynmoe.trained import begin_run
 
 _CLIENT = Path(__file__).with_name("served_client.py")
 _MEAN_K = 2.0
@@ -55,8 +44,8 @@ def run(given: argparse.Namespace) -> Rows:
     if not given.python.exists():
         raise UserError(f"--python: {given.python} does not exist; run make test-served to create it")
     with tempfile.TemporaryDirectory() as folder:
-        _write_corpus(Path(folder))
-        models = {name: str(_export(Path(folder), name, given)) for name in _ROUTERS}
+        corpus = write_corpus(Path(folder), 300)
+        models = {name: str(_export(corpus, name, given)) for name in _ROUTERS}
         task = {
             "models": models, "requests": given.requests, "tokens": given.tokens, "rounds": given.rounds,
             "eager": given.eager, "vocab": _VOCAB,
@@ -83,48 +72,14 @@ def run(given: argparse.Namespace) -> Rows:
 
 def verdicts(rows: Rows) -> list[str]:
     limits = {"top-p tokens/s / Mixtral's": 0.9, "vLLM tokens/s / transformers'": 2.0}
-    return [
-        f"{name}: {rows[0][name]:.3f}, target at least {limit:g}: "
-        + ("reached" if rows[0][name] >= limit else f"missed by {limit - rows[0][name]:.3f}")
-        for name, limit in limits.items()
-    ]
+    return [verdict_at_least(name, rows[0][name], limit) for name, limit in limits.items()]
 
 
-def _write_corpus(folder: Path) -> None:
-    """Prepares a corpus for its tokenizer, which an export needs; requests are token ids."""
-    (folder / "text").mkdir()
-    for number in range(100):
-        sentence = f"{number:b} in ones and zeros is {number}, and {number * 7} is seven of it.\n"
-        (folder / "text" / f"{number}.txt").write_text(sentence * 4)
-    build(Recipe([str(folder / "text")], vocab_size=300, validation_fraction=0.1), folder / "corpus", workers=1)
-
-
-def _export(folder: Path, name: str, given: argparse.Namespace) -> Path:
+def _export(corpus: Path, name: str, given: argparse.Namespace) -> Path:
     heads = given.hidden // 64
-    config = load_config(None, [
+    fields = [
         f"model.hidden={given.hidden}", f"model.heads={heads}", f"model.kv_heads={heads // 2}",
         f"model.layers={given.layers}", f"model.moe.experts={given.experts}", f"model.moe.expert_hidden={given.width}",
-        f"data.dirs=[{folder / 'corpus'}]", "data.sequence_length=256", *_ROUTERS[name], f"run.dir={folder}",
-        f"run.name={name}",
-    ])  # fmt: skip
-    decoder = Decoder(config.model, _VOCAB, seed=0).eval()
-    if name == "top_p":
-        _set_p(decoder)
-    begin_run(config, decoder, {TOKENIZER: (folder / "corpus" / TOKENIZER).read_bytes()}, folder / name)
-    export(folder / name, folder / f"{name}_out")
-    return folder / f"{name}_out"
-
-
-@torch.no_grad()
-def _set_p(decoder: Decoder) -> None:
-    """Spreads the scores of each router, and sets p so that these tokens get two experts on average."""
-
-    def fit(router: Router, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(router.spec, TopP)
-        router.get_parameter("weight_ED").normal_(0.0, 2.0 / inputs[0].shape[1] ** 0.5)
-        router.spec.fit(router, router.spec.logits_TE(router, inputs[0]), _MEAN_K)
-
-    hooks = [layer.router.register_forward_pre_hook(fit) for layer in decoder.moe_layers]
-    decoder(torch.randint(3, _VOCAB, (16, 64), generator=torch.Generator().manual_seed(0)))
-    for hook in hooks:
-        hook.remove()
+        "data.sequence_length=256", *_ROUTERS[name],
+    ]  # fmt: skip
+    return export_random(corpus, corpus.with_name(name), _VOCAB, fields, _MEAN_K if name == "top_p" else None)

@@ -148,6 +148,14 @@ def test_the_counts_of_a_step_are_reported_for_each_layout(tmp_path):
     assert said.count(": reached") == 3 * 2
 
 
+def test_generation_gives_the_tokens_of_the_export(tmp_path):
+    few = ["--models", "quickstart", "--tokens", "3", "--rounds", "1"]
+    rows, said = run_benchmark(tmp_path, "generation", *few)
+    assert [row["texts"] for row in rows] == [1, 8]
+    assert all(row["tokens/s / transformers'"] > 0 for row in rows)
+    assert said.count("target at least 1.5") == 2
+
+
 @pytest.mark.slow
 def test_whole_steps_of_both_engines_and_of_deepspeeds_own_layer(tmp_path, corpus_dir):
     sizes = ["model.hidden=32", "model.moe.expert_hidden=32", "model.layers=2", "data.sequence_length=32",

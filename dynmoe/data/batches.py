@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dynmoe.data.corpus import Corpus
-from dynmoe.data.megatron import BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig
+from dynmoe.data.order import Samples, open_samples
 from dynmoe.errors import UserError
 
 _SEEDS = 2**32  # numpy's range of seeds
@@ -40,7 +41,7 @@ class PretrainingData:
     The training order consists of epochs. Each goes once over the data, in an order drawn from seed + epoch; with
     weights, an epoch ends before the first corpus would repeat. Sample indices count through all epochs, so a run that
     is extended, or resumed on other ranks, continues with the next sample. All ranks must request the same epochs
-    together: Megatron's builder writes its index on rank 0 while the others wait.
+    together: rank 0 writes the index while the others wait.
 
     Args:
         corpora: checked corpora with the same tokenizer.
@@ -58,26 +59,14 @@ class PretrainingData:
         self.cache = cache
         self.tokenizer = corpora[0].tokenizer
         self.weights = [weight / sum(weights) for weight in weights] if len(corpora) > 1 and weights else None
-        self._epochs: dict[int, Any] = {}
-        self._validation: Any = None
+        self._epochs: dict[int, Samples] = {}
+        self._validation: Samples | None = None
 
-    def _build(self, split: str, seed: int, size: int | None) -> Any:
-        prefixes = [str(corpus.path / split) for corpus in self.corpora]
-        blend = (prefixes, self.weights if split == "train" else None)
-        config = GPTDatasetConfig(
-            random_seed=seed,
-            sequence_length=self.sequence_length,
-            blend_per_split=[blend if split == name else None for name in ("train", "validation", "test")],
-            path_to_cache=str(self.cache),
-            tokenizer=self.tokenizer,  # type: ignore[arg-type]
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
+    def _build(self, split: str, seed: int, size: int | None) -> Samples:
+        splits = [corpus.splits[split] for corpus in self.corpora]
+        return open_samples(
+            splits, self.sequence_length, seed, self.cache, None if size is None else self.weights, size
         )
-        sizes = [size if split == name else 0 for name in ("train", "validation", "test")]
-        built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
-        return built[0 if split == "train" else 1]
 
     @property
     def _weighted_epoch_size(self) -> int | None:
@@ -89,7 +78,7 @@ class PretrainingData:
             raise UserError("data.weights: an epoch of this blend holds no sequence; give small corpora less weight")
         return size
 
-    def _build_epoch(self, number: int) -> Any:
+    def _build_epoch(self, number: int) -> Samples:
         return self._build("train", (self.seed + number) % _SEEDS, self._weighted_epoch_size)
 
     def prepare(self, first: int, count: int) -> None:
@@ -118,9 +107,10 @@ class PretrainingData:
 
     def validation_batch(self, samples: range) -> Batch:
         """Returns the validation samples with these indices, each below :attr:`validation_samples`."""
+        assert self._validation is not None, "validation_samples comes first"
         return _stack([self._validation[number] for number in samples])
 
 
-def _stack(samples: list[dict[str, Tensor]]) -> Batch:
-    tokens = torch.stack([sample["tokens"] for sample in samples])
-    return Batch(tokens, torch.stack([sample["labels"] for sample in samples]))
+def _stack(samples: list[NDArray[np.int64]]) -> Batch:
+    tokens = torch.from_numpy(np.stack(samples))
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())

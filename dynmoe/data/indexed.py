@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,20 @@ _SEQUENCES_AT_A_TIME = 1 << 20
 
 @dataclass(frozen=True)
 class IndexedTokens:
-    """A checked .bin/.idx pair: the length of each sequence, and the first sequence of each document plus the end."""
+    """A checked .bin/.idx pair.
+
+    Attributes:
+        prefix: path of both files without their endings.
+        dtype: type of a token.
+        lengths: number of tokens of each sequence.
+        pointers: byte at which each sequence starts.
+        boundaries: the first sequence of each document, plus the end.
+    """
 
     prefix: Path
     dtype: np.dtype[Any]
     lengths: NDArray[np.int32]
+    pointers: NDArray[np.int64]
     boundaries: NDArray[np.int64]
 
     @property
@@ -50,11 +60,21 @@ class IndexedTokens:
     def num_tokens(self) -> int:
         return int(self.lengths.sum(dtype=np.int64))
 
+    @cached_property
+    def _tokens(self) -> NDArray[Any]:
+        """All tokens, memory-mapped."""
+        path = with_ending(self.prefix, ".bin")
+        return np.memmap(path, dtype=self.dtype, mode="r") if self.num_tokens else np.empty(0, self.dtype)
+
+    def read(self, sequence: int, start: int, end: int | None) -> NDArray[np.int64]:
+        """Tokens ``start`` to ``end`` of a sequence; None: to its end."""
+        first = int(self.pointers[sequence]) // self.dtype.itemsize
+        last = int(self.lengths[sequence]) if end is None else end
+        return self._tokens[first + start : first + last].astype(np.int64)
+
     def documents(self) -> Iterator[list[int]]:
         """Yields the tokens of each document."""
-        if not self.num_tokens:
-            return
-        tokens = np.memmap(with_ending(self.prefix, ".bin"), dtype=self.dtype, mode="r")
+        tokens = self._tokens
         end = 0
         for first, last in zip(self.boundaries[:-1], self.boundaries[1:], strict=True):
             start = end
@@ -68,7 +88,7 @@ class IndexedTokens:
             UserError: an id is outside the vocabulary; names file and position.
         """
         path = with_ending(self.prefix, ".bin")
-        tokens = np.memmap(path, dtype=self.dtype, mode="r") if self.num_tokens else np.empty(0, self.dtype)
+        tokens = self._tokens
         total = np.zeros(vocab_size, dtype=np.int64)
         for start in range(0, len(tokens), _TOKENS_PER_SCAN):
             block = np.asarray(tokens[start : start + _TOKENS_PER_SCAN]).astype(np.int64)
@@ -171,7 +191,7 @@ def check_indexed(prefix: Path) -> IndexedTokens:
         raise _damaged(idx, "has document boundaries that are not in order")
     if bin_size != wanted:
         raise _damaged(bin_, f"has {bin_size} bytes, but its index requires {wanted}")
-    return IndexedTokens(prefix, dtype, lengths, boundaries)
+    return IndexedTokens(prefix, dtype, lengths, pointers, boundaries)
 
 
 def _rises(numbers: NDArray[np.int64]) -> bool:

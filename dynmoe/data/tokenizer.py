@@ -1,4 +1,4 @@
-"""A sentencepiece tokenizer with the interface that Megatron's datasets expect."""
+"""A sentencepiece tokenizer."""
 
 from __future__ import annotations
 
@@ -132,8 +132,3 @@ class Tokenizer:
             and not trainer.treat_whitespace_as_suffix
             and not any(piece.type == piece.USER_DEFINED or crossing.search(piece.piece) for piece in model.pieces)
         )
-
-    @property
-    def unique_identifiers(self) -> dict[str, str]:
-        """Properties on which Megatron's index cache depends."""
-        return {"class": type(self).__name__, "sha256": self.sha256}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import math
 import os
@@ -253,12 +254,30 @@ def start_processes() -> torch.device:
     cuda = os.environ.get("DS_ACCELERATOR") != "cpu"
     device = take_gpu(", or set DS_ACCELERATOR=cpu") if cuda else torch.device("cpu")
     # DeepSpeed's shared-memory collectives need a compiler and leave files in shared memory if a rank is killed; gloo
-    # does neither.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # does neither. Without this list, DeepSpeed also runs a compiler to find out which of its operators could be built.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    _load_muon()
     if not dist.is_initialized() or deepspeed.comm.comm.cdb is None:
         backend = "nccl" if cuda else "gloo"
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=PATIENCE)
     return device
+
+
+def _load_muon() -> None:
+    """Imports Muon, as DeepSpeed does for every optimizer, but without TorchInductor.
+
+    Muon's functions are decorated by ``torch.compile``, whose first use loads the compiler. That takes a second, and
+    this engine never runs Muon.
+    """
+    name = "TORCHDYNAMO_DISABLE"  # read by torch.compile while it decorates
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    with contextlib.suppress(ImportError):  # a version of DeepSpeed without it
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    if before is None:
+        del os.environ[name]
+    else:
+        os.environ[name] = before
 
 
 def make_context(expert_parallel: int, backend: str = "auto") -> MoEContext:

@@ -24,7 +24,7 @@ def score_domains(
 
     Args:
         corpora: corpora by domain, encoded with the model's tokenizer.
-        cache: directory of Megatron's index files, shared by all ranks.
+        cache: directory of index files, shared by all ranks.
         progress: called after each forward pass.
         sequences: maximum number of sequences per domain; None: as ``eval.batches`` specifies.
     """

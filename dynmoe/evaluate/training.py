@@ -44,7 +44,7 @@ class TrainingScores:
         Args:
             engine: engine between two steps.
             vocab_size: rows of the model's embedding.
-            cache: directory of Megatron's index files, shared by all ranks.
+            cache: directory of index files, shared by all ranks.
             progress: called after every forward pass, so that a long evaluation is not mistaken for a hang.
             sequences: number of sequences to read per domain.
         """

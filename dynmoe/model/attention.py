@@ -15,29 +15,33 @@ from dynmoe.moe.initialization import named_normal
 
 
 def rotary_tables(num_positions: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of RoPE (arXiv 2104.09864), fp32 [positions, head_dim], for pairs (i, i + head_dim / 2)."""
+    """cos and sin of RoPE (arXiv 2104.09864), fp32 [positions, head_dim], for pairs (i, i + head_dim / 2).
+
+    The first half of the sines is negated, so that :func:`rotate` only swaps the halves of its input.
+    """
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angle = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=device), frequency)
-    angle = torch.cat([angle, angle], dim=1)
-    return angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
+    return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
 
 
 def rotate(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
     """Applies RoPE with fp32 tables; the result has the dtype of ``x``."""
     first, second = x_BHSd.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x_BHSd * cos_Sd + turned * sin_Sd).to(x_BHSd.dtype)
+    swapped = torch.cat([second, first], dim=-1)
+    return (x_BHSd * cos_Sd + swapped * sin_Sd).to(x_BHSd.dtype)
 
 
 def causal_attention(q_BHSd: Tensor, k_BKPd: Tensor, v_BKPd: Tensor, mask_B1SP: Tensor | None = None) -> Tensor:
     """Softmax attention in which consecutive groups of the H query heads share one of K key-value heads; [B, H, S, d].
 
-    Each position attends to itself and earlier positions, or to those where the mask is True.
+    Each position attends to itself and earlier positions, or to those where the mask is True. Without a mask, the
+    queries are all positions, or the last one.
     """
     grouped = q_BHSd.shape[1] != k_BKPd.shape[1]
-    return F.scaled_dot_product_attention(
-        q_BHSd, k_BKPd, v_BKPd, mask_B1SP, is_causal=mask_B1SP is None, enable_gqa=grouped
-    )
+    causal = mask_B1SP is None and q_BHSd.shape[2] > 1
+    return F.scaled_dot_product_attention(q_BHSd, k_BKPd, v_BKPd, mask_B1SP, is_causal=causal, enable_gqa=grouped)
 
 
 class HeadNorm(nn.RMSNorm):
@@ -103,12 +107,13 @@ class Attention(nn.Module):
         """
         batch, positions, _ = x_BSD.shape
         qkv = F.linear(x_BSD, self.w_qkv).view(batch, positions, -1, self.head_dim).transpose(1, 2)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q = self.q_norm(q)
-            k = self.k_norm(k)
-        q = rotate(q, cos_Sd, sin_Sd)
-        k = rotate(k, cos_Sd, sin_Sd)
+            q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+            q = rotate(self.q_norm(q), cos_Sd, sin_Sd)
+            k = rotate(self.k_norm(k), cos_Sd, sin_Sd)
+        else:
+            qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+            q, k = rotate(qk, cos_Sd, sin_Sd).split([self.heads, self.kv_heads], dim=1)
         mask = None
         if cache is not None:
             k, v = cache.extend(k, v)

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+_FEWEST_POSITIONS = 64
+
+Tables = tuple[Tensor, Tensor]
+
 
 class LayerCache:
-    """Keys and values of one layer at all positions so far, [B, K, P, d].
+    """Keys and values of one layer at all positions so far, in tensors with room for half as many more.
 
-    ``mask_B1SP`` is True where one of the S latest positions attends to one of all P positions.
+    ``mask_B1SP`` is True where one of the S latest positions attends to one of all P positions; None if each attends to
+    all positions up to itself.
     """
 
     def __init__(self) -> None:
         self.mask_B1SP: Tensor | None = None
-        self._kept: tuple[Tensor, Tensor] | None = None
+        self._length = 0
+        self._room = 0
+        self._kept: tuple[Tensor, ...] = ()
 
     def extend(self, k_BKSd: Tensor, v_BKSd: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends keys and values of the latest positions; returns those of all positions."""
-        new = (k_BKSd, v_BKSd)
-        if self._kept is not None:
-            new = (torch.cat([self._kept[0], k_BKSd], dim=2), torch.cat([self._kept[1], v_BKSd], dim=2))
-        self._kept = new
-        return new
+        """Appends keys and values of the latest positions; returns those of all positions, [B, K, P, d]."""
+        start = self._length
+        end = self._length = start + k_BKSd.shape[2]
+        if end > self._room:
+            self._room = max(_FEWEST_POSITIONS, end + end // 2)
+            before = self._kept
+            self._kept = tuple(new.new_empty(*new.shape[:2], self._room, new.shape[3]) for new in (k_BKSd, v_BKSd))
+            for kept, old in zip(self._kept, before, strict=False):  # no old ones at first
+                kept[:, :, :start] = old[:, :, :start]
+        k_BKPd, v_BKPd = self._kept
+        k_BKPd[:, :, start:end] = k_BKSd
+        v_BKPd[:, :, start:end] = v_BKSd
+        return k_BKPd[:, :, :end], v_BKPd[:, :, :end]
 
 
 class KeyValueCache:
@@ -40,16 +56,42 @@ class KeyValueCache:
     def __init__(self, layers: int, padding_B: Tensor) -> None:
         self.layers = [LayerCache() for _ in range(layers)]
         self.length = 0
-        self._padding_B1 = padding_B[:, None]
+        self._padding_B1 = padding_B[:, None] if bool(padding_B.any()) else None
+        self._device = padding_B.device
+        self._tables: Tables | None = None
 
-    def advance(self, num_new: int) -> Tensor:
-        """Adds ``num_new`` positions to each sequence; returns their positions in the text, [B, S] (padding: 0)."""
-        place_P = torch.arange(self.length + num_new, device=self._padding_B1.device)
-        place_S = place_P[self.length :]
-        seen_BSP = (place_P <= place_S[:, None]) & (place_P >= self._padding_B1[:, None])
-        # Padding attends to itself, as a softmax over no positions is NaN.
-        mask_B1SP = (seen_BSP | (place_P == place_S[:, None])).unsqueeze(1)
+    def advance(self, num_new: int, make_tables: Callable[[int], Tables]) -> Tables:
+        """Adds ``num_new`` positions to each sequence; returns the rows of rotary tables at their places in the text.
+
+        Args:
+            num_new: number of positions, S.
+            make_tables: makes tables for a number of positions; called again when they are too short.
+
+        Returns:
+            Tables for all sequences, [S, d], or if there is padding, [B, 1, S, d].
+        """
+        start = self.length
+        end = self.length = start + num_new
+        if self._tables is None or end > len(self._tables[0]):
+            self._tables = make_tables(max(_FEWEST_POSITIONS, end + end // 2))
+        mask_B1SP = self._mask(start, end)
         for layer in self.layers:
             layer.mask_B1SP = mask_B1SP
-        self.length += num_new
-        return (place_S - self._padding_B1).clamp(min=0)
+        if self._padding_B1 is None:
+            cos_Pd, sin_Pd = self._tables
+            return cos_Pd[start:end], sin_Pd[start:end]
+        place_BS = (torch.arange(start, end, device=self._device) - self._padding_B1).clamp(min=0)  # padding: 0
+        cos_BSd, sin_BSd = (table_Pd[place_BS] for table_Pd in self._tables)
+        return cos_BSd.unsqueeze(1), sin_BSd.unsqueeze(1)
+
+    def _mask(self, start: int, end: int) -> Tensor | None:
+        if self._padding_B1 is None and (start == 0 or end == start + 1):
+            return None
+        place_P = torch.arange(end, device=self._device)
+        place_S1 = place_P[start:, None]
+        seen_SP = place_P <= place_S1
+        if self._padding_B1 is None:
+            return seen_SP[None, None]
+        real_B1P = (place_P >= self._padding_B1).unsqueeze(1)
+        # Padding attends to itself, as a softmax over no positions is NaN.
+        return (seen_SP & real_B1P | (place_P == place_S1)).unsqueeze(1)

@@ -99,18 +99,11 @@ class Decoder(nn.Module):
         ``prefix_BPD`` are embeddings of other inputs, such as patches of an image, which take the P positions before
         ``tokens_BS``; the output is then [B, P + S, D].
         """
-        settings = self.settings
         x_BSD = F.embedding(tokens_BS, self.w_embed_VD)
         if prefix_BPD is not None:
             x_BSD = torch.cat([prefix_BPD, x_BSD], dim=1)
-        num_positions = x_BSD.shape[1] + (0 if cache is None else cache.length)
-        cos_Sd, sin_Sd = rotary_tables(
-            num_positions, settings.width_of_head, settings.rope_theta, self.w_embed_VD.device
-        )
-        if cache is not None:
-            position_BS = cache.advance(x_BSD.shape[1])
-            cos_Sd = cos_Sd[position_BS].unsqueeze(1)
-            sin_Sd = sin_Sd[position_BS].unsqueeze(1)
+        positions = x_BSD.shape[1]
+        cos_Sd, sin_Sd = self._tables(positions) if cache is None else cache.advance(positions, self._tables)
         for number, layer in enumerate(self.layers):
             if cache is not None:
                 x_BSD = layer(x_BSD, cos_Sd, sin_Sd, cache.layers[number])
@@ -124,6 +117,11 @@ class Decoder(nn.Module):
         self.context.start_counts()  # of all layers; overlaps with the output projection and the loss
         return self.norm(x_BSD)
 
+    def _tables(self, positions: int) -> tuple[Tensor, Tensor]:
+        settings = self.settings
+        return rotary_tables(positions, settings.width_of_head, settings.rope_theta, self.w_embed_VD.device)
+
+    @torch.inference_mode()
     def next_logits(self, tokens_BS: Tensor, cache: KeyValueCache) -> Tensor:
         """Logits [B, V] of the token after ``tokens_BS``, which follow the cached positions."""
         return F.linear(self.hidden(tokens_BS, cache)[:, -1], self.output_weight_VD)

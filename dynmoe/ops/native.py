@@ -1,4 +1,4 @@
-"""The gated activation of training in C, compiled once on each kind of machine and cached across processes."""
+"""Code in C, compiled once on each kind of machine and cached: loading, and the gated activation of training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from dynmoe.ops.swiglu import gated_activation, gated_activation_backward
 
-_SOURCE = Path(__file__).with_name("swiglu.c")
 _COMPILERS = ("cc", "gcc", "clang")
 # No -ffast-math: non-finite values must stay what they are. A loop may still be vectorized if no operation can trap.
 _FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
@@ -73,18 +72,18 @@ def _over_rows(name: str, h_NH: Tensor, *others: Tensor) -> None:
     if threads == 1:
         run(0, num_rows)
     else:
-        list(_threads().map(run, ends[:-1], ends[1:]))
+        list(thread_pool().map(run, ends[:-1], ends[1:]))
 
 
 @cache
-def _threads() -> ThreadPoolExecutor:
+def thread_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="dynmoe_native")
 
 
 @cache
 def _kernel(name: str, dtype: torch.dtype) -> _Kernel | None:
     of_type = {torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype)
-    library = _library() if of_type is not None else None
+    library = load("swiglu.c") if of_type is not None else None
     if library is None:
         return None
     kernel: _Kernel = library[f"{name}_{of_type}"]
@@ -94,8 +93,8 @@ def _kernel(name: str, dtype: torch.dtype) -> _Kernel | None:
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
-    """Loads the compiled library; compiles it if this kind of machine has not yet.
+def load(name: str) -> ctypes.CDLL | None:
+    """Loads the library of a source file of this folder; compiles it if this kind of machine has not yet.
 
     It lies in ``$XDG_CACHE_HOME/dynmoe`` (default ``~/.cache/dynmoe``). Its name covers source, compiler, flags and
     instruction set, because a home directory may be shared by different machines. ``CC`` selects the compiler.
@@ -103,24 +102,23 @@ def _library() -> ctypes.CDLL | None:
     Returns:
         None if there is no C compiler, or if it fails, which is reported as a warning.
     """
+    source = Path(__file__).with_name(name)
     compiler = _compiler()
     if compiler is None:
         return None
     facts = repr((compiler, os.stat(compiler).st_mtime, _FLAGS, _machine()))
-    key = hashlib.sha256(_SOURCE.read_bytes() + facts.encode()).hexdigest()[:16]
+    key = hashlib.sha256(source.read_bytes() + facts.encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dynmoe"
-    target = folder / f"{_SOURCE.stem}-{key}.so"
+    target = folder / f"{source.stem}-{key}.so"
     try:
         if not target.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, target)
+            _compile(compiler, source, target)
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:
         output = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         problem = output[0] if output else type(error).__name__
-        warnings.warn(
-            f"{_SOURCE.name} was not compiled: {problem}; PyTorch computes the same more slowly", stacklevel=2
-        )
+        warnings.warn(f"{name} was not compiled: {problem}; PyTorch computes the same more slowly", stacklevel=2)
         return None
 
 
@@ -137,10 +135,10 @@ def _machine() -> str:
     return platform.machine() + "".join(sorted(set(facts)))
 
 
-def _compile(compiler: str, target: Path) -> None:
+def _compile(compiler: str, source: Path, target: Path) -> None:
     """Compiles beside ``target`` and renames, so that other processes never see half a library."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         built = Path(folder) / target.name
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(built), "-lm"]
+        command = [compiler, *_FLAGS, str(source), "-o", str(built), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
         built.rename(target)

@@ -15,6 +15,7 @@ from torch.autograd.graph import increment_version
 from dynmoe.config.constants import MOE_BACKENDS
 from dynmoe.errors import ConfigError
 from dynmoe.ops.backends import Activation, KernelBackend, PackedBackend, grouped_mm, looped_mm
+from dynmoe.ops.few_tokens import few_tokens
 from dynmoe.ops.gradient_sums import gradient_sum
 from dynmoe.ops.native import native_activation, native_activation_backward
 from dynmoe.ops.permute import Permutation
@@ -110,5 +111,8 @@ def routed_experts(
     if isinstance(backend, SonicBackend):
         return backend.experts(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
     if not torch.is_grad_enabled():  # skipping autograd saves a third of the time for one token
-        return backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)[0]
+        y_TD = None
+        if backend.name == "grouped_mm":
+            y_TD = few_tokens(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
+        return backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)[0] if y_TD is None else y_TD
     return _RoutedExperts.apply(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation, backend)

@@ -10,17 +10,17 @@ from torch import Tensor
 _CHUNK_ELEMENTS_CPU = 1 << 18
 
 
-def _chunks(rows_NF: Tensor) -> list[slice]:
+def _chunks(rows: Tensor, width: int) -> list[slice]:
     """Splits rows into blocks that stay in a CPU core's cache between elementwise operations; one block on a GPU."""
-    num_rows, width = rows_NF.shape
-    step = max(1, _CHUNK_ELEMENTS_CPU // width if rows_NF.device.type == "cpu" else num_rows)
+    num_rows = rows.shape[0]
+    step = max(1, _CHUNK_ELEMENTS_CPU // width if rows.device.type == "cpu" else num_rows)
     return [slice(start, start + step) for start in range(0, num_rows, step)]
 
 
 def gated_activation(h_NH: Tensor, gates_N: Tensor) -> Tensor:
     """Computes g * silu(h1) * h2 for each row, [N, F]."""
     width = h_NH.shape[1] // 2
-    chunks = _chunks(h_NH[:, :width])
+    chunks = _chunks(h_NH, width)
     if len(chunks) == 1:  # for few rows, the overhead of each call dominates
         return _gated(h_NH, gates_N).to(h_NH.dtype)
     out_NF = h_NH.new_empty(h_NH.shape[0], width)
@@ -42,7 +42,7 @@ def gated_activation_backward(h_NH: Tensor, gates_N: Tensor, grad_NF: Tensor) ->
     """
     width = h_NH.shape[1] // 2
     grad_gates_N = torch.empty_like(gates_N)
-    for rows in _chunks(grad_NF):
+    for rows in _chunks(grad_NF, width):
         h1, h2 = h_NH[rows].float().split(width, dim=1)
         gates = gates_N[rows, None]
         grad = grad_NF[rows].float()

@@ -39,10 +39,12 @@ def top_p(
     probs_TE = torch.softmax(logits_TE, dim=1)
     sorted_TE, order_TE = sort_descending(probs_TE)
     # An expert is selected if the better ones do not reach p. p = 1 also selects experts with a probability of 0.
-    better_TE = torch.cat([torch.zeros_like(sorted_TE[:, :1]), sorted_TE[:, :-1].cumsum(dim=1)], dim=1)
+    better_TE = sorted_TE[:, :-1].cumsum(dim=1)
     p = torch.as_tensor(p, dtype=torch.float32, device=logits_TE.device)
-    selected_TE = (better_TE < p if variant == "paper" else better_TE <= p) | (p >= 1.0)  # in descending order
-    selected_TE[:, :min_experts] = True
+    selected_TE = torch.ones_like(sorted_TE, dtype=torch.bool)  # in descending order; the best one always
+    selected_TE[:, 1:] = (better_TE < p if variant == "paper" else better_TE <= p) | (p >= 1.0)
+    if min_experts > 1:
+        selected_TE[:, :min_experts] = True
     if max_experts is not None:
         selected_TE[:, max_experts:] = False
     map_TE = torch.zeros_like(selected_TE).scatter_(1, order_TE, selected_TE)

@@ -49,7 +49,7 @@ class RunDirectory:
     def claim(self, patience_s: float = PATIENCE_S) -> None:
         """Creates the directory and locks it for this process; waits up to ``patience_s`` for another job to exit.
 
-        Megatron's index files are removed: Megatron would trust a truncated one, and rebuilding them is fast.
+        Index files of the sample order are removed: an interrupted start may have left a truncated one.
 
         Raises:
             UserError: the directory cannot be created or written to, or another job is training in it.

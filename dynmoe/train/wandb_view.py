@@ -147,8 +147,9 @@ def _start(config: Config, directory: str, run_id: str) -> Any:
     }  # fmt: skip
     mode = config.logging.wandb
     try:
-        # Without this, login requests the user name from the server to print it.
-        wandb.setup(settings=wandb.Settings(silent=True))
+        # Without silent, login requests the user name from the server to print it; without the mode, init loads what
+        # it needs to report its own use, also offline.
+        wandb.setup(settings=wandb.Settings(silent=True, mode=mode))
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             # init would prompt for a key on the terminal, while the other ranks wait.
             raise wandb.errors.UsageError("no API key; run wandb login")

@@ -46,7 +46,7 @@ def test_the_same_text_gives_the_same_bytes_wherever_it_lies_and_with_any_worker
 def test_every_document_is_there_and_decodes_to_itself(corpus_dir):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    from dynmoe.data.megatron import IndexedDatasetBuilder  # noqa: F401  (hushes Megatron's import)
+    from tests.data.megatron_order import IndexedDatasetBuilder  # noqa: F401  (hushes Megatron's import)
 
     corpus = Corpus.open(corpus_dir)
     tokenizer = corpus.tokenizer

@@ -26,10 +26,10 @@ from data_prep.sources import list_units, read_unit
 from dynmoe.data.batches import PretrainingData
 from dynmoe.data.corpus import Corpus, open_corpora
 from dynmoe.data.indexed import check_indexed, write_index
-from dynmoe.data.megatron import DType, IndexedDatasetBuilder
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
 from harness.processes import is_running
+from tests.data.megatron_order import DType, IndexedDatasetBuilder
 from tests.data.test_data_prep import contents, read_all, recipe, run
 from tests.texts import make_text, write_texts
 

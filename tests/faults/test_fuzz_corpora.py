@@ -123,7 +123,7 @@ def damaged_index(draw: st.DrawFn, content: bytes) -> bytes:
 @given(pair=indexed(), data=st.data())
 def test_f10_fuzz_megatron_indexed_files(tmp_path, pair, data):
     """Without hashes: an accepted file is read by Megatron in the same way and within its bounds."""
-    from dynmoe.data.megatron import IndexedDatasetBuilder  # noqa: F401  (suppresses warnings of Megatron's import)
+    from tests.data.megatron_order import IndexedDatasetBuilder  # noqa: F401  (suppresses warnings of Megatron's import)
 
     tokens, lengths, boundaries = pair
     prefix = tmp_path / "train"

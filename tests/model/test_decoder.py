@@ -85,6 +85,22 @@ def test_cached_positions_of_padded_texts_give_the_logits_of_each_text_alone(kin
             torch.testing.assert_close(own, text[end - missing - 1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("padding", [[0, 0], [0, 7]])
+def test_a_cache_grows_with_the_text(padding):
+    """One token at a time, and several at once, past the room that the cache has at first."""
+    model = Decoder(tiny_model(*CACHED["top_p"]), VOCAB, seed=0).eval()
+    texts = [tokens(1, 150 - missing, seed=missing) for missing in padding]
+    batch = torch.cat([F.pad(text, (missing, 0)) for text, missing in zip(texts, padding, strict=True)])
+    cache = KeyValueCache(2, torch.tensor(padding))
+    ends = [50, *range(51, 120), 140, 150]
+    with torch.no_grad():
+        found = [model.next_logits(batch[:, a:b], cache) for a, b in zip([0, *ends], ends, strict=False)]
+        whole = [model(text)[0] for text in texts]
+    for row, missing in enumerate(padding):
+        expected = torch.stack([whole[row][end - missing - 1] for end in ends])
+        torch.testing.assert_close(torch.stack([own[row] for own in found]), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_embeddings_take_the_positions_before_the_tokens():
     """Embeddings of tokens as a prefix are those tokens, with and without a cache; their gradient arrives."""
     model = Decoder(tiny_model(*ROUTERS["top_any"]), VOCAB, seed=0).eval()

@@ -106,7 +106,7 @@ def in_a_process(code: str, **variables: str) -> str:
     return done.stdout + done.stderr
 
 
-LOADS = "from dynmoe.ops import native; print(native._library())"
+LOADS = "from dynmoe.ops import native; print(native.load('swiglu.c'))"
 
 
 @compiled
