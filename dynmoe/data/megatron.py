@@ -6,6 +6,6 @@ import warnings
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    from megatron.core.datasets.helpers import build_blending_indices, build_exhaustive_blending_indices
+    from megatron.core.datasets import helpers
 
-__all__ = ["build_blending_indices", "build_exhaustive_blending_indices"]
+__all__ = ["helpers"]

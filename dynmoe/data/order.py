@@ -191,14 +191,14 @@ def _normalized(weights: Sequence[float]) -> NDArray[np.float64]:
 def _mixed(counts: Sequence[int], share_C: NDArray[np.float64] | None) -> Arrays:
     """Source and sample of each place of a blend: always of the corpus that is furthest behind its share."""
     # Only here: its import takes seconds, which a single corpus does not need.
-    from dynmoe.data.megatron import build_blending_indices, build_exhaustive_blending_indices
+    from dynmoe.data.megatron import helpers
 
     size = sum(counts)
     source_N = np.zeros(size, dtype=np.int16)
     sample_N = np.zeros(size, dtype=np.int64)
     if share_C is None:
-        build_exhaustive_blending_indices(source_N, sample_N, np.array(counts, dtype=np.int64), len(counts))
+        helpers.build_exhaustive_blending_indices(source_N, sample_N, np.array(counts, dtype=np.int64), len(counts))
     else:
         share_C = share_C / share_C.sum()
-        build_blending_indices(source_N, sample_N, share_C, len(counts), size, False)
+        helpers.build_blending_indices(source_N, sample_N, share_C, len(counts), size, False)
     return source_N, sample_N

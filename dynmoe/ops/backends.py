@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +23,7 @@ Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 # For each of the two weights: a tensor of its shape to which its gradient is added.
 Sums = tuple[Tensor | None, Tensor | None]
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class Activation(NamedTuple):
-    """The gated activation of training, and its gradients: see ``dynmoe.ops.swiglu``."""
-
-    forward: Callable[[Tensor, Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-_PLAIN = Activation(gated_activation, gated_activation_backward)
+ActivationBackward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class KernelBackend(Protocol):
@@ -45,19 +36,9 @@ class KernelBackend(Protocol):
         """Builds the permutation from tokens to rows; ``max_rows``: N or an upper bound, if the host knows one."""
 
     def forward(
-        self,
-        x_TD: Tensor,
-        gates_TE: Tensor,
-        w_up_EHD: Tensor,
-        w_down_EDF: Tensor,
-        permutation: Permutation,
-        *,
-        training: bool = False,
+        self, x_TD: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, permutation: Permutation
     ) -> tuple[Tensor, Tensor]:
-        """Returns the output [T, D] and h [N, H], with rows sorted by expert.
-
-        Without ``training`` the output has the same bits as that of an exported model on the same device.
-        """
+        """Returns the output [T, D] and h [N, H], with rows sorted by expert."""
 
     def backward(
         self,
@@ -139,31 +120,25 @@ def _one_token(
 class PackedBackend:
     """Grouped products over the routed rows, built on ``product``."""
 
-    def __init__(self, name: str, product: Product, activation: Activation = _PLAIN) -> None:
+    def __init__(
+        self, name: str, product: Product, activation_backward: ActivationBackward = gated_activation_backward
+    ) -> None:
         self.name = name
         self._product = product
-        self._activation = activation
+        self._activation_backward = activation_backward
 
     def permutation(self, routing_map_TE: Tensor, max_rows: int | None = None) -> Permutation:
         """Counts the rows exactly, whatever the bound: PyTorch's products and sums process every allocated row."""
         return Permutation.of(routing_map_TE)
 
     def forward(
-        self,
-        x_TD: Tensor,
-        gates_TE: Tensor,
-        w_up_EHD: Tensor,
-        w_down_EDF: Tensor,
-        permutation: Permutation,
-        *,
-        training: bool = False,
+        self, x_TD: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, permutation: Permutation
     ) -> tuple[Tensor, Tensor]:
         if len(x_TD) == 1 and x_TD.device.type == "cpu" and len(permutation.route_N) > 0:
             return _one_token(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
         ends_E = permutation.ends_E
         h_NH = self._product(gather(x_TD, permutation), w_up_EHD.transpose(1, 2), ends_E)
-        activation = self._activation.forward if training else gated_activation
-        activation_NF = activation(h_NH, permutation.of_rows(gates_TE))
+        activation_NF = gated_activation(h_NH, permutation.of_rows(gates_TE))
         rows_ND = self._product(activation_NF, w_down_EDF.transpose(1, 2), ends_E)
         return scatter_sum(rows_ND, permutation), h_NH
 
@@ -184,7 +159,7 @@ class PackedBackend:
         sum_up_EHD, sum_down_EDF = sums
         grad_ND = gather(grad_TD, permutation)
         grad_NF = self._product(grad_ND, w_down_EDF, ends_E)
-        grad_gates_N = self._activation.backward(h_NH, permutation.of_rows(gates_TE), grad_NF)
+        grad_gates_N = self._activation_backward(h_NH, permutation.of_rows(gates_TE), grad_NF)
         grad_h_NH = h_NH
         activation_NF = grad_NF  # both were written in place
         grad_up_EHD = grad_down_EDF = None

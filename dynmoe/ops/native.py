@@ -1,4 +1,4 @@
-"""Code in C, compiled once on each kind of machine and cached: loading, and the gated activation of training."""
+"""Code in C, compiled once on each kind of machine and cached: loading, and the gated activation's backward pass."""
 
 from __future__ import annotations
 
@@ -18,61 +18,37 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dynmoe.ops.swiglu import gated_activation, gated_activation_backward
+from dynmoe.ops.swiglu import gated_activation_backward
 
 _COMPILERS = ("cc", "gcc", "clang")
 # No -ffast-math: non-finite values must stay what they are. A loop may still be vectorized if no operation can trap.
 _FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 _TIMEOUT_S = 120
-_TENSORS = {"swiglu": 3, "swiglu_backward": 4}
 # Fewer rows are not worth another thread.
 _ROWS_PER_THREAD = 256
 
 _Kernel = Callable[..., None]
 
 
-def native_activation(h_NH: Tensor, gates_N: Tensor) -> Tensor:
-    """:func:`gated_activation` in one pass over memory where it can be compiled, else in PyTorch.
-
-    Its exponential function is not PyTorch's: the results differ in the last bits.
-    """
-    if not _runs("swiglu", h_NH, gates_N):
-        return gated_activation(h_NH, gates_N)
-    out_NF = h_NH.new_empty(h_NH.shape[0], h_NH.shape[1] // 2)
-    _over_rows("swiglu", h_NH, gates_N, out_NF)
-    return out_NF
-
-
 def native_activation_backward(h_NH: Tensor, gates_N: Tensor, grad_NF: Tensor) -> Tensor:
-    """:func:`gated_activation_backward` in one pass over memory where it can be compiled, else in PyTorch."""
-    if not _runs("swiglu_backward", h_NH, gates_N, grad_NF):
+    """:func:`gated_activation_backward` in one pass over memory, where it can be compiled; else the same in PyTorch."""
+    kernel = _kernel(h_NH.dtype) if h_NH.device.type == "cpu" else None
+    if kernel is None or not all(tensor.is_contiguous() for tensor in (h_NH, gates_N, grad_NF)):
         return gated_activation_backward(h_NH, gates_N, grad_NF)
     grad_gates_N = torch.empty_like(gates_N)
-    _over_rows("swiglu_backward", h_NH, gates_N, grad_NF, grad_gates_N)
-    return grad_gates_N
-
-
-def _runs(name: str, *tensors: Tensor) -> bool:
-    on_cpu = tensors[0].device.type == "cpu"
-    return on_cpu and all(t.is_contiguous() for t in tensors) and _kernel(name, tensors[0].dtype) is not None
-
-
-def _over_rows(name: str, h_NH: Tensor, *others: Tensor) -> None:
-    """Calls a kernel with the tensors, each with N rows, on PyTorch's number of threads."""
-    kernel = _kernel(name, h_NH.dtype)
-    assert kernel is not None
-    num_rows = h_NH.shape[0]
-    width = h_NH.shape[1] // 2
+    num_rows, width = grad_NF.shape
     threads = max(1, min(torch.get_num_threads(), num_rows // _ROWS_PER_THREAD))
     ends = [num_rows * thread // threads for thread in range(threads + 1)]
 
     def run(first: int, last: int) -> None:
-        kernel(*(tensor[first:].data_ptr() for tensor in (h_NH, *others)), last - first, width)  # without Python's lock
+        parts = (tensor[first:].data_ptr() for tensor in (h_NH, gates_N, grad_NF, grad_gates_N))
+        kernel(*parts, last - first, width)  # without Python's lock
 
     if threads == 1:
         run(0, num_rows)
     else:
         list(thread_pool().map(run, ends[:-1], ends[1:]))
+    return grad_gates_N
 
 
 @cache
@@ -81,13 +57,13 @@ def thread_pool() -> ThreadPoolExecutor:
 
 
 @cache
-def _kernel(name: str, dtype: torch.dtype) -> _Kernel | None:
-    of_type = {torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype)
-    library = load("swiglu.c") if of_type is not None else None
+def _kernel(dtype: torch.dtype) -> _Kernel | None:
+    name = {torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype)
+    library = load("swiglu_backward.c") if name is not None else None
     if library is None:
         return None
-    kernel: _Kernel = library[f"{name}_{of_type}"]
-    kernel.argtypes = [ctypes.c_void_p] * _TENSORS[name] + [ctypes.c_int64] * 2  # type: ignore[attr-defined]
+    kernel: _Kernel = library[f"swiglu_backward_{name}"]
+    kernel.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2  # type: ignore[attr-defined]
     kernel.restype = None  # type: ignore[attr-defined]
     return kernel
 

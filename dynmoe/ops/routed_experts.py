@@ -14,10 +14,10 @@ from torch.autograd.graph import increment_version
 
 from dynmoe.config.constants import MOE_BACKENDS
 from dynmoe.errors import ConfigError
-from dynmoe.ops.backends import Activation, KernelBackend, PackedBackend, grouped_mm, looped_mm
+from dynmoe.ops.backends import KernelBackend, PackedBackend, grouped_mm, looped_mm
 from dynmoe.ops.few_tokens import few_tokens
 from dynmoe.ops.gradient_sums import gradient_sum
-from dynmoe.ops.native import native_activation, native_activation_backward
+from dynmoe.ops.native import native_activation_backward
 from dynmoe.ops.permute import Permutation
 from dynmoe.ops.sonic import SonicBackend, load_sonic
 
@@ -57,7 +57,7 @@ def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backe
     products = {"grouped_mm": grouped_mm, "loop": looped_mm}
     if wanted not in products:
         raise ConfigError(field, wanted, "is not a known backend", f"use one of {', '.join(MOE_BACKENDS)}")
-    return PackedBackend(wanted, products[wanted], Activation(native_activation, native_activation_backward))
+    return PackedBackend(wanted, products[wanted], native_activation_backward)
 
 
 class _RoutedExperts(torch.autograd.Function):
@@ -73,7 +73,7 @@ class _RoutedExperts(torch.autograd.Function):
         permutation: Permutation,
         backend: KernelBackend,
     ) -> Tensor:
-        y_TD, h_NH = backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation, training=True)
+        y_TD, h_NH = backend.forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
         ctx.save_for_backward(h_NH, x_TD, gates_TE, w_up_EHD, w_down_EDF, *permutation.tensors)
         ctx.backend = backend
         ctx.weights = (w_up_EHD, w_down_EDF)  # with recomputation, saved tensors are not the parameters themselves

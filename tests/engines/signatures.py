@@ -13,11 +13,11 @@ class Sources:
     """The files of a package below ``root``."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self.root = root
         self._read: dict[str, dict[str, ast.AST | str]] = {}
 
     def _path(self, module: str) -> Path | None:
-        below = self._root.joinpath(*module.split("."))
+        below = self.root.joinpath(*module.split("."))
         return next((path for path in (below.with_suffix(".py"), below / "__init__.py") if path.is_file()), None)
 
     def _names(self, module: str) -> dict[str, ast.AST | str]:

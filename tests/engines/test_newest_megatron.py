@@ -86,6 +86,13 @@ def test_overridden_names_exist_and_take_our_arguments(newest, name):
         assert taken is None or set(BEYOND_IMPORTS[name]) <= set(taken)
 
 
+@pytest.mark.parametrize("name", ["build_blending_indices", "build_exhaustive_blending_indices"])
+def test_compiled_functions_exist(newest, name):
+    """Those of ``helpers_cpp``, whose source is in the wheel."""
+    source = newest.root / "megatron/core/datasets/helpers.cpp"
+    assert f'm.def("{name}", &{name}' in source.read_text()
+
+
 def test_missing_names_and_arguments_are_found(newest, tmp_path):
     code = tmp_path / "code.py"
     code.write_text(

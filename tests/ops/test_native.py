@@ -1,4 +1,4 @@
-"""The activation in C: equal to the one in PyTorch, non-finite values included; how it is compiled."""
+"""The activation's backward pass in C: equal to the one in PyTorch, non-finite values included; how it is compiled."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dynmoe.ops import native
-from dynmoe.ops.native import native_activation, native_activation_backward
-from dynmoe.ops.swiglu import gated_activation, gated_activation_backward
+from dynmoe.ops.native import native_activation_backward
+from dynmoe.ops.swiglu import gated_activation_backward
 from harness.processes import CPU
 
 COMPILER = native._compiler()
@@ -46,10 +46,9 @@ def exact(h_NH: Tensor, gates_N: Tensor, grad_NF: Tensor) -> tuple[Tensor, Tenso
 def test_against_autograd_in_double_precision(dtype, error, seed, rows, width, scale):
     h_NH, gates_N, grad_NF = case(seed, rows, width, dtype, scale)
     expected = exact(h_NH, gates_N, grad_NF)
-    assert native._kernel("swiglu_backward", dtype) is not None
-    out_NF = native_activation(h_NH, gates_N)
+    kernel = native._kernel(dtype)
+    assert kernel is not None
     grad_gates_N = native_activation_backward(h_NH, gates_N, grad_NF)
-    assert torch.equal(out_NF, grad_NF)  # the activation is computed again from the same bits
     for value, wanted in zip((h_NH, grad_NF, grad_gates_N), expected, strict=True):
         room = error * wanted.abs().max() if wanted.numel() else 0
         torch.testing.assert_close(value.double(), wanted, rtol=error, atol=float(room))
@@ -63,13 +62,10 @@ def test_values_are_not_finite_where_those_of_pytorch_are_not(dtype):
     h_NH = torch.stack([h1, h2], dim=1).to(dtype)
     grad_NF = grad[:, None].to(dtype)
     gates_N = torch.ones(len(grad))
-    results = []
-    for forward, backward in (
-        (native_activation, native_activation_backward), (gated_activation, gated_activation_backward)
-    ):  # fmt: skip
-        h, grad = h_NH.clone(), grad_NF.clone()
-        results.append((forward(h, gates_N), backward(h, gates_N, grad), h, grad))
-    for value, wanted in zip(*results, strict=True):
+    plain = [h_NH.clone(), grad_NF.clone()]
+    expected = gated_activation_backward(plain[0], gates_N, plain[1])
+    grad_gates_N = native_activation_backward(h_NH, gates_N, grad_NF)
+    for value, wanted in zip((h_NH, grad_NF, grad_gates_N), (*plain, expected), strict=True):
         error = 2e-2 if dtype == torch.bfloat16 else 1e-5
         finite = wanted.isfinite()
         assert torch.equal(value.isfinite(), finite)
@@ -94,8 +90,7 @@ def test_threads_change_nothing():
     for threads in (1, 3):
         h_NH, gates_N, grad_NF = case(0, 1000, 33, torch.float32)
         torch.set_num_threads(threads)
-        out_NF = native_activation(h_NH, gates_N)
-        results.append((out_NF, native_activation_backward(h_NH, gates_N, grad_NF), h_NH, grad_NF))
+        results.append((native_activation_backward(h_NH, gates_N, grad_NF), h_NH, grad_NF))
     torch.set_num_threads(before)
     assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
 
@@ -106,7 +101,7 @@ def in_a_process(code: str, **variables: str) -> str:
     return done.stdout + done.stderr
 
 
-LOADS = "from dynmoe.ops import native; print(native.load('swiglu.c'))"
+LOADS = "from dynmoe.ops import native; print(native.load('swiglu_backward.c'))"
 
 
 @compiled
@@ -121,10 +116,9 @@ def test_it_is_compiled_once(tmp_path):
 def test_without_a_compiler_pytorch_computes(tmp_path):
     assert in_a_process(LOADS, XDG_CACHE_HOME=str(tmp_path), CC="no_such_compiler").strip() == "None"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "_kernel", lambda name, dtype: None)
+        patch.setattr(native, "_kernel", lambda dtype: None)
         h_NH, gates_N, grad_NF = case(1, 5, 4, torch.float32)
         expected = exact(h_NH, gates_N, grad_NF)
-        assert torch.equal(native_activation(h_NH, gates_N), gated_activation(h_NH, gates_N))
         grad_gates_N = native_activation_backward(h_NH, gates_N, grad_NF)
     torch.testing.assert_close(grad_gates_N.double(), expected[2], rtol=1e-5, atol=1e-6)
 
@@ -134,7 +128,7 @@ def test_a_compiler_that_fails_is_reported(tmp_path):
     broken.write_text("#!/bin/sh\necho 'no room left' >&2\nexit 1\n")
     broken.chmod(0o755)
     said = in_a_process(LOADS, XDG_CACHE_HOME=str(tmp_path), CC=str(broken))
-    assert "swiglu.c was not compiled: no room left; PyTorch computes the same more slowly" in said
+    assert "swiglu_backward.c was not compiled: no room left; PyTorch computes the same more slowly" in said
     assert said.splitlines()[0] == "None" or "None" in said
     assert not list((tmp_path / "dynmoe").iterdir())
 
@@ -151,11 +145,10 @@ def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
 def test_other_types_and_strides_are_left_to_pytorch():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert native._kernel("swiglu", torch.float64) is None
+        assert native._kernel(torch.float64) is None
     h_NH, gates_N, grad_NF = case(2, 6, 5, torch.float32)
     expected = exact(h_NH, gates_N, grad_NF)
     strided = torch.empty(6, 20)[:, ::2].copy_(h_NH)
-    torch.testing.assert_close(native_activation(strided, gates_N).double(), expected[1], rtol=1e-5, atol=1e-5)
     native_activation_backward(strided, gates_N, grad_NF)
     torch.testing.assert_close(strided.double(), expected[0], rtol=1e-5, atol=1e-5)
 

@@ -143,14 +143,7 @@ class TritonBackend:
         return Permutation(*build_routes(routing_map_TE, rows))
 
     def forward(
-        self,
-        x_TD: Tensor,
-        gates_TE: Tensor,
-        w_up_EHD: Tensor,
-        w_down_EDF: Tensor,
-        permutation: Permutation,
-        *,
-        training: bool = False,
+        self, x_TD: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, permutation: Permutation
     ) -> tuple[Tensor, Tensor]:
         launch = _Launch(permutation, x_TD)
         hidden, width = w_down_EDF.shape[1:]

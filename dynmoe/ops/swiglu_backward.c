@@ -1,5 +1,5 @@
-// The gated activation g * silu(h1) * h2 and its gradients, each in one pass over memory: see swiglu.py. Plain C that
-// compilers vectorize; bf16 is read and written by its bits, arithmetic is in fp32.
+// Backward pass of the gated activation g * silu(h1) * h2, one pass over memory: see swiglu.py. Plain C that compilers
+// vectorize; bf16 is read and written by its bits, arithmetic is in fp32.
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -43,25 +43,9 @@ static inline float sigmoid(float x) {
     return x < -87.0f ? 0.0f : result;
 }
 
-// For each of `rows` rows of width F: out = g * silu(h1) * h2 with h = [h1, h2].
-#define DEFINE_FORWARD(TYPE, ELEMENT)                                                                                  \
-    void swiglu_##TYPE(const ELEMENT *restrict h, const float *restrict gates, ELEMENT *restrict out, int64_t rows,    \
-                       int64_t width) {                                                                                \
-        for (int64_t row = 0; row < rows; row++) {                                                                     \
-            const ELEMENT *restrict h1 = h + row * 2 * width;                                                          \
-            const ELEMENT *restrict h2 = h1 + width;                                                                   \
-            ELEMENT *restrict to = out + row * width;                                                                  \
-            const float gate = gates[row];                                                                             \
-            _Pragma("omp simd") for (int64_t i = 0; i < width; i++) {                                                  \
-                const float a = read_##TYPE(h1[i]);                                                                    \
-                to[i] = write_##TYPE(a * sigmoid(a) * read_##TYPE(h2[i]) * gate);                                      \
-            }                                                                                                          \
-        }                                                                                                              \
-    }
-
 // For each of `rows` rows of width F: h = [h1, h2] becomes the gradient of h, grad becomes the recomputed activation, and
 // grad_gates gets <grad, silu(h1) * h2>.
-#define DEFINE_BACKWARD(TYPE, ELEMENT)                                                                                 \
+#define DEFINE(TYPE, ELEMENT)                                                                                          \
     void swiglu_backward_##TYPE(ELEMENT *restrict h, const float *restrict gates, ELEMENT *restrict grad,              \
                                 float *restrict grad_gates, int64_t rows, int64_t width) {                             \
         for (int64_t row = 0; row < rows; row++) {                                                                     \
@@ -84,7 +68,5 @@ static inline float sigmoid(float x) {
         }                                                                                                              \
     }
 
-DEFINE_FORWARD(bf16, uint16_t)
-DEFINE_FORWARD(fp32, float)
-DEFINE_BACKWARD(bf16, uint16_t)
-DEFINE_BACKWARD(fp32, float)
+DEFINE(bf16, uint16_t)
+DEFINE(fp32, float)
