@@ -81,9 +81,7 @@ def train(config: Config, stop_signal: StopSignal) -> None:
             print(start)
         if not is_alone:  # the ranks share the work
             verify_corpora(corpora, config.data.verify, directory.verified, gather_ranks, rank, watchdog.progress)
-        data = PretrainingData(
-            corpora, config.data.weights, config.data.sequence_length, config.train.seed, directory.data_index
-        )
+        data = PretrainingData(corpora, config.data, config.train.seed, directory.data_index)
         views = partial(make_views, config, directory, pictures_of_run)
         score = partial(scores.row, engine, vocab_size, directory.data_index, watchdog.progress)
         trainer = Trainer(config, engine, data, directory, vocab_size, views, stop_signal, watchdog, score)

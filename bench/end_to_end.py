@@ -111,9 +111,7 @@ def _serve(rank: int, given: argparse.Namespace, folder: str) -> None:
     first = next(iter(configs.values()))
     corpora = open_corpora(first.data.dirs, first.data.sequence_length)
     vocab_size = embedding_rows(corpora[0].tokenizer.vocab_size, first.model.vocab_size)
-    data = PretrainingData(
-        corpora, first.data.weights, first.data.sequence_length, first.train.seed, Path(folder) / "index"
-    )
+    data = PretrainingData(corpora, first.data, first.train.seed, Path(folder) / "index")
     runs = {name: _Run(config, vocab_size, name) for name, config in configs.items()}
     for step in range(1, given.steps + 1):
         start = (step - 1) * first.train.global_batch

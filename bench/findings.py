@@ -133,7 +133,7 @@ def read_run(run: Path, corpus: Corpus, sequences: int) -> dict[str, Any]:
         name for name in lines[0] if name.startswith("moe/layer_") and name.endswith("experts_per_token_mean")
     )
     model = open_trained(run)
-    data = PretrainingData([corpus], [], model.config.data.sequence_length, 0, run / "data_index")
+    data = PretrainingData([corpus], model.config.data, 0, run / "data_index")
     tokens = read_tokens(model, data, sequences)
     rarity_N = -corpus.splits["train"].counts(model.decoder.output_weight_VD.shape[0])[tokens.ids_N]
     return {

@@ -117,7 +117,7 @@ def test_a_training_is_stopped_resumed_and_read(corpus_dir, tmp_path):
     assert len(read["experts_by_layer"]) == 40
 
     model = open_trained(tmp_path / "runs" / kept.stem)
-    data = PretrainingData([Corpus.open(corpus_dir)], [], model.config.data.sequence_length, 0, tmp_path / "index")
+    data = PretrainingData([Corpus.open(corpus_dir)], model.config.data, 0, tmp_path / "index")
     tokens = read_tokens(model, data, 3)
     batch = data.validation_batch(range(3))
     length = batch.tokens_BS.shape[1]

@@ -7,10 +7,11 @@ that mistakes are reported before heavy imports and before any process group exi
 
 from dynmoe.config.load import current_name, describe_fields, load_config
 from dynmoe.config.model import ModelConfig, MoEConfig
-from dynmoe.config.sections import Config, OptimizerConfig, ScheduleConfig
+from dynmoe.config.sections import Config, DataConfig, OptimizerConfig, ScheduleConfig
 
 __all__ = [
     "Config",
+    "DataConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",

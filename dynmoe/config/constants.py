@@ -1,5 +1,7 @@
 """Constants that several packages share, in a module without torch."""
 
+# The label of a token whose loss does not count, as in PyTorch's cross-entropy.
+IGNORED = -100
 # Values of train.moe_backend.
 MOE_BACKENDS = ("auto", "triton", "grouped_mm", "loop", "sonic")
 # Logits that the cross-entropy computes at a time: few enough to fit a CPU's cache, enough to fill a GPU.

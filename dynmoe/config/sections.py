@@ -56,6 +56,18 @@ class DataConfig(Section):
         [], "share of each corpus in the blend; empty: in proportion to their tokens", at_least=1e-9, at_most=1e9
     )
     sequence_length: int = option(512, "number of tokens of a training sequence", at_least=1)
+    documents: Optional[str] = option(
+        None, "what a token attends to: masked: its own document, in which positions begin at 0; joined: all earlier "
+        "tokens of its sequence. null: masked, but a run that is resumed keeps what it began with",
+        choices=("masked", "joined"),
+    )  # fmt: skip
+    packing: Optional[str] = option(
+        None, "how documents fill sequences: best_fit: whole where they fit, which leaves a little padding; null: "
+        "concatenated and cut", choices=("best_fit",),
+    )  # fmt: skip
+    predict_first_token: bool = option(
+        True, "whether the first token of a document is predicted, from the end-of-text token before it"
+    )
     verify: str = option(
         "once", "when to check every hash and token id of the corpora before the first step: once and after a file "
         "changes, always, or never", choices=("once", "always", "never"),
@@ -68,6 +80,14 @@ class DataConfig(Section):
         if self.weights and len(self.weights) != len(self.dirs):
             cure = f"use {len(self.dirs)} weights or []"
             raise ConfigError("data.weights", self.weights, "must have one weight for each of data.dirs", cure)
+        if self.documents == "joined" and not self.predict_first_token:
+            problem = "needs documents that do not see each other"
+            raise ConfigError("data.predict_first_token", False, problem, "use true, or data.documents=masked")
+
+    @property
+    def ignores_labels(self) -> bool:
+        """Whether the loss leaves tokens out: the first ones of documents, or padding."""
+        return self.packing is not None or not self.predict_first_token
 
 
 @dataclass
@@ -143,6 +163,9 @@ class Config(Section):
             if self.parallel.context > 1 and self.train.precision != "bf16":
                 problem = "is not supported by Transformer Engine's attention with parallel.context"
                 raise ConfigError("train.precision", self.train.precision, problem, "use bf16")
+            if self.parallel.context > 1 and self.data.documents != "joined":
+                problem = "documents cannot be masked with parallel.context yet"
+                raise ConfigError("data.documents", self.data.documents, problem, "use joined, or parallel.context=1")
         self.parallel.check_experts(self.model)
         self._check_budget()
         if self.train.replay is not None:

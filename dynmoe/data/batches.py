@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from dynmoe.config import DataConfig
+from dynmoe.config.constants import IGNORED
 from dynmoe.data.corpus import Corpus
-from dynmoe.data.order import Samples, open_samples
+from dynmoe.data.order import Sample, Samples, open_samples
+from dynmoe.data.packing import open_packed
 from dynmoe.errors import UserError
 
 _SEEDS = 2**32  # numpy's range of seeds
@@ -21,18 +24,33 @@ _VALIDATION_SEED = 0  # constant, so that runs with different seeds are compared
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one forward pass, int64 [B, S]; the label of each token is the next token."""
+    """Sequences of one forward pass, int64 [B, S].
+
+    Attributes:
+        tokens_BS: the tokens.
+        labels_BS: the next token of each, or ``IGNORED``.
+        start_BS: place in the sequence at which each token's document starts; None if documents are joined.
+    """
 
     tokens_BS: Tensor
     labels_BS: Tensor
+    start_BS: Tensor | None = None
 
     def pinned(self) -> Batch:
         """Copies the batch to page-locked memory."""
-        return Batch(self.tokens_BS.pin_memory(), self.labels_BS.pin_memory())
+        return self._map(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Batch:
         """Copies the batch to a device, asynchronously from page-locked memory."""
-        return Batch(self.tokens_BS.to(device, non_blocking=True), self.labels_BS.to(device, non_blocking=True))
+        return self._map(lambda tensor_BS: tensor_BS.to(device, non_blocking=True))
+
+    def at(self, positions_P: Tensor) -> Batch:
+        """The batch at some positions of its sequences; documents still start where they do in the whole ones."""
+        return self._map(lambda tensor_BS: tensor_BS[:, positions_P])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        start_BS = None if self.start_BS is None else change(self.start_BS)
+        return Batch(change(self.tokens_BS), change(self.labels_BS), start_BS)
 
 
 class PretrainingData:
@@ -45,34 +63,49 @@ class PretrainingData:
 
     Args:
         corpora: checked corpora with the same tokenizer.
-        weights: weights of the corpora in the blend; empty: in proportion to their size.
+        settings: weights of the corpora, length of the sequences, and what their documents see. A run that is resumed
+            settles them again before the first batch.
         seed: seed of the order.
         cache: directory for index files, shared by all ranks.
     """
 
-    def __init__(
-        self, corpora: list[Corpus], weights: list[float], sequence_length: int, seed: int, cache: Path
-    ) -> None:
+    def __init__(self, corpora: list[Corpus], settings: DataConfig, seed: int, cache: Path) -> None:
         self.corpora = corpora
-        self.sequence_length = sequence_length
         self.seed = seed
         self.cache = cache
         self.tokenizer = corpora[0].tokenizer
-        self.weights = [weight / sum(weights) for weight in weights] if len(corpora) > 1 and weights else None
+        self.settle(settings)
         self._epochs: dict[int, Samples] = {}
         self._validation: Samples | None = None
 
+    def settle(self, settings: DataConfig) -> None:
+        """Replaces the settings.
+
+        Raises:
+            UserError: documents are to be masked, and those of a corpus do not end with the end-of-text token.
+        """
+        self.settings = settings
+        if settings.documents == "masked":
+            for corpus in self.corpora:
+                corpus.check_ends()
+
+    @property
+    def weights(self) -> list[float] | None:
+        """The share of each corpus; None if all of each is used."""
+        weights = self.settings.weights
+        return [weight / sum(weights) for weight in weights] if len(self.corpora) > 1 and weights else None
+
     def _build(self, split: str, seed: int, size: int | None) -> Samples:
         splits = [corpus.splits[split] for corpus in self.corpora]
-        return open_samples(
-            splits, self.sequence_length, seed, self.cache, None if size is None else self.weights, size
-        )
+        weights = None if size is None else self.weights
+        open_part = open_packed if self.settings.packing == "best_fit" else None
+        return open_samples(splits, self.settings.sequence_length, seed, self.cache, weights, size, open_part)
 
     @property
     def _weighted_epoch_size(self) -> int | None:
         if self.weights is None:
             return None
-        samples = [corpus.sequences("train", self.sequence_length) for corpus in self.corpora]
+        samples = [corpus.sequences("train", self.settings.sequence_length) for corpus in self.corpora]
         size = math.floor(min(count / weight for count, weight in zip(samples, self.weights, strict=True)))
         if size < 1:
             raise UserError("data.weights: an epoch of this blend holds no sequence; give small corpora less weight")
@@ -103,14 +136,16 @@ class PretrainingData:
     def train_batch(self, samples: range) -> Batch:
         """Returns the training samples with these indices; their epochs must be prepared."""
         size = self.samples_per_epoch
-        return _stack([self._epochs[number // size][number % size] for number in samples])
+        eod = self.tokenizer.eod
+        return self._stack([self._epochs[number // size].sequence(number % size, eod) for number in samples])
 
     def validation_batch(self, samples: range) -> Batch:
         """Returns the validation samples with these indices, each below :attr:`validation_samples`."""
         assert self._validation is not None, "validation_samples comes first"
-        return _stack([self._validation[number] for number in samples])
+        return self._stack([self._validation.sequence(number, self.tokenizer.eod) for number in samples])
 
-
-def _stack(samples: list[NDArray[np.int64]]) -> Batch:
-    tokens = torch.from_numpy(np.stack(samples))
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    def _stack(self, samples: list[Sample]) -> Batch:
+        tokens_BS, labels_BS, start_BS = (torch.from_numpy(np.stack(parts)) for parts in zip(*samples, strict=True))
+        if not self.settings.predict_first_token:
+            labels_BS[tokens_BS == self.tokenizer.eod] = IGNORED
+        return Batch(tokens_BS, labels_BS, start_BS if self.settings.documents == "masked" else None)

@@ -22,6 +22,7 @@ TOKENIZER = "tokenizer.model"
 SPLITS = ("train", "validation")
 FILES = (TOKENIZER, *(f"{split}.{ending}" for split in SPLITS for ending in ("bin", "idx")))
 FORMAT = 1
+_CHECKED_ENDS = 100
 _KEYS = {"files", "input", "recipe", "refused", "sources", "splits", "tokenizer"}
 
 
@@ -97,6 +98,18 @@ class Corpus:
     def sequences(self, split: str, length: int) -> int:
         """Number of sequences of ``length`` tokens in a split, each followed by one more token to predict."""
         return (self.splits[split].num_tokens - 1) // length
+
+    def check_ends(self) -> None:
+        """Checks that documents end with the end-of-text token: up to a hundred, as a tool adds it to all or to none.
+
+        Raises:
+            UserError: one does not.
+        """
+        for split, tokens in self.splits.items():
+            if any(token != self.tokenizer.eod for token in tokens.last_tokens(_CHECKED_ENDS)):
+                problem = f"the documents of {self.path / split} do not end with the end-of-text token"
+                cure = "use data.documents=joined, or add it (--append-eod of Megatron-LM's own tool)"
+                raise UserError(f"data.documents=masked: {problem}; {cure}")
 
     def pieces(self) -> list[Piece]:
         """Splits the corpus into pieces that can be checked independently: blocks, or whole files if it is older."""

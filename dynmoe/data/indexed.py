@@ -72,6 +72,22 @@ class IndexedTokens:
         last = int(self.lengths[sequence]) if end is None else end
         return self._tokens[first + start : first + last].astype(np.int64)
 
+    def span(self, first: int, end: int) -> NDArray[np.int64]:
+        """Tokens ``first`` to ``end`` of all, whatever their sequences."""
+        return self._tokens[first:end].astype(np.int64)
+
+    def document_spans(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Place of the first token of each document, and its number of tokens."""
+        ends = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])[self.boundaries]
+        return ends[:-1], np.diff(ends)
+
+    def last_tokens(self, count: int) -> Iterator[int]:
+        """Yields the last token of up to ``count`` documents, which are spread over all; empty ones have none."""
+        step = max(1, -(-self.num_documents // count))
+        for first, end in zip(self.boundaries[:-1:step].tolist(), self.boundaries[1::step].tolist(), strict=True):
+            if end > first and (length := int(self.lengths[end - 1])):
+                yield int(self.read(end - 1, length - 1, None)[0])
+
     def documents(self) -> Iterator[list[int]]:
         """Yields the tokens of each document."""
         tokens = self._tokens

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch.distributed as dist
@@ -25,14 +25,31 @@ _SURPLUS = 0.005
 _WHOLE_ENOUGH = 0.8
 
 Arrays = tuple[NDArray[Any], ...]
+# Opens the samples of a split, given length, seed, cache, and how many are needed (None: one epoch).
+OpenPart = Callable[[IndexedTokens, int, int, Path, int | None], "Samples"]
+
+
+class Sample(NamedTuple):
+    """A sequence for training.
+
+    Attributes:
+        tokens_S: the tokens, int64.
+        labels_S: the next token of each, or ``IGNORED``.
+        start_S: place in the sequence at which each token's document starts.
+    """
+
+    tokens_S: NDArray[np.int64]
+    labels_S: NDArray[np.int64]
+    start_S: NDArray[np.int64]
 
 
 class Samples(Protocol):
-    """Samples of a fixed number of tokens, int64, by index."""
+    """Sequences of one length."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]: ...
+    def sequence(self, index: int, eod: int) -> Sample:
+        """The sequence at ``index``, given the end-of-text token."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +71,14 @@ class CorpusSamples:
     def __len__(self) -> int:
         return len(self.sample_N)
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
+    def sequence(self, index: int, eod: int) -> Sample:
+        """The sequence at ``index``. A document begins with the end-of-text token before it, as a prompt does."""
+        window = self.window(index)
+        start_S = np.maximum.accumulate(np.where(window[:-1] == eod, np.arange(len(window) - 1), 0))
+        return Sample(window[:-1], window[1:], start_S)
+
+    def window(self, index: int) -> NDArray[np.int64]:
+        """The tokens of the sequence at ``index`` and the one after them."""
         sample = int(self.sample_N[index])
         (first, offset), (last, end) = self.starts_N2[sample : sample + 2].tolist()
         sequences = self.sequence_M[first : last + 1].tolist()
@@ -73,22 +97,23 @@ class BlendedSamples:
         sample_N: index of each sample in its corpus.
     """
 
-    parts: Sequence[CorpusSamples]
+    parts: Sequence[Samples]
     source_N: NDArray[Any]
     sample_N: NDArray[Any]
 
     def __len__(self) -> int:
         return len(self.source_N)
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        return self.parts[self.source_N[index]][self.sample_N[index]]
+    def sequence(self, index: int, eod: int) -> Sample:
+        """The sequence at ``index``, given the end-of-text token."""
+        return self.parts[self.source_N[index]].sequence(int(self.sample_N[index]), eod)
 
 
 def open_samples(
     splits: Sequence[IndexedTokens], length: int, seed: int, cache: Path, weights: Sequence[float] | None = None,
-    size: int | None = None,
+    size: int | None = None, open_part: OpenPart | None = None,
 ) -> Samples:  # fmt: skip
-    """One epoch of samples of ``length`` + 1 tokens each. Collective: rank 0 writes the index, all ranks map it.
+    """One epoch of samples of ``length`` tokens each. Collective: rank 0 writes the index, all ranks map it.
 
     Args:
         splits: the same split of each corpus of a blend.
@@ -96,12 +121,14 @@ def open_samples(
         cache: directory for index files, shared by all ranks.
         weights: share of each corpus; None: all samples of each.
         size: number of samples with weights.
+        open_part: opens the samples of one corpus; None: its concatenated text, cut.
 
     Raises:
         UserError: an index file is damaged.
     """
+    open_part = open_part or open_windows
     if weights is None or size is None:
-        parts = [_open_corpus(tokens, length, seed, cache, None) for tokens in splits]
+        parts = [open_part(tokens, length, seed, cache, None) for tokens in splits]
         if len(parts) == 1:
             return parts[0]
         share_C = None
@@ -110,23 +137,21 @@ def open_samples(
         share_C = _normalized(weights)
         counts = [math.ceil(size * share) for share in share_C.tolist()]
         reserve = [math.ceil(count * (1 + _SURPLUS)) for count in counts]
-        parts = [
-            _open_corpus(tokens, length, seed, cache, number)
-            for tokens, number in zip(splits, reserve, strict=True)
-        ]  # fmt: skip
+        parts = [open_part(tokens, length, seed, cache, number) for tokens, number in zip(splits, reserve, strict=True)]
     facts = [(str(tokens.prefix), len(part)) for tokens, part in zip(splits, parts, strict=True)]
     key = ("blend", facts, length, seed, None if share_C is None else share_C.tolist(), counts)
-    return BlendedSamples(parts, *_cached(cache, key, ("source", "sample"), lambda: _mixed(counts, share_C)))
+    return BlendedSamples(parts, *cached(cache, key, ("source", "sample"), lambda: _mixed(counts, share_C)))
 
 
-def _open_corpus(tokens: IndexedTokens, length: int, seed: int, cache: Path, samples: int | None) -> CorpusSamples:
+def open_windows(tokens: IndexedTokens, length: int, seed: int, cache: Path, samples: int | None) -> CorpusSamples:
+    """Concatenates the sequences of a split and cuts them; see :func:`shuffled`. Collective."""
     key = (str(tokens.prefix), tokens.num_tokens, length, seed, samples)
     names = ("sequences", "starts", "samples")
-    return CorpusSamples(tokens, *_cached(cache, key, names, lambda: shuffled(tokens.lengths, length, seed, samples)))
+    return CorpusSamples(tokens, *cached(cache, key, names, lambda: shuffled(tokens.lengths, length, seed, samples)))
 
 
-def _cached(cache: Path, key: object, names: Sequence[str], build: Callable[[], Arrays]) -> Arrays:
-    """The arrays of ``build``, mapped from files that rank 0 writes if one is missing."""
+def cached(cache: Path, key: object, names: Sequence[str], build: Callable[[], Arrays]) -> Arrays:
+    """The arrays of ``build``, mapped from files that rank 0 writes if one is missing. Collective."""
     stem = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     paths = [cache / f"{stem}-{name}.npy" for name in names]
     if (not dist.is_initialized() or dist.get_rank() == 0) and not all(path.exists() for path in paths):

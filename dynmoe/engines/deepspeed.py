@@ -31,6 +31,7 @@ from dynmoe.config.constants import DEEPSPEED_BUCKET
 from dynmoe.data.batches import Batch
 from dynmoe.engines import deepspeed_state
 from dynmoe.engines.device import take_gpu
+from dynmoe.engines.loss import TextLosses, tokens_of_pass
 from dynmoe.engines.patience import PATIENCE, be_patient
 from dynmoe.engines.runtime import MoERuntime
 from dynmoe.launched import choose_interface
@@ -102,6 +103,7 @@ class DeepSpeedEngine:
         named = self.module.named_parameters()
         self.moe = MoERuntime(config, self.layers, self.context, self.state, named, self.device)
         self._batches: Sequence[Batch] = ()
+        self._total_tokens: Tensor | None = None
         self.step = 0  # on the host: reading the optimizer's count would wait for the device
         self._local_loss = torch.zeros((), device=self.device)
         self._grad_norm = 0.0
@@ -136,14 +138,17 @@ class DeepSpeedEngine:
         self.step += 1
         self.module.train()
         # One micro-batch of each rank is sure to fit in memory.
-        self.moe.calibrate(lambda: self.module.hidden(batches[0].tokens_BS.to(self.device)))
+        first = batches[0].to(self.device)
+        self.moe.calibrate(lambda: self.module.hidden(first.tokens_BS, start_BS=first.start_BS))
         self._batches = batches
+        labels = [batch.labels_BS.to(self.device) for batch in batches]
+        self._total_tokens = tokens_of_pass(labels, self.config.data)
         losses = []
         with self.moe.step(self.step, 1.0 / len(batches), record, trace, replay):
             for number, batch in enumerate(batches):
                 on_device = batch.to(self.device)
                 with self.moe.micro_batch(number):
-                    loss = self._engine(on_device.tokens_BS, on_device.labels_BS)
+                    loss = self._engine(*self._inputs(on_device))
                 self._engine.backward(loss)
                 losses.append(loss.detach())
                 if batch is not batches[-1]:
@@ -188,8 +193,12 @@ class DeepSpeedEngine:
         for number, batch in enumerate(self._batches):
             on_device = batch.to(self.device)
             with self.moe.recompute(number):
-                loss = self.module(on_device.tokens_BS, on_device.labels_BS)
+                loss = self.module(*self._inputs(on_device))
                 torch.autograd.grad(loss / len(self._batches), parameters, allow_unused=True)
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
+        """Arguments of the model's loss."""
+        return batch.tokens_BS, batch.labels_BS, batch.start_BS, self._total_tokens
 
     def _gradients(self) -> Iterator[tuple[Tensor, int]]:
         """Yields the reduced gradients on this rank, each with the number of ranks that hold a copy."""
@@ -211,14 +220,13 @@ class DeepSpeedEngine:
         return self.moe.report()
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch], texts: Sequence[int], per_rank: Sequence[float]) -> list[float]:
+    def evaluate(self, batches: Sequence[Batch], texts: Sequence[int], num_texts: int) -> list[float]:
         self.module.eval()
-        totals = torch.zeros(len(per_rank), dtype=torch.float64, device=self.device)
+        losses = TextLosses(num_texts, self.device)
         for batch, text in zip(batches, texts, strict=True):
-            on_device = batch.to(self.device)
-            totals[text] += self.module(on_device.tokens_BS, on_device.labels_BS) / per_rank[text]
-        dist.all_reduce(totals)
-        return [total / self.world_size for total in totals.tolist()]
+            own = batch.to(self.device)
+            losses.add(text, self.module(own.tokens_BS, own.labels_BS, own.start_BS), own.labels_BS)
+        return losses.means()
 
     @torch.no_grad()
     def logits(self, tokens_BS: Tensor) -> Tensor:

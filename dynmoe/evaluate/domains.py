@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
-from dynmoe.data.batches import PretrainingData
+from dynmoe.config.constants import IGNORED
+from dynmoe.data.batches import Batch, PretrainingData
 from dynmoe.data.corpus import Corpus
 from dynmoe.evaluate.models import ScoredModel
 from dynmoe.evaluate.scoring import ExpertUse, Passage, Progress, rows_of_pass, score
@@ -32,15 +34,17 @@ def score_domains(
     scores = {}
     wanted = sequences or dict.fromkeys(corpora, config.eval.batches * config.train.global_batch)
     for name, corpus in corpora.items():
-        data = PretrainingData([corpus], [], config.data.sequence_length, config.train.seed, cache)
+        data = PretrainingData([corpus], config.data, config.train.seed, cache)
         samples = min(wanted[name], data.validation_samples)
         rows = rows_of_pass(model, config.data.sequence_length)
         use = ExpertUse()
         total = 0.0
+        scored = 0
         for done, passages in _parts(data, name, samples, rows * model.data_size):
             total -= sum(own.log_prob for own in score(model, passages, use, lambda done, of: None))
+            scored += sum(passage.scored for passage in passages)
             progress(min(done, samples), samples)
-        loss = total / samples / config.data.sequence_length
+        loss = total / scored
         scores[name] = {"loss": loss, "perplexity": perplexity(loss)} | use.figures([name])
     return scores
 
@@ -49,8 +53,14 @@ def _parts(data: PretrainingData, name: str, samples: int, size: int) -> Iterato
     """Yields the sequences, ``size`` at a time, each with the number of sequences done after it."""
     for start in range(0, samples, size):
         batch = data.validation_batch(range(start, min(start + size, samples)))
-        passages = [
-            Passage([*tokens, labels[-1]], len(labels), name)
-            for tokens, labels in zip(batch.tokens_BS.tolist(), batch.labels_BS.tolist(), strict=True)
-        ]
-        yield start + size, passages
+        yield start + size, [*_passages(batch, name)]
+
+
+def _passages(batch: Batch, name: str) -> Iterator[Passage]:
+    """Yields the sequences of a batch, or their documents, if these do not see each other."""
+    length = batch.tokens_BS.shape[1]
+    for row, (tokens, labels) in enumerate(zip(batch.tokens_BS.tolist(), batch.labels_BS.tolist(), strict=True)):
+        starts = [0] if batch.start_BS is None else batch.start_BS[row].unique().tolist()
+        for start, end in pairwise([*starts, length]):
+            if scored := end - start - labels[start:end].count(IGNORED):  # those of the first tokens
+                yield Passage([*tokens[start:end], labels[end - 1]], scored, name)

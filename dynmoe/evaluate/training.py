@@ -22,7 +22,6 @@ class TrainingScores:
     """
 
     def __init__(self, config: Config, corpora: Sequence[Corpus]) -> None:
-        self._config = config
         self._corpora = corpora
         self._tasks = None
         if config.eval.tasks:
@@ -37,6 +36,7 @@ class TrainingScores:
         vocab_size: int,
         cache: Path,
         progress: Callable[[str], None],
+        config: Config,
         sequences: Mapping[str, int],
     ) -> Row:
         """Scores the engine's model. Collective; task scores are returned on the first rank of each host only.
@@ -46,13 +46,14 @@ class TrainingScores:
             vocab_size: rows of the model's embedding.
             cache: directory of index files, shared by all ranks.
             progress: called after every forward pass, so that a long evaluation is not mistaken for a hang.
+            config: of the run, with the fields that a resumed run keeps.
             sequences: number of sequences to read per domain.
         """
         from dynmoe.evaluate.domains import score_domains
         from dynmoe.evaluate.models import ModelInTraining
         from dynmoe.train.scores import scores_row
 
-        model = ModelInTraining(engine, self._config, self._corpora[0].tokenizer, vocab_size)
+        model = ModelInTraining(engine, config, self._corpora[0].tokenizer, vocab_size)
 
         def report(done: int, of: int) -> None:
             progress(f"forward pass {done} of {of} of the evaluation after step {engine.step}")
@@ -61,7 +62,7 @@ class TrainingScores:
         if self._tasks is not None:
             from dynmoe.evaluate.harness import score_tasks
 
-            tasks = score_tasks(model, self._tasks, report, limit=self._config.eval.limit, bootstrap=0).scores
-        if self._config.eval.domains:
+            tasks = score_tasks(model, self._tasks, report, limit=config.eval.limit, bootstrap=0).scores
+        if config.eval.domains:
             domains = score_domains(model, by_domain(self._corpora), cache, report, sequences)
         return scores_row(tasks, domains)

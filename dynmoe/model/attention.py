@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from dynmoe.config import ModelConfig
 from dynmoe.model.cache import LayerCache
+from dynmoe.model.documents import Documents
 from dynmoe.model.importance import importance, own_weights
 from dynmoe.moe.experts import down_std
 from dynmoe.moe.initialization import named_normal
+
+_FLEX_WIDTH = 16  # FlexAttention has no kernel for narrower heads
 
 
 def rotary_tables(num_positions: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -33,15 +40,25 @@ def rotate(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
     return (x_BHSd * cos_Sd + swapped * sin_Sd).to(x_BHSd.dtype)
 
 
-def causal_attention(q_BHSd: Tensor, k_BKPd: Tensor, v_BKPd: Tensor, mask_B1SP: Tensor | None = None) -> Tensor:
+def causal_attention(q_BHSd: Tensor, k_BKPd: Tensor, v_BKPd: Tensor, mask: Tensor | Documents | None = None) -> Tensor:
     """Softmax attention in which consecutive groups of the H query heads share one of K key-value heads; [B, H, S, d].
 
-    Each position attends to itself and earlier positions, or to those where the mask is True. Without a mask, the
-    queries are all positions, or the last one.
+    Each position attends to itself and earlier positions: all of them, those of its document, or those where a mask
+    [B, 1, S, P] is True. Without a mask, the queries are all positions, or the last one.
     """
     grouped = q_BHSd.shape[1] != k_BKPd.shape[1]
-    causal = mask_B1SP is None and q_BHSd.shape[2] > 1
-    return F.scaled_dot_product_attention(q_BHSd, k_BKPd, v_BKPd, mask_B1SP, is_causal=causal, enable_gqa=grouped)
+    if isinstance(mask, Documents):
+        if q_BHSd.is_cuda and q_BHSd.shape[3] >= _FLEX_WIDTH:
+            return _flex_attention()(q_BHSd, k_BKPd, v_BKPd, block_mask=mask.blocks, enable_gqa=grouped)
+        mask = mask.mask_B1QP
+    causal = mask is None and q_BHSd.shape[2] > 1
+    return F.scaled_dot_product_attention(q_BHSd, k_BKPd, v_BKPd, mask, is_causal=causal, enable_gqa=grouped)
+
+
+@cache
+def _flex_attention() -> Callable[..., Tensor]:
+    """FlexAttention (arXiv 2412.05496) as a kernel that skips what a mask hides; without a compiler it would not."""
+    return torch.compile(flex_attention, dynamic=False)
 
 
 class HeadNorm(nn.RMSNorm):
@@ -97,13 +114,17 @@ class Attention(nn.Module):
             for heads in (model.heads, model.kv_heads)
         )
 
-    def forward(self, x_BSD: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, cache: LayerCache | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attention output, [B, S, D].
 
         Args:
             x_BSD: input of the latest positions.
             cos_Sd, sin_Sd: rotary tables of these positions, for all sequences or [B, 1, S, d].
             cache: cache of earlier positions; None if there are none.
+            documents: documents that do not see each other; None if each sequence is one.
         """
         batch, positions, _ = x_BSD.shape
         qkv = F.linear(x_BSD, self.w_qkv).view(batch, positions, -1, self.head_dim).transpose(1, 2)
@@ -114,16 +135,14 @@ class Attention(nn.Module):
         else:
             qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
             q, k = rotate(qk, cos_Sd, sin_Sd).split([self.heads, self.kv_heads], dim=1)
-        mask = None
+        mask: Tensor | Documents | None = documents
         if cache is not None:
             k, v = cache.extend(k, v)
             mask = cache.mask_B1SP
         if self.measures_importance:
             self.importance_BS = importance(own_weights(q, k, mask), self.heads)
-        if cache is not None:
-            out_BHSd = causal_attention(q, k, v, mask)
-        elif self.recompute and torch.is_grad_enabled():
-            out_BHSd = checkpoint(causal_attention, q, k, v, use_reentrant=False, preserve_rng_state=False)
+        if self.recompute and torch.is_grad_enabled():
+            out_BHSd = checkpoint(causal_attention, q, k, v, mask, use_reentrant=False, preserve_rng_state=False)
         else:
-            out_BHSd = causal_attention(q, k, v)
+            out_BHSd = causal_attention(q, k, v, mask)
         return F.linear(out_BHSd.transpose(1, 2).reshape(batch, positions, -1), self.w_out)

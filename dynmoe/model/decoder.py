@@ -13,6 +13,7 @@ from dynmoe.config import ModelConfig
 from dynmoe.model.attention import Attention, rotary_tables
 from dynmoe.model.cache import KeyValueCache, LayerCache
 from dynmoe.model.cross_entropy import linear_cross_entropy
+from dynmoe.model.documents import Documents
 from dynmoe.moe import MoEContext, MoELayer
 from dynmoe.moe.experts import SwiGLU
 from dynmoe.moe.initialization import named_normal
@@ -43,8 +44,11 @@ class DecoderLayer(nn.Module):
         else:
             self.ffn = SwiGLU(model, model.ffn_hidden, seed, f"layers.{layer}.ffn")
 
-    def forward(self, x_BSD: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, cache: LayerCache | None = None) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_Sd, sin_Sd, cache)
+    def forward(
+        self, x_BSD: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, cache: LayerCache | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:  # fmt: skip
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_Sd, sin_Sd, cache, documents)
         if self.moe is not None and self.attention.importance_BS is not None:
             return x_BSD + self.moe(self.ffn_norm(x_BSD), self.attention.importance_BS)
         feed_forward = self.moe if self.moe is not None else self.ffn
@@ -93,27 +97,40 @@ class Decoder(nn.Module):
     def moe_layers(self) -> list[MoELayer]:
         return [module for module in self.modules() if isinstance(module, MoELayer)]
 
-    def hidden(self, tokens_BS: Tensor, cache: KeyValueCache | None = None, prefix_BPD: Tensor | None = None) -> Tensor:
-        """Output of the final norm, [B, S, D]; with a cache, ``tokens_BS`` follow the cached positions.
+    def hidden(
+        self, tokens_BS: Tensor, cache: KeyValueCache | None = None, prefix_BPD: Tensor | None = None,
+        start_BS: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Output of the final norm, [B, S, D].
 
-        ``prefix_BPD`` are embeddings of other inputs, such as patches of an image, which take the P positions before
-        ``tokens_BS``; the output is then [B, P + S, D].
+        Args:
+            tokens_BS: the tokens.
+            cache: cached positions, which the tokens follow.
+            prefix_BPD: embeddings of other inputs, such as patches of an image, which take the P positions before
+                the tokens; the output is then [B, P + S, D].
+            start_BS: place at which each token's document starts, if documents do not see each other; without cache
+                and prefix.
         """
         x_BSD = F.embedding(tokens_BS, self.w_embed_VD)
         if prefix_BPD is not None:
             x_BSD = torch.cat([prefix_BPD, x_BSD], dim=1)
         positions = x_BSD.shape[1]
         cos_Sd, sin_Sd = self._tables(positions) if cache is None else cache.advance(positions, self._tables)
+        documents = None
+        if start_BS is not None:
+            assert cache is None, "a cache has one document"
+            documents = Documents(start_BS)
+            cos_Sd, sin_Sd = (table_Sd[documents.place_BS].unsqueeze(1) for table_Sd in (cos_Sd, sin_Sd))
         for number, layer in enumerate(self.layers):
             if cache is not None:
                 x_BSD = layer(x_BSD, cos_Sd, sin_Sd, cache.layers[number])
             elif self.recompute == "full" and torch.is_grad_enabled():
                 x_BSD = checkpoint(
-                    layer, x_BSD, cos_Sd, sin_Sd,
+                    layer, x_BSD, cos_Sd, sin_Sd, None, documents,
                     use_reentrant=False, preserve_rng_state=False, context_fn=self.context.checkpoint_contexts,
                 )  # fmt: skip
             else:
-                x_BSD = layer(x_BSD, cos_Sd, sin_Sd)
+                x_BSD = layer(x_BSD, cos_Sd, sin_Sd, None, documents)
         self.context.start_counts()  # of all layers; overlaps with the output projection and the loss
         return self.norm(x_BSD)
 
@@ -126,9 +143,17 @@ class Decoder(nn.Module):
         """Logits [B, V] of the token after ``tokens_BS``, which follow the cached positions."""
         return F.linear(self.hidden(tokens_BS, cache)[:, -1], self.output_weight_VD)
 
-    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor:
-        """Logits [B, S, V], or the mean cross-entropy in nats if labels (the next tokens) are given."""
-        hidden_BSD = self.hidden(tokens_BS)
+    def forward(
+        self, tokens_BS: Tensor, labels_BS: Tensor | None = None, start_BS: Tensor | None = None,
+        total_tokens: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits [B, S, V], or the cross-entropy in nats if labels (the next tokens) are given.
+
+        Args:
+            tokens_BS, start_BS: see :meth:`hidden`.
+            labels_BS, total_tokens: see :func:`linear_cross_entropy`.
+        """
+        hidden_BSD = self.hidden(tokens_BS, start_BS=start_BS)
         if labels_BS is None:
             return F.linear(hidden_BSD, self.output_weight_VD)
-        return linear_cross_entropy(hidden_BSD.flatten(0, 1), self.output_weight_VD, labels_BS.flatten())
+        return linear_cross_entropy(hidden_BSD.flatten(0, 1), self.output_weight_VD, labels_BS.flatten(), total_tokens)

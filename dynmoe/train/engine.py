@@ -24,7 +24,7 @@ class Gradients:
     """Result of the forward and backward passes of a step, the same on every rank.
 
     Attributes:
-        lm_loss: cross-entropy in nats, mean over all tokens of the global batch.
+        lm_loss: cross-entropy in nats, mean over all predicted tokens of the global batch.
         grad_norm: norm of the gradient of the whole model before clipping.
     """
 
@@ -122,13 +122,13 @@ class Engine(Protocol):
     def report(self) -> StepReport:
         """Reduces the counts of the latest step over all ranks in one collective."""
 
-    def evaluate(self, batches: Sequence[Batch], texts: Sequence[int], per_rank: Sequence[float]) -> list[float]:
-        """Mean cross-entropy of each text over the batches of all ranks, in one reduction.
+    def evaluate(self, batches: Sequence[Batch], texts: Sequence[int], num_texts: int) -> list[float]:
+        """Mean cross-entropy of each text over the tokens of all ranks, in one reduction.
 
         Args:
             batches: batches of this rank; number and shapes must be the same on every rank.
             texts: index of the text of each batch.
-            per_rank: batches of each text per data-parallel rank, on average.
+            num_texts: number of texts, of which a rank may have no batch.
         """
 
     def logits(self, tokens_BS: Tensor) -> Tensor:

@@ -40,8 +40,7 @@ class Evaluation:
             self._shares_by_tokens = validation_shares(corpora)
             self.sequences = sequences_by_domain(config, corpora, engine.data_size)
             self._texts = [
-                PretrainingData([domains[name]], [], data.sequence_length, data.seed, data.cache)
-                for name in self.sequences
+                PretrainingData([domains[name]], data.settings, data.seed, data.cache) for name in self.sequences
             ]
             # validation_samples builds an index collectively, so every rank asks every text here.
             counts = [min(n, t.validation_samples) for n, t in zip(self.sequences.values(), self._texts, strict=True)]
@@ -51,14 +50,13 @@ class Evaluation:
             self.sequences = dict.fromkeys(domains, config.eval.batches * config.train.global_batch)
             counts = [_sequences_of_all(config, engine, data)]
         rows = config.train.micro_batch
-        self._per_rank = [count / rows / engine.data_size for count in counts]
         every = [(text, range(i, i + rows)) for text, count in enumerate(counts) for i in range(0, count, rows)]
         self._own = every[engine.data_rank :: engine.data_size]
 
     def row(self) -> Row:
         """The loss in nats per token and its perplexity, in a blend also those of each domain. Collective."""
         batches = [self._texts[text].validation_batch(numbers) for text, numbers in self._own]
-        losses = self._engine.evaluate(batches, [text for text, _ in self._own], self._per_rank)
+        losses = self._engine.evaluate(batches, [text for text, _ in self._own], len(self._texts))
         if not self._shares:
             return {"eval/loss": losses[0], "eval/perplexity": perplexity(losses[0])}
         by_domain = dict(zip(self.sequences, losses, strict=True))

@@ -11,10 +11,12 @@ from dynmoe.config.router_fields import chosen_router, without_foreign_fields
 from dynmoe.errors import ConfigError
 
 # Fields and sections that a resumed run must keep, with exceptions; all others may change.
-_FIXED = ("model", "data.weights", "data.sequence_length", "train.seed")
+_FIXED = ("model", "data.weights", "data.sequence_length", "data.documents", "data.packing", "train.seed")
 _FREE = ("model.moe.max_mean_experts_per_token", "model.moe.on_overflow")
 # Before the first sample, only these must be kept.
 _FIXED_BEFORE = ("model",)
+# Fields that keep their first value unless they are given: that of a new run, and of a run from before the field.
+_KEPT = {"eval.weighting": ("blend", "tokens"), "data.documents": ("masked", "joined")}
 
 
 def check_unchanged(saved: dict[str, Any], current: dict[str, Any], has_begun: bool = True) -> None:
@@ -34,22 +36,28 @@ def check_unchanged(saved: dict[str, Any], current: dict[str, Any], has_begun: b
     free = [*_FREE, *map(current_name, current["checkpoint"]["accept_changes"])]
     for name in sorted(old.keys() | new.keys(), key=lambda name: (name != "model.router.kind", name)):
         now = new.get(name)
-        before = old.get(name, [] if now == [] else None)  # an empty list means the behavior before the field existed
+        # An empty list means the behavior before the field existed.
+        before = old.get(name, [] if now == [] else _KEPT[name][1] if name in _KEPT else None)
         if _is_in(name, fixed) and not _is_in(name, free) and before != now:
             cure = "keep it, start a new run with another run.name, or name it in checkpoint.accept_changes"
             raise ConfigError(name, now, f"the run's checkpoint has {before!r}", cure)
 
 
-def with_weighting(config: Config, saved: dict[str, Any] | None) -> Config:
-    """The configuration with ``eval.weighting`` resolved: unless it is given, a run keeps its initial one.
+def with_kept_fields(config: Config, saved: dict[str, Any] | None) -> Config:
+    """The configuration with ``eval.weighting`` and ``data.documents``: unless they are given, a run keeps its own.
 
     Args:
         config: the current configuration.
-        saved: configuration of the checkpoint; None for a new run. Runs without this field weighted by tokens.
+        saved: configuration of the checkpoint; None for a new run.
     """
-    initial = "blend" if saved is None else dict(flatten(saved)).get("eval.weighting") or "tokens"
+    old = {} if saved is None else dict(flatten(saved))
+    kept = {name: new if saved is None else old.get(name) or before for name, (new, before) in _KEPT.items()}
+    weighting = config.eval.weighting or kept["eval.weighting"]
+    documents = config.data.documents or kept["data.documents"]
     return dataclasses.replace(
-        config, eval=dataclasses.replace(config.eval, weighting=config.eval.weighting or initial)
+        config,
+        eval=dataclasses.replace(config.eval, weighting=weighting),
+        data=dataclasses.replace(config.data, documents=documents),
     )
 
 

@@ -43,6 +43,8 @@ def write_sample(engine: Engine, tokenizer: Tokenizer, sequence_length: int, num
 def describe_start(config: Config, device: torch.device) -> str:
     """A line with precision, device and MoE backend, the first things to check if a run is slow.
 
+    Also says if masked documents change each other's experts.
+
     Raises:
         ConfigError: the backend does not run on the device.
     """
@@ -50,7 +52,12 @@ def describe_start(config: Config, device: torch.device) -> str:
         return f"Training a dense model in {config.train.precision} on {device}."
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     backend = pick_backend(config.train.moe_backend, device, dtype)
-    return f"Training in {config.train.precision} on {device}; experts are computed by the {backend.name} backend."
+    line = f"Training in {config.train.precision} on {device}; experts are computed by the {backend.name} backend."
+    router = config.model.router
+    if router.selects_among != "token" and config.data.documents != "joined":
+        among = {"sequence": "a sequence", "batch": "a batch"}[router.selects_among]
+        line += f" The {router.kind} router selects among the tokens of {among}, whatever their documents."
+    return line
 
 
 def conclude(

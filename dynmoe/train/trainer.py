@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +25,7 @@ from dynmoe.train.guard import StepGuard
 from dynmoe.train.metrics import Row, View, histograms
 from dynmoe.train.record import RunRecord
 from dynmoe.train.replay import ReplaySource
-from dynmoe.train.resume import check_unchanged, with_weighting
+from dynmoe.train.resume import check_unchanged, with_kept_fields
 from dynmoe.train.run_directory import RunDirectory
 from dynmoe.train.schedule import learning_rate
 from dynmoe.train.speed import SpeedComparison
@@ -56,8 +55,8 @@ class Trainer:
             which this one resumes.
         stop_signal: the stop request.
         watchdog: notified of progress.
-        score: computes the scores of tasks and domains, given the number of sequences of each domain; returns metrics
-            that are the same on every rank; collective.
+        score: computes the scores of tasks and domains, given the configuration and the number of sequences of each
+            domain; returns metrics that are the same on every rank; collective.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class Trainer:
         make_views: Callable[[str | None, int], tuple[list[View], str | None]],
         stop_signal: StopSignal,
         watchdog: Watchdog,
-        score: Callable[[Mapping[str, int]], Row],
+        score: Callable[[Config, Mapping[str, int]], Row],
     ) -> None:
         self.config = config
         self.engine = engine
@@ -91,7 +90,8 @@ class Trainer:
 
     def run(self) -> Result:
         """Resumes from the latest checkpoint, trains until the last step or a stop request, and saves a checkpoint."""
-        self.config = with_weighting(self.config, self._resume())
+        self.config = self._resume()
+        self.data.settle(self.config.data)
         if self._replay is not None:
             self._replay.check_steps(self.progress.step + 1, self.config.train.steps)
         self._watchdog.progress("the order of the samples")
@@ -149,7 +149,7 @@ class Trainer:
             row |= self._evaluation.row()
         if scores:
             self._watchdog.progress(f"the scores after step {step}")
-            row |= self._score(self._evaluation.sequences)
+            row |= self._score(self.config, self._evaluation.sequences)
         if record is not None:
             draws = gradients.finite and (config.logging.draws_histograms(step) or step == config.train.steps)
             record.add_row(row, histograms(report, config, step) if draws else None)
@@ -212,18 +212,19 @@ class Trainer:
             self.checkpoints.wait()
         self._account.start_interval()
 
-    def _resume(self) -> dict[str, Any] | None:
-        """Loads the latest checkpoint; returns its configuration if training had begun."""
+    def _resume(self) -> Config:
+        """Loads the latest checkpoint; returns the configuration with the fields that a run keeps."""
         self._watchdog.progress("the resume")
         self.checkpoints.check_shared()
         self.checkpoints.remove_leftovers()
         checkpoint = self.checkpoints.newest(self._watchdog.progress)
         if checkpoint is None:
-            return None
+            return with_kept_fields(self.config, None)
         state = checkpoint.trainer_state
         self.progress = Progress.of(state["progress"])
         has_begun = self.progress.samples > 0
-        check_unchanged(state["config"], dataclasses.asdict(self.config), has_begun)
+        config = with_kept_fields(self.config, state["config"] if has_begun else None)
+        check_unchanged(state["config"], dataclasses.asdict(config), has_begun)
         if has_begun and state["data"] != [corpus.fingerprint for corpus in self.data.corpora]:
             raise UserError(
                 "data.dirs: differs from the text of this run's training; restore it or use another run.name"
@@ -235,7 +236,7 @@ class Trainer:
         self._watchdog.progress(f"loading {checkpoint.path.name}")
         self.engine.load(checkpoint.path)
         self.engine.step = self.progress.step
-        return state["config"] if has_begun else None
+        return config
 
     def _begin(self) -> RunRecord | None:
         """Opens the record on rank 0, which also keeps the W&B id, as it writes the trainer's state."""

@@ -15,7 +15,7 @@ import yaml
 from dynmoe.config import Config, describe_fields, load, load_config
 from dynmoe.config.guard import GuardConfig
 from dynmoe.errors import ConfigError, UserError
-from dynmoe.train.resume import check_unchanged
+from dynmoe.train.resume import check_unchanged, with_kept_fields
 
 ROOT = Path(__file__).parents[2]
 
@@ -164,6 +164,14 @@ BAD = [
         ["parallel.virtual_pipeline=4", "evenly into 8"],
     ),
     ("engine=megatron parallel.context=2", ["train.precision='fp32'", "Transformer Engine", "bf16"]),
+    (
+        "engine=megatron parallel.context=2 train.precision=bf16",
+        ["data.documents=None", "parallel.context", "use joined"],
+    ),
+    (
+        "data.documents=joined data.predict_first_token=false",
+        ["data.predict_first_token=False", "data.documents=masked"],
+    ),
     ("train.recompute=true", ["train.recompute", "selective"]),
     ("deepspeed.zero_stage=3", ["deepspeed.zero_stage=3", "use 0, 1 or 2"]),
     ("engine=fsdp", ["engine='fsdp'", "deepspeed, megatron"]),
@@ -225,7 +233,11 @@ QUANTILE = ["model.router.kind=quantile", "budget.experts_per_token=2"]
         (["train.global_batch=12", "train.micro_batch=8"], 1, ["train.global_batch=12", "(8)"]),
         (["train.global_batch=16", "train.micro_batch=8"], 4, ["train.global_batch=16", "(32)"]),
         (["engine=megatron", "parallel.tensor=2"], 3, ["parallel.tensor=2", "world size (3)"]),
-        (["engine=megatron", "parallel.context=2", "train.precision=bf16"], 2, ["parallel.context=2", "install it"]),
+        (
+            ["engine=megatron", "parallel.context=2", "train.precision=bf16", "data.documents=joined"],
+            2,
+            ["parallel.context=2", "install it"],
+        ),
         (["engine=megatron", "parallel.pipeline=2", "parallel.expert=4"], 4, ["parallel.expert=4", "stage (2)"]),
         (
             ["engine=megatron", "parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.micro_batch=16"],
@@ -535,7 +547,9 @@ def test_configuration_of_an_older_run_loads_with_the_fields_of_all_routers(kind
     assert moe == (expected.model.moe.max_mean_experts_per_token, expected.model.moe.on_overflow)
     saved = yaml.safe_load(path.read_text())
     assert saved["model"]["router"]["cutoff"] == 0.5
-    check_unchanged(saved, dataclasses.asdict(config))
+    kept = with_kept_fields(config, saved)
+    assert kept.data.documents == "joined"
+    check_unchanged(saved, dataclasses.asdict(kept))
     other = saved["model"]["router"]["kind"] = "null_experts" if kind == "top_k" else "top_k"
     with pytest.raises(ConfigError, match=rf"model\.router\.kind='{kind}': the run's checkpoint has '{other}'"):
         check_unchanged(saved, dataclasses.asdict(config))

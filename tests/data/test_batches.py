@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,8 @@ import torch
 
 from data_prep.build import build
 from data_prep.recipe import Recipe
+from dynmoe.config import DataConfig
+from dynmoe.config.constants import IGNORED
 from dynmoe.data.batches import PretrainingData
 from dynmoe.data.corpus import open_corpora
 from dynmoe.errors import UserError
@@ -15,9 +19,9 @@ from tests.texts import write_texts
 LENGTH = 32
 
 
-def open_data(directories, cache, weights=(), seed=0) -> PretrainingData:
-    corpora = open_corpora([str(directory) for directory in directories], LENGTH)
-    return PretrainingData(corpora, list(weights), LENGTH, seed, cache)
+def open_data(directories, cache, weights=(), seed=0, **settings) -> PretrainingData:
+    dirs = [str(directory) for directory in directories]
+    return PretrainingData(open_corpora(dirs, LENGTH), DataConfig(dirs, list(weights), LENGTH, **settings), seed, cache)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +42,49 @@ def test_labels_are_the_next_tokens(corpus_dir, tmp_path):
     batch = data.train_batch(range(4))
     assert batch.tokens_BS.shape == (4, LENGTH)
     assert torch.equal(batch.tokens_BS[:, 1:], batch.labels_BS[:, :-1])
+
+
+def test_documents_start_with_the_end_of_text_token_before_them(corpus_dir, tmp_path):
+    data = open_data([corpus_dir], tmp_path, documents="masked")
+    size = data.samples_per_epoch
+    batch = data.train_batch(range(size))
+    joined = open_data([corpus_dir], tmp_path).train_batch(range(size))
+    assert joined.start_BS is None
+    assert torch.equal(joined.tokens_BS, batch.tokens_BS)
+    assert torch.equal(joined.labels_BS, batch.labels_BS)
+    for tokens, starts in zip(batch.tokens_BS.tolist(), batch.start_BS.tolist(), strict=True):
+        start = 0
+        for place, token in enumerate(tokens):
+            start = place if token == data.tokenizer.eod else start
+            assert starts[place] == start
+    assert batch.start_BS.unique().numel() > 10
+    part = batch.at(torch.tensor([5, 6]))
+    assert torch.equal(part.start_BS, batch.start_BS[:, 5:7])
+
+
+def test_the_first_token_of_a_document_may_be_left_out_of_the_loss(corpus_dir, tmp_path):
+    data = open_data([corpus_dir], tmp_path, documents="masked")
+    size = data.samples_per_epoch
+    everything = data.train_batch(range(size))
+    begins = everything.tokens_BS == data.tokenizer.eod
+    data.settle(dataclasses.replace(data.settings, predict_first_token=False))
+    labels = data.train_batch(range(size)).labels_BS
+    assert begins.any()
+    assert torch.equal(labels, everything.labels_BS.masked_fill(begins, IGNORED))
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_documents_without_an_end_cannot_be_masked(corpus_dir, tmp_path, split):
+    from tests.faults.test_corpora import store
+
+    copy = tmp_path / "corpus"
+    shutil.copytree(corpus_dir, copy)
+    store(copy, split, [5] * 100)
+    with pytest.raises(
+        UserError, match=rf"data\.documents=masked: the documents of {copy / split} do not end .* use data"
+    ):
+        open_data([copy], tmp_path, documents="masked")
+    open_data([copy], tmp_path)
 
 
 def test_a_pass_shows_every_sample_once_and_the_next_in_another_order(corpus_dir, tmp_path):

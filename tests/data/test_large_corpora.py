@@ -23,6 +23,7 @@ from data_prep.encode import WordEncoder
 from data_prep.merge import find_copies
 from data_prep.recipe import Nodes, Recipe
 from data_prep.sources import list_units, read_unit
+from dynmoe.config import DataConfig
 from dynmoe.data.batches import PretrainingData
 from dynmoe.data.corpus import Corpus, open_corpora
 from dynmoe.data.indexed import check_indexed, write_index
@@ -319,7 +320,8 @@ def test_files_of_megatrons_tool_are_taken_unchanged(tmp_path, corpus_dir):
     for name in ("one", "two"):
         corpora = open_corpora([str(tmp_path / name)], 32)
         corpora[0].verify()
-        batch = PretrainingData(corpora, [], 32, 0, tmp_path / f"cache_{name}").train_batch(range(3))
+        data = PretrainingData(corpora, DataConfig(sequence_length=32), 0, tmp_path / f"cache_{name}")
+        batch = data.train_batch(range(3))
         assert batch.tokens_BS.shape == (3, 32)
     assert "two: exists" in run("adopt", prefix, "--tokenizer", model, "--out", str(tmp_path / "two")).stderr
 
@@ -347,7 +349,7 @@ def test_a_blend_over_many_shards_keeps_its_weights(one_rank, tmp_path, corpus_d
 
 def first_tokens(dirs: list[str], weights: list[float], cache: Path) -> torch.Tensor:
     """The first token of each sample of a pass."""
-    data = PretrainingData(open_corpora(dirs, 16), weights, 16, 0, cache)
+    data = PretrainingData(open_corpora(dirs, 16), DataConfig(dirs, weights, 16), 0, cache)
     return data.train_batch(range(data.samples_per_epoch)).tokens_BS[:, 0]
 
 

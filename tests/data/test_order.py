@@ -20,8 +20,10 @@ LENGTHS = {
 
 
 def all_samples(*arguments) -> np.ndarray:
+    """All samples with the token after each."""
     samples = open_samples(*arguments)
-    return np.stack([samples[index] for index in range(len(samples))])
+    read = [samples.sequence(index, eod=-1) for index in range(len(samples))]
+    return np.stack([np.append(own.tokens_S, own.labels_S[-1]) for own in read])
 
 
 @pytest.mark.parametrize("name", LENGTHS)
@@ -71,9 +73,9 @@ def test_other_seeds_lengths_and_corpora_have_other_files(tmp_path):
 def test_one_corpus_needs_no_megatron(corpus_dir, tmp_path):
     """Its import would take most of the time before the first step."""
     script = (
-        "import sys; from pathlib import Path; from dynmoe.data.batches import PretrainingData as D; "
-        "from dynmoe.data.corpus import open_corpora; "
-        f"D(open_corpora([{str(corpus_dir)!r}], 32), [], 32, 0, Path({str(tmp_path)!r})).train_batch(range(2)); "
+        "import sys; from pathlib import Path; from dynmoe.config import DataConfig as C; "
+        "from dynmoe.data.batches import PretrainingData as D; from dynmoe.data.corpus import open_corpora; "
+        f"D(open_corpora([{str(corpus_dir)!r}], 32), C(), 0, Path({str(tmp_path)!r})).train_batch(range(1)); "
         "assert 'megatron' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

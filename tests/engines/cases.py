@@ -49,7 +49,7 @@ def micro_batches(config: Config, step: int, data_rank: int = 0, data_size: int 
 
 
 def keep_maps(layers: list[Any]) -> dict[int, list[torch.Tensor]]:
-    """Records the routing maps of all later forward passes, by layer."""
+    """Records the routing maps of all later forward passes, by layer; those of recomputations again."""
     maps: dict[int, list[torch.Tensor]] = {layer.layer: [] for layer in layers}
     for layer in layers:
         own = maps[layer.layer]
@@ -223,7 +223,7 @@ def forward_only(overrides: list[str]) -> dict[str, Any]:
     engine = make_engine(config, VOCAB)
     batches = micro_batches(config, 0, engine.data_rank, engine.data_size)
     tokens = torch.arange(7)[None] * 5 % VOCAB
-    return {"losses": engine.evaluate(batches[:3], [0, 1, 0], [2.0, 1.0]), "logits": engine.logits(tokens)}
+    return {"losses": engine.evaluate(batches[:3], [0, 1, 0], 2), "logits": engine.logits(tokens)}
 
 
 def to_canonical(overrides: list[str], source: str, target: str) -> None:

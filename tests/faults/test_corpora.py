@@ -19,7 +19,7 @@ import pytest
 
 from data_prep.build import build
 from data_prep.recipe import Recipe
-from dynmoe.config import load_config
+from dynmoe.config import DataConfig, load_config
 from dynmoe.data.batches import PretrainingData
 from dynmoe.data.corpus import MANIFEST, Corpus, describe_files, open_corpora
 from dynmoe.data.indexed import write_index
@@ -171,7 +171,9 @@ class Mark:
 
 def test_f24_megatron_index_file_with_code_is_not_executed(corpus_dir, tmp_path):
     def open_data() -> PretrainingData:
-        return PretrainingData(open_corpora([str(corpus_dir)], 32), [], 32, 0, tmp_path / "cache")
+        return PretrainingData(
+            open_corpora([str(corpus_dir)], 32), DataConfig(sequence_length=32), 0, tmp_path / "cache"
+        )
 
     open_data().train_batch(range(2))
     mark = tmp_path / "executed"
@@ -200,7 +202,7 @@ def test_f11_corpus_shorter_than_one_sequence_is_a_configuration_error(prepared,
 def test_f11_corpus_of_one_sequence_is_accepted(prepared, tmp_path):
     tokens = list(range(5, 38))
     store(prepared, "train", tokens)
-    data = PretrainingData(open_corpora([str(prepared)], 32), [], 32, 0, tmp_path / "cache")
+    data = PretrainingData(open_corpora([str(prepared)], 32), DataConfig(sequence_length=32), 0, tmp_path / "cache")
     batch = data.train_batch(range(1))
     assert data.samples_per_epoch == 1
     assert [*batch.tokens_BS[0].tolist(), batch.labels_BS[0, -1].item()] == tokens
@@ -234,10 +236,12 @@ def test_f11_invalid_blend_weights_are_refused(weights, problem):
 def test_f11_blend_with_a_corpus_shorter_than_one_sequence_is_refused(corpus_dir, prepared, tmp_path):
     store(prepared, "train", [5] * 33)
     corpora = open_corpora([str(corpus_dir), str(prepared)], 32)
-    data = PretrainingData(corpora, [1e-9, 1e9], 32, 0, tmp_path / "cache")
+    dirs = [str(corpus_dir), str(prepared)]
+    data = PretrainingData(corpora, DataConfig(dirs, [1e-9, 1e9], 32), 0, tmp_path / "cache")
     assert data._weighted_epoch_size == 1
+    none = PretrainingData(corpora, DataConfig(dirs, [1, 1 - 1e-9], 64), 0, tmp_path / "cache")
     with pytest.raises(UserError, match=r"data\.weights: an epoch of this blend holds no sequence"):
-        _ = PretrainingData(corpora, [1, 1 - 1e-9], 64, 0, tmp_path / "cache").samples_per_epoch
+        _ = none.samples_per_epoch
 
 
 def test_f11_sources_without_a_document_are_refused(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dynmoe.config import DataConfig
 from dynmoe.data.batches import PretrainingData
 from dynmoe.data.corpus import Corpus
 from dynmoe.errors import UserError
@@ -67,7 +68,7 @@ def test_an_exported_and_fine_tuned_model_is_imported_and_trains(corpus_dir, tmp
     process = WarmTraining([str(run / "config.yaml")], 1, 0, tmp_path / "output.txt", {}, None)
     assert process.wait() == 0, process.output()
     rows = read_rows(run / "metrics.jsonl")
-    data = PretrainingData([Corpus.open(corpus_dir)], [], 32, 0, tmp_path / "index")
+    data = PretrainingData([Corpus.open(corpus_dir)], DataConfig(sequence_length=32), 0, tmp_path / "index")
     data.prepare(0, 4)
     batch = data.train_batch(range(4))
     with torch.no_grad():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dynmoe.config import DataConfig
 from dynmoe.data.batches import PretrainingData
 from dynmoe.data.corpus import Corpus
 from dynmoe.engines import canonical_state
@@ -239,7 +240,7 @@ def test_training_starts_from_the_imported_weights(corpus_dir, tmp_path, engine)
     process = WarmTraining([str(run / "config.yaml")], 2, 0, tmp_path / "output.txt", {}, None)
     assert process.wait() == 0, process.output()
     rows = read_rows(run / "metrics.jsonl")
-    data = PretrainingData([Corpus.open(corpus_dir)], [], 32, 0, tmp_path / "index")
+    data = PretrainingData([Corpus.open(corpus_dir)], DataConfig(sequence_length=32), 0, tmp_path / "index")
     data.prepare(0, 4)
     batch = data.train_batch(range(4))
     with torch.no_grad():

@@ -86,12 +86,13 @@ def evaluation_loss(run: Path, cache: Path) -> float:
     model = open_trained(run, torch.device("cpu"))
     config = model.config
     length = config.data.sequence_length
-    data = PretrainingData(open_corpora(config.data.dirs, length), [], length, 0, cache)
+    data = PretrainingData(open_corpora(config.data.dirs, length), config.data, 0, cache)
     samples = range(min(config.eval.batches * config.train.global_batch, data.validation_samples))
     assert len(samples) % 4 == 0, "not every layout evaluates all samples"
     with torch.no_grad():
         batches = [data.validation_batch(samples[start : start + 4]) for start in samples[::4]]
-        return torch.stack([model.decoder(batch.tokens_BS, batch.labels_BS) for batch in batches]).mean().item()
+        losses = [model.decoder(batch.tokens_BS, batch.labels_BS, batch.start_BS) for batch in batches]
+        return torch.stack(losses).mean().item()
 
 
 def evaluate_blend(overrides: list[str], dirs: list[str], weights: list[float], cache: Path) -> list[dict[str, float]]:
@@ -111,7 +112,7 @@ def evaluate_blend(overrides: list[str], dirs: list[str], weights: list[float], 
             f"data.weights={weights}", "eval.weighting=blend", f"eval.batches={batches}", *overrides,
         )  # fmt: skip
         config.check_world(dist.get_world_size())
-        data = PretrainingData(open_corpora(dirs, 32), weights, 32, 0, cache)
+        data = PretrainingData(open_corpora(dirs, 32), config.data, 0, cache)
         rows.append(Evaluation(config, make_engine(config, BLEND_VOCAB), data).row())
     return rows
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import yaml
 
 from dynmoe.config import load_config
+from dynmoe.config.checkpoint import CheckpointConfig
 from dynmoe.data.corpus import Corpus, open_corpora
 from dynmoe.data.validation import apportion, sequences_by_domain, training_shares, validation_shares
 from dynmoe.errors import ConfigError
@@ -24,7 +25,7 @@ from dynmoe.report import figures
 from dynmoe.report.page import write_report
 from dynmoe.report.runs import read_run
 from dynmoe.train import checkpoint
-from dynmoe.train.resume import with_weighting
+from dynmoe.train.resume import check_unchanged, with_kept_fields
 from dynmoe.train.scores import EXPERTS
 from dynmoe.trained import open_trained
 from tests.engines.cases import config_for
@@ -58,7 +59,7 @@ def fields(blend: list[str]) -> list[str]:
     """Fields of a run of ten steps that evaluates all validation sequences of the blend."""
     return [
         f"data.dirs=[{','.join(blend)}]", f"data.weights={WEIGHTS}", "eval.batches=13", "eval.interval=5",
-        "train.steps=10", "optimizer.lr=1e-2",
+        "train.steps=10", "optimizer.lr=1e-2", "data.documents=joined",
     ]  # fmt: skip
 
 
@@ -148,7 +149,7 @@ def test_run_weighted_by_tokens_keeps_its_weighting_on_resume(blend, corpus_dir,
 
 def test_run_keeps_its_initial_weighting():
     def weighting(*given: Any) -> str | None:
-        return with_weighting(*given).eval.weighting
+        return with_kept_fields(*given).eval.weighting
 
     config = load_config()
     old, new = (dataclasses.asdict(load_config(None, [f"eval.weighting={own}"])) for own in ("null", "blend"))
@@ -158,6 +159,24 @@ def test_run_keeps_its_initial_weighting():
     assert weighting(config, {"engine": "deepspeed"}) == "tokens"
     assert weighting(load_config(None, ["eval.weighting=tokens"]), None) == "tokens"
     assert weighting(load_config(None, ["eval.weighting=blend"]), old) == "blend", "given explicitly"
+
+
+def test_run_keeps_what_its_documents_see():
+    def documents(*given: Any) -> str | None:
+        return with_kept_fields(*given).data.documents
+
+    old = dataclasses.asdict(load_config())
+    del old["data"]["documents"]
+    new = dataclasses.asdict(load_config(None, ["data.documents=masked"]))
+    assert documents(load_config(), None) == "masked"
+    assert documents(load_config(), old) == "joined"
+    assert documents(load_config(), new) == "masked"
+    assert documents(load_config(None, ["data.documents=joined"]), None) == "joined"
+    changed = with_kept_fields(load_config(None, ["data.documents=masked"]), old)
+    with pytest.raises(ConfigError, match=r"data\.documents='masked': the run's checkpoint has 'joined'"):
+        check_unchanged(old, dataclasses.asdict(changed))
+    accepted = dataclasses.replace(changed, checkpoint=CheckpointConfig(accept_changes=["data.documents"]))
+    check_unchanged(old, dataclasses.asdict(accepted))
 
 
 LAYOUTS = {

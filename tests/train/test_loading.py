@@ -43,7 +43,7 @@ def run(corpus: Path, runs: Path, way: str) -> tuple[str, int, list[str], list[s
     corpora = open_corpora(config.data.dirs, config.data.sequence_length)
     directory.claim()
     damaged = 2 * config.train.global_batch if way == "failed" else 10**9
-    data = RecordingData(corpora, [], config.data.sequence_length, 0, directory.data_index, damaged=damaged)
+    data = RecordingData(corpora, config.data, 0, directory.data_index, damaged=damaged)
     rows = embedding_rows(corpora[0].tokenizer.vocab_size, config.model.vocab_size)
     engine = make_engine(config, rows)
     stop_signal = SimpleNamespace(requested=False, has_state_to_save=lambda: None)

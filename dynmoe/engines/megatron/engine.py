@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from dynmoe.config import Config
 from dynmoe.data.batches import Batch
+from dynmoe.engines.loss import TextLosses, counts_BS, tokens_of_pass
 from dynmoe.engines.megatron import checkpoint
 from dynmoe.engines.megatron.groups import context_positions, make_context, make_groups, start_processes
 from dynmoe.engines.megatron.model import build_chunks
@@ -26,6 +28,7 @@ from dynmoe.engines.megatron.versions import wrap_with_ddp
 from dynmoe.engines.megatron.weights import moe_layers, weights
 from dynmoe.engines.runtime import MoERuntime
 from dynmoe.errors import ConfigError
+from dynmoe.model.documents import Documents
 from dynmoe.moe.adaptation import AdaptationEvent
 from dynmoe.moe.replay import RoutingReplay
 from dynmoe.moe.trace import RoutingTrace
@@ -78,6 +81,7 @@ class MegatronEngine:
         named = ((w.name, w.parameter) for model in self.models for w in weights(model, config.model))
         self.moe = MoERuntime(config, self.layers, self.context, self.state, named, self.device)
         self._batches: Sequence[Batch] = ()
+        self._total_tokens: Tensor | None = None
         self.step = self.updates = 0  # ``updates`` excludes skipped steps
         self._local_loss = torch.zeros((), device=self.device)
         self._grad_norm = 0.0
@@ -88,13 +92,15 @@ class MegatronEngine:
     ) -> Gradients:  # fmt: skip
         self.step += 1
         self._set_mode(training=True)
+        own = [self._on_this_cp_rank(batch) for batch in batches]
         # One micro-batch per rank, which is certain to fit in memory.
-        self.moe.calibrate(lambda: self._run(batches[:1], forward_only=True))
-        self._batches = batches
+        self.moe.calibrate(lambda: self._run(own[:1], forward_only=True))
+        self._batches = own
+        self._total_tokens = tokens_of_pass([batch.labels_BS for batch in own], self.config.data)
         # Tensor-parallel ranks hold different tokens; Megatron sums the gradients of replicated parameters over them.
         loss_scale = 1.0 / (len(batches) * self.config.parallel.tensor)
         with self.moe.step(self.step, loss_scale, record, trace, replay):
-            losses = self._accumulate(batches)
+            losses = self._accumulate(own)
         self.optimizer.prepare_grads()
         self._grad_norm = float(self.optimizer.get_grad_norm())
         self._local_loss = torch.stack(losses).mean() if losses else torch.zeros((), device=self.device)
@@ -107,7 +113,7 @@ class MegatronEngine:
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return self._run(batches, forward_only=False)
+        return self._run(batches, forward_only=False, total_tokens=self._total_tokens)
 
     def update(self, lr: float) -> list[AdaptationEvent]:
         clip_gradients(self.optimizer, self.config.optimizer.clip_grad, self._grad_norm)
@@ -131,22 +137,28 @@ class MegatronEngine:
         for chunk in self._chunks:
             chunk.train(training)
 
-    def _run(self, batches: Sequence[Batch], forward_only: bool, logits: bool = False) -> list[Tensor]:
+    def _run(
+        self, batches: Sequence[Batch], forward_only: bool, logits: bool = False, total_tokens: Tensor | None = None
+    ) -> list[Tensor]:
         """Runs Megatron's schedule; returns the loss or logits of each batch, [] except on the last pipeline stage.
 
+        ``batches`` are those of this context-parallel rank (:meth:`_on_this_cp_rank`). Losses are divided by
+        ``total_tokens``, or by the number of labels that count.
         The interleaved schedule needs a multiple of the stages: evaluation pads with the last batch, then discards it.
         """
         interleaved = len(self._chunks) > 1
         fill = -len(batches) % self.config.parallel.pipeline if interleaved else 0
-        filled = [self._on_this_cp_rank(batch) for batch in [*batches, *[batches[-1]] * fill]]
+        filled = [*batches, *[batches[-1]] * fill]
         iterators = [iter(enumerate(filled)) for _ in self._chunks]
 
         def forward(batches: Iterator[tuple[int, Batch]], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
             number, batch = next(batches)
+            documents = None if batch.start_BS is None else Documents(batch.start_BS)
+            get_attr_wrapped_model(chunk, "rotary_pos_emb").documents = documents
             labels = None if logits else batch.labels_BS
             with self.moe.micro_batch(number):
-                output = chunk(batch.tokens_BS, None, None, labels=labels)
-            return output, self._logits if logits else self._loss
+                output = chunk(batch.tokens_BS, None, documents, labels=labels)
+            return output, self._logits if logits else functools.partial(self._loss, batch.labels_BS, total_tokens)
 
         rows, length = batches[0].tokens_BS.shape
         made = get_forward_backward_func()(
@@ -161,9 +173,11 @@ class MegatronEngine:
         )
         return made[: len(batches)]
 
-    def _loss(self, loss_BS: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, labels_BS: Tensor, total_tokens: Tensor | None, loss_BS: Tensor) -> tuple[Tensor, Tensor]:
         """The loss to differentiate, which Megatron multiplies by the context-parallel size, and the loss to report."""
-        loss = loss_BS.float().mean()
+        counted_BS = counts_BS(labels_BS)
+        total = counted_BS.sum().clamp(min=1) if total_tokens is None else total_tokens
+        loss = (loss_BS.float() * counted_BS).sum() / total
         return loss / self.config.parallel.context, loss.detach()
 
     def _logits(self, logits_BSV: Tensor, non_loss_data: bool = True) -> Tensor:
@@ -175,8 +189,7 @@ class MegatronEngine:
         ranks = self.config.parallel.context
         if ranks == 1:
             return batch
-        positions = context_positions(batch.tokens_BS.shape[1], ranks, self._context_rank).to(self.device)
-        return Batch(batch.tokens_BS[:, positions], batch.labels_BS[:, positions])
+        return batch.at(context_positions(batch.tokens_BS.shape[1], ranks, self._context_rank).to(self.device))
 
     def positions(self, length: int) -> Tensor:
         parallel = self.config.parallel
@@ -192,15 +205,13 @@ class MegatronEngine:
         return self.world_size // self.config.parallel.pipeline
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch], texts: Sequence[int], per_rank: Sequence[float]) -> list[float]:
+    def evaluate(self, batches: Sequence[Batch], texts: Sequence[int], num_texts: int) -> list[float]:
         self._set_mode(training=False)
-        losses = self._run(batches, forward_only=True)
-        totals = torch.zeros(len(per_rank), dtype=torch.float64, device=self.device)
-        if losses:
-            totals.index_add_(0, torch.tensor(texts, device=self.device), torch.stack(losses).double())
-            totals /= torch.tensor(per_rank, dtype=torch.float64, device=self.device)
-        dist.all_reduce(totals)
-        return [total / self._ranks_with_loss for total in totals.tolist()]
+        losses = TextLosses(num_texts, self.device)
+        own = [self._on_this_cp_rank(batch) for batch in batches]
+        for number, mean in enumerate(self._run(own, forward_only=True)):  # none before the last stage
+            losses.add(texts[number], mean, own[number].labels_BS)
+        return losses.means()
 
     @torch.no_grad()
     def logits(self, tokens_BS: Tensor) -> Tensor:
@@ -208,7 +219,7 @@ class MegatronEngine:
         parallel = self.config.parallel
         rows, length = tokens_BS.shape
         padded_BS = F.pad(tokens_BS, (0, -length % parallel.sequence_parts))  # causal: padding changes no logits
-        made = self._run([Batch(padded_BS, padded_BS)], forward_only=True, logits=True)
+        made = self._run([self._on_this_cp_rank(Batch(padded_BS, padded_BS))], forward_only=True, logits=True)
         whole_BSV = torch.empty(rows, padded_BS.shape[1], self._vocab_size, device=self.device)
         if made:
             parts = [torch.empty_like(made[0]) for _ in range(parallel.context)]

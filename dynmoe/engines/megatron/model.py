@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import Float16Module, MegatronModule
@@ -25,6 +26,7 @@ from dynmoe.config import Config, ModelConfig
 from dynmoe.engines.megatron.versions import build_decoder
 from dynmoe.engines.megatron.weights import initialize
 from dynmoe.model.attention import causal_attention
+from dynmoe.model.documents import Documents
 from dynmoe.model.importance import importance, own_weights
 from dynmoe.moe import MoEContext, MoELayer
 
@@ -66,7 +68,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         # With two interleaved stages, each is the other's previous and next stage: batched sends would be mixed up.
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
-        recompute_granularity="selective" if config.train.recompute == "selective" else None,
+        # Without Transformer Engine, CoreAttention recomputes itself: Megatron's way takes only tensors as arguments.
+        recompute_granularity="selective" if config.train.recompute == "selective" and parallel.context > 1 else None,
         perform_initialization=False,  # see weights.initialize
         use_cpu_initialization=not torch.cuda.is_available(),
         # Fused kernels of Apex and Transformer Engine, which may not be installed.
@@ -129,6 +132,23 @@ class QKNormAttention(SelfAttention):
             self.k_layernorm = ProjectionNorm(config, size, eps, heads=model.kv_heads)
 
 
+class DocumentRotaryEmbedding(RotaryEmbedding):
+    """Rotary embedding whose positions begin at 0 in each document.
+
+    Attributes:
+        documents: those of the next forward pass; None if each sequence is one.
+    """
+
+    documents: Documents | None = None
+
+    def forward(self, max_seq_len: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Angles of the positions, [S, 1, 1, d], or with documents [S, B, 1, d]."""
+        angles_S11d = super().forward(max_seq_len, *args, **kwargs)
+        if self.documents is None:
+            return angles_S11d
+        return angles_S11d[self.documents.place_BS.t(), 0]
+
+
 class CoreAttention(MegatronModule):
     """The attention of the plain model between Megatron's projections; never keeps an [S, S] tensor.
 
@@ -137,20 +157,29 @@ class CoreAttention(MegatronModule):
             router does not need it.
     """
 
-    def __init__(self, config: TransformerConfig, *, measures_importance: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, *, measures_importance: bool = False, recompute: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(config)
         self.importance_BS: Tensor | None = None
         self._measures_importance = measures_importance
+        self._recompute = recompute
         self._heads = config.num_attention_heads
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Maps query [S, B, H, d] and key, value [S, B, K, d] to [S, B, H d]."""
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Documents | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Maps query [S, B, H, d] and key, value [S, B, K, d] to [S, B, H d]; the mask is what the model was given."""
         q_BHSd, k_BKSd, v_BKSd = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if self._measures_importance:
-            weights_BS = own_weights(q_BHSd, k_BKSd)  # of this rank's heads
+            weights_BS = own_weights(q_BHSd, k_BKSd, attention_mask)  # of this rank's heads
             dist.all_reduce(weights_BS, group=parallel_state.get_tensor_model_parallel_group())
             self.importance_BS = importance(weights_BS, self._heads)
-        out_BHSd = causal_attention(q_BHSd, k_BKSd, v_BKSd)
+        inputs = (q_BHSd, k_BKSd, v_BKSd, attention_mask)
+        if self._recompute and torch.is_grad_enabled():
+            out_BHSd = checkpoint(causal_attention, *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out_BHSd = causal_attention(*inputs)
         return out_BHSd.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -243,8 +272,11 @@ def _layer_spec(config: Config, context: MoEContext, layer: int) -> ModuleSpec:
         attention.module = QKNormAttention
         attention.params = attention.params | {"model": config.model}
     if config.parallel.context == 1:
-        measures = {"measures_importance": config.model.router.NEEDS_ATTENTION}
-        attention.submodules.core_attention = ModuleSpec(module=CoreAttention, params=measures)
+        options = {
+            "measures_importance": config.model.router.NEEDS_ATTENTION,
+            "recompute": config.train.recompute == "selective",
+        }
+        attention.submodules.core_attention = ModuleSpec(module=CoreAttention, params=options)
     else:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
@@ -285,6 +317,7 @@ def build_chunks(config: Config, vocab_size: int, context: MoEContext, device: t
             position_embedding_type="rope",
             rotary_base=config.model.rope_theta,
         ).to(device)
+        chunk.rotary_pos_emb.__class__ = DocumentRotaryEmbedding  # both model classes make their own
         if config.model.router.NEEDS_ATTENTION:
             _connect_attention(chunk)
         tensor_rank = parallel_state.get_tensor_model_parallel_rank()

@@ -1,0 +1,55 @@
+"""The tokens that a loss is averaged over, when some labels do not count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dynmoe.config import DataConfig
+from dynmoe.config.constants import IGNORED
+
+
+def counts_BS(labels_BS: Tensor) -> Tensor:
+    """1 where a label counts, 0 where it is ignored, fp32."""
+    return (labels_BS != IGNORED).float()
+
+
+def tokens_of_pass(labels: Sequence[Tensor], data: DataConfig) -> Tensor | None:
+    """Labels that count in a forward pass, averaged over the passes of all ranks in a step; None if all labels count.
+
+    Every pass divides its sum of losses by this number, and the mean over passes and ranks is then the mean over
+    tokens, however they are spread. Collective, unless it returns None.
+
+    Args:
+        labels: the labels of each pass of this rank.
+        data: settings of the data.
+    """
+    if not data.ignores_labels:
+        return None
+    counted = torch.stack([counts_BS(own).sum() for own in labels]).mean()
+    dist.all_reduce(counted)
+    return counted / dist.get_world_size()
+
+
+class TextLosses:
+    """Sums the losses of several texts.
+
+    Args:
+        num_texts: number of texts, X.
+    """
+
+    def __init__(self, num_texts: int, device: torch.device) -> None:
+        self._sums_X2 = torch.zeros(num_texts, 2, dtype=torch.float64, device=device)
+
+    def add(self, text: int, mean: Tensor, labels_BS: Tensor) -> None:
+        """Adds a batch of a text, given the mean loss of the labels that count."""
+        count = counts_BS(labels_BS).sum()
+        self._sums_X2[text] += torch.stack([mean * count, count])
+
+    def means(self) -> list[float]:
+        """The mean loss of each text over the tokens of all ranks. Collective."""
+        dist.all_reduce(self._sums_X2)
+        return (self._sums_X2[:, 0] / self._sums_X2[:, 1]).tolist()

@@ -1,0 +1,96 @@
+"""Best-fit packing against a slow one, and its sequences against the text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dynmoe.config import DataConfig
+from dynmoe.config.constants import IGNORED
+from dynmoe.data.batches import PretrainingData
+from dynmoe.data.corpus import open_corpora
+from dynmoe.data.packing import best_fit
+
+LENGTH = 32
+
+
+def slow_best_fit(sizes: list[int], length: int) -> list[int]:
+    """What each sequence has left, in no order: one piece after another, looking at every sequence."""
+    rooms: list[int] = []
+    for size in sorted(sizes, reverse=True):
+        fitting = [number for number, room in enumerate(rooms) if room >= size]
+        if not fitting:
+            rooms.append(length)
+            fitting = [len(rooms) - 1]
+        rooms[min(fitting, key=lambda number: rooms[number])] -= size
+    return sorted(rooms)
+
+
+@pytest.mark.parametrize("most", [3, 10, 32])
+@pytest.mark.parametrize("count", [1, 7, 500])
+def test_pieces_are_packed_by_best_fit(most, count):
+    for seed in range(5):
+        sizes = np.random.default_rng(seed).integers(1, most + 1, count).astype(np.int32)
+        sequence_P = best_fit(sizes, LENGTH)
+        assert sorted(set(sequence_P.tolist())) == list(range(sequence_P.max() + 1))
+        rooms = LENGTH - np.bincount(sequence_P, weights=sizes)
+        assert sorted(rooms.astype(int).tolist()) == slow_best_fit(sizes.tolist(), LENGTH)
+
+
+def packed(dirs: list[Path], cache: Path, weights: tuple[float, ...] = (), length: int = LENGTH) -> PretrainingData:
+    settings = DataConfig([str(path) for path in dirs], list(weights), length, documents="masked", packing="best_fit")
+    return PretrainingData(open_corpora(settings.dirs, length), settings, seed=0, cache=cache)
+
+
+@pytest.mark.parametrize("length", [LENGTH, 100])
+def test_an_epoch_has_each_document_once_and_cuts_only_those_that_are_too_long(corpus_dir, tmp_path, length):
+    data = packed([corpus_dir], tmp_path, length=length)
+    eod = data.tokenizer.eod
+    batch = data.train_batch(range(data.samples_per_epoch))
+    found = Counter()
+    for tokens, labels, starts in zip(batch.tokens_BS, batch.labels_BS, batch.start_BS, strict=True):
+        for start in starts.unique().tolist():
+            own = starts == start
+            if (labels[own] == IGNORED).all():  # padding
+                assert tokens[own].tolist() == [eod]
+                continue
+            assert torch.equal(tokens[own][1:], labels[own][:-1])
+            found[(tokens[own][0].item(), tuple(labels[own].tolist()))] += 1
+    expected = Counter()
+    for document in data.corpora[0].splits["train"].documents():
+        for first in range(0, len(document), length):
+            before = document[first - 1] if first else eod
+            expected[(before, tuple(document[first : first + length]))] += 1
+    assert found == expected
+    padding = (batch.labels_BS == IGNORED).float().mean().item()
+    assert padding < 0.05
+    windows = sum(map(len, data.corpora[0].splits["train"].documents())) / length
+    assert data.samples_per_epoch <= 1.05 * windows + 1
+
+
+def test_epochs_are_packed_anew(corpus_dir, tmp_path):
+    data = packed([corpus_dir], tmp_path)
+    size = data.samples_per_epoch
+    data.prepare(0, 2 * size)
+    first, second = (data.train_batch(range(size * epoch, size * epoch + size)) for epoch in (0, 1))
+    assert not torch.equal(first.tokens_BS, second.tokens_BS)
+    counts = [batch.labels_BS[batch.labels_BS != IGNORED].bincount() for batch in (first, second)]
+    assert torch.equal(*counts)
+
+
+def read_blend(dirs: list[Path], cache: Path) -> tuple[int, list[int]]:
+    """Size of an epoch of 1 : 3, and the sequences of each corpus in it. Needs a process group."""
+    data = packed(dirs, cache, (1, 3))
+    batch = data.train_batch(range(data.samples_per_epoch))
+    assert (batch.labels_BS == IGNORED).any()
+    return len(batch.tokens_BS), np.bincount(data._epochs[0].source_N).tolist()
+
+
+def test_blends_are_packed_too(corpus_dir, tmp_path, one_rank):
+    ((size, counts),) = one_rank.run(read_blend, [corpus_dir, corpus_dir], tmp_path)
+    assert size > 10
+    assert counts == pytest.approx([size / 4, 3 * size / 4], abs=1)

@@ -1,0 +1,50 @@
+"""Documents do not see each other, in any layout of both engines."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engines.document_cases import influences, train_packed
+from tests.engines.test_layouts import HALF, MEGATRON, WHOLE
+from tests.moe.cases import ROUTERS, no_losses
+
+TOP_P = [*ROUTERS["top_p"], *no_losses("top_p"), "model.layers=4", "model.kv_heads=2", "data.documents=masked"]
+PREDICTED = ["data.predict_first_token=false"]  # the number of labels that count differs
+RECOMPUTE = ["train.recompute=full"]
+LAYOUTS = {
+    "DeepSpeed": (1, WHOLE),
+    "DeepSpeed, selective": (1, [*WHOLE, "train.recompute=selective"]),
+    "DeepSpeed EP 2, full": (2, [*HALF, "parallel.expert=2", *RECOMPUTE]),
+    "Megatron, selective": (1, [MEGATRON, *WHOLE, "train.recompute=selective"]),
+    "Megatron TP 2": (2, [MEGATRON, *WHOLE, "parallel.tensor=2"]),
+    "Megatron TP 2, full": (2, [MEGATRON, *WHOLE, "parallel.tensor=2", *RECOMPUTE]),
+    "Megatron PP 2": (2, [MEGATRON, *WHOLE, "parallel.pipeline=2"]),
+    "Megatron PP 2 interleaved, full": (
+        2, [MEGATRON, *WHOLE, "parallel.pipeline=2", "parallel.virtual_pipeline=2", *RECOMPUTE],
+    ),
+    "Megatron PP 2 x EP 2, full": (4, [MEGATRON, *HALF, "parallel.pipeline=2", "parallel.expert=2", *RECOMPUTE]),
+    "Megatron TP 2 x EP 2": (4, [MEGATRON, *HALF, "parallel.tensor=2", "parallel.expert=2"]),
+}  # fmt: skip
+
+
+@pytest.fixture
+def pools(one_rank, two_ranks, four_ranks):
+    return {1: one_rank, 2: two_ranks, 4: four_ranks}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_document_changes_no_loss_gradient_or_routing_of_another(pools, layout):
+    ranks, overrides = LAYOUTS[layout]
+    masked = pools[ranks].run(influences, [*TOP_P, *PREDICTED, *overrides], True)
+    joined = pools[ranks].run(influences, [*TOP_P, *PREDICTED, *overrides], False)
+    for name, smallest in {"loss": 1e-3, "gradient": 1e-4, "routing": 0.02}.items():
+        assert max(found[name] for found in joined) > smallest, f"{name}: without the mask the test finds no leak"
+        assert max(found[name] for found in masked) < 1e-6, name
+
+
+@pytest.mark.parametrize("layout", ["DeepSpeed EP 2, full", "Megatron TP 2", "Megatron PP 2 interleaved, full"])
+def test_a_loss_without_some_labels_does_not_depend_on_the_layout(pools, layout):
+    ranks, overrides = LAYOUTS[layout]
+    (expected,) = pools[1].run(train_packed, [*TOP_P, *WHOLE], 6)
+    for found in pools[ranks].run(train_packed, [*TOP_P, *overrides], 6):
+        assert found == pytest.approx(expected, rel=1e-5)
