@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,7 +36,10 @@ class ParallelConfig(Section):
     tensor: int = option(1, "tensor-parallel size, with sequence parallelism (engine=megatron)", at_least=1)
     pipeline: int = option(1, "pipeline-parallel size (engine=megatron)", at_least=1)
     virtual_pipeline: int = option(1, "model chunks of a pipeline stage (above 1: interleaved schedule)", at_least=1)
-    context: int = option(1, "context-parallel size (engine=megatron, needs Transformer Engine)", at_least=1)
+    context: int = option(
+        1, "context-parallel size: ranks over which each sequence is spread; each computes the attention of some heads "
+        "(engine=megatron)", at_least=1,
+    )  # fmt: skip
 
     @property
     def model_parallel(self) -> int:
@@ -47,7 +49,7 @@ class ParallelConfig(Section):
     @property
     def sequence_parts(self) -> int:
         """Number of equal parts into which sequences are split; it divides their length."""
-        return self.tensor * (2 * self.context if self.context > 1 else 1)
+        return self.tensor * self.context
 
     def check_deepspeed(self) -> None:
         """Raises a ConfigError for sizes that DeepSpeed does not support."""
@@ -67,9 +69,8 @@ class ParallelConfig(Section):
         _check_divides(f"parallel.{name}", getattr(self, name), stages, "model.layers", model.layers)
         for field, value in {"model.kv_heads": model.kv_heads, "model.ffn_hidden": model.ffn_hidden}.items():
             _check_divides("parallel.tensor", self.tensor, self.tensor, field, value)
-        if self.context > 1 and model.router.NEEDS_ATTENTION:
-            problem = f"the {model.router.kind} router needs attention weights, which context parallelism does not give"
-            raise ConfigError("parallel.context", self.context, problem, "use parallel.tensor, or another router")
+        heads = self.tensor * self.context
+        _check_divides("parallel.context", self.context, heads, "model.heads", model.heads)
         name = "context" if self.context > 1 else "tensor"
         parts = self.sequence_parts
         _check_divides(f"parallel.{name}", getattr(self, name), parts, "data.sequence_length", sequence_length)
@@ -83,10 +84,7 @@ class ParallelConfig(Section):
             raise ConfigError("parallel.expert", self.expert, "cannot spread the experts evenly", cure)
 
     def check_world(self, world_size: int) -> None:
-        """Raises a ConfigError if the sizes do not fit ``world_size`` ranks or the installed packages."""
-        if self.context > 1 and importlib.util.find_spec("transformer_engine") is None:
-            cure = "install it, or use parallel.tensor"
-            raise ConfigError("parallel.context", self.context, "Transformer Engine is not installed", cure)
+        """Raises a ConfigError if the sizes do not fit ``world_size`` ranks."""
         if world_size % self.model_parallel:
             name = max(("tensor", "pipeline", "context"), key=lambda name: getattr(self, name))
             problem = f"tensor x pipeline x context ({self.model_parallel}) must divide the world size ({world_size})"

@@ -160,12 +160,6 @@ class Config(Section):
             self.deepspeed.check(self.model)
         else:
             self.parallel.check_megatron(self.model, self.data.sequence_length)
-            if self.parallel.context > 1 and self.train.precision != "bf16":
-                problem = "is not supported by Transformer Engine's attention with parallel.context"
-                raise ConfigError("train.precision", self.train.precision, problem, "use bf16")
-            if self.parallel.context > 1 and self.data.documents != "joined":
-                problem = "documents cannot be masked with parallel.context yet"
-                raise ConfigError("data.documents", self.data.documents, problem, "use joined, or parallel.context=1")
         self.parallel.check_experts(self.model)
         self._check_budget()
         if self.train.replay is not None:

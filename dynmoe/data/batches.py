@@ -45,8 +45,8 @@ class Batch:
         return self._map(lambda tensor_BS: tensor_BS.to(device, non_blocking=True))
 
     def at(self, positions_P: Tensor) -> Batch:
-        """The batch at some positions of its sequences; documents still start where they do in the whole ones."""
-        return self._map(lambda tensor_BS: tensor_BS[:, positions_P])
+        """The batch at some positions of its sequences; ``start_BS`` remains that of all positions."""
+        return Batch(self.tokens_BS[:, positions_P], self.labels_BS[:, positions_P], self.start_BS)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         start_BS = None if self.start_BS is None else change(self.start_BS)

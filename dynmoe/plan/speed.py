@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dynmoe.fields import option
@@ -76,6 +77,7 @@ def estimate(layout: Layout, experts_per_token: float, hardware: Hardware) -> Sp
         "gradients and weights": _reduction(layout),
         "tokens to experts": _all_to_all(layout, experts_per_token),
         "tensor parallelism": _tensor(layout),
+        "context parallelism": _context(layout),
         "pipeline": _pipeline(layout),
     }
     sent = sum(traffic.values(), Traffic()).seconds(hardware)
@@ -137,6 +139,22 @@ def _tensor(layout: Layout) -> Traffic:
     collectives = 7 if config.train.recompute == "full" else 5  # forward 2, backward 3
     whole = layout.tokens * size * config.model.hidden * layout.element
     return _ring(layout, whole * collectives * blocks * layout.accumulation, size, 1)
+
+
+def _context(layout: Layout) -> Traffic:
+    """Queries, keys, values and outputs of attention, and their gradients, between parts of sequences and of heads."""
+    config = layout.config
+    model = config.model
+    tensor, ranks = config.parallel.tensor, config.parallel.context
+    if ranks == 1:
+        return Traffic()
+    heads = model.heads // tensor
+    pairs = math.lcm(model.kv_heads // tensor, ranks)  # keys and values, repeated for all ranks
+    passes = 3 if config.train.recompute == "full" else 2
+    rows = layout.tokens * tensor * layout.accumulation * len(layout.layers(0))  # the tensor-parallel ranks' as well
+    sent = rows * (2 * heads + 2 * pairs) * model.width_of_head * layout.element * passes / ranks
+    here, _ = _spread(layout, ranks, tensor)
+    return Traffic(sent * (here - 1), sent * (ranks - here))
 
 
 def _pipeline(layout: Layout) -> Traffic:

@@ -59,7 +59,9 @@ def test_documents_start_with_the_end_of_text_token_before_them(corpus_dir, tmp_
             assert starts[place] == start
     assert batch.start_BS.unique().numel() > 10
     part = batch.at(torch.tensor([5, 6]))
-    assert torch.equal(part.start_BS, batch.start_BS[:, 5:7])
+    assert torch.equal(part.tokens_BS, batch.tokens_BS[:, 5:7])
+    assert torch.equal(part.labels_BS, batch.labels_BS[:, 5:7])
+    assert torch.equal(part.start_BS, batch.start_BS)
 
 
 def test_the_first_token_of_a_document_may_be_left_out_of_the_loss(corpus_dir, tmp_path):

@@ -24,6 +24,13 @@ LAYOUTS = {
     ),
     "Megatron PP 2 x EP 2, full": (4, [MEGATRON, *HALF, "parallel.pipeline=2", "parallel.expert=2", *RECOMPUTE]),
     "Megatron TP 2 x EP 2": (4, [MEGATRON, *HALF, "parallel.tensor=2", "parallel.expert=2"]),
+    "Megatron CP 2, selective": (2, [MEGATRON, *WHOLE, "parallel.context=2", "train.recompute=selective"]),
+    "Megatron CP 2 x PP 2, full": (
+        4, [MEGATRON, *WHOLE, "parallel.context=2", "parallel.pipeline=2", *RECOMPUTE],
+    ),
+    "Megatron CP 2 x TP 2": (
+        4, [MEGATRON, *WHOLE, "parallel.context=2", "parallel.tensor=2", "model.heads=4"],
+    ),
 }  # fmt: skip
 
 
@@ -42,7 +49,9 @@ def test_a_document_changes_no_loss_gradient_or_routing_of_another(pools, layout
         assert max(found[name] for found in masked) < 1e-6, name
 
 
-@pytest.mark.parametrize("layout", ["DeepSpeed EP 2, full", "Megatron TP 2", "Megatron PP 2 interleaved, full"])
+@pytest.mark.parametrize(
+    "layout", ["DeepSpeed EP 2, full", "Megatron TP 2", "Megatron PP 2 interleaved, full", "Megatron CP 2, selective"]
+)
 def test_a_loss_without_some_labels_does_not_depend_on_the_layout(pools, layout):
     ranks, overrides = LAYOUTS[layout]
     (expected,) = pools[1].run(train_packed, [*TOP_P, *WHOLE], 6)

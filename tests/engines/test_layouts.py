@@ -32,6 +32,7 @@ MODELS = {kind: [*ROUTERS[kind], *losses] for kind, losses in LOSSES.items()} | 
     # Routers that select among the tokens of a sequence or of the batch.
     **{kind: BASELINES[kind] for kind in ("seq_top_k", "expert_race", "resonance")},
     "da_moe": ATTENTIVE["da_moe"],
+    "top_p, four heads": [*ROUTERS["top_p"], "model.heads=4"],
 }
 WHOLE = ["train.micro_batch=2"]
 HALF = ["train.micro_batch=1"]
@@ -44,7 +45,14 @@ LAYOUTS = {
     "Megatron EP 2": (2, [MEGATRON, *HALF, "parallel.expert=2"]),
     "Megatron PP 2 x EP 2": (4, [MEGATRON, *HALF, "parallel.pipeline=2", "parallel.expert=2"]),
     "Megatron TP 2 x EP 2": (4, [MEGATRON, *HALF, "parallel.tensor=2", "parallel.expert=2"]),
+    "Megatron CP 2": (2, [MEGATRON, *WHOLE, "parallel.context=2"]),
+    "Megatron CP 2 x PP 2": (4, [MEGATRON, *WHOLE, "parallel.context=2", "parallel.pipeline=2"]),
+    "Megatron CP 2 x EP 2": (4, [MEGATRON, *HALF, "parallel.context=2", "parallel.expert=2"]),
+    # With two heads of keys and values, which are repeated.
+    "Megatron CP 4": (4, [MEGATRON, *WHOLE, "parallel.context=4"]),
+    "Megatron CP 2 x TP 2": (4, [MEGATRON, *WHOLE, "parallel.context=2", "parallel.tensor=2"]),
 }
+FOUR_HEADS = ("Megatron CP 4", "Megatron CP 2 x TP 2")
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +79,12 @@ def relative(ours: list[float], theirs: list[float]) -> float:
 # The fast tests cover each kind of parallelism with one router, and another attention where it is sharded.
 FAST = {(layout, "top_p") for layout in ("DeepSpeed EP 2", "Megatron PP 2 interleaved", "Megatron EP 2")}
 FAST |= {("Megatron TP 2", "top_p, projections normalized"), ("Megatron TP 2", "seq_top_k")}
+FAST |= {("Megatron CP 2", "top_p"), ("Megatron CP 4", "top_p, four heads")}
 CASES = [
     pytest.param(layout, name, marks=() if (layout, name) in FAST else pytest.mark.slow)
     for layout in LAYOUTS
     for name in MODELS
+    if layout not in FOUR_HEADS or name == "top_p, four heads"
 ]
 
 
@@ -140,7 +150,7 @@ def alone(one_rank):
             layout, kind,
             marks=() if (layout, kind) == ("Megatron TP 2 x EP 2", "quantile") else pytest.mark.slow,
         )
-        for layout in LAYOUTS for kind in WITH_STATE
+        for layout in LAYOUTS if layout not in FOUR_HEADS for kind in WITH_STATE
     ],
 )  # fmt: skip
 def test_state_between_steps_does_not_depend_on_the_layout(alone, two_ranks, four_ranks, layout, kind):

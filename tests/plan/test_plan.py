@@ -104,6 +104,10 @@ def test_traffic_follows_the_links():
     assert inside[tokens].between == 0 < inside[tokens].inside
     assert across[tokens].between == pytest.approx(4 / 7 * inside[tokens].inside)
     assert estimate(layout(1), 2.0, hardware).traffic_s == 0
+    # Of each of 64 tokens of 16 sequences in 4 layers, three other ranks get a quarter of the heads: 8 queries and
+    # outputs, 4 keys and values, 64 numbers each, and their gradients.
+    heads = estimate(layout(4, "engine=megatron", "parallel.context=4", "train.global_batch=16"), 2.0, hardware).traffic
+    assert heads["context parallelism"].inside == 64 * 16 * 4 * 3 / 4 * 2 * (8 + 4) * 64 * 4 * 2
     one_pass = layout(8, "deepspeed.zero_stage=2", "train.global_batch=8")
     four = layout(8, "deepspeed.zero_stage=2", "train.global_batch=32")
     reduced = [estimate(own, 2.0, hardware).traffic["gradients and weights"].inside for own in (one_pass, four)]
@@ -183,6 +187,7 @@ MEASURED = [
     (1, ["train.recompute=full", "train.micro_batch=8"]),
     (2, ["engine=megatron", "parallel.expert=2", "train.micro_batch=8"]),
     (2, ["engine=megatron", "parallel.tensor=2", "train.micro_batch=8"]),
+    (2, ["engine=megatron", "parallel.context=2", "train.micro_batch=8"]),
     (2, ["engine=megatron", "parallel.pipeline=2", "train.precision=bf16", "accumulate", "train.micro_batch=4"]),
     (2, ["deepspeed.zero_stage=1", "model.moe.moe_layer_freq=2", "model.moe.shared_hidden=1024",
          "train.micro_batch=8"]),

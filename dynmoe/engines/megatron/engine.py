@@ -166,7 +166,7 @@ class MegatronEngine:
             data_iterator=iterators if interleaved else iterators[0],
             model=self._chunks,
             num_microbatches=len(filled),
-            seq_length=length,
+            seq_length=length * self.config.parallel.context,  # of the whole sequences
             micro_batch_size=rows,
             forward_only=forward_only,
             collect_non_loss_data=logits,

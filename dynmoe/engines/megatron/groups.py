@@ -79,11 +79,5 @@ def make_context(backend: str) -> MoEContext:
 
 
 def context_positions(length: int, ranks: int, rank: int) -> torch.Tensor:
-    """Positions of a sequence on a context-parallel rank: one chunk from the front, one from the back.
-
-    This balances the causal attention over the ranks. The order is that of Transformer Engine.
-    """
-    if ranks == 1:
-        return torch.arange(length)
-    chunks = torch.arange(length).chunk(2 * ranks)
-    return torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]])
+    """Positions of a sequence on a context-parallel rank: consecutive ones, as each rank attends with other heads."""
+    return torch.arange(length).chunk(ranks)[rank]

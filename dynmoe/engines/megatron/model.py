@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dynmoe.config import Config, ModelConfig
+from dynmoe.engines.megatron.groups import context_positions
 from dynmoe.engines.megatron.versions import build_decoder
 from dynmoe.engines.megatron.weights import initialize
 from dynmoe.model.attention import causal_attention
 from dynmoe.model.documents import Documents
 from dynmoe.model.importance import importance, own_weights
 from dynmoe.moe import MoEContext, MoELayer
+from dynmoe.ops.sequence_exchange import heads_to_positions, positions_to_heads
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -68,8 +70,6 @@ def transformer_config(config: Config) -> TransformerConfig:
         # With two interleaved stages, each is the other's previous and next stage: batched sends would be mixed up.
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
-        # Without Transformer Engine, CoreAttention recomputes itself: Megatron's way takes only tensors as arguments.
-        recompute_granularity="selective" if config.train.recompute == "selective" and parallel.context > 1 else None,
         perform_initialization=False,  # see weights.initialize
         use_cpu_initialization=not torch.cuda.is_available(),
         # Fused kernels of Apex and Transformer Engine, which may not be installed.
@@ -133,7 +133,7 @@ class QKNormAttention(SelfAttention):
 
 
 class DocumentRotaryEmbedding(RotaryEmbedding):
-    """Rotary embedding whose positions begin at 0 in each document.
+    """Rotary embedding of the positions of a context-parallel rank, which begin at 0 in each document.
 
     Attributes:
         documents: those of the next forward pass; None if each sequence is one.
@@ -142,15 +142,19 @@ class DocumentRotaryEmbedding(RotaryEmbedding):
     documents: Documents | None = None
 
     def forward(self, max_seq_len: int, *args: Any, **kwargs: Any) -> Tensor:
-        """Angles of the positions, [S, 1, 1, d], or with documents [S, B, 1, d]."""
-        angles_S11d = super().forward(max_seq_len, *args, **kwargs)
+        """Angles of the P positions of this rank, [P, 1, 1, d], or with documents [P, B, 1, d]."""
+        angles_S11d = super().forward(max_seq_len, packed_seq=True)  # else Megatron would choose the positions
+        ranks = parallel_state.get_context_parallel_world_size()
+        positions_P = context_positions(max_seq_len, ranks, parallel_state.get_context_parallel_rank())
         if self.documents is None:
-            return angles_S11d
-        return angles_S11d[self.documents.place_BS.t(), 0]
+            return angles_S11d[positions_P]
+        return angles_S11d[self.documents.place_BS[:, positions_P].t(), 0]
 
 
 class CoreAttention(MegatronModule):
     """The attention of the plain model between Megatron's projections; never keeps an [S, S] tensor.
+
+    Under context parallelism each rank computes all positions of its share of the heads.
 
     Attributes:
         importance_BS: importance of the positions of the latest forward pass, over the heads of all ranks; None if the
@@ -169,18 +173,22 @@ class CoreAttention(MegatronModule):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Documents | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Maps query [S, B, H, d] and key, value [S, B, K, d] to [S, B, H d]; the mask is what the model was given."""
-        q_BHSd, k_BKSd, v_BKSd = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        """Maps query [P, B, H, d] and key, value [P, B, K, d] to [P, B, H d]; the mask is what the model was given."""
+        group = parallel_state.get_context_parallel_group()
+        is_split = dist.get_world_size(group) > 1
+        heads = [positions_to_heads(x, group) if is_split else x for x in (query, key, value)]
+        q_BHSd, k_BKSd, v_BKSd = (x_SBHd.permute(1, 2, 0, 3) for x_SBHd in heads)
         if self._measures_importance:
             weights_BS = own_weights(q_BHSd, k_BKSd, attention_mask)  # of this rank's heads
-            dist.all_reduce(weights_BS, group=parallel_state.get_tensor_model_parallel_group())
+            dist.all_reduce(weights_BS, group=parallel_state.get_tensor_and_context_parallel_group())
             self.importance_BS = importance(weights_BS, self._heads)
         inputs = (q_BHSd, k_BKSd, v_BKSd, attention_mask)
         if self._recompute and torch.is_grad_enabled():
             out_BHSd = checkpoint(causal_attention, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
             out_BHSd = causal_attention(*inputs)
-        return out_BHSd.permute(2, 0, 1, 3).flatten(2)
+        out_SBHd = out_BHSd.permute(2, 0, 1, 3)
+        return (heads_to_positions(out_SBHd, group) if is_split else out_SBHd).flatten(2)
 
 
 class RecomputedLayer(TransformerLayer):
@@ -271,16 +279,11 @@ def _layer_spec(config: Config, context: MoEContext, layer: int) -> ModuleSpec:
     if config.model.qk_norm is not None:
         attention.module = QKNormAttention
         attention.params = attention.params | {"model": config.model}
-    if config.parallel.context == 1:
-        options = {
-            "measures_importance": config.model.router.NEEDS_ATTENTION,
-            "recompute": config.train.recompute == "selective",
-        }
-        attention.submodules.core_attention = ModuleSpec(module=CoreAttention, params=options)
-    else:
-        from megatron.core.extensions.transformer_engine import TEDotProductAttention
-
-        attention.submodules.core_attention = TEDotProductAttention
+    options = {
+        "measures_importance": config.model.router.NEEDS_ATTENTION,
+        "recompute": config.train.recompute == "selective",
+    }
+    attention.submodules.core_attention = ModuleSpec(module=CoreAttention, params=options)
     if config.model.is_moe_layer(layer):
         settings = {"model": config.model, "layer": layer, "seed": config.train.seed, "context": context}
         parts.mlp = ModuleSpec(module=MegatronMoELayer, params=settings)
