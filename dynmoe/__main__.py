@@ -13,6 +13,7 @@ VERBS = {
     "compact": "remove inactive experts from the checkpoint of a run",
     "convert": "convert the checkpoint of a run to the other engine",
     "evaluate": "score a run on tasks and domains, with experts per token",
+    "extend": "start a run with longer sequences from the weights of another one",
     "generate": "continue texts, with the experts of each token",
     "hf": "export a run as a Hugging Face model, or start a run from one",
     "launch": "write a Slurm job for a configuration; also used by the scripts in launch/",

@@ -23,7 +23,7 @@ LAYERS = [
     {"cli"},
     {"convert"},  # the verbs: python -m dynmoe.VERB
     {"checkpoint", "compact", "launch", "plan", "traces", "trained"},
-    {"generate", "hf", "report", "warmstart"},
+    {"extend", "generate", "hf", "report", "warmstart"},
     {"evaluate"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Optional
 
+from dynmoe.config.rope import RopeScalingConfig
 from dynmoe.errors import ConfigError
 from dynmoe.fields import Section, check_multiple_of_8, option
 from dynmoe.routers import RouterSpec, TopP
@@ -66,10 +67,15 @@ class ModelConfig(Section):
         None, "RMSNorm of queries and keys before rotary embedding, over each head or over all heads; null: none",
         choices=("head", "projection"),
     )  # fmt: skip
+    window: Optional[int] = option(
+        None, "positions that a token attends to, itself and those before it; null: all before it", at_least=1
+    )
+    full_attention_layers: list[int] = option([], "layers without the window, counted from 0", at_least=0)
     ffn_hidden: int = option(1024, "width of a dense SwiGLU layer", at_least=1)
     vocab_size: Optional[int] = option(None, "rows of the embedding; null: the tokenizer's, padded", at_least=1)
     norm_eps: float = option(1e-5, "epsilon of RMSNorm", above=0)
     rope_theta: float = option(10000.0, "base of the rotary position embedding", above=0)
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     tie_embeddings: bool = option(False, "use the input embedding as the output projection")
     init_std: float = option(0.02, "standard deviation of initial weights", above=0)
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -88,6 +94,12 @@ class ModelConfig(Section):
         if self.heads % self.kv_heads:
             problem = f"must divide model.heads ({self.heads})"
             raise ConfigError("model.kv_heads", self.kv_heads, problem, "use a divisor of it")
+        if outside := [layer for layer in self.full_attention_layers if layer >= self.layers]:
+            problem = f"names layer {outside[0]} of {self.layers}"
+            raise ConfigError("model.full_attention_layers", self.full_attention_layers, problem, "count from 0")
+        if self.full_attention_layers and self.window is None:
+            problem = "all layers attend to everything"
+            raise ConfigError("model.full_attention_layers", self.full_attention_layers, problem, "set model.window")
         self._check_experts()
 
     def _check_experts(self) -> None:
@@ -116,6 +128,10 @@ class ModelConfig(Section):
     @property
     def width_of_head(self) -> int:
         return self.head_dim or self.hidden // self.heads
+
+    def window_of(self, layer: int) -> int | None:
+        """Positions that a token attends to in a layer; None: all up to itself."""
+        return None if layer in self.full_attention_layers else self.window
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.moe.experts > 0 and layer % self.moe.moe_layer_freq == 0

@@ -62,6 +62,8 @@ class DynMoEAttention(nn.Module):
         self.layer_idx = layer
         self.head_dim = width = config.head_dim
         self.scaling = width**-0.5  # vLLM looks for this name
+        is_sliding = config.layer_types[layer] == "sliding_attention"
+        self.window = {"sliding_window": config.sliding_window} if is_sliding else {}
         heads = config.num_attention_heads
         kv_heads = config.num_key_value_heads
         self.num_key_value_groups = heads // kv_heads  # read by attention implementations
@@ -98,5 +100,5 @@ class DynMoEAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        out, weights = attend(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        out, weights = attend(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, **self.window, **kwargs)
         return self.o_proj(out.reshape(*x_BSD.shape[:2], -1)), weights

@@ -7,11 +7,13 @@ family's default, which is read from its configuration class in transformers.
 from __future__ import annotations
 
 import copy
+import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dynmoe.config.rope import RopeScalingConfig
 from dynmoe.errors import UserError
 
 
@@ -41,33 +43,36 @@ _DECODER = {
 _COMMON = _DECODER | {"head_dim", "rope_theta", "rope_parameters", "rope_scaling"}
 _TOP_K = _COMMON | {"num_experts", "num_local_experts", "num_experts_per_tok", "router_aux_loss_coef"}
 _EXPERTS = {"moe_intermediate_size", "shared_expert_intermediate_size"}
-_QWEN = {"norm_topk_prob", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers"}
+_QWEN = {"norm_topk_prob", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers", "sliding_window",
+         "use_sliding_window"}  # fmt: skip
+_NO_SWITCH: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False,)}
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", "LlamaConfig", _COMMON),
-    "mixtral": Family("MixtralForCausalLM", "MixtralConfig", _TOP_K,
-                      {"sliding_window": (None,), "norm_topk_prob": (True,)}),
-    "olmoe": Family("OlmoeForCausalLM", "OlmoeConfig", _TOP_K | {"norm_topk_prob"}, {"clip_qkv": (None,)}),
+    "llama": Family("LlamaForCausalLM", "LlamaConfig", _COMMON, _NO_SWITCH),
+    "mixtral": Family("MixtralForCausalLM", "MixtralConfig", _TOP_K | {"sliding_window"},
+                      {"norm_topk_prob": (True,), **_NO_SWITCH}),
+    "olmoe": Family("OlmoeForCausalLM", "OlmoeConfig", _TOP_K | {"norm_topk_prob"},
+                    {"clip_qkv": (None,), **_NO_SWITCH}),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM", "Qwen3MoeConfig", _TOP_K | _QWEN,
         {"shared_expert_intermediate_size": (0,), "use_qk_norm": (True,)},
-        {"sliding_window", "max_window_layers"},  # unused without use_sliding_window
+        {"max_window_layers"},  # of other models
     ),
     "qwen2_moe": Family(
         "Qwen2MoeForCausalLM", "Qwen2MoeConfig",
-        _TOP_K | _QWEN | {"shared_expert_intermediate_size", "layer_types"},
+        _TOP_K | _QWEN | {"shared_expert_intermediate_size", "layer_types", "max_window_layers"},
         {"qkv_bias": (True, False)},  # the biases themselves are checked
-        {"sliding_window", "max_window_layers"},
     ),
     # Our exports of models that transformers has no architecture for.
     "dynmoe": Family(
         "DynMoEForCausalLM", None,
-        _COMMON | _EXPERTS | {"layer_experts", "num_experts", "qk_norm", "router", "auto_map"},
-        {"router_overrides": (None,)}, {"count_experts"},
+        _COMMON | _EXPERTS
+        | {"layer_experts", "num_experts", "qk_norm", "router", "auto_map", "sliding_window", "layer_types"},
+        {"router_overrides": (None,), **_NO_SWITCH}, {"count_experts"},
     ),
     # The release of arXiv 2403.07652, whose code ignores rope_theta and always uses this base.
     "dynamic_moe": Family(
         "MoEForCausalLM", None, _DECODER | {"rope_scaling", "num_experts", "expert_frequency", "top_p_threshold"},
-        {"rope_theta": (10000.0,)}, {"experts_topk"},
+        {"rope_theta": (10000.0,), **_NO_SWITCH}, {"experts_topk"},
     ),
 }  # fmt: skip
 # Fields that an import keeps for a later export, for any family.
@@ -77,7 +82,7 @@ KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "qkv_bias": (False,),
     "is_causal": (True,), "is_encoder_decoder": (False,), "add_cross_attention": (False,),
-    "partial_rotary_factor": (1.0,), "rope_interleaved": (False,), "use_sliding_window": (False,),
+    "partial_rotary_factor": (1.0,), "rope_interleaved": (False,),
 }  # fmt: skip
 IGNORED = {
     "model_type", "transformers_version", "transformers.js_config", "dtype", "torch_dtype", "use_bfloat16",
@@ -157,17 +162,33 @@ class Settings:
             raise UserError(f"config.json: {self._path}{name}={shown(value)}: must be a positive integer; {RESTORE}")
         return value
 
+    @property
+    def _rope(self) -> Mapping[str, Any]:
+        return self._found.get("rope_scaling") or self._found.get("rope_parameters") or {}
+
     def rope_theta(self) -> Any:
         """Base of the rotary positions: a top-level field or, since transformers 5, a field of ``rope_parameters``."""
-        rope = self._found.get("rope_scaling") or self._found.get("rope_parameters") or {}
-        return self["rope_theta"] if rope.get("rope_theta") is None else rope["rope_theta"]
+        return self["rope_theta"] if self._rope.get("rope_theta") is None else self._rope["rope_theta"]
+
+    def rope_scaling(self) -> dict[str, Any]:
+        """The fields of ``model.rope_scaling``, without defaults."""
+        rope = {name: value for name, value in self._rope.items() if value is not None}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind == "default":
+            return {}
+        scaling = {"kind": kind} | {ours: rope[name] for name, ours in _ROPE[kind].items() if name in rope}
+        above, below = rope.get("mscale", 0), rope.get("mscale_all_dim", 0)
+        if kind == "yarn" and above and below and "attention_factor" not in scaling:
+            turn = 0.1 * math.log(scaling["factor"])
+            scaling["attention_factor"] = (above * turn + 1.0) / (below * turn + 1.0)
+        return scaling
 
 
 def settings_of(found: Mapping[str, Any], family: Family) -> Settings:
     """The converted and kept fields of ``found``, with the family's defaults from transformers if it is installed.
 
     Raises:
-        UserError: transformers rejects a field, or rotary positions are not plain.
+        UserError: transformers rejects a field, or our decoder has no such rotary positions.
     """
     names = family.converted | set(KEPT)
     given = {name: copy.deepcopy(found[name]) for name in names & found.keys()}
@@ -187,16 +208,44 @@ def settings_of(found: Mapping[str, Any], family: Family) -> Settings:
     return Settings({name: getattr(config, name, None) for name in names})
 
 
+# Fields of ``rope_parameters`` by kind, each with our field.
+_ROPE: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "yarn": {
+        "factor": "factor", "original_max_position_embeddings": "original_length", "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow", "attention_factor": "attention_factor", "truncate": "truncate",
+    },
+    "llama3": {
+        "factor": "factor", "original_max_position_embeddings": "original_length", "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+    },
+}  # fmt: skip
+# What any kind may contain, and what only changes YaRN's attention_factor.
+_ANY_ROPE = {"rope_type", "type", "rope_theta"}
+_MULTIPLES = {"mscale", "mscale_all_dim"}
+
+
 def _check_rope(name: str, rope: Any) -> None:
-    """Refuses scaled or partial rotary positions, even if transformers would read another field than ``name``."""
+    """Refuses rotary positions that we do not have, even if transformers would read another field than ``name``."""
     if not isinstance(rope, Mapping):
         raise UserError(f"config.json: {name}={shown(rope)}: must be a mapping; {RESTORE}")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    fields = {"rope_type": None if kind == "default" else kind}
-    fields |= {key: value for key, value in rope.items() if key not in ("rope_type", "type", "rope_theta")}
-    for key, value in fields.items():
-        if value is not None:
-            raise UserError(f"config.json: {name}: {key}={shown(value)}: only plain rotary positions can be imported")
+    if kind not in _ROPE:
+        kinds = ", ".join(_ROPE)
+        raise UserError(f"config.json: {name}: rope_type={shown(kind)}: cannot be imported; only {kinds} can")
+    known = _ANY_ROPE | _ROPE[kind].keys() | (_MULTIPLES if kind == "yarn" else set())
+    for key, value in rope.items():
+        if key not in known and value is not None:
+            raise UserError(f"config.json: {name}: {key}={shown(value)}: {kind} positions with it cannot be imported")
+
+
+def write_rope(theta: float, scaling: RopeScalingConfig) -> dict[str, Any]:
+    """``rope_parameters`` of an export."""
+    kind = scaling.kind or "default"
+    written = {name: getattr(scaling, ours) for name, ours in _ROPE[kind].items()}
+    given = {name: value for name, value in written.items() if value is not None}
+    return {"rope_theta": theta, "rope_type": kind} | given
 
 
 def shown(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dynmoe.config import Config, ModelConfig
 from dynmoe.errors import UserError
-from dynmoe.hf.fields import FAMILIES, KEPT, RESTORE, Settings, check_fields, settings_of, shown
+from dynmoe.hf.fields import FAMILIES, KEPT, RESTORE, Settings, check_fields, settings_of, shown, write_rope
 from dynmoe.hf.qwen2_moe import ABSENT_WIDTH
 from dynmoe.hf.routers import read_router, write_router
 from dynmoe.routers import TopK
@@ -21,17 +21,19 @@ def standard_architecture(model: ModelConfig) -> str | None:
     """
     moe = model.moe
     if not model.moe_layers:
-        return "llama" if model.qk_norm is None else None
-    if not isinstance(model.router, TopK) or model.router.budgets or len(set(moe.experts_by_layer)) > 1:
-        return None
-    plain = moe.moe_layer_freq == 1 and not moe.shared_hidden
-    if model.qk_norm == "head":
-        return None if moe.shared_hidden else "qwen3_moe"
-    if model.qk_norm == "projection":
-        return "olmoe" if plain and model.heads * model.width_of_head == model.hidden else None
-    if plain and model.router.resolved.renormalize:
-        return "mixtral"
-    return "qwen2_moe"
+        name = "llama" if model.qk_norm is None else None
+    elif not isinstance(model.router, TopK) or model.router.budgets or len(set(moe.experts_by_layer)) > 1:
+        name = None
+    else:
+        plain = moe.moe_layer_freq == 1 and not moe.shared_hidden
+        same_width = model.heads * model.width_of_head == model.hidden
+        name = {
+            "head": None if moe.shared_hidden else "qwen3_moe",
+            "projection": "olmoe" if plain and same_width else None,
+            None: "mixtral" if plain and model.router.resolved.renormalize else "qwen2_moe",
+        }[model.qk_norm]
+    has_windows = model.window is None or (name in ("mixtral", "qwen3_moe") and not model.full_attention_layers)
+    return name if has_windows else None
 
 
 def to_transformers(config: Config, architecture: str, vocab_size: int) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def to_transformers(config: Config, architecture: str, vocab_size: int) -> dict[
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tie_embeddings,
         "rope_theta": model.rope_theta,
-        "rope_parameters": {"rope_theta": model.rope_theta, "rope_type": "default"},
+        "rope_parameters": write_rope(model.rope_theta, model.rope_scaling),
     }
     if architecture == "dynmoe":
         return common | _dynmoe(config) | {"auto_map": _CODE}
@@ -79,6 +81,8 @@ def _dynmoe(config: Config) -> dict[str, Any]:
     model = config.model
     return {
         "qk_norm": model.qk_norm,
+        "sliding_window": model.window,
+        "layer_types": ["sliding_attention" if model.window_of(n) else "full_attention" for n in range(model.layers)],
         "layer_experts": [model.experts_of(n) if model.is_moe_layer(n) else 0 for n in range(model.layers)],
         "moe_intermediate_size": model.moe.expert_hidden,
         "shared_expert_intermediate_size": model.moe.shared_hidden,
@@ -95,7 +99,7 @@ def _top_k(model: ModelConfig, architecture: str) -> dict[str, Any]:
         return named | {
             "num_local_experts": model.max_experts_per_layer,
             "intermediate_size": moe.expert_hidden,
-            "sliding_window": None,
+            "sliding_window": model.window,
         }
     named |= {"num_experts": model.max_experts_per_layer, "norm_topk_prob": router.renormalize}
     if architecture == "olmoe":
@@ -104,7 +108,8 @@ def _top_k(model: ModelConfig, architecture: str) -> dict[str, Any]:
         "moe_intermediate_size": moe.expert_hidden,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [layer for layer in range(model.layers) if not model.is_moe_layer(layer)],
-        "use_sliding_window": False,
+        "use_sliding_window": model.window is not None,
+        "sliding_window": model.window,
     }
     if architecture == "qwen2_moe":
         return named | {"shared_expert_intermediate_size": moe.shared_hidden or ABSENT_WIDTH, "qkv_bias": True}
@@ -150,6 +155,7 @@ def _read_attention(get: Settings) -> dict[str, Any]:
     return {
         "kv_heads": heads if get.optional("num_key_value_heads") is None else get.count("num_key_value_heads"),
         "rope_theta": get.rope_theta(),
+        **{f"rope_scaling.{name}": value for name, value in get.rope_scaling().items()},
         **({} if width in (None, get.count("hidden_size") // heads) else {"head_dim": width}),
     }
 
@@ -159,24 +165,46 @@ def _read_llama(get: Settings) -> dict[str, Any]:
 
 
 def _read_mixtral(get: Settings) -> dict[str, Any]:
-    return {**_read_attention(get), **_experts(get, "intermediate_size"), **_choice(get, True)}
+    return {**_read_top_k(get), "window": get.optional("sliding_window")}
 
 
 def _read_olmoe(get: Settings) -> dict[str, Any]:
-    return _read_mixtral(get) | {"qk_norm": "projection", "router.renormalize": get["norm_topk_prob"]}
+    return _read_top_k(get) | {"qk_norm": "projection", "router.renormalize": get["norm_topk_prob"]}
+
+
+def _read_top_k(get: Settings) -> dict[str, Any]:
+    return {**_read_attention(get), **_experts(get, "intermediate_size"), **_choice(get, True)}
 
 
 def _read_qwen3(get: Settings) -> dict[str, Any]:
-    return {**_read_attention(get), "qk_norm": "head", **_read_qwen(get)}
+    window = get.optional("sliding_window") if get["use_sliding_window"] else None
+    return {**_read_attention(get), "qk_norm": "head", "window": window, **_read_qwen(get)}
 
 
 def _read_qwen2(get: Settings) -> dict[str, Any]:
     """Reads Qwen2-MoE; a shared expert with zero weights is removed later, see ``qwen2_moe.py``."""
-    kinds = get.optional("layer_types") if "layer_types" in get else None  # all the same without a window
-    if any(kind != "full_attention" for kind in kinds or []):
-        raise UserError(f"config.json: layer_types={shown(kinds)}: only full attention can be imported")
-    shared = get["shared_expert_intermediate_size"]
-    return {**_read_attention(get), **_read_qwen(get), "moe.shared_hidden": shared}
+    window = get.optional("sliding_window") if get["use_sliding_window"] else None
+    return {
+        **_read_attention(get),
+        **_read_windows(get, window),
+        **_read_qwen(get),
+        "moe.shared_hidden": get["shared_expert_intermediate_size"],
+    }
+
+
+def _read_windows(get: Settings, window: Any) -> dict[str, Any]:
+    """Reads ``layer_types``, which older files do not have; then all layers attend to everything."""
+    kinds = get.optional("layer_types") if "layer_types" in get else None
+    unknown = [kind for kind in kinds or [] if kind not in ("full_attention", "sliding_attention")]
+    if unknown or (kinds and "sliding_attention" in kinds and window is None):
+        problem = "has no window" if not unknown else "cannot be imported"
+        raise UserError(f"config.json: layer_types={shown(kinds)}: {problem}; {RESTORE}")
+    if kinds is None and window is not None:
+        raise UserError("config.json: layer_types is missing; add it to the file, or install transformers")
+    full = [layer for layer, kind in enumerate(kinds or []) if kind == "full_attention"]
+    if kinds is None or len(full) == len(kinds):
+        return {}
+    return {"window": window, "full_attention_layers": full}
 
 
 def _read_qwen(get: Settings) -> dict[str, Any]:
@@ -218,6 +246,7 @@ def _read_dynmoe(get: Settings) -> dict[str, Any]:
     dense = {layer for layer, count in enumerate(experts) if not count}
     return {
         **_read_attention(get),
+        **_read_windows(get, get.optional("sliding_window") if "sliding_window" in get else None),
         "qk_norm": get.optional("qk_norm"),
         "ffn_hidden": get.count("intermediate_size"),
         "moe.experts": max(numbers, default=0),
@@ -234,6 +263,8 @@ def _read_dynamic_moe(get: Settings) -> dict[str, Any]:
     Its code ignores ``num_key_value_heads`` (it has one per query head) and ``rope_theta``.
     """
     heads = get.count("num_attention_heads")
+    if scaling := get.rope_scaling():
+        raise UserError(f"config.json: rope_scaling: rope_type={scaling['kind']!r}: this family has none")
     if "num_key_value_heads" in get and get.optional("num_key_value_heads") not in (None, heads):
         problem = f"the released code uses num_attention_heads ({heads}); {RESTORE}"
         raise UserError(f"config.json: num_key_value_heads={shown(get['num_key_value_heads'])}: {problem}")

@@ -43,6 +43,11 @@ def find_architecture(model: ModelConfig) -> str:
     """
     architecture = standard_architecture(model)
     moe = model.moe
+    scaling = model.rope_scaling.kind
+    if scaling is not None:
+        raise ConfigError("model.rope_scaling.kind", scaling, "is not written into GGUF files", SERVERS)
+    if model.window is not None:
+        raise ConfigError("model.window", model.window, "is not written into GGUF files", SERVERS)
     renormalize = isinstance(model.router, TopK) and model.router.resolved.renormalize
     if architecture is None:
         raise _without_architecture(model)

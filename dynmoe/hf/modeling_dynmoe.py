@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
@@ -209,7 +209,8 @@ class DynMoEModel(DynMoEPreTrainedModel):
         extra: Any = {_CACHE: cache, "position_ids": position_ids}
         if "cache_position" in _MASK_ARGUMENTS:
             extra["cache_position"] = torch.arange(before, before + positions, device=x_BSD.device)
-        mask = create_causal_mask(config, x_BSD, attention_mask, **extra)
+        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        masks = {kind: makers[kind](config, x_BSD, attention_mask, **extra) for kind in set(config.layer_types)}
         counted_T = None
         if (wanted or config.count_experts) and attention_mask is not None and attention_mask.dim() == 2:
             counted_T = attention_mask[:, -positions:].bool().flatten()
@@ -217,10 +218,10 @@ class DynMoEModel(DynMoEPreTrainedModel):
         states = []
         all_weights = []
         all_routing = []
-        for layer in self.layers:
+        for layer, kind in zip(self.layers, config.layer_types, strict=True):
             if keeps:
                 states.append(x_BSD)
-            x_BSD, weights, routing = layer(x_BSD, angles, mask, counted_T, wanted, cache=cache)
+            x_BSD, weights, routing = layer(x_BSD, angles, masks[kind], counted_T, wanted, cache=cache)
             if attends:
                 all_weights.append(weights)
             if routing:

@@ -13,41 +13,23 @@ from torch.utils.checkpoint import checkpoint
 
 from dynmoe.config import ModelConfig
 from dynmoe.model.cache import LayerCache
-from dynmoe.model.documents import Documents
+from dynmoe.model.documents import CausalMask, Documents
 from dynmoe.model.importance import importance, own_weights
+from dynmoe.model.rotary import rotate
 from dynmoe.moe.experts import down_std
 from dynmoe.moe.initialization import named_normal
 
 _FLEX_WIDTH = 16  # FlexAttention has no kernel for narrower heads
 
 
-def rotary_tables(num_positions: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of RoPE (arXiv 2104.09864), fp32 [positions, head_dim], for pairs (i, i + head_dim / 2).
-
-    The first half of the sines is negated, so that :func:`rotate` only swaps the halves of its input.
-    """
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    angle = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=device), frequency)
-    cos = angle.cos()
-    sin = angle.sin()
-    return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
-
-
-def rotate(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
-    """Applies RoPE with fp32 tables; the result has the dtype of ``x``."""
-    first, second = x_BHSd.chunk(2, dim=-1)
-    swapped = torch.cat([second, first], dim=-1)
-    return (x_BHSd * cos_Sd + swapped * sin_Sd).to(x_BHSd.dtype)
-
-
-def causal_attention(q_BHSd: Tensor, k_BKPd: Tensor, v_BKPd: Tensor, mask: Tensor | Documents | None = None) -> Tensor:
+def causal_attention(q_BHSd: Tensor, k_BKPd: Tensor, v_BKPd: Tensor, mask: Tensor | CausalMask | None = None) -> Tensor:
     """Softmax attention in which consecutive groups of the H query heads share one of K key-value heads; [B, H, S, d].
 
-    Each position attends to itself and earlier positions: all of them, those of its document, or those where a mask
-    [B, 1, S, P] is True. Without a mask, the queries are all positions, or the last one.
+    Each position attends to itself and earlier positions, or to those of a mask, which may be a tensor [B, 1, S, P].
+    Without a mask, the queries are all positions, or the last one.
     """
     grouped = q_BHSd.shape[1] != k_BKPd.shape[1]
-    if isinstance(mask, Documents):
+    if isinstance(mask, CausalMask):
         if q_BHSd.is_cuda and q_BHSd.shape[3] >= _FLEX_WIDTH:
             return _flex_attention()(q_BHSd, k_BKPd, v_BKPd, block_mask=mask.blocks, enable_gqa=grouped)
         mask = mask.mask_B1QP
@@ -86,8 +68,8 @@ class Attention(nn.Module):
 
     Args:
         model: configuration of the model.
+        layer: index in the decoder.
         seed: seed of the initial weights.
-        name: prefix of this module's parameter names in the decoder.
         recompute: recompute the activations between the projections in the backward pass (selective activation
             recomputation, arXiv 2205.05198).
 
@@ -97,8 +79,10 @@ class Attention(nn.Module):
 
     importance_BS: Tensor | None
 
-    def __init__(self, model: ModelConfig, seed: int, name: str, recompute: bool = False) -> None:
+    def __init__(self, model: ModelConfig, layer: int, seed: int, recompute: bool = False) -> None:
         super().__init__()
+        name = f"layers.{layer}.attention"
+        self.window = model.window_of(layer)
         self.recompute = recompute
         self.importance_BS = None
         self.measures_importance = model.router.NEEDS_ATTENTION
@@ -124,7 +108,7 @@ class Attention(nn.Module):
             x_BSD: input of the latest positions.
             cos_Sd, sin_Sd: rotary tables of these positions, for all sequences or [B, 1, S, d].
             cache: cache of earlier positions; None if there are none.
-            documents: documents that do not see each other; None if each sequence is one.
+            documents: what the positions attend to, unless there is a cache.
         """
         batch, positions, _ = x_BSD.shape
         qkv = F.linear(x_BSD, self.w_qkv).view(batch, positions, -1, self.head_dim).transpose(1, 2)
@@ -135,10 +119,10 @@ class Attention(nn.Module):
         else:
             qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
             q, k = rotate(qk, cos_Sd, sin_Sd).split([self.heads, self.kv_heads], dim=1)
-        mask: Tensor | Documents | None = documents
+        mask: Tensor | CausalMask | None = None if documents is None else documents.mask(self.window)
         if cache is not None:
             k, v = cache.extend(k, v)
-            mask = cache.mask_B1SP
+            mask = cache.mask_B1SP(self.window)
         if self.measures_importance:
             self.importance_BS = importance(own_weights(q, k, mask), self.heads)
         if self.recompute and torch.is_grad_enabled():

@@ -15,12 +15,12 @@ Tables = tuple[Tensor, Tensor]
 class LayerCache:
     """Keys and values of one layer at all positions so far, in tensors with room for half as many more.
 
-    ``mask_B1SP`` is True where one of the S latest positions attends to one of all P positions; None if each attends to
-    all positions up to itself.
+    Args:
+        mask_B1SP: see :meth:`KeyValueCache.mask_B1SP`.
     """
 
-    def __init__(self) -> None:
-        self.mask_B1SP: Tensor | None = None
+    def __init__(self, mask_B1SP: Callable[[int | None], Tensor | None]) -> None:
+        self.mask_B1SP = mask_B1SP
         self._length = 0
         self._room = 0
         self._kept: tuple[Tensor, ...] = ()
@@ -54,8 +54,10 @@ class KeyValueCache:
     """
 
     def __init__(self, layers: int, padding_B: Tensor) -> None:
-        self.layers = [LayerCache() for _ in range(layers)]
+        self.layers = [LayerCache(self.mask_B1SP) for _ in range(layers)]
         self.length = 0
+        self._start = 0
+        self._masks: dict[int | None, Tensor | None] = {}
         self._padding_B1 = padding_B[:, None] if bool(padding_B.any()) else None
         self._device = padding_B.device
         self._tables: Tables | None = None
@@ -70,13 +72,11 @@ class KeyValueCache:
         Returns:
             Tables for all sequences, [S, d], or if there is padding, [B, 1, S, d].
         """
-        start = self.length
+        start = self._start = self.length
         end = self.length = start + num_new
+        self._masks = {}
         if self._tables is None or end > len(self._tables[0]):
             self._tables = make_tables(max(_FEWEST_POSITIONS, end + end // 2))
-        mask_B1SP = self._mask(start, end)
-        for layer in self.layers:
-            layer.mask_B1SP = mask_B1SP
         if self._padding_B1 is None:
             cos_Pd, sin_Pd = self._tables
             return cos_Pd[start:end], sin_Pd[start:end]
@@ -84,12 +84,22 @@ class KeyValueCache:
         cos_BSd, sin_BSd = (table_Pd[place_BS] for table_Pd in self._tables)
         return cos_BSd.unsqueeze(1), sin_BSd.unsqueeze(1)
 
-    def _mask(self, start: int, end: int) -> Tensor | None:
-        if self._padding_B1 is None and (start == 0 or end == start + 1):
+    def mask_B1SP(self, window: int | None) -> Tensor | None:
+        """True where one of the S latest positions attends to one of all P; None if to all up to itself."""
+        if window is not None and window >= self.length:
+            window = None
+        if window not in self._masks:
+            self._masks[window] = self._mask(self._start, self.length, window)
+        return self._masks[window]
+
+    def _mask(self, start: int, end: int, window: int | None) -> Tensor | None:
+        if self._padding_B1 is None and window is None and (start == 0 or end == start + 1):
             return None
         place_P = torch.arange(end, device=self._device)
         place_S1 = place_P[start:, None]
         seen_SP = place_P <= place_S1
+        if window is not None:
+            seen_SP &= place_P > place_S1 - window
         if self._padding_B1 is None:
             return seen_SP[None, None]
         real_B1P = (place_P >= self._padding_B1).unsqueeze(1)

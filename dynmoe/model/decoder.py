@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dynmoe.config import ModelConfig
-from dynmoe.model.attention import Attention, rotary_tables
+from dynmoe.model.attention import Attention
 from dynmoe.model.cache import KeyValueCache, LayerCache
 from dynmoe.model.cross_entropy import linear_cross_entropy
 from dynmoe.model.documents import Documents
+from dynmoe.model.rotary import rotary_tables
 from dynmoe.moe import MoEContext, MoELayer
 from dynmoe.moe.experts import SwiGLU
 from dynmoe.moe.initialization import named_normal
@@ -35,7 +36,7 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(model.hidden, model.norm_eps)
-        self.attention = Attention(model, seed, f"layers.{layer}.attention", recompute == "selective")
+        self.attention = Attention(model, layer, seed, recompute == "selective")
         self.ffn_norm = nn.RMSNorm(model.hidden, model.norm_eps)
         self.moe: MoELayer | None = None
         self.ffn: SwiGLU | None = None
@@ -116,11 +117,9 @@ class Decoder(nn.Module):
             x_BSD = torch.cat([prefix_BPD, x_BSD], dim=1)
         positions = x_BSD.shape[1]
         cos_Sd, sin_Sd = self._tables(positions) if cache is None else cache.advance(positions, self._tables)
-        documents = None
-        if start_BS is not None:
-            assert cache is None, "a cache has one document"
-            documents = Documents(start_BS)
-            cos_Sd, sin_Sd = (table_Sd[documents.place_BS].unsqueeze(1) for table_Sd in (cos_Sd, sin_Sd))
+        documents = Documents(start_BS, positions, x_BSD.device) if cache is None else None
+        if documents is not None and (place_BS := documents.place_BS) is not None:
+            cos_Sd, sin_Sd = (table_Sd[place_BS].unsqueeze(1) for table_Sd in (cos_Sd, sin_Sd))
         for number, layer in enumerate(self.layers):
             if cache is not None:
                 x_BSD = layer(x_BSD, cos_Sd, sin_Sd, cache.layers[number])
@@ -135,8 +134,7 @@ class Decoder(nn.Module):
         return self.norm(x_BSD)
 
     def _tables(self, positions: int) -> tuple[Tensor, Tensor]:
-        settings = self.settings
-        return rotary_tables(positions, settings.width_of_head, settings.rope_theta, self.w_embed_VD.device)
+        return rotary_tables(positions, self.settings, self.w_embed_VD.device)
 
     @torch.inference_mode()
     def next_logits(self, tokens_BS: Tensor, cache: KeyValueCache) -> Tensor:

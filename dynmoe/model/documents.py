@@ -1,4 +1,4 @@
-"""Documents that do not see each other: places in them, and masks of causal attention.
+"""What a position attends to: earlier ones of its document, and within a window. Also places in documents.
 
 Shape suffixes besides those of ``dynmoe.routing``: Q query positions, P key positions; I blocks of queries, J blocks of
 keys.
@@ -16,45 +16,70 @@ _BLOCK = 128  # positions of a block of FlexAttention
 
 
 class Documents:
-    """The documents of a batch of sequences; each token attends to those of its own document up to itself.
-
-    All layers share one instance, and with it the masks.
+    """The documents of a batch of sequences, for attention in all layers, which share the masks.
 
     Args:
-        start_BS: place in the sequence at which each token's document starts, int64.
+        start_BS: place in the sequence at which each token's document starts, int64; None: each sequence is one.
+        length: positions of a sequence.
+        device: of the masks.
     """
 
-    def __init__(self, start_BS: Tensor) -> None:
+    def __init__(self, start_BS: Tensor | None, length: int, device: torch.device) -> None:
         self.start_BS = start_BS
+        self._position_S = torch.arange(length, device=device)
+        self._masks: dict[int | None, CausalMask] = {}
 
     @property
-    def place_BS(self) -> Tensor:
-        """Place of each token in its document, int64."""
-        return torch.arange(self.start_BS.shape[1], device=self.start_BS.device) - self.start_BS
+    def place_BS(self) -> Tensor | None:
+        """Place of each token in its document, int64; None if that is its position."""
+        return None if self.start_BS is None else self._position_S - self.start_BS
+
+    def mask(self, window: int | None) -> CausalMask | None:
+        """What each position attends to with a window; None if that is itself and everything before."""
+        if window is not None and window >= len(self._position_S):
+            window = None
+        if self.start_BS is None and window is None:
+            return None
+        if window not in self._masks:
+            start_BS = torch.zeros_like(self._position_S)[None] if self.start_BS is None else self.start_BS
+            first_BS = start_BS if window is None else start_BS.maximum(self._position_S - (window - 1))
+            self._masks[window] = CausalMask(first_BS)
+        return self._masks[window]
+
+
+class CausalMask:
+    """Each position attends to consecutive ones, up to itself.
+
+    Args:
+        first_BS: first position that each attends to, int64, never falling along a sequence; B may be 1 for all.
+    """
+
+    def __init__(self, first_BS: Tensor) -> None:
+        self._first_BS = first_BS
 
     @cached_property
     def mask_B1QP(self) -> Tensor:
         """True where a position attends to another, bool."""
-        place_P = torch.arange(self.start_BS.shape[1], device=self.start_BS.device)
-        return ((place_P <= place_P[:, None]) & (place_P >= self.start_BS.unsqueeze(2))).unsqueeze(1)
+        place_P = torch.arange(self._first_BS.shape[1], device=self._first_BS.device)
+        return ((place_P <= place_P[:, None]) & (place_P >= self._first_BS.unsqueeze(2))).unsqueeze(1)
 
     @cached_property
     def blocks(self) -> BlockMask:
-        """The same mask for FlexAttention, made from the starts alone: a mask of all pairs is never in memory."""
-        start_BS = self.start_BS
-        length = start_BS.shape[1]
-        device = start_BS.device
+        """The same mask for FlexAttention, made from first positions: a mask of all pairs is never in memory."""
+        first_BS = self._first_BS
+        batch, length = first_BS.shape
+        device = first_BS.device
 
-        def attends(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (key <= query) & (key >= start_BS[batch, query])
+        def attends(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key <= query) & (key >= first_BS[row if batch > 1 else 0, query])
 
-        first_I = torch.arange(0, length, _BLOCK, device=device)
-        last_I = (first_I + _BLOCK).clamp(max=length) - 1
-        first_J = first_I
-        # Starts never fall along a sequence: those of the first and last query bound all of a block.
-        lowest_BI, highest_BI = start_BS[:, first_I], start_BS[:, last_I]
-        seen_BIJ = (first_J <= last_I[:, None]) & (first_J + _BLOCK > lowest_BI.unsqueeze(2))
-        whole_BIJ = (first_J + _BLOCK <= first_I[:, None]) & (first_J >= highest_BI.unsqueeze(2))
+        begin_I = torch.arange(0, length, _BLOCK, device=device)
+        last_I = (begin_I + _BLOCK).clamp(max=length) - 1
+        begin_J = begin_I
+        # The first and last query of a block bound what all of them attend to.
+        lowest_BI, highest_BI = first_BS[:, begin_I], first_BS[:, last_I]
+        seen_BIJ = (begin_J <= last_I[:, None]) & (begin_J + _BLOCK > lowest_BI.unsqueeze(2))
+        whole_BIJ = (begin_J + _BLOCK <= begin_I[:, None]) & (begin_J >= highest_BI.unsqueeze(2))
         return BlockMask.from_kv_blocks(
             *_listed(seen_BIJ & ~whole_BIJ), *_listed(whole_BIJ), _BLOCK, attends, seq_lengths=(length, length)
         )

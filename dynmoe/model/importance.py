@@ -7,21 +7,21 @@ import math
 import torch
 from torch import Tensor
 
-from dynmoe.model.documents import Documents
+from dynmoe.model.documents import CausalMask
 
 _ROWS = 512  # queries at a time: the weights of all pairs are never held together
 
 
 @torch.no_grad()
-def own_weights(q_BHSd: Tensor, k_BKPd: Tensor, mask: Tensor | Documents | None = None) -> Tensor:
+def own_weights(q_BHSd: Tensor, k_BKPd: Tensor, mask: Tensor | CausalMask | None = None) -> Tensor:
     """Attention weight of each position on itself, relative to a uniform one, summed over heads, fp32 [B, S].
 
     Args:
         q_BHSd: queries of the latest S of P positions.
         k_BKPd: keys of all positions; each serves H / K heads.
-        mask: documents, or True where a position attends to another, [B, 1, S, P]; None: to all up to itself.
+        mask: True where a position attends to another, [B, 1, S, P], or a causal mask; None: to all up to itself.
     """
-    mask_B1SP = mask.mask_B1QP if isinstance(mask, Documents) else mask
+    mask_B1SP = mask.mask_B1QP if isinstance(mask, CausalMask) else mask
     batch, heads, positions, width = q_BHSd.shape
     kv_heads, length = k_BKPd.shape[1:3]
     places = torch.arange(length, device=q_BHSd.device)

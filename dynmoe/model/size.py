@@ -88,8 +88,14 @@ class ModelSize:
         model = self.model
         layers = [self.layer(layer) for layer in range(model.layers)]
         per_token = self.embedding + sum(layer.without_experts - layer.norms for layer in layers)
-        attention = model.layers * self.sequence_length * model.heads * model.width_of_head
+        visible = sum(self._visible(model.window_of(layer)) for layer in range(model.layers))
+        attention = visible * model.heads * model.width_of_head
         return 6 * (tokens * (per_token + attention) + routed_rows * self.expert)
+
+    def _visible(self, window: int | None) -> int:
+        """Twice the positions that a token attends to on average."""
+        length = self.sequence_length
+        return length if window is None or window >= length else window * (2 * length - window) // length
 
     def static_flops(self, tokens: int, experts_per_token: float) -> float:
         """Like :meth:`flops`, with an assumed number of experts per token instead of measured rows."""

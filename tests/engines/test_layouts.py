@@ -33,6 +33,14 @@ MODELS = {kind: [*ROUTERS[kind], *losses] for kind, losses in LOSSES.items()} | 
     **{kind: BASELINES[kind] for kind in ("seq_top_k", "expert_race", "resonance")},
     "da_moe": ATTENTIVE["da_moe"],
     "top_p, four heads": [*ROUTERS["top_p"], "model.heads=4"],
+    "top_p, long": [
+        *ROUTERS["top_p"],
+        "model.rope_scaling.kind=yarn",
+        "model.rope_scaling.factor=4",
+        "model.rope_scaling.original_length=8",
+        "model.window=7",
+        "model.full_attention_layers=[1,3]",
+    ],
 }
 WHOLE = ["train.micro_batch=2"]
 HALF = ["train.micro_batch=1"]
@@ -79,7 +87,7 @@ def relative(ours: list[float], theirs: list[float]) -> float:
 # The fast tests cover each kind of parallelism with one router, and another attention where it is sharded.
 FAST = {(layout, "top_p") for layout in ("DeepSpeed EP 2", "Megatron PP 2 interleaved", "Megatron EP 2")}
 FAST |= {("Megatron TP 2", "top_p, projections normalized"), ("Megatron TP 2", "seq_top_k")}
-FAST |= {("Megatron CP 2", "top_p"), ("Megatron CP 4", "top_p, four heads")}
+FAST |= {("Megatron CP 2", "top_p, long"), ("Megatron CP 4", "top_p, four heads")}
 CASES = [
     pytest.param(layout, name, marks=() if (layout, name) in FAST else pytest.mark.slow)
     for layout in LAYOUTS

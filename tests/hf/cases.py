@@ -16,19 +16,28 @@ from dynmoe.trained import begin_run
 from tests.moe.cases import BASELINES, ROUTERS
 
 TOP_K = ["model.router.kind=top_k", "model.router.k=2"]
+LLAMA3 = ["model.rope_scaling.kind=llama3", "model.rope_scaling.factor=4", "model.rope_scaling.original_length=8"]
+YARN = [
+    "model.rope_scaling.kind=yarn", "model.rope_scaling.factor=4", "model.rope_scaling.original_length=8",
+    "model.rope_scaling.truncate=false",
+]  # fmt: skip
 # Our configurations by the architecture of transformers that they are exported to.
 STANDARD = {
     "llama": ["model.moe.experts=0", "model.head_dim=12"],
+    "llama, scaled": ["model.moe.experts=0", *LLAMA3],
     "mixtral": [*TOP_K, "model.router.renormalize=true"],
+    "mixtral, window": [*TOP_K, "model.router.renormalize=true", "model.window=4"],
     "olmoe": [*TOP_K, "model.qk_norm=projection"],
     "qwen2_moe": TOP_K,
     "qwen2_moe, shared and dense": [
         *TOP_K, "model.moe.shared_hidden=16", "model.moe.moe_layer_freq=2", "model.router.renormalize=true",
     ],
     "qwen3_moe": [*TOP_K, "model.qk_norm=head", "model.head_dim=12", "model.tie_embeddings=true"],
+    "qwen3_moe, long": [*TOP_K, "model.qk_norm=head", "model.window=4", *YARN],
     "qwen3_moe, dense": [*TOP_K, "model.qk_norm=head", "model.moe.moe_layer_freq=2"],
 }  # fmt: skip
 OWN = {
+    "long": ["model.router.kind=top_p", "model.window=4", "model.full_attention_layers=[1]", *YARN],
     **{name: fields for name, fields in (ROUTERS | BASELINES).items() if name != "top_k"},
     "top_k, biased": TOP_K,
     "top_p released": ["model.router.kind=top_p", "model.router.variant=released", "model.router.max_experts=3"],

@@ -31,7 +31,8 @@ TOP_K = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.01, "output_router_
 # The configurations of published models, made small.
 BASES = {
     "llama": {"intermediate_size": 32, "pretraining_tp": 1, "attention_bias": False, "attention_dropout": 0.0},
-    "mixtral": {"intermediate_size": 24, "num_local_experts": 8, "sliding_window": None, **TOP_K},
+    # Transformers' YaRN does not build a Mixtral without head_dim.
+    "mixtral": {"intermediate_size": 24, "num_local_experts": 8, "sliding_window": None, "head_dim": 8, **TOP_K},
     "olmoe": {"intermediate_size": 24, "num_experts": 8, "norm_topk_prob": False, "clip_qkv": None, **TOP_K},
     "qwen3_moe": {
         "intermediate_size": 32, "moe_intermediate_size": 24, "num_experts": 8, "norm_topk_prob": True, "head_dim": 8,
@@ -49,6 +50,14 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+SWITCHED = [{"use_sliding_window": True, "sliding_window": 3}]
+MIXED = [
+    {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2},
+    {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["full_attention", *["sliding_attention"] * 2]},
+]
+# What must be supported, like SCALED.
+WINDOWS = {"mixtral": [{"sliding_window": 4}], "qwen3_moe": SWITCHED, "qwen2_moe": [*SWITCHED, *MIXED]}
+SCALED = (YARN, LLAMA3, {"type": "linear", "factor": 2.0}, YARN | {"mscale": 0.7, "mscale_all_dim": 1.2})
 # A different value for every field of the configuration classes.
 OTHER = {
     "transformers_version": "5.1.0", "architectures": ["OtherForCausalLM"], "output_hidden_states": True,
@@ -69,6 +78,11 @@ OTHER = {
 FURTHER = [
     {"rope_theta": 90.0}, {"rope_scaling": YARN}, {"rope_scaling": LLAMA3}, {"rope_parameters": YARN},
     {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}}, {"rope_scaling": YARN | {"mscale": 0.7}},
+    {"rope_scaling": YARN | {"attention_factor": 1.3, "truncate": False}},
+    {"rope_parameters": YARN | {"beta_fast": 4.0, "beta_slow": 0.5, "rope_theta": 70.0}},
+    {"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}},
+    {"rope_parameters": LLAMA3 | {"low_freq_factor": 0.5}},
     {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 90.0}},
     {"rope_scaling": {"rope_type": "default"}, "rope_parameters": YARN},
     {"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_type": "default", "rope_theta": 90.0}},
@@ -78,6 +92,7 @@ FURTHER = [
     {"quantization_config": {"quant_method": "fp8"}},
     {"auto_map": {"AutoModelForCausalLM": "modeling_other.OtherForCausalLM"}}, {"torch_dtype": "bfloat16"},
     {"_attn_implementation": "eager"}, {"_name_or_path": "somebody/something"}, {"temperature": 0.5, "top_k": 7},
+    *SWITCHED, *MIXED, {"use_sliding_window": True, "sliding_window": 50},
     {"attn_implementation": "eager"}, {"rope_interleaved": True}, {"num_experts": 4, "num_local_experts": 4},
 ]  # fmt: skip
 SHAPES = {
@@ -165,11 +180,13 @@ def test_every_field_gives_the_logits_of_transformers_or_is_refused(family, tmp_
     base = settings_of(family)
     checkpoint = Checkpoint(base, tmp_path / "base")
     refused = set()
+    accepted = []
     for change in [{}, *({name: OTHER[name]} for name in fields_of(family)), *FURTHER]:
         if "norm_topk_prob" in change:
             change["norm_topk_prob"] = not base["norm_topk_prob"]
         try:
             checkpoint.check(base | change)
+            accepted.append(change)
         except UserError as error:
             if not any(name in str(error) for name in change):
                 raise
@@ -177,6 +194,8 @@ def test_every_field_gives_the_logits_of_transformers_or_is_refused(family, tmp_
     # Fields that vary between checkpoints must be supported.
     varying = SHAPES | {"rms_norm_eps", "tie_word_embeddings", "dtype", "num_experts_per_tok", "norm_topk_prob"}
     assert not refused & (varying & set(fields_of(family)) | {"rope_theta"})
+    assert all(change in accepted for change in WINDOWS.get(family, []))
+    assert all(change in accepted for change in FURTHER if change.get("rope_scaling") in SCALED)
 
 
 @pytest.mark.parametrize("family", BASES)

@@ -187,7 +187,7 @@ def test_an_error_with_many_names_stays_short(tmp_path):
     ({"model_type": ["llama"]}, "cannot be imported"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ({"attention_bias": True}, "attention_bias=True"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
     ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config=.*quantized weights are not supported"),
     ({"sliding_window": 32}, "sliding_window=32"),
     ({"hidden_size": None}, "hidden_size is missing"),

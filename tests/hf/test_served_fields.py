@@ -17,6 +17,7 @@ from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
 from dynmoe.hf.command import main
 from dynmoe.hf.export import export
+from dynmoe.hf.fields import write_rope
 from dynmoe.hf.tokenizer import compare, write_tokenizer
 from tests.hf.cases import OWN, STANDARD, begin, run_decoder, some_tokens
 from tests.hf.test_export import read
@@ -32,7 +33,7 @@ def test_servers_find_the_base_of_rotary_positions(corpus_dir, tmp_path, name):
     said = json.loads((tmp_path / "out" / "config.json").read_text())
     assert said["rope_theta"] == said["rope_parameters"]["rope_theta"] == 500.0
     read_as = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    assert read_as.rope_parameters == {"rope_theta": 500.0, "rope_type": "default"}
+    assert read_as.rope_parameters == write_rope(500.0, run.config.model.rope_scaling)
     with torch.no_grad():
         logits = read(tmp_path / "out")(some_tokens()).logits
     torch.testing.assert_close(logits, run_decoder(run.decoder, some_tokens())[0], rtol=0, atol=1e-5)

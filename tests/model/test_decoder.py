@@ -37,9 +37,9 @@ def test_attention_is_causal():
 
 def test_rotary_scores_depend_on_relative_positions():
     """RoPE: attention scores depend only on distances."""
-    from dynmoe.model.attention import rotary_tables, rotate
+    from dynmoe.model.rotary import rotary_tables, rotate
 
-    cos, sin = rotary_tables(10, 8, 10000.0, torch.device("cpu"))
+    cos, sin = rotary_tables(10, tiny_model(), torch.device("cpu"))
     q, k = (torch.randn(1, 1, 1, 8).expand(1, 1, 10, 8) for _ in range(2))
     scores = (rotate(q, cos, sin) @ rotate(k, cos, sin).transpose(-1, -2))[0, 0]
     torch.testing.assert_close(scores[:-1, :-1], scores[1:, 1:], rtol=1e-4, atol=1e-5)
@@ -67,7 +67,10 @@ def test_qk_norm_makes_attention_independent_of_the_projection_scale(norm):
     assert same == (norm == "head")
 
 
-CACHED = {**ROUTERS, **BASELINES, "heads": ["model.qk_norm=head"], "projections": ["model.qk_norm=projection"]}
+CACHED = {
+    **ROUTERS, **BASELINES, "heads": ["model.qk_norm=head"], "projections": ["model.qk_norm=projection"],
+    "window": ["model.window=3", "model.full_attention_layers=[1]"],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", sorted(CACHED))
@@ -85,10 +88,12 @@ def test_cached_positions_of_padded_texts_give_the_logits_of_each_text_alone(kin
             torch.testing.assert_close(own, text[end - missing - 1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [None, 30])
 @pytest.mark.parametrize("padding", [[0, 0], [0, 7]])
-def test_a_cache_grows_with_the_text(padding):
+def test_a_cache_grows_with_the_text(padding, window):
     """One token at a time, and several at once, past the room that the cache has at first."""
-    model = Decoder(tiny_model(*CACHED["top_p"]), VOCAB, seed=0).eval()
+    fields = [] if window is None else [f"model.window={window}", "model.full_attention_layers=[0]"]
+    model = Decoder(tiny_model(*CACHED["top_p"], *fields), VOCAB, seed=0).eval()
     texts = [tokens(1, 150 - missing, seed=missing) for missing in padding]
     batch = torch.cat([F.pad(text, (missing, 0)) for text, missing in zip(texts, padding, strict=True)])
     cache = KeyValueCache(2, torch.tensor(padding))

@@ -19,7 +19,13 @@ VOCAB = 48
 # Lengths of the documents of two sequences.
 LENGTHS = [[5, 1, 9, 3], [2, 16]]
 STARTS = torch.tensor([[0] * 5 + [5] + [6] * 9 + [15] * 3, [0] * 2 + [2] * 16])
-KINDS = {**ROUTERS, **BASELINES, **ATTENTIVE, "top_p heads": [*ROUTERS["top_p"], "model.qk_norm=head"]}
+KINDS = {
+    **ROUTERS,
+    **BASELINES,
+    **ATTENTIVE,
+    "top_p heads": [*ROUTERS["top_p"], "model.qk_norm=head"],
+    "top_p window": [*ROUTERS["top_p"], "model.window=3", "model.full_attention_layers=[1]"],
+}
 
 
 def tokens(seed: int = 0) -> torch.Tensor:
@@ -81,7 +87,8 @@ def test_a_document_changes_nothing_of_another_unless_its_router_selects_among_t
 
 
 def test_positions_begin_at_0_in_each_document():
-    assert Documents(STARTS).place_BS.tolist() == [[p for n in own for p in range(n)] for own in LENGTHS]
+    places = Documents(STARTS, 18, torch.device("cpu")).place_BS
+    assert places.tolist() == [[place for length in own for place in range(length)] for own in LENGTHS]
 
 
 def random_starts(length: int, seed: int) -> torch.Tensor:
@@ -90,27 +97,56 @@ def random_starts(length: int, seed: int) -> torch.Tensor:
     return torch.where(begins, torch.arange(length), 0).cummax(dim=1).values
 
 
+@pytest.mark.parametrize("window", [None, 1, 200])
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 700])
-def test_blocks_are_the_mask(length):
-    """The blocks hide no pair of the mask, and FlexAttention with them is attention with the mask."""
-    documents = Documents(random_starts(length, seed=length))
-    mask_B1QP = documents.mask_B1QP
+def test_masks_and_blocks_show_the_same_pairs(length, window):
+    """FlexAttention with the blocks is attention with the mask, which is counted here pair by pair."""
+    starts = random_starts(length, seed=length)
+    mask = Documents(starts, length, torch.device("cpu")).mask(window)
     shown = [
-        [any(start <= key <= query for key in [key]) for key in range(length)]
-        for query, start in enumerate(documents.start_BS[0])
+        [max(start, query - (window or length) + 1) <= key <= query for key in range(length)]
+        for query, start in enumerate(starts[0])
     ]
-    assert torch.equal(mask_B1QP[0, 0], torch.tensor(shown))
-    blocks = documents.blocks
+    assert torch.equal(mask.mask_B1QP[0, 0], torch.tensor(shown))
     size = 128
     count = -(-length // size)
-    padded = F.pad(mask_B1QP, (0, count * size - length, 0, count * size - length))
+    padded = F.pad(mask.mask_B1QP, (0, count * size - length, 0, count * size - length))
     seen = padded.unflatten(3, (count, size)).unflatten(2, (count, size)).any(dim=(3, 5))
-    assert torch.equal(blocks.to_dense().bool(), seen), "blocks that are computed and blocks with a pair differ"
+    assert torch.equal(mask.blocks.to_dense().bool(), seen), "blocks that are computed and blocks with a pair differ"
     q, k, v = torch.randn(3, 3, 4, length, 16).unbind()
-    found = flex_attention(q, k[:, :2], v[:, :2], block_mask=blocks, enable_gqa=True)
-    expected = F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], mask_B1QP, enable_gqa=True)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(own_weights(q, k, documents), own_weights(q, k, mask_B1QP))
+    found = flex_attention(q, k[:, :2], v[:, :2], block_mask=mask.blocks, enable_gqa=True)
+    expected = F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], mask.mask_B1QP, enable_gqa=True)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(own_weights(q, k, mask), own_weights(q, k, mask.mask_B1QP))
+
+
+def test_a_window_without_documents_is_the_same_for_all_sequences():
+    alone = Documents(None, 300, torch.device("cpu"))
+    assert alone.mask(None) is None
+    assert alone.mask(300) is None
+    mask = alone.mask(40)
+    assert mask is alone.mask(40)
+    assert mask.mask_B1QP.shape == (1, 1, 300, 300)
+    whole = Documents(torch.zeros(2, 300, dtype=torch.int64), 300, torch.device("cpu")).mask(40)
+    assert torch.equal(mask.mask_B1QP.expand(2, 1, 300, 300), whole.mask_B1QP)
+    q = torch.randn(2, 2, 300, 16)
+    found = flex_attention(q, q, q, block_mask=mask.blocks)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, q, q, mask.mask_B1QP), rtol=1e-5, atol=1e-6)
+
+
+def test_a_token_beyond_the_windows_of_all_layers_changes_nothing():
+    model = Decoder(tiny_model(*ROUTERS["top_p"], "model.window=4"), VOCAB, seed=0).eval()
+    other = tokens().clone()
+    other[:, 2] = (other[:, 2] + 1) % VOCAB
+    with torch.no_grad():
+        difference = (model(tokens()) - model(other)).abs().amax(dim=(0, 2))
+        full = tiny_model(*ROUTERS["top_p"], "model.window=4", "model.full_attention_layers=[1]")
+        mixed = Decoder(full, VOCAB, seed=0).eval()
+        seen = (mixed(tokens()) - mixed(other)).abs().amax(dim=(0, 2))
+    reach = 2 * (4 - 1)  # of two layers
+    assert (difference[2 : 2 + reach + 1] > 0).all()
+    assert (difference[2 + reach + 1 :] == 0).all()
+    assert (seen[2:] > 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

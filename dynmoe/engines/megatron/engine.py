@@ -153,7 +153,8 @@ class MegatronEngine:
 
         def forward(batches: Iterator[tuple[int, Batch]], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
             number, batch = next(batches)
-            documents = None if batch.start_BS is None else Documents(batch.start_BS)
+            length = batch.tokens_BS.shape[1] * self.config.parallel.context
+            documents = Documents(batch.start_BS, length, self.device)
             get_attr_wrapped_model(chunk, "rotary_pos_emb").documents = documents
             labels = None if logits else batch.labels_BS
             with self.moe.micro_batch(number):

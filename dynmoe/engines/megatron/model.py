@@ -29,6 +29,7 @@ from dynmoe.engines.megatron.weights import initialize
 from dynmoe.model.attention import causal_attention
 from dynmoe.model.documents import Documents
 from dynmoe.model.importance import importance, own_weights
+from dynmoe.model.rotary import frequencies
 from dynmoe.moe import MoEContext, MoELayer
 from dynmoe.ops.sequence_exchange import heads_to_positions, positions_to_heads
 
@@ -136,7 +137,7 @@ class DocumentRotaryEmbedding(RotaryEmbedding):
     """Rotary embedding of the positions of a context-parallel rank, which begin at 0 in each document.
 
     Attributes:
-        documents: those of the next forward pass; None if each sequence is one.
+        documents: those of the next forward pass.
     """
 
     documents: Documents | None = None
@@ -146,9 +147,8 @@ class DocumentRotaryEmbedding(RotaryEmbedding):
         angles_S11d = super().forward(max_seq_len, packed_seq=True)  # else Megatron would choose the positions
         ranks = parallel_state.get_context_parallel_world_size()
         positions_P = context_positions(max_seq_len, ranks, parallel_state.get_context_parallel_rank())
-        if self.documents is None:
-            return angles_S11d[positions_P]
-        return angles_S11d[self.documents.place_BS[:, positions_P].t(), 0]
+        place_BS = None if self.documents is None else self.documents.place_BS
+        return angles_S11d[positions_P] if place_BS is None else angles_S11d[place_BS[:, positions_P].t(), 0]
 
 
 class CoreAttention(MegatronModule):
@@ -162,27 +162,32 @@ class CoreAttention(MegatronModule):
     """
 
     def __init__(
-        self, config: TransformerConfig, *, measures_importance: bool = False, recompute: bool = False, **kwargs: Any
-    ) -> None:
+        self, config: TransformerConfig, *, window: int | None, measures_importance: bool, recompute: bool,
+        scale_of_rotated: float, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(config)
         self.importance_BS: Tensor | None = None
         self._measures_importance = measures_importance
+        self._window = window
         self._recompute = recompute
+        self._scale = scale_of_rotated**2  # of queries and of keys, which Megatron has rotated without it
         self._heads = config.num_attention_heads
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Documents | None, *args: Any, **kwargs: Any
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Documents, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Maps query [P, B, H, d] and key, value [P, B, K, d] to [P, B, H d]; the mask is what the model was given."""
+        """Maps query [P, B, H, d] and key, value [P, B, K, d] to [P, B, H d]; Megatron passes documents as the mask."""
+        mask = attention_mask.mask(self._window)
         group = parallel_state.get_context_parallel_group()
         is_split = dist.get_world_size(group) > 1
+        query = query if self._scale == 1 else query * self._scale
         heads = [positions_to_heads(x, group) if is_split else x for x in (query, key, value)]
         q_BHSd, k_BKSd, v_BKSd = (x_SBHd.permute(1, 2, 0, 3) for x_SBHd in heads)
         if self._measures_importance:
-            weights_BS = own_weights(q_BHSd, k_BKSd, attention_mask)  # of this rank's heads
+            weights_BS = own_weights(q_BHSd, k_BKSd, mask)  # of this rank's heads
             dist.all_reduce(weights_BS, group=parallel_state.get_tensor_and_context_parallel_group())
             self.importance_BS = importance(weights_BS, self._heads)
-        inputs = (q_BHSd, k_BKSd, v_BKSd, attention_mask)
+        inputs = (q_BHSd, k_BKSd, v_BKSd, mask)
         if self._recompute and torch.is_grad_enabled():
             out_BHSd = checkpoint(causal_attention, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -280,8 +285,10 @@ def _layer_spec(config: Config, context: MoEContext, layer: int) -> ModuleSpec:
         attention.module = QKNormAttention
         attention.params = attention.params | {"model": config.model}
     options = {
+        "window": config.model.window_of(layer),
         "measures_importance": config.model.router.NEEDS_ATTENTION,
         "recompute": config.train.recompute == "selective",
+        "scale_of_rotated": config.model.rope_scaling.scale_of_rotated,
     }
     attention.submodules.core_attention = ModuleSpec(module=CoreAttention, params=options)
     if config.model.is_moe_layer(layer):
@@ -321,6 +328,7 @@ def build_chunks(config: Config, vocab_size: int, context: MoEContext, device: t
             rotary_base=config.model.rope_theta,
         ).to(device)
         chunk.rotary_pos_emb.__class__ = DocumentRotaryEmbedding  # both model classes make their own
+        chunk.rotary_pos_emb.inv_freq = frequencies(config.model, device)
         if config.model.router.NEEDS_ATTENTION:
             _connect_attention(chunk)
         tensor_rank = parallel_state.get_tensor_model_parallel_rank()

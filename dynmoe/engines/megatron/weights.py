@@ -139,8 +139,9 @@ def initialize(
     if "w_out_VD" in by_name:
         fill("w_out_VD", initial_embedding(model, vocab_size, seed, "w_out"))
     for layer in chunk.decoder.layers:
-        name = f"layers.{layer.layer_number - 1}"
-        parts: dict[str, nn.Module] = {"attention": Attention(model, seed, f"{name}.attention")}
+        number = layer.layer_number - 1
+        name = f"layers.{number}"
+        parts: dict[str, nn.Module] = {"attention": Attention(model, number, seed)}
         if not isinstance(layer.mlp, MoELayer):
             parts["ffn"] = SwiGLU(model, model.ffn_hidden, seed, f"{name}.ffn")
         for part, module in parts.items():

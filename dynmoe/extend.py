@@ -1,0 +1,76 @@
+"""Starts a run with longer sequences from the weights of another one: python -m dynmoe.extend RUN OUT --length N"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from dynmoe.cli import run_tool
+from dynmoe.config import Config, load_config
+from dynmoe.errors import UserError
+
+
+def extend(run: Path, output: Path, length: int, kind: str = "yarn", overrides: Sequence[str] = ()) -> Config:
+    """Creates the run directory ``output``, whose rotary positions are stretched to sequences of ``length`` tokens.
+
+    The first step starts from the weights and router state of ``run``, with a new optimizer.
+
+    Args:
+        run: directory of the run, of either engine.
+        output: directory of the new run; must not exist.
+        length: tokens of a sequence, more than in the run.
+        kind: how positions are stretched (``model.rope_scaling.kind``). A run that was extended before keeps its own.
+        overrides: further fields of the new run, such as a smaller ``optimizer.lr``.
+
+    Raises:
+        UserError: the length is not longer, the run was extended in another way, or the output exists.
+    """
+    if output.exists():
+        raise UserError(f"OUT: {output} exists; name a new directory")
+    old = load_config(run / "config.yaml")
+    config = load_config(run / "config.yaml", [*_stretched(old, length, kind), *overrides])
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(output.parent), name=output.name))
+    from dynmoe.train.checkpoint import model_files
+    from dynmoe.trained import begin_run, open_decoder
+
+    begin_run(config, open_decoder(run).decoder, model_files(run), output)
+    return config
+
+
+def _stretched(old: Config, length: int, kind: str) -> list[str]:
+    """The overrides that stretch the positions of a run to ``length``."""
+    now = old.data.sequence_length
+    scaling = old.model.rope_scaling
+    if length <= now:
+        raise UserError(f"--length {length}: is not longer than the sequences of the run ({now}); use a larger number")
+    if scaling.kind not in (None, kind):
+        problem = f"the positions of the run are stretched by {scaling.kind}"
+        raise UserError(f"--kind {kind}: {problem}; use --kind {scaling.kind}")
+    # A factor is relative to the first training, however often a run is extended.
+    first = scaling.original_length or round(now / scaling.factor)
+    fields = {"kind": kind, "factor": length / first, "original_length": first}
+    return [f"data.sequence_length={length}", *(f"model.rope_scaling.{name}={value}" for name, value in fields.items())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m dynmoe.extend", description="Start a run with longer sequences from the weights of another one."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of the trained run, of either engine")
+    parser.add_argument("output", type=Path, metavar="OUT", help="directory of the new run")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="fields, such as optimizer.lr=1e-4")
+    parser.add_argument("--length", type=int, required=True, help="tokens of a sequence in the new run")
+    kinds = ("yarn", "llama3", "linear")
+    parser.add_argument("--kind", choices=kinds, default="yarn", help="how positions are stretched; default: yarn")
+    given = parser.parse_intermixed_args()
+    config = extend(**vars(given))
+    scaling = config.model.rope_scaling
+    print(f"{given.output}: sequences of {config.data.sequence_length} tokens, {scaling.kind} by {scaling.factor:g}.")
+    print(f"Each step has {config.tokens_per_step} tokens; train.global_batch changes that.")
+    print(f"Train it with: torchrun train.py {given.output / 'config.yaml'}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
