@@ -67,6 +67,10 @@ class ModelConfig(Section):
         None, "RMSNorm of queries and keys before rotary embedding, over each head or over all heads; null: none",
         choices=("head", "projection"),
     )  # fmt: skip
+    attention_bias: Optional[str] = option(
+        None, "biases in attention: of queries, keys and values (qkv), or also of the output (all); null: none",
+        choices=("qkv", "all"),
+    )  # fmt: skip
     window: Optional[int] = option(
         None, "positions that a token attends to, itself and those before it; null: all before it", at_least=1
     )

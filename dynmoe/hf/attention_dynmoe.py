@@ -67,10 +67,11 @@ class DynMoEAttention(nn.Module):
         heads = config.num_attention_heads
         kv_heads = config.num_key_value_heads
         self.num_key_value_groups = heads // kv_heads  # read by attention implementations
-        self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads * width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads * width, bias=False)
-        self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=False)
+        biased = config.attention_bias is not None
+        self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=biased)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * width, bias=biased)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * width, bias=biased)
+        self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=config.attention_bias == "all")
         if config.qk_norm is not None:
             q_width, k_width = (width, width) if config.qk_norm == "head" else (heads * width, kv_heads * width)
             norm = nn.RMSNorm if config.qk_norm == "head" else partial(ProjectionNorm, group=server_group(config))

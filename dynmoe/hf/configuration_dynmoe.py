@@ -17,6 +17,7 @@ class DynMoEConfig(PreTrainedConfig):
         layer_experts: number of experts of each layer; 0 for a dense layer. It is not called ``num_experts``, because
             servers take that as a fixed number of experts per token.
         head_dim: width of an attention head; None: hidden_size / num_attention_heads.
+        attention_bias: biases of queries, keys and values (``qkv``), also of the output (``all``), or None.
         sliding_window: positions that a token attends to in layers of type ``sliding_attention``.
         layer_types: ``full_attention`` or ``sliding_attention`` for each layer; None: all full.
         qk_norm: RMSNorm of queries and keys: of each ``head``, of the whole ``projection``, or None.
@@ -45,6 +46,7 @@ class DynMoEConfig(PreTrainedConfig):
         num_attention_heads: int = 4,
         num_key_value_heads: int = 2,
         head_dim: int | None = None,
+        attention_bias: str | None = None,
         sliding_window: int | None = None,
         layer_types: list[str] | None = None,
         qk_norm: str | None = None,
@@ -73,6 +75,7 @@ class DynMoEConfig(PreTrainedConfig):
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        self.attention_bias = attention_bias
         self.sliding_window = sliding_window
         self.layer_types = ["full_attention"] * num_hidden_layers if layer_types is None else layer_types
         self.qk_norm = qk_norm

@@ -46,33 +46,34 @@ _EXPERTS = {"moe_intermediate_size", "shared_expert_intermediate_size"}
 _QWEN = {"norm_topk_prob", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers", "sliding_window",
          "use_sliding_window"}  # fmt: skip
 _NO_SWITCH: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False,)}
+_NO_BIAS: dict[str, tuple[Any, ...]] = {"attention_bias": (False,)}
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", "LlamaConfig", _COMMON, _NO_SWITCH),
+    "llama": Family("LlamaForCausalLM", "LlamaConfig", _COMMON | {"attention_bias"}, _NO_SWITCH),
     "mixtral": Family("MixtralForCausalLM", "MixtralConfig", _TOP_K | {"sliding_window"},
-                      {"norm_topk_prob": (True,), **_NO_SWITCH}),
-    "olmoe": Family("OlmoeForCausalLM", "OlmoeConfig", _TOP_K | {"norm_topk_prob"},
+                      {"norm_topk_prob": (True,), **_NO_SWITCH, **_NO_BIAS}),
+    "olmoe": Family("OlmoeForCausalLM", "OlmoeConfig", _TOP_K | {"norm_topk_prob", "attention_bias"},
                     {"clip_qkv": (None,), **_NO_SWITCH}),
     "qwen3_moe": Family(
-        "Qwen3MoeForCausalLM", "Qwen3MoeConfig", _TOP_K | _QWEN,
+        "Qwen3MoeForCausalLM", "Qwen3MoeConfig", _TOP_K | _QWEN | {"attention_bias"},
         {"shared_expert_intermediate_size": (0,), "use_qk_norm": (True,)},
         {"max_window_layers"},  # of other models
     ),
     "qwen2_moe": Family(
         "Qwen2MoeForCausalLM", "Qwen2MoeConfig",
         _TOP_K | _QWEN | {"shared_expert_intermediate_size", "layer_types", "max_window_layers"},
-        {"qkv_bias": (True, False)},  # the biases themselves are checked
+        {"qkv_bias": (True, False), **_NO_BIAS},  # the biases themselves are checked
     ),
     # Our exports of models that transformers has no architecture for.
     "dynmoe": Family(
         "DynMoEForCausalLM", None,
-        _COMMON | _EXPERTS
-        | {"layer_experts", "num_experts", "qk_norm", "router", "auto_map", "sliding_window", "layer_types"},
+        _COMMON | _EXPERTS | {"layer_experts", "num_experts", "qk_norm", "router", "auto_map"}
+        | {"sliding_window", "layer_types", "attention_bias"},
         {"router_overrides": (None,), **_NO_SWITCH}, {"count_experts"},
     ),
     # The release of arXiv 2403.07652, whose code ignores rope_theta and always uses this base.
     "dynamic_moe": Family(
         "MoEForCausalLM", None, _DECODER | {"rope_scaling", "num_experts", "expert_frequency", "top_p_threshold"},
-        {"rope_theta": (10000.0,), **_NO_SWITCH}, {"experts_topk"},
+        {"rope_theta": (10000.0,), **_NO_SWITCH, **_NO_BIAS}, {"experts_topk"},
     ),
 }  # fmt: skip
 # Fields that an import keeps for a later export, for any family.
@@ -80,7 +81,7 @@ KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id
 
 # Some files contain these although their family has no such field.
 FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "qkv_bias": (False,),
+    "hidden_act": ("silu",), "mlp_bias": (False,), "qkv_bias": (False,),
     "is_causal": (True,), "is_encoder_decoder": (False,), "add_cross_attention": (False,),
     "partial_rotary_factor": (1.0,), "rope_interleaved": (False,),
 }  # fmt: skip

@@ -33,7 +33,11 @@ def standard_architecture(model: ModelConfig) -> str | None:
             None: "mixtral" if plain and model.router.resolved.renormalize else "qwen2_moe",
         }[model.qk_norm]
     has_windows = model.window is None or (name in ("mixtral", "qwen3_moe") and not model.full_attention_layers)
-    return name if has_windows else None
+    has_biases = model.attention_bias is None or (name in _BIASED and model.attention_bias == "all")
+    return name if has_windows and has_biases else None
+
+
+_BIASED = ("llama", "olmoe", "qwen3_moe")  # with biases of all four projections or of none
 
 
 def to_transformers(config: Config, architecture: str, vocab_size: int) -> dict[str, Any]:
@@ -66,6 +70,8 @@ def to_transformers(config: Config, architecture: str, vocab_size: int) -> dict[
     if architecture == "dynmoe":
         return common | _dynmoe(config) | {"auto_map": _CODE}
     common |= {"hidden_act": "silu"}
+    if architecture in _BIASED:
+        common["attention_bias"] = model.attention_bias is not None
     return common if architecture == "llama" else common | _top_k(model, architecture)
 
 
@@ -81,6 +87,7 @@ def _dynmoe(config: Config) -> dict[str, Any]:
     model = config.model
     return {
         "qk_norm": model.qk_norm,
+        "attention_bias": model.attention_bias,
         "sliding_window": model.window,
         "layer_types": ["sliding_attention" if model.window_of(n) else "full_attention" for n in range(model.layers)],
         "layer_experts": [model.experts_of(n) if model.is_moe_layer(n) else 0 for n in range(model.layers)],
@@ -103,7 +110,7 @@ def _top_k(model: ModelConfig, architecture: str) -> dict[str, Any]:
         }
     named |= {"num_experts": model.max_experts_per_layer, "norm_topk_prob": router.renormalize}
     if architecture == "olmoe":
-        return named | {"intermediate_size": moe.expert_hidden, "clip_qkv": None, "attention_bias": False}
+        return named | {"intermediate_size": moe.expert_hidden, "clip_qkv": None}
     named |= {
         "moe_intermediate_size": moe.expert_hidden,
         "decoder_sparse_step": 1,
@@ -113,7 +120,7 @@ def _top_k(model: ModelConfig, architecture: str) -> dict[str, Any]:
     }
     if architecture == "qwen2_moe":
         return named | {"shared_expert_intermediate_size": moe.shared_hidden or ABSENT_WIDTH, "qkv_bias": True}
-    return named | {"attention_bias": False}
+    return named
 
 
 def from_transformers(found: Mapping[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
@@ -160,8 +167,13 @@ def _read_attention(get: Settings) -> dict[str, Any]:
     }
 
 
+def _read_bias(get: Settings) -> dict[str, Any]:
+    biased = "attention_bias" in get and get.optional("attention_bias")
+    return {"attention_bias": "all"} if biased else {}
+
+
 def _read_llama(get: Settings) -> dict[str, Any]:
-    return {**_read_attention(get), "ffn_hidden": get.count("intermediate_size"), "moe.experts": 0}
+    return {**_read_attention(get), **_read_bias(get), "ffn_hidden": get.count("intermediate_size"), "moe.experts": 0}
 
 
 def _read_mixtral(get: Settings) -> dict[str, Any]:
@@ -169,7 +181,7 @@ def _read_mixtral(get: Settings) -> dict[str, Any]:
 
 
 def _read_olmoe(get: Settings) -> dict[str, Any]:
-    return _read_top_k(get) | {"qk_norm": "projection", "router.renormalize": get["norm_topk_prob"]}
+    return _read_top_k(get) | _read_bias(get) | {"qk_norm": "projection", "router.renormalize": get["norm_topk_prob"]}
 
 
 def _read_top_k(get: Settings) -> dict[str, Any]:
@@ -178,7 +190,7 @@ def _read_top_k(get: Settings) -> dict[str, Any]:
 
 def _read_qwen3(get: Settings) -> dict[str, Any]:
     window = get.optional("sliding_window") if get["use_sliding_window"] else None
-    return {**_read_attention(get), "qk_norm": "head", "window": window, **_read_qwen(get)}
+    return {**_read_attention(get), **_read_bias(get), "qk_norm": "head", "window": window, **_read_qwen(get)}
 
 
 def _read_qwen2(get: Settings) -> dict[str, Any]:
@@ -247,6 +259,7 @@ def _read_dynmoe(get: Settings) -> dict[str, Any]:
     return {
         **_read_attention(get),
         **_read_windows(get, get.optional("sliding_window") if "sliding_window" in get else None),
+        "attention_bias": get.optional("attention_bias") if "attention_bias" in get else None,
         "qk_norm": get.optional("qk_norm"),
         "ffn_hidden": get.count("intermediate_size"),
         "moe.experts": max(numbers, default=0),

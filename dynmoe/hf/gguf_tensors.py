@@ -46,6 +46,8 @@ def find_architecture(model: ModelConfig) -> str:
     scaling = model.rope_scaling.kind
     if scaling is not None:
         raise ConfigError("model.rope_scaling.kind", scaling, "is not written into GGUF files", SERVERS)
+    if model.attention_bias is not None:
+        raise ConfigError("model.attention_bias", model.attention_bias, "is not written into GGUF files", SERVERS)
     if model.window is not None:
         raise ConfigError("model.window", model.window, "is not written into GGUF files", SERVERS)
     renormalize = isinstance(model.router, TopK) and model.router.resolved.renormalize

@@ -103,6 +103,11 @@ def _attention(model: ModelConfig, names: Names, ours: str, theirs: str) -> Iter
     rows = (heads, kv_heads, kv_heads)
     yield Part(f"{ours}.attention.w_qkv", projections, (sum(rows), model.hidden), rows)
     yield Part(f"{ours}.attention.w_out", (f"{theirs}.self_attn.o_proj.weight",), (model.hidden, heads))
+    if model.attention_bias is not None:
+        biases = tuple(f"{theirs}.self_attn.{name}_proj.bias" for name in "qkv")
+        yield Part(f"{ours}.attention.b_qkv", biases, (sum(rows),), rows)
+    if model.attention_bias == "all":
+        yield Part(f"{ours}.attention.b_out", (f"{theirs}.self_attn.o_proj.bias",), (model.hidden,))
     if model.qk_norm is not None:
         whole = model.qk_norm == "projection"
         for name, width in (("q_norm", heads), ("k_norm", kv_heads)):

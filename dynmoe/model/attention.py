@@ -93,6 +93,8 @@ class Attention(nn.Module):
         width = model.heads * self.head_dim
         self.w_qkv = nn.Parameter(named_normal((rows, model.hidden), model.init_std, seed, f"{name}.w_qkv"))
         self.w_out = nn.Parameter(named_normal((model.hidden, width), down_std(model), seed, f"{name}.w_out"))
+        self.b_qkv = None if model.attention_bias is None else nn.Parameter(torch.zeros(rows))
+        self.b_out = nn.Parameter(torch.zeros(model.hidden)) if model.attention_bias == "all" else None
         self.q_norm, self.k_norm = (
             {None: None, "head": HeadNorm(model), "projection": ProjectionNorm(model, heads)}[model.qk_norm]
             for heads in (model.heads, model.kv_heads)
@@ -111,7 +113,7 @@ class Attention(nn.Module):
             documents: what the positions attend to, unless there is a cache.
         """
         batch, positions, _ = x_BSD.shape
-        qkv = F.linear(x_BSD, self.w_qkv).view(batch, positions, -1, self.head_dim).transpose(1, 2)
+        qkv = F.linear(x_BSD, self.w_qkv, self.b_qkv).view(batch, positions, -1, self.head_dim).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
             q = rotate(self.q_norm(q), cos_Sd, sin_Sd)
@@ -129,4 +131,4 @@ class Attention(nn.Module):
             out_BHSd = checkpoint(causal_attention, q, k, v, mask, use_reentrant=False, preserve_rng_state=False)
         else:
             out_BHSd = causal_attention(q, k, v, mask)
-        return F.linear(out_BHSd.transpose(1, 2).reshape(batch, positions, -1), self.w_out)
+        return F.linear(out_BHSd.transpose(1, 2).reshape(batch, positions, -1), self.w_out, self.b_out)

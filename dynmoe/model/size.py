@@ -14,7 +14,7 @@ class LayerSize:
     """Parameters of one decoder layer, grouped by how they are sharded."""
 
     attention: int
-    norms: int
+    norms: int  # and biases of attention
     dense: int = 0  # feed-forward of a dense layer
     router: int = 0
     shared: int = 0
@@ -48,11 +48,17 @@ class ModelSize:
         heads = {None: 0, "head": 2, "projection": model.heads + model.kv_heads}[model.qk_norm]
         return heads * model.width_of_head
 
+    @property
+    def _attention_biases(self) -> int:
+        model = self.model
+        rows = (model.heads + 2 * model.kv_heads) * model.width_of_head
+        return {None: 0, "qkv": rows, "all": rows + model.hidden}[model.attention_bias]
+
     def layer(self, layer: int) -> LayerSize:
         """Parameters of decoder layer ``layer``."""
         model = self.model
         attention = model.hidden * (2 * model.heads + 2 * model.kv_heads) * model.width_of_head
-        norms = 2 * model.hidden + self._qk_norms
+        norms = 2 * model.hidden + self._qk_norms + self._attention_biases
         if not model.is_moe_layer(layer):
             return LayerSize(attention, norms, dense=3 * model.hidden * model.ffn_hidden)
         shared = 3 * model.hidden * model.moe.shared_hidden

@@ -40,6 +40,7 @@ MODELS = {kind: [*ROUTERS[kind], *losses] for kind, losses in LOSSES.items()} | 
         "model.rope_scaling.original_length=8",
         "model.window=7",
         "model.full_attention_layers=[1,3]",
+        "model.attention_bias=all",
     ],
 }
 WHOLE = ["train.micro_batch=2"]

@@ -24,7 +24,7 @@ YARN = [
 # Our configurations by the architecture of transformers that they are exported to.
 STANDARD = {
     "llama": ["model.moe.experts=0", "model.head_dim=12"],
-    "llama, scaled": ["model.moe.experts=0", *LLAMA3],
+    "llama, scaled and biased": ["model.moe.experts=0", *LLAMA3, "model.attention_bias=all"],
     "mixtral": [*TOP_K, "model.router.renormalize=true"],
     "mixtral, window": [*TOP_K, "model.router.renormalize=true", "model.window=4"],
     "olmoe": [*TOP_K, "model.qk_norm=projection"],
@@ -33,11 +33,14 @@ STANDARD = {
         *TOP_K, "model.moe.shared_hidden=16", "model.moe.moe_layer_freq=2", "model.router.renormalize=true",
     ],
     "qwen3_moe": [*TOP_K, "model.qk_norm=head", "model.head_dim=12", "model.tie_embeddings=true"],
-    "qwen3_moe, long": [*TOP_K, "model.qk_norm=head", "model.window=4", *YARN],
+    "qwen3_moe, long": [*TOP_K, "model.qk_norm=head", "model.window=4", *YARN, "model.attention_bias=all"],
     "qwen3_moe, dense": [*TOP_K, "model.qk_norm=head", "model.moe.moe_layer_freq=2"],
 }  # fmt: skip
 OWN = {
-    "long": ["model.router.kind=top_p", "model.window=4", "model.full_attention_layers=[1]", *YARN],
+    "long": [
+        "model.router.kind=top_p", "model.window=4", "model.full_attention_layers=[1]", *YARN,
+        "model.attention_bias=qkv",
+    ],
     **{name: fields for name, fields in (ROUTERS | BASELINES).items() if name != "top_k"},
     "top_k, biased": TOP_K,
     "top_p released": ["model.router.kind=top_p", "model.router.variant=released", "model.router.max_experts=3"],
@@ -70,7 +73,7 @@ def begin(corpus: Path, path: Path, overrides: Sequence[str]) -> Begun:
     decoder.context.aim(config.budget.experts_per_token)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in decoder.named_parameters():
-        if name.endswith("norm.weight"):
+        if name.endswith(("norm.weight", "attention.b_qkv", "attention.b_out")):
             parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     for layer in decoder.moe_layers:
         for name, buffer in layer.router.named_buffers():

@@ -56,7 +56,11 @@ MIXED = [
     {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["full_attention", *["sliding_attention"] * 2]},
 ]
 # What must be supported, like SCALED.
-WINDOWS = {"mixtral": [{"sliding_window": 4}], "qwen3_moe": SWITCHED, "qwen2_moe": [*SWITCHED, *MIXED]}
+BIASED = [{"attention_bias": True}]
+SUPPORTED = {
+    "llama": BIASED, "mixtral": [{"sliding_window": 4}], "olmoe": BIASED, "qwen3_moe": [*SWITCHED, *BIASED],
+    "qwen2_moe": [*SWITCHED, *MIXED],
+}  # fmt: skip
 SCALED = (YARN, LLAMA3, {"type": "linear", "factor": 2.0}, YARN | {"mscale": 0.7, "mscale_all_dim": 1.2})
 # A different value for every field of the configuration classes.
 OTHER = {
@@ -194,7 +198,7 @@ def test_every_field_gives_the_logits_of_transformers_or_is_refused(family, tmp_
     # Fields that vary between checkpoints must be supported.
     varying = SHAPES | {"rms_norm_eps", "tie_word_embeddings", "dtype", "num_experts_per_tok", "norm_topk_prob"}
     assert not refused & (varying & set(fields_of(family)) | {"rope_theta"})
-    assert all(change in accepted for change in WINDOWS.get(family, []))
+    assert all(change in accepted for change in SUPPORTED[family])
     assert all(change in accepted for change in FURTHER if change.get("rope_scaling") in SCALED)
 
 

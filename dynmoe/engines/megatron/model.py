@@ -52,6 +52,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.attention_bias is not None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         num_moe_experts=model.max_experts_per_layer if model.moe_layers else None,
@@ -149,6 +150,13 @@ class DocumentRotaryEmbedding(RotaryEmbedding):
         positions_P = context_positions(max_seq_len, ranks, parallel_state.get_context_parallel_rank())
         place_BS = None if self.documents is None else self.documents.place_BS
         return angles_S11d[positions_P] if place_BS is None else angles_S11d[place_BS[:, positions_P].t(), 0]
+
+
+class BiasedOutput(tensor_parallel.RowParallelLinear):
+    """The output projection of attention with a bias; Megatron's configuration has one switch for all projections."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"bias": True})
 
 
 class CoreAttention(MegatronModule):
@@ -284,6 +292,8 @@ def _layer_spec(config: Config, context: MoEContext, layer: int) -> ModuleSpec:
     if config.model.qk_norm is not None:
         attention.module = QKNormAttention
         attention.params = attention.params | {"model": config.model}
+    if config.model.attention_bias == "all":
+        attention.submodules.linear_proj = BiasedOutput
     options = {
         "window": config.model.window_of(layer),
         "measures_importance": config.model.router.NEEDS_ATTENTION,

@@ -61,12 +61,12 @@ def _query_key_value(model: ModelConfig) -> Layout:
 
     def split(whole: Tensor, n: int) -> list[Tensor]:
         q, k, v = whole.split([groups * queries, groups * size, groups * size])
-        grouped = torch.cat([part.view(groups, -1, whole.shape[1]) for part in (q, k, v)], dim=1)
+        grouped = torch.cat([part.view(groups, -1, *whole.shape[1:]) for part in (q, k, v)], dim=1)
         return list(grouped.flatten(0, 1).chunk(n))
 
     def join(parts: list[Tensor]) -> Tensor:
         whole = torch.cat(parts)
-        grouped = whole.view(groups, -1, whole.shape[1])
+        grouped = whole.view(groups, -1, *whole.shape[1:])
         return torch.cat([part.flatten(0, 1) for part in grouped.split([queries, size, size], dim=1)])
 
     return Layout(split, join)
@@ -94,6 +94,10 @@ def weights(chunk: MegatronModule, model: ModelConfig) -> Iterator[Weight]:
         yield Weight(f"{name}.attention_norm.weight", layer.input_layernorm.weight, _REPLICATED)
         yield Weight(f"{name}.attention.w_qkv", attention.linear_qkv.weight, _query_key_value(model))
         yield Weight(f"{name}.attention.w_out", attention.linear_proj.weight, _shard(1))
+        if model.attention_bias is not None:
+            yield Weight(f"{name}.attention.b_qkv", attention.linear_qkv.bias, _query_key_value(model))
+        if model.attention_bias == "all":
+            yield Weight(f"{name}.attention.b_out", attention.linear_proj.bias, _REPLICATED)
         if model.qk_norm is not None:
             layout = _REPLICATED if model.qk_norm == "head" else _shard(0)
             yield Weight(f"{name}.attention.q_norm.weight", attention.q_layernorm.weight, layout)
