@@ -196,6 +196,7 @@ def test_initial_weights_depend_on_seed_and_name_only():
         [], ["model.router.kind=top_any"], ["model.tie_embeddings=true", "model.moe.moe_layer_freq=2"],
         ["model.moe.shared_hidden=8"], ["model.moe.experts=0"], ["model.qk_norm=head", "model.head_dim=4"],
         ["model.qk_norm=projection", "model.heads=4", "model.head_dim=6", "model.kv_heads=2"],
+        ["model.attention_bias=qkv"], ["model.attention_bias=all", "model.moe.experts=0"],
     ],
 )  # fmt: skip
 def test_parameter_count_equals_that_of_the_model(overrides):
