@@ -39,6 +39,27 @@ def test_the_layer_in_bf16_agrees_with_fp32_on_the_cpu(kind, tokens):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 200])
+def test_flex_attention_agrees_with_attention_under_a_mask(dtype, window):
+    from dynmoe.model.attention import causal_attention
+    from dynmoe.model.documents import Documents
+
+    torch.manual_seed(0)
+    length = 700
+    begins = torch.rand(2, length, device="cuda") < 0.01
+    starts = torch.where(begins, torch.arange(length, device="cuda"), 0).cummax(dim=1).values
+    mask = Documents(starts, length, starts.device).mask(window)
+    q, upstream = torch.randn(2, 2, 4, length, 64, device="cuda", dtype=dtype).unbind()
+    k, v = torch.randn(2, 2, 2, length, 64, device="cuda", dtype=dtype).unbind()
+    results = [
+        with_gradients(lambda *inputs, m=own: causal_attention(*inputs, m), [q, k, v], upstream)
+        for own in (mask, mask.mask_B1QP)
+    ]
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("experts", [5, 64])
 def test_our_kernels_agree_with_a_loop_at_sizes_of_many_tiles(dtype, experts):
     torch.manual_seed(0)

@@ -141,8 +141,7 @@ class DeepSpeedEngine:
         first = batches[0].to(self.device)
         self.moe.calibrate(lambda: self.module.hidden(first.tokens_BS, start_BS=first.start_BS))
         self._batches = batches
-        labels = [batch.labels_BS.to(self.device) for batch in batches]
-        self._total_tokens = tokens_of_pass(labels, self.config.data)
+        self._total_tokens = tokens_of_pass(batches, self.config.data, self.device)
         losses = []
         with self.moe.step(self.step, 1.0 / len(batches), record, trace, replay):
             for number, batch in enumerate(batches):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dynmoe.config import DataConfig
 from dynmoe.config.constants import IGNORED
+from dynmoe.data.batches import Batch
 
 
 def counts_BS(labels_BS: Tensor) -> Tensor:
@@ -17,19 +18,20 @@ def counts_BS(labels_BS: Tensor) -> Tensor:
     return (labels_BS != IGNORED).float()
 
 
-def tokens_of_pass(labels: Sequence[Tensor], data: DataConfig) -> Tensor | None:
+def tokens_of_pass(batches: Sequence[Batch], data: DataConfig, device: torch.device) -> Tensor | None:
     """Labels that count in a forward pass, averaged over the passes of all ranks in a step; None if all labels count.
 
     Every pass divides its sum of losses by this number, and the mean over passes and ranks is then the mean over
     tokens, however they are spread. Collective, unless it returns None.
 
     Args:
-        labels: the labels of each pass of this rank.
+        batches: those of this rank.
         data: settings of the data.
+        device: of the model.
     """
     if not data.ignores_labels:
         return None
-    counted = torch.stack([counts_BS(own).sum() for own in labels]).mean()
+    counted = torch.stack([counts_BS(batch.labels_BS).sum() for batch in batches]).mean().to(device)
     dist.all_reduce(counted)
     return counted / dist.get_world_size()
 

@@ -159,6 +159,16 @@ BAD = [
         "engine=megatron parallel.pipeline=2 parallel.virtual_pipeline=4",
         ["parallel.virtual_pipeline=4", "evenly into 8"],
     ),
+    ("model.full_attention_layers=[1]", ["model.full_attention_layers=[1]", "set model.window"]),
+    ("model.window=8 model.full_attention_layers=[4]", ["names layer 4 of 4", "count from 0"]),
+    ("model.window=0", ["model.window=0", "at least 1"]),
+    ("model.rope_scaling.factor=2", ["model.rope_scaling.factor=2", "set model.rope_scaling.kind"]),
+    ("model.rope_scaling.kind=yarn", ["model.rope_scaling.original_length=None", "yarn needs it"]),
+    (
+        "model.rope_scaling.kind=llama3 model.rope_scaling.original_length=64 model.rope_scaling.low_freq_factor=4",
+        ["model.rope_scaling.low_freq_factor=4", "high_freq_factor"],
+    ),
+    ("model.rope_scaling.kind=dynamic", ["model.rope_scaling.kind='dynamic'", "linear, yarn, llama3"]),
     ("engine=megatron parallel.context=8", ["parallel.context=8", "model.heads (4)", "8"]),
     (
         "engine=megatron parallel.context=4 data.sequence_length=510",

@@ -96,7 +96,7 @@ class MegatronEngine:
         # One micro-batch per rank, which is certain to fit in memory.
         self.moe.calibrate(lambda: self._run(own[:1], forward_only=True))
         self._batches = own
-        self._total_tokens = tokens_of_pass([batch.labels_BS for batch in own], self.config.data)
+        self._total_tokens = tokens_of_pass(own, self.config.data, self.device)
         # Tensor-parallel ranks hold different tokens; Megatron sums the gradients of replicated parameters over them.
         loss_scale = 1.0 / (len(batches) * self.config.parallel.tensor)
         with self.moe.step(self.step, loss_scale, record, trace, replay):

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dynmoe.config import Config, ModelConfig
-from dynmoe.engines.megatron.groups import context_positions
 from dynmoe.engines.megatron.versions import build_decoder
 from dynmoe.engines.megatron.weights import initialize
 from dynmoe.model.attention import causal_attention
@@ -147,9 +146,11 @@ class DocumentRotaryEmbedding(RotaryEmbedding):
         """Angles of the P positions of this rank, [P, 1, 1, d], or with documents [P, B, 1, d]."""
         angles_S11d = super().forward(max_seq_len, packed_seq=True)  # else Megatron would choose the positions
         ranks = parallel_state.get_context_parallel_world_size()
-        positions_P = context_positions(max_seq_len, ranks, parallel_state.get_context_parallel_rank())
+        rank = parallel_state.get_context_parallel_rank()
         place_BS = None if self.documents is None else self.documents.place_BS
-        return angles_S11d[positions_P] if place_BS is None else angles_S11d[place_BS[:, positions_P].t(), 0]
+        if place_BS is None:
+            return angles_S11d.chunk(ranks)[rank]
+        return angles_S11d[place_BS.chunk(ranks, dim=1)[rank].t(), 0]
 
 
 class BiasedOutput(tensor_parallel.RowParallelLinear):
