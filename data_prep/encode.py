@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from data_prep.sources import BLANK, ContentHash, RefusedError, read_unit, text_of
 from data_prep.units import Unit
 from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.tokenizer_files import open_tokenizer
 from dynmoe.errors import UserError, first_line
 from dynmoe.launched import end_with_parent
 
@@ -184,7 +185,8 @@ _encoder: tuple[WordEncoder, int]
 def _start_encoder(parent: int, tokenizer_path: str) -> None:
     global _encoder  # noqa: PLW0603  (one per worker process, set by the pool)
     end_with_parent(parent)
-    tokenizer = Tokenizer(tokenizer_path)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a worker
+    tokenizer = open_tokenizer(tokenizer_path)
     _encoder = WordEncoder(tokenizer), tokenizer.eod
 
 

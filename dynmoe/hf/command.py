@@ -48,9 +48,11 @@ def _export(given: argparse.Namespace) -> None:
     if not done.tokenizer:
         print("It has no tokenizer, because the imported checkpoint had none.")
     elif done.texts:
-        print(f"The tokenizer gives the ids of sentencepiece on {done.texts} validation documents.")
+        print(f"The tokenizer gives the ids of training on {done.texts} validation documents.")
     else:
-        print("The tokenizer was not compared with sentencepiece, because the corpora of data.dirs do not exist here.")
+        print(
+            "The tokenizer was not compared with that of training, because the corpora of data.dirs do not exist here."
+        )
     print(f'Load it with: AutoModelForCausalLM.from_pretrained("{given.output}"{code})')
     print(f"{_readers(json.loads((given.output / 'config.json').read_text()))} How to serve it: docs/serving.md")
 
@@ -85,5 +87,5 @@ def _import(given: argparse.Namespace) -> None:
     if tokenizer.exists():
         print(f"Prepare text for it with: python -m data_prep ... --tokenizer {tokenizer}")
     else:
-        print(f"{given.source} has no sentencepiece {tokenizer.name}, which preparing text for it requires.")
+        print(f"{given.source} has no tokenizer; prepare text for it with the one that its weights were trained with.")
     print(f"Train it with: torchrun train.py {given.run / 'config.yaml'}")

@@ -13,12 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.encode import Part
-from dynmoe.data.corpus import FILES, MANIFEST, Corpus
+from dynmoe.data.corpus import MANIFEST, TOKEN_FILES, Corpus
 from dynmoe.data.indexed import IndexedTokens, check_indexed, write_index
-from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.sentencepiece_tokenizer import TOKENIZER_MODEL
+from dynmoe.data.tokenizer_files import open_tokenizer
 from dynmoe.data.validation import validation_shares
 from dynmoe.train.summary import validation_unigram_entropy
 from tests.faults.hostile import JSON, attempt, damaged, fuzz
+
+FILES = (TOKENIZER_MODEL, *TOKEN_FILES)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +169,7 @@ def is_what_megatron_reads(found: IndexedTokens, content: bytes) -> None:
 def test_f10_fuzz_tokenizer_files(tmp_path, sound, data):
     """An accepted tokenizer can encode, with all ids in its vocabulary."""
     (tmp_path / "tokenizer.model").write_bytes(data.draw(damaged(sound["tokenizer.model"]) | st.binary(max_size=60)))
-    tokenizer = attempt(lambda: Tokenizer(tmp_path / "tokenizer.model"))
+    tokenizer = attempt(lambda: open_tokenizer(tmp_path / "tokenizer.model"))
     if tokenizer is not None:
         tokens = tokenizer.encode("The router takes 12 of the gates.\n\n  ünïcode 漢字 🙂")
         assert all(0 <= token < tokenizer.vocab_size for token in [*tokens, tokenizer.eod])

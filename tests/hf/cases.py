@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dynmoe.config import Config, load_config
-from dynmoe.data.corpus import TOKENIZER
+from dynmoe.data.sentencepiece_tokenizer import TOKENIZER_MODEL
 from dynmoe.model import Decoder
 from dynmoe.trained import begin_run
 from tests.moe.cases import BASELINES, ROUTERS
@@ -71,7 +71,7 @@ def begin(corpus: Path, path: Path, overrides: Sequence[str]) -> Begun:
                 buffer.add_(0.02 * torch.randn(buffer.shape, generator=generator))
             if name in layer.router.by_budget:
                 buffer.add_(0.02 * torch.arange(float(len(buffer))).view(-1, *[1] * (buffer.dim() - 1)))
-    begin_run(config, decoder, {TOKENIZER: (corpus / TOKENIZER).read_bytes()}, path)
+    begin_run(config, decoder, {TOKENIZER_MODEL: (corpus / TOKENIZER_MODEL).read_bytes()}, path)
     return Begun(path, config, decoder)
 
 

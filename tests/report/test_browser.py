@@ -14,7 +14,7 @@ import pytest
 import torch
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.tokenizer_files import open_tokenizer
 from dynmoe.report.images import Image
 from dynmoe.report.page import write_report
 from dynmoe.report.runs import read_run
@@ -236,7 +236,7 @@ CHARACTERS = "日本語 é x 👩\u200d🔬 の\u3099~\n"
 @pytest.fixture(scope="module")
 def in_bytes(pages, tmp_path_factory) -> Path:
     """A token view of characters that the run's tokenizer writes as bytes, the first and last ones cut."""
-    tokenizer = Tokenizer(pages["run"] / "tokenizer.model")
+    tokenizer = open_tokenizer(pages["run"] / "tokenizer.model")
     ids = tokenizer.encode(f"神{CHARACTERS}神")[1:-1]
     tokens = [
         {"id": token, "piece": piece, "source": 0, "position": place, **character,
