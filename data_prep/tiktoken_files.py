@@ -61,7 +61,7 @@ class Encoding:
     """
 
     pattern: str
-    special: Mapping[str, int]
+    special: dict[str, int]
 
 
 def _llama3() -> dict[str, int]:
@@ -184,7 +184,7 @@ def _regex(pattern: str) -> str:
     return pattern
 
 
-def _settings(ranks: Mapping[bytes, int], pattern: str, special: Mapping[str, int]) -> dict[str, Any]:
+def _settings(ranks: Mapping[bytes, int], pattern: str, special: dict[str, int]) -> dict[str, Any]:
     """Content of the ``tokenizer.json``."""
     ordered = sorted(ranks, key=ranks.__getitem__)
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -202,7 +202,8 @@ def _settings(ranks: Mapping[bytes, int], pattern: str, special: Mapping[str, in
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
             "ignore_merges": True,  # tiktoken too looks for a whole word first
-            "vocab": {to_characters(token): ranks[token] for token in ordered},
+            # The library numbers added tokens that are not in the vocabulary as it likes.
+            "vocab": {to_characters(token): ranks[token] for token in ordered} | special,
             "merges": [[to_characters(half) for half in halves] for halves in _merges(ordered, ranks)],
         },
     }  # fmt: skip
