@@ -42,7 +42,7 @@ def byte_level_vocabulary(tokenizer: HuggingFaceTokenizer) -> Vocabulary:
     name = _name(tokenizer)
     problem = next(_problems(tokenizer), None)
     if problem is None and name is None:
-        problem = "it splits text into words in a way"
+        problem = "it splits text into words by rules of its own"
     if problem is not None or name is None:
         cure = "serve the export (python -m dynmoe.hf export), or prepare the corpus with another tokenizer"
         raise UserError(f"tokenizer: {problem}, which llama.cpp does not support; {cure}")
