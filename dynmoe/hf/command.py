@@ -75,6 +75,8 @@ def _gguf(given: argparse.Namespace) -> None:
     done = write_gguf(given.run, given.output, given.type)
     size = f"{done.parameters / 1e6:.1f} M parameters in {done.size / 1e6:.1f} MB"
     print(f"{given.output}: {size} ({given.type}), as llama.cpp's {done.architecture}, with the tokenizer.")
+    if done.composes:
+        print("Give it text in NFC: training normalized text to it, and llama.cpp does not.")
 
 
 def _import(given: argparse.Namespace) -> None:

@@ -44,11 +44,13 @@ class Written:
         architecture: the architecture, as llama.cpp calls it.
         parameters: number of parameters.
         size: size of the file, in bytes.
+        composes: whether training normalized text to NFC, which llama.cpp does not do.
     """
 
     architecture: str
     parameters: int
     size: int
+    composes: bool
 
 
 def write_gguf(run: Path, output: Path, kind: str = "f32") -> Written:
@@ -101,7 +103,7 @@ def write_gguf(run: Path, output: Path, kind: str = "f32") -> Written:
             building.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"FILE: {output} cannot be written: {first_line(error)}; name another place") from None
-    return Written(architecture, sum(tensor.numel() for tensor in made.values()), size)
+    return Written(architecture, sum(tensor.numel() for tensor in made.values()), size, words.composes)
 
 
 def _words(tokenizer: Tokenizer) -> Vocabulary:

@@ -36,8 +36,7 @@ def byte_level_vocabulary(tokenizer: HuggingFaceTokenizer) -> Vocabulary:
     """Converts a byte-level byte-pair encoding.
 
     Raises:
-        UserError: llama.cpp would give other ids for some text. Only normalization to NFC is overlooked, which
-            llama.cpp never does: with text that is not in NFC its ids differ.
+        UserError: llama.cpp would give other ids for some text, other than text that is not in NFC.
     """
     name = _name(tokenizer)
     problem = next(_problems(tokenizer), None)
@@ -54,6 +53,7 @@ def byte_level_vocabulary(tokenizer: HuggingFaceTokenizer) -> Vocabulary:
     return Vocabulary(
         model="gpt2", pieces=[piece for piece, _ in listed], scores=[], types=[kind for _, kind in listed],
         space_before=False, spaces_as_one=False, charsmap=b"", words=name,
+        composes=any(steps_of(tokenizer.settings.get("normalizer"))),
         merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
     )  # fmt: skip
 

@@ -35,6 +35,7 @@ class Vocabulary:
         charsmap: sentencepiece's table of character replacements; may be empty.
         words: name of llama.cpp's way to split a text into words, which only byte-level tokenizers do.
         merges: pairs of pieces that are merged, in order, for byte-level tokenizers.
+        composes: whether training normalized text to NFC, which llama.cpp does not do.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Vocabulary:
     charsmap: bytes
     words: str = "default"
     merges: list[str] = field(default_factory=list)
+    composes: bool = False
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:

@@ -82,6 +82,21 @@ def llama3() -> Tokenizer:
     return made
 
 
+def dbrx() -> Tokenizer:
+    """As Llama 3, without looking for whole words."""
+    made = llama3()
+    made.model.ignore_merges = False
+    return made
+
+
+def smollm() -> Tokenizer:
+    """As OLMoE, with digits by themselves."""
+    made = olmoe()
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    made.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return made
+
+
 def llama2() -> Tokenizer:
     """Sentencepiece's conventions: spaces as U+2581, and pieces for bytes."""
     made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
