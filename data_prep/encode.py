@@ -185,7 +185,6 @@ _encoder: tuple[WordEncoder, int]
 def _start_encoder(parent: int, tokenizer_path: str) -> None:
     global _encoder  # noqa: PLW0603  (one per worker process, set by the pool)
     end_with_parent(parent)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a worker
     tokenizer = open_tokenizer(tokenizer_path)
     _encoder = WordEncoder(tokenizer), tokenizer.eod
 

@@ -104,7 +104,7 @@ def read_tokenizer(
     if file is not None:
         return convert(file, end_of_text, bool(special_tokens), pattern)
     if pattern is not None:
-        raise UserError(f"--tiktoken-pattern {pattern}: {name} is not a tiktoken file; remove the option")
+        raise UserError(f"--tiktoken-pattern {pattern!r}: {name} is not a tiktoken file; remove the option")
     return open_tokenizer(name, _KINDS, end_of_text, special_tokens)
 
 
@@ -173,12 +173,12 @@ def _regex(pattern: str) -> str:
         return PATTERNS[pattern]
     for unlike, cure in _UNLIKE.items():
         if re.search(unlike, pattern):
-            raise UserError(f"--tiktoken-pattern {pattern}: the library tokenizers reads this differently: {cure}")
+            raise UserError(f"--tiktoken-pattern {pattern!r}: the library tokenizers reads this differently: {cure}")
     try:
         Regex(pattern)
     except Exception as error:
         raise UserError(
-            f"--tiktoken-pattern {pattern}: is neither {', '.join(PATTERNS)} nor a regular expression "
+            f"--tiktoken-pattern {pattern!r}: is neither {', '.join(PATTERNS)} nor a regular expression "
             f"({first_line(error)}); correct it"
         ) from None
     return pattern

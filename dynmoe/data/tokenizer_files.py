@@ -71,7 +71,7 @@ def open_tokenizer(
     if _JSON.match(content):
         return _huggingface(path, content, cure, end_of_text, special_tokens)
     if end_of_text is not None or special_tokens:
-        option = "--special-tokens" if end_of_text is None else f"--end-of-text {end_of_text}"
+        option = "--special-tokens" if end_of_text is None else f"--end-of-text {end_of_text!r}"
         problem = f"applies to {TOKENIZER_JSON} and tiktoken files; {path} is another file"
         raise UserError(f"{option}: {problem}; remove the option, or name another --tokenizer")
     return SentencePieceTokenizer(content, str(path), cure)

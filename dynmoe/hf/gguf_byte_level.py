@@ -80,7 +80,7 @@ def _problems(tokenizer: HuggingFaceTokenizer) -> Iterator[str]:
     """Features of this tokenizer that llama.cpp lacks, as clauses of an error message."""
     settings = tokenizer.settings
     model = settings["model"]
-    if model["type"] != "BPE" or not tokenizer.is_byte_level:
+    if model.get("type") != "BPE" or not tokenizer.is_byte_level:
         yield "it is not a byte-level byte-pair encoding"
         return
     if not model["vocab"].keys() >= BYTES.keys():

@@ -169,11 +169,11 @@ def test_files_that_cannot_be_used(folders, tmp_path):
         refused(path, "is damaged or not of the library tokenizers .*; use a sentencepiece model, a tokenizer.json or")
     path.unlink()
     refused(tmp_path, "has no tokenizer.model and no tokenizer.json; use")
-    refused(folders["olmoe"], "--tiktoken-pattern gpt2: .* is not a tiktoken file", pattern="gpt2")
+    refused(folders["olmoe"], "--tiktoken-pattern 'gpt2': .* is not a tiktoken file", pattern="gpt2")
 
 
 def test_options_for_other_tokenizers_are_refused(corpus_dir, tmp_path):
-    refused(corpus_dir, "--end-of-text <x>: applies to tokenizer.json and tiktoken files", end_of_text="<x>")
+    refused(corpus_dir, "--end-of-text '<x>': applies to tokenizer.json and tiktoken files", end_of_text="<x>")
     refused(corpus_dir, "--special-tokens: applies to tokenizer.json and tiktoken files", special_tokens=True)
     with pytest.raises(UserError, match="--end-of-text: applies to a given tokenizer; pass --tokenizer too"):
         Recipe(["text"], end_of_text="<x>")
