@@ -48,6 +48,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, model: Fast, content: bytes, place: str, end_of_text: str, special_tokens: bool = False) -> None:
         self._model = model
+        self._place = place
         self.settings: dict[str, Any] = json.loads(content)
         self.end_of_text = end_of_text
         self.special_tokens = special_tokens
@@ -121,7 +122,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         # A batch, because only batches can do without the place of each token in the text, which takes longer.
-        (found,) = self._model.encode_batch_fast([text], add_special_tokens=False)
+        try:
+            (found,) = self._model.encode_batch_fast([text], add_special_tokens=False)
+        except Exception as error:  # a character that it lacks, without an unknown token
+            problem = f"cannot encode a text ({first_line(error)})"
+            raise UserError(f"tokenizer {self._place} {problem}; use one with bytes or an unknown token") from None
         return found.ids
 
     def decode(self, tokens: Sequence[int]) -> str:

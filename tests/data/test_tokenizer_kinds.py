@@ -172,6 +172,14 @@ def test_files_that_cannot_be_used(folders, tmp_path):
     refused(folders["olmoe"], "--tiktoken-pattern 'gpt2': .* is not a tiktoken file", pattern="gpt2")
 
 
+def test_a_text_that_cannot_be_encoded_is_refused(tmp_path):
+    made = Fast(models.WordLevel({"a": 0, END: 1}, unk_token="<unk>"))
+    own = open_tokenizer(save(made, tmp_path), special_tokens=True)
+    assert own.encode("a") == [0]
+    with pytest.raises(UserError, match=r"json cannot encode a text \(.*\); use one with bytes or an unknown"):
+        own.encode("b")
+
+
 def test_options_for_other_tokenizers_are_refused(corpus_dir, tmp_path):
     refused(corpus_dir, "--end-of-text '<x>': applies to tokenizer.json and tiktoken files", end_of_text="<x>")
     refused(corpus_dir, "--special-tokens: applies to tokenizer.json and tiktoken files", special_tokens=True)
