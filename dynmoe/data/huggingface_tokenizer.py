@@ -36,7 +36,6 @@ class HuggingFaceTokenizer(Tokenizer):
         special_tokens: whether the name of a special token in a text becomes this token.
 
     Attributes:
-        settings: the parsed file.
         end_of_text: the token that ends each document.
 
     Raises:
@@ -49,7 +48,6 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, model: Fast, content: bytes, place: str, end_of_text: str, special_tokens: bool = False) -> None:
         self._model = model
         self._place = place
-        self.settings: dict[str, Any] = json.loads(content)
         self.end_of_text = end_of_text
         self.special_tokens = special_tokens
         self.files = {TOKENIZER_JSON: content, TOKENIZER_CONFIG: self._config()}
@@ -57,9 +55,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.no_padding()
         self._model.encode_special_tokens = not special_tokens
         self._added = {token: added.content for token, added in self._model.get_added_tokens_decoder().items()}
-        self._read_model()
-        if self.settings["model"].get("dropout"):
-            raise UserError(f"tokenizer {place}: model.dropout makes its ids random; set it to null")
+        self._read(self.settings)
         if self.vocab_size > _MOST_IDS:
             raise UserError(f"tokenizer {place}: its largest id is {self.vocab_size - 1}; use one below {_MOST_IDS}")
         eod = self._model.token_to_id(end_of_text)
@@ -68,14 +64,21 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"tokenizer {place} {problem}; name one of its tokens (data_prep --end-of-text TOKEN)")
         self.eod = eod
         if not special_tokens:
-            self._check_text(place)
+            self._check_text()
 
-    def _read_model(self) -> None:
-        """Finds out how its pieces are written."""
-        model = self.settings["model"]
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The parsed file; not kept, because it takes several times the memory of the file."""
+        return json.loads(self.content)
+
+    def _read(self, settings: dict[str, Any]) -> None:
+        """Finds out how the pieces are written."""
+        model = settings["model"]
+        if model.get("dropout"):
+            raise UserError(f"tokenizer {self._place}: model.dropout makes its ids random; set it to null")
         vocabulary = self._model.get_vocab()
         self.vocab_size = 1 + max(vocabulary.values(), default=-1)
-        steps = list(steps_of(self.settings.get("decoder")))
+        steps = list(steps_of(settings.get("decoder")))
         self.is_byte_level = any(step["type"] == "ByteLevel" for step in steps)
         self._has_byte_pieces = bool(model.get("byte_fallback"))
         self._escapes_spaces = any(
@@ -87,14 +90,14 @@ class HuggingFaceTokenizer(Tokenizer):
         unknown = model.get("unk_token")
         self.unknown = model.get("unk_id") if unknown is None else vocabulary.get(unknown)
 
-    def _check_text(self, place: str) -> None:
+    def _check_text(self) -> None:
         """Refuses a model that has special tokens in its own vocabulary, where the library does not see them."""
         names = {token: text for token, (text, special) in self.added.items() if special and token != self.unknown}
         for token, text in (names | {self.eod: self.end_of_text}).items():
             if token in self.encode(text):
                 problem = f"encodes the text {text!r} as the special token of this name"
                 cure = "allow special tokens in text (data_prep --special-tokens)"
-                raise UserError(f"tokenizer {place} {problem}; {cure}")
+                raise UserError(f"tokenizer {self._place} {problem}; {cure}")
 
     def _config(self) -> bytes:
         """``tokenizer_config.json``: the two decisions, as transformers reads them."""

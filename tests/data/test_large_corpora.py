@@ -355,7 +355,7 @@ def first_tokens(dirs: list[str], weights: list[float], cache: Path) -> torch.Te
 def run_adopt(train: str, validation: str, tokenizer: str, out: str) -> str:
     from data_prep.adopt import adopt
 
-    adopt(Path(train), Path(validation), 0.02, Path(tokenizer), Path(out))
+    adopt(Path(train), Path(validation), 0.02, open_tokenizer(tokenizer), Path(out))
     return out
 
 
