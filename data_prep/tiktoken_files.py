@@ -22,27 +22,13 @@ from dynmoe.data.byte_level import to_characters
 from dynmoe.data.huggingface_tokenizer import TOKENIZER_CONFIG, HuggingFaceTokenizer, load
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.data.tokenizer_files import beside, end_of_text_of, find_tokenizer, is_tiktoken, open_tokenizer
+from dynmoe.data.word_patterns import CL100K, GPT2_OF_TIKTOKEN, LLAMA3, O200K, QWEN2
 from dynmoe.errors import UserError, first_line
 
 _KINDS = "use a sentencepiece model, a tokenizer.json or a tiktoken file"
 _END = "<|endoftext|>"
 
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-# As the library tokenizers reads them: there $ is the end of a line, and {1,3}+ repeats instead of being possessive.
-PATTERNS = {
-    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    # Llama 3's, except that all space at the end of a text is one piece, line breaks included.
-    "cl100k": rf"{_WORDS}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s+\z|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "o200k": rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|"
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|"
-    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "llama3": rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}",
-    "qwen": rf"{_WORDS}|\p{{N}}|{_REST}",
-}
+PATTERNS = {"gpt2": GPT2_OF_TIKTOKEN, "cl100k": CL100K, "o200k": O200K, "llama3": LLAMA3, "qwen": QWEN2}
 # What the two libraries read differently in a pattern, and how to write it.
 _UNLIKE = {
     r"\}\+": "X{1,3}+ repeats X{1,3} there; write (?>X{1,3})",

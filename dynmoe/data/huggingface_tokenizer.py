@@ -6,13 +6,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from tokenizers import Tokenizer as Fast
 
 from dynmoe.data.byte_level import BYTES, to_bytes
 from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.word_patterns import splitter, steps_of
 from dynmoe.errors import UserError, first_line
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -123,6 +125,18 @@ class HuggingFaceTokenizer(Tokenizer):
             return self.content
         return json.dumps(self.settings | {"post_processor": None}, indent=2, ensure_ascii=False).encode()
 
+    @property
+    def splits_into_words(self) -> bool:
+        """Whether the tokens of a text are the tokens of its words in order: for public patterns, on bytes."""
+        return self._splitter is not None
+
+    def words(self, text: str) -> list[str]:
+        return [text] if self._splitter is None else self._splitter(text)
+
+    @cached_property
+    def _splitter(self) -> Callable[[str], list[str]] | None:
+        return splitter(self.settings, self.special_tokens) if self.is_byte_level else None
+
     def encode(self, text: str) -> list[int]:
         # A batch, because only batches can do without the place of each token in the text, which takes longer.
         try:
@@ -132,10 +146,10 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"tokenizer {self._place} {problem}; use one with bytes or an unknown token") from None
         return found.ids
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: list[int]) -> str:
         if self.is_byte_level:  # the library reads added tokens as bytes if they consist of such characters
             return b"".join(map(self.raw, tokens)).decode(errors="replace")
-        return self._model.decode(list(tokens), skip_special_tokens=False)
+        return self._model.decode(tokens, skip_special_tokens=False)
 
     def raw(self, token: int) -> bytes:
         piece = self._model.id_to_token(token)
@@ -149,18 +163,6 @@ class HuggingFaceTokenizer(Tokenizer):
             piece = piece.replace(_SPACE, " ")
         own = to_bytes(piece) if self.is_byte_level else None
         return piece.encode() if own is None else own
-
-
-def steps_of(component: Any) -> Iterator[dict[str, Any]]:
-    """The steps of a normalizer, pre-tokenizer or decoder of ``tokenizer.json`` in order; none for null."""
-    if component is None:
-        return
-    if component["type"] != "Sequence":
-        yield component
-        return
-    (steps,) = (value for key, value in component.items() if key != "type")
-    for step in steps:
-        yield from steps_of(step)
 
 
 def load(content: bytes, place: str, cure: str) -> Fast:

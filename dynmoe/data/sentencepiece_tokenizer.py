@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +14,8 @@ from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
 
 TOKENIZER_MODEL = "tokenizer.model"
+# A word with its preceding spaces; line breaks are separate. Sentencepiece replaces a space by U+2581.
+_split = re.compile("[ \u2581]*[^ \u2581\n]+|\n+|[ \u2581]+").findall
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -60,8 +61,11 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self._model.decode(list(tokens))
+    def words(self, text: str) -> list[str]:
+        return _split(text)
+
+    def decode(self, tokens: list[int]) -> str:
+        return self._model.decode(tokens)
 
     def raw(self, token: int) -> bytes:
         piece = self._model.id_to_piece(token)
@@ -75,7 +79,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def splits_into_words(self) -> bool:
-        """Whether the tokens of a text are the tokens of its words in order (words: see ``data_prep.encode``).
+        """Whether the tokens of a text are the tokens of its words in order.
 
         True for byte-pair encodings that do not normalize the text and have no piece that spans two words. Others need
         whole texts: unigram models add up scores from the beginning.

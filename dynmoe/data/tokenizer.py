@@ -50,7 +50,7 @@ class Tokenizer(ABC):
         """Token ids of a text, without any token before or after it."""
 
     @abstractmethod
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: list[int]) -> str:
         """Text of tokens; bytes that are no character become U+FFFD."""
 
     @abstractmethod
@@ -65,8 +65,12 @@ class Tokenizer(ABC):
 
     @property
     def splits_into_words(self) -> bool:
-        """Whether the tokens of a text are the tokens of its words in order (words: see ``data_prep.encode``)."""
+        """Whether the tokens of a text are the tokens of its :meth:`words` in order."""
         return False
+
+    def words(self, text: str) -> list[str]:
+        """Parts of a text, many of which occur often."""
+        return [text]
 
     def written(self, tokens: Sequence[int]) -> Iterator[tuple[str, int]]:
         """Yields the readable text of tokens in order, each with its number of tokens.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -61,6 +62,13 @@ def olmoe() -> Tokenizer:
     made.normalizer = normalizers.NFC()
     made.add_special_tokens([END, "<|padding|>"])
     made.add_tokens([AddedToken("<|tool|>", normalized=False), "   "])
+    return made
+
+
+def gpt2() -> Tokenizer:
+    """GPT-2's splits and nothing else."""
+    made = _byte_level(None)
+    made.add_special_tokens([END])
     return made
 
 
@@ -127,6 +135,14 @@ def save(made: Tokenizer, folder: Path, **config: object) -> Path:
     if config:
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def every_part(texts: Iterable[str]) -> dict[bytes, int]:
+    """Ranks of every part of the texts with up to five bytes, so that each way to split them gives other ids."""
+    raw = [text.encode() for text in texts]
+    parts = {own[place : place + size] for own in raw for place in range(len(own)) for size in range(2, 6)}
+    tokens = sorted((part for part in parts if len(part) > 1), key=lambda part: (len(part), part))
+    return {token: rank for rank, token in enumerate([*(bytes([byte]) for byte in range(256)), *tokens])}
 
 
 def save_ranks(ranks: dict[bytes, int], path: Path) -> Path:

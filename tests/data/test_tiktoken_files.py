@@ -13,7 +13,7 @@ from tiktoken_ext import openai_public
 
 from data_prep.tiktoken_files import ENCODINGS, PATTERNS, read_tokenizer
 from dynmoe.errors import UserError
-from tests.data.languages import END, EVERYTHING, LLAMA, QWEN, TEXTS, save_ranks
+from tests.data.languages import END, EVERYTHING, LLAMA, QWEN, TEXTS, every_part, save_ranks
 
 # The library's own definitions, by our name of the pattern.
 OWN = {"gpt2": "r50k_base", "cl100k": "cl100k_base", "o200k": "o200k_base"}
@@ -33,10 +33,7 @@ def definitions():
 @pytest.fixture(scope="module")
 def ranks() -> dict[bytes, int]:
     """Every part of the texts that has up to five bytes is a token, so that each way to split them gives other ids."""
-    raw = [text.encode() for text in EVERYTHING]
-    parts = {own[place : place + size] for own in raw for place in range(len(own)) for size in range(2, 6)}
-    tokens = sorted((part for part in parts if len(part) > 1), key=lambda part: (len(part), part))
-    return {token: rank for rank, token in enumerate([*(bytes([byte]) for byte in range(256)), *tokens])}
+    return every_part(EVERYTHING)
 
 
 def tiktokens(pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
