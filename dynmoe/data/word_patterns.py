@@ -30,6 +30,7 @@ O200K = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|"
     rf"\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACE}"
 )
+_DIGITS = {"type": "Digits", "individual_digits": True}
 _KNOWN = (GPT2, GPT2_OF_TIKTOKEN, DIGITS_THEN_GPT2, LLAMA3, QWEN2, CL100K, O200K)
 
 # Where a word of each of these patterns ends. None has a space after another character, nor space or a symbol after a
@@ -67,9 +68,6 @@ def pattern_of(settings: Mapping[str, Any]) -> str | None:
     return _regex(others[0]) if others else None
 
 
-_DIGITS = {"type": "Digits", "individual_digits": True}
-
-
 def _regex(step: dict[str, Any]) -> str | None:
     """The regular expression by which a step splits a text into matches and what is between them."""
     if step["type"] != "Split" or (step["behavior"], step["invert"]) not in (("Isolated", False), ("Removed", True)):
@@ -90,7 +88,7 @@ def splitter(settings: Mapping[str, Any], special_tokens: bool) -> Callable[[str
     Returns:
         The function; None if there is none for this tokenizer.
     """
-    added = settings["added_tokens"]
+    added = settings.get("added_tokens") or []
     changes = list(steps_of(settings.get("normalizer")))
     found = [token for token in added if special_tokens or not token["special"]]
     across = [token for token in added if len(_split(token["content"])) > 1]

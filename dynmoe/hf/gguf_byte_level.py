@@ -71,7 +71,7 @@ def _problems(tokenizer: HuggingFaceTokenizer, settings: Mapping[str, Any]) -> I
         yield "it marks pieces inside or at the end of words"
     if any(step["type"] != "NFC" for step in steps_of(settings.get("normalizer"))):
         yield "it changes the text (normalizer)"
-    own = [token for token in settings["added_tokens"] if not token["special"]]
+    own = [token for token in settings.get("added_tokens") or [] if not token["special"]]
     for token in own:
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
             yield f"its added token {token['content']!r} depends on what stands beside it"
