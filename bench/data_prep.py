@@ -19,7 +19,7 @@ from data_prep.encode import WordEncoder, encode_unit
 from data_prep.recipe import Recipe
 from data_prep.sources import STDLIB, RefusedError, list_units, read_unit, text_of
 from data_prep.vocabulary import train_tokenizer
-from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.tokenizer_files import open_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
         units = list_units([str(path)])
         for vocab_size in given.vocab_sizes:
             model.write_bytes(train_tokenizer(Recipe([str(path)], vocab_size=vocab_size), units))
-            tokenizer = Tokenizer(model)
+            tokenizer = open_tokenizer(model)
             for text in texts[:200]:
                 assert WordEncoder(tokenizer).encode(text).tolist() == tokenizer.encode(text)
             speeds: dict[str, list[float]] = {"ours": [], "sentencepiece": []}

@@ -12,7 +12,7 @@ from torch import Tensor
 from data_prep.build import build
 from data_prep.recipe import Recipe
 from dynmoe.config import load_config
-from dynmoe.data.corpus import TOKENIZER
+from dynmoe.data.tokenizer_files import open_tokenizer
 from dynmoe.hf.export import export
 from dynmoe.model import Decoder
 from dynmoe.moe.router import Router
@@ -50,7 +50,7 @@ def export_random(
     decoder = Decoder(config.model, rows, seed=0).eval()
     if mean_k is not None:
         _set_p(decoder, mean_k)
-    begin_run(config, decoder, {TOKENIZER: (corpus / TOKENIZER).read_bytes()}, run)
+    begin_run(config, decoder, open_tokenizer(corpus).files, run)
     export(run, run.with_name(f"{run.name}_out"), own_code=own_code)
     return run.with_name(f"{run.name}_out")
 

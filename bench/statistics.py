@@ -47,7 +47,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
         config = load_config(given.config, [f"run.dir={folder}", "logging.wandb=online"])
         directory = RunDirectory(config.run.path)
         directory.path.mkdir()
-        directory.begin(config.to_yaml(), b"")
+        directory.begin(config.to_yaml(), {})
         views: dict[str, View | None] = {
             "statistics": None,
             "statistics, TensorBoard": TensorBoardView(Path(folder) / "tensorboard", 0),

@@ -15,6 +15,7 @@ from data_prep.formats import DECLARED
 from data_prep.recipe import Nodes, Recipe
 from data_prep.sources import STDLIB
 from data_prep.tables import HUB
+from data_prep.tiktoken_files import PATTERNS, read_tokenizer
 from dynmoe.cli import run_tool
 from dynmoe.data.corpus import MANIFEST, Corpus
 from dynmoe.errors import UserError
@@ -55,14 +56,26 @@ def _adopt(arguments: list[str]) -> None:
     parser.add_argument("--validation", type=Path, metavar="PREFIX", help="path of the validation files; default: use "
                         "the last training documents")  # fmt: skip
     parser.add_argument("--validation-fraction", type=float, default=0.02, help="share of documents for validation")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="the sentencepiece model that encoded the tokens")
+    parser.add_argument("--tokenizer", required=True, help="the tokenizer that encoded the tokens: a sentencepiece "
+                        "model, a tokenizer.json or a tiktoken file, or a directory with one")  # fmt: skip
+    _add_tokenizer_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="directory for the corpus")
     given = parser.parse_args(arguments)
     if given.out.exists():
         raise UserError(f"--out {given.out}: exists; use another directory")
     if not 0.0 < given.validation_fraction < 1.0:
         raise UserError(f"--validation-fraction {given.validation_fraction}: use a number between 0 and 1")
-    _report(given.out, adopt(given.train, given.validation, given.validation_fraction, given.tokenizer, given.out))
+    tokenizer = read_tokenizer(given.tokenizer, given.end_of_text, given.special_tokens, given.tiktoken_pattern)
+    _report(given.out, adopt(given.train, given.validation, given.validation_fraction, tokenizer, given.out))
+
+
+def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--end-of-text", metavar="TOKEN", help="token that ends each document; default: the one that "
+                        "its directory names (eos_token), or a well-known one such as <|endoftext|>")  # fmt: skip
+    parser.add_argument("--special-tokens", action="store_true", default=None, help="encode the names of special "
+                        "tokens in text, such as <|im_start|>, as these tokens; default: as text")  # fmt: skip
+    parser.add_argument("--tiktoken-pattern", metavar="NAME", help="how a tiktoken file that is not known splits text: "
+                        f"{', '.join(PATTERNS)}, or a regular expression")  # fmt: skip
 
 
 def _build(arguments: list[str]) -> None:
@@ -85,7 +98,9 @@ def _build(arguments: list[str]) -> None:
         help="format of every file except Parquet; text: each file is one document. Default: detected",
     )  # fmt: skip
     parser.add_argument("--vocab-size", type=int, default=4096, help="vocabulary size of the tokenizer to train")
-    parser.add_argument("--tokenizer", help="existing sentencepiece model to use instead of training one")
+    parser.add_argument("--tokenizer", help="existing tokenizer to use instead of training one: a sentencepiece model, "
+                        "a tokenizer.json of Hugging Face or a tiktoken file, or a directory with one")  # fmt: skip
+    _add_tokenizer_options(parser)
     parser.add_argument("--tokenizer-mb", type=int, default=16, help="megabytes of text for training the tokenizer")
     parser.add_argument("--validation-fraction", type=float, default=0.02, help="share of documents for validation")
     parser.add_argument("--keep-copies", action="store_true", help="keep documents that repeat an earlier text")
@@ -104,6 +119,9 @@ def _build(arguments: list[str]) -> None:
         given.validation_fraction,
         not given.keep_copies,
         given.read_as,
+        given.end_of_text,
+        given.special_tokens,
+        given.tiktoken_pattern,
     )
     if given.workers < 1:
         raise UserError(f"--workers {given.workers}: use at least 1")

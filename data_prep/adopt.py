@@ -12,7 +12,7 @@ from typing import Any
 
 from data_prep.build import figures
 from data_prep.merge import SplitCounts
-from dynmoe.data.corpus import FORMAT, MANIFEST, SPLITS, TOKENIZER, Corpus, describe_files
+from dynmoe.data.corpus import FORMAT, MANIFEST, SPLITS, Corpus, describe_files
 from dynmoe.data.indexed import IndexedTokens, check_indexed, with_ending, write_index
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
@@ -20,20 +20,19 @@ from dynmoe.errors import UserError
 _COPIED_AT_A_TIME = 1 << 24
 
 
-def adopt(train: Path, validation: Path | None, fraction: float, tokenizer: Path, out: Path) -> dict[str, Any]:
+def adopt(train: Path, validation: Path | None, fraction: float, tokenizer: Tokenizer, out: Path) -> dict[str, Any]:
     """Writes a corpus into ``out`` and returns its manifest. Copies the tokens byte for byte.
 
     Args:
         train: prefix of the .bin and .idx files with the training data.
         validation: prefix of the validation data; None: use the last documents of ``train``.
         fraction: in that case, the share of the documents for validation.
-        tokenizer: the sentencepiece model that encoded the tokens.
+        tokenizer: the tokenizer that encoded the tokens.
         out: a directory that does not exist.
 
     Raises:
         UserError: files are damaged, or tokens are outside the vocabulary.
     """
-    model = Tokenizer(tokenizer)
     building = out.with_name(f"{out.name}.adopting-{os.getpid()}")
     building.mkdir(parents=True)
     try:
@@ -44,7 +43,8 @@ def adopt(train: Path, validation: Path | None, fraction: float, tokenizer: Path
                     _link(with_ending(source.prefix, suffix), building / f"{split}{suffix}")
         else:
             _split(given, given.num_documents - max(1, round(given.num_documents * fraction)), building)
-        shutil.copyfile(tokenizer, building / TOKENIZER)
+        for name, content in tokenizer.files.items():
+            (building / name).write_bytes(content)
         splits = {split: check_indexed(building / split) for split in SPLITS}
         for split, tokens in splits.items():
             if tokens.num_tokens == 0:
@@ -55,10 +55,10 @@ def adopt(train: Path, validation: Path | None, fraction: float, tokenizer: Path
             "recipe": "adopted",
             "input": hashlib.sha256(json.dumps(described["files"]).encode()).hexdigest(),
             "sources": [prefix.name for prefix in (train, validation) if prefix is not None],
-            "tokenizer": {"sha256": model.sha256, "vocab_size": model.vocab_size, "eod": model.eod},
+            "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod},
             "splits": {
                 split: dataclasses.asdict(SplitCounts(tokens.num_documents, tokens.num_tokens))
-                | figures(tokens.counts(model.vocab_size))
+                | figures(tokens.counts(tokenizer.vocab_size))
                 for split, tokens in splits.items()
             },
             "refused": {"counts": {}, "first_names": {}},

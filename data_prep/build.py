@@ -24,8 +24,10 @@ from data_prep.recipe import Nodes, Recipe, recipe_digest
 from data_prep.sources import fingerprint, list_units, stamp
 from data_prep.units import Unit
 from data_prep.vocabulary import train_tokenizer
-from dynmoe.data.corpus import FORMAT, MANIFEST, SPLITS, TOKENIZER, Corpus, describe_files
+from dynmoe.data.corpus import FORMAT, MANIFEST, SPLITS, Corpus, describe_files
+from dynmoe.data.sentencepiece_tokenizer import TOKENIZER_MODEL
 from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.tokenizer_files import open_tokenizer
 from dynmoe.errors import UserError
 from dynmoe.lock import Lock
 
@@ -75,13 +77,13 @@ def _build(recipe: Recipe, out: Path, workers: int, nodes: Nodes) -> dict[str, A
     building = out.with_name(f"{out.name}.building")
     _enter(building, recipe_digest(recipe) + stamp(units), nodes, out)
     with _claim(building / f"node_{nodes.own}.lock"):
-        _provide_tokenizer(recipe, units, building, nodes)
+        main_file = _provide_tokenizer(recipe, units, building, nodes)
         parts = [building / _PARTS / f"{number:08d}.npz" for number in range(len(units))]
-        _encode_own(recipe, units, parts, building, workers, nodes)
+        _encode_own(recipe, units, parts, building / main_file, workers, nodes)
         if nodes.own:
             return None
         _wait_for_parts(parts, nodes)
-        tokenizer = Tokenizer(building / TOKENIZER)
+        tokenizer = open_tokenizer(building / main_file)
         finished = building / "finished"
         shutil.rmtree(finished, ignore_errors=True)
         finished.mkdir()
@@ -90,7 +92,8 @@ def _build(recipe: Recipe, out: Path, workers: int, nodes: Nodes) -> dict[str, A
             if count.documents == 0:
                 cure = f"{merged.refusals}use more text or another --validation-fraction"
                 raise UserError(f"{', '.join(recipe.sources)}: gave no {split} document; {cure}")
-        shutil.copyfile(building / TOKENIZER, finished / TOKENIZER)
+        for name, file in tokenizer.files.items():
+            (finished / name).write_bytes(file)
         content = fingerprint(units, (read_facts(part, "content")[0] for part in parts))
         manifest = _manifest(recipe, finished, tokenizer, merged, content)
         (finished / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
@@ -155,8 +158,10 @@ def _wait_until(condition: Callable[[], bool], what: Callable[[], str]) -> None:
         time.sleep(1.0)
 
 
-def _provide_tokenizer(recipe: Recipe, units: Sequence[Unit], building: Path, nodes: Nodes) -> None:
-    path = building / TOKENIZER
+def _provide_tokenizer(recipe: Recipe, units: Sequence[Unit], building: Path, nodes: Nodes) -> str:
+    """Writes the tokenizer, trained or given, or waits until node 0 has; returns the name of its main file."""
+    given = recipe.given
+    path = building / (TOKENIZER_MODEL if given is None else given.main_file)
     if nodes.own:
 
         def is_there() -> bool:
@@ -166,12 +171,14 @@ def _provide_tokenizer(recipe: Recipe, units: Sequence[Unit], building: Path, no
 
         _wait_until(is_there, lambda: f"the tokenizer of node 0 in {building}")
     elif not path.exists():
-        given = recipe.tokenizer
-        _write(path, train_tokenizer(recipe, units) if given is None else Tokenizer(given).content)
+        files = {path.name: train_tokenizer(recipe, units)} if given is None else given.files
+        for name, content in reversed(files.items()):  # the main file last: with it there is a tokenizer
+            _write(building / name, content)
+    return path.name
 
 
 def _encode_own(
-    recipe: Recipe, units: Sequence[Unit], parts: Sequence[Path], building: Path, workers: int, nodes: Nodes
+    recipe: Recipe, units: Sequence[Unit], parts: Sequence[Path], tokenizer: Path, workers: int, nodes: Nodes
 ) -> None:
     """Encodes this node's missing units, every ``nodes.count``-th unit."""
     numbers = [number for number in range(nodes.own, len(units), nodes.count) if not parts[number].exists()]
@@ -184,7 +191,7 @@ def _encode_own(
     workers = min(workers, len(tasks))
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("text", total=len(tasks))
-        for own_documents, own_bytes in encode_all(tasks, building / TOKENIZER, workers):
+        for own_documents, own_bytes in encode_all(tasks, tokenizer, workers):
             documents += own_documents
             text_bytes += own_bytes
             speed = text_bytes / 1e6 / (time.perf_counter() - started)

@@ -10,7 +10,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from data_prep.sources import BLANK, ContentHash, RefusedError, read_unit, text_of
 from data_prep.units import Unit
 from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.tokenizer_files import open_tokenizer
 from dynmoe.errors import UserError, first_line
 from dynmoe.launched import end_with_parent
 
@@ -40,8 +40,8 @@ _LONGEST_WORD = 32
 class WordEncoder:
     """Encodes text word by word and caches the tokens of each word, several times as fast as whole texts.
 
-    The tokens are identical to sentencepiece's: if no piece of the vocabulary spans the beginning of a word, no merge
-    of byte-pair encoding does. Other tokenizers encode whole texts.
+    The tokens are identical to those of the whole text, for tokenizers that say so: if no piece of the vocabulary spans
+    the beginning of a word, no merge of byte-pair encoding does. Other tokenizers encode whole texts.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -54,11 +54,7 @@ class WordEncoder:
             return np.array(self._tokenizer.encode(text), dtype=np.int32)
         if len(self._words) > _MAX_WORDS:
             self._words.clear()
-        return np.fromiter(chain.from_iterable(map(self._words.__getitem__, _split(text))), np.int32)
-
-
-# A word with its preceding spaces; line breaks are separate. Sentencepiece replaces a space by U+2581.
-_split = re.compile("[ \u2581]*[^ \u2581\n]+|\n+|[ \u2581]+").findall
+        return np.fromiter(chain.from_iterable(map(self._words.__getitem__, self._tokenizer.words(text))), np.int32)
 
 
 class _Words(dict[str, list[int]]):
@@ -184,7 +180,7 @@ _encoder: tuple[WordEncoder, int]
 def _start_encoder(parent: int, tokenizer_path: str) -> None:
     global _encoder  # noqa: PLW0603  (one per worker process, set by the pool)
     end_with_parent(parent)
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = open_tokenizer(tokenizer_path)
     _encoder = WordEncoder(tokenizer), tokenizer.eod
 
 

@@ -6,10 +6,14 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from data_prep.tiktoken_files import read_tokenizer
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
+
+_OF_TOKENIZER = ("end_of_text", "special_tokens", "tiktoken_pattern")
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,9 @@ class Recipe:
     validation_fraction: float = 0.02
     deduplicate: bool = True
     read_as: str | None = None
+    end_of_text: str | None = None
+    special_tokens: bool | None = None
+    tiktoken_pattern: str | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.validation_fraction < 1.0:
@@ -32,6 +39,21 @@ class Recipe:
             raise UserError(f"--vocab-size {self.vocab_size}: use at least 300 (256 bytes and some pieces)")
         if self.tokenizer_mb < 1:
             raise UserError(f"--tokenizer-mb {self.tokenizer_mb}: use at least 1")
+        if self.tokenizer is None:
+            for name in _OF_TOKENIZER:
+                if getattr(self, name) is not None:
+                    raise UserError(f"--{name.replace('_', '-')}: applies to a given tokenizer; pass --tokenizer too")
+
+    @cached_property
+    def given(self) -> Tokenizer | None:
+        """The existing tokenizer to use; None: train one.
+
+        Raises:
+            UserError: it cannot be used.
+        """
+        if self.tokenizer is None:
+            return None
+        return read_tokenizer(self.tokenizer, self.end_of_text, self.special_tokens, self.tiktoken_pattern)
 
 
 def recipe_digest(recipe: Recipe) -> str:
@@ -39,8 +61,10 @@ def recipe_digest(recipe: Recipe) -> str:
     facts = dataclasses.asdict(recipe) | {"sources": [Path(source).name for source in recipe.sources]}
     if recipe.read_as is None:
         del facts["read_as"]  # keeps corpora current that were made before this option existed
-    if recipe.tokenizer is not None:
-        facts["tokenizer"] = Tokenizer(recipe.tokenizer).sha256
+    for name in _OF_TOKENIZER:
+        del facts[name]  # part of the tokenizer
+    if recipe.given is not None:
+        facts["tokenizer"] = recipe.given.sha256
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

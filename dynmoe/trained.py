@@ -17,6 +17,7 @@ from dynmoe.config import Config, load_config
 from dynmoe.config.parallel import ParallelConfig
 from dynmoe.convert import convert
 from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.tokenizer_files import open_tokenizer
 from dynmoe.engines import canonical_state
 from dynmoe.engines.state_names import MASTER
 from dynmoe.errors import UserError
@@ -61,7 +62,10 @@ def open_trained(run: Path, device: torch.device | None = None, experts_per_toke
     cure = "copy it from the corpus that the run was trained on"
     if not directory.tokenizer.exists():
         raise UserError(f"{directory.tokenizer} is missing; {cure}")
-    tokenizer = Tokenizer(directory.tokenizer, cure)
+    tokenizer = open_tokenizer(directory.tokenizer, cure)
+    for path in (run / name for name in tokenizer.files):
+        if not path.exists():  # without it, the end of a text would be guessed
+            raise UserError(f"{path} is missing; {cure}")
     return TrainedModel(**vars(open_decoder(run, device, experts_per_token)), tokenizer=tokenizer)
 
 

@@ -11,7 +11,9 @@ from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
-import sentencepiece
+
+from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.tokenizer_files import open_tokenizer
 
 
 def load(run: Path) -> pd.DataFrame:
@@ -26,11 +28,10 @@ def pairs(routes: pd.DataFrame) -> pd.Series:
     return together.explode("pair").dropna(subset="pair").groupby(["layer", "pair"]).size().sort_values(ascending=False)
 
 
-def by_token(routes: pd.DataFrame, tokenizer: Path, at_least: int = 3) -> pd.DataFrame:
+def by_token(routes: pd.DataFrame, tokenizer: Tokenizer, at_least: int = 3) -> pd.DataFrame:
     """Mean experts and count of each piece of text that occurs ``at_least`` times, in decreasing order."""
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     table = routes.groupby("token")["k"].agg(["mean", "size"])
-    table.index = [model.id_to_piece(token) for token in table.index]
+    table.index = [tokenizer.piece(token) for token in table.index]
     return table[table["size"] >= at_least * routes["layer"].nunique()].sort_values("mean", ascending=False)
 
 
@@ -39,7 +40,7 @@ def main() -> None:
     routes = load(run)
     print("experts per token:", routes.pivot_table(index="step", columns="layer", values="k").round(2), sep="\n")
     print("experts that work together most (layer, pair):", pairs(routes).head(10), sep="\n")
-    print("tokens with the most experts:", by_token(routes, run / "tokenizer.model").head(10).round(2), sep="\n")
+    print("tokens with the most experts:", by_token(routes, open_tokenizer(run)).head(10).round(2), sep="\n")
 
 
 if __name__ == "__main__":

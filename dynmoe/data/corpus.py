@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe.data import PREPARE_AGAIN
+from dynmoe.data.huggingface_tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON
 from dynmoe.data.indexed import IndexedTokens, check_indexed
 from dynmoe.data.pieces import BLOCK_BYTES, Piece, TokenIds, first_problem, hash_blocks
+from dynmoe.data.sentencepiece_tokenizer import TOKENIZER_MODEL
 from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.tokenizer_files import TOKENIZER_FILES, open_tokenizer
 from dynmoe.errors import UserError
 
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
 SPLITS = ("train", "validation")
-FILES = (TOKENIZER, *(f"{split}.{ending}" for split in SPLITS for ending in ("bin", "idx")))
+TOKEN_FILES = tuple(f"{split}.{ending}" for split in SPLITS for ending in ("bin", "idx"))
+_TOKENIZERS = tuple(map(frozenset, ((TOKENIZER_MODEL,), (TOKENIZER_JSON, TOKENIZER_CONFIG))))
 FORMAT = 1
 _CHECKED_ENDS = 100
 _KEYS = {"files", "input", "recipe", "refused", "sources", "splits", "tokenizer"}
@@ -38,8 +41,10 @@ def describe_files(directory: Path, block_bytes: int = BLOCK_BYTES) -> dict[str,
     """
     files = {}
     blocks = {}
-    for name in FILES:
+    for name in (*TOKENIZER_FILES, *TOKEN_FILES):
         path = directory / name
+        if name in TOKENIZER_FILES and not path.exists():
+            continue
         sha256, hashes = hash_blocks(path, block_bytes)
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256}
         if len(hashes) > 1:
@@ -78,11 +83,14 @@ class Corpus:
             raise UserError(f"{path / MANIFEST} cannot be read: {error}; {PREPARE_AGAIN}") from None
         if not _is_manifest(manifest):
             raise UserError(f"{path / MANIFEST} is not a manifest of format {FORMAT}; {PREPARE_AGAIN}")
-        tokenizer = Tokenizer(path / TOKENIZER)
+        main_file = next(name for name in (TOKENIZER_MODEL, TOKENIZER_JSON) if name in manifest["files"])
+        tokenizer = open_tokenizer(path / main_file)
         if tokenizer.sha256 != manifest["tokenizer"]["sha256"]:
-            raise UserError(f"{path / TOKENIZER} is not the tokenizer of the manifest; {PREPARE_AGAIN}")
+            raise UserError(f"{path / main_file} is not the tokenizer of the manifest; {PREPARE_AGAIN}")
         splits = {split: check_indexed(path / split) for split in SPLITS}
         for name, facts in manifest["files"].items():
+            if not (path / name).is_file():
+                raise UserError(f"{path / name} is missing; {PREPARE_AGAIN}")
             if (path / name).stat().st_size != facts["bytes"]:
                 raise UserError(f"{path / name}: its size differs from the manifest; {PREPARE_AGAIN}")
         for split, tokens in splits.items():
@@ -144,7 +152,8 @@ def _is_manifest(manifest: Any) -> bool:
         return (
             manifest["format"] == FORMAT
             and not _KEYS - manifest.keys()
-            and manifest["files"].keys() == set(FILES)
+            and manifest["files"].keys() >= set(TOKEN_FILES)
+            and manifest["files"].keys() - set(TOKEN_FILES) in _TOKENIZERS
             and all({"bytes", "sha256"} <= facts.keys() for facts in manifest["files"].values())
             and isinstance(manifest["tokenizer"]["sha256"], str)
             and all(math.isfinite(manifest["splits"][split]["unigram_entropy_nats"]) for split in SPLITS)
@@ -180,7 +189,7 @@ def open_corpora(dirs: Sequence[str], sequence_length: int) -> list[Corpus]:
     corpora = [Corpus.open(path) for path in dirs]
     for corpus in corpora:
         if corpus.tokenizer.sha256 != corpora[0].tokenizer.sha256:
-            cure = f"prepare it with --tokenizer {corpora[0].path / TOKENIZER}"
+            cure = f"prepare it with --tokenizer {corpora[0].path / corpora[0].tokenizer.main_file}"
             raise UserError(f"data.dirs: {corpus.path} has a different tokenizer than {corpora[0].path}; {cure}")
         for split, tokens in corpus.splits.items():
             if tokens.num_tokens <= sequence_length:

@@ -48,9 +48,11 @@ def _export(given: argparse.Namespace) -> None:
     if not done.tokenizer:
         print("It has no tokenizer, because the imported checkpoint had none.")
     elif done.texts:
-        print(f"The tokenizer gives the ids of sentencepiece on {done.texts} validation documents.")
+        print(f"The tokenizer gives the ids of training on {done.texts} validation documents.")
     else:
-        print("The tokenizer was not compared with sentencepiece, because the corpora of data.dirs do not exist here.")
+        print(
+            "The tokenizer was not compared with that of training, because the corpora of data.dirs do not exist here."
+        )
     print(f'Load it with: AutoModelForCausalLM.from_pretrained("{given.output}"{code})')
     print(f"{_readers(json.loads((given.output / 'config.json').read_text()))} How to serve it: docs/serving.md")
 
@@ -73,6 +75,8 @@ def _gguf(given: argparse.Namespace) -> None:
     done = write_gguf(given.run, given.output, given.type)
     size = f"{done.parameters / 1e6:.1f} M parameters in {done.size / 1e6:.1f} MB"
     print(f"{given.output}: {size} ({given.type}), as llama.cpp's {done.architecture}, with the tokenizer.")
+    if done.composes:
+        print("Give it text in NFC: training normalized text to it, and llama.cpp does not.")
 
 
 def _import(given: argparse.Namespace) -> None:
@@ -85,5 +89,5 @@ def _import(given: argparse.Namespace) -> None:
     if tokenizer.exists():
         print(f"Prepare text for it with: python -m data_prep ... --tokenizer {tokenizer}")
     else:
-        print(f"{given.source} has no sentencepiece {tokenizer.name}, which preparing text for it requires.")
+        print(f"{given.source} has no tokenizer; prepare text for it with the one that its weights were trained with.")
     print(f"Train it with: torchrun train.py {given.run / 'config.yaml'}")

@@ -42,7 +42,7 @@ class Export:
         architecture: the ``model_type`` of transformers.
         parameters: number of parameters.
         tokenizer: whether the export has a tokenizer.
-        texts: number of texts on which the tokenizer was compared with sentencepiece.
+        texts: number of texts on which the tokenizer was compared with that of training.
     """
 
     architecture: str
@@ -109,7 +109,7 @@ def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code
 
 
 def _open(run: Path, kept: Kept) -> tuple[TrainedDecoder, Tokenizer | None]:
-    """The model and its sentencepiece tokenizer, which only a run that was imported without one may lack."""
+    """The model and its tokenizer, which only a run that was imported without one may lack."""
     if kept.files and not RunDirectory(run).tokenizer.exists():
         return open_decoder(run, torch.device("cpu")), None
     model = open_trained(run, torch.device("cpu"))

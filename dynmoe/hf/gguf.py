@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from dynmoe.config import ModelConfig, load_config
+from dynmoe.data.huggingface_tokenizer import HuggingFaceTokenizer
+from dynmoe.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import ConfigError, UserError, first_line
 from dynmoe.hf.export import own_fields
+from dynmoe.hf.gguf_byte_level import byte_level_vocabulary
 from dynmoe.hf.gguf_tensors import SERVERS, describe, find_architecture, tensors
 from dynmoe.hf.gguf_vocabulary import Vocabulary, vocabulary
 from dynmoe.hf.kept import Kept
@@ -40,11 +44,13 @@ class Written:
         architecture: the architecture, as llama.cpp calls it.
         parameters: number of parameters.
         size: size of the file, in bytes.
+        composes: whether training normalized text to NFC, which llama.cpp does not do.
     """
 
     architecture: str
     parameters: int
     size: int
+    composes: bool
 
 
 def write_gguf(run: Path, output: Path, kind: str = "f32") -> Written:
@@ -76,7 +82,7 @@ def write_gguf(run: Path, output: Path, kind: str = "f32") -> Written:
     model = open_trained(run, torch.device("cpu"))
     kept = Kept.of(run)
     _check_router_state(model)
-    words = vocabulary(model.tokenizer)
+    words = _words(model.tokenizer)
     ids = own_fields(model, model.tokenizer, kept) | {"unk_token_id": model.tokenizer.unknown}
     if ids["pad_token_id"] is None:
         ids["pad_token_id"] = padding(model.tokenizer)
@@ -97,7 +103,14 @@ def write_gguf(run: Path, output: Path, kind: str = "f32") -> Written:
             building.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"FILE: {output} cannot be written: {first_line(error)}; name another place") from None
-    return Written(architecture, sum(tensor.numel() for tensor in made.values()), size)
+    return Written(architecture, sum(tensor.numel() for tensor in made.values()), size, words.composes)
+
+
+def _words(tokenizer: Tokenizer) -> Vocabulary:
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return vocabulary(tokenizer)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    return byte_level_vocabulary(tokenizer)
 
 
 def _check_rows(model: ModelConfig) -> None:
@@ -174,10 +187,13 @@ def _add_fields(writer: GGUFWriter, kind: str, fields: dict[str, int | float]) -
 
 def _add_vocabulary(writer: GGUFWriter, words: Vocabulary, ids: dict[str, Any], added: _SpecialTokens) -> None:
     writer.add_tokenizer_model(words.model)
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(words.words)
     writer.add_token_list(words.pieces)
-    writer.add_token_scores(words.scores)
+    if words.scores:
+        writer.add_token_scores(words.scores)
     writer.add_token_types(words.types)
+    if words.merges:
+        writer.add_token_merges(words.merges)
     writer.add_add_space_prefix(words.space_before)
     writer.add_remove_extra_whitespaces(words.spaces_as_one)
     if words.charsmap:

@@ -8,7 +8,7 @@ a model that needs a missing feature is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
 
@@ -28,11 +28,14 @@ class Vocabulary:
     Attributes:
         model: name of llama.cpp's tokenizer.
         pieces: text of each token.
-        scores: score of each token.
+        scores: score of each token; empty for byte-level tokenizers.
         types: type of each token; sentencepiece and GGUF use the same numbers.
         space_before: whether a space is prepended to a text.
         spaces_as_one: whether runs of spaces become one space, and leading and trailing spaces are removed.
         charsmap: sentencepiece's table of character replacements; may be empty.
+        words: name of llama.cpp's way to split a text into words, which only byte-level tokenizers do.
+        merges: pairs of pieces that are merged, in order, for byte-level tokenizers.
+        composes: whether training normalized text to NFC, which llama.cpp does not do.
     """
 
     model: str
@@ -42,6 +45,9 @@ class Vocabulary:
     space_before: bool
     spaces_as_one: bool
     charsmap: bytes
+    words: str = "default"
+    merges: list[str] = field(default_factory=list)
+    composes: bool = False
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
@@ -103,7 +109,7 @@ def _problems_of_bpe(trainer: Any, normalizer: Any, own: Sequence[str]) -> Itera
     if own and normalizer.add_dummy_prefix:
         yield f"it prepends a space to a text, but not after user-defined pieces ({own[0]!r})"
     for first, second in permutations(own, 2):
-        if len(first.encode()) <= len(second.encode()) and _may_overlap(first, second):
+        if len(first.encode()) <= len(second.encode()) and may_overlap(first, second):
             yield f"where its pieces {first!r} and {second!r} overlap, it uses the one that begins first"
 
 
@@ -116,6 +122,6 @@ def _problems_of_unigram(trainer: Any, normalizer: Any, own: Sequence[str]) -> I
         yield "it is a unigram model that either prepends a space or merges runs of spaces, but not both"
 
 
-def _may_overlap(first: str, second: str) -> bool:
+def may_overlap(first: str, second: str) -> bool:
     """Whether ``second`` can begin inside ``first`` and extend beyond its end."""
     return any(second.startswith(first[start:]) for start in range(1, len(first)))

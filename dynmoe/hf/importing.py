@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dynmoe.config import Config, load_config
-from dynmoe.data.corpus import TOKENIZER, Corpus
+from dynmoe.data.corpus import Corpus
 from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.tokenizer_files import find_tokenizer, open_tokenizer
 from dynmoe.errors import UserError
 from dynmoe.hf.formats import from_transformers
 from dynmoe.hf.kept import to_keep
@@ -36,7 +37,7 @@ def import_checkpoint(source: Path, output: Path, overrides: Sequence[str] = ())
 
     Raises:
         UserError: the architecture, a field or a tensor is not supported or inconsistent; mlx-lm wrote the files; the
-            tokenizer is not sentencepiece's or has more ids than the model has rows; or the output exists.
+            tokenizer cannot be used or has more ids than the model has rows; or the output exists.
     """
     if output.exists():
         raise UserError(f"RUN: {output} exists; name a new directory")
@@ -48,23 +49,30 @@ def import_checkpoint(source: Path, output: Path, overrides: Sequence[str] = ())
     config = load_config(None, [*fields, *overrides, f"run.dir={output.parent}", f"run.name={output.name}"])
     vocab_size = config.model.vocab_size
     assert vocab_size is not None
-    _check_tokenizers(source, config, vocab_size)
+    tokenizer = _own_tokenizer(source, vocab_size)
+    _check_corpora(config, vocab_size)
     decoder = Decoder(config.model, vocab_size, config.train.seed)
     load_weights(decoder, tensors, architecture)
     if architecture == "dynmoe":
         restore_router_state(decoder, found.get("router") or {})
-    begin_run(config, decoder, to_keep(source, found | kept), output)
+    begin_run(config, decoder, to_keep(source, found | kept, tokenizer), output)
     return architecture, config
 
 
-def _check_tokenizers(source: Path, config: Config, vocab_size: int) -> None:
-    """Checks that the checkpoint's tokenizer and the named corpora have no ids beyond the model's embedding rows."""
-    path = source / TOKENIZER
-    if path.exists():
-        cure = "move it away to import without it; preparing text requires a sentencepiece tokenizer"
-        size = Tokenizer(path, cure).vocab_size
-        if size > vocab_size:
-            raise UserError(f"config.json: vocab_size={vocab_size}: {path} has {size} ids; {cure}")
+def _own_tokenizer(source: Path, vocab_size: int) -> Tokenizer | None:
+    """The checkpoint's tokenizer, if it has one, which must have no ids beyond the model's embedding rows."""
+    path = find_tokenizer(source)
+    if path is None:
+        return None
+    cure = "move it away to import without it, and prepare text with data_prep --tokenizer"
+    tokenizer = open_tokenizer(path, cure)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(f"config.json: vocab_size={vocab_size}: {path} has {tokenizer.vocab_size} ids; {cure}")
+    return tokenizer
+
+
+def _check_corpora(config: Config, vocab_size: int) -> None:
+    """Checks that the named corpora have no ids beyond the model's embedding rows."""
     if config.data.dirs == load_config().data.dirs:
         return
     for folder in config.data.dirs:

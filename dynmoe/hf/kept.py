@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynmoe.data.corpus import TOKENIZER
+from dynmoe.data.sentencepiece_tokenizer import TOKENIZER_MODEL
+from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.tokenizer_files import find_tokenizer
 from dynmoe.hf.fields import KEPT
 from dynmoe.train.checkpoint import IMPORTED
 
@@ -19,19 +21,18 @@ _FILES = (
 )  # fmt: skip
 
 
-def to_keep(source: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
+def to_keep(source: Path, config: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, bytes]:
     """Files of the checkpoint in ``source`` that a run keeps, by their path in the run directory.
 
     Args:
         source: directory of the checkpoint.
         config: its ``config.json``, with the family's defaults for the fields of ``KEPT``.
+        tokenizer: its tokenizer, which becomes the run's; None if it has none.
     """
     files = {f"{IMPORTED}/{_CONFIG}": json.dumps(config, indent=2).encode()}
     for path in (path for pattern in _FILES for path in sorted(source.glob(pattern)) if path.is_file()):
         files[f"{IMPORTED}/{path.relative_to(source).as_posix()}"] = path.read_bytes()
-    if (source / TOKENIZER).exists():
-        files[TOKENIZER] = (source / TOKENIZER).read_bytes()
-    return files
+    return files if tokenizer is None else files | tokenizer.files
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,10 @@ class Kept:
         config = json.loads((folder / _CONFIG).read_text())
         fields = {name: config[name] for name in KEPT if name in config}
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        trained = (run / TOKENIZER).read_bytes() if (run / TOKENIZER).exists() else None
-        if files.get(TOKENIZER) != trained:
+        trained = find_tokenizer(run)
+        # Runs of earlier versions have no tokenizer.json of their own.
+        imported = files.get(TOKENIZER_MODEL if trained is None else trained.name)
+        if imported != (None if trained is None else trained.read_bytes()):
             return cls({name: value for name, value in fields.items() if not name.endswith("_token_id")})
         return cls(fields, files)
 

@@ -1,4 +1,4 @@
-"""Conversion of our sentencepiece model to a fast tokenizer of transformers that gives the same ids."""
+"""The tokenizer of a run as a fast tokenizer of transformers that gives the same ids."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dynmoe.data.huggingface_tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON, HuggingFaceTokenizer
+from dynmoe.data.sentencepiece_tokenizer import TOKENIZER_MODEL, SentencePieceTokenizer
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
 
@@ -18,47 +20,62 @@ def padding(tokenizer: Tokenizer) -> int:
     With byte fallback this is the unknown piece, which is then unused. EOD is the second choice: losses ignore padding,
     but the end of a text has to be learned.
     """
-    return tokenizer.unknown if tokenizer.has_bytes else tokenizer.eod
+    return tokenizer.eod if tokenizer.unknown is None or not tokenizer.has_bytes else tokenizer.unknown
 
 
 def write_tokenizer(tokenizer: Tokenizer, directory: Path, fields: Mapping[str, Any]) -> None:
-    """Writes ``tokenizer.json`` with its configuration, and sentencepiece's own file.
+    """Writes ``tokenizer.json`` with its configuration, and sentencepiece's own file if there is one.
 
-    As in training, ``</s>`` in a text is four characters. Padding is on the left, as generation requires. Two further
-    fields state whether a token or a space is prepended to a text, for llama.cpp's converter.
+    As in training, special tokens in a text stay text unless the corpora were prepared otherwise, and nothing is
+    prepended to a text. Padding is on the left, as generation requires.
 
     Args:
         tokenizer: tokenizer of the run.
         directory: directory of the export.
         fields: fields of ``config.json``: ``max_position_embeddings`` and, optionally, ``bos_token_id``.
     """
-    from transformers import TokenizersBackend
-
     begin = tokenizer.eod if fields.get("bos_token_id") is None else fields["bos_token_id"]
-    pieces = {"bos_token": begin, "eos_token": tokenizer.eod, "unk_token": tokenizer.unknown}
-    special = {name: tokenizer.piece(token) for name, token in (pieces | {"pad_token": padding(tokenizer)}).items()}
+    ids = {"bos_token": begin, "eos_token": tokenizer.eod, "pad_token": padding(tokenizer)}
+    ids |= {} if tokenizer.unknown is None else {"unk_token": tokenizer.unknown}
     settings = {
         "tokenizer_class": "TokenizersBackend", "model_max_length": fields["max_position_embeddings"],
-        "padding_side": "left", "split_special_tokens": True, "clean_up_tokenization_spaces": False, **special,
+        "padding_side": "left", "split_special_tokens": not tokenizer.special_tokens,
+        "clean_up_tokenization_spaces": False, **{name: tokenizer.piece(token) for name, token in ids.items()},
     }  # fmt: skip
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        _write_sentencepiece(tokenizer, directory, settings)
+    else:
+        assert isinstance(tokenizer, HuggingFaceTokenizer)
+        (directory / TOKENIZER_JSON).write_bytes(tokenizer.without_post_processor())
+        _write_json(directory / TOKENIZER_CONFIG, settings | {"add_bos_token": False})
+
+
+def _write_sentencepiece(tokenizer: SentencePieceTokenizer, directory: Path, settings: Mapping[str, Any]) -> None:
+    """Has transformers convert the model. Two further fields tell llama.cpp's converter what precedes a text."""
+    from transformers import TokenizersBackend
+
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "tokenizer.model").write_bytes(tokenizer.content)
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings))
+        (Path(folder) / TOKENIZER_MODEL).write_bytes(tokenizer.content)
+        _write_json(Path(folder) / TOKENIZER_CONFIG, settings)
         fast = TokenizersBackend.from_pretrained(folder)
     fast.save_pretrained(directory)
-    path = directory / "tokenizer_config.json"
+    path = directory / TOKENIZER_CONFIG
     before = {"add_bos_token": False, "add_prefix_space": tokenizer.adds_space}
-    path.write_text(json.dumps(json.loads(path.read_text()) | before, indent=2, ensure_ascii=False) + "\n")
-    (directory / "tokenizer.model").write_bytes(tokenizer.content)
+    _write_json(path, json.loads(path.read_text()) | before)
+    (directory / TOKENIZER_MODEL).write_bytes(tokenizer.content)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def compare(tokenizer: Tokenizer, directory: Path, texts: Iterable[str], cure: str) -> int:
-    """Compares the tokenizer that transformers loads from ``directory`` with sentencepiece.
+    """Compares the tokenizer that transformers loads from ``directory`` with that of training.
 
     Args:
         tokenizer: tokenizer of the run.
         directory: directory of the other tokenizer.
-        texts: texts to encode with both, without special tokens.
+        texts: texts to encode with both, without tokens before or after them.
         cure: the fix for a difference, for the error message.
 
     Returns:
@@ -70,14 +87,15 @@ def compare(tokenizer: Tokenizer, directory: Path, texts: Iterable[str], cure: s
     from transformers import AutoTokenizer
 
     encode = AutoTokenizer.from_pretrained(directory)
+    split = not tokenizer.special_tokens
     compared = 0
     for text in texts:
         ours = tokenizer.encode(text)
-        theirs = encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        theirs = encode(text, add_special_tokens=False, split_special_tokens=split, verbose=False)["input_ids"]
         if ours != theirs:
             pairs = enumerate(zip([*ours, None], [*theirs, None], strict=False))
             place = next(n for n, pair in pairs if pair[0] != pair[1])
-            problem = f"ids differ between transformers and sentencepiece from token {place} on"
+            problem = f"ids differ between transformers and {tokenizer.name} from token {place} on"
             near = tokenizer.decode(ours[max(0, place - 3) : place + 4])
             raise UserError(f"tokenizer: {problem} ({near!r}); {cure}")
         compared += 1

@@ -90,8 +90,9 @@ def view_tokens(model: TrainedModel, texts: Sequence[Text], num_tokens: int) -> 
         Content of tokens.json: ``run``, ``step``, ``layers`` (indices), ``sources``; ``tokens``, each with ``id``,
         ``piece``, ``source`` (index), ``position`` and, by layer, ``experts`` and their ``gates``; and ``tables`` (see
         :func:`tables`). A byte of a character that is complete in its window also has this ``character``, and its index
-        in it, ``byte``. A token that is a patch of one of the ``images`` has no id, but the index of the ``image`` and
-        of the ``patch``.
+        in it, ``byte``; if it has several ``bytes``, as tokens of byte-level tokenizers do, also their number. The
+        ``character`` is then all that the tokens spell together, such as a space and a letter. A token that is a patch
+        of one of the ``images`` has no id, but the index of the ``image`` and of the ``patch``.
 
     Raises:
         UserError: the model is dense, or there is no text.
@@ -133,12 +134,16 @@ def _run_window(model: TrainedModel, ids: list[int], source: int) -> list[dict[s
 
 
 def _read(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Yields each token, its piece, and the character of which it is a byte."""
+    """Yields each token, its piece, and the text of which it is only a part, with its place in it."""
     left = iter(ids)
     for text, length in tokenizer.written(ids):
-        for byte, token in enumerate(islice(left, length)):
+        byte = 0
+        for token in islice(left, length):
             piece = tokenizer.piece(token)
-            yield token, piece, {} if piece == text else {"character": text, "byte": byte}
+            size = len(tokenizer.raw(token))
+            more = {"bytes": size} if size > 1 else {}
+            yield token, piece, {} if piece == text else {"character": text, "byte": byte, **more}
+            byte += size
 
 
 def _routes(plan: RoutingPlan) -> tuple[list[list[int]], list[list[float]]]:

@@ -21,8 +21,9 @@ from shutil import rmtree
 from typing import Any
 
 from dynmoe.config import Config
-from dynmoe.data.corpus import TOKENIZER, sha256_of
+from dynmoe.data.corpus import sha256_of
 from dynmoe.data.pieces import Piece, first_problem
+from dynmoe.data.tokenizer_files import TOKENIZER_FILES
 from dynmoe.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -225,7 +226,7 @@ def continue_run(source: Checkpoint, config: Config, output: Path, write: Callab
 
 def model_files(run: Path) -> dict[str, bytes]:
     """Contents of the files that a run passes on with its model, by their path in the run directory."""
-    paths = (run / TOKENIZER, *sorted((run / IMPORTED).rglob("*")))
+    paths = (*(run / name for name in TOKENIZER_FILES), *sorted((run / IMPORTED).rglob("*")))
     return {path.relative_to(run).as_posix(): path.read_bytes() for path in paths if path.is_file()}
 
 

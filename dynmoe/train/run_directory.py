@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dynmoe.data.corpus import TOKENIZER
+from dynmoe.data.sentencepiece_tokenizer import TOKENIZER_MODEL
+from dynmoe.data.tokenizer_files import find_tokenizer
 from dynmoe.errors import UserError
 from dynmoe.lock import Lock
 from dynmoe.train.checkpoint import write_atomically
@@ -26,7 +28,6 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
-        self.tokenizer = path / TOKENIZER
         self.metrics = path / "metrics.jsonl"
         self.histograms = path / "histograms.jsonl"
         self.events = path / "events.jsonl"
@@ -41,6 +42,11 @@ class RunDirectory:
         self.wandb_id = path / "wandb_id"
         self.verified = path / "verified"
         self._lock: Lock | None = None
+
+    @property
+    def tokenizer(self) -> Path:
+        """Main file of the tokenizer; one that does not exist if there is none."""
+        return find_tokenizer(self.path) or self.path / TOKENIZER_MODEL
 
     def starts(self, node: int) -> Path:
         """The file in which node ``node``, and no other, records its starts."""
@@ -71,10 +77,16 @@ class RunDirectory:
             self._lock.release()
             self._lock = None
 
-    def begin(self, config_yaml: str, tokenizer: bytes) -> None:
-        """Writes the configuration and the tokenizer, which make the directory self-contained; removes the outcome."""
+    def begin(self, config_yaml: str, tokenizer: Mapping[str, bytes]) -> None:
+        """Writes the configuration and the tokenizer, which make the directory self-contained; removes the outcome.
+
+        Args:
+            config_yaml: the merged configuration.
+            tokenizer: contents of the tokenizer's files by name, the main file first.
+        """
         write_atomically(self.config, config_yaml)
-        write_atomically(self.tokenizer, tokenizer)
+        for name, content in reversed([*tokenizer.items()]):  # the main file last: with it there is a tokenizer
+            write_atomically(self.path / name, content)
         self.outcome.unlink(missing_ok=True)
 
     def write_outcome(self, status: str, step: int, **facts: Any) -> None:

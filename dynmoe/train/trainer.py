@@ -242,7 +242,7 @@ class Trainer:
         """Opens the record on rank 0, which also keeps the W&B id, as it writes the trainer's state."""
         if self.engine.rank != 0:
             return None
-        self.directory.begin(self.config.to_yaml(), self.data.tokenizer.content)
+        self.directory.begin(self.config.to_yaml(), self.data.tokenizer.files)
         views, self.progress.wandb_id = self._make_views(self.progress.wandb_id, self.progress.step)
         return RunRecord(self.config, self.directory, self.progress.step, views)
 

@@ -17,6 +17,7 @@ import wandb
 
 from dynmoe.config import Config
 from dynmoe.data.corpus import MANIFEST
+from dynmoe.data.tokenizer_files import TOKENIZER_FILES
 from dynmoe.errors import first_line
 from dynmoe.train.checkpoint import latest_complete, write_atomically
 from dynmoe.train.metrics import Histograms, Pictures, Row
@@ -97,7 +98,9 @@ class WandbView:
     def _keep_inputs(self, corpora: Sequence[str]) -> None:
         artifact = wandb.Artifact(name_within_limit(self._run_name, "-inputs"), type="inputs")
         artifact.add_file(str(self._directory.config))
-        artifact.add_file(str(self._directory.tokenizer))
+        for path in (self._directory.path / name for name in TOKENIZER_FILES):
+            if path.exists():
+                artifact.add_file(str(path))
         for number, corpus in enumerate(corpora):
             artifact.add_file(str(Path(corpus) / MANIFEST), name=f"corpus_{number}_{MANIFEST}")
         self._run.log_artifact(artifact)

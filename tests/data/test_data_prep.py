@@ -17,7 +17,7 @@ from data_prep.recipe import Recipe
 from data_prep.sources import STDLIB, RefusedError, list_units, read_unit, text_of
 from data_prep.units import RawDocument
 from dynmoe.data.corpus import Corpus
-from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.tokenizer_files import open_tokenizer
 from dynmoe.errors import UserError
 from tests.texts import make_text, write_texts
 
@@ -66,7 +66,7 @@ def test_every_document_is_there_and_decodes_to_itself(corpus_dir):
     "text", ["  indented\n\n\n    more\t\n", "naïve — ünïcode 漢字 🙂", "a\r\nb", "x = 1234567890", " "]
 )
 def test_the_tokenizer_gives_any_text_back(corpus_dir, text):
-    tokenizer = Tokenizer(corpus_dir / "tokenizer.model")
+    tokenizer = open_tokenizer(corpus_dir / "tokenizer.model")
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 

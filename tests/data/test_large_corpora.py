@@ -28,6 +28,7 @@ from dynmoe.data.batches import PretrainingData
 from dynmoe.data.corpus import Corpus, open_corpora
 from dynmoe.data.indexed import check_indexed, write_index
 from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.tokenizer_files import open_tokenizer
 from dynmoe.errors import UserError
 from harness.processes import is_running
 from tests.data.megatron_order import DType, IndexedDatasetBuilder
@@ -164,7 +165,7 @@ def test_copies_are_found_in_any_number_of_epochs(tmp_path):
 
 @given(text=st.text(max_size=80))
 def test_word_by_word_gives_the_tokens_of_sentencepiece(corpus_dir, text):
-    tokenizer = Tokenizer(corpus_dir / "tokenizer.model")
+    tokenizer = open_tokenizer(corpus_dir / "tokenizer.model")
     assert tokenizer.splits_into_words
     for own in (text, f"  {text}\n\n {text} \u2581 {text}\u2581\u2581x"):
         assert WordEncoder(tokenizer).encode(own).tolist() == tokenizer.encode(own)
@@ -191,7 +192,7 @@ def test_other_tokenizers_get_whole_texts(tmp_path, options):
     lines = "\n".join(TEXTS).split("\n")
     prefix = str(tmp_path / "other")
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=prefix, **given)
-    tokenizer = Tokenizer(f"{prefix}.model")
+    tokenizer = open_tokenizer(f"{prefix}.model")
     assert not tokenizer.splits_into_words
     text = "\n".join(TEXTS[:20])
     assert WordEncoder(tokenizer).encode(text).tolist() == tokenizer.encode(text)
@@ -301,7 +302,7 @@ def write_as_megatron_does(prefix: Path, tokenizer: Tokenizer, texts: list[str])
 
 
 def test_files_of_megatrons_tool_are_taken_unchanged(tmp_path, corpus_dir):
-    tokenizer = Tokenizer(corpus_dir / "tokenizer.model")
+    tokenizer = open_tokenizer(corpus_dir / "tokenizer.model")
     for name, texts in (("my.en_text_document", TEXTS[:100]), ("other_text_document", TEXTS[100:])):
         write_as_megatron_does(tmp_path / name, tokenizer, texts)
     model = str(corpus_dir / "tokenizer.model")
@@ -356,7 +357,7 @@ def first_tokens(dirs: list[str], weights: list[float], cache: Path) -> torch.Te
 def run_adopt(train: str, validation: str, tokenizer: str, out: str) -> str:
     from data_prep.adopt import adopt
 
-    adopt(Path(train), Path(validation), 0.02, Path(tokenizer), Path(out))
+    adopt(Path(train), Path(validation), 0.02, open_tokenizer(tokenizer), Path(out))
     return out
 
 

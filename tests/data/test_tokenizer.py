@@ -8,6 +8,7 @@ import pytest
 import sentencepiece
 
 from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.tokenizer_files import open_tokenizer
 
 # Of one to four bytes, of several code points, and none of them in the vocabulary.
 TEXT = "A router: 神経網 ~ é 👩\u200d🔬 の\u3099 x\x00\t"
@@ -21,7 +22,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
         model_type="bpe", byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
         remove_extra_whitespaces=False, minloglevel=2,
     )  # fmt: skip
-    return Tokenizer(Path(f"{prefix}.model"))
+    return open_tokenizer(Path(f"{prefix}.model"))
 
 
 def test_a_text_is_read_as_it_was_written(tokenizer):

@@ -13,12 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.encode import Part
-from dynmoe.data.corpus import FILES, MANIFEST, Corpus
+from data_prep.tiktoken_files import PATTERNS, read_tokenizer
+from dynmoe.data.corpus import MANIFEST, TOKEN_FILES, Corpus
 from dynmoe.data.indexed import IndexedTokens, check_indexed, write_index
+from dynmoe.data.sentencepiece_tokenizer import TOKENIZER_MODEL
 from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.tokenizer_files import open_tokenizer
 from dynmoe.data.validation import validation_shares
 from dynmoe.train.summary import validation_unigram_entropy
+from tests.data import languages
+from tests.data.languages import save, save_ranks
 from tests.faults.hostile import JSON, attempt, damaged, fuzz
+
+FILES = (TOKENIZER_MODEL, *TOKEN_FILES)
 
 
 @pytest.fixture(scope="module")
@@ -166,10 +173,42 @@ def is_what_megatron_reads(found: IndexedTokens, content: bytes) -> None:
 def test_f10_fuzz_tokenizer_files(tmp_path, sound, data):
     """An accepted tokenizer can encode, with all ids in its vocabulary."""
     (tmp_path / "tokenizer.model").write_bytes(data.draw(damaged(sound["tokenizer.model"]) | st.binary(max_size=60)))
-    tokenizer = attempt(lambda: Tokenizer(tmp_path / "tokenizer.model"))
+    tokenizer = attempt(lambda: open_tokenizer(tmp_path / "tokenizer.model"))
     if tokenizer is not None:
-        tokens = tokenizer.encode("The router takes 12 of the gates.\n\n  ünïcode 漢字 🙂")
-        assert all(0 <= token < tokenizer.vocab_size for token in [*tokens, tokenizer.eod])
-        assert isinstance(tokenizer.decode(tokens), str)
-        assert isinstance(tokenizer.splits_into_words, bool)
-        assert all(isinstance(tokenizer.piece(token), str) for token in range(tokenizer.vocab_size))
+        encodes(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory) -> list[Path]:
+    """A tokenizer.json of each kind."""
+    folder = tmp_path_factory.mktemp("kinds")
+    kinds = ("olmoe", "llama3", "llama2", "unigram")
+    return [save(getattr(languages, name)(), folder / name) / "tokenizer.json" for name in kinds]
+
+
+@fuzz(150)
+@given(data=st.data())
+def test_f10_fuzz_tokenizers_of_hugging_face(tmp_path, others, data):
+    """Whole fields are removed, renamed and replaced, or bytes."""
+    content = data.draw(st.sampled_from(others)).read_bytes()
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(data.draw(damaged_manifest(content) | damaged(content) | st.just(content)))
+    special = data.draw(st.booleans())
+    attempt(lambda: encodes(open_tokenizer(path, special_tokens=special)))
+
+
+@fuzz(100)
+@given(data=st.data())
+def test_f10_fuzz_tiktoken_files(tmp_path, data):
+    path = save_ranks({bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"abc": 257}, tmp_path / "a.tiktoken")
+    path.write_bytes(data.draw(damaged(path.read_bytes(), (b"\n", b" 1\n", b"=")) | st.binary(max_size=60)))
+    pattern = data.draw(st.sampled_from(sorted(PATTERNS)) | st.text(max_size=9))
+    attempt(lambda: encodes(read_tokenizer(str(path), pattern=pattern)))
+
+
+def encodes(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode("The router takes 12 of the gates.\n\n  ünïcode 漢字 🙂")
+    assert all(0 <= token < tokenizer.vocab_size for token in [*tokens, tokenizer.eod])
+    assert isinstance(tokenizer.decode(tokens), str)
+    assert isinstance(tokenizer.splits_into_words, bool)
+    assert all(isinstance(tokenizer.piece(token), str) for token in range(min(1000, tokenizer.vocab_size)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dynmoe.config import Config, load_config
-from dynmoe.data.corpus import TOKENIZER
+from dynmoe.data.tokenizer_files import open_tokenizer
 from dynmoe.model import Decoder
 from dynmoe.trained import begin_run
 from tests.moe.cases import BASELINES, ROUTERS
@@ -62,14 +62,14 @@ class Begun:
     decoder: Decoder
 
 
-def begin(corpus: Path, path: Path, overrides: Sequence[str]) -> Begun:
+def begin(corpus: Path, path: Path, overrides: Sequence[str], rows: int = 448) -> Begun:
     """Creates a run of a tiny model with router state; selection biases are set if the name contains "biased"."""
     config = load_config(None, [
         f"data.dirs=[{corpus}]", "data.sequence_length=64", "model.hidden=16", "model.heads=2", "model.kv_heads=1",
         "model.layers=3", "model.ffn_hidden=32", "model.moe.experts=4", "model.moe.expert_hidden=24",
         "model.init_std=0.3", *overrides, f"run.dir={path.parent}", f"run.name={path.name}",
     ])  # fmt: skip
-    decoder = Decoder(config.model, 448, seed=0).eval()
+    decoder = Decoder(config.model, rows, seed=0).eval()
     decoder.context.aim(config.budget.experts_per_token)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in decoder.named_parameters():
@@ -83,7 +83,7 @@ def begin(corpus: Path, path: Path, overrides: Sequence[str]) -> Begun:
                 buffer.add_(0.02 * torch.randn(buffer.shape, generator=generator))
             if name in layer.router.by_budget:
                 buffer.add_(0.02 * torch.arange(float(len(buffer))).view(-1, *[1] * (buffer.dim() - 1)))
-    begin_run(config, decoder, {TOKENIZER: (corpus / TOKENIZER).read_bytes()}, path)
+    begin_run(config, decoder, open_tokenizer(corpus).files, path)
     return Begun(path, config, decoder)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-from dynmoe.data.corpus import TOKENIZER
+from dynmoe.data.sentencepiece_tokenizer import TOKENIZER_MODEL
 from dynmoe.errors import UserError
 from dynmoe.hf import main
 from dynmoe.hf.gguf import _check_router_state, write_gguf
@@ -85,8 +85,8 @@ def test_a_failure_leaves_no_file(run, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     refused(run, tmp_path / "file" / "model.gguf", "file/model.gguf cannot be written: .*name another place")
     shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / TOKENIZER).unlink()
-    refused(tmp_path / "run", output, f"{TOKENIZER} is missing")
+    (tmp_path / "run" / TOKENIZER_MODEL).unlink()
+    refused(tmp_path / "run", output, f"{TOKENIZER_MODEL} is missing")
     with monkeypatch.context() as patch:
         patch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
         refused(run, output, "model.gguf cannot be written: .*No space left")

@@ -10,8 +10,9 @@ import gguf
 import pytest
 import sentencepiece
 
-from dynmoe.data.corpus import TOKENIZER
+from dynmoe.data.sentencepiece_tokenizer import TOKENIZER_MODEL
 from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.tokenizer_files import open_tokenizer
 from dynmoe.errors import UserError
 from dynmoe.hf.export import export
 from dynmoe.hf.gguf import write_gguf
@@ -37,7 +38,7 @@ def test_the_vocabulary_is_what_ggufs_package_reads(corpus_dir, tmp_path):
     assert fields[keys.MODEL] == gguf.SentencePieceVocab.tokenizer_model
     flags = (keys.ADD_BOS, keys.ADD_EOS, keys.ADD_PREFIX, keys.REMOVE_EXTRA_WS)
     assert [fields[flag] for flag in flags] == [False] * 4
-    own = Tokenizer(run / TOKENIZER)
+    own = open_tokenizer(run / TOKENIZER_MODEL)
     said = json.loads((out / "generation_config.json").read_text())
     ids = {keys.BOS_ID: "bos", keys.EOS_ID: "eos", keys.PAD_ID: "pad"}
     assert {key: fields[key] for key in ids} == {key: said[f"{name}_token_id"] for key, name in ids.items()}
@@ -57,8 +58,8 @@ def sentencepiece_model(folder: Path, kind: str, **settings: object) -> Tokenize
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=content, model_type=kind, **(given | settings)
     )
-    (folder / TOKENIZER).write_bytes(content.getvalue())
-    return Tokenizer(folder / TOKENIZER)
+    (folder / TOKENIZER_MODEL).write_bytes(content.getvalue())
+    return open_tokenizer(folder / TOKENIZER_MODEL)
 
 
 def test_models_with_other_options_and_user_defined_pieces(tmp_path):
@@ -103,7 +104,7 @@ def test_the_bos_token_of_an_imported_tokenizer_is_kept(corpus_dir, tmp_path, be
 
     source = tmp_path / "source"
     llama(source)
-    with_tokenizer(source, corpus_dir / TOKENIZER)
+    with_tokenizer(source, corpus_dir / TOKENIZER_MODEL)
     if begins:
         path = source / "tokenizer.json"
         first = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from dynmoe.config import load_config
-from dynmoe.data.corpus import TOKENIZER
-from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.sentencepiece_tokenizer import TOKENIZER_MODEL
+from dynmoe.data.tokenizer_files import open_tokenizer
 from dynmoe.errors import UserError
 from dynmoe.hf.export import export, own_fields
 from dynmoe.hf.importing import import_checkpoint
@@ -82,12 +82,12 @@ def test_tokenizer_positions_and_special_tokens_are_exported_unchanged(corpus_di
     source = tmp_path / "source"
     out = tmp_path / "out"
     model = llama(source)
-    with_tokenizer(source, corpus_dir / TOKENIZER)
+    with_tokenizer(source, corpus_dir / TOKENIZER_MODEL)
     import_checkpoint(source, tmp_path / "run", [f"data.dirs=[{corpus_dir}]", "data.sequence_length=32"])
     done = export(tmp_path / "run", out)
     assert done.texts > 0, "not compared with sentencepiece"
     there, here = map(files_of, (source, out))
-    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", TOKENIZER} < there.keys()
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", TOKENIZER_MODEL} < there.keys()
     del there["model.safetensors"], here["model.safetensors"]
     assert here == there
     again = AutoModelForCausalLM.from_pretrained(out)
@@ -103,7 +103,7 @@ def test_tokenizer_positions_and_special_tokens_are_exported_unchanged(corpus_di
 
 def test_an_imported_tokenizer_with_other_ids_than_training_is_refused(corpus_dir, tmp_path):
     llama(tmp_path / "source")
-    with_tokenizer(tmp_path / "source", corpus_dir / TOKENIZER)
+    with_tokenizer(tmp_path / "source", corpus_dir / TOKENIZER_MODEL)
     path = tmp_path / "source" / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "Lowercase"}}))
     import_checkpoint(tmp_path / "source", tmp_path / "run", [f"data.dirs=[{corpus_dir}]"])
@@ -120,8 +120,8 @@ def test_special_tokens_in_a_text_are_not_compared(corpus_dir, tmp_path):
     from transformers import AutoTokenizer
 
     llama(tmp_path / "source")
-    with_tokenizer(tmp_path / "source", corpus_dir / TOKENIZER)
-    own = Tokenizer(corpus_dir / TOKENIZER)
+    with_tokenizer(tmp_path / "source", corpus_dir / TOKENIZER_MODEL)
+    own = open_tokenizer(corpus_dir / TOKENIZER_MODEL)
     text = "a </s> b"
     theirs = AutoTokenizer.from_pretrained(tmp_path / "source")
     assert theirs(text, add_special_tokens=False)["input_ids"] != own.encode(text)
@@ -145,30 +145,30 @@ def test_a_tokenizer_that_is_not_sentencepieces_is_exported_unchanged(tmp_path):
     there, here = (files_of(tmp_path / name) for name in ("source", "out"))
     del there["model.safetensors"], here["model.safetensors"]
     assert here == there
-    with pytest.raises(UserError, match=r"tokenizer\.model is missing; copy it from the corpus"):
-        open_trained(tmp_path / "run")
+    own = open_trained(tmp_path / "run").tokenizer
+    assert (own.encode("abba"), own.eod, own.unknown) == ([5, 4, 3], 2, 0)
 
 
 def test_sentencepieces_file_alone_becomes_a_tokenizer(corpus_dir, tmp_path):
     from transformers import AutoTokenizer
 
     llama(tmp_path / "source")
-    shutil.copy(corpus_dir / TOKENIZER, tmp_path / "source")
+    shutil.copy(corpus_dir / TOKENIZER_MODEL, tmp_path / "source")
     import_checkpoint(tmp_path / "source", tmp_path / "run")
     export(tmp_path / "run", tmp_path / "out")
     fast = AutoTokenizer.from_pretrained(tmp_path / "out")
-    own = Tokenizer(corpus_dir / TOKENIZER)
+    own = open_tokenizer(corpus_dir / TOKENIZER_MODEL)
     assert fast("def main(")["input_ids"] == own.encode("def main(")
     assert (fast.bos_token_id, fast.eos_token_id, fast.model_max_length) == (1, own.eod, 2048)
 
 
 def test_a_run_trained_with_another_tokenizer_is_exported_with_that_one(corpus_dir, tmp_path):
     llama(tmp_path / "source")
-    (tmp_path / "source" / "tokenizer.json").write_text("{}")
     import_checkpoint(tmp_path / "source", tmp_path / "run")
-    shutil.copy(corpus_dir / TOKENIZER, tmp_path / "run")  # as training does
+    (tmp_path / "run" / IMPORTED / "tokenizer.json").write_text("{}")
+    shutil.copy(corpus_dir / TOKENIZER_MODEL, tmp_path / "run")  # as training does
     export(tmp_path / "run", tmp_path / "out")
-    own = Tokenizer(corpus_dir / TOKENIZER)
+    own = open_tokenizer(corpus_dir / TOKENIZER_MODEL)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["bos_token_id"] == config["eos_token_id"] == own.eod
     assert config["max_position_embeddings"] == 2048
@@ -200,10 +200,10 @@ def test_missing_fields_are_kept_with_the_default_of_the_family(tmp_path):
 def test_a_megatron_run_keeps_the_files_too(corpus_dir, tmp_path):
     """For Megatron, ``convert`` creates the run from a canonical one."""
     llama(tmp_path / "source")
-    with_tokenizer(tmp_path / "source", corpus_dir / TOKENIZER)
+    with_tokenizer(tmp_path / "source", corpus_dir / TOKENIZER_MODEL)
     import_checkpoint(tmp_path / "source", tmp_path / "run", ["engine=megatron"])
     files = model_files(tmp_path / "run")
-    assert files[TOKENIZER] == (corpus_dir / TOKENIZER).read_bytes()
+    assert files[TOKENIZER_MODEL] == (corpus_dir / TOKENIZER_MODEL).read_bytes()
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert files[f"{IMPORTED}/{name}"] == (tmp_path / "source" / name).read_bytes()
 
@@ -211,19 +211,21 @@ def test_a_megatron_run_keeps_the_files_too(corpus_dir, tmp_path):
 @pytest.mark.parametrize("content", [b"IQ== 0\nIg== 1\n", b"\xff\x00rubbish"], ids=["tiktoken", "rubbish"])
 def test_a_tokenizer_file_that_is_not_sentencepieces_is_refused_at_import(tmp_path, content):
     llama(tmp_path / "source")
-    (tmp_path / "source" / TOKENIZER).write_bytes(content)
-    with pytest.raises(UserError, match=r"source/tokenizer\.model is not a sentencepiece model; move it away"):
+    (tmp_path / "source" / TOKENIZER_MODEL).write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"source/tokenizer\.model is (not a sentencepiece model|a tiktoken file.*); move"
+    ):
         import_checkpoint(tmp_path / "source", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_more_ids_than_embedding_rows_are_refused_at_import(corpus_dir, tmp_path):
     llama(tmp_path / "source", 96)
-    size = Tokenizer(corpus_dir / TOKENIZER).vocab_size
+    size = open_tokenizer(corpus_dir / TOKENIZER_MODEL).vocab_size
     with pytest.raises(UserError, match=rf"data\.dirs: .* has {size} token ids, more than the checkpoint's vocab"):
         import_checkpoint(tmp_path / "source", tmp_path / "run", [f"data.dirs=[{corpus_dir}]"])
     import_checkpoint(tmp_path / "source", tmp_path / "later", [f"data.dirs=[{tmp_path / 'not_yet'}]"])
-    shutil.copy(corpus_dir / TOKENIZER, tmp_path / "source")
+    shutil.copy(corpus_dir / TOKENIZER_MODEL, tmp_path / "source")
     with pytest.raises(UserError, match=rf"vocab_size=96: .*tokenizer\.model has {size} ids"):
         import_checkpoint(tmp_path / "source", tmp_path / "run")
     with pytest.raises(UserError, match="later exists; name a new directory"):

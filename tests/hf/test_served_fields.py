@@ -13,7 +13,7 @@ from packaging.version import Version
 from safetensors.torch import load_file
 from sentencepiece import sentencepiece_model_pb2
 
-from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.tokenizer_files import open_tokenizer
 from dynmoe.errors import UserError
 from dynmoe.hf.command import main
 from dynmoe.hf.export import export
@@ -77,7 +77,7 @@ def test_the_tokenizer_states_what_it_prepends_for_llama_cpp(corpus_dir, tmp_pat
     model = sentencepiece_model_pb2.ModelProto.FromString((tmp_path / "out" / "tokenizer.model").read_bytes())
     model.normalizer_spec.add_dummy_prefix = True
     (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
-    own = Tokenizer(tmp_path / "tokenizer.model")
+    own = open_tokenizer(tmp_path / "tokenizer.model")
     write_tokenizer(own, tmp_path, {"max_position_embeddings": 64})
     said = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert (said["add_bos_token"], said["add_prefix_space"]) == (False, True)

@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from tokenizers import Tokenizer as Fast
+from tokenizers import decoders, models
 
 from dynmoe.data.tokenizer import Tokenizer
+from dynmoe.data.tokenizer_files import open_tokenizer
 from dynmoe.report.images import Image
 from dynmoe.report.page import write_report
 from dynmoe.report.runs import read_run
@@ -22,6 +25,7 @@ from dynmoe.report.tokens import Document, tables, view_documents, write_view
 from dynmoe.report.tokens import _read as read_tokens
 from dynmoe.routing import RoutingPlan
 from harness.processes import ROOT
+from tests.data.languages import END, save
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
@@ -236,8 +240,13 @@ CHARACTERS = "日本語 é x 👩\u200d🔬 の\u3099~\n"
 @pytest.fixture(scope="module")
 def in_bytes(pages, tmp_path_factory) -> Path:
     """A token view of characters that the run's tokenizer writes as bytes, the first and last ones cut."""
-    tokenizer = Tokenizer(pages["run"] / "tokenizer.model")
-    ids = tokenizer.encode(f"神{CHARACTERS}神")[1:-1]
+    tokenizer = open_tokenizer(pages["run"] / "tokenizer.model")
+    pages["bytes"] = tmp_path_factory.mktemp("bytes") / "tokens.html"
+    write_tokens(tokenizer, tokenizer.encode(f"神{CHARACTERS}神")[1:-1], pages["bytes"])
+    return pages["bytes"]
+
+
+def write_tokens(tokenizer: Tokenizer, ids: list[int], output: Path) -> None:
     tokens = [
         {"id": token, "piece": piece, "source": 0, "position": place, **character,
          "experts": [list(range(place % 4))], "gates": [[0.5] * (place % 4)]}
@@ -245,9 +254,7 @@ def in_bytes(pages, tmp_path_factory) -> Path:
     ]  # fmt: skip
     view = {"run": "bytes", "step": 1, "layers": [0], "sources": ["text"], "tokens": tokens,
             "tables": tables(tokens, [0], ["text"], 64)}  # fmt: skip
-    pages["bytes"] = tmp_path_factory.mktemp("bytes") / "tokens.html"
-    write_view(view, pages["bytes"])
-    return pages["bytes"]
+    write_view(view, output)
 
 
 @pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
@@ -282,6 +289,27 @@ def test_characters_that_are_written_as_bytes_can_be_read(open_page, in_bytes, v
         words = f'"本" byte {byte + 1} of 3, "{token["piece"]}", token {token["id"]}, position {token["position"]}'
         expect(page.locator("#detail")).to_contain_text(words)
         expect(page.locator("#detail tr")).to_contain_text(f"layer 0{len(token['experts'][0])}")
+
+
+def test_tokens_that_begin_and_end_within_characters_share_their_text(open_page, pages, tmp_path):
+    """The three bytes of " é" are two tokens, of two bytes and of one, as in byte-level tokenizers."""
+    made = Fast(models.BPE({"ĠÃ": 0, "©": 1, "x": 2, END: 3}, []))
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([END])
+    pages["shared"] = tmp_path / "tokens.html"
+    write_tokens(open_tokenizer(save(made, tmp_path / "tokenizer")), [2, 0, 1, 2, 1], pages["shared"])
+    page = open_page("shared", WIDE)
+    assert page.locator("#text").text_content() == "textx éx<0xA9>"
+    first, second = page.locator("#text .character span").evaluate_all(
+        "(nodes) => nodes.map((node) => node.getBoundingClientRect().width)"
+    )
+    assert first == pytest.approx(2 * second, rel=0.05)
+    for number, words in (
+        (1, '" é" bytes 1 to 2 of 3, " <0xC3>", token 0'),
+        (2, '" é" byte 3 of 3, "<0xA9>", token 1'),
+    ):
+        page.locator("#text span").nth(number).hover()
+        expect(page.locator("#detail")).to_contain_text(words)
 
 
 @pytest.fixture(scope="module")

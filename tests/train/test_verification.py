@@ -14,15 +14,18 @@ import pytest
 import torch.distributed as dist
 
 from dynmoe.config.guard import GuardConfig
-from dynmoe.data.corpus import FILES, MANIFEST, Corpus
+from dynmoe.data.corpus import MANIFEST, TOKEN_FILES, Corpus
 from dynmoe.data.indexed import write_index
 from dynmoe.data.pieces import BLOCK_BYTES, Checking, Piece, assign
+from dynmoe.data.sentencepiece_tokenizer import TOKENIZER_MODEL
 from dynmoe.errors import UserError
 from dynmoe.train import verification
 from dynmoe.train.checkpoint import pieces_of
 from dynmoe.train.checkpoint_store import CheckpointStore
 from dynmoe.train.verification import check_together, gather_ranks, verify_corpora
 from tests.data.test_pieces import in_blocks
+
+FILES = (TOKENIZER_MODEL, *TOKEN_FILES)
 
 TIMEOUT_S = GuardConfig().hang_timeout_s
 # Assumed read bandwidth of one host (10 Gbit/s) and of the file system for all hosts.

@@ -115,7 +115,7 @@ def open_view(tmp_path, corpus_dir):
         config = load_config(None, overrides)
         directory = RunDirectory(config.run.path)
         directory.path.mkdir(exist_ok=True)
-        directory.begin(config.to_yaml(), b"tokenizer")
+        directory.begin(config.to_yaml(), {"tokenizer.model": b"tokenizer"})
         return WandbView(config, directory, pictures, run_id)
 
     return make
