@@ -1,8 +1,8 @@
 """Benchmark 19: data_prep against the preparation of Megatron-LM's own tool, from JSON lines to files.
 
 Both take the same tokenizer and number of processes, from start to end of their commands. Ours also drops copies,
-hashes texts and files, and can be resumed. Memory is the largest sum over all processes of a command. A source that is too
-small is repeated, and then has fewer new words than real text of that size, which helps our cache of words.
+hashes texts and files, and can be resumed. Memory is the largest sum over all processes of a command. A source that is
+too small is repeated, and then has fewer new words than real text of that size, which helps our cache of words.
 """
 
 from __future__ import annotations
