@@ -12,6 +12,7 @@ from types import ModuleType
 from bench import (
     collectives,
     data_prep,
+    data_prep_peer,
     decoding,
     dispatch,
     end_to_end,
@@ -46,7 +47,8 @@ BENCHMARKS: dict[str, ModuleType] = {
     "layer": layer, "dispatch": dispatch, "growth": growth, "imbalance": imbalance, "memory": memory,
     "launches": launches, "wire": wire, "end_to_end": end_to_end, "router": router, "statistics": statistics,
     "saving": saving, "decoding": decoding, "generation": generation, "collectives": collectives,
-    "gradient_watch": gradient_watch, "data_prep": data_prep, "zero_computation": zero_computation,
+    "gradient_watch": gradient_watch, "data_prep": data_prep, "data_prep_peer": data_prep_peer,
+    "zero_computation": zero_computation,
     "machine_code": machine_code, "gpu_day": gpu_day, "faults": faults, "findings": findings, "gpu_layer": gpu_layer,
     "gpu_smoke": gpu_smoke, "routing": routing, "served": served, "soak": soak,
 }  # fmt: skip

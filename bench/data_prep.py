@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
-    texts = _texts(given.source, given.megabytes)
+    texts = texts_of(given.source, given.megabytes)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +62,8 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _texts(source: str, megabytes: int) -> list[str]:
+def texts_of(source: str, megabytes: int) -> list[str]:
+    """The documents of a source, up to about this much."""
     texts = []
     budget = megabytes * 1_000_000
     for unit in list_units([source]):
