@@ -41,4 +41,5 @@ def main(text: str, model: str, prefix: str, workers: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], int(sys.argv[4]))
+    given_text, given_model, given_prefix, given_workers = sys.argv[1:]
+    main(given_text, given_model, given_prefix, int(given_workers))
