@@ -224,6 +224,6 @@ def _mixed(counts: Sequence[int], share_C: NDArray[np.float64] | None) -> Arrays
     if share_C is None:
         helpers.build_exhaustive_blending_indices(source_N, sample_N, np.array(counts, dtype=np.int64), len(counts))
     else:
-        share_C = share_C / share_C.sum()
+        share_C = share_C / share_C.sum()  # again, as Megatron does: the last bit decides ties
         helpers.build_blending_indices(source_N, sample_N, share_C, len(counts), size, False)
     return source_N, sample_N
