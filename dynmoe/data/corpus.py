@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -107,17 +108,27 @@ class Corpus:
         """Number of sequences of ``length`` tokens in a split, each followed by one more token to predict."""
         return (self.splits[split].num_tokens - 1) // length
 
-    def check_ends(self) -> None:
-        """Checks that documents end with the end-of-text token: up to a hundred, as a tool adds it to all or to none.
+    @cached_property
+    def split_without_ends(self) -> str | None:
+        """A split whose documents do not end with the end-of-text token; None if both do.
 
-        Raises:
-            UserError: one does not.
+        Looks at up to a hundred documents, once, as a tool adds the token to all or to none.
         """
         for split, tokens in self.splits.items():
             if any(token != self.tokenizer.eod for token in tokens.last_tokens(_CHECKED_ENDS)):
-                problem = f"the documents of {self.path / split} do not end with the end-of-text token"
-                cure = "use data.documents=joined, or add it (--append-eod of Megatron-LM's own tool)"
-                raise UserError(f"data.documents=masked: {problem}; {cure}")
+                return split
+        return None
+
+    def check_ends(self) -> None:
+        """Checks that documents end with the end-of-text token.
+
+        Raises:
+            UserError: those of a split do not.
+        """
+        if self.split_without_ends is not None:
+            problem = f"the documents of {self.path / self.split_without_ends} do not end with the end-of-text token"
+            cure = "use data.documents=joined, or add it (--append-eod of Megatron-LM's own tool)"
+            raise UserError(f"data.documents=masked: {problem}; {cure}")
 
     def pieces(self) -> list[Piece]:
         """Splits the corpus into pieces that can be checked independently: blocks, or whole files if it is older."""

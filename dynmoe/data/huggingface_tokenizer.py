@@ -56,7 +56,6 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.no_truncation()
         self._model.no_padding()
         self._model.encode_special_tokens = not special_tokens
-        self._added = {token: added.content for token, added in self._model.get_added_tokens_decoder().items()}
         self._read(self.settings)
         if self.vocab_size > _MOST_IDS:
             raise UserError(f"tokenizer {place}: its largest id is {self.vocab_size - 1}; use one below {_MOST_IDS}")
@@ -114,7 +113,7 @@ class HuggingFaceTokenizer(Tokenizer):
         decisions = json.dumps([self.end_of_text, self.special_tokens]).encode()
         return hashlib.sha256(self.content + decisions).hexdigest()
 
-    @property
+    @cached_property
     def added(self) -> dict[int, tuple[str, bool]]:
         """Content of each added token, and whether it is special, by id."""
         return {token: (own.content, own.special) for token, own in self._model.get_added_tokens_decoder().items()}
@@ -155,7 +154,7 @@ class HuggingFaceTokenizer(Tokenizer):
         piece = self._model.id_to_token(token)
         if piece is None:
             return f"<token {token}>".encode()  # no text has this id
-        if token in self._added:
+        if token in self.added:
             return piece.encode()
         if self._has_byte_pieces and _BYTE.fullmatch(piece):
             return bytes([int(piece[1:-1], 16)])
