@@ -10,27 +10,22 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import make_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dynmoe.config import Config, ModelConfig
+from dynmoe.engines.megatron.attention import BiasedOutput, CoreAttention, DocumentRotaryEmbedding, QKNormAttention
+from dynmoe.engines.megatron.norms import RMSNorm
 from dynmoe.engines.megatron.versions import build_decoder
 from dynmoe.engines.megatron.weights import initialize
-from dynmoe.model.attention import causal_attention
-from dynmoe.model.documents import Documents
-from dynmoe.model.importance import importance, own_weights
 from dynmoe.model.rotary import frequencies
 from dynmoe.moe import MoEContext, MoELayer
-from dynmoe.ops.sequence_exchange import heads_to_positions, positions_to_heads
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -81,128 +76,6 @@ def transformer_config(config: Config) -> TransformerConfig:
         masked_softmax_fusion=False,
         persist_layer_norm=False,
     )
-
-
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm that supports sequence parallelism: the weight only needs a flag. Megatron's wrapper refuses it."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
-        super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-class ProjectionNorm(MegatronModule):
-    """RMSNorm over all heads of the queries or keys; each tensor-parallel rank holds some of the heads."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, *, heads: int) -> None:
-        super().__init__(config)
-        self._width = heads * hidden_size
-        self._eps = eps
-        self.weight = nn.Parameter(torch.ones(self._width // config.tensor_model_parallel_size))
-
-    def forward(self, x_SBHd: Tensor) -> Tensor:
-        squares_SB1 = x_SBHd.float().square().sum(dim=(2, 3)).unsqueeze(-1)
-        # Every rank uses the sum over all ranks, so the gradients are summed over ranks too.
-        region = tensor_parallel.reduce_from_tensor_model_parallel_region(squares_SB1)
-        mean_SB1 = tensor_parallel.copy_to_tensor_model_parallel_region(region) / self._width
-        normal = x_SBHd.float().flatten(2) * torch.rsqrt(mean_SB1 + self._eps)
-        return (normal * self.weight.float()).to(x_SBHd.dtype).view_as(x_SBHd)
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, ShardedTensor]:
-        state = self.state_dict(prefix="", keep_vars=True)
-        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
-
-
-class QKNormAttention(SelfAttention):
-    """Self-attention with norms of queries and keys.
-
-    Megatron's own option selects these norms by name and all-reduces their gradients over tensor-parallel ranks, even
-    where the weight is sharded.
-    """
-
-    def __init__(self, config: TransformerConfig, *args: Any, model: ModelConfig, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        size = model.width_of_head
-        eps = model.norm_eps
-        if model.qk_norm == "head":
-            self.q_layernorm, self.k_layernorm = (RMSNorm(config, size, eps) for _ in range(2))
-        else:
-            self.q_layernorm = ProjectionNorm(config, size, eps, heads=model.heads)
-            self.k_layernorm = ProjectionNorm(config, size, eps, heads=model.kv_heads)
-
-
-class DocumentRotaryEmbedding(RotaryEmbedding):
-    """Rotary embedding of the positions of a context-parallel rank, which begin at 0 in each document.
-
-    Attributes:
-        documents: those of the next forward pass.
-    """
-
-    documents: Documents | None = None
-
-    def forward(self, max_seq_len: int, *args: Any, **kwargs: Any) -> Tensor:
-        """Angles of the P positions of this rank, [P, 1, 1, d], or with documents [P, B, 1, d]."""
-        angles_S11d = super().forward(max_seq_len, packed_seq=True)  # else Megatron would choose the positions
-        ranks = parallel_state.get_context_parallel_world_size()
-        rank = parallel_state.get_context_parallel_rank()
-        place_BS = None if self.documents is None else self.documents.place_BS
-        if place_BS is None:
-            return angles_S11d.chunk(ranks)[rank]
-        return angles_S11d[place_BS.chunk(ranks, dim=1)[rank].t(), 0]
-
-
-class BiasedOutput(tensor_parallel.RowParallelLinear):
-    """The output projection of attention with a bias; Megatron's configuration has one switch for all projections."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs | {"bias": True})
-
-
-class CoreAttention(MegatronModule):
-    """The attention of the plain model between Megatron's projections; never keeps an [S, S] tensor.
-
-    Under context parallelism each rank computes all positions of its share of the heads.
-
-    Attributes:
-        importance_BS: importance of the positions of the latest forward pass, over the heads of all ranks; None if the
-            router does not need it.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, *, window: int | None, measures_importance: bool, recompute: bool,
-        scale_of_rotated: float, **kwargs: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(config)
-        self.importance_BS: Tensor | None = None
-        self._measures_importance = measures_importance
-        self._window = window
-        self._recompute = recompute
-        self._scale = scale_of_rotated**2  # of queries and of keys, which Megatron has rotated without it
-        self._heads = config.num_attention_heads
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Documents, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Maps query [P, B, H, d] and key, value [P, B, K, d] to [P, B, H d]; Megatron passes documents as the mask."""
-        mask = attention_mask.mask(self._window)
-        group = parallel_state.get_context_parallel_group()
-        is_split = dist.get_world_size(group) > 1
-        query = query if self._scale == 1 else query * self._scale
-        heads = [positions_to_heads(x, group) if is_split else x for x in (query, key, value)]
-        q_BHSd, k_BKSd, v_BKSd = (x_SBHd.permute(1, 2, 0, 3) for x_SBHd in heads)
-        if self._measures_importance:
-            weights_BS = own_weights(q_BHSd, k_BKSd, mask)  # of this rank's heads
-            dist.all_reduce(weights_BS, group=parallel_state.get_tensor_and_context_parallel_group())
-            self.importance_BS = importance(weights_BS, self._heads)
-        inputs = (q_BHSd, k_BKSd, v_BKSd, mask)
-        if self._recompute and torch.is_grad_enabled():
-            out_BHSd = checkpoint(causal_attention, *inputs, use_reentrant=False, preserve_rng_state=False)
-        else:
-            out_BHSd = causal_attention(*inputs)
-        out_SBHd = out_BHSd.permute(2, 0, 1, 3)
-        return (heads_to_positions(out_SBHd, group) if is_split else out_SBHd).flatten(2)
 
 
 class RecomputedLayer(TransformerLayer):
