@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from dynmoe.config import Config, ModelConfig
 from dynmoe.errors import UserError
-from dynmoe.hf.fields import FAMILIES, KEPT, RESTORE, Settings, check_fields, settings_of, shown, write_rope
+from dynmoe.hf.fields import FAMILIES, KEPT, check_fields, settings_of, shown, write_rope
 from dynmoe.hf.qwen2_moe import ABSENT_WIDTH
+from dynmoe.hf.readers import CODE, READERS
 from dynmoe.hf.routers import read_router, write_router
 from dynmoe.routers import TopK
 
@@ -68,19 +69,11 @@ def to_transformers(config: Config, architecture: str, vocab_size: int) -> dict[
         "rope_parameters": write_rope(model.rope_theta, model.rope_scaling),
     }
     if architecture == "dynmoe":
-        return common | _dynmoe(config) | {"auto_map": _CODE}
+        return common | _dynmoe(config) | {"auto_map": CODE}
     common |= {"hidden_act": "silu"}
     if architecture in _BIASED:
         common["attention_bias"] = model.attention_bias is not None
     return common if architecture == "llama" else common | _top_k(model, architecture)
-
-
-_CODE = {
-    "AutoConfig": "configuration_dynmoe.DynMoEConfig",
-    "AutoModel": "modeling_dynmoe.DynMoEModel",
-    "AutoModelForCausalLM": "modeling_dynmoe.DynMoEForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_dynmoe.DynMoEForSequenceClassification",
-}
 
 
 def _dynmoe(config: Config) -> dict[str, Any]:
@@ -147,171 +140,10 @@ def from_transformers(found: Mapping[str, Any]) -> tuple[str, list[str], dict[st
         "norm_eps": get["rms_norm_eps"],
         "tie_embeddings": get["tie_word_embeddings"],
         "init_std": get["initializer_range"],
-        **_READERS[architecture](get),
+        **READERS[architecture](get),
     }
     kept = {name: get.optional(name) for name in KEPT if name in get}
     named = {f"model.{name}": value for name, value in fields.items()}
     if architecture == "dynmoe" and fields["moe.experts"]:
         named |= read_router(get["router"], hidden)
     return architecture, [f"{name}={json.dumps(value)}" for name, value in named.items()], kept
-
-
-def _read_attention(get: Settings) -> dict[str, Any]:
-    heads = get.count("num_attention_heads")
-    width = get.optional("head_dim")
-    return {
-        "kv_heads": heads if get.optional("num_key_value_heads") is None else get.count("num_key_value_heads"),
-        "rope_theta": get.rope_theta(),
-        **{f"rope_scaling.{name}": value for name, value in get.rope_scaling().items()},
-        **({} if width in (None, get.count("hidden_size") // heads) else {"head_dim": width}),
-    }
-
-
-def _read_bias(get: Settings) -> dict[str, Any]:
-    biased = "attention_bias" in get and get.optional("attention_bias")
-    return {"attention_bias": "all"} if biased else {}
-
-
-def _read_llama(get: Settings) -> dict[str, Any]:
-    return {**_read_attention(get), **_read_bias(get), "ffn_hidden": get.count("intermediate_size"), "moe.experts": 0}
-
-
-def _read_mixtral(get: Settings) -> dict[str, Any]:
-    return {**_read_top_k(get), "window": get.optional("sliding_window")}
-
-
-def _read_olmoe(get: Settings) -> dict[str, Any]:
-    return _read_top_k(get) | _read_bias(get) | {"qk_norm": "projection", "router.renormalize": get["norm_topk_prob"]}
-
-
-def _read_top_k(get: Settings) -> dict[str, Any]:
-    return {**_read_attention(get), **_experts(get, "intermediate_size"), **_choice(get, True)}
-
-
-def _read_qwen3(get: Settings) -> dict[str, Any]:
-    window = get.optional("sliding_window") if get["use_sliding_window"] else None
-    return {**_read_attention(get), **_read_bias(get), "qk_norm": "head", "window": window, **_read_qwen(get)}
-
-
-def _read_qwen2(get: Settings) -> dict[str, Any]:
-    """Reads Qwen2-MoE; a shared expert with zero weights is removed later, see ``qwen2_moe.py``."""
-    window = get.optional("sliding_window") if get["use_sliding_window"] else None
-    return {
-        **_read_attention(get),
-        **_read_windows(get, window),
-        **_read_qwen(get),
-        "moe.shared_hidden": get["shared_expert_intermediate_size"],
-    }
-
-
-def _read_windows(get: Settings, window: Any) -> dict[str, Any]:
-    """Reads ``layer_types``, which older files do not have; then all layers attend to everything."""
-    kinds = get.optional("layer_types") if "layer_types" in get else None
-    unknown = [kind for kind in kinds or [] if kind not in ("full_attention", "sliding_attention")]
-    if unknown or (kinds and "sliding_attention" in kinds and window is None):
-        problem = "has no window" if not unknown else "cannot be imported"
-        raise UserError(f"config.json: layer_types={shown(kinds)}: {problem}; {RESTORE}")
-    if kinds is None and window is not None:
-        raise UserError("config.json: layer_types is missing; add it to the file, or install transformers")
-    full = [layer for layer, kind in enumerate(kinds or []) if kind == "full_attention"]
-    if kinds is None or len(full) == len(kinds):
-        return {}
-    return {"window": window, "full_attention_layers": full}
-
-
-def _read_qwen(get: Settings) -> dict[str, Any]:
-    layers = get.count("num_hidden_layers")
-    decoder_sparse_step = get.count("decoder_sparse_step")
-    listed = get.optional("mlp_only_layers")
-    dense = set(listed or []) | {n for n in range(layers) if (n + 1) % decoder_sparse_step}
-    return {
-        "ffn_hidden": get.count("intermediate_size"),
-        "moe.moe_layer_freq": _layer_freq(layers, dense, f"{decoder_sparse_step=}, mlp_only_layers={shown(listed)}"),
-        **_experts(get, "moe_intermediate_size"),
-        **_choice(get, get["norm_topk_prob"]),
-    }
-
-
-def _layer_freq(layers: int, dense: set[int], source: str) -> int:
-    """The ``model.moe.moe_layer_freq`` with exactly these dense layers."""
-    freq = next((n for n in range(1, layers + 1) if {m for m in range(layers) if m % n} == dense), None)
-    if freq is None:
-        problem = f"dense layers are {sorted(dense)}; only experts in every n-th layer, from the first, can be imported"
-        raise UserError(f"config.json: {source}: {problem}")
-    return freq
-
-
-def _read_dynmoe(get: Settings) -> dict[str, Any]:
-    """Reads an export of ours; older exports name ``layer_experts`` ``num_experts``."""
-    layers = get.count("num_hidden_layers")
-    name = "layer_experts" if "layer_experts" in get else "num_experts"
-    experts = get[name]
-    code = get["auto_map"]
-    base = get["rope_theta"]
-    if not isinstance(experts, list) or len(experts) != layers or any(type(n) is not int or n < 0 for n in experts):
-        raise UserError(f"config.json: {name}={shown(experts)}: must be {layers} integers, one per layer; {RESTORE}")
-    if not isinstance(code, Mapping) or any(str(n).rpartition("--")[2] != _CODE.get(k) for k, n in code.items()):
-        raise UserError(f"config.json: auto_map={shown(code)}: must refer to our own code")
-    if get.rope_theta() != base:
-        raise UserError(f"config.json: rope_parameters: rope_theta={get.rope_theta()}: must equal rope_theta={base}")
-    numbers = [count for count in experts if count]
-    dense = {layer for layer, count in enumerate(experts) if not count}
-    return {
-        **_read_attention(get),
-        **_read_windows(get, get.optional("sliding_window") if "sliding_window" in get else None),
-        "attention_bias": get.optional("attention_bias") if "attention_bias" in get else None,
-        "qk_norm": get.optional("qk_norm"),
-        "ffn_hidden": get.count("intermediate_size"),
-        "moe.experts": max(numbers, default=0),
-        "moe.moe_layer_freq": _layer_freq(layers, dense, f"{name}={shown(experts)}") if numbers else 1,
-        "moe.experts_by_layer": numbers if len(set(numbers)) > 1 else [],
-        "moe.expert_hidden": get.count("moe_intermediate_size"),
-        "moe.shared_hidden": get["shared_expert_intermediate_size"],
-    }
-
-
-def _read_dynamic_moe(get: Settings) -> dict[str, Any]:
-    """Reads the release of arXiv 2403.07652: top-p, experts in every ``expert_frequency``-th layer from the first.
-
-    Its code ignores ``num_key_value_heads`` (it has one per query head) and ``rope_theta``.
-    """
-    heads = get.count("num_attention_heads")
-    if scaling := get.rope_scaling():
-        raise UserError(f"config.json: rope_scaling: rope_type={scaling['kind']!r}: this family has none")
-    if "num_key_value_heads" in get and get.optional("num_key_value_heads") not in (None, heads):
-        problem = f"the released code uses num_attention_heads ({heads}); {RESTORE}"
-        raise UserError(f"config.json: num_key_value_heads={shown(get['num_key_value_heads'])}: {problem}")
-    return {
-        "kv_heads": heads,
-        "rope_theta": 10000.0,
-        "ffn_hidden": get.count("intermediate_size"),
-        "moe.moe_layer_freq": get.count("expert_frequency"),
-        **_experts(get, "intermediate_size"),
-        "router.kind": "top_p",
-        "router.variant": "released",
-        "router.p": get["top_p_threshold"],
-    }
-
-
-def _experts(get: Settings, width: str) -> dict[str, Any]:
-    return {"moe.experts": get.count("num_experts", "num_local_experts"), "moe.expert_hidden": get.count(width)}
-
-
-def _choice(get: Settings, renormalize: bool) -> dict[str, Any]:
-    return {
-        "router.kind": "top_k",
-        "router.k": get.count("num_experts_per_tok"),
-        "router.renormalize": renormalize,
-        "router.balance_loss": get["router_aux_loss_coef"],
-    }
-
-
-_READERS: dict[str, Callable[[Settings], dict[str, Any]]] = {
-    "llama": _read_llama,
-    "mixtral": _read_mixtral,
-    "olmoe": _read_olmoe,
-    "qwen2_moe": _read_qwen2,
-    "qwen3_moe": _read_qwen3,
-    "dynamic_moe": _read_dynamic_moe,
-    "dynmoe": _read_dynmoe,
-}
