@@ -8,6 +8,7 @@ from functools import partial
 
 from dynmoe.cli import run_tool
 from dynmoe.config import Config, describe_fields, load_config
+from dynmoe.launch.elastic import fit_running
 from dynmoe.launched import StopSignal, end_with_launcher
 
 
@@ -98,8 +99,12 @@ def main() -> None:
     if print_only:
         print(config.to_yaml(), end="")
     else:
-        config.check_world(int(os.environ.get("WORLD_SIZE", "1")))
-        train(config, StopSignal())
+        fit = fit_running(config, int(os.environ.get("WORLD_SIZE", "1")))
+        if fit.misfit and os.environ.get("RANK", "0") == "0":
+            print(
+                f"train.micro_batch={fit.config.train.micro_batch} instead of {config.train.micro_batch}: {fit.misfit}"
+            )
+        train(fit.config, StopSignal())
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ def some(words: Collection[str]) -> str:
 
 
 class ConfigError(UserError):
-    """A configuration field with an invalid value."""
+    """A configuration field with an invalid value. ``fact`` is the text without the cure."""
 
     def __init__(self, field: str, value: object, problem: str, cure: str) -> None:
-        super().__init__(f"{field}={value!r}: {problem}; {cure}")
+        self.fact = f"{field}={value!r}: {problem}"
+        super().__init__(f"{self.fact}; {cure}")

@@ -2,6 +2,8 @@
 # Trains with DeepSpeed's launcher on the hosts of a hostfile, over pdsh and ssh. Run it once, on any machine that
 # reaches them without a password and has the project's directory at the same path.
 #   launch/deepspeed.sh [--include SPEC] [--exclude SPEC] [--ssh-port P] HOSTFILE CONFIG [key=value ...]
+# A run continues on other hosts with the same command and another HOSTFILE or SPEC. GPUs that its layout cannot use stay
+# idle, which is printed (parallel.elastic).
 # HOSTFILE has lines like "worker-1 slots=8"; SPEC is DeepSpeed's, like "worker-1@worker-2:0,1".
 #   MASTER_ADDR           address of the first host as the others see it (default: what its name resolves to here)
 #   MASTER_PORT (29500)
@@ -35,7 +37,7 @@ shift
 [[ -r $hostfile ]] || fail "hostfile $hostfile: cannot be read; give lines like 'worker-1 slots=8'"
 command -v pdsh >/dev/null || fail "pdsh: is not installed, but DeepSpeed's launcher needs it; run apt-get install pdsh"
 
-# Prints each host and its number of ranks after applying the filters, by DeepSpeed's own rules.
+# Prints each host and the GPUs of its ranks after applying the filters, by DeepSpeed's own rules.
 read_hosts() {
     "$PYTHON" - "$hostfile" "${filters[@]}" <<'PYTHON'
 import argparse, os, sys
@@ -50,7 +52,7 @@ try:
 except ValueError as error:
     sys.exit(print("error:", error, file=answer))
 for host, slots in active.items():
-    print(host, len(slots), file=answer)
+    print(host, *slots, file=answer)
 PYTHON
 }
 JOIN_TIMEOUT_S=${JOIN_TIMEOUT_S:-600}
@@ -63,9 +65,21 @@ on_host() { # HOST COMMAND ...: every host must allow this
 listed=$(read_hosts) || true
 [[ -n $listed && $listed != error:* ]] || fail "hostfile $hostfile: ${listed#error: }; check --include, --exclude and its lines"
 hosts=() slots=() ranks=0
-while read -r host count; do
-    hosts+=("$host") slots+=("$count") ranks=$((ranks + count))
+while read -r host gpus; do
+    hosts+=("$host") slots+=("$(wc -w <<<"$gpus")") ranks=$((ranks + slots[-1]))
 done <<<"$listed"
+
+# Prints the SPEC of the first RANKS of the listed GPUs.
+first_gpus() { # RANKS
+    local left=$1 host gpus own spec=
+    while read -r host gpus; do
+        read -ra own <<<"$gpus"
+        own=("${own[@]:0:left}")
+        left=$((left - ${#own[@]}))
+        ((${#own[@]} == 0)) || spec+=${spec:+@}$host:$(IFS=, && echo "${own[*]}")
+    done <<<"$listed"
+    echo "$spec"
+}
 
 # Waits until all hosts answer; sets OMP_NUM_THREADS for the host with the fewest cores per rank.
 wait_for_hosts() {
@@ -108,7 +122,9 @@ while :; do
     set_environment 1
     name=$(date +%s)-$$
     merged=$(mktemp)
-    run=$("$PYTHON" -m dynmoe.launch begin --ranks "$ranks" --merged "$merged" "$@")
+    start=$("$PYTHON" -m dynmoe.launch begin --ranks "$ranks" --merged "$merged" "$@")
+    run=${start#* } used=$(first_gpus "${start%% *}")
+    ((${start%% *} == ranks)) || echo "the other GPUs stay idle; in use: $used"
     # Hosts get a file instead of fields, which a remote shell would expand. Its name is unique to this launch, so that
     # leftover processes can be found by it.
     config=$run/logs/launch-$name.yaml environment=$run/logs/environment-$name
@@ -122,7 +138,7 @@ while :; do
         echo "DYNMOE_FAILURES=$run/logs/failures"
         echo "DEEPSPEED_TIMEOUT=$(((JOIN_TIMEOUT_S + 59) / 60))" # minutes
     } >"$environment"
-    arguments=(--hostfile "$hostfile" "${filters[@]}" --launcher pdsh --no_local_rank --no_ssh_check --force_multi
+    arguments=(--hostfile "$hostfile" --include "$used" --launcher pdsh --no_local_rank --no_ssh_check --force_multi
         --master_port "${MASTER_PORT:-29500}")
     [[ -z $MASTER_ADDR ]] || arguments+=(--master_addr "$MASTER_ADDR")
     ((${#ssh_port[@]} == 0)) || arguments+=(--ssh_port "${ssh_port[0]}")

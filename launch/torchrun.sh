@@ -2,6 +2,8 @@
 # Trains with torchrun on one or more nodes: run the same command on every node, in any order.
 #   launch/torchrun.sh CONFIG [key=value ...]
 # Paths are relative to the project's directory. All nodes must share this directory and the run directory.
+# A run continues on another number of nodes with the same command and another NNODES. Nodes that its layout cannot use
+# say so and stay idle (parallel.elastic).
 #   NNODES (1), NODE_RANK (0), MASTER_ADDR (127.0.0.1: name or address of node 0), MASTER_PORT (29500),
 #   NPROC_PER_NODE (number of GPUs of the node, else 1)   the layout; in a Slurm job, taken from Slurm's variables
 #   HOSTS                  names of the nodes in the order of their ranks, for messages
@@ -34,8 +36,8 @@ port=()
 if ((NODE_RANK == 0)); then port=(--port "$MASTER_PORT"); fi
 set_environment "$NPROC_PER_NODE"
 
-rdzv=(--nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" --max-restarts "$MAX_RESTARTS" --rdzv-backend c10d
-    --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "dynmoe-$MASTER_PORT"
+rdzv=(--max-restarts "$MAX_RESTARTS" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT"
+    --rdzv-id "dynmoe-$MASTER_PORT"
     --rdzv-conf "is_host=$((NODE_RANK == 0)),join_timeout=$JOIN_TIMEOUT_S,read_timeout=$JOIN_TIMEOUT_S")
 if ((NNODES > 1)); then
     # The address at which other nodes find the first rank; they often cannot resolve a host's own name.
@@ -58,7 +60,7 @@ trap 'stop_requested=1' TERM INT USR1
 # Names missing nodes: each live node keeps touching its file.
 name_missing_nodes() {
     local node
-    for ((node = 0; node < NNODES; node++)); do
+    for ((node = 0; node < nodes_in_use; node++)); do
         if [[ -z $(find "$nodes/$node" -newermt '-30 seconds' 2>/dev/null) ]]; then
             echo "error: node $node (${hosts[node]:-$(cat "$nodes/$node" 2>/dev/null || echo 'name unknown')}) did" \
                 "not join within $JOIN_TIMEOUT_S s; run this command on it" >&2
@@ -70,8 +72,17 @@ another_gave_up() { [[ $nodes/gave_up -nt $nodes/start_$NODE_RANK ]]; }
 
 while :; do
     # In a Slurm job, the job script has already run begin for all nodes.
-    run=${DYNMOE_RUN:-$("$PYTHON" -m dynmoe.launch begin --ranks $((NNODES * NPROC_PER_NODE)) --node "$NODE_RANK" \
+    start=${DYNMOE_START:-$("$PYTHON" -m dynmoe.launch begin --ranks $((NNODES * NPROC_PER_NODE)) --node "$NODE_RANK" \
         "${port[@]}" "$@")}
+    run=${start#* } ranks_in_use=${start%% *}
+    # Ranks fill the nodes in order.
+    nodes_in_use=$(((ranks_in_use + NPROC_PER_NODE - 1) / NPROC_PER_NODE))
+    own_ranks=$((ranks_in_use - NODE_RANK * NPROC_PER_NODE))
+    if ((own_ranks <= 0)); then
+        echo "node $NODE_RANK ($(hostname)) stays idle: the run uses $ranks_in_use ranks, on $nodes_in_use node(s)"
+        exit 0
+    fi
+    if ((own_ranks > NPROC_PER_NODE)); then own_ranks=$NPROC_PER_NODE; fi
     export DYNMOE_FAILURES=$run/logs/failures
     nodes=$run/logs/nodes
     mkdir -p "$nodes"
@@ -80,7 +91,8 @@ while :; do
     # In its own session, so that only this script receives signals from the terminal.
     (
         trap '' USR1
-        exec setsid "$PYTHON" -m torch.distributed.run "${rdzv[@]}" --log-dir "$run/logs/node_$NODE_RANK" --tee 3 \
+        exec setsid "$PYTHON" -m torch.distributed.run "${rdzv[@]}" --nnodes "$nodes_in_use" \
+            --nproc-per-node "$own_ranks" --log-dir "$run/logs/node_$NODE_RANK" --tee 3 \
             --local-ranks-filter 0 train.py "$@"
     ) &
     torchrun=$!

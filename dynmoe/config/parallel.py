@@ -40,6 +40,11 @@ class ParallelConfig(Section):
         1, "context-parallel size: ranks over which each sequence is spread; each computes the attention of some heads "
         "(engine=megatron)", at_least=1,
     )  # fmt: skip
+    elastic: str = option(
+        "resume", "which starts may use a smaller train.micro_batch, or fewer ranks than there are, if the "
+        "configuration does not fit: none (never), those that continue a run (resume), or all (always)",
+        choices=("never", "resume", "always"),
+    )  # fmt: skip
 
     @property
     def model_parallel(self) -> int:

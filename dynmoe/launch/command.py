@@ -44,7 +44,9 @@ def _load(given: argparse.Namespace) -> Config:
 
 def _slurm(name: str, arguments: list[str]) -> None:
     parser = _parser(name, "Writes a job script after checking that the configuration fits the nodes and ranks.")
-    parser.add_argument("--nodes", type=int, required=True, help="number of nodes")
+    parser.add_argument(
+        "--nodes", type=_node_range, required=True, metavar="N", help="number of nodes; MIN-MAX: as many as are free"
+    )
     parser.add_argument("--gpus", type=int, required=True, help="GPUs per node, one rank each; 0: use --ranks")
     parser.add_argument("--ranks", type=int, default=1, help="ranks per node if --gpus is 0 (default: %(default)s)")
     parser.add_argument(
@@ -61,7 +63,8 @@ def _slurm(name: str, arguments: list[str]) -> None:
     from dynmoe.launch.slurm import Resources, job_script
 
     options = {option: value for option in _SBATCH_OPTIONS if (value := getattr(given, option)) is not None}
-    resources = Resources(given.nodes, given.gpus, given.gpus or given.ranks, given.time, given.grace, options)
+    fewest, nodes = given.nodes
+    resources = Resources(nodes, given.gpus, given.gpus or given.ranks, given.time, given.grace, options, fewest)
     config = _load(given)
     script = job_script(config, given.config, given.overrides, resources)
     output = given.output or Path(f"{config.run.name}.sbatch")
@@ -69,12 +72,22 @@ def _slurm(name: str, arguments: list[str]) -> None:
         output.write_text(script)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror}); use another path") from None
-    print(f"{output}: {resources.nodes} nodes with {resources.ranks} ranks each; submit it with sbatch {output}")
+    print(f"{output}: {resources.shown_nodes} nodes with {resources.ranks} ranks each; submit it with sbatch {output}")
+
+
+def _node_range(text: str) -> tuple[int, int]:
+    """The smallest and the largest number of nodes in N or MIN-MAX."""
+    fewest, _, most = text.partition("-")
+    return int(fewest), int(most or fewest)
 
 
 def _begin(name: str, arguments: list[str]) -> None:
-    parser = _parser(name, "Checks configuration, layout and data, records the start, and prints the run directory.")
-    parser.add_argument("--ranks", type=int, required=True, help="number of ranks on all nodes")
+    parser = _parser(
+        name,
+        "Checks configuration, layout and data, records the start, and prints the number of ranks to "
+        "start, a space and the run directory.",
+    )
+    parser.add_argument("--ranks", type=int, required=True, help="number of available ranks on all nodes")
     parser.add_argument("--node", type=int, default=0, help="index of this node (default: %(default)s)")
     parser.add_argument(
         "--patience", type=float, default=5.0, metavar="S",
@@ -88,10 +101,12 @@ def _begin(name: str, arguments: list[str]) -> None:
 
     if given.port is not None:
         check_port(given.port, given.patience)
-    directory = begin(config, given.ranks, given.node, given.patience)
+    start = begin(config, given.ranks, given.node, given.patience)
     if given.merged is not None:
         given.merged.write_text(config.to_yaml())
-    print(directory.path)
+    if start.change and given.node == 0:
+        print(f"{start.directory.path}: {start.change}", file=sys.stderr)
+    print(start.ranks, start.directory.path)
 
 
 def _address(name: str, arguments: list[str]) -> None:

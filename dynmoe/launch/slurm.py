@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dynmoe.config import Config
 from dynmoe.errors import UserError
+from dynmoe.launch.elastic import largest_fit
 
 _TIME = re.compile(r"(\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2})")
 _NAME = re.compile(r"[A-Za-z0-9_.:,=*%/+-]+")
@@ -20,11 +21,13 @@ class Resources:
     """Resources that a job requests from Slurm.
 
     Attributes:
+        nodes: number of nodes at most; see ``fewest``.
         gpus: GPUs per node; 0: ``ranks`` processes on CPUs.
         ranks: ranks per node.
         time: time limit in Slurm's notation.
         grace_s: seconds before the limit at which the run is asked to save and stop.
         options: further sbatch options by name (partition, account, ...).
+        fewest: number of nodes on which the job may start if there are not more; None: ``nodes``.
     """
 
     nodes: int
@@ -33,10 +36,18 @@ class Resources:
     time: str
     grace_s: int
     options: dict[str, str]
+    fewest: int | None = None
+
+    @property
+    def shown_nodes(self) -> str:
+        """Number of nodes in Slurm's notation: N or MIN-MAX."""
+        return str(self.nodes) if self.fewest in (None, self.nodes) else f"{self.fewest}-{self.nodes}"
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.ranks < 1:
             raise UserError(f"--nodes {self.nodes}, {self.ranks} ranks each: must both be at least 1; use 1 or more")
+        if self.fewest is not None and not 1 <= self.fewest <= self.nodes:
+            raise UserError(f"--nodes {self.shown_nodes}: is not a range; write MIN-MAX, such as 1-4")
         if not _TIME.fullmatch(self.time):
             raise UserError(f"--time {self.time}: is not in Slurm's notation; write e.g. 24:00:00 or 2-12:00:00")
         if self.grace_s >= _seconds(self.time):
@@ -65,16 +76,25 @@ def _seconds(time: str) -> int:
 def job_script(config: Config, path: str, overrides: Sequence[str], resources: Resources) -> str:
     """Returns the job script: resources, then a call of launch/slurm.sbatch with this configuration.
 
+    A job on a range of nodes may adapt at each start, unless the configuration says never (``parallel.elastic``).
+
     Raises:
         UserError: parallel sizes or batches do not fit the ranks, or launch/slurm.sbatch is missing.
     """
     config.check_world(resources.nodes * resources.ranks)
+    elastic = []
+    for nodes in range(resources.fewest or resources.nodes, resources.nodes):
+        if config.parallel.elastic == "never":
+            config.check_world(nodes * resources.ranks)
+        else:
+            largest_fit(config, nodes * resources.ranks)
+            elastic = ["parallel.elastic=always"]
     root = Path(__file__).resolve().parents[2]
     if not (root / "launch" / "slurm.sbatch").exists():
         raise UserError(f"{root}: contains no launch/slurm.sbatch; install the project with pip install --editable")
     lines = {
         "job-name": config.run.name,
-        "nodes": resources.nodes,
+        "nodes": resources.shown_nodes,
         "ntasks-per-node": 1,
         **({"gpus-per-node": resources.gpus} if resources.gpus else {}),
         "time": resources.time,
@@ -86,9 +106,9 @@ def job_script(config: Config, path: str, overrides: Sequence[str], resources: R
     whole = ["#SBATCH --exclusive", *([] if "mem" in resources.options else ["#SBATCH --mem=0"])]
     header = "\n".join([*(f"#SBATCH --{name}={value}" for name, value in lines.items()), *whole])
     # The job runs in the project's directory, wherever this script is written.
-    arguments = " ".join(shlex.quote(argument) for argument in (str(Path(path).resolve()), *overrides))
+    arguments = " ".join(shlex.quote(argument) for argument in (str(Path(path).resolve()), *overrides, *elastic))
     return f"""#!/usr/bin/env bash
-# {config.run.name}: {resources.nodes * resources.ranks} ranks. Written by python -m dynmoe.launch slurm.
+# {config.run.name}: {resources.shown_nodes} x {resources.ranks} ranks. Written by python -m dynmoe.launch slurm.
 {header}
 #SBATCH --requeue
 

@@ -15,6 +15,7 @@ from typing import Any
 from dynmoe.config import Config
 from dynmoe.data.corpus import open_corpora
 from dynmoe.errors import UserError
+from dynmoe.launch.elastic import fit_start, read_saved
 from dynmoe.launched import read_failures
 from dynmoe.train.checkpoint import latest_complete
 from dynmoe.train.run_directory import PATIENCE_S, RunDirectory
@@ -35,13 +36,22 @@ class Verdict:
     reason: str
 
 
-def begin(config: Config, ranks: int, node: int, patience_s: float = PATIENCE_S) -> RunDirectory:
+@dataclass(frozen=True)
+class Start:
+    """The directory of a start, the number of ranks that it uses, and a line if the number or the batch changed."""
+
+    directory: RunDirectory
+    ranks: int
+    change: str
+
+
+def begin(config: Config, ranks: int, node: int, patience_s: float = PATIENCE_S) -> Start:
     """Checks everything that needs no rank, and opens the run directory for a start.
 
     Each node records the start; the first one also deletes the outcome of the previous start.
 
     Args:
-        ranks: number of ranks on all nodes.
+        ranks: number of available ranks on all nodes.
         node: index of this node.
         patience_s: how long to wait for another job in the directory to end.
 
@@ -56,12 +66,14 @@ def begin(config: Config, ranks: int, node: int, patience_s: float = PATIENCE_S)
         directory.outcome.unlink(missing_ok=True)
     directory.logs.mkdir(parents=True, exist_ok=True)
     try:
-        config.check_world(ranks)
+        fit = fit_start(config, ranks)
         open_corpora(config.data.dirs, config.data.sequence_length)
-        _note(directory, ranks, node)
+        _note(directory, fit.ranks, node)
     finally:
         directory.release()  # the ranks lock it next
-    return directory
+    saved = read_saved(directory)
+    changes = fit.misfit or (saved is not None and saved.ranks != fit.ranks)
+    return Start(directory, fit.ranks, fit.describe(saved) if changes else "")
 
 
 def check_port(port: int, patience_s: float = PATIENCE_S) -> None:

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 _TOOLS = ("slurmctld", "slurmd", "sbatch", "munged")
@@ -111,13 +112,29 @@ class SlurmCluster:
     def requeue(self, job: str) -> None:
         self._run(["scontrol", "requeue", job])
 
+    def drain(self, node: str) -> None:
+        """Gives a node no further jobs."""
+        self._run(["scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test"])
+
+    def restore(self, node: str) -> None:
+        self._run(["scontrol", "update", f"NodeName={node}", "State=RESUME"])
+
     def wait(self, job: str, timeout_s: float) -> str:
         """The state in which a job ended. A requeued one, which Slurm holds back for two minutes, starts at once."""
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        return self._wait_for(job, lambda facts: facts["JobState"] in ends, timeout_s)["JobState"]
+
+    def nodes_after_restart(self, job: str, restarts: int, timeout_s: float) -> str:
+        """Number of nodes on which a job runs after it was requeued ``restarts`` times."""
+        expected = {"JobState": "RUNNING", "Restarts": str(restarts)}
+        return self._wait_for(job, lambda facts: expected.items() <= facts.items(), timeout_s)["NumNodes"]
+
+    def _wait_for(self, job: str, condition: Callable[[dict[str, str]], bool], timeout_s: float) -> dict[str, str]:
         deadline = time.monotonic() + timeout_s
         while True:
             facts = self.facts(job)
-            if facts["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"):
-                return facts["JobState"]
+            if condition(facts):
+                return facts
             if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime":
                 time.sleep(2)  # in the second of its requeue a node takes it for the old one
                 self._run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=False)

@@ -14,6 +14,8 @@ import pytest
 from harness.processes import CPU, ROOT
 from tests.cluster.hosts import wait_until
 from tests.cluster.slurm import SlurmCluster, why_no_slurm
+from tests.faults.test_elastic import SMOOTH, losses
+from tests.faults.test_sample_order import samples
 from tests.train.cases import TrainingProcess, curve, parameter_hashes, read_rows, tiny
 
 pytestmark = [
@@ -37,11 +39,11 @@ def _environment(**more: str) -> dict[str, str]:
     return CPU | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "NPROC_PER_NODE": "1"} | more
 
 
-def _write_script(folder: Path, *arguments: str, time: str, grace: int) -> Path:
+def _write_script(folder: Path, *arguments: str, time: str, grace: int, nodes: str = "2") -> Path:
     config, script = folder / "tiny.yaml", folder / "job.sbatch"
     config.write_text("{}\n")
     subprocess.run(
-        [sys.executable, "-m", "dynmoe.launch", "slurm", str(config), "--nodes", "2", "--gpus", "0", "--time", time,
+        [sys.executable, "-m", "dynmoe.launch", "slurm", str(config), "--nodes", nodes, "--gpus", "0", "--time", time,
          "--grace", str(grace), "--output", str(script), *arguments], cwd=ROOT, check=True,
     )  # fmt: skip
     return script
@@ -111,6 +113,56 @@ def test_f05_a_run_that_gets_no_further_is_not_requeued_for_ever(slurm, corpus_d
     text = output.read_text()
     assert "2 consecutive start(s) made no progress past step 0; not restarting" in text
     assert text.rstrip().splitlines()[-1].startswith("slurmstepd") or "Error: [Errno" in text
+
+
+def test_f29_a_requeued_job_continues_on_the_nodes_that_are_left(slurm, corpus_dir, tmp_path):
+    """Two nodes, one while the other is drained, and two again."""
+    output = tmp_path / "output"
+    run = tmp_path / "runs" / "tiny"
+    fields = [*SMOOTH, "parallel.expert=1", "train.steps=300"]
+    script = _write_script(tmp_path, *tiny(corpus_dir, tmp_path / "runs"), *fields, time="10", grace=15, nodes="1-2")
+    job = slurm.submit(f"--output={output}", str(script), **_environment())
+
+    def goes_on_with(nodes: str, restarts: int) -> None:
+        rows = len(read_rows(run / "metrics.jsonl"))
+        assert slurm.nodes_after_restart(job, restarts, 90) == nodes
+        wait_until(lambda: len(read_rows(run / "metrics.jsonl")) > rows + 20, 90, "20 more rows")
+
+    goes_on_with("2", restarts=0)
+    slurm.drain("n2")
+    try:
+        slurm.requeue(job)
+        goes_on_with("1", restarts=1)
+    finally:
+        slurm.restore("n2")
+    slurm.requeue(job)
+    goes_on_with("2", restarts=2)
+    assert slurm.wait(job, 200) == "COMPLETED", output.read_text()
+    text = output.read_text()
+    assert f"{run}: continues on 1 rank(s) (before: 2): a step has 2 micro-batch(es) of 2\n" in text
+    assert f"{run}: continues on 2 rank(s) (before: 1): a step has 1 micro-batch(es) of 2\n" in text
+
+    whole = TrainingProcess(corpus_dir, tmp_path / "whole", *fields)
+    assert whole.wait(200) == 0, whole.output()
+    assert losses(run) == pytest.approx(losses(tmp_path / "whole" / "tiny"), rel=1e-5)
+    assert samples(run, 300) == samples(tmp_path / "whole" / "tiny", 300)
+
+
+def test_f29_nodes_that_the_layout_cannot_use_stay_idle(slurm, corpus_dir, tmp_path):
+    """Three sequences of a step cannot be shared by the two nodes of the second job."""
+    run = tmp_path / "runs" / "tiny"
+    (tmp_path / "tiny.yaml").write_text("{}\n")
+    fields = [*SMOOTH, "parallel.expert=1", "train.global_batch=3", "train.micro_batch=3"]
+    for nodes, steps in (("1", 10), ("2", 20)):
+        output = tmp_path / f"output_{nodes}"
+        options = [f"--nodes={nodes}", "--gpus-per-node=0", "--time=5", f"--output={output}", "launch/slurm.sbatch"]
+        arguments = [str(tmp_path / "tiny.yaml"), *tiny(corpus_dir, tmp_path / "runs"), *fields, f"train.steps={steps}"]
+        job = slurm.submit(*options, *arguments, **_environment())
+        assert slurm.wait(job, 180) == "COMPLETED", output.read_text()
+    text = output.read_text()
+    assert f"{run}: continues on 1 of 2 rank(s): a step has 1 micro-batch(es) of 3, as train.global_batch=3: " in text
+    assert f"job {job}: these nodes stay idle: n2\n" in text
+    assert samples(run, 20)[-1][-1][0] == 59
 
 
 def test_an_array_trains_several_runs(slurm, corpus_dir, tmp_path):

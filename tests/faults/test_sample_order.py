@@ -31,14 +31,14 @@ def small_corpus(corpus_dir, tmp_path_factory, sequences) -> Path:
     return corpus
 
 
-def samples(run: Path) -> list[list[tuple[int, tuple[int, ...]]]]:
-    """Number and tokens of the samples of each step, from the traces of the first layer."""
+def samples(run: Path, count: int = 40) -> list[list[tuple[int, tuple[int, ...]]]]:
+    """Number and tokens of the samples of each of ``count`` steps, from the traces of the first layer."""
     traced = pd.read_parquet(run / "traces")
     traced = traced[traced["layer"] == 0].sort_values(["step", "sample", "position"])
     assert traced.groupby(["step", "sample"])["position"].apply(list).map(lambda own: own == [*range(LENGTH)]).all()
     tokens = traced.groupby(["step", "sample"])["token"].apply(tuple)
     steps = sorted(traced["step"].unique())
-    assert steps == [*range(1, 41)]
+    assert steps == [*range(1, count + 1)]
     return [[(int(number), own) for number, own in tokens[step].items()] for step in steps]
 
 

@@ -55,7 +55,7 @@ def make_checkpoint(directory: RunDirectory, step: int) -> None:
 
 
 def test_a_start_is_recorded_and_the_previous_outcome_deleted(config):
-    directory = begin(config, 2, 0)
+    directory = begin(config, 2, 0).directory
     assert directory.path == config.run.path
     make_checkpoint(directory, 10)
     directory.write_outcome("preempted", 10)
@@ -63,7 +63,7 @@ def test_a_start_is_recorded_and_the_previous_outcome_deleted(config):
     (directory.failures / "rank_0.json").write_text("{}")
     begin(config, 2, 1)
     assert directory.outcome.exists(), "only the first node deletes it"
-    again = begin(config, 2, 0)
+    again = begin(config, 2, 0).directory
     assert not again.outcome.exists()
     assert not again.failures.exists()
     assert [(row["step"], row["ranks"]) for row in read_rows(directory.starts(0))] == [(0, 2), (10, 2)]
@@ -88,7 +88,7 @@ def test_what_cannot_run_is_refused_before_a_start_is_recorded(corpus_dir, tmp_p
 
 
 def test_a_running_job_is_left_alone(config):
-    directory = begin(config, 2, 0)
+    directory = begin(config, 2, 0).directory
     running = RunDirectory(directory.path)
     running.claim()
     running.write_outcome("preempted", 3)
@@ -102,7 +102,7 @@ def test_a_start_waits_for_the_lock_of_a_job_that_is_ending(config):
     holder = subprocess.Popen(
         [sys.executable, "-c", "import fcntl, sys, time\n"
          "lock = open(sys.argv[1], 'w'); fcntl.flock(lock, fcntl.LOCK_EX); print('held', flush=True); time.sleep(1)",
-         str(begin(config, 2, 0).path / ".lock")], stdout=subprocess.PIPE, text=True,
+         str(begin(config, 2, 0).directory.path / ".lock")], stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert holder.stdout.readline() == "held\n"
     started = time.monotonic()
@@ -112,7 +112,7 @@ def test_a_start_waits_for_the_lock_of_a_job_that_is_ending(config):
 
 
 def test_the_verdict_follows_from_the_files_of_a_start(config):
-    directory = begin(config, 2, 0)
+    directory = begin(config, 2, 0).directory
     assert after(directory, 3).status == FAILED
     begin(config, 2, 0)
     begin(config, 2, 0)
@@ -130,7 +130,7 @@ def test_the_verdict_follows_from_the_files_of_a_start(config):
 
 
 def test_an_error_of_the_user_ends_the_launch(config, rank, monkeypatch):
-    directory = begin(config, 2, 0)
+    directory = begin(config, 2, 0).directory
     rank(1)
     monkeypatch.setenv(FAILURES, str(directory.failures))
     record_failure("data.dirs: gone", by_user=True)
@@ -139,7 +139,7 @@ def test_an_error_of_the_user_ends_the_launch(config, rank, monkeypatch):
 
 
 def test_f28_the_first_failure_and_ranks_without_a_record_are_reported(config, rank, monkeypatch):
-    directory = begin(config, 2, 0)
+    directory = begin(config, 2, 0).directory
     for number, text in ((2, "Traceback\nOSError: disk"), (0, "Traceback\nConnection closed by peer")):
         rank(number)
         monkeypatch.setenv(FAILURES, str(directory.failures))
