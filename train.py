@@ -8,7 +8,6 @@ from functools import partial
 
 from dynmoe.cli import run_tool
 from dynmoe.config import Config, describe_fields, load_config
-from dynmoe.launch.elastic import fit_running
 from dynmoe.launched import StopSignal, end_with_launcher
 
 
@@ -98,13 +97,14 @@ def main() -> None:
     config, print_only = parse_arguments()
     if print_only:
         print(config.to_yaml(), end="")
-    else:
-        fit = fit_running(config, int(os.environ.get("WORLD_SIZE", "1")))
-        if fit.misfit and os.environ.get("RANK", "0") == "0":
-            print(
-                f"train.micro_batch={fit.config.train.micro_batch} instead of {config.train.micro_batch}: {fit.misfit}"
-            )
-        train(fit.config, StopSignal())
+        return
+    stop_signal = StopSignal()
+    from dynmoe.launch.elastic import fit_running
+
+    fit = fit_running(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if fit.misfit and os.environ.get("RANK", "0") == "0":
+        print(f"train.micro_batch={fit.config.train.micro_batch} instead of {config.train.micro_batch}: {fit.misfit}")
+    train(fit.config, stop_signal)
 
 
 if __name__ == "__main__":

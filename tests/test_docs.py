@@ -22,6 +22,7 @@ from tests.train.cases import read_rows
 SHOWN = {
     "Trained a 4-layer decoder": "what make quickstart prints after minutes",
     "runs/quickstart, step 120": "the table of a run's scores",
+    "runs/second: continues": "what the scripts print on other numbers of nodes",
     "errors → fields": "a picture of what tests/test_layering.py checks",
     "from dynmoe.routers.relative": "the line that tests/test_own_router.py adds",
     "import os\nfrom operator": "what tests/served/test_counts.py runs, where vLLM is",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,8 @@ def _slurm(name: str, arguments: list[str]) -> None:
 
 def _node_range(text: str) -> tuple[int, int]:
     """The smallest and the largest number of nodes in N or MIN-MAX."""
+    if not re.fullmatch(r"\d+(-\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number or a range; write N or MIN-MAX, such as 1-4")
     fewest, _, most = text.partition("-")
     return int(fewest), int(most or fewest)
 

@@ -94,8 +94,7 @@ def job_script(config: Config, path: str, overrides: Sequence[str], resources: R
         raise UserError(f"{root}: contains no launch/slurm.sbatch; install the project with pip install --editable")
     lines = {
         "job-name": config.run.name,
-        "nodes": resources.shown_nodes,
-        "ntasks-per-node": 1,
+        "nodes": resources.shown_nodes,  # of a range, Slurm gives the fewest if --ntasks-per-node is set
         **({"gpus-per-node": resources.gpus} if resources.gpus else {}),
         "time": resources.time,
         "signal": f"USR1@{resources.grace_s}",

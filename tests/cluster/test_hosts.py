@@ -13,7 +13,9 @@ import pytest
 
 from harness.processes import CPU
 from tests.cluster.hosts import Cluster, Host, wait_until, why_no_hosts
-from tests.train.cases import curve, parameter_hashes, read_rows, tiny
+from tests.faults.test_elastic import SMOOTH, losses
+from tests.faults.test_sample_order import samples
+from tests.train.cases import TrainingProcess, curve, parameter_hashes, read_rows, tiny
 
 pytestmark = [
     pytest.mark.cluster,
@@ -100,6 +102,31 @@ def test_deepspeed_goes_on_from_the_checkpoint_after_a_host_died(hosts, job, und
     job.is_the_undisturbed(undisturbed[0])
     assert job.starts() == [0, 10]
     assert "finished at step 40" in job.output(alpha).read_text()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_f29_a_run_continues_on_more_hosts_and_fewer_of_their_ranks(hosts, job, corpus_dir, tmp_path, launcher):
+    """Two ranks of one host, then three of the four of two hosts, as four cannot share six sequences."""
+    fields = [*SMOOTH, "parallel.expert=1", "train.global_batch=6", "train.micro_batch=3"]
+    arguments = [*job.arguments, *fields]
+    for count, steps in ((1, 10), (2, 40)):
+        job.arguments = [*arguments, f"train.steps={steps}"]
+        job.hostfile.write_text("\n".join([f"{host.name} slots=2" for host in hosts[:count]]))
+        environment = {"NNODES": str(count), "NPROC_PER_NODE": "2"}
+        starting = hosts[:count] if launcher == "torchrun" else hosts[:1]
+        processes = [getattr(job, launcher)(host, **environment) for host in starting]
+        for process in processes:
+            assert process.wait(240) == 0, job.output(hosts[0]).read_text()
+    text = job.output(hosts[0]).read_text()
+    assert (
+        "continues on 3 of 4 rank(s) (before: 2): a step has 1 micro-batch(es) of 2, as train.global_batch=6: " in text
+    )
+    if launcher == "deepspeed":
+        assert "the other GPUs stay idle; in use: alpha:0,1@beta:0" in text
+    whole = TrainingProcess(corpus_dir, tmp_path / "whole", *fields)
+    assert whole.wait(200) == 0, whole.output()
+    assert losses(job.run) == pytest.approx(losses(tmp_path / "whole" / "tiny"), rel=1e-5)
+    assert samples(job.run) == samples(tmp_path / "whole" / "tiny")
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])

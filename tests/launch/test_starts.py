@@ -231,7 +231,7 @@ def test_a_job_script_requests_the_resources_and_quotes_names(tmp_path):
     config = load_config(ROOT / "configs" / "paper_3.5b.yaml")
     text = script(config, "run.dir=/a b/$HOME", options={"partition": "long", "account": "team-1"})
     for line in ("--nodes=2", "--gpus-per-node=8", "--time=24:00:00", "--signal=USR1@300", "--partition=long",
-                 "--account=team-1", "--requeue", "--ntasks-per-node=1"):  # fmt: skip
+                 "--account=team-1", "--requeue"):  # fmt: skip
         assert f"#SBATCH {line}\n" in text
     (call,) = [line for line in text.splitlines() if line.startswith("set -- ")]
     assert shlex.split(call)[2:] == [str(Path("my configs/it's.yaml").resolve()), "run.dir=/a b/$HOME"]
@@ -245,6 +245,10 @@ def test_a_job_script_requests_the_resources_and_quotes_names(tmp_path):
     [
         ({"nodes": 3}, r"train\.global_batch=256: cannot be split evenly"),
         ({"nodes": 0}, "--nodes 0, 8 ranks each: must both be at least 1"),
+        ({"nodes": 2, "fewest": 3}, "--nodes 3-2: is not a range; write MIN-MAX"),
+        ({"nodes": 2, "fewest": 0}, "--nodes 0-2: is not a range; write MIN-MAX"),
+        ({"nodes": 3, "fewest": 1}, r"train\.global_batch=256: cannot be split evenly"),
+        ({"nodes": 2, "fewest": 1, "gpus": 4, "ranks": 4}, r"parallel\.expert=8: the parallel sizes need at least 8"),
         ({"time": "a day"}, "--time a day: is not in Slurm's notation"),
         ({"grace_s": 0}, "--grace 0: Slurm accepts"),
         ({"time": "5"}, "--grace 300: is not below --time 5"),
@@ -255,6 +259,20 @@ def test_a_job_script_requests_the_resources_and_quotes_names(tmp_path):
 def test_a_job_that_cannot_run_gets_no_script(options, problem):
     with pytest.raises(UserError, match=problem):
         script(load_config(ROOT / "configs" / "paper_3.5b.yaml"), **options)
+
+
+def test_a_job_on_a_range_of_nodes_may_adapt_at_its_first_start():
+    """Three nodes cannot share the batch, so two of them would train."""
+    path = ROOT / "configs" / "paper_3.5b.yaml"
+    text = script(load_config(path), nodes=4, fewest=1)
+    assert "#SBATCH --nodes=1-4\n" in text
+    (call,) = [line for line in text.splitlines() if line.startswith("set -- ")]
+    assert shlex.split(call)[-1] == "parallel.elastic=always"
+    assert "elastic" not in script(load_config(path), nodes=4, fewest=4)
+    never = load_config(path, ["parallel.elastic=never"])
+    assert "elastic" not in script(never, nodes=2, fewest=1)
+    with pytest.raises(UserError, match=r"train\.global_batch=256: cannot be split evenly"):
+        script(never, nodes=4, fewest=1)
 
 
 def test_the_command_writes_a_script_and_refuses_in_one_line(tmp_path):
@@ -268,6 +286,8 @@ def test_the_command_writes_a_script_and_refuses_in_one_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "4 nodes with 8 ranks each" in done.stdout
     assert "#SBATCH --job-name=long_run" in output.read_text()
+    assert "1-4 nodes with 8 ranks each" in run(*given, "--nodes", "1-4").stdout
+    assert "'2-' is not a number or a range; write N or MIN-MAX, such as 1-4" in run(*given, "--nodes", "2-").stderr
     refused = run(*given, "--nodes", "3")
     assert refused.returncode == 2
     assert len(refused.stderr.splitlines()) == 1
