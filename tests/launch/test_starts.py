@@ -268,9 +268,9 @@ def test_a_job_on_a_range_of_nodes_may_adapt_at_its_first_start():
     assert "#SBATCH --nodes=1-4\n" in text
     (call,) = [line for line in text.splitlines() if line.startswith("set -- ")]
     assert shlex.split(call)[-1] == "parallel.elastic=always"
-    assert "elastic" not in script(load_config(path), nodes=4, fewest=4)
+    assert "parallel.elastic" not in script(load_config(path), nodes=4, fewest=4)
     never = load_config(path, ["parallel.elastic=never"])
-    assert "elastic" not in script(never, nodes=2, fewest=1)
+    assert "parallel.elastic" not in script(never, nodes=2, fewest=1)
     with pytest.raises(UserError, match=r"train\.global_batch=256: cannot be split evenly"):
         script(never, nodes=4, fewest=1)
 
