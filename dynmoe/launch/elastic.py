@@ -21,11 +21,10 @@ from dynmoe.train.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class Saved:
-    """The latest checkpoint of a run: number of ranks that saved it, configuration, and number of samples read."""
+    """The latest checkpoint of a run that has trained: number of ranks that saved it, and configuration."""
 
     ranks: int
     config: dict[str, Any]
-    samples: int
 
 
 @dataclass(frozen=True)
@@ -88,21 +87,25 @@ def largest_fit(config: Config, ranks: int) -> Fit:
     """The most of ``ranks`` ranks that can train, with the largest ``train.micro_batch`` up to the given one.
 
     Raises:
-        ConfigError: the parallel sizes need more ranks, or the global batch fits no number of them.
+        ConfigError: the parallel sizes need more ranks, or the configuration fits no number of them.
     """
+    needed = math.lcm(config.parallel.model_parallel, config.parallel.pipeline * config.parallel.expert)
+    if ranks < needed:
+        raise _too_few(config, ranks, needed)
     fit = _search(config, ranks)
     if fit is None:
-        raise _why_none(config, ranks)
+        config.check_world(needed)  # which says what does not fit
+    assert fit is not None, "any fit of these ranks is found"
     return fit
 
 
 def read_saved(directory: RunDirectory) -> Saved | None:
-    """The latest checkpoint whose state is intact; None if there is none. Its other files are not verified."""
+    """The latest checkpoint whose state is intact; None if the run has not trained. Other files are not verified."""
     for path in step_directories(directory.checkpoints):
         manifest = read_manifest(path)
         if manifest is not None and find_corrupt_file(path, {TRAINER: manifest["files"][TRAINER]}) is None:
             state = Checkpoint(path, step_of(path)).trainer_state
-            return Saved(manifest["ranks"], state["config"], state["progress"]["samples"])
+            return Saved(manifest["ranks"], state["config"]) if state["progress"]["samples"] else None
     return None
 
 
@@ -115,7 +118,7 @@ def _may_adapt(config: Config) -> bool:
     if config.parallel.elastic != "resume":
         return config.parallel.elastic == "always"
     saved = read_saved(RunDirectory(config.run.path))
-    if saved is None or saved.samples == 0:
+    if saved is None:
         return False
     before = _sizes(saved.config["parallel"])
     now = _sizes(dataclasses.asdict(config.parallel))
@@ -152,14 +155,9 @@ def _with_smaller_micro_batches(config: Config, ranks: int) -> Iterator[Config]:
             yield dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=rows))
 
 
-def _why_none(config: Config, ranks: int) -> ConfigError:
-    """The error if neither ``ranks`` ranks nor fewer can train."""
+def _too_few(config: Config, ranks: int, needed: int) -> ConfigError:
+    """The error for fewer ranks than the ``needed`` ones; names the largest expert-parallel size that would fit."""
     parallel = config.parallel
-    needed = math.lcm(parallel.model_parallel, parallel.pipeline * parallel.expert)
-    if ranks >= needed:
-        problem = f"cannot be split evenly over any number of ranks up to {ranks}"
-        cure = "start more, or use another layout (python -m dynmoe.plan lists those that fit)"
-        return ConfigError("train.global_batch", config.train.global_batch, problem, cure)
     problem = f"the parallel sizes need at least {needed} ranks, and there are {ranks}"
     for expert in range(parallel.expert - 1, 0, -1):
         if parallel.expert % expert == 0:

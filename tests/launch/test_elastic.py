@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 
 from dynmoe.config import Config, load_config
+from dynmoe.config.logging import LoggingConfig
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.launch.elastic import Fit, fit_running, fit_start, largest_fit, read_saved
 from dynmoe.launch.starts import begin
@@ -177,8 +178,18 @@ def test_too_few_ranks_for_the_other_sizes_are_an_error():
     with pytest.raises(ConfigError, match=r"parallel\.pipeline=4: the parallel sizes need at least 8 ranks, and there"):
         largest_fit(config, 7)
     config = load_config(None, [*MODEL, "parallel.expert=2", "train.global_batch=3"])
-    with pytest.raises(ConfigError, match=r"train\.global_batch=3: cannot be split evenly over any number of ranks up"):
+    with pytest.raises(
+        ConfigError, match=r"train\.global_batch=3: cannot be split evenly over ranks; use a multiple of"
+    ):
         largest_fit(config, 7)
+
+
+def test_what_no_number_of_ranks_mends_is_said(fields, monkeypatch):
+    save(fields)
+    error = ConfigError("logging.wandb", "online", "needs wandb", "install it")
+    monkeypatch.setattr(LoggingConfig, "check_installed", lambda self: (_ for _ in ()).throw(error))
+    with pytest.raises(ConfigError, match=r"logging\.wandb='online': needs wandb; install it"):
+        fit_start(load_config(None, fields), 2)
 
 
 def test_ranks_that_run_already_cannot_stay_idle(fields):
@@ -196,7 +207,7 @@ def test_the_checkpoint_is_the_latest_intact_one(fields):
     damaged = directory.checkpoints / "step_00000020" / TRAINER
     damaged.write_text(damaged.read_text().replace("loss_free", "loss_fred"))
     saved = read_saved(directory)
-    assert (saved.ranks, saved.samples, saved.config["train"]["global_batch"]) == (2, 40, 4)
+    assert (saved.ranks, saved.config["train"]["global_batch"]) == (2, 4)
 
 
 def test_older_runs_lack_some_sizes(fields):
