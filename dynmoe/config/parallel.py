@@ -21,11 +21,8 @@ class DeepSpeedConfig(Section):
     def check(self, model: ModelConfig) -> None:
         """Raises a ConfigError for an unsupported stage."""
         stage = self.zero_stage
-        if stage == 3 and model.moe.experts:
-            problem = "DeepSpeed cannot combine ZeRO 3 with expert parallelism, as both shard parameters"
-            raise ConfigError("deepspeed.zero_stage", stage, problem, "use 0, 1 or 2, and a larger parallel.expert")
-        if stage > 2:
-            raise ConfigError("deepspeed.zero_stage", stage, "is not supported", "use 0, 1 or 2")
+        if stage > 3:
+            raise ConfigError("deepspeed.zero_stage", stage, "is not supported", "use 0, 1, 2 or 3")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -162,6 +163,10 @@ class OptimizerState:
         shards, start = self.shard(parameter)
         for part, held in shards.items():
             held.copy_(values[part].flatten()[start : start + held.numel()])
+
+    def whole(self, module: nn.Module) -> AbstractContextManager[None]:
+        """See :class:`dynmoe.moe.adaptation.ParameterReset`; parameters always are whole, or this rank's shards."""
+        return nullcontext()
 
     @torch.no_grad()
     def reset_slice(self, parameter: nn.Parameter, index: tuple[int | slice, ...], fresh: Tensor) -> None:
