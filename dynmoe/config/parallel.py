@@ -16,13 +16,16 @@ _MEGATRON_ONLY = ("tensor", "pipeline", "virtual_pipeline", "context")
 class DeepSpeedConfig(Section):
     _section: ClassVar[str] = "deepspeed"
 
-    zero_stage: int = option(1, "ZeRO stage: shard nothing (0), optimizer state (1) or also gradients (2)", at_least=0)
+    zero_stage: int = option(
+        1, "ZeRO stage: shard nothing (0), optimizer state (1), also gradients (2), or also weights (3)",
+        at_least=0, at_most=3,
+    )  # fmt: skip
 
-    def check(self, model: ModelConfig) -> None:
-        """Raises a ConfigError for an unsupported stage."""
-        stage = self.zero_stage
-        if stage > 3:
-            raise ConfigError("deepspeed.zero_stage", stage, "is not supported", "use 0, 1, 2 or 3")
+    def check_optimizer(self, kind: str) -> None:
+        """Raises a ConfigError for an optimizer that does not work with the stage."""
+        if self.zero_stage == 3 and kind == "muon":
+            problem = "DeepSpeed updates a few of the matrices at a time, on each rank others, so none would be whole"
+            raise ConfigError("deepspeed.zero_stage", 3, problem, "use 0, 1 or 2, or optimizer.kind=adamw")
 
 
 @dataclass

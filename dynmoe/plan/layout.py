@@ -76,6 +76,11 @@ class Layout:
         layers = [self.size.layer(layer) for layer in self.layers(stage)]
         return sum((x.attention + x.dense) // self.config.parallel.tensor + x.shared for x in layers)
 
+    def layer_parameters(self, layer: int) -> int:
+        """Number of parameters of a decoder layer on one rank, without tensor parallelism."""
+        size = self.size.layer(layer)
+        return size.without_experts + size.experts // self.config.parallel.expert
+
     def expert_parameters(self, stage: int) -> int:
         """Number of parameters of the routed experts on one rank."""
         return sum(self.size.layer(layer).experts for layer in self.layers(stage)) // self.config.parallel.expert

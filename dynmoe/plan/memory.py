@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dynmoe.config.constants import CHUNK_LOGITS, DEEPSPEED_BUCKET
+from dynmoe.config.constants import CHUNK_LOGITS, DEEPSPEED_BUCKET, DEEPSPEED_PREFETCH
 from dynmoe.plan.layout import Layout
 
 # Bytes per logit in the cross-entropy, including temporaries.
@@ -55,12 +55,14 @@ def _memory(layout: Layout, stage: int, experts_per_token: float, device: str) -
         _Part(dense, layout.data_parallel, layout.dense_matrices(stage) if by_muon else 0),
         _Part(experts, layout.expert_data_parallel, experts if by_muon else 0),
     ]
-    held = _EngineMemory(parts, layout.element, layout.config.deepspeed.zero_stage, layout.accumulation > 1)
+    largest = max(layout.layer_parameters(layer) for layer in layout.layers(stage))
+    held = _EngineMemory(parts, layout.element, layout.config.deepspeed.zero_stage, layout.accumulation > 1, largest)
     kept, gradients, at_backward, at_step = held.megatron() if layout.config.engine == "megatron" else held.deepspeed()
     activations, transient = _activations(layout, stage, experts_per_token, device)
     # The larger of both peaks; ``temporary`` is the part in addition to activations.
     peak = max(activations + transient + at_backward, at_step + _recomputed(layout, stage, experts_per_token))
-    return Memory((dense + experts) * layout.element, gradients, kept, activations, peak - activations)
+    weights = held.weights if layout.config.engine == "deepspeed" else (dense + experts) * layout.element
+    return Memory(weights, gradients, kept, activations, peak - activations)
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,19 @@ class _EngineMemory:
         element: bytes per weight.
         stage: ZeRO stage.
         accumulates: whether a step has several micro-batches.
+        largest_layer: number of parameters of the largest layer, which ZeRO 3 gathers.
     """
 
     parts: list[_Part]
     element: int
     stage: int
     accumulates: bool
+    largest_layer: int
+
+    @property
+    def weights(self) -> float:
+        """Bytes of the weights that a rank keeps under DeepSpeed."""
+        return self.element * (self._shard if self.stage == 3 else self._whole)
 
     @property
     def _whole(self) -> int:
@@ -119,12 +128,21 @@ class _EngineMemory:
         )
 
     def deepspeed(self) -> tuple[float, float, float, float]:
+        if self.stage == 3:
+            return self._zero3()
         state, gradients, at_backward, at_step = self._deepspeed_with_adam()
         sharded = self.stage > 0
         # The gradients of the step are still there, but not the buffers of their reduction.
         whole = 4.0 * (self._shard if self.stage == 2 else self._whole)
         at_muon = max(0.0, whole - gradients) + self._orthogonalization(sharded)
         return state - self._second_moments(sharded), gradients, at_backward, max(at_step, at_muon)
+
+    def _zero3(self) -> tuple[float, float, float, float]:
+        """Keeps the buffer in which it reduces gradients; gathers weights ahead of the layers that need them."""
+        gathered = self.element * min(self._whole, DEEPSPEED_PREFETCH + self.largest_layer)
+        bucket = self.element * min(self._whole, DEEPSPEED_BUCKET)
+        copied = max(4.0 * part.count / part.ranks for part in self.parts)
+        return 12.0 * self._shard, 4.0 * self._shard + bucket, gathered, copied
 
     def _deepspeed_with_adam(self) -> tuple[float, float, float, float]:
         whole = self._whole

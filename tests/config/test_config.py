@@ -179,7 +179,11 @@ BAD = [
         ["data.predict_first_token=False", "data.documents=masked"],
     ),
     ("train.recompute=true", ["train.recompute", "selective"]),
-    ("deepspeed.zero_stage=3", ["deepspeed.zero_stage=3", "use 0, 1 or 2"]),
+    ("deepspeed.zero_stage=4", ["deepspeed.zero_stage=4", "at most 3"]),
+    (
+        "optimizer.kind=muon deepspeed.zero_stage=3",
+        ["deepspeed.zero_stage=3", "use 0, 1 or 2, or optimizer.kind=adamw"],
+    ),
     ("engine=fsdp", ["engine='fsdp'", "deepspeed, megatron"]),
     ("data.dirs=[]", ["data.dirs=[]", "has no corpus"]),
     ("data.weights=[1,2]", ["data.weights=[1.0, 2.0]", "data.dirs"]),
