@@ -76,6 +76,16 @@ def test_a_threshold_lets_its_share_of_tokens_in(seed, tokens, experts, share):
             assert int((column >= next_down.max()).sum()) > allowed - 1e-4
 
 
+@pytest.mark.parametrize("overrides", [BASELINES["sigmoid grouped"], [*IMPROVED, "model.router.n_group=2"]])
+@pytest.mark.parametrize("wanted", [0.5, 1.5])
+def test_calibration_counts_what_tokens_select_within_their_groups(overrides, wanted):
+    layer = layer_of(*overrides, f"model.router.initial_experts={wanted}", "model.router.min_experts=0")
+    x = torch.randn(400, HIDDEN, generator=torch.Generator().manual_seed(1))
+    layer.context.step = StepState(calibrating=True)
+    layer(x)
+    assert layer.router(x).experts_per_token_T.float().mean().item() == pytest.approx(wanted, abs=0.02)
+
+
 @pytest.mark.parametrize("overrides", [IMPROVED, BASELINES["expert_threshold"],
                                        ["model.router.kind=sigmoid", "model.router.cutoff=0.7"]])  # fmt: skip
 def test_calibration_gives_the_wanted_experts_per_token_once(overrides):

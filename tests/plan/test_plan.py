@@ -81,6 +81,8 @@ def test_ranks_per_token_equal_an_enumeration():
 @pytest.mark.parametrize("fields", [
     [], ["parallel.expert=4"], ["engine=megatron", "parallel.pipeline=2", "parallel.expert=2"],
     ["engine=megatron", "parallel.tensor=2", "model.moe.moe_layer_freq=2"],
+    ["engine=megatron", "parallel.pipeline=2", "model.moe.first_k_dense_replace=3", "model.moe.shared_hidden=64",
+     "model.moe.shared_gate=true"],
 ])  # fmt: skip
 def test_the_ranks_together_hold_the_whole_model(fields):
     own = layout(8, *fields, "train.global_batch=32")
