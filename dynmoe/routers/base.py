@@ -220,7 +220,7 @@ class RouterSpec(Section):
             cure = "use global_batch or micro_batch"
             raise ConfigError(f"{self._section}.balance_scope", self.balance_scope, problem, cure)
         if self.n_group > 1 and not self.LIMITS_GROUPS:
-            problem = f"the {self.kind} router does not select the best experts of a token"
+            problem = f"the {self.kind} router does not select within groups of experts"
             raise ConfigError(f"{self._section}.n_group", self.n_group, problem, "use 1")
         if self.topk_group > self.n_group:
             cure = f"use at most model.router.n_group ({self.n_group})"

@@ -557,6 +557,11 @@ def test_configuration_of_an_older_run_loads_with_the_fields_of_all_routers(kind
         check_unchanged(saved, dataclasses.asdict(config))
 
 
+def test_a_gate_needs_a_shared_expert():
+    with pytest.raises(ConfigError, match=r"^model.moe.shared_gate=True: has no shared expert; set model.moe.shared_h"):
+        load_config(None, ["model.moe.shared_gate=true"])
+
+
 def test_a_quantile_needs_as_many_tokens_as_bins():
     """128 tokens on each of 8 ranks are enough in a pass; 1,024 tokens of a step are, whatever a pass has."""
     fields = [*QUANTILE, "data.sequence_length=128", "train.micro_batch=1"]

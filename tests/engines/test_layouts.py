@@ -160,8 +160,7 @@ WITH_STATE = {
     "quantile balancing": [*ROUTERS["top_k"], "budget.method=quantile"],
     "top_k grouped": [*BASELINES["top_k grouped"], "budget.method=loss_free", "budget.rate=0.01"],
     "sigmoid grouped": [
-        *BASELINES["sigmoid grouped"], "model.router.initial_experts=1.5", "budget.method=loss_free",
-        "budget.experts_per_token=1.5",
+        *BASELINES["sigmoid grouped"], "budget.method=loss_free", "budget.experts_per_token=1.5",
     ],
 }  # fmt: skip
 

@@ -47,7 +47,7 @@ OWN = {
     **{name: fields for name, fields in (ROUTERS | BASELINES).items() if name != "top_k"},
     "top_k, biased": TOP_K,
     "top_p released": ["model.router.kind=top_p", "model.router.variant=released", "model.router.max_experts=3"],
-    "deepseek_v3, biased": [
+    "top_k of deepseek_v3, biased": [
         *BASELINES["top_k grouped"], "model.moe.shared_hidden=16", "model.moe.shared_gate=true",
         "model.moe.first_k_dense_replace=1", "model.router.balance_scope=sequence",
     ],

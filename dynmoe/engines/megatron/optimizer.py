@@ -16,6 +16,8 @@ from dynmoe.config import Config
 from dynmoe.engines.state_names import MASTER, MOMENTS
 from dynmoe.train.optimizer import parameter_groups
 
+_NOTHING = "nothing"  # stands for a parameter in an optimizer that holds none
+
 
 def make_optimizer(config: Config, chunks: Sequence[DistributedDataParallel]) -> ChainedOptimizer:
     """Builds AdamW over all model chunks, with its state sharded over the ranks that replicate the parameters.
@@ -77,9 +79,19 @@ def _prepare_torch_adam(part: DistributedOptimizer) -> None:
                 **{name: torch.zeros_like(tensor) for name in MOMENTS},
             }
     if not part.optimizer.state:
-        part.optimizer.state["nothing"] = {"step": torch.zeros(())}
+        part.optimizer.state[_NOTHING] = {"step": torch.zeros(())}
     part._get_main_param_and_optimizer_states = MethodType(_get_main_param_and_moments, part)
     part._set_main_param_and_optimizer_states = MethodType(_set_main_param_and_moments, part)
+
+
+def count_steps_of_nothing(optimizer: ChainedOptimizer, step: int) -> None:
+    """Sets the step of optimizers that hold no parameter here, which torch does not count.
+
+    A checkpoint has the step of rank 0 for all ranks, and rank 0 may be of a pipeline stage without experts.
+    """
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.AdamW) and _NOTHING in part.optimizer.state:
+            part.optimizer.state[_NOTHING]["step"].fill_(step)
 
 
 def _get_main_param_and_moments(part: DistributedOptimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
