@@ -117,10 +117,15 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     _section: ClassVar[str] = "optimizer"
 
-    lr: float = option(3e-4, "peak learning rate (AdamW)", above=0)
+    kind: str = option(
+        "adamw", "AdamW for all parameters; or Muon for the matrices of the decoder layers, with the learning rate and "
+        "weight decay of AdamW, and AdamW for embeddings, norms and routers", choices=("adamw", "muon"),
+    )  # fmt: skip
+    lr: float = option(3e-4, "peak learning rate", above=0)
     beta1: float = option(0.9, "decay of AdamW's first moment", at_least=0, below=1)
     beta2: float = option(0.95, "decay of AdamW's second moment", at_least=0, below=1)
     eps: float = option(1e-8, "epsilon of AdamW", above=0)
+    muon_momentum: float = option(0.95, "decay of Muon's average of the gradients", at_least=0, below=1)
     weight_decay: float = option(0.1, "weight decay of matrices; norms and router thresholds have none", at_least=0)
     clip_grad: float = option(1.0, "maximum global gradient norm (0: no clipping)", at_least=0)
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dynmoe.engines.state_names import MASTER, MOMENTS, OPTIMIZER_STEP, buffer_key, parameter_key
+from dynmoe.engines.state_names import MASTER, OPTIMIZER_STEP, buffer_key, parameter_key
 from dynmoe.errors import UserError, first_line, some
 from dynmoe.moe import MoELayer
 from dynmoe.train.tensor_files import save_tensors
@@ -34,6 +34,7 @@ class Entry:
         shape: shape of this rank's part; the first dimension is the expert if ``experts`` is given.
         experts: global indices of the experts, for a stacked parameter.
         num_experts: number of experts in the layer, on all ranks.
+        moments: names of the moments of the optimizer.
         get: returns fp32 master and moments, by part. May be collective.
         set: sets these and the parameter.
     """
@@ -42,6 +43,7 @@ class Entry:
     shape: tuple[int, ...]
     experts: range | None
     num_experts: int
+    moments: tuple[str, ...]
     get: Callable[[], dict[str, Tensor]]
     set: Callable[[dict[str, Tensor]], None]
 
@@ -55,12 +57,13 @@ def entry(
     name: str,
     parameter: nn.Parameter,
     ranges: dict[int, tuple[range, int]],
+    moments: tuple[str, ...],
     get: Callable[[], dict[str, Tensor]],
     put: Callable[[dict[str, Tensor]], None],
 ) -> Entry:
     """The entry of a parameter, with ``ranges`` from :func:`expert_ranges`."""
     experts, num_experts = ranges.get(id(parameter), (None, 0))
-    return Entry(name, tuple(parameter.shape), experts, num_experts, get, put)
+    return Entry(name, tuple(parameter.shape), experts, num_experts, moments, get, put)
 
 
 def copy(
@@ -124,8 +127,8 @@ def load(directory: Path, entries: Iterable[Entry], buffers: dict[str, Tensor]) 
     step = int(reader.read(OPTIMIZER_STEP, ()))
     expected: set[str] = {OPTIMIZER_STEP}
     for own in entries:
-        values = {moment: torch.zeros(own.shape) for moment in MOMENTS}
-        for part in (MASTER, *MOMENTS) if step > 0 else (MASTER,):
+        values = {moment: torch.zeros(own.shape) for moment in own.moments}
+        for part in (MASTER, *own.moments) if step > 0 else (MASTER,):
             values[part] = reader.read_part(own.name, part, own.shape, own.experts)
             if own.experts is None:
                 expected.add(parameter_key(own.name, part))

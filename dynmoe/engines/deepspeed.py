@@ -29,7 +29,7 @@ from deepspeed.utils import groups
 from dynmoe.config import Config, ModelConfig
 from dynmoe.config.constants import DEEPSPEED_BUCKET
 from dynmoe.data.batches import Batch
-from dynmoe.engines import deepspeed_state
+from dynmoe.engines import deepspeed_muon, deepspeed_state
 from dynmoe.engines.device import take_gpu
 from dynmoe.engines.loss import TextLosses, tokens_of_pass
 from dynmoe.engines.patience import PATIENCE, be_patient
@@ -41,7 +41,8 @@ from dynmoe.moe.adaptation import AdaptationEvent
 from dynmoe.moe.replay import RoutingReplay
 from dynmoe.moe.trace import RoutingTrace
 from dynmoe.train.engine import Gradients, Snapshot, StepReport
-from dynmoe.train.optimizer import parameter_groups
+from dynmoe.train.muon import MuonAdamW
+from dynmoe.train.optimizer import make_optimizer, parameter_groups
 
 
 class DeepSpeedMoELayer(MoELayer, MoE):
@@ -88,16 +89,21 @@ class DeepSpeedEngine:
             config.model, vocab_size, config.train.seed, self.context, config.train.recompute, DeepSpeedMoELayer
         )
         param_groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(self.module, config))
-        settings = config.optimizer
-        self._adam = torch.optim.AdamW(
-            [group for group in param_groups if group["params"]],
-            lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True,
-        )  # fmt: skip
-        self._engine, self._optimizer, *_ = deepspeed.initialize(
-            model=self.module, optimizer=self._adam, config=self._deepspeed_config()
-        )
+        self._adam = make_optimizer([group for group in param_groups if group["params"]], config.optimizer)
+        parameters = [list(group["params"]) for group in self._adam.param_groups]
+        with deepspeed_muon.introduced(self._adam):
+            self._engine, self._optimizer, *_ = deepspeed.initialize(
+                model=self.module, optimizer=self._adam, config=self._deepspeed_config()
+            )
         be_patient()
-        self.state = deepspeed_state.OptimizerState(self._optimizer, self._adam)
+        muon = (own for group, own in zip(self._adam.param_groups, parameters, strict=True) if group["muon"])
+        by_muon = frozenset(id(parameter) for own in muon for parameter in own)
+        self.state = deepspeed_state.OptimizerState(self._optimizer, self._adam, by_muon)
+        if isinstance(self._adam, MuonAdamW):
+            deepspeed_muon.connect(
+                config, self.module, self._adam, parameters, self.state,
+                self.context.groups.tokens, expert_replicas(config.parallel.expert),
+            )  # fmt: skip
         self.layers = self.module.moe_layers
         self.local_modules: Sequence[nn.Module] = [layer.get_submodule("attention") for layer in self.module.layers]
         named = self.module.named_parameters()
@@ -129,6 +135,7 @@ class DeepSpeedEngine:
             # DeepSpeed has no fp32 accumulation for stage 0 in bf16.
             "data_types": {"grad_accum_dtype": "fp32" if not bf16 or stage else "bf16"},
             "steps_per_print": sys.maxsize,
+            "zero_allow_untested_optimizer": True,  # DeepSpeed knows optimizers by their exact class
         }
 
     def compute_gradients(
@@ -295,3 +302,9 @@ def make_context(expert_parallel: int, backend: str = "auto") -> MoEContext:
     expert_group = groups._get_expert_parallel_group(name) if expert_parallel > 1 else None
     tokens = dist.group.WORLD if dist.get_world_size() > 1 else None
     return MoEContext(MoEGroups(expert_group, tokens), backend)
+
+
+def expert_replicas(expert_parallel: int) -> dist.ProcessGroup | None:
+    """The ranks with the same experts as this one; None for this one alone."""
+    ranks = groups._get_expert_data_parallel_group(_group_name(expert_parallel))
+    return ranks if dist.get_world_size(ranks) > 1 else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +23,51 @@ from torch import Tensor, nn
 
 from dynmoe.engines import canonical_state
 from dynmoe.engines.random_state import copy_random_state, restore_random_state
-from dynmoe.engines.state_names import MASTER, MOMENTS
+from dynmoe.engines.state_names import MASTER, MOMENTS, MOMENTS_OF_MUON
 from dynmoe.model import Decoder
 from dynmoe.moe import MoEContext
 from dynmoe.train.engine import Snapshot
 
 
+@dataclass(frozen=True)
+class Held:
+    """Consecutive elements of a flattened parameter, and the offset of the first in the tensor of the optimizer."""
+
+    start: int
+    length: int
+    offset: int
+
+
 class OptimizerState:
-    """fp32 masters and Adam moments of whole parameters, for any DeepSpeed optimizer.
+    """fp32 masters and moments of whole parameters, for any DeepSpeed optimizer.
 
     Reading is collective under ZeRO. The moments are created as zeros before the first step.
+
+    Args:
+        optimizer: DeepSpeed's.
+        adam: the optimizer within it, over groups of :func:`dynmoe.train.optimizer.parameter_groups`.
+        muon: parameters that Muon updates, by ``id``.
+
+    Attributes:
+        partitioned: whether the optimizer has one tensor for each parameter group, of which ranks hold a part each.
     """
 
-    def __init__(self, optimizer: Any, adam: torch.optim.AdamW) -> None:
+    def __init__(self, optimizer: Any, adam: torch.optim.AdamW, muon: Set[int] = frozenset()) -> None:
         self._adam = adam
         self._optimizer = optimizer
-        self._partitioned = isinstance(optimizer, (DeepSpeedZeroOptimizer, BF16_Optimizer))
+        self._muon = muon
+        self.partitioned = isinstance(optimizer, (DeepSpeedZeroOptimizer, BF16_Optimizer))
         self._masters: dict[int, Tensor] = {}
         if isinstance(optimizer, FP16_UnfusedOptimizer):  # bf16 without ZeRO
             pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
             self._masters = {id(p): master for low, high in pairs for p, master in zip(low, high, strict=True)}
-        if isinstance(optimizer, DeepSpeedZeroOptimizer):
-            held = optimizer.single_partition_of_fp32_groups
-        elif isinstance(optimizer, BF16_Optimizer):
-            held = optimizer.fp32_groups_flat_partition
-        else:
-            held = [p for group in adam.param_groups for p in group["params"]]
-        for tensor in held:
-            adam.state[tensor] = {
-                "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
-                **{name: torch.zeros_like(tensor) for name in MOMENTS},
-            }
-        if self._partitioned:
+        for group in adam.param_groups:
+            for tensor in group["params"]:  # whole, or DeepSpeed's partition of a group
+                adam.state[tensor] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
+                    **{name: torch.zeros_like(tensor) for name in (MOMENTS_OF_MUON if group["muon"] else MOMENTS)},
+                }
+        if self.partitioned:
             # DeepSpeed links moments to parameters after the first step of the first group, when the other groups
             # have no moments yet. Linking them here includes all groups.
             optimizer._hp_optimizer_states_linked = False
@@ -68,13 +83,28 @@ class OptimizerState:
         for state in self._adam.state.values():
             state["step"].fill_(value)
 
+    def moments(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """Names of the moments of a parameter."""
+        return MOMENTS_OF_MUON if id(parameter) in self._muon else MOMENTS
+
     def get(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """fp32 master and moments of the whole parameter, on its device."""
-        if self._partitioned:
-            moments = {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
+        names = self.moments(parameter)
+        if self.partitioned:
+            moments = {name: safe_get_full_optimizer_state(parameter, name) for name in names}
             return {MASTER: safe_get_full_fp32_param(parameter), **moments}
         master = self._masters.get(id(parameter), parameter)
-        return {MASTER: master.detach(), **{name: self._adam.state[master][name] for name in MOMENTS}}
+        return {MASTER: master.detach(), **{name: self._adam.state[master][name] for name in names}}
+
+    def held(self, parameter: nn.Parameter) -> Held | None:
+        """The elements of a parameter that this rank updates; None if there are none."""
+        if not self.partitioned:
+            return Held(0, parameter.numel(), 0)
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return None
+        own = mapping.lp_fragment_address
+        return Held(own.start, own.numel, mapping.hp_fragment_address.start)
 
     @torch.no_grad()
     def reset_slice(self, parameter: nn.Parameter, index: tuple[int | slice, ...], fresh: Tensor) -> None:
@@ -88,21 +118,23 @@ class OptimizerState:
     def set(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
         """Sets master and moments of a whole parameter, and the parameter itself."""
         parameter.copy_(values[MASTER])
-        if self._partitioned:
+        if self.partitioned:
             safe_set_full_fp32_param(parameter, values[MASTER].to(parameter.device))
-            for name in MOMENTS:
+            for name in self.moments(parameter):
                 safe_set_full_optimizer_state(parameter, values[name].to(parameter.device), name)
             return
         master = self._masters.get(id(parameter), parameter)
         master.copy_(values[MASTER])
-        for name in MOMENTS:
+        for name in self.moments(parameter):
             self._adam.state[master][name].copy_(values[name])
 
 
 def _entries(module: Decoder, state: OptimizerState) -> list[canonical_state.Entry]:
     ranges = canonical_state.expert_ranges(module.moe_layers)
     return [
-        canonical_state.entry(name, p, ranges, functools.partial(state.get, p), functools.partial(state.set, p))
+        canonical_state.entry(
+            name, p, ranges, state.moments(p), functools.partial(state.get, p), functools.partial(state.set, p)
+        )
         for name, p in module.named_parameters()
     ]
 

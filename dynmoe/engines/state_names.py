@@ -8,6 +8,7 @@ from __future__ import annotations
 
 MASTER = "param"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS_OF_MUON = ("exp_avg",)
 OPTIMIZER_STEP = "optimizer_step"
 
 

@@ -76,6 +76,11 @@ class Layout:
         embeddings = int(stage == 0) + int(last and not tied)
         return total + embeddings * self.size.embedding // parallel.tensor + (model.hidden if last else 0)
 
+    def dense_matrices(self, stage: int) -> int:
+        """Number of dense parameters on one rank that Muon would update."""
+        layers = [self.size.layer(layer) for layer in self.layers(stage)]
+        return sum((x.attention + x.dense) // self.config.parallel.tensor + x.shared for x in layers)
+
     def expert_parameters(self, stage: int) -> int:
         """Number of parameters of the routed experts on one rank."""
         return sum(self.size.layer(layer).experts for layer in self.layers(stage)) // self.config.parallel.expert

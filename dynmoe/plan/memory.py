@@ -15,6 +15,8 @@ from dynmoe.plan.layout import Layout
 
 # Bytes per logit in the cross-entropy, including temporaries.
 _LOGIT_BYTES = 12
+# Copies of the matrices that a rank orthogonalizes: sent, received, joined, and within the iteration.
+_MUON_COPIES = 6
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,26 @@ def memory_per_rank(layout: Layout, experts_per_token: float, device: str = "cud
 def _memory(layout: Layout, stage: int, experts_per_token: float, device: str) -> Memory:
     dense = layout.dense_parameters(stage)
     experts = layout.expert_parameters(stage)
-    parts = [(dense, layout.data_parallel), (experts, layout.expert_data_parallel)]
+    by_muon = layout.config.optimizer.kind == "muon"
+    parts = [
+        _Part(dense, layout.data_parallel, layout.dense_matrices(stage) if by_muon else 0),
+        _Part(experts, layout.expert_data_parallel, experts if by_muon else 0),
+    ]
     held = _EngineMemory(parts, layout.element, layout.config.deepspeed.zero_stage, layout.accumulation > 1)
     kept, gradients, at_backward, at_step = held.megatron() if layout.config.engine == "megatron" else held.deepspeed()
     activations, transient = _activations(layout, stage, experts_per_token, device)
     # The larger of both peaks; ``temporary`` is the part in addition to activations.
     peak = max(activations + transient + at_backward, at_step + _recomputed(layout, stage, experts_per_token))
     return Memory((dense + experts) * layout.element, gradients, kept, activations, peak - activations)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Parameters of a rank: their number, the ranks that may share their optimizer state, and how many Muon updates."""
+
+    count: int
+    ranks: int
+    matrices: int
 
 
 @dataclass(frozen=True)
@@ -66,35 +81,57 @@ class _EngineMemory:
     layer's backward pass and in the optimizer step.
 
     Attributes:
-        parts: numbers of parameters, each with the number of ranks over which its optimizer state may be sharded.
+        parts: the parameters.
         element: bytes per weight.
         stage: ZeRO stage.
         accumulates: whether a step has several micro-batches.
     """
 
-    parts: list[tuple[int, int]]
+    parts: list[_Part]
     element: int
     stage: int
     accumulates: bool
 
     @property
     def _whole(self) -> int:
-        return sum(count for count, _ in self.parts)
+        return sum(part.count for part in self.parts)
 
     @property
     def _shard(self) -> float:
-        return sum(count / ranks for count, ranks in self.parts)
+        return sum(part.count / part.ranks for part in self.parts)
 
     def megatron(self) -> tuple[float, float, float, float]:
         # fp32 masters share memory with fp32 weights; gradients have a persistent fp32 buffer.
-        state = 8.0 if self.element == 4 else 12.0
-        return state * self._shard, 4.0 * self._whole, 0.0, 4.0 * max(count for count, _ in self.parts)
+        per_parameter = 8.0 if self.element == 4 else 12.0
+        state = per_parameter * self._shard - self._second_moments(sharded=True)
+        at_step = max(4.0 * max(part.count for part in self.parts), self._orthogonalization(sharded=True))
+        return state, 4.0 * self._whole, 0.0, at_step
+
+    def _second_moments(self, sharded: bool) -> float:
+        """Bytes that Muon saves."""
+        return sum(4.0 * part.matrices / (part.ranks if sharded else 1) for part in self.parts)
+
+    def _orthogonalization(self, sharded: bool) -> float:
+        """Temporary bytes of Muon in the larger part: updates in fp32, and copies of what a rank orthogonalizes."""
+        return max(
+            4.0 * part.matrices / (part.ranks if sharded else 1)
+            + _MUON_COPIES * self.element * part.matrices / part.ranks
+            for part in self.parts
+        )
 
     def deepspeed(self) -> tuple[float, float, float, float]:
+        state, gradients, at_backward, at_step = self._deepspeed_with_adam()
+        sharded = self.stage > 0
+        # The gradients of the step are still there, but not the buffers of their reduction.
+        whole = 4.0 * (self._shard if self.stage == 2 else self._whole)
+        at_muon = max(0.0, whole - gradients) + self._orthogonalization(sharded)
+        return state - self._second_moments(sharded), gradients, at_backward, max(at_step, at_muon)
+
+    def _deepspeed_with_adam(self) -> tuple[float, float, float, float]:
         whole = self._whole
         shard = self._shard
         element = self.element
-        largest, ranks = max(self.parts)
+        largest, ranks = max((part.count, part.ranks) for part in self.parts)
         bucket = element * min(whole, DEEPSPEED_BUCKET)
         flat = element * min(largest, DEEPSPEED_BUCKET)
         if self.stage == 0:

@@ -11,12 +11,24 @@ from dynmoe.config.router_fields import chosen_router, without_foreign_fields
 from dynmoe.errors import ConfigError
 
 # Fields and sections that a resumed run must keep, with exceptions; all others may change.
-_FIXED = ("model", "data.weights", "data.sequence_length", "data.documents", "data.packing", "train.seed")
+_FIXED = (
+    "model",
+    "data.weights",
+    "data.sequence_length",
+    "data.documents",
+    "data.packing",
+    "train.seed",
+    "optimizer.kind",
+)
 _FREE = ("model.moe.max_mean_experts_per_token", "model.moe.on_overflow")
+# Cannot be accepted: the moments of one optimizer mean nothing to the other.
+_NEVER_FREE = ("optimizer.kind",)
 # Before the first sample, only these must be kept.
 _FIXED_BEFORE = ("model",)
-# Fields that keep their first value unless they are given: that of a new run, and of a run from before the field.
-_KEPT = {"eval.weighting": ("blend", "tokens"), "data.documents": ("masked", "joined")}
+# Fields that keep their first value unless they are given, which is this one in a new run.
+_KEPT = {"eval.weighting": "blend", "data.documents": "masked"}
+# What runs from before these fields have.
+_OLDER = {"eval.weighting": "tokens", "data.documents": "joined", "optimizer.kind": "adamw"}
 
 
 def check_unchanged(saved: dict[str, Any], current: dict[str, Any], has_begun: bool = True) -> None:
@@ -40,9 +52,12 @@ def check_unchanged(saved: dict[str, Any], current: dict[str, Any], has_begun: b
     for name in sorted(old.keys() | new.keys(), key=lambda name: (name != "model.router.kind", name)):
         now = new.get(name)
         # An empty list means the behavior before the field existed.
-        before = old.get(name, [] if now == [] else _KEPT[name][1] if name in _KEPT else None)
-        if _is_in(name, fixed) and not _is_in(name, free) and before != now:
+        before = old.get(name, [] if now == [] else _OLDER.get(name))
+        can_be_accepted = name not in _NEVER_FREE
+        if _is_in(name, fixed) and not (can_be_accepted and _is_in(name, free)) and before != now:
             cure = "keep it, start a new run with another run.name, or name it in checkpoint.accept_changes"
+            if not can_be_accepted:
+                cure = "keep it, or start a new run with another run.name"
             raise ConfigError(name, now, f"the run's checkpoint has {before!r}", cure)
 
 
@@ -54,7 +69,7 @@ def with_kept_fields(config: Config, saved: dict[str, Any] | None) -> Config:
         saved: configuration of the checkpoint; None for a new run.
     """
     old = {} if saved is None else dict(flatten(saved))
-    kept = {name: new if saved is None else old.get(name) or before for name, (new, before) in _KEPT.items()}
+    kept = {name: new if saved is None else old.get(name) or _OLDER[name] for name, new in _KEPT.items()}
     weighting = config.eval.weighting or kept["eval.weighting"]
     documents = config.data.documents or kept["data.documents"]
     return dataclasses.replace(

@@ -562,6 +562,19 @@ def test_a_gate_needs_a_shared_expert():
         load_config(None, ["model.moe.shared_gate=true"])
 
 
+def test_a_run_keeps_its_optimizer():
+    """The moments of one mean nothing to the other, although Megatron's checkpoints would fit."""
+    muon = load_config(None, ["optimizer.kind=muon", "checkpoint.accept_changes=[optimizer.kind]"])
+    saved = dataclasses.asdict(load_config(None, []))
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.kind='muon': the run's checkpoint has 'adamw'; keep it, or start"
+    ):
+        check_unchanged(saved, dataclasses.asdict(muon))
+    check_unchanged(saved, dataclasses.asdict(muon), has_begun=False)
+    del saved["optimizer"]["kind"]  # a run from before the field
+    check_unchanged(saved, dataclasses.asdict(load_config(None, [])))
+
+
 def test_a_quantile_needs_as_many_tokens_as_bins():
     """128 tokens on each of 8 ranks are enough in a pass; 1,024 tokens of a step are, whatever a pass has."""
     fields = [*QUANTILE, "data.sequence_length=128", "train.micro_batch=1"]

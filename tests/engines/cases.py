@@ -17,6 +17,7 @@ from dynmoe.errors import UserError
 from dynmoe.model import Decoder
 from dynmoe.train.engine import take_step
 from dynmoe.train.optimizer import parameter_groups
+from tests.engines.plain_muon import PlainMuon
 
 VOCAB = 64
 LENGTH = 24
@@ -189,7 +190,9 @@ def train_plainly(overrides: list[str], steps: int) -> dict[str, Any]:
     maps = keep_maps(model.moe_layers)
     settings = config.optimizer
     betas = (settings.beta1, settings.beta2)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=settings.lr, betas=betas, eps=settings.eps)
+    optimizer: Any = torch.optim.AdamW(parameter_groups(model, config), lr=settings.lr, betas=betas, eps=settings.eps)
+    if settings.kind == "muon":
+        optimizer = PlainMuon(model, config)
     losses = []
     norms = []
     moments = {}

@@ -59,6 +59,7 @@ MODELS = {kind: [*ROUTERS[kind], *losses] for kind, losses in LOSSES.items()} | 
         "model.full_attention_layers=[1,3]",
         "model.attention_bias=all",
     ],
+    "top_p, Muon": [*ROUTERS["top_p"], "optimizer.kind=muon"],
 }
 WHOLE = ["train.micro_batch=2"]
 HALF = ["train.micro_batch=1"]

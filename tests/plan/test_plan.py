@@ -214,6 +214,10 @@ MEASURED = [
     (2, ["engine=megatron", "parallel.pipeline=2", "train.precision=bf16", "accumulate", "train.micro_batch=4"]),
     (2, ["deepspeed.zero_stage=1", "model.moe.moe_layer_freq=2", "model.moe.shared_hidden=1024",
          "train.micro_batch=8"]),
+    (2, ["optimizer.kind=muon", "deepspeed.zero_stage=0"]),
+    (2, ["optimizer.kind=muon", "deepspeed.zero_stage=1", "parallel.expert=2"]),
+    (2, ["optimizer.kind=muon", "deepspeed.zero_stage=2", "train.precision=bf16"]),
+    (2, ["optimizer.kind=muon", "engine=megatron", "parallel.tensor=2"]),
 ]  # fmt: skip
 
 

@@ -53,7 +53,8 @@ def _entry(weight: Weight, engine: MegatronEngine, ranges: dict[int, tuple[range
     def put(values: dict[str, Tensor]) -> None:
         engine.state.set(weight.parameter, {part: weight.layout.split(whole, 1)[0] for part, whole in values.items()})
 
-    return canonical_state.entry(weight.name, weight.parameter, ranges, get, put)
+    moments = engine.state.moments(weight.parameter)
+    return canonical_state.entry(weight.name, weight.parameter, ranges, moments, get, put)
 
 
 def _buffers(engine: MegatronEngine) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dynmoe.config import Config
 from dynmoe.data.batches import Batch
 from dynmoe.engines.loss import TextLosses, counts_BS, tokens_of_pass
-from dynmoe.engines.megatron import checkpoint
+from dynmoe.engines.megatron import checkpoint, muon
 from dynmoe.engines.megatron.groups import context_positions, make_context, make_groups, start_processes
 from dynmoe.engines.megatron.model import build_chunks
 from dynmoe.engines.megatron.optimizer import OptimizerState, clip_gradients, make_optimizer, set_learning_rate
@@ -33,6 +33,7 @@ from dynmoe.moe.adaptation import AdaptationEvent
 from dynmoe.moe.replay import RoutingReplay
 from dynmoe.moe.trace import RoutingTrace
 from dynmoe.train.engine import Gradients, Snapshot, StepReport
+from dynmoe.train.optimizer import parameter_groups
 
 
 class MegatronEngine:
@@ -69,7 +70,10 @@ class MegatronEngine:
         self.optimizer = make_optimizer(config, self._chunks)
         settings.finalize_model_grads_func = finalize_model_grads
         settings.grad_scale_func = self.optimizer.scale_loss
-        self.state = OptimizerState(self.optimizer)
+        groups = (group for chunk in self._chunks for group in parameter_groups(chunk, config) if group["muon"])
+        by_muon = frozenset(id(parameter) for group in groups for parameter in group["params"])
+        muon.connect(config, self.models, self.optimizer, by_muon)
+        self.state = OptimizerState(self.optimizer, by_muon)
         for model in self.models:  # reduces the counts of all its layers, overlapped with computation
             model.decoder.register_forward_hook(lambda *_: self.context.start_counts())
         # The core attention only: its projections have collectives under tensor parallelism.

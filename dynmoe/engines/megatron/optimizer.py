@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from types import MethodType
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -13,16 +14,16 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import Tensor, nn
 
 from dynmoe.config import Config
-from dynmoe.engines.state_names import MASTER, MOMENTS
+from dynmoe.config.sections import OptimizerConfig as OptimizerSettings
+from dynmoe.engines.state_names import MASTER, MOMENTS, MOMENTS_OF_MUON
+from dynmoe.train.optimizer import make_optimizer as make_torch_optimizer
 from dynmoe.train.optimizer import parameter_groups
-
-_NOTHING = "nothing"  # stands for a parameter in an optimizer that holds none
 
 
 def make_optimizer(config: Config, chunks: Sequence[DistributedDataParallel]) -> ChainedOptimizer:
-    """Builds AdamW over all model chunks, with its state sharded over the ranks that replicate the parameters.
+    """Builds AdamW, or Muon with AdamW, over all model chunks.
 
-    The moments exist from the start, as zeros.
+    Its state is sharded over the ranks that replicate the parameters. The moments exist from the start, as zeros.
     """
     settings = config.optimizer
     bf16 = config.train.precision == "bf16"
@@ -39,10 +40,21 @@ def make_optimizer(config: Config, chunks: Sequence[DistributedDataParallel]) ->
     for part in optimizer.chained_optimizers:
         for group in part.param_groups:
             group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+            group.setdefault("muon", False)
+        if settings.kind == "muon" and not part.is_stub_optimizer:
+            part.optimizer = _with_muon(part.param_groups, settings)
         if isinstance(part.optimizer, torch.optim.AdamW):
             _prepare_torch_adam(part)
         else:
             part.init_state_fn(part.optimizer, part.config)
+    return optimizer
+
+
+def _with_muon(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.AdamW:
+    """Muon and AdamW over the groups of one of Megatron's optimizers."""
+    optimizer = make_torch_optimizer([group | {"params": []} for group in groups], settings)
+    for own, group in zip(optimizer.param_groups, groups, strict=True):
+        own["params"] = group["params"]  # shards of parameters, which a new optimizer would refuse: they are no leaves
     return optimizer
 
 
@@ -51,18 +63,20 @@ def _config_overrides(config: Config, chunks: Sequence[DistributedDataParallel])
     groups = [group for chunk in chunks for group in parameter_groups(chunk, config)]
     names = {id(parameter): group["name"] for group in groups for parameter in group["params"]}
     factor = config.model.router.lr_factor
+    learning_rate = {} if factor == 1 else {"lr_mult": factor}
     # Identical on every rank, whichever parameters it holds: Megatron compares them.
-    values = {
+    values: dict[str, dict[str, float]] = {
+        # Megatron tells groups apart by this field, which it does not use itself, but not by ours.
+        "muon": {"muon": True, "is_decoupled_lr": True},
         "no_decay": {"wd_mult": 0.0},
-        "router": {"lr_mult": factor},
-        "router_no_decay": {"wd_mult": 0.0, "lr_mult": factor},
+        "router": learning_rate,
+        "router_no_decay": {"wd_mult": 0.0, **learning_rate},
     }
 
     def key(name: str) -> ParamKey:
         return ParamKey(predicate=ParamPredicate(name, lambda parameter: names.get(id(parameter)) == name))
 
-    different = {name: {field: x for field, x in fields.items() if x != 1.0} for name, fields in values.items()}
-    return {key(name): fields for name, fields in different.items() if fields}
+    return {key(name): fields for name, fields in values.items() if fields}
 
 
 def _prepare_torch_adam(part: DistributedOptimizer) -> None:
@@ -76,10 +90,10 @@ def _prepare_torch_adam(part: DistributedOptimizer) -> None:
         for tensor in group["params"]:
             part.optimizer.state[tensor] = {
                 "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
-                **{name: torch.zeros_like(tensor) for name in MOMENTS},
+                **{name: torch.zeros_like(tensor) for name in (MOMENTS_OF_MUON if group["muon"] else MOMENTS)},
             }
     if not part.optimizer.state:
-        part.optimizer.state[_NOTHING] = {"step": torch.zeros(())}
+        part.optimizer.state["nothing"] = {"step": torch.zeros(())}
     part._get_main_param_and_optimizer_states = MethodType(_get_main_param_and_moments, part)
     part._set_main_param_and_optimizer_states = MethodType(_set_main_param_and_moments, part)
 
@@ -90,27 +104,40 @@ def count_steps_of_nothing(optimizer: ChainedOptimizer, step: int) -> None:
     A checkpoint has the step of rank 0 for all ranks, and rank 0 may be of a pipeline stage without experts.
     """
     for part in optimizer.chained_optimizers:
-        if isinstance(part.optimizer, torch.optim.AdamW) and _NOTHING in part.optimizer.state:
-            part.optimizer.state[_NOTHING]["step"].fill_(step)
+        if not isinstance(part.optimizer, torch.optim.AdamW) or any(group["params"] for group in part.param_groups):
+            continue
+        for state in part.optimizer.state.values():
+            state["step"].fill_(step)
 
 
 def _get_main_param_and_moments(part: DistributedOptimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """This rank's flat shards of a parameter's fp32 master and moments."""
+    """This rank's flat shards of a parameter's fp32 master and moments.
+
+    Megatron's checkpoints always have both moments; the second one of Muon is zero.
+    """
     group, order = part.model_param_group_index_map[parameter]
     main = part.optimizer.param_groups[group]["params"][order]
-    return {"param": main.detach(), **{name: part.optimizer.state[main][name] for name in MOMENTS}}
+    nothing = main.new_zeros(()).expand_as(main)
+    return {"param": main.detach(), **{name: part.optimizer.state[main].get(name, nothing) for name in MOMENTS}}
 
 
 @torch.no_grad()
 def _set_main_param_and_moments(part: DistributedOptimizer, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
     for name, held in _get_main_param_and_moments(part, parameter).items():
-        held.copy_(values[name])
+        if held.stride() != (0,):  # not Muon's second moment
+            held.copy_(values[name])
 
 
 class OptimizerState:
-    """Access to this rank's shards of fp32 masters and Adam moments, by parameter."""
+    """Access to this rank's shards of fp32 masters and moments, by parameter.
 
-    def __init__(self, optimizer: ChainedOptimizer) -> None:
+    Args:
+        optimizer: of the engine.
+        muon: parameters that Muon updates, by ``id``.
+    """
+
+    def __init__(self, optimizer: ChainedOptimizer, muon: Set[int] = frozenset()) -> None:
+        self._muon = muon
         self._parts = [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
 
     def set_step(self, step: int) -> None:
@@ -124,6 +151,10 @@ class OptimizerState:
                 for group in part.optimizer.param_groups:
                     group["step"] = step
 
+    def moments(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """Names of the moments of a parameter."""
+        return MOMENTS_OF_MUON if id(parameter) in self._muon else MOMENTS
+
     def shard(self, parameter: nn.Parameter) -> tuple[dict[str, Tensor], int]:
         """This rank's flat shards of master and moments, by name, and their offset in the flattened parameter.
 
@@ -133,7 +164,7 @@ class OptimizerState:
             if parameter in part.model_param_group_index_map:
                 start = part._get_model_param_range_map(parameter)["param"].start
                 held = part._get_main_param_and_optimizer_states(parameter)
-                return {MASTER: held["param"], **{name: held[name] for name in MOMENTS}}, start
+                return {MASTER: held["param"], **{name: held[name] for name in self.moments(parameter)}}, start
         return {}, 0
 
     @torch.no_grad()

@@ -72,7 +72,7 @@ def _query_key_value(model: ModelConfig) -> Layout:
     return Layout(split, join)
 
 
-_REPLICATED = Layout(lambda whole, n: [whole] * n, lambda parts: parts[0])
+REPLICATED = Layout(lambda whole, n: [whole] * n, lambda parts: parts[0])
 
 
 @dataclass(frozen=True)
@@ -91,26 +91,26 @@ def weights(chunk: MegatronModule, model: ModelConfig) -> Iterator[Weight]:
     for layer in chunk.decoder.layers:
         name = f"layers.{layer.layer_number - 1}"
         attention = layer.self_attention
-        yield Weight(f"{name}.attention_norm.weight", layer.input_layernorm.weight, _REPLICATED)
+        yield Weight(f"{name}.attention_norm.weight", layer.input_layernorm.weight, REPLICATED)
         yield Weight(f"{name}.attention.w_qkv", attention.linear_qkv.weight, _query_key_value(model))
         yield Weight(f"{name}.attention.w_out", attention.linear_proj.weight, _shard(1))
         if model.attention_bias is not None:
             yield Weight(f"{name}.attention.b_qkv", attention.linear_qkv.bias, _query_key_value(model))
         if model.attention_bias == "all":
-            yield Weight(f"{name}.attention.b_out", attention.linear_proj.bias, _REPLICATED)
+            yield Weight(f"{name}.attention.b_out", attention.linear_proj.bias, REPLICATED)
         if model.qk_norm is not None:
-            layout = _REPLICATED if model.qk_norm == "head" else _shard(0)
+            layout = REPLICATED if model.qk_norm == "head" else _shard(0)
             yield Weight(f"{name}.attention.q_norm.weight", attention.q_layernorm.weight, layout)
             yield Weight(f"{name}.attention.k_norm.weight", attention.k_layernorm.weight, layout)
-        yield Weight(f"{name}.ffn_norm.weight", layer.pre_mlp_layernorm.weight, _REPLICATED)
+        yield Weight(f"{name}.ffn_norm.weight", layer.pre_mlp_layernorm.weight, REPLICATED)
         if isinstance(layer.mlp, MoELayer):
             for suffix, parameter in layer.mlp.named_parameters():
-                yield Weight(f"{name}.moe.{suffix}", parameter, _REPLICATED)
+                yield Weight(f"{name}.moe.{suffix}", parameter, REPLICATED)
         else:
             yield Weight(f"{name}.ffn.w_up_HD", layer.mlp.linear_fc1.weight, _gate_and_up())
             yield Weight(f"{name}.ffn.w_down_DF", layer.mlp.linear_fc2.weight, _shard(1))
     if chunk.post_process:
-        yield Weight("norm.weight", final_norm(chunk.decoder).weight, _REPLICATED)
+        yield Weight("norm.weight", final_norm(chunk.decoder).weight, REPLICATED)
         if not model.tie_embeddings:
             yield Weight("w_out_VD", chunk.output_layer.weight, _shard(0))
 
@@ -127,7 +127,7 @@ def initialize(
     """Initializes a model chunk like the plain model; MoE layers and norms already are."""
     by_name = {weight.name: weight for weight in weights(chunk, model)}
     for weight in by_name.values():
-        if weight.layout is not _REPLICATED:
+        if weight.layout is not REPLICATED:
             # Gradient norms need this flag of sharded weights; Megatron sets it only when it initializes them itself.
             weight.parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
