@@ -22,8 +22,12 @@ class MoEConfig(Section):
     )
     expert_hidden: int = option(512, "width of a SwiGLU expert", at_least=1)
     shared_hidden: int = option(0, "width of a shared expert that every token uses (0: none)", at_least=0)
+    shared_gate: bool = option(False, "multiply the shared expert by the sigmoid of a trained gate (Qwen2-MoE)")
     moe_layer_freq: int = option(
         1, "every n-th layer, starting with the first, is an MoE layer; the others are dense", at_least=1
+    )
+    first_k_dense_replace: int = option(
+        0, "the first layers of which none is an MoE layer, whatever moe_layer_freq says (DeepSeek-V3: 3)", at_least=0
     )
     capacity_factor: Optional[float] = option(
         None, "limit of routes per expert and rank in training, relative to a perfectly balanced load at the moving "
@@ -48,6 +52,8 @@ class MoEConfig(Section):
         super().__post_init__()
         for name in ("expert_hidden", "shared_hidden"):
             check_multiple_of_8(f"model.moe.{name}", getattr(self, name))
+        if self.shared_gate and not self.shared_hidden:
+            raise ConfigError("model.moe.shared_gate", True, "has no shared expert", "set model.moe.shared_hidden")
         smallest = min(self.experts_by_layer or [self.experts])
         if self.active_at_start is not None and self.active_at_start > smallest:
             cure = f"use at most {smallest}"
@@ -110,6 +116,9 @@ class ModelConfig(Section):
         moe = self.moe
         router = self.router
         layers = len(self.moe_layers)
+        if moe.experts > 0 and layers == 0:
+            problem = f"leaves no MoE layer of {self.layers}"
+            raise ConfigError("model.moe.first_k_dense_replace", moe.first_k_dense_replace, problem, "use fewer")
         if moe.experts_by_layer and len(moe.experts_by_layer) != layers:
             cure = f"use {layers} numbers, one for each MoE layer, or []"
             raise ConfigError("model.moe.experts_by_layer", moe.experts_by_layer, "does not match the layers", cure)
@@ -138,12 +147,16 @@ class ModelConfig(Section):
         return None if layer in self.full_attention_layers else self.window
 
     def is_moe_layer(self, layer: int) -> bool:
-        return self.moe.experts > 0 and layer % self.moe.moe_layer_freq == 0
+        moe = self.moe
+        return moe.experts > 0 and layer >= moe.first_k_dense_replace and layer % moe.moe_layer_freq == 0
 
     def experts_of(self, layer: int) -> int:
         """Number of expert slots of MoE layer ``layer`` (index in the decoder)."""
-        by_layer = self.moe.experts_by_layer
-        return by_layer[layer // self.moe.moe_layer_freq] if by_layer else self.moe.experts
+        moe = self.moe
+        if not moe.experts_by_layer:
+            return moe.experts
+        without_experts = -(-moe.first_k_dense_replace // moe.moe_layer_freq)  # every n-th layers among the first ones
+        return moe.experts_by_layer[layer // moe.moe_layer_freq - without_experts]
 
     @property
     def min_experts_per_layer(self) -> int:

@@ -61,7 +61,7 @@ class ModelSize:
         norms = 2 * model.hidden + self._qk_norms + self._attention_biases
         if not model.is_moe_layer(layer):
             return LayerSize(attention, norms, dense=3 * model.hidden * model.ffn_hidden)
-        shared = 3 * model.hidden * model.moe.shared_hidden
+        shared = model.hidden * (3 * model.moe.shared_hidden + int(model.moe.shared_gate))
         experts = model.experts_of(layer) * self.expert
         return LayerSize(attention, norms, router=self._router(layer), shared=shared, experts=experts)
 

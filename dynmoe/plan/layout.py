@@ -60,6 +60,11 @@ class Layout:
         length = layers // (parallel.pipeline * parallel.virtual_pipeline)
         return [layer for layer in range(layers) if layer // length % parallel.pipeline == stage]
 
+    @cached_property
+    def heaviest_stage(self) -> int:
+        """The pipeline stage with the most experts, for which the others wait; the first of equal ones."""
+        return max(range(self.config.parallel.pipeline), key=self.expert_parameters)
+
     def dense_parameters(self, stage: int) -> int:
         """Number of parameters on one rank, without routed experts."""
         model = self.config.model

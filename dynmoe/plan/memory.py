@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dynmoe.config import ModelConfig
 from dynmoe.config.constants import CHUNK_LOGITS, DEEPSPEED_BUCKET, DEEPSPEED_PREFETCH
 from dynmoe.plan.layout import Layout
 
@@ -227,7 +228,7 @@ def _layer(layout: Layout, layer: int, experts_per_token: float) -> float:
     if element == 2:
         kept += tokens * hidden * 4  # the router's input in fp32
     if ranks > 1:
-        kept += tokens * ranks_per_token(experts_per_token, experts, ranks) * hidden * element  # received tokens
+        kept += tokens * ranks_reached(model, layer, experts_per_token, ranks) * hidden * element  # received tokens
     return kept
 
 
@@ -248,6 +249,20 @@ def _head(layout: Layout, device: str) -> float:
         return states + logits * (layout.element + 4)
     logits = min(CHUNK_LOGITS[device], tokens * layout.vocab_size)
     return states + layout.size.embedding * 4 + logits * _LOGIT_BYTES
+
+
+def ranks_reached(model: ModelConfig, layer: int, experts_per_token: float, ranks: int) -> float:
+    """Expected number of expert-parallel ranks to which a token is sent in an MoE layer.
+
+    Groups of experts limit it: exactly if each has ranks of its own, by their number if each is on one rank.
+    """
+    router = model.router
+    experts = model.experts_of(layer)
+    if ranks % router.n_group == 0:
+        usable = ranks * router.topk_group // router.n_group
+        return ranks_per_token(experts_per_token, router.usable_experts(experts), usable)
+    reached = ranks_per_token(experts_per_token, experts, ranks)
+    return min(reached, router.topk_group) if router.n_group % ranks == 0 else reached
 
 
 def ranks_per_token(experts_per_token: float, experts: int, ranks: int) -> float:

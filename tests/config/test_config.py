@@ -561,6 +561,11 @@ def test_configuration_of_an_older_run_loads_with_the_fields_of_all_routers(kind
         check_unchanged(saved, dataclasses.asdict(config))
 
 
+def test_a_gate_needs_a_shared_expert():
+    with pytest.raises(ConfigError, match=r"^model.moe.shared_gate=True: has no shared expert; set model.moe.shared_h"):
+        load_config(None, ["model.moe.shared_gate=true"])
+
+
 def test_a_run_keeps_its_optimizer():
     """The moments of one mean nothing to the other, although Megatron's checkpoints would fit."""
     muon = load_config(None, ["optimizer.kind=muon", "checkpoint.accept_changes=[optimizer.kind]"])

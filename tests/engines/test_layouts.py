@@ -32,6 +32,23 @@ MODELS = {kind: [*ROUTERS[kind], *losses] for kind, losses in LOSSES.items()} | 
     # Routers that select among the tokens of a sequence or of the batch.
     **{kind: BASELINES[kind] for kind in ("seq_top_k", "expert_race", "resonance")},
     "da_moe": ATTENTIVE["da_moe"],
+    # A first dense layer, so that the first of four stages of a pipeline has no experts.
+    "deepseek_v3": [
+        *BASELINES["top_k grouped"],
+        "model.moe.first_k_dense_replace=1",
+        "model.moe.shared_hidden=32",
+        "model.router.balance_loss=1e-2",
+        "model.router.balance_scope=sequence",
+        "model.ffn_hidden=64",
+    ],
+    "gated, two dense": [
+        *BASELINES["top_p grouped"],
+        "model.moe.first_k_dense_replace=2",
+        "model.moe.shared_hidden=32",
+        "model.moe.shared_gate=true",
+        "model.ffn_hidden=64",
+        "optimizer.clip_grad=0.5",
+    ],
     "top_p, four heads": [*ROUTERS["top_p"], "model.heads=4"],
     "top_p, long": [
         *ROUTERS["top_p"],
@@ -89,6 +106,8 @@ def relative(ours: list[float], theirs: list[float]) -> float:
 # The fast tests cover each kind of parallelism with one router, and another attention where it is sharded.
 FAST = {(layout, "top_p") for layout in ("DeepSpeed EP 2", "Megatron PP 2 interleaved", "Megatron EP 2")}
 FAST |= {("Megatron TP 2", "top_p, projections normalized"), ("Megatron TP 2", "seq_top_k")}
+FAST |= {("DeepSpeed EP 2", "deepseek_v3"), ("Megatron TP 2 x EP 2", "deepseek_v3")}
+FAST |= {("Megatron TP 2", "gated, two dense"), ("Megatron PP 2", "gated, two dense")}
 FAST |= {("Megatron CP 2", "top_p, long"), ("Megatron CP 4", "top_p, four heads")}
 CASES = [
     pytest.param(layout, name, marks=() if (layout, name) in FAST else pytest.mark.slow)
@@ -130,7 +149,7 @@ def test_training_does_not_depend_on_engine_or_layout(
     for layer, ours in maps_of_all_ranks(first).items():
         passes = reference[layer][: len(ours)]  # of the first step
         assert all(torch.equal(a, b) for a, b in zip(ours, passes, strict=True)), layer
-    assert sorted(maps_of_all_ranks(first)) == [0, 1, 2, 3]
+    assert sorted(maps_of_all_ranks(first)) == config_for(*overrides).model.moe_layers
 
 
 # Routers whose state between steps, or choice in training, depends on the tokens of all ranks.
@@ -140,7 +159,14 @@ WITH_STATE = {
     )},
     "da_moe": [*ATTENTIVE["da_moe"], "budget.method=pi", "budget.experts_per_token=1.5"],
     "quantile balancing": [*ROUTERS["top_k"], "budget.method=quantile"],
+    "top_k grouped": [*BASELINES["top_k grouped"], "budget.method=loss_free", "budget.rate=0.01"],
+    "sigmoid grouped": [
+        *BASELINES["sigmoid grouped"], "budget.method=loss_free", "budget.experts_per_token=1.5",
+    ],
 }  # fmt: skip
+
+
+FAST_WITH_STATE = {("Megatron TP 2 x EP 2", "quantile"), ("Megatron EP 2", "sigmoid grouped")}
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +184,7 @@ def alone(one_rank):
     [
         pytest.param(
             layout, kind,
-            marks=() if (layout, kind) == ("Megatron TP 2 x EP 2", "quantile") else pytest.mark.slow,
+            marks=() if (layout, kind) in FAST_WITH_STATE else pytest.mark.slow,
         )
         for layout in LAYOUTS if layout not in FOUR_HEADS for kind in WITH_STATE
     ],

@@ -173,6 +173,15 @@ def test_moe_in_every_second_layer():
     assert [layer.layer for layer in model.moe_layers] == [0, 2]
 
 
+def test_the_first_layers_are_dense():
+    fields = ["model.layers=7", "model.moe.first_k_dense_replace=3", "model.moe.moe_layer_freq=2"]
+    model = Decoder(tiny_model(*fields, "model.moe.experts_by_layer=[2,3]", "model.moe.experts=3"), VOCAB, seed=0)
+    assert [layer.moe is not None for layer in model.layers] == [False, False, False, False, True, False, True]
+    assert [layer.num_experts for layer in model.moe_layers] == [2, 3]
+    with pytest.raises(ConfigError, match=r"^model.moe.first_k_dense_replace=2: leaves no MoE layer of 2; use fewer$"):
+        tiny_model("model.moe.first_k_dense_replace=2")
+
+
 def test_a_dense_model_has_no_moe_layer():
     model = Decoder(tiny_model("model.moe.experts=0"), VOCAB, seed=0)
     assert model.moe_layers == []
@@ -194,7 +203,9 @@ def test_initial_weights_depend_on_seed_and_name_only():
     "overrides",
     [
         [], ["model.router.kind=top_any"], ["model.tie_embeddings=true", "model.moe.moe_layer_freq=2"],
-        ["model.moe.shared_hidden=8"], ["model.moe.experts=0"], ["model.qk_norm=head", "model.head_dim=4"],
+        ["model.moe.shared_hidden=8"], ["model.moe.shared_hidden=8", "model.moe.shared_gate=true"],
+        ["model.moe.first_k_dense_replace=1", "model.moe.experts_by_layer=[4]"],
+        ["model.moe.experts=0"], ["model.qk_norm=head", "model.head_dim=4"],
         ["model.qk_norm=projection", "model.heads=4", "model.head_dim=6", "model.kv_heads=2"],
         ["model.attention_bias=qkv"], ["model.attention_bias=all", "model.moe.experts=0"],
     ],

@@ -18,7 +18,7 @@ from dynmoe.cli import EXIT_USER_ERROR
 from dynmoe.config import load_config
 from dynmoe.model import Decoder
 from dynmoe.plan.layout import Layout
-from dynmoe.plan.memory import memory_per_rank, ranks_per_token
+from dynmoe.plan.memory import memory_per_rank, ranks_per_token, ranks_reached
 from dynmoe.plan.search import alternatives, expected_experts, most_experts, plan
 from dynmoe.plan.speed import Hardware, estimate
 from harness.processes import CPU, ROOT
@@ -81,6 +81,8 @@ def test_ranks_per_token_equal_an_enumeration():
 @pytest.mark.parametrize("fields", [
     [], ["parallel.expert=4"], ["engine=megatron", "parallel.pipeline=2", "parallel.expert=2"],
     ["engine=megatron", "parallel.tensor=2", "model.moe.moe_layer_freq=2"],
+    ["engine=megatron", "parallel.pipeline=2", "model.moe.first_k_dense_replace=3", "model.moe.shared_hidden=64",
+     "model.moe.shared_gate=true"],
 ])  # fmt: skip
 def test_the_ranks_together_hold_the_whole_model(fields):
     own = layout(8, *fields, "train.global_batch=32")
@@ -94,6 +96,27 @@ def test_the_ranks_together_hold_the_whole_model(fields):
         assert dense + experts == own.size.total_parameters
     else:
         assert dense < own.size.total_parameters - experts < 2 * dense
+
+
+def test_ranks_reached_within_groups_equal_an_enumeration():
+    """A token takes three of eight experts, uniformly within two of four groups; each group is on one or two ranks."""
+    fields = ["model.router.kind=top_k", "model.router.k=3", "model.router.n_group=4", "model.router.topk_group=2"]
+    model = layout(8, *fields, "parallel.expert=4", "train.global_batch=32").config.model
+    sets = list(itertools.combinations(range(4), 3))  # of the experts of two groups
+    for ranks, per_rank in ((4, 2), (8, 1)):
+        counted = sum(len({expert // per_rank for expert in one}) for one in sets) / len(sets)
+        assert ranks_reached(model, 0, 3, ranks) == pytest.approx(counted)
+    assert ranks_reached(model, 0, 3, 2) == ranks_per_token(3, 8, 2)  # two groups on each rank
+
+
+def test_a_pipeline_waits_for_the_stage_with_experts():
+    fields = ["engine=megatron", "parallel.pipeline=2", "parallel.expert=4", "train.global_batch=64"]
+    plain, dense_first = (
+        estimate(layout(8, *fields, *extra), 2.0, Hardware()) for extra in ([], ["model.moe.first_k_dense_replace=2"])
+    )
+    assert dense_first.traffic["tokens to experts"] == plain.traffic["tokens to experts"]
+    reduced = [speed.traffic["gradients and weights"].inside for speed in (plain, dense_first)]
+    assert reduced[1] == pytest.approx(reduced[0], rel=1e-3)  # also the final norm
 
 
 def test_traffic_follows_the_links():
