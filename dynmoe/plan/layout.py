@@ -65,7 +65,8 @@ class Layout:
         model = self.config.model
         parallel = self.config.parallel
         layers = [self.size.layer(layer) for layer in self.layers(stage)]
-        total = sum((x.attention + x.dense) // parallel.tensor + x.norms + x.router + x.shared for x in layers)
+        split = sum((x.attention + x.dense) // parallel.tensor for x in layers)
+        total = split + sum(x.norms + x.latents + x.router + x.shared for x in layers)
         last = stage == parallel.pipeline - 1
         tied = model.tie_embeddings and parallel.pipeline == 1
         embeddings = int(stage == 0) + int(last and not tied)

@@ -152,7 +152,8 @@ def _context(layout: Layout) -> Traffic:
     pairs = math.lcm(model.kv_heads // tensor, ranks)  # keys and values, repeated for all ranks
     passes = 3 if config.train.recompute == "full" else 2
     rows = layout.tokens * tensor * layout.accumulation * len(layout.layers(0))  # the tensor-parallel ranks' as well
-    sent = rows * (2 * heads + 2 * pairs) * model.width_of_head * layout.element * passes / ranks
+    numbers = (heads + pairs) * (model.width_of_head + model.width_of_value)
+    sent = rows * numbers * layout.element * passes / ranks
     here, _ = _spread(layout, ranks, tensor)
     return Traffic(sent * (here - 1), sent * (ranks - here))
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dynmoe.config import Config, current_name
+from dynmoe.config.latent import LatentConfig
 from dynmoe.config.rope import RopeScalingConfig
 from dynmoe.config.router_fields import chosen_router, without_foreign_fields
 from dynmoe.errors import ConfigError
@@ -43,8 +44,7 @@ def check_unchanged(saved: dict[str, Any], current: dict[str, Any], has_begun: b
         raise ConfigError("engine", current["engine"], f"the run's checkpoint was saved by {saved.get('engine')}", cure)
     # Older versions saved the fields of all routers.
     saved = without_foreign_fields(chosen_router([saved]), saved)
-    unscaled = flatten(dataclasses.asdict(RopeScalingConfig()), "model.rope_scaling.")  # older runs lack the section
-    old = dict(unscaled) | {current_name(name): value for name, value in flatten(saved)}
+    old = _defaults() | {current_name(name): value for name, value in flatten(saved)}
     new = dict(flatten(current))
     fixed = _FIXED if has_begun else _FIXED_BEFORE
     free = [*_FREE, *map(current_name, current["checkpoint"]["accept_changes"])]
@@ -58,6 +58,13 @@ def check_unchanged(saved: dict[str, Any], current: dict[str, Any], has_begun: b
             if not can_be_accepted:
                 cure = "keep it, or start a new run with another run.name"
             raise ConfigError(name, now, f"the run's checkpoint has {before!r}", cure)
+
+
+def _defaults() -> dict[str, Any]:
+    """Fields of sections that older runs lack, which change nothing by default."""
+    scaling = flatten(dataclasses.asdict(RopeScalingConfig()), "model.rope_scaling.")
+    latent = flatten(dataclasses.asdict(LatentConfig()), "model.latent.")
+    return dict(scaling) | dict(latent)
 
 
 def with_kept_fields(config: Config, saved: dict[str, Any] | None) -> Config:
