@@ -39,7 +39,7 @@ MODELS = {kind: [*ROUTERS[kind], *losses] for kind, losses in LOSSES.items()} | 
     "top_p, four heads": [*ROUTERS["top_p"], "model.heads=4"],
     "top_p, long": [*ROUTERS["top_p"], *LONG, "model.attention_bias=all"],
     "top_p, latent": [*ROUTERS["top_p"], *LATENT, *LONG, "optimizer.clip_grad=0.5"],
-    "top_p, latent of keys alone": [*ROUTERS["top_p"], *LATENT[:-1], "optimizer.clip_grad=0.5"],
+    "da_moe, latent of keys alone": [*ATTENTIVE["da_moe"], *LATENT[:-1], "optimizer.clip_grad=0.5"],
     "top_p, Muon": [*ROUTERS["top_p"], "optimizer.kind=muon"],
 }
 WHOLE = ["train.micro_batch=2"]
@@ -88,7 +88,7 @@ def relative(ours: list[float], theirs: list[float]) -> float:
 FAST = {(layout, "top_p") for layout in ("DeepSpeed EP 2", "Megatron PP 2 interleaved", "Megatron EP 2")}
 FAST |= {("Megatron TP 2", "top_p, projections normalized"), ("Megatron TP 2", "seq_top_k")}
 FAST |= {("Megatron CP 2", "top_p, long"), ("Megatron CP 4", "top_p, four heads")}
-FAST |= {("Megatron TP 2", "top_p, latent"), ("Megatron PP 2", "top_p, latent of keys alone")}
+FAST |= {("Megatron TP 2", "top_p, latent"), ("Megatron CP 2", "da_moe, latent of keys alone")}
 CASES = [
     pytest.param(layout, name, marks=() if (layout, name) in FAST else pytest.mark.slow)
     for layout in LAYOUTS
