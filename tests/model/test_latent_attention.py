@@ -1,4 +1,4 @@
-"""Multi-head latent attention against transformers' DeepSeek-V3, with documents, windows, recomputation and a cache."""
+"""Multi-head latent attention against transformers' DeepSeek-V3 and a softmax by hand, and its cache."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from dynmoe.model import Decoder
 from dynmoe.model.attention import causal_attention
@@ -26,7 +27,7 @@ YARN = [
 KINDS = {
     "queries from the input": LATENT[:-1],
     "queries from a latent": LATENT,
-    "stretched positions": [*LATENT, *YARN],
+    "stretched positions": [*LATENT, "model.latent.qk_rope_head_dim=16", *YARN],
     "values as wide as keys": [*LATENT, "model.latent.v_head_dim=10"],
 }
 
@@ -119,7 +120,10 @@ def test_narrow_values_give_the_attention_of_softmax(mask):
     shown = Documents(starts, 9, CPU).mask(3 if mask == "window" else None)
     seen = torch.ones(9, 9, dtype=torch.bool).tril()[None, None] if shown is None else shown.mask_B1QP
     scores = (q @ k.transpose(2, 3) / math.sqrt(10)).masked_fill(~seen, -torch.inf)
-    torch.testing.assert_close(causal_attention(q, k, v, shown), scores.softmax(dim=-1) @ v)
+    expected = scores.softmax(dim=-1) @ v
+    torch.testing.assert_close(causal_attention(q, k, v, shown), expected)
+    if shown is not None:  # as on a GPU
+        torch.testing.assert_close(flex_attention(q, k, v, block_mask=shown.blocks), expected)
 
 
 CACHED = {
@@ -148,11 +152,13 @@ def test_cached_positions_of_padded_texts_give_the_logits_of_each_text_alone(kin
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_absorbed_form_is_the_expanded_one(kind):
     """For the same queries and cache, in float64, so that only rounding differs; also the importance of a position."""
-    attention = randomized(tiny_model(*KINDS[kind], *ATTENTIVE["da_moe"])).double()
+    model = tiny_model(*KINDS[kind], *ATTENTIVE["da_moe"])
+    attention = randomized(model).double()
     generator = torch.Generator().manual_seed(3)
+    rotated = model.latent.qk_rope_head_dim
     q_n, q_r, cached = (
         torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in ((2, 2, 1, 6), (2, 2, 1, 4), (2, 1, 7, 16))
+        for shape in ((2, 2, 1, 6), (2, 2, 1, rotated), (2, 1, 7, 12 + rotated))
     )
     outputs = []
     for form in (attention._absorbed, attention._expanded):
