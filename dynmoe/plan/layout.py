@@ -75,7 +75,7 @@ class Layout:
     def dense_matrices(self, stage: int) -> int:
         """Number of dense parameters on one rank that Muon would update."""
         layers = [self.size.layer(layer) for layer in self.layers(stage)]
-        return sum((x.attention + x.dense) // self.config.parallel.tensor + x.shared for x in layers)
+        return sum((x.attention + x.dense) // self.config.parallel.tensor + x.latents + x.shared for x in layers)
 
     def expert_parameters(self, stage: int) -> int:
         """Number of parameters of the routed experts on one rank."""
