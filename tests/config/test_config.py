@@ -173,6 +173,10 @@ BAD = [
         "model.latent.kv_lora_rank=64 model.kv_heads=4 model.latent.v_head_dim=193",
         ["model.latent.v_head_dim=193", "width of a key", "(192)"],
     ),
+    (
+        "engine=megatron parallel.tensor=2 model.kv_heads=4 model.latent.kv_lora_rank=63",
+        ["parallel.tensor=2", "model.latent.kv_lora_rank + qk_rope_head_dim (127)"],
+    ),
     ("model.latent.kv_lora_rank=64 model.kv_heads=4 model.head_dim=64", ["model.head_dim=64", "from model.latent"]),
     ("model.latent.kv_lora_rank=64 model.kv_heads=4 model.qk_norm=head", ["model.qk_norm='head'", "remove it"]),
     (
