@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Optional
 
+from dynmoe.config.latent import LatentConfig
 from dynmoe.config.rope import RopeScalingConfig
 from dynmoe.errors import ConfigError
 from dynmoe.fields import Section, check_multiple_of_8, option
@@ -60,6 +61,14 @@ class MoEConfig(Section):
             raise ConfigError("model.moe.active_at_start", self.active_at_start, "exceeds the number of experts", cure)
 
 
+# Fields of ordinary attention, with the reason against them.
+_NOT_WITH_LATENT = {
+    "head_dim": "latent attention takes its widths from model.latent",
+    "qk_norm": "latent attention normalizes its latents",
+    "attention_bias": "latent attention has no biases",
+}
+
+
 @dataclass
 class ModelConfig(Section):
     _section: ClassVar[str] = "model"
@@ -81,6 +90,7 @@ class ModelConfig(Section):
         None, "positions that a token attends to, itself and those before it; null: all before it", at_least=1
     )
     full_attention_layers: list[int] = option([], "layers without the window, counted from 0", at_least=0)
+    latent: LatentConfig = field(default_factory=LatentConfig)
     ffn_hidden: int = option(1024, "width of a dense SwiGLU layer", at_least=1)
     vocab_size: Optional[int] = option(None, "rows of the embedding; null: the tokenizer's, padded", at_least=1)
     norm_eps: float = option(1e-5, "epsilon of RMSNorm", above=0)
@@ -95,6 +105,24 @@ class ModelConfig(Section):
         super().__post_init__()
         for name in ("hidden", "ffn_hidden"):
             check_multiple_of_8(f"model.{name}", getattr(self, name))
+        self._check_heads()
+        if outside := [layer for layer in self.full_attention_layers if layer >= self.layers]:
+            problem = f"names layer {outside[0]} of {self.layers}"
+            raise ConfigError("model.full_attention_layers", self.full_attention_layers, problem, "count from 0")
+        if self.full_attention_layers and self.window is None:
+            problem = "all layers attend to everything"
+            raise ConfigError("model.full_attention_layers", self.full_attention_layers, problem, "set model.window")
+        self._check_experts()
+
+    def _check_heads(self) -> None:
+        if self.latent.enabled:
+            if self.kv_heads != self.heads:
+                problem = "every head has its own keys and values in latent attention"
+                raise ConfigError("model.kv_heads", self.kv_heads, problem, f"use model.heads ({self.heads})")
+            for name, problem in _NOT_WITH_LATENT.items():
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"model.{name}", getattr(self, name), problem, "remove it")
+            return
         if self.head_dim is None and (self.hidden % self.heads or self.width_of_head % 2):
             problem = f"must divide model.hidden ({self.hidden}) into even head dimensions"
             raise ConfigError("model.heads", self.heads, problem, "change one of them, or set model.head_dim")
@@ -104,13 +132,6 @@ class ModelConfig(Section):
         if self.heads % self.kv_heads:
             problem = f"must divide model.heads ({self.heads})"
             raise ConfigError("model.kv_heads", self.kv_heads, problem, "use a divisor of it")
-        if outside := [layer for layer in self.full_attention_layers if layer >= self.layers]:
-            problem = f"names layer {outside[0]} of {self.layers}"
-            raise ConfigError("model.full_attention_layers", self.full_attention_layers, problem, "count from 0")
-        if self.full_attention_layers and self.window is None:
-            problem = "all layers attend to everything"
-            raise ConfigError("model.full_attention_layers", self.full_attention_layers, problem, "set model.window")
-        self._check_experts()
 
     def _check_experts(self) -> None:
         moe = self.moe
@@ -140,7 +161,18 @@ class ModelConfig(Section):
 
     @property
     def width_of_head(self) -> int:
-        return self.head_dim or self.hidden // self.heads
+        """Width of a query and key of one head."""
+        return self.latent.width_of_key if self.latent.enabled else self.head_dim or self.hidden // self.heads
+
+    @property
+    def width_of_value(self) -> int:
+        """Width of a value of one head."""
+        return self.latent.v_head_dim if self.latent.enabled else self.width_of_head
+
+    @property
+    def width_of_rotated(self) -> int:
+        """Width of the part of a query and key that is rotated."""
+        return self.latent.qk_rope_head_dim if self.latent.enabled else self.width_of_head
 
     def window_of(self, layer: int) -> int | None:
         """Positions that a token attends to in a layer; None: all up to itself."""

@@ -67,7 +67,11 @@ class ParallelConfig(Section):
         stages = self.pipeline * self.virtual_pipeline
         name = "virtual_pipeline" if self.virtual_pipeline > 1 else "pipeline"
         _check_divides(f"parallel.{name}", getattr(self, name), stages, "model.layers", model.layers)
-        for field, value in {"model.kv_heads": model.kv_heads, "model.ffn_hidden": model.ffn_hidden}.items():
+        split = {"model.kv_heads": model.kv_heads, "model.ffn_hidden": model.ffn_hidden}
+        if (rank := model.latent.kv_lora_rank) is not None:  # Megatron-Core refuses to build others
+            split["model.latent.q_lora_rank"] = model.latent.q_lora_rank or 0
+            split["model.latent.kv_lora_rank + qk_rope_head_dim"] = rank + model.latent.qk_rope_head_dim
+        for field, value in split.items():
             _check_divides("parallel.tensor", self.tensor, self.tensor, field, value)
         heads = self.tensor * self.context
         _check_divides("parallel.context", self.context, heads, "model.heads", model.heads)

@@ -44,6 +44,10 @@ def find_architecture(model: ModelConfig) -> str:
     architecture = standard_architecture(model)
     moe = model.moe
     scaling = model.rope_scaling.kind
+    rank = model.latent.kv_lora_rank
+    if rank is not None:
+        cure = "run it with python -m dynmoe.generate"
+        raise ConfigError("model.latent.kv_lora_rank", rank, "is not written into GGUF files", cure)
     if scaling is not None:
         raise ConfigError("model.rope_scaling.kind", scaling, "is not written into GGUF files", SERVERS)
     if model.attention_bias is not None:

@@ -70,7 +70,8 @@ class Layout:
         model = self.config.model
         parallel = self.config.parallel
         layers = [self.size.layer(layer) for layer in self.layers(stage)]
-        total = sum((x.attention + x.dense) // parallel.tensor + x.norms + x.router + x.shared for x in layers)
+        split = sum((x.attention + x.dense) // parallel.tensor for x in layers)
+        total = split + sum(x.norms + x.latents + x.router + x.shared for x in layers)
         last = stage == parallel.pipeline - 1
         tied = model.tie_embeddings and parallel.pipeline == 1
         embeddings = int(stage == 0) + int(last and not tied)
@@ -79,7 +80,7 @@ class Layout:
     def dense_matrices(self, stage: int) -> int:
         """Number of dense parameters on one rank that Muon would update."""
         layers = [self.size.layer(layer) for layer in self.layers(stage)]
-        return sum((x.attention + x.dense) // self.config.parallel.tensor + x.shared for x in layers)
+        return sum((x.attention + x.dense) // self.config.parallel.tensor + x.latents + x.shared for x in layers)
 
     def layer_parameters(self, layer: int) -> int:
         """Number of parameters of a decoder layer on one rank, without tensor parallelism."""

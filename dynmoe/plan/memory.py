@@ -201,20 +201,30 @@ def _activations(layout: Layout, stage: int, experts_per_token: float, device: s
     return kept, transient
 
 
+def _attention(model: ModelConfig, element: int) -> int:
+    """Bytes per token that attention stores between its projections. Ranks that share heads have more tokens."""
+    width = model.width_of_head
+    heads = model.heads + model.kv_heads
+    kept = 2 * heads * width * element + 4 * model.heads  # queries, keys, values and output; softmax statistics
+    if model.qk_norm is not None:  # inputs of the norms, and their factors
+        kept += heads * (width * element + 4)
+    latent = model.latent
+    if latent.kv_lora_rank is not None:
+        if latent.v_head_dim < width:  # the output without the padding of values
+            kept += model.heads * latent.v_head_dim * element
+        # Latents before and after their norms, the shared key before and after rotation, and factors of the norms.
+        kept += 2 * (latent.kv_lora_rank + (latent.q_lora_rank or 0) + latent.qk_rope_head_dim) * element + 8
+    return kept
+
+
 def _layer(layout: Layout, layer: int, experts_per_token: float) -> float:
     """Bytes of activations that one decoder layer stores per micro-batch."""
     model = layout.config.model
     parallel = layout.config.parallel
     element = layout.element
     tokens = layout.tokens
-    # Residual streams and outputs of norms; queries, keys, values and attention output; softmax statistics. With tensor
-    # parallelism, attention processes whole sequences with a share of the heads.
     hidden = model.hidden
-    width = model.width_of_head
-    heads = model.heads + model.kv_heads
-    kept: float = tokens * ((4 * hidden + 2 * heads * width) * element + 4 * model.heads)
-    if model.qk_norm is not None:  # inputs of the norms, and their factors
-        kept += tokens * heads * (width * element + 4)
+    kept: float = tokens * (4 * hidden * element + _attention(model, element))  # residual streams, outputs of norms
     if parallel.tensor > 1:  # output of the norm, gathered for the projections
         kept += tokens * hidden * element * (parallel.tensor - 1)
     if not model.is_moe_layer(layer):

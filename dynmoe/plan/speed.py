@@ -151,10 +151,10 @@ def _context(layout: Layout) -> Traffic:
     heads = model.heads // tensor
     pairs = math.lcm(model.kv_heads // tensor, ranks)  # keys and values, repeated for all ranks
     passes = 3 if config.train.recompute == "full" else 2
-    rows = (
-        layout.tokens * tensor * layout.accumulation * len(layout.layers(layout.heaviest_stage))
-    )  # the tensor-parallel ranks' as well
-    sent = rows * (2 * heads + 2 * pairs) * model.width_of_head * layout.element * passes / ranks
+    layers = len(layout.layers(layout.heaviest_stage))
+    rows = layout.tokens * tensor * layout.accumulation * layers  # the tensor-parallel ranks' as well
+    numbers = (heads + pairs) * (model.width_of_head + model.width_of_value)
+    sent = rows * numbers * layout.element * passes / ranks
     here, _ = _spread(layout, ranks, tensor)
     return Traffic(sent * (here - 1), sent * (ranks - here))
 

@@ -162,6 +162,27 @@ BAD = [
     ("model.full_attention_layers=[1]", ["model.full_attention_layers=[1]", "set model.window"]),
     ("model.window=8 model.full_attention_layers=[4]", ["names layer 4 of 4", "count from 0"]),
     ("model.window=0", ["model.window=0", "at least 1"]),
+    ("model.latent.q_lora_rank=64", ["model.latent.q_lora_rank=64", "set model.latent.kv_lora_rank"]),
+    ("model.latent.v_head_dim=64", ["model.latent.v_head_dim=64", "set model.latent.kv_lora_rank"]),
+    ("model.latent.kv_lora_rank=64", ["model.kv_heads=2", "use model.heads (4)"]),
+    (
+        "model.latent.kv_lora_rank=64 model.kv_heads=4 model.latent.qk_rope_head_dim=7",
+        ["model.latent.qk_rope_head_dim=7", "use an even number"],
+    ),
+    (
+        "model.latent.kv_lora_rank=64 model.kv_heads=4 model.latent.v_head_dim=193",
+        ["model.latent.v_head_dim=193", "width of a key", "(192)"],
+    ),
+    (
+        "engine=megatron parallel.tensor=2 model.kv_heads=4 model.latent.kv_lora_rank=63",
+        ["parallel.tensor=2", "model.latent.kv_lora_rank + qk_rope_head_dim (127)"],
+    ),
+    ("model.latent.kv_lora_rank=64 model.kv_heads=4 model.head_dim=64", ["model.head_dim=64", "from model.latent"]),
+    ("model.latent.kv_lora_rank=64 model.kv_heads=4 model.qk_norm=head", ["model.qk_norm='head'", "remove it"]),
+    (
+        "model.latent.kv_lora_rank=64 model.kv_heads=4 model.attention_bias=qkv",
+        ["model.attention_bias='qkv'", "latent attention has no biases"],
+    ),
     ("model.rope_scaling.factor=2", ["model.rope_scaling.factor=2", "set model.rope_scaling.kind"]),
     ("model.rope_scaling.kind=yarn", ["model.rope_scaling.original_length=None", "yarn needs it"]),
     (

@@ -10,7 +10,7 @@ import torch
 
 from tests.engines.cases import config_for, to_canonical, train, train_plainly
 from tests.engines.comparisons import largest_difference, maps_of_all_ranks, read_canonical
-from tests.moe.cases import ATTENTIVE, BASELINES, ROUTERS
+from tests.moe.cases import ATTENTIVE, BASELINES, LATENT, ROUTERS
 
 STEPS = 20
 # All losses of a router together. Every forward pass, over all ranks, has the same two sequences.
@@ -20,6 +20,10 @@ LOSSES = {
     "top_p": ["model.router.z_loss=1e-3"],
     "top_any": ["model.router.balance_loss=1e-2"],
 }
+LONG = [
+    "model.rope_scaling.kind=yarn", "model.rope_scaling.factor=4", "model.rope_scaling.original_length=8",
+    "model.window=7", "model.full_attention_layers=[1,3]",
+]  # fmt: skip
 # By name in the table.
 MODELS = {kind: [*ROUTERS[kind], *losses] for kind, losses in LOSSES.items()} | {
     # The plain loop has no budget.
@@ -50,15 +54,9 @@ MODELS = {kind: [*ROUTERS[kind], *losses] for kind, losses in LOSSES.items()} | 
         "optimizer.clip_grad=0.5",
     ],
     "top_p, four heads": [*ROUTERS["top_p"], "model.heads=4"],
-    "top_p, long": [
-        *ROUTERS["top_p"],
-        "model.rope_scaling.kind=yarn",
-        "model.rope_scaling.factor=4",
-        "model.rope_scaling.original_length=8",
-        "model.window=7",
-        "model.full_attention_layers=[1,3]",
-        "model.attention_bias=all",
-    ],
+    "top_p, long": [*ROUTERS["top_p"], *LONG, "model.attention_bias=all"],
+    "top_p, latent": [*ROUTERS["top_p"], *LATENT, *LONG, "optimizer.clip_grad=0.5"],
+    "da_moe, latent of keys alone": [*ATTENTIVE["da_moe"], *LATENT[:-1], "optimizer.clip_grad=0.5"],
     "top_p, Muon": [*ROUTERS["top_p"], "optimizer.kind=muon"],
 }
 WHOLE = ["train.micro_batch=2"]
@@ -109,6 +107,7 @@ FAST |= {("Megatron TP 2", "top_p, projections normalized"), ("Megatron TP 2", "
 FAST |= {("DeepSpeed EP 2", "deepseek_v3"), ("Megatron TP 2 x EP 2", "deepseek_v3")}
 FAST |= {("Megatron TP 2", "gated, two dense"), ("Megatron PP 2", "gated, two dense")}
 FAST |= {("Megatron CP 2", "top_p, long"), ("Megatron CP 4", "top_p, four heads")}
+FAST |= {("Megatron TP 2", "top_p, latent"), ("Megatron CP 2", "da_moe, latent of keys alone")}
 CASES = [
     pytest.param(layout, name, marks=() if (layout, name) in FAST else pytest.mark.slow)
     for layout in LAYOUTS

@@ -65,6 +65,13 @@ ATTENTIVE = {
 }  # fmt: skip
 
 
+# Latent attention; the last field may be left out.
+LATENT = [
+    "model.kv_heads=2", "model.latent.kv_lora_rank=12", "model.latent.qk_nope_head_dim=6",
+    "model.latent.qk_rope_head_dim=4", "model.latent.v_head_dim=8", "model.latent.q_lora_rank=14",
+]  # fmt: skip
+
+
 def tiny_config(*overrides: str) -> Config:
     base = [
         f"model.hidden={HIDDEN}", "model.heads=2", "model.kv_heads=1", "model.layers=2", "model.ffn_hidden=32",

@@ -199,6 +199,9 @@ def test_pipeline_stages_store_activations_in_flight():
     assert memory_per_rank(interleaved, 2.0).activations > memory_per_rank(plain, 2.0).activations
 
 
+_LATENT = ["model.kv_heads=8", *(f"model.latent.{field}" for field in (
+    "kv_lora_rank=128", "q_lora_rank=192", "qk_nope_head_dim=64", "qk_rope_head_dim=32", "v_head_dim=64",
+))]  # fmt: skip
 _PLAIN = str.maketrans(dict.fromkeys("[]' "))
 # Ranks and fields: both engines, ZeRO stages, precisions, accumulation, recomputation and parallelism; some have more
 # activations than parameters.
@@ -220,6 +223,8 @@ MEASURED = [
     (2, ["optimizer.kind=muon", "deepspeed.zero_stage=1", "parallel.expert=2"]),
     (2, ["optimizer.kind=muon", "deepspeed.zero_stage=2", "train.precision=bf16"]),
     (2, ["optimizer.kind=muon", "engine=megatron", "parallel.tensor=2"]),
+    (1, [*_LATENT, "train.micro_batch=8"]),
+    (2, ["engine=megatron", "parallel.tensor=2", *_LATENT, "train.micro_batch=8"]),
 ]  # fmt: skip
 
 
