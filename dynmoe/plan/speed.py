@@ -101,14 +101,18 @@ def _reduction(layout: Layout) -> Traffic:
     """Reduction of gradients to the ranks that own them, and the gather of the weights."""
     config = layout.config
     gradient = 4 if config.engine == "megatron" else layout.element
-    # ZeRO 2 reduces gradients after every micro-batch, because it does not store them whole.
-    times = layout.accumulation if config.engine == "deepspeed" and config.deepspeed.zero_stage == 2 else 1
+    stage = config.deepspeed.zero_stage if config.engine == "deepspeed" else 1
+    # From ZeRO 2 on gradients are reduced after every micro-batch, because they are not stored whole. ZeRO 3 gathers
+    # weights for every pass of every micro-batch.
+    times = layout.accumulation if stage >= 2 else 1
+    passes = 3 if config.train.recompute == "full" else 2
+    gathers = passes * layout.accumulation if stage == 3 else 1
     total = Traffic()
     for count, size, stride in (
         (layout.dense_parameters(layout.heaviest_stage), layout.data_parallel, config.parallel.tensor),
         (layout.expert_parameters(layout.heaviest_stage), layout.expert_data_parallel, config.parallel.expert),
     ):
-        total += _ring(layout, count * (gradient * times + layout.element), size, stride)
+        total += _ring(layout, count * (gradient * times + layout.element * gathers), size, stride)
     return total
 
 
