@@ -79,9 +79,9 @@ def main() -> None:
         return
     module = BENCHMARKS[given.name]
     rows = module.run(given)
-    _show(given.name, module, rows)
-    if given.json is not None:
+    if given.json is not None:  # first, because a measurement can take hours
         write_json(given.json, rows)
+    _show(given.name, module, rows)
     if hasattr(module, "plot") and given.plot is not None:
         _draw(module, rows, given.plot)
     if hasattr(module, "failures") and (found := module.failures(rows)):

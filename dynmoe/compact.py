@@ -60,6 +60,9 @@ def _compact_canonical(run: Path, output: Path, multiple: int, named: Path) -> t
     from dynmoe.train.checkpoint import continue_run, latest_valid
 
     config = load_config(run / "config.yaml")
+    if config.model.router.n_group > 1:
+        problem = "without the inactive slots, experts would be in other groups"
+        raise UserError(f"model.router.n_group={config.model.router.n_group}: {problem}; keep the slots")
     checkpoint = latest_valid(run / "checkpoints")
     masks = {layer: read_tensor(checkpoint.path, buffer_key(f"layers.{layer}.moe.router.active_E")).tolist()
              for layer in config.model.moe_layers}  # fmt: skip

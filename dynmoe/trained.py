@@ -121,7 +121,9 @@ def begin_run(config: Config, decoder: Decoder, files: Mapping[str, bytes], outp
         return
     ranges = canonical_state.expert_ranges(decoder.moe_layers)
     entries = [
-        canonical_state.entry(name, parameter, ranges, (), partial(_master, parameter), lambda values: None)
+        canonical_state.entry(
+            name, parameter, tuple(parameter.shape), ranges, (), partial(_master, parameter), lambda values: None
+        )
         for name, parameter in decoder.named_parameters()
     ]
     buffers = dict(decoder.named_buffers())

@@ -7,10 +7,12 @@ python -m dynmoe.warmstart RUN OUT model.router.kind=top_p
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -155,10 +157,11 @@ def _of_dense(old: ModelConfig, run: Path, kind: str, experts: int | None, granu
 def _check_same(old: ModelConfig, new: ModelConfig) -> None:
     """Checks that no override changes the shape of the copied weights."""
     sizes = ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab_size", "ffn_hidden")
-    for name in (*sizes, "qk_norm", "tie_embeddings"):
-        before = getattr(old, name)
-        if before != getattr(new, name):
-            raise UserError(f"model.{name}={getattr(new, name)}: the weights have {before}; remove the override")
+    latent = (f"latent.{spec.name}" for spec in dataclasses.fields(old.latent))
+    for name in (*sizes, "qk_norm", "tie_embeddings", *latent):
+        before, after = (attrgetter(name)(model) for model in (old, new))
+        if before != after:
+            raise UserError(f"model.{name}={after}: the weights have {before}; remove the override")
 
 
 def _validation_text(config: Config, tokenizer: str) -> Tensor:

@@ -90,6 +90,12 @@ def test_runs_that_cannot_be_compacted_are_refused_with_the_reason(adapted, tmp_
         compact(adapted, adapted)
     with pytest.raises(UserError, match="nothing to remove"):
         compact(adapted, tmp_path / "small", multiple=6)
+    shutil.copytree(adapted, tmp_path / "grouped")
+    path = tmp_path / "grouped" / "config.yaml"
+    text = path.read_text().replace("topk_group: 1", "topk_group: 3").replace("n_group: 1", "n_group: 3")
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"^model\.router\.n_group=3: without .* in other groups; keep the slots$"):
+        compact(tmp_path / "grouped", tmp_path / "small")
     shutil.copytree(adapted, tmp_path / "broken")
     for shard in (tmp_path / "broken" / "checkpoints").glob("*/dense.safetensors"):
         shard.write_bytes(b"")

@@ -39,8 +39,9 @@ def test_the_layer_in_bf16_agrees_with_fp32_on_the_cpu(kind, tokens):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 200])
-def test_flex_attention_agrees_with_attention_under_a_mask(dtype, window):
+@pytest.mark.parametrize(("window", "width"), [(None, 64), (200, 64), (None, 96)])
+def test_flex_attention_agrees_with_attention_under_a_mask(dtype, window, width):
+    """Also with values narrower than keys, as in latent attention."""
     from dynmoe.model.attention import causal_attention
     from dynmoe.model.documents import Documents
 
@@ -49,8 +50,10 @@ def test_flex_attention_agrees_with_attention_under_a_mask(dtype, window):
     begins = torch.rand(2, length, device="cuda") < 0.01
     starts = torch.where(begins, torch.arange(length, device="cuda"), 0).cummax(dim=1).values
     mask = Documents(starts, length, starts.device).mask(window)
-    q, upstream = torch.randn(2, 2, 4, length, 64, device="cuda", dtype=dtype).unbind()
-    k, v = torch.randn(2, 2, 2, length, 64, device="cuda", dtype=dtype).unbind()
+    q, upstream, k, v = (
+        torch.randn(2, heads, length, size, device="cuda", dtype=dtype)
+        for heads, size in ((4, width), (4, 64), (2, width), (2, 64))
+    )
     results = [
         with_gradients(lambda *inputs, m=own: causal_attention(*inputs, m), [q, k, v], upstream)
         for own in (mask, mask.mask_B1QP)

@@ -149,6 +149,10 @@ def test_training_continues_from_a_warm_start(corpus_dir, tmp_path, engine):
     ("dense", {"experts": 6, "granularity": 4}, "--granularity=4: must divide 6 experts"),
     ("dense", {"experts": 4, "granularity": 16}, "--granularity=16"),
     ("dense", {"experts": 4, "overrides": ["model.hidden=32"]}, "model.hidden=32: the weights have 16"),
+    (
+        "dense", {"experts": 4, "overrides": ["model.kv_heads=2", "model.latent.kv_lora_rank=8"]},
+        "model.kv_heads=2: the weights have 1",
+    ),
     ("dense", {"experts": 4, "experts_per_token": 2.0, "overrides": TOP_ANY}, "--experts-per-token=2.0"),
     ("dense", {"experts": 4, "experts_per_token": 2.0, "overrides": DTOP_P}, "only top_p fits p"),
     ("dense", {"experts": 4, "overrides": ["data.dirs=[nowhere]"]}, "nowhere holds no prepared corpus"),

@@ -56,8 +56,8 @@ class BudgetConfig(Section):
             self._check_several(router)
         if self.rate is not None and self.method not in ("loss_free", "quantile"):
             raise ConfigError("budget.rate", self.rate, f"has no meaning for budget.method={self.method}", "remove it")
-        if self.rate is not None and self.rate > 1 and self.method == "quantile":
-            raise ConfigError("budget.rate", self.rate, "would overshoot the quantile", "use at most 1")
+        if self.method == "quantile":
+            self._check_quantile(router)
         if self.scope == "global" and not router.HOLDS_GLOBALLY:
             problem = f"the {router.kind} router holds each layer separately"
             raise ConfigError("budget.scope", self.scope, problem, "use layer")
@@ -71,6 +71,14 @@ class BudgetConfig(Section):
         if router.budgets and not (fewest <= router.budgets[0] and router.budgets[-1] <= most):
             problem = f"exceeds the possible experts per token ({fewest} to {most})"
             raise ConfigError("model.router.budgets", router.budgets, problem, "change it or the limits")
+
+    def _check_quantile(self, router: RouterSpec) -> None:
+        """Raises a ConfigError if ``router`` cannot be balanced by quantiles."""
+        if self.rate is not None and self.rate > 1:
+            raise ConfigError("budget.rate", self.rate, "would overshoot the quantile", "use at most 1")
+        if router.n_group > 1:
+            problem = f"gives experts shares of all tokens, of which model.router.n_group={router.n_group} bars some"
+            raise ConfigError("budget.method", self.method, problem, "use loss_free")
 
     def _check_several(self, router: RouterSpec) -> None:
         """Raises a ConfigError if this budget does not fit the several budgets of the router."""

@@ -8,3 +8,5 @@ MOE_BACKENDS = ("auto", "triton", "grouped_mm", "loop", "sonic")
 CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
 # Largest number of elements in a communication bucket of DeepSpeed.
 DEEPSPEED_BUCKET = 500_000_000
+# Elements of the parameters that ZeRO 3 gathers ahead of the layers that need them.
+DEEPSPEED_PREFETCH = 50_000_000

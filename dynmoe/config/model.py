@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Optional
 
+from dynmoe.config.latent import LatentConfig
 from dynmoe.config.rope import RopeScalingConfig
 from dynmoe.errors import ConfigError
 from dynmoe.fields import Section, check_multiple_of_8, option
@@ -22,8 +23,12 @@ class MoEConfig(Section):
     )
     expert_hidden: int = option(512, "width of a SwiGLU expert", at_least=1)
     shared_hidden: int = option(0, "width of a shared expert that every token uses (0: none)", at_least=0)
+    shared_gate: bool = option(False, "multiply the shared expert by the sigmoid of a trained gate (Qwen2-MoE)")
     moe_layer_freq: int = option(
         1, "every n-th layer, starting with the first, is an MoE layer; the others are dense", at_least=1
+    )
+    first_k_dense_replace: int = option(
+        0, "the first layers of which none is an MoE layer, whatever moe_layer_freq says (DeepSeek-V3: 3)", at_least=0
     )
     capacity_factor: Optional[float] = option(
         None, "limit of routes per expert and rank in training, relative to a perfectly balanced load at the moving "
@@ -48,10 +53,20 @@ class MoEConfig(Section):
         super().__post_init__()
         for name in ("expert_hidden", "shared_hidden"):
             check_multiple_of_8(f"model.moe.{name}", getattr(self, name))
+        if self.shared_gate and not self.shared_hidden:
+            raise ConfigError("model.moe.shared_gate", True, "has no shared expert", "set model.moe.shared_hidden")
         smallest = min(self.experts_by_layer or [self.experts])
         if self.active_at_start is not None and self.active_at_start > smallest:
             cure = f"use at most {smallest}"
             raise ConfigError("model.moe.active_at_start", self.active_at_start, "exceeds the number of experts", cure)
+
+
+# Fields of ordinary attention, with the reason against them.
+_NOT_WITH_LATENT = {
+    "head_dim": "latent attention takes its widths from model.latent",
+    "qk_norm": "latent attention normalizes its latents",
+    "attention_bias": "latent attention has no biases",
+}
 
 
 @dataclass
@@ -75,6 +90,7 @@ class ModelConfig(Section):
         None, "positions that a token attends to, itself and those before it; null: all before it", at_least=1
     )
     full_attention_layers: list[int] = option([], "layers without the window, counted from 0", at_least=0)
+    latent: LatentConfig = field(default_factory=LatentConfig)
     ffn_hidden: int = option(1024, "width of a dense SwiGLU layer", at_least=1)
     vocab_size: Optional[int] = option(None, "rows of the embedding; null: the tokenizer's, padded", at_least=1)
     norm_eps: float = option(1e-5, "epsilon of RMSNorm", above=0)
@@ -89,6 +105,24 @@ class ModelConfig(Section):
         super().__post_init__()
         for name in ("hidden", "ffn_hidden"):
             check_multiple_of_8(f"model.{name}", getattr(self, name))
+        self._check_heads()
+        if outside := [layer for layer in self.full_attention_layers if layer >= self.layers]:
+            problem = f"names layer {outside[0]} of {self.layers}"
+            raise ConfigError("model.full_attention_layers", self.full_attention_layers, problem, "count from 0")
+        if self.full_attention_layers and self.window is None:
+            problem = "all layers attend to everything"
+            raise ConfigError("model.full_attention_layers", self.full_attention_layers, problem, "set model.window")
+        self._check_experts()
+
+    def _check_heads(self) -> None:
+        if self.latent.enabled:
+            if self.kv_heads != self.heads:
+                problem = "every head has its own keys and values in latent attention"
+                raise ConfigError("model.kv_heads", self.kv_heads, problem, f"use model.heads ({self.heads})")
+            for name, problem in _NOT_WITH_LATENT.items():
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"model.{name}", getattr(self, name), problem, "remove it")
+            return
         if self.head_dim is None and (self.hidden % self.heads or self.width_of_head % 2):
             problem = f"must divide model.hidden ({self.hidden}) into even head dimensions"
             raise ConfigError("model.heads", self.heads, problem, "change one of them, or set model.head_dim")
@@ -98,18 +132,14 @@ class ModelConfig(Section):
         if self.heads % self.kv_heads:
             problem = f"must divide model.heads ({self.heads})"
             raise ConfigError("model.kv_heads", self.kv_heads, problem, "use a divisor of it")
-        if outside := [layer for layer in self.full_attention_layers if layer >= self.layers]:
-            problem = f"names layer {outside[0]} of {self.layers}"
-            raise ConfigError("model.full_attention_layers", self.full_attention_layers, problem, "count from 0")
-        if self.full_attention_layers and self.window is None:
-            problem = "all layers attend to everything"
-            raise ConfigError("model.full_attention_layers", self.full_attention_layers, problem, "set model.window")
-        self._check_experts()
 
     def _check_experts(self) -> None:
         moe = self.moe
         router = self.router
         layers = len(self.moe_layers)
+        if moe.experts > 0 and layers == 0:
+            problem = f"leaves no MoE layer of {self.layers}"
+            raise ConfigError("model.moe.first_k_dense_replace", moe.first_k_dense_replace, problem, "use fewer")
         if moe.experts_by_layer and len(moe.experts_by_layer) != layers:
             cure = f"use {layers} numbers, one for each MoE layer, or []"
             raise ConfigError("model.moe.experts_by_layer", moe.experts_by_layer, "does not match the layers", cure)
@@ -131,19 +161,34 @@ class ModelConfig(Section):
 
     @property
     def width_of_head(self) -> int:
-        return self.head_dim or self.hidden // self.heads
+        """Width of a query and key of one head."""
+        return self.latent.width_of_key if self.latent.enabled else self.head_dim or self.hidden // self.heads
+
+    @property
+    def width_of_value(self) -> int:
+        """Width of a value of one head."""
+        return self.latent.v_head_dim if self.latent.enabled else self.width_of_head
+
+    @property
+    def width_of_rotated(self) -> int:
+        """Width of the part of a query and key that is rotated."""
+        return self.latent.qk_rope_head_dim if self.latent.enabled else self.width_of_head
 
     def window_of(self, layer: int) -> int | None:
         """Positions that a token attends to in a layer; None: all up to itself."""
         return None if layer in self.full_attention_layers else self.window
 
     def is_moe_layer(self, layer: int) -> bool:
-        return self.moe.experts > 0 and layer % self.moe.moe_layer_freq == 0
+        moe = self.moe
+        return moe.experts > 0 and layer >= moe.first_k_dense_replace and layer % moe.moe_layer_freq == 0
 
     def experts_of(self, layer: int) -> int:
         """Number of expert slots of MoE layer ``layer`` (index in the decoder)."""
-        by_layer = self.moe.experts_by_layer
-        return by_layer[layer // self.moe.moe_layer_freq] if by_layer else self.moe.experts
+        moe = self.moe
+        if not moe.experts_by_layer:
+            return moe.experts
+        without_experts = -(-moe.first_k_dense_replace // moe.moe_layer_freq)  # every n-th layers among the first ones
+        return moe.experts_by_layer[layer // moe.moe_layer_freq - without_experts]
 
     @property
     def min_experts_per_layer(self) -> int:

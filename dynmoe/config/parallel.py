@@ -16,16 +16,16 @@ _MEGATRON_ONLY = ("tensor", "pipeline", "virtual_pipeline", "context")
 class DeepSpeedConfig(Section):
     _section: ClassVar[str] = "deepspeed"
 
-    zero_stage: int = option(1, "ZeRO stage: shard nothing (0), optimizer state (1) or also gradients (2)", at_least=0)
+    zero_stage: int = option(
+        1, "ZeRO stage: shard nothing (0), optimizer state (1), also gradients (2), or also weights (3)",
+        at_least=0, at_most=3,
+    )  # fmt: skip
 
-    def check(self, model: ModelConfig) -> None:
-        """Raises a ConfigError for an unsupported stage."""
-        stage = self.zero_stage
-        if stage == 3 and model.moe.experts:
-            problem = "DeepSpeed cannot combine ZeRO 3 with expert parallelism, as both shard parameters"
-            raise ConfigError("deepspeed.zero_stage", stage, problem, "use 0, 1 or 2, and a larger parallel.expert")
-        if stage > 2:
-            raise ConfigError("deepspeed.zero_stage", stage, "is not supported", "use 0, 1 or 2")
+    def check_optimizer(self, kind: str) -> None:
+        """Raises a ConfigError for an optimizer that does not work with the stage."""
+        if self.zero_stage == 3 and kind == "muon":
+            problem = "DeepSpeed updates a few of the matrices at a time, on each rank others, so none would be whole"
+            raise ConfigError("deepspeed.zero_stage", 3, problem, "use 0, 1 or 2, or optimizer.kind=adamw")
 
 
 @dataclass
@@ -72,7 +72,11 @@ class ParallelConfig(Section):
         stages = self.pipeline * self.virtual_pipeline
         name = "virtual_pipeline" if self.virtual_pipeline > 1 else "pipeline"
         _check_divides(f"parallel.{name}", getattr(self, name), stages, "model.layers", model.layers)
-        for field, value in {"model.kv_heads": model.kv_heads, "model.ffn_hidden": model.ffn_hidden}.items():
+        split = {"model.kv_heads": model.kv_heads, "model.ffn_hidden": model.ffn_hidden}
+        if (rank := model.latent.kv_lora_rank) is not None:  # Megatron-Core refuses to build others
+            split["model.latent.q_lora_rank"] = model.latent.q_lora_rank or 0
+            split["model.latent.kv_lora_rank + qk_rope_head_dim"] = rank + model.latent.qk_rope_head_dim
+        for field, value in split.items():
             _check_divides("parallel.tensor", self.tensor, self.tensor, field, value)
         heads = self.tensor * self.context
         _check_divides("parallel.context", self.context, heads, "model.heads", model.heads)

@@ -26,8 +26,9 @@ class RopeScalingConfig(Section):
     beta_slow: float = option(1.0, "yarn: frequencies with fewer turns are stretched by the whole factor", above=0)
     truncate: bool = option(True, "yarn: round the bounds between these frequencies to whole dimensions")
     attention_factor: Optional[float] = option(
-        None, "yarn: factor of rotated queries and keys; null: 0.1 ln(factor) + 1", above=0
-    )
+        None, "yarn: factor of rotated queries and keys; with model.latent also of their parts that are not rotated "
+        "(mscale_all_dim of DeepSeek-V2); null: 0.1 ln(factor) + 1", above=0,
+    )  # fmt: skip
     low_freq_factor: float = option(
         1.0, "llama3: wavelengths above original_length / this are stretched by the whole factor", above=0
     )
@@ -49,8 +50,8 @@ class RopeScalingConfig(Section):
                 raise ConfigError(f"model.rope_scaling.{low}", getattr(self, low), problem, "use a smaller number")
 
     @property
-    def scale_of_rotated(self) -> float:
-        """Factor of rotated queries and keys."""
+    def query_key_scale(self) -> float:
+        """Factor of queries and keys, resolved from ``attention_factor``."""
         if self.kind != "yarn":
             return 1.0
         return 0.1 * math.log(self.factor) + 1.0 if self.attention_factor is None else self.attention_factor

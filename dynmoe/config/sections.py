@@ -162,7 +162,7 @@ class Config(Section):
         super().__post_init__()
         if self.engine == "deepspeed":
             self.parallel.check_deepspeed()
-            self.deepspeed.check(self.model)
+            self.deepspeed.check_optimizer(self.optimizer.kind)
         else:
             self.parallel.check_megatron(self.model, self.data.sequence_length)
         self.parallel.check_experts(self.model)

@@ -56,14 +56,15 @@ def expert_ranges(layers: Iterable[MoELayer]) -> dict[int, tuple[range, int]]:
 def entry(
     name: str,
     parameter: nn.Parameter,
+    shape: tuple[int, ...],
     ranges: dict[int, tuple[range, int]],
     moments: tuple[str, ...],
     get: Callable[[], dict[str, Tensor]],
     put: Callable[[dict[str, Tensor]], None],
 ) -> Entry:
-    """The entry of a parameter, with ``ranges`` from :func:`expert_ranges`."""
+    """The entry of a parameter, of which this rank has ``shape``, with ``ranges`` from :func:`expert_ranges`."""
     experts, num_experts = ranges.get(id(parameter), (None, 0))
-    return Entry(name, tuple(parameter.shape), experts, num_experts, moments, get, put)
+    return Entry(name, shape, experts, num_experts, moments, get, put)
 
 
 def copy(

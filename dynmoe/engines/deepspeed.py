@@ -23,13 +23,15 @@ import deepspeed
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 
 from dynmoe.config import Config, ModelConfig
-from dynmoe.config.constants import DEEPSPEED_BUCKET
+from dynmoe.config.constants import DEEPSPEED_BUCKET, DEEPSPEED_PREFETCH
 from dynmoe.data.batches import Batch
 from dynmoe.engines import deepspeed_muon, deepspeed_state
+from dynmoe.engines.deepspeed_zero3 import PartitionedMoELayer, PartitionedState
 from dynmoe.engines.device import take_gpu
 from dynmoe.engines.loss import TextLosses, tokens_of_pass
 from dynmoe.engines.patience import PATIENCE, be_patient
@@ -85,9 +87,14 @@ class DeepSpeedEngine:
         self.world_size = self.data_size = dist.get_world_size()
         torch.manual_seed(config.train.seed * self.world_size + self.rank)
         self.context = make_context(config.parallel.expert, config.train.moe_backend)
+        partitions = config.deepspeed.zero_stage == 3
         self.module = Decoder(
-            config.model, vocab_size, config.train.seed, self.context, config.train.recompute, DeepSpeedMoELayer
-        )
+            config.model, vocab_size, config.train.seed, self.context, config.train.recompute,
+            PartitionedMoELayer if partitions else DeepSpeedMoELayer,
+        )  # fmt: skip
+        if partitions:
+            # Gathered whole, because DeepSpeed finds no tensor in what a router returns.
+            deepspeed.utils.set_z3_leaf_modules(self.module, [PartitionedMoELayer])
         param_groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(self.module, config))
         self._adam = make_optimizer([group for group in param_groups if group["params"]], config.optimizer)
         parameters = [list(group["params"]) for group in self._adam.param_groups]
@@ -98,7 +105,11 @@ class DeepSpeedEngine:
         be_patient()
         muon = (own for group, own in zip(self._adam.param_groups, parameters, strict=True) if group["muon"])
         by_muon = frozenset(id(parameter) for own in muon for parameter in own)
-        self.state = deepspeed_state.OptimizerState(self._optimizer, self._adam, by_muon)
+        self.state = (
+            PartitionedState(self._optimizer, self._adam)
+            if partitions
+            else deepspeed_state.OptimizerState(self._optimizer, self._adam, by_muon)
+        )
         if isinstance(self._adam, MuonAdamW):
             deepspeed_muon.connect(
                 config, self.module, self._adam, parameters, self.state,
@@ -130,6 +141,9 @@ class DeepSpeedEngine:
                 # DeepSpeed allocates a whole bucket in every step (2 GB by default).
                 "reduce_bucket_size": bucket,
                 "allgather_bucket_size": bucket,
+                # Only ZeRO 3 reads these: how much it gathers ahead, and that it keeps nothing for the backward pass.
+                "stage3_prefetch_bucket_size": DEEPSPEED_PREFETCH,
+                "stage3_max_reuse_distance": 0,
             },
             "bf16": {"enabled": bf16},
             # DeepSpeed has no fp32 accumulation for stage 0 in bf16.
@@ -146,7 +160,7 @@ class DeepSpeedEngine:
         self.module.train()
         # One micro-batch of each rank is sure to fit in memory.
         first = batches[0].to(self.device)
-        self.moe.calibrate(lambda: self.module.hidden(first.tokens_BS, start_BS=first.start_BS))
+        self.moe.calibrate(lambda: self.module(first.tokens_BS, first.labels_BS, first.start_BS))
         self._batches = batches
         self._total_tokens = tokens_of_pass(batches, self.config.data, self.device)
         losses = []
@@ -186,6 +200,8 @@ class DeepSpeedEngine:
             optimizer._release_preflattened_grad_buffers()
             for group in optimizer.averaged_gradients:
                 optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
+        elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            optimizer.averaged_gradients = {}
         with _disabled_step(optimizer):
             self._engine.step()  # counts the step and clears gradients
         return self.moe.skip_step(self.step)
@@ -194,13 +210,20 @@ class DeepSpeedEngine:
         return self.moe.describe_nonfinite(self._repeat, self.step, self._local_loss, self._grad_norm)
 
     def _repeat(self) -> None:
-        """Repeats the forward and backward passes of the last step without counts and without DeepSpeed's gradients."""
+        """Repeats the forward and backward passes of the last step without counts.
+
+        Gradients are zeros by then (:class:`GradientWatch`). Only ZeRO 3 adds them to those of the step, as its layers
+        can compute no others.
+        """
         parameters = list(self.module.parameters())
         for number, batch in enumerate(self._batches):
             on_device = batch.to(self.device)
             with self.moe.recompute(number):
-                loss = self.module(*self._inputs(on_device))
-                torch.autograd.grad(loss / len(self._batches), parameters, allow_unused=True)
+                if isinstance(self._optimizer, DeepSpeedZeroOptimizer_Stage3):
+                    self._engine.backward(self._engine(*self._inputs(on_device)))
+                else:
+                    loss = self.module(*self._inputs(on_device))
+                    torch.autograd.grad(loss / len(self._batches), parameters, allow_unused=True)
 
     def _inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
         """Arguments of the model's loss."""
@@ -208,7 +231,7 @@ class DeepSpeedEngine:
 
     def _gradients(self) -> Iterator[tuple[Tensor, int]]:
         """Yields the reduced gradients on this rank, each with the number of ranks that hold a copy."""
-        if isinstance(self._optimizer, DeepSpeedZeroOptimizer):
+        if isinstance(self._optimizer, (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)):
             for partition in self._optimizer.averaged_gradients.values():
                 yield from ((gradient, 1) for gradient in partition or ())
         elif isinstance(self._optimizer, BF16_Optimizer):

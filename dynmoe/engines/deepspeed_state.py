@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,15 +64,19 @@ class OptimizerState:
             self._masters = {id(p): master for low, high in pairs for p, master in zip(low, high, strict=True)}
         for group in adam.param_groups:
             for tensor in group["params"]:  # whole, or DeepSpeed's partition of a group
-                adam.state[tensor] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
-                    **{name: torch.zeros_like(tensor) for name in (MOMENTS_OF_MUON if group["muon"] else MOMENTS)},
-                }
+                self._start(tensor, MOMENTS_OF_MUON if group["muon"] else MOMENTS)
         if self.partitioned:
             # DeepSpeed links moments to parameters after the first step of the first group, when the other groups
             # have no moments yet. Linking them here includes all groups.
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _start(self, tensor: Tensor, moments: tuple[str, ...]) -> None:
+        """Sets the state of a tensor of the optimizer to that before the first step."""
+        self._adam.state[tensor] = {
+            "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
+            **{name: torch.zeros_like(tensor) for name in moments},
+        }
 
     @property
     def step(self) -> int:
@@ -86,6 +91,10 @@ class OptimizerState:
     def moments(self, parameter: nn.Parameter) -> tuple[str, ...]:
         """Names of the moments of a parameter."""
         return MOMENTS_OF_MUON if id(parameter) in self._muon else MOMENTS
+
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """Shape of the whole parameter."""
+        return tuple(parameter.shape)
 
     def get(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """fp32 master and moments of the whole parameter, on its device."""
@@ -105,6 +114,10 @@ class OptimizerState:
             return None
         own = mapping.lp_fragment_address
         return Held(own.start, own.numel, mapping.hp_fragment_address.start)
+
+    def whole(self, module: nn.Module) -> AbstractContextManager[None]:
+        """See :class:`dynmoe.moe.adaptation.ParameterReset`; parameters always are whole, or this rank's shards."""
+        return nullcontext()
 
     @torch.no_grad()
     def reset_slice(self, parameter: nn.Parameter, index: tuple[int | slice, ...], fresh: Tensor) -> None:
@@ -133,7 +146,13 @@ def _entries(module: Decoder, state: OptimizerState) -> list[canonical_state.Ent
     ranges = canonical_state.expert_ranges(module.moe_layers)
     return [
         canonical_state.entry(
-            name, p, ranges, state.moments(p), functools.partial(state.get, p), functools.partial(state.set, p)
+            name,
+            p,
+            state.shape(p),
+            ranges,
+            state.moments(p),
+            functools.partial(state.get, p),
+            functools.partial(state.set, p),
         )
         for name, p in module.named_parameters()
     ]

@@ -24,6 +24,7 @@ class DynMoEConfig(PreTrainedConfig):
         intermediate_size: width of dense layers.
         moe_intermediate_size: width of an expert.
         shared_expert_intermediate_size: width of the expert that every token uses; 0: none.
+        shared_expert_gate: whether the sigmoid of a gate multiplies it.
         router: ``kind`` and the fields of that router, as DynMoE exports them; see ``DynMoERouter``.
         router_overrides: new values for ``served_fields`` of the router, to change the experts per token.
         count_experts: count tokens and their experts in each layer; see ``DynMoEModel.expert_counts``.
@@ -57,6 +58,7 @@ class DynMoEConfig(PreTrainedConfig):
         layer_experts: list[int] | None = None,
         moe_intermediate_size: int = 512,
         shared_expert_intermediate_size: int = 0,
+        shared_expert_gate: bool = False,
         router: dict[str, Any] | None = None,
         router_overrides: dict[str, Any] | None = None,
         count_experts: bool = False,
@@ -86,6 +88,7 @@ class DynMoEConfig(PreTrainedConfig):
         self.layer_experts = [16] * num_hidden_layers if layer_experts is None else layer_experts
         self.moe_intermediate_size = moe_intermediate_size
         self.shared_expert_intermediate_size = shared_expert_intermediate_size
+        self.shared_expert_gate = shared_expert_gate
         self.router: dict[str, Any] = {"kind": "top_p", "p": 0.4} if router is None else router
         self.router_overrides = router_overrides
         self.count_experts = count_experts

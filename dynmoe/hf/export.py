@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynmoe.config import ModelConfig
 from dynmoe.data.corpus import Corpus
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
@@ -70,10 +71,7 @@ def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code
         raise UserError(f"OUT: {output} exists; name a new directory")
     kept = Kept.of(run)
     model, tokenizer = _open(run, kept)
-    router = model.config.model.router
-    if model.decoder.moe_layers and router.NEEDS_ATTENTION:
-        problem = "needs the attention weights, which the attention of transformers and servers does not return"
-        raise UserError(f"model.router.kind={router.kind!r}: {problem}; run it with python -m dynmoe.generate")
+    _check_supported(model.config.model)
     standard = None if own_code or _is_biased(model) else standard_architecture(model.config.model)
     architecture = standard or "dynmoe"
     rows = model.decoder.w_embed_VD.shape[0]
@@ -106,6 +104,20 @@ def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code
         raise
     parameters = sum(tensor.numel() for tensor in tensors.values())
     return Export(architecture, parameters, kept.has_tokenizer or tokenizer is not None, texts)
+
+
+def _check_supported(model: ModelConfig) -> None:
+    """Refuses models that neither an architecture of transformers nor our own code computes."""
+    router = model.router
+    latent = model.latent
+    if model.moe_layers and router.NEEDS_ATTENTION:
+        problem = "needs the attention weights, which the attention of transformers and servers does not return"
+        raise UserError(f"model.router.kind={router.kind!r}: {problem}; run it with python -m dynmoe.generate")
+    if latent.enabled:
+        problem = "latent attention cannot be exported"
+        raise UserError(
+            f"model.latent.kv_lora_rank={latent.kv_lora_rank}: {problem}; run it with python -m dynmoe.generate"
+        )
 
 
 def _open(run: Path, kept: Kept) -> tuple[TrainedDecoder, Tokenizer | None]:

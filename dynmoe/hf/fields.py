@@ -42,7 +42,7 @@ _DECODER = {
 }  # fmt: skip
 _COMMON = _DECODER | {"head_dim", "rope_theta", "rope_parameters", "rope_scaling"}
 _TOP_K = _COMMON | {"num_experts", "num_local_experts", "num_experts_per_tok", "router_aux_loss_coef"}
-_EXPERTS = {"moe_intermediate_size", "shared_expert_intermediate_size"}
+_EXPERTS = {"moe_intermediate_size", "shared_expert_intermediate_size", "shared_expert_gate"}
 _QWEN = {"norm_topk_prob", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers", "sliding_window",
          "use_sliding_window"}  # fmt: skip
 _NO_SWITCH: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False,)}

@@ -23,10 +23,10 @@ def standard_architecture(model: ModelConfig) -> str | None:
     moe = model.moe
     if not model.moe_layers:
         name = "llama" if model.qk_norm is None else None
-    elif not isinstance(model.router, TopK) or model.router.budgets or len(set(moe.experts_by_layer)) > 1:
+    elif len(set(moe.experts_by_layer)) > 1 or not isinstance(model.router, TopK) or own_field(model.router):
         name = None
     else:
-        plain = moe.moe_layer_freq == 1 and not moe.shared_hidden
+        plain = len(model.moe_layers) == model.layers and not moe.shared_hidden
         same_width = model.heads * model.width_of_head == model.hidden
         name = {
             "head": None if moe.shared_hidden else "qwen3_moe",
@@ -36,6 +36,13 @@ def standard_architecture(model: ModelConfig) -> str | None:
     has_windows = model.window is None or (name in ("mixtral", "qwen3_moe") and not model.full_attention_layers)
     has_biases = model.attention_bias is None or (name in _BIASED and model.attention_bias == "all")
     return name if has_windows and has_biases else None
+
+
+def own_field(router: TopK) -> str | None:
+    """A field of a top-k router whose value is not expressible in any of these architectures, if there is one."""
+    usual = TopK()
+    names = ("budgets", "score_function", "n_group", "gate_scale")
+    return next((name for name in names if getattr(router, name) != getattr(usual, name)), None)
 
 
 _BIASED = ("llama", "olmoe", "qwen3_moe")  # with biases of all four projections or of none
@@ -86,6 +93,7 @@ def _dynmoe(config: Config) -> dict[str, Any]:
         "layer_experts": [model.experts_of(n) if model.is_moe_layer(n) else 0 for n in range(model.layers)],
         "moe_intermediate_size": model.moe.expert_hidden,
         "shared_expert_intermediate_size": model.moe.shared_hidden,
+        "shared_expert_gate": model.moe.shared_gate,
         "router": write_router(config),
     }
 

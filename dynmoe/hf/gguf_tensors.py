@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dynmoe.config import ModelConfig
 from dynmoe.errors import ConfigError
-from dynmoe.hf.formats import standard_architecture
+from dynmoe.hf.formats import own_field, standard_architecture
 from dynmoe.routers import TopK
 
 SERVERS = "serve its export (python -m dynmoe.hf export) with transformers or vLLM"
@@ -44,6 +44,10 @@ def find_architecture(model: ModelConfig) -> str:
     architecture = standard_architecture(model)
     moe = model.moe
     scaling = model.rope_scaling.kind
+    rank = model.latent.kv_lora_rank
+    if rank is not None:
+        cure = "run it with python -m dynmoe.generate"
+        raise ConfigError("model.latent.kv_lora_rank", rank, "is not written into GGUF files", cure)
     if scaling is not None:
         raise ConfigError("model.rope_scaling.kind", scaling, "is not written into GGUF files", SERVERS)
     if model.attention_bias is not None:
@@ -53,13 +57,17 @@ def find_architecture(model: ModelConfig) -> str:
     renormalize = isinstance(model.router, TopK) and model.router.resolved.renormalize
     if architecture is None:
         raise _without_architecture(model)
-    if architecture != "llama" and moe.moe_layer_freq != 1:
+    if architecture != "llama" and len(model.moe_layers) < model.layers:
+        field = "moe_layer_freq" if moe.moe_layer_freq > 1 else "first_k_dense_replace"
         problem = "llama.cpp requires experts in every layer"
-        raise ConfigError("model.moe.moe_layer_freq", moe.moe_layer_freq, problem, SERVERS)
+        raise ConfigError(f"model.moe.{field}", getattr(moe, field), problem, SERVERS)
     name = _NAMES[architecture][bool(renormalize)]
     if name is None:
         problem = f"llama.cpp's {architecture} does not normalize the gates of a token"
         raise ConfigError("model.router.renormalize", renormalize, problem, SERVERS)
+    if moe.shared_gate and name != "qwen2moe":
+        problem = f"llama.cpp's {name} has no gate of the shared expert"
+        raise ConfigError("model.moe.shared_gate", True, problem, SERVERS)
     if name == "qwen2moe" and model.heads * model.width_of_head != model.hidden:
         problem = f"must be model.hidden / model.heads ({model.hidden} / {model.heads}) for llama.cpp's qwen2moe"
         raise ConfigError("model.head_dim", model.width_of_head, problem, SERVERS)
@@ -73,6 +81,10 @@ def _without_architecture(model: ModelConfig) -> ConfigError:
     if model.moe_layers and not isinstance(model.router, TopK):
         problem = "llama.cpp gives every token the same number of experts"
         return ConfigError("model.router.kind", model.router.kind, problem, SERVERS)
+    field = own_field(model.router) if model.moe_layers and isinstance(model.router, TopK) else None
+    if field is not None:
+        problem = "has no counterpart in llama.cpp's architectures with our attention"
+        return ConfigError(f"model.router.{field}", getattr(model.router, field), problem, SERVERS)
     if len(set(moe.experts_by_layer)) > 1:
         problem = "llama.cpp requires the same number of experts in every layer"
         return ConfigError("model.moe.experts_by_layer", moe.experts_by_layer, problem, SERVERS)
@@ -194,14 +206,16 @@ def _swiglu(up: Tensor, down: Tensor, which: str) -> Iterator[tuple[str, Tensor]
 def _shared_expert(model: ModelConfig, name: str, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The shared expert, or one of zeros.
 
-    Qwen2-MoE multiplies it by the sigmoid of a gate, which has to be one half. llama.cpp computes that sigmoid as
-    silu(x) / x, which is NaN for x = 0. The gate therefore has two tiny weights of different magnitude: x is almost
-    zero, and not exactly zero even if one of the two inputs is.
+    Qwen2-MoE multiplies it by the sigmoid of a gate. Without a gate of ours, that has to be one half. llama.cpp
+    computes that sigmoid as silu(x) / x, which is NaN for x = 0. The gate therefore has two tiny weights of different
+    magnitude: x is almost zero, and not exactly zero even if one of the two inputs is.
     """
     width = model.moe.expert_hidden
     up_HD = ours.get("moe.shared.w_up_HD", torch.zeros(2 * width, model.hidden))
     down_DF = ours.get("moe.shared.w_down_DF", torch.zeros(model.hidden, width))
-    if name == "qwen2moe":
+    if model.moe.shared_gate:
+        yield "ffn_gate_inp_shexp", ours["moe.shared.w_gate_1D"][0]
+    elif name == "qwen2moe":
         gate_D = torch.zeros(model.hidden)
         gate_D[:2] = torch.tensor(_NEARLY_ZERO)
         yield "ffn_gate_inp_shexp", gate_D

@@ -12,7 +12,7 @@ from dynmoe.data.tokenizer_files import find_tokenizer, open_tokenizer
 from dynmoe.errors import UserError
 from dynmoe.hf.formats import from_transformers
 from dynmoe.hf.kept import to_keep
-from dynmoe.hf.qwen2_moe import has_shared_expert
+from dynmoe.hf.qwen2_moe import has_gates, has_shared_expert
 from dynmoe.hf.routers import restore_router_state
 from dynmoe.hf.tensors import Tensors, read_json
 from dynmoe.hf.weights import load_weights
@@ -44,8 +44,11 @@ def import_checkpoint(source: Path, output: Path, overrides: Sequence[str] = ())
     found = read_json(source / "config.json")
     tensors = Tensors(source)
     architecture, fields, kept = from_transformers(found)
-    if architecture == "qwen2_moe" and not has_shared_expert(tensors):
-        fields.append("model.moe.shared_hidden=0")
+    if architecture == "qwen2_moe":
+        shares = has_shared_expert(tensors)
+        fields.append(f"model.moe.shared_gate={str(shares and has_gates(tensors)).lower()}")
+        if not shares:
+            fields.append("model.moe.shared_hidden=0")
     config = load_config(None, [*fields, *overrides, f"run.dir={output.parent}", f"run.name={output.name}"])
     vocab_size = config.model.vocab_size
     assert vocab_size is not None

@@ -64,6 +64,8 @@ def _spec(layer: MoELayer) -> IdentityExperts:
             raise UserError(
                 f"model.router.{name}={getattr(spec, name)}: LongCat-Flash has identity experts only; use 0"
             )
+    if spec.n_group > 1:
+        raise UserError(f"model.router.n_group={spec.n_group}: LongCat-Flash has no groups; use 1")
     if spec.budgets:
         raise UserError(f"model.router.budgets={spec.budgets}: LongCat-Flash has one budget; use []")
     if layer.shared is not None:

@@ -99,7 +99,7 @@ class DynMoERouter(nn.Module):
 
     def forward(self, x_TD: Tensor, num_sequences: int) -> tuple[RoutingPlan, Tensor]:
         """Returns the plan, and the logits [T, E] before softmax, sigmoid or ReLU (null experts come last)."""
-        plan = self.spec.route(RouterTensors(self, num_sequences), x_TD)
+        plan = self.spec.plan(RouterTensors(self, num_sequences), x_TD)
         return plan, torch.logit(plan.scores_TE) if plan.logits_TE is None else plan.logits_TE
 
     def loss(self, plan: RoutingPlan) -> Tensor:
@@ -165,6 +165,7 @@ class DynMoEBlock(nn.Module):
         self.experts = DynMoEExperts(config, num_experts, self.router.most_experts)
         width = config.shared_expert_intermediate_size
         self.shared_expert = DynMoEMLP(config, width) if width else None
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
         counts = torch.zeros(2, dtype=torch.int64) if config.count_experts else None
         self.register_buffer("counts_2", counts, persistent=False)  # tokens and their experts
 
@@ -181,7 +182,10 @@ class DynMoEBlock(nn.Module):
             self.counts_2.add_(_counts_of(plan.routing_map_TE, counted_T))
         y_TD = self.experts(x_TD, plan.routing_map_TE, plan.gates_TE)
         if self.shared_expert is not None:
-            y_TD = y_TD + self.shared_expert(x_TD)
+            shared_TD = self.shared_expert(x_TD)
+            if self.shared_expert_gate is not None:
+                shared_TD = self.shared_expert_gate(x_TD).sigmoid() * shared_TD
+            y_TD = y_TD + shared_TD
         if plan.local_TD is not None:
             y_TD = y_TD + plan.local_TD
         if loss is None:

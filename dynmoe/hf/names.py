@@ -23,6 +23,7 @@ class Names:
         expert: a single expert, with ``{expert}`` and ``{part}``; None if two tensors hold all experts.
         parts: gate, up and down projection of an expert.
         shared: the shared expert, with ``{part}``.
+        shared_gate: its gate.
     """
 
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
@@ -31,6 +32,7 @@ class Names:
     expert: str | None = "mlp.experts.{expert}.{part}.weight"
     parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared: str = "mlp.shared_expert.{part}.weight"
+    shared_gate: str = "mlp.shared_expert_gate.weight"
 
 
 # Stacked experts, as in a state_dict of transformers 5, for any family.
@@ -141,6 +143,8 @@ def _moe(model: ModelConfig, layer: int, architecture: str, ours: str, theirs: s
             yield Part(f"{ours}.experts.w_down_EDF", (down,), (hidden, width), expert=expert)
     if model.moe.shared_hidden:
         yield from _swiglu(f"{ours}.shared", f"{theirs}.{names.shared}", hidden, model.moe.shared_hidden)
+    if model.moe.shared_gate:
+        yield Part(f"{ours}.shared.w_gate_1D", (f"{theirs}.{names.shared_gate}",), (1, hidden))
 
 
 def _router(model: ModelConfig, experts: int, ours: str, theirs: str) -> Iterator[Part]:

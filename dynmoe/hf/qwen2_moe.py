@@ -1,9 +1,10 @@
-"""Parts of Qwen2-MoE that our decoder lacks: biases of queries, keys and values, and the gate of the shared expert.
+"""Parts of Qwen2-MoE that a decoder of ours may lack: biases of queries, keys and values, and a gated shared expert.
 
-An export writes them without effect, and an import accepts nothing else:
+An export writes what is missing without effect, and an import takes it for missing:
 
-- biases of zeros, because vLLM creates biases whatever ``qkv_bias`` says and leaves missing ones uninitialized;
-- a gate of zeros, whose sigmoid halves the shared expert, with a down projection that is doubled;
+- biases of zeros, because vLLM creates biases whatever ``qkv_bias`` says and leaves missing ones uninitialized; others
+  cannot be imported;
+- without a gate, one of zeros, whose sigmoid halves the shared expert, with a down projection that is doubled;
 - without a shared expert, one with zero weights, because neither vLLM nor mlx-lm supports a width of 0.
 """
 
@@ -35,7 +36,8 @@ def zeros(model: ModelConfig, biased: bool = True, absent_width: int = ABSENT_WI
             shapes[f"model.layers.{layer}.self_attn.{name}_proj.bias"] = (heads * model.width_of_head,)
         if not model.is_moe_layer(layer):
             continue
-        shapes[f"model.layers.{layer}.mlp.shared_expert_gate.weight"] = (1, hidden)
+        if not model.moe.shared_gate:
+            shapes[_gate(layer)] = (1, hidden)
         if not model.moe.shared_hidden:
             widths = (absent_width, hidden), (absent_width, hidden), (hidden, absent_width)
             shapes |= {f"{_shared(layer)}.{part}.weight": shape for part, shape in zip(_EXPERT, widths, strict=True)}
@@ -62,8 +64,8 @@ def check_zeros(tensors: Tensors, names: dict[str, tuple[int, ...]]) -> None:
     wrong = [name for name in names if not tensors.are_zeros(name)]
     if wrong:
         raise UserError(
-            f"{tensors.source}: not zeros: {some(wrong)}; our decoder has no biases and no gates of shared experts. "
-            "Fine-tune the export again with them frozen: requires_grad_(False)"
+            f"{tensors.source}: not zeros: {some(wrong)}; our decoder has no biases, and no gate without a shared "
+            "expert. Fine-tune the export again with them frozen: requires_grad_(False)"
         )
 
 
@@ -72,11 +74,20 @@ def has_shared_expert(tensors: Tensors) -> bool:
     return not all(tensors.are_zeros(name) for name in tensors.shapes() if ".mlp.shared_expert." in name)
 
 
+def has_gates(tensors: Tensors) -> bool:
+    """Whether a checkpoint has nonzero gates of shared experts; gates of zeros are those that an export adds."""
+    return not all(tensors.are_zeros(name) for name in tensors.shapes() if ".mlp.shared_expert_gate." in name)
+
+
 def down_projections(model: ModelConfig) -> list[str]:
     """Names of the projections that are doubled to compensate for the gate."""
-    layers = model.moe_layers if model.moe.shared_hidden else []
+    layers = model.moe_layers if model.moe.shared_hidden and not model.moe.shared_gate else []
     return [f"{_shared(layer)}.down_proj.weight" for layer in layers]
 
 
 def _shared(layer: int) -> str:
     return f"model.layers.{layer}.mlp.shared_expert"
+
+
+def _gate(layer: int) -> str:
+    return f"{_shared(layer)}_gate.weight"

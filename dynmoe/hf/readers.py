@@ -95,19 +95,20 @@ def _read_qwen(get: Settings) -> dict[str, Any]:
     dense = set(listed or []) | {n for n in range(layers) if (n + 1) % decoder_sparse_step}
     return {
         "ffn_hidden": get.count("intermediate_size"),
-        "moe.moe_layer_freq": _layer_freq(layers, dense, f"{decoder_sparse_step=}, mlp_only_layers={shown(listed)}"),
+        **_dense_layers(layers, dense, f"{decoder_sparse_step=}, mlp_only_layers={shown(listed)}"),
         **_experts(get, "moe_intermediate_size"),
         **_choice(get, get["norm_topk_prob"]),
     }
 
 
-def _layer_freq(layers: int, dense: set[int], source: str) -> int:
-    """The ``model.moe.moe_layer_freq`` with exactly these dense layers."""
-    freq = next((n for n in range(1, layers + 1) if {m for m in range(layers) if m % n} == dense), None)
-    if freq is None:
-        problem = f"dense layers are {sorted(dense)}; only experts in every n-th layer, from the first, can be imported"
-        raise UserError(f"config.json: {source}: {problem}")
-    return freq
+def _dense_layers(layers: int, dense: set[int], source: str) -> dict[str, int]:
+    """The fields of our model with exactly these dense layers."""
+    first = min(set(range(layers)) - dense, default=0)
+    for freq in range(1, layers + 1):
+        if {layer for layer in range(layers) if layer < first or layer % freq} == dense:
+            return {"moe.moe_layer_freq": freq} | ({"moe.first_k_dense_replace": first} if first else {})
+    problem = f"dense layers are {sorted(dense)}; only experts in every n-th layer, from some layer on, can be imported"
+    raise UserError(f"config.json: {source}: {problem}")
 
 
 def _read_dynmoe(get: Settings) -> dict[str, Any]:
@@ -132,10 +133,11 @@ def _read_dynmoe(get: Settings) -> dict[str, Any]:
         "qk_norm": get.optional("qk_norm"),
         "ffn_hidden": get.count("intermediate_size"),
         "moe.experts": max(numbers, default=0),
-        "moe.moe_layer_freq": _layer_freq(layers, dense, f"{name}={shown(experts)}") if numbers else 1,
+        **(_dense_layers(layers, dense, f"{name}={shown(experts)}") if numbers else {}),
         "moe.experts_by_layer": numbers if len(set(numbers)) > 1 else [],
         "moe.expert_hidden": get.count("moe_intermediate_size"),
         "moe.shared_hidden": get["shared_expert_intermediate_size"],
+        "moe.shared_gate": "shared_expert_gate" in get and get["shared_expert_gate"],
     }
 
 

@@ -25,7 +25,9 @@ _NOT_IN_OLDER = {
 
 
 # Fields that older exports lack, with the only value that they could have.
-_ADDED: dict[str, Any] = {"budgets": []}
+_ADDED: dict[str, Any] = {
+    "budgets": [], "gate_scale": 1.0, "n_group": 1, "topk_group": 1, "score_function": "softmax",
+}  # fmt: skip
 
 
 def write_router(config: Config) -> dict[str, Any]:
@@ -47,11 +49,12 @@ def read_router(found: Any, hidden: int) -> dict[str, Any]:
     Raises:
         UserError: a setting is missing or unknown.
     """
-    found = _ADDED | dict(_mapping("router", found))
+    found = dict(_mapping("router", found))
     kind = Settings(found, path="router.")["kind"]
     if kind not in list(ROUTERS):
         raise UserError(f"config.json: router.kind={shown(kind)}: unknown router; use one of {', '.join(ROUTERS)}")
     spec = ROUTERS[kind]
+    found = {name: value for name, value in _ADDED.items() if spec.has_field(name)} | found
     if "form" in found:
         found = _from_older(spec, found, hidden)
     fields = [field.name for field in dataclasses.fields(spec)]

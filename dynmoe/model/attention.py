@@ -22,19 +22,31 @@ from dynmoe.moe.initialization import named_normal
 _FLEX_WIDTH = 16  # FlexAttention has no kernel for narrower heads
 
 
-def causal_attention(q_BHSd: Tensor, k_BKPd: Tensor, v_BKPd: Tensor, mask: Tensor | CausalMask | None = None) -> Tensor:
-    """Softmax attention in which consecutive groups of the H query heads share one of K key-value heads; [B, H, S, d].
+def causal_attention(q_BHSd: Tensor, k_BKPd: Tensor, v_BKPv: Tensor, mask: Tensor | CausalMask | None = None) -> Tensor:
+    """Softmax attention in which consecutive groups of the H query heads share one of K key-value heads; [B, H, S, v].
 
     Each position attends to itself and earlier positions, or to those of a mask, which may be a tensor [B, 1, S, P].
-    Without a mask, the queries are all positions, or the last one.
+    Without a mask, the queries are all positions, or the last one. Values may be narrower than keys.
     """
     grouped = q_BHSd.shape[1] != k_BKPd.shape[1]
+    surplus = q_BHSd.shape[3] - v_BKPv.shape[3]
     if isinstance(mask, CausalMask):
-        if q_BHSd.is_cuda and q_BHSd.shape[3] >= _FLEX_WIDTH:
-            return _flex_attention()(q_BHSd, k_BKPd, v_BKPd, block_mask=mask.blocks, enable_gqa=grouped)
+        if q_BHSd.is_cuda and v_BKPv.shape[3] >= _FLEX_WIDTH:
+            return _flex_attention()(q_BHSd, k_BKPd, v_BKPv, block_mask=mask.blocks, enable_gqa=grouped)
         mask = mask.mask_B1QP
     causal = mask is None and q_BHSd.shape[2] > 1
-    return F.scaled_dot_product_attention(q_BHSd, k_BKPd, v_BKPd, mask, is_causal=causal, enable_gqa=grouped)
+    if surplus:  # for values of another width, SDPA on a CPU holds the weights of all pairs
+        v_BKPv = F.pad(v_BKPv, (0, surplus))
+    out_BHSd = F.scaled_dot_product_attention(q_BHSd, k_BKPd, v_BKPv, mask, is_causal=causal, enable_gqa=grouped)
+    return out_BHSd[..., :-surplus] if surplus else out_BHSd
+
+
+def attend(q_BHSd: Tensor, k_BKPd: Tensor, v_BKPv: Tensor, mask: Tensor | CausalMask | None, recompute: bool) -> Tensor:
+    """:func:`causal_attention`, if wanted with its activations recomputed in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        inputs = (q_BHSd, k_BKPd, v_BKPv, mask)
+        return checkpoint(causal_attention, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return causal_attention(q_BHSd, k_BKPd, v_BKPv, mask)
 
 
 @cache
@@ -61,15 +73,12 @@ class ProjectionNorm(nn.RMSNorm):
         return super().forward(x_BSHd.flatten(2)).view_as(x_BSHd).transpose(1, 2)
 
 
-class Attention(nn.Module):
-    """Attention with one projection for query, key and value (rows in this order), using PyTorch's SDPA.
-
-    Queries and keys may be normalized before rotation (``model.qk_norm``; arXiv 2010.04245).
+class BaseAttention(nn.Module):
+    """The part of attention between its projections.
 
     Args:
         model: configuration of the model.
         layer: index in the decoder.
-        seed: seed of the initial weights.
         recompute: recompute the activations between the projections in the backward pass (selective activation
             recomputation, arXiv 2205.05198).
 
@@ -79,14 +88,40 @@ class Attention(nn.Module):
 
     importance_BS: Tensor | None
 
-    def __init__(self, model: ModelConfig, layer: int, seed: int, recompute: bool = False) -> None:
+    def __init__(self, model: ModelConfig, layer: int, recompute: bool) -> None:
         super().__init__()
-        name = f"layers.{layer}.attention"
         self.window = model.window_of(layer)
         self.recompute = recompute
         self.importance_BS = None
         self.measures_importance = model.router.NEEDS_ATTENTION
         self.heads = model.heads
+
+    def mask(self, cache: LayerCache | None, documents: Documents | None) -> Tensor | CausalMask | None:
+        """What the latest positions attend to; ``cache`` already has them."""
+        if cache is not None:
+            return cache.mask_B1SP(self.window)
+        return None if documents is None else documents.mask(self.window)
+
+    def attend(self, q_BHSd: Tensor, k_BKPd: Tensor, v_BKPv: Tensor, mask: Tensor | CausalMask | None) -> Tensor:
+        """Attention of the latest positions, [B, H, S, v]."""
+        if self.measures_importance:
+            self.importance_BS = importance(own_weights(q_BHSd, k_BKPd, mask), self.heads)
+        return attend(q_BHSd, k_BKPd, v_BKPv, mask, self.recompute)
+
+
+class Attention(BaseAttention):
+    """Attention with one projection for query, key and value (rows in this order), using PyTorch's SDPA.
+
+    Queries and keys may be normalized before rotation (``model.qk_norm``; arXiv 2010.04245).
+
+    Args:
+        model, layer, recompute: see :class:`BaseAttention`.
+        seed: seed of the initial weights.
+    """
+
+    def __init__(self, model: ModelConfig, layer: int, seed: int, recompute: bool = False) -> None:
+        super().__init__(model, layer, recompute)
+        name = f"layers.{layer}.attention"
         self.kv_heads = model.kv_heads
         self.head_dim = model.width_of_head
         rows = (model.heads + 2 * model.kv_heads) * self.head_dim
@@ -121,14 +156,7 @@ class Attention(nn.Module):
         else:
             qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
             q, k = rotate(qk, cos_Sd, sin_Sd).split([self.heads, self.kv_heads], dim=1)
-        mask: Tensor | CausalMask | None = None if documents is None else documents.mask(self.window)
         if cache is not None:
             k, v = cache.extend(k, v)
-            mask = cache.mask_B1SP(self.window)
-        if self.measures_importance:
-            self.importance_BS = importance(own_weights(q, k, mask), self.heads)
-        if self.recompute and torch.is_grad_enabled():
-            out_BHSd = checkpoint(causal_attention, q, k, v, mask, use_reentrant=False, preserve_rng_state=False)
-        else:
-            out_BHSd = causal_attention(q, k, v, mask)
+        out_BHSd = self.attend(q, k, v, self.mask(cache, documents))
         return F.linear(out_BHSd.transpose(1, 2).reshape(batch, positions, -1), self.w_out, self.b_out)

@@ -1,4 +1,4 @@
-"""The key-value cache for text generation."""
+"""The cache of attention for text generation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tables = tuple[Tensor, Tensor]
 
 
 class LayerCache:
-    """Keys and values of one layer at all positions so far, in tensors with room for half as many more.
+    """What attention needs of all positions so far in one layer, in tensors with room for half as many more.
 
     Args:
         mask_B1SP: see :meth:`KeyValueCache.mask_B1SP`.
@@ -25,20 +25,19 @@ class LayerCache:
         self._room = 0
         self._kept: tuple[Tensor, ...] = ()
 
-    def extend(self, k_BKSd: Tensor, v_BKSd: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends keys and values of the latest positions; returns those of all positions, [B, K, P, d]."""
+    def extend(self, *latest_BKSd: Tensor) -> tuple[Tensor, ...]:
+        """Appends tensors of the latest positions, such as keys and values; returns those of all, [B, K, P, d]."""
         start = self._length
-        end = self._length = start + k_BKSd.shape[2]
+        end = self._length = start + latest_BKSd[0].shape[2]
         if end > self._room:
             self._room = max(_FEWEST_POSITIONS, end + end // 2)
             before = self._kept
-            self._kept = tuple(new.new_empty(*new.shape[:2], self._room, new.shape[3]) for new in (k_BKSd, v_BKSd))
+            self._kept = tuple(new.new_empty(*new.shape[:2], self._room, new.shape[3]) for new in latest_BKSd)
             for kept, old in zip(self._kept, before, strict=False):  # no old ones at first
                 kept[:, :, :start] = old[:, :, :start]
-        k_BKPd, v_BKPd = self._kept
-        k_BKPd[:, :, start:end] = k_BKSd
-        v_BKPd[:, :, start:end] = v_BKSd
-        return k_BKPd[:, :, :end], v_BKPd[:, :, :end]
+        for kept, new in zip(self._kept, latest_BKSd, strict=True):
+            kept[:, :, start:end] = new
+        return tuple(kept[:, :, :end] for kept in self._kept)
 
 
 class KeyValueCache:

@@ -14,6 +14,7 @@ from dynmoe.model.attention import Attention
 from dynmoe.model.cache import KeyValueCache, LayerCache
 from dynmoe.model.cross_entropy import linear_cross_entropy
 from dynmoe.model.documents import Documents
+from dynmoe.model.latent_attention import LatentAttention
 from dynmoe.model.rotary import rotary_tables
 from dynmoe.moe import MoEContext, MoELayer
 from dynmoe.moe.experts import SwiGLU
@@ -23,6 +24,11 @@ from dynmoe.moe.initialization import named_normal
 def initial_embedding(model: ModelConfig, vocab_size: int, seed: int, name: str) -> Tensor:
     """Initial weights of the embedding (``w_embed``) or the output projection (``w_out``), [V, D]."""
     return named_normal((vocab_size, model.hidden), model.init_std, seed, name)
+
+
+def make_attention(model: ModelConfig, layer: int, seed: int, recompute: bool = False) -> Attention | LatentAttention:
+    """The attention of a decoder layer; see :class:`Attention` for the arguments."""
+    return (LatentAttention if model.latent.enabled else Attention)(model, layer, seed, recompute)
 
 
 MakeMoE = Callable[[ModelConfig, int, int, MoEContext], MoELayer]
@@ -36,7 +42,7 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(model.hidden, model.norm_eps)
-        self.attention = Attention(model, layer, seed, recompute == "selective")
+        self.attention = make_attention(model, layer, seed, recompute == "selective")
         self.ffn_norm = nn.RMSNorm(model.hidden, model.norm_eps)
         self.moe: MoELayer | None = None
         self.ffn: SwiGLU | None = None

@@ -18,7 +18,7 @@ def frequencies(model: ModelConfig, device: torch.device) -> Tensor:
 
     Scaling divides each by ``factor``, to a share that depends on how often it turns in the earlier context.
     """
-    width = model.width_of_head
+    width = model.width_of_rotated
     plain_j = model.rope_theta ** (-torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
     kind = model.rope_scaling.kind
     if kind is None:
@@ -37,7 +37,7 @@ def _kept_by_yarn(model: ModelConfig, plain_j: Tensor) -> Tensor:
     scaling = model.rope_scaling
     length = scaling.original_length
     assert length is not None
-    width = model.width_of_head
+    width = model.width_of_rotated
 
     def dimension(turns: float) -> float:
         """The dimension whose frequency turns this often in the earlier context."""
@@ -64,11 +64,12 @@ def rotary_tables(num_positions: int, model: ModelConfig, device: torch.device) 
     """cos and sin of the rotary angles, fp32 [S, d], for pairs (i, i + d / 2).
 
     The first half of the sines is negated, so that :func:`rotate` only swaps the halves of its input. Both include the
-    factor by which YaRN makes rotated queries and keys longer.
+    factor by which YaRN makes queries and keys longer, except in latent attention, which does not rotate all of them.
     """
     angle_Sj = torch.outer(torch.arange(num_positions, dtype=torch.float32, device=device), frequencies(model, device))
-    cos_Sj = angle_Sj.cos() * model.rope_scaling.scale_of_rotated
-    sin_Sj = angle_Sj.sin() * model.rope_scaling.scale_of_rotated
+    scale = 1.0 if model.latent.enabled else model.rope_scaling.query_key_scale
+    cos_Sj = angle_Sj.cos() * scale
+    sin_Sj = angle_Sj.sin() * scale
     return torch.cat([cos_Sj, cos_Sj], dim=1), torch.cat([-sin_Sj, sin_Sj], dim=1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dynmoe.config import ModelConfig
 from dynmoe.errors import ConfigError
@@ -15,6 +15,7 @@ class LayerSize:
 
     attention: int
     norms: int  # and biases of attention
+    latents: int = 0  # projections to the latents of attention, which every tensor-parallel rank has
     dense: int = 0  # feed-forward of a dense layer
     router: int = 0
     shared: int = 0
@@ -22,7 +23,7 @@ class LayerSize:
 
     @property
     def without_experts(self) -> int:
-        return self.attention + self.norms + self.dense + self.router + self.shared
+        return self.attention + self.norms + self.latents + self.dense + self.router + self.shared
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,28 @@ class ModelSize:
         rows = (model.heads + 2 * model.kv_heads) * model.width_of_head
         return {None: 0, "qkv": rows, "all": rows + model.hidden}[model.attention_bias]
 
+    @property
+    def _attention(self) -> LayerSize:
+        """The part of a layer that is attention, and both norms."""
+        model = self.model
+        latent = model.latent
+        norms = 2 * model.hidden + self._qk_norms + self._attention_biases
+        if latent.kv_lora_rank is None:
+            return LayerSize(model.hidden * (2 * model.heads + 2 * model.kv_heads) * model.width_of_head, norms)
+        ranks = latent.kv_lora_rank + (latent.q_lora_rank or 0)
+        queries = (latent.q_lora_rank or model.hidden) * latent.width_of_key
+        keys_and_values = latent.kv_lora_rank * (latent.qk_nope_head_dim + latent.v_head_dim)
+        heads = model.heads * (queries + keys_and_values + latent.v_head_dim * model.hidden)
+        return LayerSize(heads, norms + ranks, latents=model.hidden * (ranks + latent.qk_rope_head_dim))
+
     def layer(self, layer: int) -> LayerSize:
         """Parameters of decoder layer ``layer``."""
         model = self.model
-        attention = model.hidden * (2 * model.heads + 2 * model.kv_heads) * model.width_of_head
-        norms = 2 * model.hidden + self._qk_norms + self._attention_biases
         if not model.is_moe_layer(layer):
-            return LayerSize(attention, norms, dense=3 * model.hidden * model.ffn_hidden)
-        shared = 3 * model.hidden * model.moe.shared_hidden
+            return replace(self._attention, dense=3 * model.hidden * model.ffn_hidden)
+        shared = model.hidden * (3 * model.moe.shared_hidden + int(model.moe.shared_gate))
         experts = model.experts_of(layer) * self.expert
-        return LayerSize(attention, norms, router=self._router(layer), shared=shared, experts=experts)
+        return replace(self._attention, router=self._router(layer), shared=shared, experts=experts)
 
     @property
     def embedding(self) -> int:
@@ -95,7 +108,7 @@ class ModelSize:
         layers = [self.layer(layer) for layer in range(model.layers)]
         per_token = self.embedding + sum(layer.without_experts - layer.norms for layer in layers)
         visible = sum(self._visible(model.window_of(layer)) for layer in range(model.layers))
-        attention = visible * model.heads * model.width_of_head
+        attention = visible * model.heads * (model.width_of_head + model.width_of_value) // 2
         return 6 * (tokens * (per_token + attention) + routed_rows * self.expert)
 
     def _visible(self, window: int | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +31,9 @@ class AdaptationEvent:
 
 class ParameterReset(Protocol):
     """Resets a slice of a parameter; implemented by the optimizer state of each engine."""
+
+    def whole(self, module: nn.Module) -> AbstractContextManager[None]:
+        """The context in which the parameters of a module can be read; collective like :meth:`reset_slice`."""
 
     def reset_slice(self, parameter: nn.Parameter, index: tuple[int | slice, ...], fresh: Tensor) -> None:
         """Writes ``fresh`` to ``parameter[index]`` and its fp32 master weights, and zeroes the moments there.
@@ -158,7 +162,8 @@ class Adaptation:
         wanted = unclaimed > config.addition_share * tokens and norm > 0
         slot = slot_to_fill(active_E, 1 if config.policy == "released" else ranks) if wanted else None
         if slot is not None:
-            self._add(layer, active_E, slot, step)
+            with self.optimizer_state.whole(layer):
+                self._add(layer, active_E, slot, step)
             reason = f"{int(unclaimed)} of {int(tokens)} tokens passed no threshold"
             events.append(AdaptationEvent(step, layer.layer, slot, slot // per_rank, "added", reason))
             active_E[slot] = True
@@ -166,6 +171,7 @@ class Adaptation:
         return events
 
     def _add(self, layer: MoELayer, active_E: Tensor, slot: int, step: int) -> None:
+        """Activates a slot with new weights."""
         router = layer.router
         at_median = self.config.policy == "improved"
         for name, (index, fresh) in router.spec.new_expert(router, slot, active_E, at_median).items():

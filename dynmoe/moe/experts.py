@@ -59,7 +59,7 @@ class GroupedExperts(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """A dense SwiGLU layer: the feed-forward layer of dense layers, and the shared expert of MoE layers."""
+    """A dense SwiGLU layer: the feed-forward layer of dense layers, and a shared expert without a gate."""
 
     def __init__(self, model: ModelConfig, width: int, seed: int, name: str) -> None:
         super().__init__()
@@ -69,3 +69,14 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = F.linear(x, self.w_up_HD).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * up, self.w_down_DF)
+
+
+class GatedSwiGLU(SwiGLU):
+    """A shared expert, times the sigmoid of one trained logit for each token (Qwen2-MoE)."""
+
+    def __init__(self, model: ModelConfig, width: int, seed: int, name: str) -> None:
+        super().__init__(model, width, seed, name)
+        self.w_gate_1D = nn.Parameter(named_normal((1, model.hidden), model.init_std, seed, f"{name}.w_gate"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w_gate_1D).sigmoid() * super().forward(x)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dynmoe.config import ModelConfig
 from dynmoe.moe.context import MoEContext, StepState
 from dynmoe.moe.dispatcher import DispatchedTokens, TokenDispatcher
-from dynmoe.moe.experts import GroupedExperts, SwiGLU
+from dynmoe.moe.experts import GatedSwiGLU, GroupedExperts, SwiGLU
 from dynmoe.moe.replay import ReplayedRoutes
 from dynmoe.moe.router import Router
 from dynmoe.moe.statistics import LayerStepStats, record, weighted_sum
@@ -50,7 +50,8 @@ class MoELayer(nn.Module):
         self.experts = GroupedExperts(model, range(first, first + per_rank), seed, f"{name}.experts")
         self.shared: SwiGLU | None = None
         if model.moe.shared_hidden:
-            self.shared = SwiGLU(model, model.moe.shared_hidden, seed, f"{name}.shared")
+            kind = GatedSwiGLU if model.moe.shared_gate else SwiGLU
+            self.shared = kind(model, model.moe.shared_hidden, seed, f"{name}.shared")
         self._stats: LayerStepStats | None = None
 
     def forward(self, x: Tensor, importance: Tensor | None = None) -> Tensor:

@@ -19,6 +19,8 @@ from dynmoe.routers.base import RouterState, at_budget, without_shape
 from dynmoe.routing import RoutingPlan
 from dynmoe.routing.scope import TokenScope
 
+_ROUNDS = 8  # of corrections of calibrated thresholds
+
 
 def initially_active(num_experts: int, wanted: int | None, spread: bool) -> Tensor:
     """Mask of the initially active slots: the first ones, or with ``spread`` evenly over slots and thus ranks."""
@@ -129,8 +131,7 @@ class Router(nn.Module):
         self.scope = RankScope(num_sequences, self.context.groups)
         if self.context.step.calibrating:
             self._calibrate(x_TD)
-        plan = self.spec.route(self.at(self.target_experts), x_TD)
-        return plan if selected_TE is None else self.spec.reroute(plan, selected_TE)
+        return self.spec.plan(self.at(self.target_experts), x_TD, selected_TE)
 
     @property
     @torch.no_grad()
@@ -151,11 +152,24 @@ class Router(nn.Module):
         initial = self.spec.initial_experts or self.target_experts  # type: ignore[attr-defined]
         assert initial is not None
         for experts in self.spec.budgets or [initial]:
-            state = self.at(experts)
-            share = min(1.0, experts / int(self.active_E.sum()))
-            values_TE = self.spec.calibration_TE(state, x_TD)
-            state.offset_E.copy_(thresholds_for_share(values_TE, share, self.context.groups.tokens))
+            self._fit_offsets(self.at(experts), x_TD, experts)
         self.is_calibrated.fill_(True)
+
+    def _fit_offsets(self, state: RouterState, x_TD: Tensor, experts: float) -> None:
+        """Sets the offsets with which tokens select ``experts`` on average, the same share of the tokens each.
+
+        A token that passes a threshold selects the expert only if it is in the token's groups, so with groups the share
+        is corrected by what tokens select.
+        """
+        values_TE = self.spec.calibration_TE(state, x_TD)
+        share = min(1.0, experts / int(self.active_E.sum()))
+        state.offset_E.copy_(thresholds_for_share(values_TE, share, self.context.groups.tokens))
+        for _ in range(_ROUNDS if self.spec.n_group > 1 else 0):
+            map_TE = self.spec.route(state, x_TD).selected_map_TE
+            counts = values_TE.new_tensor([int(map_TE.sum()), len(map_TE)], dtype=torch.float64)
+            routes, tokens = self.scope.sum(counts).tolist()
+            share = min(1.0, share * experts * tokens / max(routes, 1.0))
+            state.offset_E.copy_(thresholds_for_share(values_TE, share, self.context.groups.tokens))
 
     @property
     def loss_coefficients(self) -> dict[str, Any]:

@@ -60,12 +60,18 @@ class Layout:
         length = layers // (parallel.pipeline * parallel.virtual_pipeline)
         return [layer for layer in range(layers) if layer // length % parallel.pipeline == stage]
 
+    @cached_property
+    def heaviest_stage(self) -> int:
+        """The pipeline stage with the most experts, for which the others wait; the first of equal ones."""
+        return max(range(self.config.parallel.pipeline), key=self.expert_parameters)
+
     def dense_parameters(self, stage: int) -> int:
         """Number of parameters on one rank, without routed experts."""
         model = self.config.model
         parallel = self.config.parallel
         layers = [self.size.layer(layer) for layer in self.layers(stage)]
-        total = sum((x.attention + x.dense) // parallel.tensor + x.norms + x.router + x.shared for x in layers)
+        split = sum((x.attention + x.dense) // parallel.tensor for x in layers)
+        total = split + sum(x.norms + x.latents + x.router + x.shared for x in layers)
         last = stage == parallel.pipeline - 1
         tied = model.tie_embeddings and parallel.pipeline == 1
         embeddings = int(stage == 0) + int(last and not tied)
@@ -74,7 +80,12 @@ class Layout:
     def dense_matrices(self, stage: int) -> int:
         """Number of dense parameters on one rank that Muon would update."""
         layers = [self.size.layer(layer) for layer in self.layers(stage)]
-        return sum((x.attention + x.dense) // self.config.parallel.tensor + x.shared for x in layers)
+        return sum((x.attention + x.dense) // self.config.parallel.tensor + x.latents + x.shared for x in layers)
+
+    def layer_parameters(self, layer: int) -> int:
+        """Number of parameters of a decoder layer on one rank, without tensor parallelism."""
+        size = self.size.layer(layer)
+        return size.without_experts + size.experts // self.config.parallel.expert
 
     def expert_parameters(self, stage: int) -> int:
         """Number of parameters of the routed experts on one rank."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dynmoe.config.constants import CHUNK_LOGITS, DEEPSPEED_BUCKET
+from dynmoe.config import ModelConfig
+from dynmoe.config.constants import CHUNK_LOGITS, DEEPSPEED_BUCKET, DEEPSPEED_PREFETCH
 from dynmoe.plan.layout import Layout
 
 # Bytes per logit in the cross-entropy, including temporaries.
@@ -55,12 +56,14 @@ def _memory(layout: Layout, stage: int, experts_per_token: float, device: str) -
         _Part(dense, layout.data_parallel, layout.dense_matrices(stage) if by_muon else 0),
         _Part(experts, layout.expert_data_parallel, experts if by_muon else 0),
     ]
-    held = _EngineMemory(parts, layout.element, layout.config.deepspeed.zero_stage, layout.accumulation > 1)
+    largest = max(layout.layer_parameters(layer) for layer in layout.layers(stage))
+    held = _EngineMemory(parts, layout.element, layout.config.deepspeed.zero_stage, layout.accumulation > 1, largest)
     kept, gradients, at_backward, at_step = held.megatron() if layout.config.engine == "megatron" else held.deepspeed()
     activations, transient = _activations(layout, stage, experts_per_token, device)
     # The larger of both peaks; ``temporary`` is the part in addition to activations.
     peak = max(activations + transient + at_backward, at_step + _recomputed(layout, stage, experts_per_token))
-    return Memory((dense + experts) * layout.element, gradients, kept, activations, peak - activations)
+    weights = held.weights if layout.config.engine == "deepspeed" else (dense + experts) * layout.element
+    return Memory(weights, gradients, kept, activations, peak - activations)
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,19 @@ class _EngineMemory:
         element: bytes per weight.
         stage: ZeRO stage.
         accumulates: whether a step has several micro-batches.
+        largest_layer: number of parameters of the largest layer, which ZeRO 3 gathers.
     """
 
     parts: list[_Part]
     element: int
     stage: int
     accumulates: bool
+    largest_layer: int
+
+    @property
+    def weights(self) -> float:
+        """Bytes of the weights that a rank keeps under DeepSpeed."""
+        return self.element * (self._shard if self.stage == 3 else self._whole)
 
     @property
     def _whole(self) -> int:
@@ -119,12 +129,21 @@ class _EngineMemory:
         )
 
     def deepspeed(self) -> tuple[float, float, float, float]:
+        if self.stage == 3:
+            return self._zero3()
         state, gradients, at_backward, at_step = self._deepspeed_with_adam()
         sharded = self.stage > 0
         # The gradients of the step are still there, but not the buffers of their reduction.
         whole = 4.0 * (self._shard if self.stage == 2 else self._whole)
         at_muon = max(0.0, whole - gradients) + self._orthogonalization(sharded)
         return state - self._second_moments(sharded), gradients, at_backward, max(at_step, at_muon)
+
+    def _zero3(self) -> tuple[float, float, float, float]:
+        """Keeps the buffer in which it reduces gradients; gathers weights ahead of the layers that need them."""
+        gathered = self.element * min(self._whole, DEEPSPEED_PREFETCH + self.largest_layer)
+        bucket = self.element * min(self._whole, DEEPSPEED_BUCKET)
+        copied = max(4.0 * part.count / part.ranks for part in self.parts)
+        return 12.0 * self._shard, 4.0 * self._shard + bucket, gathered, copied
 
     def _deepspeed_with_adam(self) -> tuple[float, float, float, float]:
         whole = self._whole
@@ -182,20 +201,30 @@ def _activations(layout: Layout, stage: int, experts_per_token: float, device: s
     return kept, transient
 
 
+def _attention(model: ModelConfig, element: int) -> int:
+    """Bytes per token that attention stores between its projections. Ranks that share heads have more tokens."""
+    width = model.width_of_head
+    heads = model.heads + model.kv_heads
+    kept = 2 * heads * width * element + 4 * model.heads  # queries, keys, values and output; softmax statistics
+    if model.qk_norm is not None:  # inputs of the norms, and their factors
+        kept += heads * (width * element + 4)
+    latent = model.latent
+    if latent.kv_lora_rank is not None:
+        if latent.v_head_dim < width:  # the output without the padding of values
+            kept += model.heads * latent.v_head_dim * element
+        # Latents before and after their norms, the shared key before and after rotation, and factors of the norms.
+        kept += 2 * (latent.kv_lora_rank + (latent.q_lora_rank or 0) + latent.qk_rope_head_dim) * element + 8
+    return kept
+
+
 def _layer(layout: Layout, layer: int, experts_per_token: float) -> float:
     """Bytes of activations that one decoder layer stores per micro-batch."""
     model = layout.config.model
     parallel = layout.config.parallel
     element = layout.element
     tokens = layout.tokens
-    # Residual streams and outputs of norms; queries, keys, values and attention output; softmax statistics. With tensor
-    # parallelism, attention processes whole sequences with a share of the heads.
     hidden = model.hidden
-    width = model.width_of_head
-    heads = model.heads + model.kv_heads
-    kept: float = tokens * ((4 * hidden + 2 * heads * width) * element + 4 * model.heads)
-    if model.qk_norm is not None:  # inputs of the norms, and their factors
-        kept += tokens * heads * (width * element + 4)
+    kept: float = tokens * (4 * hidden * element + _attention(model, element))  # residual streams, outputs of norms
     if parallel.tensor > 1:  # output of the norm, gathered for the projections
         kept += tokens * hidden * element * (parallel.tensor - 1)
     if not model.is_moe_layer(layer):
@@ -209,7 +238,7 @@ def _layer(layout: Layout, layer: int, experts_per_token: float) -> float:
     if element == 2:
         kept += tokens * hidden * 4  # the router's input in fp32
     if ranks > 1:
-        kept += tokens * ranks_per_token(experts_per_token, experts, ranks) * hidden * element  # received tokens
+        kept += tokens * ranks_reached(model, layer, experts_per_token, ranks) * hidden * element  # received tokens
     return kept
 
 
@@ -230,6 +259,20 @@ def _head(layout: Layout, device: str) -> float:
         return states + logits * (layout.element + 4)
     logits = min(CHUNK_LOGITS[device], tokens * layout.vocab_size)
     return states + layout.size.embedding * 4 + logits * _LOGIT_BYTES
+
+
+def ranks_reached(model: ModelConfig, layer: int, experts_per_token: float, ranks: int) -> float:
+    """Expected number of expert-parallel ranks to which a token is sent in an MoE layer.
+
+    Groups of experts limit it: exactly if each has ranks of its own, by their number if each is on one rank.
+    """
+    router = model.router
+    experts = model.experts_of(layer)
+    if ranks % router.n_group == 0:
+        usable = ranks * router.topk_group // router.n_group
+        return ranks_per_token(experts_per_token, router.usable_experts(experts), usable)
+    reached = ranks_per_token(experts_per_token, experts, ranks)
+    return min(reached, router.topk_group) if router.n_group % ranks == 0 else reached
 
 
 def ranks_per_token(experts_per_token: float, experts: int, ranks: int) -> float:

@@ -93,7 +93,7 @@ def _variants(layout: Layout) -> Iterator[Layout]:
         powers if megatron else [1],
         [2**power for power in range(config.train.global_batch.bit_length())],
         ("none", "full"),  # selective saves little, because attention stores no scores
-        [0] if megatron else (0, 1, 2),
+        [0] if megatron else (0, 1, 2, 3),
     ):
         given = copy.deepcopy(config)
         given.parallel.expert = expert

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dynmoe.fields import option
 from dynmoe.plan.layout import Layout
-from dynmoe.plan.memory import ranks_per_token
+from dynmoe.plan.memory import ranks_reached
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def estimate(layout: Layout, experts_per_token: float, hardware: Hardware) -> Sp
     flops = layout.size.static_flops(config.tokens_per_step, experts_per_token) * (4 / 3 if full else 1)
     arithmetic = flops / (layout.world_size * hardware.peak_tflops * 1e12 * hardware.efficiency)
     # Each micro-batch reads the weights forward and backward, and accumulates gradients in fp32.
-    weights = layout.dense_parameters(0) + layout.expert_parameters(0)
+    weights = layout.dense_parameters(layout.heaviest_stage) + layout.expert_parameters(layout.heaviest_stage)
     moved = weights * ((3 if full else 2) * layout.element + 8) * layout.accumulation
     compute = max(arithmetic, moved / (hardware.memory_gb_s * 1e9))
     traffic = {
@@ -101,14 +101,18 @@ def _reduction(layout: Layout) -> Traffic:
     """Reduction of gradients to the ranks that own them, and the gather of the weights."""
     config = layout.config
     gradient = 4 if config.engine == "megatron" else layout.element
-    # ZeRO 2 reduces gradients after every micro-batch, because it does not store them whole.
-    times = layout.accumulation if config.engine == "deepspeed" and config.deepspeed.zero_stage == 2 else 1
+    stage = config.deepspeed.zero_stage if config.engine == "deepspeed" else 1
+    # From ZeRO 2 on gradients are reduced after every micro-batch, because they are not stored whole. ZeRO 3 gathers
+    # weights for every pass of every micro-batch.
+    times = layout.accumulation if stage >= 2 else 1
+    passes = 3 if config.train.recompute == "full" else 2
+    gathers = passes * layout.accumulation if stage == 3 else 1
     total = Traffic()
     for count, size, stride in (
-        (layout.dense_parameters(0), layout.data_parallel, config.parallel.tensor),
-        (layout.expert_parameters(0), layout.expert_data_parallel, config.parallel.expert),
+        (layout.dense_parameters(layout.heaviest_stage), layout.data_parallel, config.parallel.tensor),
+        (layout.expert_parameters(layout.heaviest_stage), layout.expert_data_parallel, config.parallel.expert),
     ):
-        total += _ring(layout, count * (gradient * times + layout.element), size, stride)
+        total += _ring(layout, count * (gradient * times + layout.element * gathers), size, stride)
     return total
 
 
@@ -121,8 +125,8 @@ def _all_to_all(layout: Layout, experts_per_token: float) -> Traffic:
     here, _ = _spread(layout, ranks, 1)
     crossings = 6 if config.train.recompute == "full" else 4
     sent = 0.0
-    for layer in [layer for layer in layout.layers(0) if config.model.is_moe_layer(layer)]:
-        others = ranks_per_token(experts_per_token, config.model.experts_of(layer), ranks) * (ranks - 1) / ranks
+    for layer in [layer for layer in layout.layers(layout.heaviest_stage) if config.model.is_moe_layer(layer)]:
+        others = ranks_reached(config.model, layer, experts_per_token, ranks) * (ranks - 1) / ranks
         sent += layout.tokens * layout.accumulation * others * config.model.hidden * layout.element * crossings
     inside = (here - 1) / (ranks - 1)
     return Traffic(sent * inside, sent * (1.0 - inside))
@@ -134,7 +138,7 @@ def _tensor(layout: Layout) -> Traffic:
     size = config.parallel.tensor
     if size == 1:
         return Traffic()
-    layers = layout.layers(0)
+    layers = layout.layers(layout.heaviest_stage)
     blocks = len(layers) + sum(not config.model.is_moe_layer(layer) for layer in layers)
     collectives = 7 if config.train.recompute == "full" else 5  # forward 2, backward 3
     whole = layout.tokens * size * config.model.hidden * layout.element
@@ -151,8 +155,10 @@ def _context(layout: Layout) -> Traffic:
     heads = model.heads // tensor
     pairs = math.lcm(model.kv_heads // tensor, ranks)  # keys and values, repeated for all ranks
     passes = 3 if config.train.recompute == "full" else 2
-    rows = layout.tokens * tensor * layout.accumulation * len(layout.layers(0))  # the tensor-parallel ranks' as well
-    sent = rows * (2 * heads + 2 * pairs) * model.width_of_head * layout.element * passes / ranks
+    layers = len(layout.layers(layout.heaviest_stage))
+    rows = layout.tokens * tensor * layout.accumulation * layers  # the tensor-parallel ranks' as well
+    numbers = (heads + pairs) * (model.width_of_head + model.width_of_value)
+    sent = rows * numbers * layout.element * passes / ranks
     here, _ = _spread(layout, ranks, tensor)
     return Traffic(sent * (here - 1), sent * (ranks - here))
 

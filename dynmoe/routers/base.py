@@ -181,6 +181,8 @@ class RouterSpec(Section):
     NEEDS_ATTENTION: ClassVar[bool] = False
     # True if plans have ``local_TD``.
     ADDS_OUTPUT: ClassVar[bool] = False
+    # True if it can select within the best groups of experts of a token.
+    LIMITS_GROUPS: ClassVar[bool] = False
 
     kind: str = option("", "routing method: how the experts of a token are chosen")
     variant: str = option(
@@ -197,6 +199,16 @@ class RouterSpec(Section):
         "any number between the first and the last. []: one budget for all steps", above=0,
     )  # fmt: skip
 
+    gate_scale: float = option(
+        1.0, "factor on the gates, after renormalization (routed_scaling_factor of DeepSeek-V3 and LongCat-Flash)",
+        above=0,
+    )  # fmt: skip
+    n_group: int = option(1, "groups of experts, in order and of equal size, see topk_group", at_least=1)
+    topk_group: int = option(
+        1, "groups whose experts a token may use: those with the highest sum of their two best experts (DeepSeek-V3). "
+        "If each rank of parallel.expert has one group, a token is sent to as many ranks at most", at_least=1,
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variant not in self.VARIANTS:
@@ -207,6 +219,12 @@ class RouterSpec(Section):
             problem = f"the {self.kind} router cannot balance sequences"
             cure = "use global_batch or micro_batch"
             raise ConfigError(f"{self._section}.balance_scope", self.balance_scope, problem, cure)
+        if self.n_group > 1 and not self.LIMITS_GROUPS:
+            problem = f"the {self.kind} router does not select within groups of experts"
+            raise ConfigError(f"{self._section}.n_group", self.n_group, problem, "use 1")
+        if self.topk_group > self.n_group:
+            cure = f"use at most model.router.n_group ({self.n_group})"
+            raise ConfigError(f"{self._section}.topk_group", self.topk_group, "is more than there are groups", cure)
         self._check_budgets()
         most = getattr(self, "max_experts", None)
         fewest = self.min_experts_per_token
@@ -251,7 +269,12 @@ class RouterSpec(Section):
 
     def max_experts_per_token(self, num_experts: int) -> int:
         """Maximum number of experts of a token in a layer of ``num_experts``."""
-        return min(getattr(self, "max_experts", None) or num_experts, num_experts)
+        usable = self.usable_experts(num_experts)
+        return min(getattr(self, "max_experts", None) or usable, usable)
+
+    def usable_experts(self, num_experts: int) -> int:
+        """Number of experts of a layer of ``num_experts`` that are in the groups of a token."""
+        return num_experts * self.topk_group // self.n_group
 
     @property
     def fixed_experts(self) -> int | None:
@@ -281,7 +304,12 @@ class RouterSpec(Section):
         if most is not None and most > largest:
             cure = f"use at most model.moe.experts ({largest})"
             raise ConfigError("model.router.max_experts", most, "is more than there are experts", cure)
-        rows = smallest + self.num_zero_computation
+        undivided = [size for size in sizes if size % self.n_group]
+        if undivided:
+            problem = f"does not divide the experts of a layer ({undivided[0]})"
+            raise ConfigError("model.router.n_group", self.n_group, problem, "use a divisor of model.moe.experts")
+        usable = self.usable_experts(smallest)
+        rows = usable + self.num_zero_computation
         # Several budgets take the place of a number.
         numbers = {name: getattr(self, name, None) for name in ("min_experts", "initial_experts", "k")}
         if self.SETS_NUMBER and self.budgets:
@@ -289,7 +317,8 @@ class RouterSpec(Section):
         for name, value in numbers.items():
             if value is not None and value > rows:
                 free = self.num_zero_computation
-                limit = f"the {smallest} experts and {free} zero-computation experts" if free else "model.moe.experts"
+                limit = "model.moe.experts" if usable == smallest else f"the experts of {self.topk_group} groups"
+                limit = f"the {usable} experts and {free} zero-computation experts" if free else limit
                 cure = f"use at most {limit} ({rows})"
                 raise ConfigError(f"model.router.{name}", value, "is more than there are experts", cure)
 
@@ -344,8 +373,20 @@ class RouterSpec(Section):
 
     # Computation; ``self`` is resolved
 
+    def plan(self, state: RouterState, x_TD: Tensor, selected_TE: Tensor | None = None) -> RoutingPlan:
+        """The plan of these tokens with scaled gates, as a layer uses it.
+
+        ``selected_TE`` (bool) replaces the router's own selection.
+        """
+        plan = self.route(state, x_TD)
+        if selected_TE is not None:
+            plan = self.reroute(plan, selected_TE)
+        if self.gate_scale == 1.0:
+            return plan
+        return dataclasses.replace(plan, gates_TE=self.gate_scale * plan.gates_TE)
+
     def route(self, state: RouterState, x_TD: Tensor) -> RoutingPlan:
-        """The plan of these tokens."""
+        """The plan of these tokens, before the gates are scaled."""
         raise NotImplementedError
 
     def reroute(self, plan: RoutingPlan, selected_TE: Tensor) -> RoutingPlan:

@@ -29,6 +29,7 @@ class DAMoE(LinearRouter, BalancedRouter, LimitedRouter):
     BUDGET_METHODS: ClassVar[tuple[str, ...]] = ("pi",)
     CONTROL_METRIC: ClassVar[str] = "router_k"
     BALANCES_SEQUENCES: ClassVar[bool] = True
+    LIMITS_GROUPS: ClassVar[bool] = True
     NEEDS_ATTENTION: ClassVar[bool] = True
 
     experts_at_uniform: float = option(2.0, "initial experts of a token whose attention is uniform", above=0)
@@ -46,7 +47,7 @@ class DAMoE(LinearRouter, BalancedRouter, LimitedRouter):
             raise ValueError(f"importance_T=None: the da_moe router needs the attention of its layer; {cure}")
         logits_TE = self.logits_TE(state, x_TD)
         probs_TE = logits_TE.softmax(dim=1)
-        limits = self.arguments("min_experts", "max_experts")
+        limits = self.arguments("min_experts", "max_experts", "n_group", "topk_group")
         map_TE = experts_by_importance(probs_TE, state.importance_T, state.slope, **limits)
         return softmax_plan(logits_TE, probs_TE, map_TE, **self.arguments("renormalize"))
 

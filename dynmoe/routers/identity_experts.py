@@ -44,6 +44,7 @@ class IdentityExperts(LinearRouter):
     HOLDS_GLOBALLY: ClassVar[bool] = False
     CONTROL_METRIC: ClassVar[str] = "router_bias_mean"
     ADDS_OUTPUT: ClassVar[bool] = True
+    LIMITS_GROUPS: ClassVar[bool] = True
 
     k: int = option(3, "experts per token, including zero-computation experts", at_least=1, served=True)
     num_identity: int = option(8, "number of experts that return the token (LongCat-Flash; MoE++: copy)", at_least=0)
@@ -51,7 +52,6 @@ class IdentityExperts(LinearRouter):
     num_constant: int = option(
         0, "number of experts that return a mix of the token and a trained vector (MoE++)", at_least=0
     )
-    gate_scale: float = option(1.0, "factor from probabilities to gates, which are not renormalized", above=0)
     balance_groups: Optional[int] = option(
         None, "groups of FFN experts whose load is balanced, such as devices; null: each expert", at_least=1
     )
@@ -69,7 +69,7 @@ class IdentityExperts(LinearRouter):
         return self.num_identity + self.num_zero + self.num_constant
 
     def max_experts_per_token(self, num_experts: int) -> int:
-        return min(self.k, num_experts)
+        return min(self.k, self.usable_experts(num_experts))
 
     def check_layers(self, sizes: Collection[int]) -> None:
         super().check_layers(sizes)
@@ -94,7 +94,9 @@ class IdentityExperts(LinearRouter):
 
         logits_TX = self.logits_TE(state, x_TD)
         num_experts = logits_TX.shape[1] - self.num_zero_computation
-        plan, gates_TZ = identity_experts(logits_TX, self.k, num_experts, bias_X=state.bias_X, scale=self.gate_scale)
+        groups = self.arguments("n_group", "topk_group")
+        plan, gates_TZ = identity_experts(logits_TX, self.k, num_experts, bias_X=state.bias_X, **groups)
+        gates_TZ = self.gate_scale * gates_TZ  # the caller scales those of the FFN experts
         local_TD = identity_output(x_TD, gates_TZ, self.num_identity)
         if self.num_constant:
             mix_TJ2 = state.linear(x_TD, state.mix_J2D.flatten(0, 1)).unflatten(1, (self.num_constant, 2))

@@ -28,6 +28,7 @@ class NullExperts(LinearRouter):
 
     VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"renormalize": True, "balance_loss": 1e-2}}
     CONTROL_METRIC: ClassVar[str] = "router_k"
+    LIMITS_GROUPS: ClassVar[bool] = True
 
     k: int = option(2, "experts per token, including null experts", at_least=1, served=True)
     num_null: int = option(16, "number of null experts, which compute nothing", at_least=1)
@@ -44,12 +45,13 @@ class NullExperts(LinearRouter):
         return float(self.k)
 
     def max_experts_per_token(self, num_experts: int) -> int:
-        return min(self.k, num_experts)
+        return min(self.k, self.usable_experts(num_experts))
 
     def route(self, state: RouterState, x_TD: Tensor) -> RoutingPlan:
         from dynmoe.routing.null_experts import null_experts
 
-        return null_experts(self.logits_TE(state, x_TD), self.k, self.num_null, **self.arguments("renormalize"))
+        options = self.arguments("renormalize", "n_group", "topk_group")
+        return null_experts(self.logits_TE(state, x_TD), self.k, self.num_null, **options)
 
     def control_value(self, state: RouterState) -> Tensor:
         return state.experts_per_token.new_full((), float(self.k))

@@ -28,6 +28,7 @@ class ReLU(LinearRouter):
 
     HAS_OWN_RULE: ClassVar[bool] = True
     CONTROL_METRIC: ClassVar[str] = "router_l1"
+    LIMITS_GROUPS: ClassVar[bool] = True
 
     max_experts: Optional[int] = option(None, "maximum experts per token; null: all", at_least=1, served=True)
     l1_start: float = option(1e-8, "initial coefficient of the L1 penalty", above=0)
@@ -45,7 +46,7 @@ class ReLU(LinearRouter):
     def route(self, state: RouterState, x_TD: Tensor) -> RoutingPlan:
         from dynmoe.routing.relu import relu
 
-        return relu(self.logits_TE(state, x_TD), max_experts=self.max_experts)
+        return relu(self.logits_TE(state, x_TD), **self.arguments("max_experts", "n_group", "topk_group"))
 
     def control_value(self, state: RouterState) -> Tensor:
         coefficient: Tensor = state.l1

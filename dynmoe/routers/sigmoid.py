@@ -20,6 +20,7 @@ class Sigmoid(LinearRouter, HeldThresholdRouter, BalancedRouter, LimitedRouter):
     """Selects every expert whose score exceeds the cut-off; ``offset_E`` moves its logit."""
 
     BALANCES_SEQUENCES: ClassVar[bool] = True
+    LIMITS_GROUPS: ClassVar[bool] = True
 
     cutoff: float = option(0.5, "cut-off that the score of a selected expert exceeds", above=0, below=1, served=True)
 
@@ -39,5 +40,5 @@ class Sigmoid(LinearRouter, HeldThresholdRouter, BalancedRouter, LimitedRouter):
     def route(self, state: RouterState, x_TD: Tensor) -> RoutingPlan:
         from dynmoe.routing.sigmoid import sigmoid_cutoff
 
-        limits = self.arguments("renormalize", "min_experts", "max_experts")
+        limits = self.arguments("renormalize", "min_experts", "max_experts", "n_group", "topk_group")
         return sigmoid_cutoff(self.logits_TE(state, x_TD), self.threshold_scores_E(state), **limits)

@@ -74,6 +74,7 @@ class TopAny(HeldThresholdRouter, LimitedRouter):
         },
     }  # fmt: skip
     ADAPTS: ClassVar[bool] = True
+    LIMITS_GROUPS: ClassVar[bool] = True
 
     weights: Optional[str] = by_variant(
         "uniform", "gates of the selected experts: 1/K each, or their scores", choices=("uniform", "score")
@@ -162,6 +163,7 @@ class TopAny(HeldThresholdRouter, LimitedRouter):
             variant="released" if self.variant == "released" else "paper", training=state.training,
             scale=self.factor(state),
             **self.arguments("straight_through", "weights", "renormalize", "min_experts", "max_experts"),
+            **self.arguments("n_group", "topk_group"),
         )  # fmt: skip
 
     def reroute(self, plan: RoutingPlan, selected_TE: Tensor) -> RoutingPlan:

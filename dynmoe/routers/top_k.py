@@ -21,7 +21,7 @@ _BIAS_RATE = 1e-3
 
 @register("top_k")
 class TopK(LinearRouter, BalancedRouter):
-    """Selects the k most probable experts, after adding ``bias_E``.
+    """Selects the k experts of highest score, after adding ``bias_E``.
 
     ``budget.method`` moves the biases after each step: loss_free by a constant towards equal loads (arXiv 2408.15664),
     quantile to the biases that would have given the step equal loads (https://kexue.fm/archives/11619; Megatron-Core
@@ -34,8 +34,13 @@ class TopK(LinearRouter, BalancedRouter):
     CONTROL_METRIC: ClassVar[str] = "router_k"
     BALANCES_SEQUENCES: ClassVar[bool] = True
     SETS_NUMBER: ClassVar[bool] = True
+    LIMITS_GROUPS: ClassVar[bool] = True
 
     k: int = option(2, "experts per token", at_least=1, served=True)
+    score_function: str = option(
+        "softmax", "scores of the experts: softmax over all, or a sigmoid of each logit (DeepSeek-V3)",
+        choices=("softmax", "sigmoid"),
+    )  # fmt: skip
     entropy_loss: Optional[float] = auxiliary(entropy_term, "the router entropy")
     z_loss: Optional[float] = auxiliary(z_term, "the router z-loss")
 
@@ -72,7 +77,8 @@ class TopK(LinearRouter, BalancedRouter):
         from dynmoe.routing.top_k import top_k
 
         k = self.experts_of(state)
-        return top_k(self.logits_TE(state, x_TD), k, bias_E=state.bias_E, **self.arguments("renormalize"))
+        options = self.arguments("renormalize", "score_function", "n_group", "topk_group")
+        return top_k(self.logits_TE(state, x_TD), k, bias_E=state.bias_E, **options)
 
     def control_value(self, state: RouterState) -> Tensor:
         return state.experts_per_token.new_full((), float(self.experts_of(state)))

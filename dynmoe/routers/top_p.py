@@ -32,6 +32,7 @@ class TopP(LinearRouter, BalancedRouter, LimitedRouter):
     BUDGET_METHODS: ClassVar[tuple[str, ...]] = ("pi",)
     CONTROL_METRIC: ClassVar[str] = "router_p"
     BALANCES_SEQUENCES: ClassVar[bool] = True
+    LIMITS_GROUPS: ClassVar[bool] = True
 
     p: float = option(0.4, "probability mass that the selected experts reach", above=0, at_most=1, served=True)
     entropy_loss: Optional[float] = auxiliary(entropy_term, "the router entropy")
@@ -54,7 +55,7 @@ class TopP(LinearRouter, BalancedRouter, LimitedRouter):
         from dynmoe.routing.top_p import top_p
 
         variant = "released" if self.variant == "released" else "paper"
-        limits = self.arguments("renormalize", "min_experts", "max_experts")
+        limits = self.arguments("renormalize", "min_experts", "max_experts", "n_group", "topk_group")
         return top_p(logits_TE, state.p, variant=variant, **limits)
 
     def fit(self, state: RouterState, logits_TE: Tensor, experts_per_token: float) -> None:

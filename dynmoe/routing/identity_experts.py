@@ -11,24 +11,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dynmoe.routing.groups import within_best_groups
 from dynmoe.routing.plan import AsyncCounts, RoutingCounts, RoutingPlan, weigh
 from dynmoe.routing.selection import rank_descending
 
 
 def identity_experts(
-    logits_TX: Tensor, k: int, num_experts: int, *, bias_X: Tensor | None = None, scale: float = 1.0
+    logits_TX: Tensor, k: int, num_experts: int, *, bias_X: Tensor | None = None, n_group: int = 1, topk_group: int = 1
 ) -> tuple[RoutingPlan, Tensor]:
     """Selects the ``k`` best of all experts by probability plus bias (LongCat-Flash, eq. 1).
 
     Args:
         logits_TX: logits of the FFN experts, followed by those of zero-computation experts; the softmax is in fp32.
-        k: experts per token including zero-computation ones, 1 to X. Ties go to the lower index.
+        k: experts per token including zero-computation ones, 1 to the number that a token may use. Ties go to the
+            lower index.
         num_experts: number of FFN experts.
         bias_X: added to the probabilities for the selection, not for the gates.
-        scale: factor on the probabilities that makes them gates; they are not renormalized.
+        n_group, topk_group: select FFN experts within the best groups (:func:`within_best_groups`); zero-computation
+            experts, which are on every rank, are in no group.
 
     Returns:
-        The plan of the FFN experts, and the gates of the zero-computation experts, fp32 [T, Z].
+        The plan of the FFN experts, whose gates are the probabilities, not renormalized; and the gates of the
+        zero-computation experts, fp32 [T, Z].
 
     Raises:
         ValueError: a number is out of range.
@@ -36,13 +40,16 @@ def identity_experts(
     num_all = logits_TX.shape[1]
     if not 1 <= num_experts < num_all:
         raise ValueError(f"num_experts={num_experts} must be between 1 and the number of logits ({num_all}) - 1")
-    if not 1 <= k <= num_all:
-        raise ValueError(f"k={k} must be between 1 and the number of experts of all kinds ({num_all})")
+    most = num_experts * topk_group // n_group + num_all - num_experts
+    if not 1 <= k <= most:
+        raise ValueError(f"k={k} must be between 1 and the number of experts that a token may use ({most})")
     logits_TX = logits_TX.float()
     probs_TX = torch.softmax(logits_TX, dim=1)
     ranked_TX = probs_TX.detach() if bias_X is None else probs_TX.detach() + bias_X
-    map_TX = rank_descending(ranked_TX) < k
-    gates_TX = scale * probs_TX.masked_fill(~map_TX, 0.0)
+    ranked_TE, ranked_TZ = ranked_TX.split([num_experts, num_all - num_experts], dim=1)
+    ranked_TE = within_best_groups(ranked_TE, n_group, topk_group)
+    map_TX = rank_descending(torch.cat([ranked_TE, ranked_TZ], dim=1)) < k
+    gates_TX = probs_TX.masked_fill(~map_TX, 0.0)
     gates_TE, gates_TZ = gates_TX.split([num_experts, num_all - num_experts], dim=1)
     map_TE = map_TX[:, :num_experts]
     unclaimed_T = ~map_TE.any(dim=1)

@@ -12,7 +12,9 @@ from dynmoe.routing.plan import AsyncCounts, RoutingCounts, RoutingPlan, weigh
 from dynmoe.routing.selection import sum_to_one
 
 
-def null_experts(logits_TX: Tensor, k: int, num_null: int, *, renormalize: bool = True) -> RoutingPlan:
+def null_experts(
+    logits_TX: Tensor, k: int, num_null: int, *, renormalize: bool = True, n_group: int = 1, topk_group: int = 1
+) -> RoutingPlan:
     """Selects the ``k`` most probable of real and null experts; the plan has the real ones.
 
     Args:
@@ -20,6 +22,7 @@ def null_experts(logits_TX: Tensor, k: int, num_null: int, *, renormalize: bool 
         k: experts per token including null experts, 1 to X. Ties go to the lower index.
         num_null: number of null experts, at least 1.
         renormalize: make the gates of the real experts of a token sum to 1, as the paper does.
+        n_group, topk_group: see :func:`identity_experts`.
 
     Raises:
         ValueError: a number is out of range.
@@ -27,9 +30,7 @@ def null_experts(logits_TX: Tensor, k: int, num_null: int, *, renormalize: bool 
     num_all = logits_TX.shape[1]
     if not 1 <= num_null < num_all:
         raise ValueError(f"num_null={num_null} must be at least 1 and less than the number of logits ({num_all})")
-    if not 1 <= k <= num_all:
-        raise ValueError(f"k={k} must be between 1 and the number of experts including null experts ({num_all})")
-    plan, _ = identity_experts(logits_TX, k, num_all - num_null)
+    plan, _ = identity_experts(logits_TX, k, num_all - num_null, n_group=n_group, topk_group=topk_group)
     return dataclasses.replace(plan, gates_TE=sum_to_one(plan.gates_TE)) if renormalize else plan
 
 

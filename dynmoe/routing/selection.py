@@ -69,7 +69,7 @@ def sum_to_one(gates_TE: Tensor, summed_TE: Tensor | None = None) -> Tensor:
 
 
 def softmax_plan(logits_TE: Tensor, probs_TE: Tensor, map_TE: Tensor, renormalize: bool) -> RoutingPlan:
-    """A plan whose gates are the probabilities of the selected experts, optionally renormalized to sum to 1."""
+    """A plan whose gates are the probabilities, or other scores, of the selected experts, optionally summing to 1."""
     gates_TE = probs_TE.masked_fill(~map_TE, 0.0)
     return RoutingPlan(sum_to_one(gates_TE) if renormalize else gates_TE, map_TE, map_TE, probs_TE, logits_TE)
 
@@ -86,15 +86,14 @@ def with_experts(plan: RoutingPlan, map_TE: Tensor, renormalize: bool) -> Routin
 
 
 def threshold_plan(
-    scores_TE: Tensor, logits_TE: Tensor, threshold: float | Tensor, renormalize: bool, min_experts: int,
+    scores_TE: Tensor, logits_TE: Tensor, margin_TE: Tensor, renormalize: bool, min_experts: int,
     max_experts: int | None,
 ) -> RoutingPlan:  # fmt: skip
-    """A plan whose gates are the scores of the experts that exceed a threshold, within floor and ceiling.
+    """A plan whose gates are the scores of the experts that exceed their threshold, within floor and ceiling.
 
-    The best experts of a token exceed their threshold by the largest margin. The threshold of an overloaded expert
-    thus also repels tokens that the floor assigns.
+    The best experts of a token exceed their threshold by the largest margin, ``margin_TE`` (without gradients). The
+    threshold of an overloaded expert thus also repels tokens that the floor assigns.
     """
-    margin_TE = scores_TE.detach() - threshold
     passed_TE = margin_TE > 0
     map_TE = limit_experts(passed_TE, rank_descending(margin_TE), min_experts, max_experts)
     gates_TE = scores_TE.masked_fill(~map_TE, 0.0)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynmoe.routing.groups import within_best_groups
 from dynmoe.routing.plan import RoutingPlan
 from dynmoe.routing.selection import check_limits, limit_experts, rank_descending, sum_to_one
 
@@ -41,7 +42,8 @@ def _check_choices(variant: str, weights: str, straight_through: str | None) -> 
 def top_any(
     hidden_TD: Tensor, prototypes_DE: Tensor, thresholds_E: Tensor, active_E: Tensor, *, variant: str = "paper",
     training: bool = True, scale: float | Tensor = 1.0, straight_through: str | None = None, weights: str = "uniform",
-    renormalize: bool = False, min_experts: int = 1, max_experts: int | None = None,
+    renormalize: bool = False, min_experts: int = 1, max_experts: int | None = None, n_group: int = 1,
+    topk_group: int = 1,
 ) -> RoutingPlan:  # fmt: skip
     """Selects every active expert whose score exceeds its threshold (eq. 3 to 6).
 
@@ -63,12 +65,13 @@ def top_any(
         min_experts: floor of experts per token; with 0 a token may select no expert (its output is then 0).
         max_experts: ceiling of experts per token. For floor and ceiling, the best experts of a token exceed their
             threshold by the largest margin; in the released variant they have the highest scores.
+        n_group, topk_group: select within the groups of the best experts in this order (:func:`within_best_groups`).
 
     Raises:
         ValueError: an argument is out of range, or no expert is active (checked on a CPU outside compiled graphs only).
     """
     _check_choices(variant, weights, straight_through)
-    check_limits(prototypes_DE.shape[1], min_experts, max_experts)
+    check_limits(prototypes_DE.shape[1] * topk_group // n_group, min_experts, max_experts)
     active_E = active_E.to(torch.bool)
     if active_E.device.type == "cpu" and not torch.compiler.is_compiling() and not active_E.any():
         raise ValueError(f"active_E disables all {len(active_E)} experts; enable at least one")
@@ -79,14 +82,17 @@ def top_any(
         margin_TE = torch.relu(margin_TE)
     step_TE = _StraightThroughStep.apply(margin_TE)
 
-    map_TE = (step_TE.detach() > 0) & active_E
+    # No margin is below -1, so a group of inactive experts is the last choice.
+    ranked_TE = within_best_groups(ranked_TE.masked_fill(~active_E, -1.0), n_group, topk_group)
+    usable_TE = active_E & ~ranked_TE.isneginf()
+    map_TE = (step_TE.detach() > 0) & usable_TE
     unclaimed_T = ~map_TE.any(dim=1)
-    rank_TE = rank_descending(ranked_TE.masked_fill(~active_E, -torch.inf))
+    rank_TE = rank_descending(ranked_TE.masked_fill(~usable_TE, -torch.inf))
     if variant == "released":
         min_experts = 0
         if not training:
             map_TE = map_TE | ((rank_TE < 1) & unclaimed_T.unsqueeze(1))
-    map_TE = limit_experts(map_TE, rank_TE, min_experts, max_experts) & active_E
+    map_TE = limit_experts(map_TE, rank_TE, min_experts, max_experts) & usable_TE
 
     return top_any_plan(map_TE, step_TE, scores_TE, unclaimed_T, weights, renormalize)
 

@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from dynmoe.config import Config, current_name
-from dynmoe.config.rope import RopeScalingConfig
+from dynmoe.config import Config, ModelConfig, current_name
 from dynmoe.config.router_fields import chosen_router, without_foreign_fields
 from dynmoe.errors import ConfigError
 
@@ -42,9 +41,11 @@ def check_unchanged(saved: dict[str, Any], current: dict[str, Any], has_begun: b
         cure = f"keep it, or convert the run: python -m dynmoe.convert RUN --engine {current['engine']}"
         raise ConfigError("engine", current["engine"], f"the run's checkpoint was saved by {saved.get('engine')}", cure)
     # Older versions saved the fields of all routers.
-    saved = without_foreign_fields(chosen_router([saved]), saved)
-    unscaled = flatten(dataclasses.asdict(RopeScalingConfig()), "model.rope_scaling.")  # older runs lack the section
-    old = dict(unscaled) | {current_name(name): value for name, value in flatten(saved)}
+    router = chosen_router([saved])
+    saved = without_foreign_fields(router, saved)
+    # A field that the run did not have yet keeps what it did by its default.
+    added = flatten(dataclasses.asdict(ModelConfig(router=router())), "model.")
+    old = dict(added) | {current_name(name): value for name, value in flatten(saved)}
     new = dict(flatten(current))
     fixed = _FIXED if has_begun else _FIXED_BEFORE
     free = [*_FREE, *map(current_name, current["checkpoint"]["accept_changes"])]

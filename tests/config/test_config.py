@@ -162,6 +162,27 @@ BAD = [
     ("model.full_attention_layers=[1]", ["model.full_attention_layers=[1]", "set model.window"]),
     ("model.window=8 model.full_attention_layers=[4]", ["names layer 4 of 4", "count from 0"]),
     ("model.window=0", ["model.window=0", "at least 1"]),
+    ("model.latent.q_lora_rank=64", ["model.latent.q_lora_rank=64", "set model.latent.kv_lora_rank"]),
+    ("model.latent.v_head_dim=64", ["model.latent.v_head_dim=64", "set model.latent.kv_lora_rank"]),
+    ("model.latent.kv_lora_rank=64", ["model.kv_heads=2", "use model.heads (4)"]),
+    (
+        "model.latent.kv_lora_rank=64 model.kv_heads=4 model.latent.qk_rope_head_dim=7",
+        ["model.latent.qk_rope_head_dim=7", "use an even number"],
+    ),
+    (
+        "model.latent.kv_lora_rank=64 model.kv_heads=4 model.latent.v_head_dim=193",
+        ["model.latent.v_head_dim=193", "width of a key", "(192)"],
+    ),
+    (
+        "engine=megatron parallel.tensor=2 model.kv_heads=4 model.latent.kv_lora_rank=63",
+        ["parallel.tensor=2", "model.latent.kv_lora_rank + qk_rope_head_dim (127)"],
+    ),
+    ("model.latent.kv_lora_rank=64 model.kv_heads=4 model.head_dim=64", ["model.head_dim=64", "from model.latent"]),
+    ("model.latent.kv_lora_rank=64 model.kv_heads=4 model.qk_norm=head", ["model.qk_norm='head'", "remove it"]),
+    (
+        "model.latent.kv_lora_rank=64 model.kv_heads=4 model.attention_bias=qkv",
+        ["model.attention_bias='qkv'", "latent attention has no biases"],
+    ),
     ("model.rope_scaling.factor=2", ["model.rope_scaling.factor=2", "set model.rope_scaling.kind"]),
     ("model.rope_scaling.kind=yarn", ["model.rope_scaling.original_length=None", "yarn needs it"]),
     (
@@ -179,7 +200,11 @@ BAD = [
         ["data.predict_first_token=False", "data.documents=masked"],
     ),
     ("train.recompute=true", ["train.recompute", "selective"]),
-    ("deepspeed.zero_stage=3", ["deepspeed.zero_stage=3", "use 0, 1 or 2"]),
+    ("deepspeed.zero_stage=4", ["deepspeed.zero_stage=4", "at most 3"]),
+    (
+        "optimizer.kind=muon deepspeed.zero_stage=3",
+        ["deepspeed.zero_stage=3", "use 0, 1 or 2, or optimizer.kind=adamw"],
+    ),
     ("engine=fsdp", ["engine='fsdp'", "deepspeed, megatron"]),
     ("data.dirs=[]", ["data.dirs=[]", "has no corpus"]),
     ("data.weights=[1,2]", ["data.weights=[1.0, 2.0]", "data.dirs"]),
@@ -555,6 +580,11 @@ def test_configuration_of_an_older_run_loads_with_the_fields_of_all_routers(kind
     other = saved["model"]["router"]["kind"] = "null_experts" if kind == "top_k" else "top_k"
     with pytest.raises(ConfigError, match=rf"model\.router\.kind='{kind}': the run's checkpoint has '{other}'"):
         check_unchanged(saved, dataclasses.asdict(config))
+
+
+def test_a_gate_needs_a_shared_expert():
+    with pytest.raises(ConfigError, match=r"^model.moe.shared_gate=True: has no shared expert; set model.moe.shared_h"):
+        load_config(None, ["model.moe.shared_gate=true"])
 
 
 def test_a_run_keeps_its_optimizer():

@@ -135,7 +135,8 @@ def whole_state(engine: Any) -> dict[str, torch.Tensor]:
         state |= {f"buffer layers.{layer.layer}.moe.{name}": buffer.clone() for name, buffer in buffers}
     if engine.config.engine == "deepspeed":
         for name, parameter in engine.module.named_parameters():
-            state[name] = parameter.detach().clone()
+            with engine.state.whole(engine.module):
+                state[name] = parameter.detach().clone()
             state |= {f"{name}|{part}": value.clone() for part, value in engine.state.get(parameter).items()}
         return state
     from dynmoe.engines.megatron.weights import weights

@@ -32,7 +32,7 @@ def layout(expert_parallel: int, stage: int) -> list[str]:
 LAYOUTS = {
     f"DeepSpeed EP {expert_parallel} ZeRO {stage}": layout(expert_parallel, stage)
     for expert_parallel in (1, 2)
-    for stage in (0, 1, 2)
+    for stage in (0, 1, 2, 3)
 } | {"Megatron DP 2": [MEGATRON], "Megatron EP 2": [MEGATRON, "parallel.expert=2"], "Megatron PP 2": PIPELINE}
 FAST = ("DeepSpeed EP 2 ZeRO 2",)
 
@@ -93,7 +93,8 @@ def test_replicas_of_spread_experts_stay_bitwise_equal(four_ranks, stage, precis
 @pytest.mark.parametrize(
     ("overrides", "precision"),
     [
-        (layout(2, 1), "bf16"), (layout(2, 2), "fp32"), (LAYOUTS["Megatron EP 2"], "bf16"), (PIPELINE, "fp32"),
+        (layout(2, 1), "bf16"), (layout(2, 2), "fp32"), (layout(2, 3), "fp32"), (LAYOUTS["Megatron EP 2"], "bf16"),
+        (PIPELINE, "fp32"),
         *(
             pytest.param(*other, marks=pytest.mark.slow)
             for other in ((layout(1, 1), "fp32"), (layout(2, 0), "bf16"), (LAYOUTS["Megatron DP 2"], "bf16"))
@@ -136,9 +137,10 @@ def test_a_new_expert_has_fresh_weights_fresh_masters_and_no_moments(two_ranks, 
         assert moments[:, stayed].any(), "the moments were wiped for all"
 
 
-def test_a_new_expert_can_start_from_the_weights_of_its_slot(two_ranks):
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_new_expert_can_start_from_the_weights_of_its_slot(two_ranks, stage):
     """Those it was built with, up to weight decay; its moments are new all the same."""
-    overrides = layout(2, 1)
+    overrides = layout(2, stage)
     results = two_ranks.run(train, [*ADAPTIVE, *overrides, "adaptation.weights=slot"], 0, 20)
     # Experts 0, 2, 4 and 6 are active from the start.
     unused = {event for event in results[0]["events"] if event.change == "added" and event.expert % 2}

@@ -87,6 +87,26 @@ def test_biases_of_ffn_experts_hold_their_number(one_rank, two_ranks, layout, ta
     assert mean(observed[SETTLED:]) == pytest.approx(target, rel=0.02)
 
 
+GROUPED = {
+    "top_p": ["model.router.kind=top_p", "budget.method=pi"],
+    "sigmoid": ["model.router.kind=sigmoid", "budget.method=loss_free", "model.router.initial_experts=4"],
+    "top_any": [*IMPROVED, "budget.method=pi", "model.router.initial_experts=4"],
+}
+
+
+@pytest.mark.parametrize("kind", [
+    pytest.param(kind, marks=() if kind == "top_p" else pytest.mark.slow) for kind in GROUPED
+])  # fmt: skip
+def test_a_budget_is_held_within_groups(two_ranks, kind):
+    """Of 16 experts in four groups, a token uses those of two groups; each rank has two groups."""
+    overrides = [*BASE, *GROUPED[kind], TWO, "model.router.n_group=4", "model.router.topk_group=2", *SPREAD["EP 2"]]
+    result = two_ranks.run(train, overrides, 0, SETTLED + WINDOW)[0]
+    assert mean(experts_per_token(result)[SETTLED:]) == pytest.approx(2.0, rel=0.02)
+    for maps in result["maps"].values():
+        used = torch.cat(maps).unflatten(1, (4, 4)).any(dim=2).sum(dim=1)
+        assert used.max() == 2
+
+
 SEVERAL = {
     "top_p": ["model.router.kind=top_p", "budget.method=pi"],
     "sigmoid": ["model.router.kind=sigmoid", "budget.method=pi"],

@@ -105,8 +105,8 @@ def test_losses_that_are_means_over_tokens_do_not_depend_on_micro_batches(one_ra
 @pytest.mark.parametrize(
     ("stage", "precision"),
     [
-        *[(stage, "fp32") for stage in (0, 1, 2)], (2, "bf16"),
-        *[pytest.param(stage, "bf16", marks=pytest.mark.slow) for stage in (0, 1)],
+        *[(stage, "fp32") for stage in (0, 1, 2, 3)], (2, "bf16"),
+        *[pytest.param(stage, "bf16", marks=pytest.mark.slow) for stage in (0, 1, 3)],
     ],
 )  # fmt: skip
 def test_zero_stages_agree_and_resume_bitwise(two_ranks, tmp_path, stage, precision):
@@ -128,12 +128,15 @@ def whole_run(one_rank):
     return one_rank.run(train, [*ONE, "deepspeed.zero_stage=0"], 0, 55)[0]["losses"]
 
 
-@pytest.mark.parametrize("after", [(0, 0), (1, 1), (1, 2)], ids=["one rank", "DP 2", "EP 2, another stage"])
-def test_f19_a_checkpoint_fits_other_layouts(whole_run, one_rank, two_ranks, tmp_path, after):
-    """Saved under EP 2 and ZeRO 2: saving it again is bitwise identical, and training continues as on one rank."""
+@pytest.mark.parametrize(
+    ("before", "after"), [(2, (0, 0)), (2, (1, 1)), (2, (1, 2)), (2, (3, 1)), (3, (1, 0))],
+    ids=["one rank", "DP 2", "EP 2, another stage", "to DP 2 with ZeRO 3", "from ZeRO 3 to one rank"],
+)  # fmt: skip
+def test_f19_a_checkpoint_fits_other_layouts(whole_run, one_rank, two_ranks, tmp_path, before, after):
+    """Saved under EP 2: saving it again is bitwise identical, and training continues as on one rank."""
     saved = tmp_path / "saved"
     again = tmp_path / "again"
-    two_ranks.run(train, [*HALF, "parallel.expert=2", "deepspeed.zero_stage=2"], 0, 5, "", str(saved))
+    two_ranks.run(train, [*HALF, "parallel.expert=2", f"deepspeed.zero_stage={before}"], 0, 5, "", str(saved))
     stage, expert_parallel = after
     pool = two_ranks if expert_parallel else one_rank
     layout = [*HALF, f"parallel.expert={expert_parallel}"] if expert_parallel else ONE
@@ -146,8 +149,9 @@ def test_f19_a_checkpoint_fits_other_layouts(whole_run, one_rank, two_ranks, tmp
     assert pool.run(train, overrides, 5, 55, str(saved))[0]["losses"] == pytest.approx(whole_run[5:], rel=1e-4)
 
 
-def test_recomputation_changes_nothing(two_ranks):
-    overrides = [*HALF, "parallel.expert=2"]
+@pytest.mark.parametrize("stage", [1, 3])
+def test_recomputation_changes_nothing(two_ranks, stage):
+    overrides = [*HALF, "parallel.expert=2", f"deepspeed.zero_stage={stage}"]
     plain = two_ranks.run(train, overrides, 0, 4)[0]
     for recompute in ("selective", "full"):
         again = two_ranks.run(train, [*overrides, f"train.recompute={recompute}"], 0, 4)[0]
@@ -176,8 +180,9 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(one_rank, tmp_path):
         assert said in message
 
 
-def test_expert_and_data_parallelism_together_train_like_one_process(one_rank, four_ranks, tmp_path):
-    overrides = [*ROUTERS["top_p"], *ALL_LOSSES["top_p"]]
+@pytest.mark.parametrize("stage", [1, 3])
+def test_expert_and_data_parallelism_together_train_like_one_process(one_rank, four_ranks, tmp_path, stage):
+    overrides = [*ROUTERS["top_p"], *ALL_LOSSES["top_p"], f"deepspeed.zero_stage={stage}"]
     saved = str(tmp_path / "saved")
     (alone,) = one_rank.run(train, [*overrides, *ONE], 0, 8)
     quarter = [*overrides, "train.micro_batch=2", "parallel.expert=2"]
@@ -209,9 +214,10 @@ def test_f17_exceeding_the_limit_stops_every_rank_before_the_optimizer_and_names
         assert untouched
 
 
-@pytest.mark.parametrize("kind", sorted(ROUTERS))
-def test_nonfinite_scores_stop_every_rank_and_name_step_layer_and_rank(two_ranks, kind):
-    messages = two_ranks.run(train_into_nan, [*ROUTERS[kind], *HALF, "parallel.expert=2"], 1, 1)
+@pytest.mark.parametrize(("kind", "stage"), [*((kind, 1) for kind in sorted(ROUTERS)), ("top_p", 3)])
+def test_nonfinite_scores_stop_every_rank_and_name_step_layer_and_rank(two_ranks, kind, stage):
+    overrides = [*ROUTERS[kind], *HALF, "parallel.expert=2", f"deepspeed.zero_stage={stage}"]
+    messages = two_ranks.run(train_into_nan, overrides, 1, 1)
     for message, untouched in messages:
         assert message.startswith("step 3: router scores are not finite in layer 1 on rank 1; "), message
         assert untouched

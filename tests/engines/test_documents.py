@@ -6,7 +6,7 @@ import pytest
 
 from tests.engines.document_cases import influences, train_packed
 from tests.engines.test_layouts import HALF, MEGATRON, WHOLE
-from tests.moe.cases import ROUTERS, no_losses
+from tests.moe.cases import LATENT, ROUTERS, no_losses
 
 TOP_P = [*ROUTERS["top_p"], *no_losses("top_p"), "model.layers=4", "model.kv_heads=2", "data.documents=masked"]
 PREDICTED = ["data.predict_first_token=false"]  # the number of labels that count differs
@@ -49,11 +49,12 @@ def test_a_document_changes_no_loss_gradient_or_routing_of_another(pools, layout
         assert max(found[name] for found in masked) < 1e-6, name
 
 
+@pytest.mark.parametrize("attention", [[], LATENT], ids=["heads", "latent"])
 @pytest.mark.parametrize(
     "layout", ["DeepSpeed EP 2, full", "Megatron TP 2", "Megatron PP 2 interleaved, full", "Megatron CP 2, selective"]
 )
-def test_a_loss_without_some_labels_does_not_depend_on_the_layout(pools, layout):
+def test_a_loss_without_some_labels_does_not_depend_on_the_layout(pools, layout, attention):
     ranks, overrides = LAYOUTS[layout]
-    (expected,) = pools[1].run(train_packed, [*TOP_P, *WHOLE], 6)
-    for found in pools[ranks].run(train_packed, [*TOP_P, *overrides], 6):
+    (expected,) = pools[1].run(train_packed, [*TOP_P, *attention, *WHOLE], 6)
+    for found in pools[ranks].run(train_packed, [*TOP_P, *attention, *overrides], 6):
         assert found == pytest.approx(expected, rel=1e-5)

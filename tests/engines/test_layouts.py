@@ -10,7 +10,7 @@ import torch
 
 from tests.engines.cases import config_for, to_canonical, train, train_plainly
 from tests.engines.comparisons import largest_difference, maps_of_all_ranks, read_canonical
-from tests.moe.cases import ATTENTIVE, BASELINES, ROUTERS
+from tests.moe.cases import ATTENTIVE, BASELINES, LATENT, ROUTERS
 
 STEPS = 20
 # All losses of a router together. Every forward pass, over all ranks, has the same two sequences.
@@ -20,6 +20,10 @@ LOSSES = {
     "top_p": ["model.router.z_loss=1e-3"],
     "top_any": ["model.router.balance_loss=1e-2"],
 }
+LONG = [
+    "model.rope_scaling.kind=yarn", "model.rope_scaling.factor=4", "model.rope_scaling.original_length=8",
+    "model.window=7", "model.full_attention_layers=[1,3]",
+]  # fmt: skip
 # By name in the table.
 MODELS = {kind: [*ROUTERS[kind], *losses] for kind, losses in LOSSES.items()} | {
     # The plain loop has no budget.
@@ -32,16 +36,27 @@ MODELS = {kind: [*ROUTERS[kind], *losses] for kind, losses in LOSSES.items()} | 
     # Routers that select among the tokens of a sequence or of the batch.
     **{kind: BASELINES[kind] for kind in ("seq_top_k", "expert_race", "resonance")},
     "da_moe": ATTENTIVE["da_moe"],
-    "top_p, four heads": [*ROUTERS["top_p"], "model.heads=4"],
-    "top_p, long": [
-        *ROUTERS["top_p"],
-        "model.rope_scaling.kind=yarn",
-        "model.rope_scaling.factor=4",
-        "model.rope_scaling.original_length=8",
-        "model.window=7",
-        "model.full_attention_layers=[1,3]",
-        "model.attention_bias=all",
+    # A first dense layer, so that the first of four stages of a pipeline has no experts.
+    "deepseek_v3": [
+        *BASELINES["top_k grouped"],
+        "model.moe.first_k_dense_replace=1",
+        "model.moe.shared_hidden=32",
+        "model.router.balance_loss=1e-2",
+        "model.router.balance_scope=sequence",
+        "model.ffn_hidden=64",
     ],
+    "gated, two dense": [
+        *BASELINES["top_p grouped"],
+        "model.moe.first_k_dense_replace=2",
+        "model.moe.shared_hidden=32",
+        "model.moe.shared_gate=true",
+        "model.ffn_hidden=64",
+        "optimizer.clip_grad=0.5",
+    ],
+    "top_p, four heads": [*ROUTERS["top_p"], "model.heads=4"],
+    "top_p, long": [*ROUTERS["top_p"], *LONG, "model.attention_bias=all"],
+    "top_p, latent": [*ROUTERS["top_p"], *LATENT, *LONG, "optimizer.clip_grad=0.5"],
+    "da_moe, latent of keys alone": [*ATTENTIVE["da_moe"], *LATENT[:-1], "optimizer.clip_grad=0.5"],
     "top_p, Muon": [*ROUTERS["top_p"], "optimizer.kind=muon"],
 }
 WHOLE = ["train.micro_batch=2"]
@@ -89,7 +104,10 @@ def relative(ours: list[float], theirs: list[float]) -> float:
 # The fast tests cover each kind of parallelism with one router, and another attention where it is sharded.
 FAST = {(layout, "top_p") for layout in ("DeepSpeed EP 2", "Megatron PP 2 interleaved", "Megatron EP 2")}
 FAST |= {("Megatron TP 2", "top_p, projections normalized"), ("Megatron TP 2", "seq_top_k")}
+FAST |= {("DeepSpeed EP 2", "deepseek_v3"), ("Megatron TP 2 x EP 2", "deepseek_v3")}
+FAST |= {("Megatron TP 2", "gated, two dense"), ("Megatron PP 2", "gated, two dense")}
 FAST |= {("Megatron CP 2", "top_p, long"), ("Megatron CP 4", "top_p, four heads")}
+FAST |= {("Megatron TP 2", "top_p, latent"), ("Megatron CP 2", "da_moe, latent of keys alone")}
 CASES = [
     pytest.param(layout, name, marks=() if (layout, name) in FAST else pytest.mark.slow)
     for layout in LAYOUTS
@@ -130,7 +148,7 @@ def test_training_does_not_depend_on_engine_or_layout(
     for layer, ours in maps_of_all_ranks(first).items():
         passes = reference[layer][: len(ours)]  # of the first step
         assert all(torch.equal(a, b) for a, b in zip(ours, passes, strict=True)), layer
-    assert sorted(maps_of_all_ranks(first)) == [0, 1, 2, 3]
+    assert sorted(maps_of_all_ranks(first)) == config_for(*overrides).model.moe_layers
 
 
 # Routers whose state between steps, or choice in training, depends on the tokens of all ranks.
@@ -140,7 +158,14 @@ WITH_STATE = {
     )},
     "da_moe": [*ATTENTIVE["da_moe"], "budget.method=pi", "budget.experts_per_token=1.5"],
     "quantile balancing": [*ROUTERS["top_k"], "budget.method=quantile"],
+    "top_k grouped": [*BASELINES["top_k grouped"], "budget.method=loss_free", "budget.rate=0.01"],
+    "sigmoid grouped": [
+        *BASELINES["sigmoid grouped"], "budget.method=loss_free", "budget.experts_per_token=1.5",
+    ],
 }  # fmt: skip
+
+
+FAST_WITH_STATE = {("Megatron TP 2 x EP 2", "quantile"), ("Megatron EP 2", "sigmoid grouped")}
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +183,7 @@ def alone(one_rank):
     [
         pytest.param(
             layout, kind,
-            marks=() if (layout, kind) == ("Megatron TP 2 x EP 2", "quantile") else pytest.mark.slow,
+            marks=() if (layout, kind) in FAST_WITH_STATE else pytest.mark.slow,
         )
         for layout in LAYOUTS if layout not in FOUR_HEADS for kind in WITH_STATE
     ],

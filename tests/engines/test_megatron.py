@@ -15,7 +15,7 @@ from dynmoe.errors import ConfigError
 from tests.engines.cases import config_for, forward_only, refusal, to_canonical, train, train_into_nan, train_plainly
 from tests.engines.comparisons import maps_of_all_ranks, read_canonical
 from tests.golden.make_megatron import FIELDS
-from tests.moe.cases import ATTENTIVE, BASELINES, ROUTERS
+from tests.moe.cases import ATTENTIVE, BASELINES, LATENT, ROUTERS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -95,8 +95,9 @@ def test_checkpoints_of_other_versions_are_read(one_rank, tmp_path, version):
 @pytest.mark.parametrize(
     ("before", "after", "extra"),
     [(TP2, ALONE, ["model.moe.moe_layer_freq=2", "model.ffn_hidden=64", "model.moe.shared_hidden=32"]),
-     (PP2, TP2, ["model.tie_embeddings=true"]), (ALONE, TP2, ["model.moe.experts=0", "model.ffn_hidden=64"])],
-    ids=["dense layers and shared experts", "tied embeddings", "a dense model"],
+     (PP2, TP2, ["model.tie_embeddings=true"]), (ALONE, TP2, ["model.moe.experts=0", "model.ffn_hidden=64"]),
+     (TP2, ALONE, LATENT)],
+    ids=["dense layers and shared experts", "tied embeddings", "a dense model", "latent attention"],
 )  # fmt: skip
 def test_checkpoints_of_other_architectures_fit_other_layouts(
     plain, one_rank, two_ranks, tmp_path, before, after, extra
@@ -132,7 +133,11 @@ def replicated(result) -> dict[str, torch.Tensor]:
     return {name: value for name, value in result["state"].items() if "|" not in name}
 
 
-@pytest.mark.parametrize("layout", [pytest.param(DP2, marks=pytest.mark.slow), TP2, PP2], ids=["DP 2", "TP 2", "PP 2"])
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(DP2, marks=pytest.mark.slow), TP2, PP2, [*TP2, *LATENT]],
+    ids=["DP 2", "TP 2", "PP 2", "TP 2, latent attention"],
+)
 def test_a_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(two_ranks, tmp_path, layout):
     overrides = [*BASE, *layout, "train.precision=bf16"]
     straight = two_ranks.run(train, overrides, 0, 4)
@@ -146,8 +151,8 @@ def test_a_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(two_ranks, t
 
 @pytest.mark.parametrize(
     "layout",
-    [TP2, INTERLEAVED, pytest.param(EP2, marks=pytest.mark.slow)],
-    ids=["TP 2", "PP 2 interleaved", "EP 2"],
+    [TP2, INTERLEAVED, pytest.param(EP2, marks=pytest.mark.slow), [*TP2, *LATENT]],
+    ids=["TP 2", "PP 2 interleaved", "EP 2", "TP 2, latent attention"],
 )
 def test_recomputation_changes_nothing(two_ranks, layout):
     overrides = [*BASE, *layout, "model.router.kind=top_p"]
@@ -229,7 +234,13 @@ def test_a_stage_without_moe_layers_takes_part_in_all_decisions(one_rank, two_ra
         assert result["rows"] == alone["rows"]
 
 
-@pytest.mark.parametrize("layout", [pytest.param(EP2, id="EP 2", marks=pytest.mark.slow), pytest.param(PP2, id="PP 2")])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(EP2, id="EP 2", marks=pytest.mark.slow), pytest.param(PP2, id="PP 2"),
+        pytest.param([*TP2, *LATENT], id="TP 2, latent attention"),
+    ],
+)  # fmt: skip
 def test_bf16_follows_fp32(two_ranks, layout):
     exact = two_ranks.run(train, [*BASE, *layout], 0, 6)[0]
     rounded = two_ranks.run(train, [*BASE, *layout, "train.precision=bf16"], 0, 6)[0]
@@ -305,6 +316,19 @@ def test_sharded_weights_have_megatrons_layout():
     parts = _gate_and_up().split(gate_up, 2)
     assert [part[:, 0].tolist() for part in parts] == [[0, 1, 4, 5], [2, 3, 6, 7]]
     assert torch.equal(_gate_and_up().join(parts), gate_up)
+
+
+def test_rows_that_are_rotated_together_are_neighbours_in_megatron():
+    """In two heads of two rows that are not rotated and four that are: 2 and 4, 3 and 5; 8 and 10, 9 and 11."""
+    from dynmoe.engines.megatron.weights import _interleaved, _shard
+
+    latent = config_for(*LATENT).model.latent
+    assert latent.qk_rope_head_dim == 4
+    layout = _interleaved(latent, 2, _shard(0))
+    plain = torch.arange(12.0)[:, None]
+    parts = layout.split(plain, 2)
+    assert [part[:, 0].tolist() for part in parts] == [[0, 1, 2, 4, 3, 5], [6, 7, 8, 10, 9, 11]]
+    assert torch.equal(layout.join(parts), plain)
 
 
 def test_every_router_kind_is_tested():

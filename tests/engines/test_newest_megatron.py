@@ -41,6 +41,9 @@ BEYOND_IMPORTS = {
     "core.transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher._maybe_update_cuda_sync_point": ["point"],
     "core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu": ["as_numpy", "record_stream"],
     "core.transformer.moe.token_dispatcher.hybrid_ep_dispatch": ["num_permuted_tokens"],
+    "core.transformer.multi_latent_attention.HAVE_TE": None,
+    "core.transformer.multi_latent_attention.MLASelfAttention.__init__": ["config", "submodules", "layer_number"],
+    "core.transformer.multi_latent_attention.MLASelfAttention.forward": ["hidden_states", "attention_mask"],
     "core.transformer.transformer_layer.TransformerLayer.__init__": ["submodules", "layer_number", "add_layer_offset"],
 }
 

@@ -29,6 +29,7 @@ LAYOUTS = {
     "DeepSpeed EP 2": ["parallel.expert=2", HALF],
     "DeepSpeed EP 2 ZeRO 0": ["parallel.expert=2", "deepspeed.zero_stage=0", HALF],
     "DeepSpeed DP 2 ZeRO 2": ["deepspeed.zero_stage=2", HALF],
+    "DeepSpeed EP 2 ZeRO 3": ["parallel.expert=2", "deepspeed.zero_stage=3", HALF],
     "DeepSpeed EP 2 bf16": ["parallel.expert=2", "train.precision=bf16", HALF],
     "DeepSpeed EP 2 bf16 ZeRO 0": ["parallel.expert=2", "train.precision=bf16", "deepspeed.zero_stage=0", HALF],
     "Megatron EP 2": ["engine=megatron", "parallel.expert=2", HALF],

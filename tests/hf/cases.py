@@ -32,6 +32,9 @@ STANDARD = {
     "qwen2_moe, shared and dense": [
         *TOP_K, "model.moe.shared_hidden=16", "model.moe.moe_layer_freq=2", "model.router.renormalize=true",
     ],
+    "qwen2_moe, gated after a dense layer": [
+        *TOP_K, "model.moe.shared_hidden=16", "model.moe.shared_gate=true", "model.moe.first_k_dense_replace=1",
+    ],
     "qwen3_moe": [*TOP_K, "model.qk_norm=head", "model.head_dim=12", "model.tie_embeddings=true"],
     "qwen3_moe, long": [*TOP_K, "model.qk_norm=head", "model.window=4", *YARN, "model.attention_bias=all"],
     "qwen3_moe, dense": [*TOP_K, "model.qk_norm=head", "model.moe.moe_layer_freq=2"],
@@ -44,6 +47,10 @@ OWN = {
     **{name: fields for name, fields in (ROUTERS | BASELINES).items() if name != "top_k"},
     "top_k, biased": TOP_K,
     "top_p released": ["model.router.kind=top_p", "model.router.variant=released", "model.router.max_experts=3"],
+    "top_k of deepseek_v3, biased": [
+        *BASELINES["top_k grouped"], "model.moe.shared_hidden=16", "model.moe.shared_gate=true",
+        "model.moe.first_k_dense_replace=1", "model.router.balance_scope=sequence",
+    ],
     "everything": [
         "model.router.kind=top_p", "model.qk_norm=projection", "model.moe.shared_hidden=16",
         "model.moe.moe_layer_freq=2", "model.tie_embeddings=true", "model.router.renormalize=true",

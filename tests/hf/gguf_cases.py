@@ -23,14 +23,15 @@ MODELS = {
     "olmoe, tied": [*TOP_K, "model.qk_norm=projection", "model.kv_heads=4", "model.tie_embeddings=true"],
     "qwen2_moe": TOP_K,
     "qwen2_moe, shared": [*TOP_K, "model.moe.shared_hidden=64"],
+    "qwen2_moe, shared with a gate": [*TOP_K, "model.moe.shared_hidden=64", "model.moe.shared_gate=true"],
     "qwen2_moe, shared and renormalized": [*TOP_K, RENORMALIZED, "model.moe.shared_hidden=64", "model.head_dim=24"],
     "qwen3_moe": [*TOP_K, "model.qk_norm=head", "model.tie_embeddings=true"],
     "qwen3_moe, renormalized": [
         *TOP_K, RENORMALIZED, "model.qk_norm=head", "model.head_dim=24", "model.tie_embeddings=true",
     ],
 }  # fmt: skip
-ARCHITECTURES = dict(zip(MODELS, ["llama", "llama", "llama", "olmoe", "olmoe", "qwen2moe", "qwen2moe", "granitemoe",
-                                  "dots1", "qwen3moe"], strict=True))  # fmt: skip
+ARCHITECTURES = dict(zip(MODELS, ["llama", "llama", "llama", "olmoe", "olmoe", "qwen2moe", "qwen2moe", "qwen2moe",
+                                  "granitemoe", "dots1", "qwen3moe"], strict=True))  # fmt: skip
 PIECES = 400
 
 

@@ -13,7 +13,9 @@ import torch
 
 from dynmoe.errors import UserError
 from dynmoe.hf.export import export
+from dynmoe.hf.gguf import write_gguf
 from tests.hf.cases import BATCH, LENGTH, OWN, STANDARD, begin, run_decoder, some_tokens
+from tests.moe.cases import LATENT
 
 USE = Path(__file__).with_name("use_export.py")
 
@@ -290,3 +292,11 @@ def test_a_failed_export_leaves_nothing_behind(corpus_dir, tmp_path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "there"]
     with pytest.raises(UserError, match=r"config\.yaml"):
         export(tmp_path / "nothing", tmp_path / "out")
+
+
+def test_latent_attention_is_refused_by_name(corpus_dir, tmp_path):
+    run = begin(corpus_dir, tmp_path / "run", [*OWN["top_p"], *LATENT])
+    problem = r"^model\.latent\.kv_lora_rank=12: .*run it with python -m dynmoe\.generate$"
+    for write in (export, write_gguf):
+        with pytest.raises(UserError, match=problem):
+            write(run.path, tmp_path / "out")

@@ -36,6 +36,13 @@ REFUSED = {
     "model.router.kind='null_experts'": OWN["null_experts"],
     "model.moe.moe_layer_freq=2.*experts in every layer": [*TOP_K, "model.moe.moe_layer_freq=2"],
     "model.moe.experts_by_layer=.*same number of experts in every": [*TOP_K, "model.moe.experts_by_layer=[4,4,3]"],
+    "model.moe.first_k_dense_replace=1.*experts in every layer": [*TOP_K, "model.moe.first_k_dense_replace=1"],
+    "model.moe.shared_gate=True.*granitemoe has no gate": [
+        *TOP_K, RENORMALIZED, "model.moe.shared_hidden=32", "model.moe.shared_gate=true",
+    ],
+    "model.router.score_function='sigmoid'.*no counterpart": [*TOP_K, "model.router.score_function=sigmoid"],
+    "model.router.n_group=2.*no counterpart": [*TOP_K, "model.router.n_group=2"],
+    "model.router.gate_scale=2.5.*no counterpart": [*TOP_K, "model.router.gate_scale=2.5"],
     "model.router.renormalize=True.*olmoe does not normalize": [*TOP_K, RENORMALIZED, "model.qk_norm=projection"],
     "model.head_dim=24: must be model.hidden / model.heads .*qwen2moe": [*TOP_K, "model.head_dim=24"],
     "model.qk_norm='head'.*no experts": ["model.moe.experts=0", "model.qk_norm=head"],

@@ -63,6 +63,10 @@ def _made_by_transformers(name: str, folder: Path):
         "olmoe": lambda: transformers.OlmoeConfig(
             intermediate_size=24, num_experts=4, num_experts_per_tok=2, pad_token_id=None, eos_token_id=2, **common
         ),
+        "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+            moe_intermediate_size=24, intermediate_size=32, shared_expert_intermediate_size=16, num_experts=4,
+            num_experts_per_tok=2, mlp_only_layers=[0], **common,
+        ),
         "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
             moe_intermediate_size=24, intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=12,
             mlp_only_layers=[1], norm_topk_prob=True, tie_word_embeddings=True, **common,
@@ -74,7 +78,7 @@ def _made_by_transformers(name: str, folder: Path):
     return model
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "olmoe", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
 def test_checkpoints_saved_by_transformers(tmp_path, name):
     model = _made_by_transformers(name, tmp_path / "source")
     architecture, decoder = imported(tmp_path / "source", tmp_path / "run")

@@ -93,11 +93,12 @@ def test_our_layer_computes_the_same_in_their_model(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "extra", ["model.router.num_zero=2", "model.router.num_constant=1", "model.moe.shared_hidden=8"]
+    "extra",
+    ["model.router.num_zero=2", "model.router.num_constant=1", "model.moe.shared_hidden=8", "model.router.n_group=2"],
 )
 def test_a_layer_with_other_parts_is_refused(extra):
     with pytest.raises(UserError, match=extra):
-        longcat_tensors(our_layer(extra))
+        longcat_tensors(our_layer(extra, "model.router.k=3"))
 
 
 def test_several_budgets_are_refused():

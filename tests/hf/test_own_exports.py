@@ -197,8 +197,8 @@ def test_every_field_of_our_configuration_is_in_one_table():
     ({"layer_experts": [4, 4]}, r"layer_experts=\[4, 4\]: must be 3 integers, one per layer"),
     ({"layer_experts": 4}, r"layer_experts=4: must be 3 integers"),
     (
-        {"layer_experts": [0, 4, 4]},
-        r"layer_experts=\[0, 4, 4\]: dense layers are \[0\]; only experts in every",
+        {"layer_experts": [4, 4, 0]},
+        r"layer_experts=\[4, 4, 0\]: dense layers are \[2\]; only experts in every n-th layer, from some layer on,",
     ),
     ({"layer_experts": [4, 0, 4]}, r"unexpected: model\.layers\.1\.mlp"),
     ({"rope_theta": 90.0}, r"rope_parameters: rope_theta=10000\.0: must equal rope_theta=90\.0"),
@@ -223,9 +223,13 @@ def test_fields_that_no_export_has_are_refused(corpus_dir, tmp_path, fields, wor
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("part", ["layers.1.self_attn.k_proj.bias", "layers.0.mlp.shared_expert_gate.weight"])
-@pytest.mark.parametrize("name", QWEN2)
-def test_nonzero_biases_and_gates_are_refused(corpus_dir, tmp_path, name, part):
+GATE = "layers.0.mlp.shared_expert_gate.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [(QWEN2[0], GATE), *((name, "layers.1.self_attn.k_proj.bias") for name in QWEN2)]
+)
+def test_nonzero_biases_and_gates_without_an_expert_are_refused(corpus_dir, tmp_path, name, part):
     export(begun(corpus_dir, tmp_path, name).path, tmp_path / "out")
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert not weights[f"model.{part}"].any()
@@ -233,6 +237,18 @@ def test_nonzero_biases_and_gates_are_refused(corpus_dir, tmp_path, name, part):
     save_file(weights, tmp_path / "out" / "model.safetensors")
     with pytest.raises(UserError, match=rf"not zeros: model\.{part}; .* frozen: requires_grad_\(False\)$"):
         import_checkpoint(tmp_path / "out", tmp_path / "run")
+
+
+def test_a_fine_tuned_gate_of_a_shared_expert_is_imported(corpus_dir, tmp_path):
+    export(begun(corpus_dir, tmp_path, QWEN2[1]).path, tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    before = logits_of(tmp_path / "out")
+    weights[f"model.{GATE}"].normal_(generator=torch.Generator().manual_seed(0))
+    save_file(weights, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    _, decoder = imported(tmp_path / "out", tmp_path / "run")
+    expected = logits_of(tmp_path / "out")
+    assert (expected - before).abs().max() > 1e-2
+    torch.testing.assert_close(run_decoder(decoder, some_tokens())[0], expected, rtol=0, atol=1e-5)
 
 
 def test_a_qwen2_moe_with_biases_is_refused(tmp_path):
@@ -247,7 +263,7 @@ def test_a_qwen2_moe_with_biases_is_refused(tmp_path):
         if name.endswith("bias"):
             parameter.data.fill_(0.1)
     model.save_pretrained(tmp_path / "source")
-    words = r"not zeros: model\.layers\.0\.self_attn\.q_proj\.bias, .* and 3 more; our decoder has no biases"
+    words = r"not zeros: model\.layers\.0\.self_attn\.q_proj\.bias, .* and 1 more; our decoder has no biases"
     with pytest.raises(UserError, match=words):
         import_checkpoint(tmp_path / "source", tmp_path / "run")
 

@@ -15,7 +15,7 @@ from dynmoe.model.cross_entropy import linear_cross_entropy
 from dynmoe.model.sampling import Sampling, pad_left, sample, whole_context, with_cache
 from dynmoe.model.size import embedding_rows
 from dynmoe.moe import StepState
-from tests.moe.cases import BASELINES, ROUTERS, tiny_model
+from tests.moe.cases import BASELINES, LATENT, ROUTERS, tiny_model
 
 VOCAB = 48
 
@@ -69,7 +69,7 @@ def test_qk_norm_makes_attention_independent_of_the_projection_scale(norm):
 
 CACHED = {
     **ROUTERS, **BASELINES, "heads": ["model.qk_norm=head"], "projections": ["model.qk_norm=projection"],
-    "window": ["model.window=3", "model.full_attention_layers=[1]"],
+    "window": ["model.window=3", "model.full_attention_layers=[1]"], "latent": LATENT,
 }  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_embeddings_take_the_positions_before_the_tokens():
     assert (prefix.grad.abs().sum(dim=2) > 0).all()
 
 
-@pytest.mark.parametrize("kind", [*sorted(ROUTERS), "quantile"])
+@pytest.mark.parametrize("kind", [*sorted(ROUTERS), "quantile", "latent"])
 def test_recomputation_gives_equal_gradients_and_counts_routes_once(kind):
     results = []
     for recompute in ("none", "selective", "full"):
@@ -173,6 +173,15 @@ def test_moe_in_every_second_layer():
     assert [layer.layer for layer in model.moe_layers] == [0, 2]
 
 
+def test_the_first_layers_are_dense():
+    fields = ["model.layers=7", "model.moe.first_k_dense_replace=3", "model.moe.moe_layer_freq=2"]
+    model = Decoder(tiny_model(*fields, "model.moe.experts_by_layer=[2,3]", "model.moe.experts=3"), VOCAB, seed=0)
+    assert [layer.moe is not None for layer in model.layers] == [False, False, False, False, True, False, True]
+    assert [layer.num_experts for layer in model.moe_layers] == [2, 3]
+    with pytest.raises(ConfigError, match=r"^model.moe.first_k_dense_replace=2: leaves no MoE layer of 2; use fewer$"):
+        tiny_model("model.moe.first_k_dense_replace=2")
+
+
 def test_a_dense_model_has_no_moe_layer():
     model = Decoder(tiny_model("model.moe.experts=0"), VOCAB, seed=0)
     assert model.moe_layers == []
@@ -194,9 +203,12 @@ def test_initial_weights_depend_on_seed_and_name_only():
     "overrides",
     [
         [], ["model.router.kind=top_any"], ["model.tie_embeddings=true", "model.moe.moe_layer_freq=2"],
-        ["model.moe.shared_hidden=8"], ["model.moe.experts=0"], ["model.qk_norm=head", "model.head_dim=4"],
+        ["model.moe.shared_hidden=8"], ["model.moe.shared_hidden=8", "model.moe.shared_gate=true"],
+        ["model.moe.first_k_dense_replace=1", "model.moe.experts_by_layer=[4]"],
+        ["model.moe.experts=0"], ["model.qk_norm=head", "model.head_dim=4"],
         ["model.qk_norm=projection", "model.heads=4", "model.head_dim=6", "model.kv_heads=2"],
         ["model.attention_bias=qkv"], ["model.attention_bias=all", "model.moe.experts=0"],
+        LATENT, [*LATENT[:-1], "model.moe.experts=0"],
     ],
 )  # fmt: skip
 def test_parameter_count_equals_that_of_the_model(overrides):
@@ -207,10 +219,11 @@ def test_parameter_count_equals_that_of_the_model(overrides):
     assert size.active_parameters(settings.moe.experts) == size.total_parameters
 
 
-def test_flops_equal_those_counted_by_torch():
+@pytest.mark.parametrize("attention", [[], LATENT, LATENT[:-1]], ids=["heads", "latent", "latent of keys alone"])
+def test_flops_equal_those_counted_by_torch(attention):
     from torch.utils.flop_counter import FlopCounterMode
 
-    settings = tiny_model("model.moe.experts=0", "model.ffn_hidden=24")
+    settings = tiny_model("model.moe.experts=0", "model.ffn_hidden=24", *attention)
     model = Decoder(settings, VOCAB, seed=0)
     batch = 2
     length = 12
@@ -220,7 +233,9 @@ def test_flops_equal_those_counted_by_torch():
     counts = counter.get_flop_counts()["Global"]
     products = sum(value for op, value in counts.items() if "attention" not in str(op) and "bmm" not in str(op))
     size = ModelSize(settings, VOCAB, length)
-    attention = 6 * batch * length * settings.layers * length * settings.hidden
+    pairs = length * length // 2  # each head multiplies a query and a key, and a weight and a value
+    width = settings.hidden if not attention else 2 * ((6 + 4) + 8) // 2
+    attention = 6 * batch * settings.layers * pairs * 2 * width
     # Forward products are a third of training; attention scores are counted apart (torch counts them in full).
     assert products == (size.flops(batch * length, 0) - attention) // 3
     assert ModelSize(tiny_model(), VOCAB, 12).flops(0, 10) == 10 * 6 * 3 * 16 * 24

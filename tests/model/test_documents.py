@@ -13,7 +13,7 @@ from dynmoe.model.cross_entropy import linear_cross_entropy
 from dynmoe.model.documents import Documents
 from dynmoe.model.importance import own_weights
 from dynmoe.moe.layer import capture_plans
-from tests.moe.cases import ATTENTIVE, BASELINES, ROUTERS, no_losses, tiny_model
+from tests.moe.cases import ATTENTIVE, BASELINES, LATENT, ROUTERS, no_losses, tiny_model
 
 VOCAB = 48
 # Lengths of the documents of two sequences.
@@ -24,6 +24,8 @@ KINDS = {
     **BASELINES,
     **ATTENTIVE,
     "top_p heads": [*ROUTERS["top_p"], "model.qk_norm=head"],
+    "top_p latent": [*ROUTERS["top_p"], *LATENT],
+    "da_moe latent": [*ATTENTIVE["da_moe"], *LATENT],
     "top_p window": [*ROUTERS["top_p"], "model.window=3", "model.full_attention_layers=[1]"],
 }
 

@@ -59,7 +59,7 @@ def test_yarn_keeps_fast_frequencies_and_stretches_slow_ones():
     assert ratio[turns < 0.8].tolist() == pytest.approx([1 / 8] * int((turns < 0.8).sum()))
     between = ratio[(turns > 2) & (turns < 16)]
     assert ((between > 1 / 8) & (between < 1)).all()
-    assert model.rope_scaling.scale_of_rotated == pytest.approx(0.1 * math.log(8) + 1)
+    assert model.rope_scaling.query_key_scale == pytest.approx(0.1 * math.log(8) + 1)
 
 
 def test_scaling_changes_the_model():

@@ -45,6 +45,12 @@ BASELINES = {
     "seq_top_k limited": ["model.router.kind=seq_top_k", "model.router.min_experts=0", "model.router.max_experts=2",
                           "model.router.renormalize=true", "budget.experts_per_token=1.5"],
     "sigmoid": ["model.router.kind=sigmoid", "model.router.balance_loss=1e-2"],
+    "top_k grouped": ["model.router.kind=top_k", "model.router.k=2", "model.router.score_function=sigmoid",
+                      "model.router.renormalize=true", "model.router.gate_scale=2.5", "model.router.n_group=2"],
+    "top_p grouped": ["model.router.kind=top_p", "model.router.p=0.6", "model.router.entropy_loss=0",
+                      "model.router.gate_scale=2.5", "model.router.n_group=2"],
+    "sigmoid grouped": ["model.router.kind=sigmoid", "model.router.min_experts=0", "model.router.n_group=4",
+                        "model.router.topk_group=3"],
     "top_p budgets": ["model.router.kind=top_p", "model.router.budgets=[1.5,2,3]", "budget.method=pi",
                       "budget.experts_per_token=2"],
     "top_any improved": ["model.router.kind=top_any", "model.router.variant=improved",
@@ -57,6 +63,13 @@ ATTENTIVE = {
     "da_moe limited": ["model.router.kind=da_moe", "model.router.min_experts=0", "model.router.max_experts=3",
                        "model.router.renormalize=true", "budget.method=pi", "budget.experts_per_token=1.5"],
 }  # fmt: skip
+
+
+# Latent attention; the last field may be left out.
+LATENT = [
+    "model.kv_heads=2", "model.latent.kv_lora_rank=12", "model.latent.qk_nope_head_dim=6",
+    "model.latent.qk_rope_head_dim=4", "model.latent.v_head_dim=8", "model.latent.q_lora_rank=14",
+]  # fmt: skip
 
 
 def tiny_config(*overrides: str) -> Config:
@@ -168,6 +181,20 @@ def bytes_on_the_wire(overrides: list[str], tokens: int) -> tuple[int, int]:
     others = came - torch.tensor([rows, routes])
     minimum = (2 * rows + 2 * int(others[0])) * HIDDEN * 4 + routes * 8 + int(others[1]) * 4 + 16
     return layer.drain().sent_bytes, minimum
+
+
+def ranks_reached(overrides: list[str], tokens: int) -> tuple[list[int], list[int]]:
+    """Of tokens of this rank: to how many ranks each is sent, and how many experts it has."""
+    group = dist.new_group(list(range(dist.get_world_size())))
+    layer = MoELayer(tiny_model(*overrides), 0, 0, MoEContext(MoEGroups(expert=group)))
+    spread_router(layer)
+    x = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(dist.get_rank()))
+    plan = layer.router(x)
+    dispatched = layer.dispatcher.dispatch(x, plan)
+    layer.dispatcher.receive(dispatched)
+    sent_T = dispatched.senders.token_N.bincount(minlength=tokens)
+    assert sum(dispatched.exchange.send) == int(sent_T.sum())
+    return sent_T.tolist(), plan.experts_per_token_T.tolist()
 
 
 def race_over_ranks(tokens_per_rank: list[int]) -> tuple[list, list, list[int]]:

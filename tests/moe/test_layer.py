@@ -17,6 +17,7 @@ from tests.moe.cases import (
     bytes_on_the_wire,
     expert_parallel_equals_local,
     no_losses,
+    ranks_reached,
     run_layer,
     spread_router,
     tiny_model,
@@ -187,6 +188,28 @@ def test_a_token_crosses_once_for_all_its_experts_of_a_rank(two_ranks, kind):
     """Zero-computation experts send nothing, so that a token with no other experts stays."""
     for sent, minimum in two_ranks.run(bytes_on_the_wire, ALL[kind], 30):
         assert sent == minimum > 0
+
+
+GROUPED = {
+    "top_k": ["model.router.k=4", "model.router.score_function=sigmoid"],
+    "top_p": ["model.router.p=0.9"],
+    "sigmoid": ["model.router.cutoff=0.3"],
+    "top_any": [],
+    "relu": ["budget.experts_per_token=2"],
+}
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_a_token_reaches_as_many_ranks_as_it_may_use_groups(four_ranks, kind):
+    """Each rank has one group of two experts, and a token may use two groups."""
+    fields = [f"model.router.kind={kind}", *GROUPED[kind], "model.moe.experts=8"]
+    free = four_ranks.run(ranks_reached, fields, 50)
+    limited = four_ranks.run(ranks_reached, [*fields, "model.router.n_group=4", "model.router.topk_group=2"], 50)
+    assert max(max(sent) for sent, _ in free) > 2
+    assert max(max(sent) for sent, _ in limited) == 2
+    experts = {count for _, counts in limited for count in counts}
+    assert experts <= {0, 1, 2, 3, 4}
+    assert len(experts) == 1 if kind == "top_k" else len(experts) > 1
 
 
 def test_zero_computation_experts_compute_no_rows():

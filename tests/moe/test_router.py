@@ -62,6 +62,22 @@ def test_a_loss_on_the_choice_reaches_thresholds_that_no_token_exceeds(variant):
         assert (layer.router.prototypes_DE.grad[:, 2] != 0).any() == promised
 
 
+def test_the_balance_loss_of_sigmoid_scores_is_that_of_deepseek_v3():
+    """Equations 17 to 20, one sequence and expert at a time."""
+    layer = layer_of(*BASELINES["top_k grouped"], "model.router.balance_scope=sequence")
+    spread_router(layer)
+    x = torch.randn(3 * 7, HIDDEN, generator=torch.Generator().manual_seed(1))
+    plan = layer.router(x, 3)
+    scores = torch.sigmoid(x @ layer.router.weight_ED.detach().T).double().view(3, 7, 4)
+    expected = 0.0
+    for sequence in range(3):
+        for expert in range(4):
+            selected = int(plan.routing_map_TE.view(3, 7, 4)[sequence, :, expert].sum())
+            share = sum(float(row[expert] / row.sum()) for row in scores[sequence]) / 7
+            expected += 4 / (2 * 7) * selected * share / 3
+    assert layer.router.losses(plan)["balance"].item() == pytest.approx(expected, rel=1e-5)
+
+
 @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 5), st.floats(0.02, 1.0))
 def test_a_threshold_lets_its_share_of_tokens_in(seed, tokens, experts, share):
     values = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed))
@@ -74,6 +90,16 @@ def test_a_threshold_lets_its_share_of_tokens_in(seed, tokens, experts, share):
         next_down = column[column <= thresholds[expert]]
         if len(next_down):
             assert int((column >= next_down.max()).sum()) > allowed - 1e-4
+
+
+@pytest.mark.parametrize("overrides", [BASELINES["sigmoid grouped"], [*IMPROVED, "model.router.n_group=2"]])
+@pytest.mark.parametrize("wanted", [0.5, 1.5])
+def test_calibration_counts_what_tokens_select_within_their_groups(overrides, wanted):
+    layer = layer_of(*overrides, f"model.router.initial_experts={wanted}", "model.router.min_experts=0")
+    x = torch.randn(400, HIDDEN, generator=torch.Generator().manual_seed(1))
+    layer.context.step = StepState(calibrating=True)
+    layer(x)
+    assert layer.router(x).experts_per_token_T.float().mean().item() == pytest.approx(wanted, abs=0.02)
 
 
 @pytest.mark.parametrize("overrides", [IMPROVED, BASELINES["expert_threshold"],

@@ -18,7 +18,7 @@ from dynmoe.cli import EXIT_USER_ERROR
 from dynmoe.config import load_config
 from dynmoe.model import Decoder
 from dynmoe.plan.layout import Layout
-from dynmoe.plan.memory import memory_per_rank, ranks_per_token
+from dynmoe.plan.memory import memory_per_rank, ranks_per_token, ranks_reached
 from dynmoe.plan.search import alternatives, expected_experts, most_experts, plan
 from dynmoe.plan.speed import Hardware, estimate
 from harness.processes import CPU, ROOT
@@ -81,6 +81,8 @@ def test_ranks_per_token_equal_an_enumeration():
 @pytest.mark.parametrize("fields", [
     [], ["parallel.expert=4"], ["engine=megatron", "parallel.pipeline=2", "parallel.expert=2"],
     ["engine=megatron", "parallel.tensor=2", "model.moe.moe_layer_freq=2"],
+    ["engine=megatron", "parallel.pipeline=2", "model.moe.first_k_dense_replace=3", "model.moe.shared_hidden=64",
+     "model.moe.shared_gate=true"],
 ])  # fmt: skip
 def test_the_ranks_together_hold_the_whole_model(fields):
     own = layout(8, *fields, "train.global_batch=32")
@@ -94,6 +96,27 @@ def test_the_ranks_together_hold_the_whole_model(fields):
         assert dense + experts == own.size.total_parameters
     else:
         assert dense < own.size.total_parameters - experts < 2 * dense
+
+
+def test_ranks_reached_within_groups_equal_an_enumeration():
+    """A token takes three of eight experts, uniformly within two of four groups; each group is on one or two ranks."""
+    fields = ["model.router.kind=top_k", "model.router.k=3", "model.router.n_group=4", "model.router.topk_group=2"]
+    model = layout(8, *fields, "parallel.expert=4", "train.global_batch=32").config.model
+    sets = list(itertools.combinations(range(4), 3))  # of the experts of two groups
+    for ranks, per_rank in ((4, 2), (8, 1)):
+        counted = sum(len({expert // per_rank for expert in one}) for one in sets) / len(sets)
+        assert ranks_reached(model, 0, 3, ranks) == pytest.approx(counted)
+    assert ranks_reached(model, 0, 3, 2) == ranks_per_token(3, 8, 2)  # two groups on each rank
+
+
+def test_a_pipeline_waits_for_the_stage_with_experts():
+    fields = ["engine=megatron", "parallel.pipeline=2", "parallel.expert=4", "train.global_batch=64"]
+    plain, dense_first = (
+        estimate(layout(8, *fields, *extra), 2.0, Hardware()) for extra in ([], ["model.moe.first_k_dense_replace=2"])
+    )
+    assert dense_first.traffic["tokens to experts"] == plain.traffic["tokens to experts"]
+    reduced = [speed.traffic["gradients and weights"].inside for speed in (plain, dense_first)]
+    assert reduced[1] == pytest.approx(reduced[0], rel=1e-3)  # also the final norm
 
 
 def test_traffic_follows_the_links():
@@ -176,6 +199,9 @@ def test_pipeline_stages_store_activations_in_flight():
     assert memory_per_rank(interleaved, 2.0).activations > memory_per_rank(plain, 2.0).activations
 
 
+_LATENT = ["model.kv_heads=8", *(f"model.latent.{field}" for field in (
+    "kv_lora_rank=128", "q_lora_rank=192", "qk_nope_head_dim=64", "qk_rope_head_dim=32", "v_head_dim=64",
+))]  # fmt: skip
 _PLAIN = str.maketrans(dict.fromkeys("[]' "))
 # Ranks and fields: both engines, ZeRO stages, precisions, accumulation, recomputation and parallelism; some have more
 # activations than parameters.
@@ -191,10 +217,14 @@ MEASURED = [
     (2, ["engine=megatron", "parallel.pipeline=2", "train.precision=bf16", "accumulate", "train.micro_batch=4"]),
     (2, ["deepspeed.zero_stage=1", "model.moe.moe_layer_freq=2", "model.moe.shared_hidden=1024",
          "train.micro_batch=8"]),
+    (2, ["deepspeed.zero_stage=3", "train.micro_batch=4"]),
+    (2, ["deepspeed.zero_stage=3", "parallel.expert=2", "train.precision=bf16", "accumulate"]),
     (2, ["optimizer.kind=muon", "deepspeed.zero_stage=0"]),
     (2, ["optimizer.kind=muon", "deepspeed.zero_stage=1", "parallel.expert=2"]),
     (2, ["optimizer.kind=muon", "deepspeed.zero_stage=2", "train.precision=bf16"]),
     (2, ["optimizer.kind=muon", "engine=megatron", "parallel.tensor=2"]),
+    (1, [*_LATENT, "train.micro_batch=8"]),
+    (2, ["engine=megatron", "parallel.tensor=2", *_LATENT, "train.micro_batch=8"]),
 ]  # fmt: skip
 
 

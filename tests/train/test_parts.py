@@ -223,6 +223,17 @@ def test_the_mean_experts_limit_may_change_on_resume():
         check_unchanged(saved, dataclasses.asdict(load_config(None, ["model.moe.expert_hidden=64"])))
 
 
+def test_a_run_from_before_a_field_has_its_default_on_resume():
+    fields = ["first_k_dense_replace", "shared_gate"]
+    saved = dataclasses.asdict(load_config())
+    for name in fields:
+        del saved["model"]["moe"][name]
+    del saved["model"]["router"]["gate_scale"]
+    check_unchanged(saved, dataclasses.asdict(load_config()))
+    with pytest.raises(ConfigError, match=r"model\.router\.gate_scale=2\.0: the run's checkpoint has 1\.0"):
+        check_unchanged(saved, dataclasses.asdict(load_config(None, ["model.router.gate_scale=2"])))
+
+
 def test_renamed_field_of_a_saved_configuration_is_compared_under_its_new_name(monkeypatch):
     monkeypatch.setattr(load, "_RENAMED", {"model.old_width": "model.hidden"})
     current = dataclasses.asdict(load_config())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -12,11 +11,10 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from dynmoe.config import ModelConfig
 from dynmoe.engines.megatron.norms import ProjectionNorm, RMSNorm
-from dynmoe.model.attention import causal_attention
+from dynmoe.model.attention import attend
 from dynmoe.model.documents import Documents
 from dynmoe.model.importance import importance, own_weights
 from dynmoe.ops.sequence_exchange import heads_to_positions, positions_to_heads
@@ -79,34 +77,32 @@ class CoreAttention(MegatronModule):
 
     def __init__(
         self, config: TransformerConfig, *, window: int | None, measures_importance: bool, recompute: bool,
-        scale_of_rotated: float, **kwargs: Any,
+        query_key_scale: float, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(config)
         self.importance_BS: Tensor | None = None
         self._measures_importance = measures_importance
         self._window = window
         self._recompute = recompute
-        self._scale = scale_of_rotated**2  # of queries and of keys, which Megatron has rotated without it
+        self._scale = query_key_scale**2  # of queries and of keys, which Megatron has rotated without it
         self._heads = config.num_attention_heads
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Documents, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Maps query [P, B, H, d] and key, value [P, B, K, d] to [P, B, H d]; Megatron passes documents as the mask."""
+        """Maps query [P, B, H, d], key [P, B, K, d] and value [P, B, K, v] to [P, B, H v].
+
+        Megatron passes documents as the mask.
+        """
         mask = attention_mask.mask(self._window)
         group = parallel_state.get_context_parallel_group()
         is_split = dist.get_world_size(group) > 1
         query = query if self._scale == 1 else query * self._scale
         heads = [positions_to_heads(x, group) if is_split else x for x in (query, key, value)]
-        q_BHSd, k_BKSd, v_BKSd = (x_SBHd.permute(1, 2, 0, 3) for x_SBHd in heads)
+        q_BHSd, k_BKSd, v_BKSv = (x_SBHd.permute(1, 2, 0, 3) for x_SBHd in heads)
         if self._measures_importance:
             weights_BS = own_weights(q_BHSd, k_BKSd, mask)  # of this rank's heads
             dist.all_reduce(weights_BS, group=parallel_state.get_tensor_and_context_parallel_group())
             self.importance_BS = importance(weights_BS, self._heads)
-        inputs = (q_BHSd, k_BKSd, v_BKSd, mask)
-        if self._recompute and torch.is_grad_enabled():
-            out_BHSd = checkpoint(causal_attention, *inputs, use_reentrant=False, preserve_rng_state=False)
-        else:
-            out_BHSd = causal_attention(*inputs)
-        out_SBHd = out_BHSd.permute(2, 0, 1, 3)
-        return (heads_to_positions(out_SBHd, group) if is_split else out_SBHd).flatten(2)
+        out_SBHv = attend(q_BHSd, k_BKSd, v_BKSv, mask, self._recompute).permute(2, 0, 1, 3)
+        return (heads_to_positions(out_SBHv, group) if is_split else out_SBHv).flatten(2)

@@ -23,6 +23,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from dynmoe.engines.megatron.optimizer import count_steps_of_nothing
 from dynmoe.engines.megatron.safe_loading import tensors_only
 from dynmoe.engines.megatron.versions import check_readable, in_process_save_options
 from dynmoe.engines.random_state import copy_random_state, restore_random_state
@@ -106,6 +107,7 @@ def snapshot(directory: Path, models: Sequence[MegatronModule], optimizer: Chain
     if dist.get_rank() == 0:
         folder.mkdir()
     dist.barrier()
+    count_steps_of_nothing(optimizer, step)
     with _existing_objects_frozen():
         state = _sharded_state_dict(models, optimizer, step, is_loading=False)
     strategy = _InProcessSaveStrategy("torch_dist", 1, thread_count=1)

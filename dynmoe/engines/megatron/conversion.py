@@ -54,7 +54,9 @@ def _entry(weight: Weight, engine: MegatronEngine, ranges: dict[int, tuple[range
         engine.state.set(weight.parameter, {part: weight.layout.split(whole, 1)[0] for part, whole in values.items()})
 
     moments = engine.state.moments(weight.parameter)
-    return canonical_state.entry(weight.name, weight.parameter, ranges, moments, get, put)
+    return canonical_state.entry(
+        weight.name, weight.parameter, tuple(weight.parameter.shape), ranges, moments, get, put
+    )
 
 
 def _buffers(engine: MegatronEngine) -> dict[str, Tensor]:

@@ -159,7 +159,8 @@ class MegatronEngine:
             number, batch = next(batches)
             length = batch.tokens_BS.shape[1] * self.config.parallel.context
             documents = Documents(batch.start_BS, length, self.device)
-            get_attr_wrapped_model(chunk, "rotary_pos_emb").documents = documents
+            if not self.config.model.latent.enabled:
+                get_attr_wrapped_model(chunk, "rotary_pos_emb").documents = documents
             labels = None if logits else batch.labels_BS
             with self.moe.micro_batch(number):
                 output = chunk(batch.tokens_BS, None, documents, labels=labels)

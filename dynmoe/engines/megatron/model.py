@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dynmoe.config import Config, ModelConfig
 from dynmoe.engines.megatron.attention import BiasedOutput, CoreAttention, DocumentRotaryEmbedding, QKNormAttention
+from dynmoe.engines.megatron.latent_attention import LatentSelfAttention
 from dynmoe.engines.megatron.norms import RMSNorm
 from dynmoe.engines.megatron.versions import build_decoder
 from dynmoe.engines.megatron.weights import initialize
@@ -34,7 +35,8 @@ def transformer_config(config: Config) -> TransformerConfig:
     parallel = config.parallel
     bf16 = config.train.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
-    return TransformerConfig(
+    kind, latent = (MLATransformerConfig, _latent(model)) if model.latent.enabled else (TransformerConfig, {})
+    return kind(
         num_layers=model.layers,
         hidden_size=model.hidden,
         num_attention_heads=model.heads,
@@ -75,7 +77,23 @@ def transformer_config(config: Config) -> TransformerConfig:
         apply_rope_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        **latent,
     )
+
+
+def _latent(model: ModelConfig) -> dict[str, Any]:
+    """Fields of multi-head latent attention; scaled positions are ours (:class:`LatentSelfAttention`)."""
+    latent = model.latent
+    return {
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_head_dim": latent.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        "rope_type": "rope",
+        "rotary_base": model.rope_theta,
+        "transformer_impl": "local",
+    }
 
 
 class RecomputedLayer(TransformerLayer):
@@ -159,11 +177,14 @@ class MegatronMoELayer(MoELayer):
 
 
 def _layer_spec(config: Config, context: MoEContext, layer: int) -> ModuleSpec:
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", multi_latent_attention=config.model.latent.enabled)
     parts = spec.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention
-    if config.model.qk_norm is not None:
+    if config.model.latent.enabled:
+        attention.module = LatentSelfAttention
+        attention.params = attention.params | {"model": config.model}
+    elif config.model.qk_norm is not None:
         attention.module = QKNormAttention
         attention.params = attention.params | {"model": config.model}
     if config.model.attention_bias == "all":
@@ -172,7 +193,7 @@ def _layer_spec(config: Config, context: MoEContext, layer: int) -> ModuleSpec:
         "window": config.model.window_of(layer),
         "measures_importance": config.model.router.NEEDS_ATTENTION,
         "recompute": config.train.recompute == "selective",
-        "scale_of_rotated": config.model.rope_scaling.scale_of_rotated,
+        "query_key_scale": config.model.rope_scaling.query_key_scale,
     }
     attention.submodules.core_attention = ModuleSpec(module=CoreAttention, params=options)
     if config.model.is_moe_layer(layer):
@@ -211,8 +232,9 @@ def build_chunks(config: Config, vocab_size: int, context: MoEContext, device: t
             position_embedding_type="rope",
             rotary_base=config.model.rope_theta,
         ).to(device)
-        chunk.rotary_pos_emb.__class__ = DocumentRotaryEmbedding  # both model classes make their own
-        chunk.rotary_pos_emb.inv_freq = frequencies(config.model, device)
+        if not config.model.latent.enabled:  # each latent attention has its own
+            chunk.rotary_pos_emb.__class__ = DocumentRotaryEmbedding  # both model classes make their own
+            chunk.rotary_pos_emb.inv_freq = frequencies(config.model, device)
         if config.model.router.NEEDS_ATTENTION:
             _connect_attention(chunk)
         tensor_rank = parallel_state.get_tensor_model_parallel_rank()

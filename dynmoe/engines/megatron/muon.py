@@ -12,7 +12,7 @@ from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 
 from dynmoe.config import Config
-from dynmoe.engines.megatron.weights import REPLICATED, Weight, weights
+from dynmoe.engines.megatron.weights import Weight, weights
 from dynmoe.engines.whole_matrices import MatrixExchange, Part, Place, Unit, held_by_unit
 from dynmoe.model.matrices import rows_of_matrices
 from dynmoe.train.muon import MuonAdamW
@@ -71,7 +71,7 @@ def _unit(config: Config, weight: Weight) -> Unit:
     """The unit of a parameter, or of each of its experts."""
     shape = weight.parameter.shape[-2:]
     tensor = config.parallel.tensor
-    if weight.layout is REPLICATED or tensor == 1:
+    if weight.layout.replicated or tensor == 1:
         tensor = 1
     whole = weight.layout.join([torch.empty(shape, device="meta")] * tensor)
     rows = rows_of_matrices(config.model, weight.name, len(whole))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -98,6 +99,18 @@ def _prepare_torch_adam(part: DistributedOptimizer) -> None:
     part._set_main_param_and_optimizer_states = MethodType(_set_main_param_and_moments, part)
 
 
+def count_steps_of_nothing(optimizer: ChainedOptimizer, step: int) -> None:
+    """Sets the step of optimizers that hold no parameter here, which torch does not count.
+
+    A checkpoint has the step of rank 0 for all ranks, and rank 0 may be of a pipeline stage without experts.
+    """
+    for part in optimizer.chained_optimizers:
+        if not isinstance(part.optimizer, torch.optim.AdamW) or any(group["params"] for group in part.param_groups):
+            continue
+        for state in part.optimizer.state.values():
+            state["step"].fill_(step)
+
+
 def _get_main_param_and_moments(part: DistributedOptimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
     """This rank's flat shards of a parameter's fp32 master and moments.
 
@@ -162,6 +175,10 @@ class OptimizerState:
         shards, start = self.shard(parameter)
         for part, held in shards.items():
             held.copy_(values[part].flatten()[start : start + held.numel()])
+
+    def whole(self, module: nn.Module) -> AbstractContextManager[None]:
+        """See :class:`dynmoe.moe.adaptation.ParameterReset`; parameters always are whole, or this rank's shards."""
+        return nullcontext()
 
     @torch.no_grad()
     def reset_slice(self, parameter: nn.Parameter, index: tuple[int | slice, ...], fresh: Tensor) -> None:

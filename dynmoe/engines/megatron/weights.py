@@ -14,9 +14,9 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from dynmoe.config import ModelConfig
+from dynmoe.config.latent import LatentConfig
 from dynmoe.engines.megatron.versions import final_norm
-from dynmoe.model.attention import Attention
-from dynmoe.model.decoder import initial_embedding
+from dynmoe.model.decoder import initial_embedding, make_attention
 from dynmoe.moe import MoELayer
 from dynmoe.moe.experts import SwiGLU
 
@@ -28,10 +28,12 @@ class Layout:
     Attributes:
         split: converts a weight of the plain model to its shards on ``n`` tensor-parallel ranks.
         join: converts these shards back to the weight.
+        replicated: whether every rank has the whole weight.
     """
 
     split: Callable[[Tensor, int], list[Tensor]]
     join: Callable[[list[Tensor]], Tensor]
+    replicated: bool = False
 
 
 def _shard(dim: int) -> Layout:
@@ -72,7 +74,29 @@ def _query_key_value(model: ModelConfig) -> Layout:
     return Layout(split, join)
 
 
-REPLICATED = Layout(lambda whole, n: [whole] * n, lambda parts: parts[0])
+_REPLICATED = Layout(lambda whole, n: [whole] * n, lambda parts: parts[0], replicated=True)
+
+
+def _interleaved(latent: LatentConfig, blocks: int, layout: Layout) -> Layout:
+    """Puts rows that are rotated together next to each other, as Megatron expects them in latent attention.
+
+    Args:
+        latent: its ``qk_rope_head_dim`` last rows of each block are rotated.
+        blocks: number of equal blocks of rows, such as heads.
+        layout: how the rows are then spread over the ranks.
+    """
+    rotated = latent.qk_rope_head_dim
+
+    def reorder(whole: Tensor, halves: tuple[int, int]) -> Tensor:
+        rows = whole.unflatten(0, (blocks, -1))
+        pairs = rows[:, -rotated:].unflatten(1, halves).transpose(1, 2).flatten(1, 2)
+        return torch.cat([rows[:, :-rotated], pairs], dim=1).flatten(0, 1)
+
+    return Layout(
+        lambda whole, n: layout.split(reorder(whole, (2, rotated // 2)), n),
+        lambda parts: reorder(layout.join(parts), (rotated // 2, 2)),
+        layout.replicated,
+    )
 
 
 @dataclass(frozen=True)
@@ -90,29 +114,48 @@ def weights(chunk: MegatronModule, model: ModelConfig) -> Iterator[Weight]:
         yield Weight("w_embed_VD", chunk.embedding.word_embeddings.weight, _shard(0))
     for layer in chunk.decoder.layers:
         name = f"layers.{layer.layer_number - 1}"
-        attention = layer.self_attention
-        yield Weight(f"{name}.attention_norm.weight", layer.input_layernorm.weight, REPLICATED)
-        yield Weight(f"{name}.attention.w_qkv", attention.linear_qkv.weight, _query_key_value(model))
-        yield Weight(f"{name}.attention.w_out", attention.linear_proj.weight, _shard(1))
-        if model.attention_bias is not None:
-            yield Weight(f"{name}.attention.b_qkv", attention.linear_qkv.bias, _query_key_value(model))
-        if model.attention_bias == "all":
-            yield Weight(f"{name}.attention.b_out", attention.linear_proj.bias, REPLICATED)
-        if model.qk_norm is not None:
-            layout = REPLICATED if model.qk_norm == "head" else _shard(0)
-            yield Weight(f"{name}.attention.q_norm.weight", attention.q_layernorm.weight, layout)
-            yield Weight(f"{name}.attention.k_norm.weight", attention.k_layernorm.weight, layout)
-        yield Weight(f"{name}.ffn_norm.weight", layer.pre_mlp_layernorm.weight, REPLICATED)
+        yield Weight(f"{name}.attention_norm.weight", layer.input_layernorm.weight, _REPLICATED)
+        of_attention = _latent_attention if model.latent.enabled else _attention
+        yield from of_attention(layer.self_attention, f"{name}.attention", model)
+        yield Weight(f"{name}.ffn_norm.weight", layer.pre_mlp_layernorm.weight, _REPLICATED)
         if isinstance(layer.mlp, MoELayer):
             for suffix, parameter in layer.mlp.named_parameters():
-                yield Weight(f"{name}.moe.{suffix}", parameter, REPLICATED)
+                yield Weight(f"{name}.moe.{suffix}", parameter, _REPLICATED)
         else:
             yield Weight(f"{name}.ffn.w_up_HD", layer.mlp.linear_fc1.weight, _gate_and_up())
             yield Weight(f"{name}.ffn.w_down_DF", layer.mlp.linear_fc2.weight, _shard(1))
     if chunk.post_process:
-        yield Weight("norm.weight", final_norm(chunk.decoder).weight, REPLICATED)
+        yield Weight("norm.weight", final_norm(chunk.decoder).weight, _REPLICATED)
         if not model.tie_embeddings:
             yield Weight("w_out_VD", chunk.output_layer.weight, _shard(0))
+
+
+def _attention(attention: MegatronModule, name: str, model: ModelConfig) -> Iterator[Weight]:
+    yield Weight(f"{name}.w_qkv", attention.linear_qkv.weight, _query_key_value(model))
+    yield Weight(f"{name}.w_out", attention.linear_proj.weight, _shard(1))
+    if model.attention_bias is not None:
+        yield Weight(f"{name}.b_qkv", attention.linear_qkv.bias, _query_key_value(model))
+    if model.attention_bias == "all":
+        yield Weight(f"{name}.b_out", attention.linear_proj.bias, _REPLICATED)
+    if model.qk_norm is not None:
+        layout = _REPLICATED if model.qk_norm == "head" else _shard(0)
+        yield Weight(f"{name}.q_norm.weight", attention.q_layernorm.weight, layout)
+        yield Weight(f"{name}.k_norm.weight", attention.k_layernorm.weight, layout)
+
+
+def _latent_attention(attention: MegatronModule, name: str, model: ModelConfig) -> Iterator[Weight]:
+    queries = _interleaved(model.latent, model.heads, _shard(0))
+    if model.latent.q_lora_rank is None:
+        yield Weight(f"{name}.w_q", attention.linear_q_proj.weight, queries)
+    else:
+        yield Weight(f"{name}.w_q_down", attention.linear_q_down_proj.weight, _REPLICATED)
+        yield Weight(f"{name}.q_norm.weight", attention.q_layernorm.weight, _REPLICATED)
+        yield Weight(f"{name}.w_q_up", attention.linear_q_up_proj.weight, queries)
+    layout = _interleaved(model.latent, 1, _REPLICATED)
+    yield Weight(f"{name}.w_kv_down", attention.linear_kv_down_proj.weight, layout)
+    yield Weight(f"{name}.kv_norm.weight", attention.kv_layernorm.weight, _REPLICATED)
+    yield Weight(f"{name}.w_kv_up", attention.linear_kv_up_proj.weight, _shard(0))
+    yield Weight(f"{name}.w_out", attention.linear_proj.weight, _shard(1))
 
 
 def moe_layers(chunk: MegatronModule) -> list[MoELayer]:
@@ -127,7 +170,7 @@ def initialize(
     """Initializes a model chunk like the plain model; MoE layers and norms already are."""
     by_name = {weight.name: weight for weight in weights(chunk, model)}
     for weight in by_name.values():
-        if weight.layout is not REPLICATED:
+        if not weight.layout.replicated:
             # Gradient norms need this flag of sharded weights; Megatron sets it only when it initializes them itself.
             weight.parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
@@ -145,7 +188,7 @@ def initialize(
     for layer in chunk.decoder.layers:
         number = layer.layer_number - 1
         name = f"layers.{number}"
-        parts: dict[str, nn.Module] = {"attention": Attention(model, number, seed)}
+        parts: dict[str, nn.Module] = {"attention": make_attention(model, number, seed)}
         if not isinstance(layer.mlp, MoELayer):
             parts["ffn"] = SwiGLU(model, model.ffn_hidden, seed, f"{name}.ffn")
         for part, module in parts.items():
