@@ -12,9 +12,13 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
+
 from harness.processes import free_port, start_server
 
 _START_TIMEOUT_S = 120.0
+# Threads of gloo wake up all the time, also for groups that no test uses any more; processes with more are replaced.
+_MOST_THREADS = 120
 
 
 def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
@@ -76,7 +80,7 @@ def _keep_groups_of_layouts() -> None:
 
 
 class WorkerPool:
-    """``world_size`` processes in one gloo group; forked at the first call, and again after a failure."""
+    """``world_size`` processes in one gloo group; forked at the first call, and after a failure or many groups."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -121,6 +125,8 @@ class WorkerPool:
         if failure is not None:
             self.stop()
             raise AssertionError(failure)
+        if any(psutil.Process(process.pid).num_threads() > _MOST_THREADS for process in self._processes):
+            self.stop()
         return results
 
     def stop(self) -> None:
