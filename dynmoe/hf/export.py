@@ -56,8 +56,9 @@ class Export:
 def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code: bool = False) -> Export:
     """Exports the latest valid checkpoint of a run, of either engine, for ``from_pretrained``.
 
-    A model that transformers has an architecture for (dense, or top-k) needs no code; any other includes ours. An
-    imported checkpoint's positions, special tokens, tokenizer and generation settings are exported unchanged.
+    A model that transformers has an architecture for (dense, or top-k) needs no code; any other includes ours, which
+    has no latent attention. An imported checkpoint's positions, special tokens, tokenizer and generation settings are
+    exported unchanged.
 
     Args:
         run: directory of the run.
@@ -66,7 +67,8 @@ def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code
         own_code: include our code in any case.
 
     Raises:
-        UserError: no run, no valid checkpoint, an existing output, or a tokenizer that transformers cannot rebuild.
+        UserError: no run, no valid checkpoint, an existing output, a model that neither can compute, or a tokenizer
+            that transformers cannot rebuild.
     """
     if output.exists():
         raise UserError(f"OUT: {output} exists; name a new directory")

@@ -56,7 +56,7 @@ RUNS = {
 
 
 def checkpoint(folder: Path, vocab_size: int = 96, **settings):
-    """A model of transformers in which every tensor matters, and saves it."""
+    """Saves a model of transformers in which every tensor matters."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     config = DeepseekV3Config(**{
