@@ -18,13 +18,14 @@ from dynmoe.config import ModelConfig
 from dynmoe.data.corpus import Corpus
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import UserError
-from dynmoe.hf import qwen2_moe
+from dynmoe.hf import deepseek_v3, qwen2_moe
 from dynmoe.hf.bundle import write_code
 from dynmoe.hf.formats import standard_architecture, to_transformers
 from dynmoe.hf.kept import Kept
 from dynmoe.hf.names import parts
 from dynmoe.hf.routers import router_state
 from dynmoe.hf.tokenizer import compare, padding, write_tokenizer
+from dynmoe.model.rotary import neighbours
 from dynmoe.train.checkpoint import IMPORTED
 from dynmoe.train.run_directory import RunDirectory
 from dynmoe.train.tensor_files import follow_umask
@@ -55,8 +56,9 @@ class Export:
 def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code: bool = False) -> Export:
     """Exports the latest valid checkpoint of a run, of either engine, for ``from_pretrained``.
 
-    A model that transformers has an architecture for (dense, or top-k) needs no code; any other includes ours. An
-    imported checkpoint's positions, special tokens, tokenizer and generation settings are exported unchanged.
+    A model that transformers has an architecture for (dense, or top-k) needs no code; any other includes ours, which
+    has no latent attention. An imported checkpoint's positions, special tokens, tokenizer and generation settings are
+    exported unchanged.
 
     Args:
         run: directory of the run.
@@ -65,15 +67,15 @@ def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code
         own_code: include our code in any case.
 
     Raises:
-        UserError: no run, no valid checkpoint, an existing output, or a tokenizer that transformers cannot rebuild.
+        UserError: no run, no valid checkpoint, an existing output, a model that neither can compute, or a tokenizer
+            that transformers cannot rebuild.
     """
     if output.exists():
         raise UserError(f"OUT: {output} exists; name a new directory")
     kept = Kept.of(run)
     model, tokenizer = _open(run, kept)
-    _check_supported(model.config.model)
-    standard = None if own_code or _is_biased(model) else standard_architecture(model.config.model)
-    architecture = standard or "dynmoe"
+    _check_supported(model.config.model, own_code)
+    architecture = _architecture(model, own_code)
     rows = model.decoder.w_embed_VD.shape[0]
     fields = own_fields(model, tokenizer, kept)
     config = to_transformers(model.config, architecture, rows) | fields | {"dtype": str(dtype).removeprefix("torch.")}
@@ -106,18 +108,30 @@ def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code
     return Export(architecture, parameters, kept.has_tokenizer or tokenizer is not None, texts)
 
 
-def _check_supported(model: ModelConfig) -> None:
+def _check_supported(model: ModelConfig, own_code: bool) -> None:
     """Refuses models that neither an architecture of transformers nor our own code computes."""
     router = model.router
-    latent = model.latent
     if model.moe_layers and router.NEEDS_ATTENTION:
         problem = "needs the attention weights, which the attention of transformers and servers does not return"
         raise UserError(f"model.router.kind={router.kind!r}: {problem}; run it with python -m dynmoe.generate")
-    if latent.enabled:
-        problem = "latent attention cannot be exported"
-        raise UserError(
-            f"model.latent.kv_lora_rank={latent.kv_lora_rank}: {problem}; run it with python -m dynmoe.generate"
-        )
+    if model.latent.enabled:
+        if error := deepseek_v3.misfit(model):
+            raise error
+        if own_code:
+            problem = "our code has no latent attention"
+            raise UserError(f"--own-code: {problem}; without it, the run is exported as transformers' DeepSeek-V3")
+
+
+def _architecture(model: TrainedDecoder, own_code: bool) -> str:
+    """The ``model_type`` of the export."""
+    standard = None if own_code else standard_architecture(model.config.model)
+    if standard == "deepseek_v3":  # which has biases
+        if _has_inactive_experts(model):
+            raise UserError(
+                "model.router.kind=top_k: inactive experts and latent attention cannot be exported together"
+            )
+        return standard
+    return "dynmoe" if standard is None or _is_biased(model) or _has_inactive_experts(model) else standard
 
 
 def _open(run: Path, kept: Kept) -> tuple[TrainedDecoder, Tokenizer | None]:
@@ -150,10 +164,12 @@ def _generation(tokenizer: Tokenizer, fields: Mapping[str, Any], rows: int) -> d
 
 
 def _is_biased(model: TrainedDecoder) -> bool:
-    """Whether a top-k router has selection biases or inactive experts, which only our own architecture supports."""
-    buffers = dict(model.decoder.named_buffers())
-    biased = any(bool(buffer.any()) for name, buffer in buffers.items() if name.endswith("router.bias_E"))
-    return biased or any(not bool(mask.all()) for name, mask in buffers.items() if name.endswith("router.active_E"))
+    """Whether a top-k router has selection biases."""
+    return any(bool(bias.any()) for name, bias in model.decoder.named_buffers() if name.endswith("router.bias_E"))
+
+
+def _has_inactive_experts(model: TrainedDecoder) -> bool:
+    return any(not mask.all() for name, mask in model.decoder.named_buffers() if name.endswith("router.active_E"))
 
 
 def _tensors(model: TrainedDecoder, architecture: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -163,6 +179,7 @@ def _tensors(model: TrainedDecoder, architecture: str, dtype: torch.dtype) -> di
     for part in parts(model.config.model, model.decoder.w_embed_VD.shape[0], architecture):
         whole = own[part.ours].detach()
         whole = whole if part.expert is None else whole[part.expert]
+        whole = neighbours(whole, *part.rotated) if part.rotated else whole
         pieces = whole.split(part.rows) if part.rows else [whole]
         for name, piece in zip(part.theirs, pieces, strict=True):
             made[name] = piece.to(whole.dtype if part.state else dtype, copy=True).contiguous()

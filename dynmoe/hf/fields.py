@@ -45,6 +45,7 @@ _TOP_K = _COMMON | {"num_experts", "num_local_experts", "num_experts_per_tok", "
 _EXPERTS = {"moe_intermediate_size", "shared_expert_intermediate_size", "shared_expert_gate"}
 _QWEN = {"norm_topk_prob", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers", "sliding_window",
          "use_sliding_window"}  # fmt: skip
+_LATENT = {"q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave"}
 _NO_SWITCH: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False,)}
 _NO_BIAS: dict[str, tuple[Any, ...]] = {"attention_bias": (False,)}
 FAMILIES = {
@@ -62,6 +63,15 @@ FAMILIES = {
         "Qwen2MoeForCausalLM", "Qwen2MoeConfig",
         _TOP_K | _QWEN | {"shared_expert_intermediate_size", "layer_types", "max_window_layers"},
         {"qkv_bias": (True, False), **_NO_BIAS},  # the biases themselves are checked
+    ),
+    "deepseek_v3": Family(
+        "DeepseekV3ForCausalLM", "DeepseekV3Config",
+        _COMMON | _LATENT | {"n_routed_experts", "n_shared_experts", "moe_intermediate_size", "first_k_dense_replace",
+        "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"},
+        # The last three are in published files, and nothing in transformers reads them.
+        {**_NO_BIAS, "moe_layer_freq": (1,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+        # Losses of the pretraining, its layout, and layers that predict further tokens, which are no part of the model.
+        {"aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers", "num_mtp_layers", "qk_head_dim"},
     ),
     # Our exports of models that transformers has no architecture for.
     "dynmoe": Family(
@@ -183,6 +193,24 @@ class Settings:
             turn = 0.1 * math.log(scaling["factor"])
             scaling["attention_factor"] = (above * turn + 1.0) / (below * turn + 1.0)
         return scaling
+
+    def latent_rope_scaling(self) -> dict[str, Any]:
+        """The same for latent attention, whose ``attention_factor`` is for all of a query and key.
+
+        transformers multiplies what is rotated by its own factor, and all of it as ``mscale_all_dim`` says.
+
+        Raises:
+            UserError: YaRN multiplies what is rotated by another factor than the rest.
+        """
+        scaling = self.rope_scaling()
+        if scaling.get("kind") != "yarn":
+            return scaling
+        turn = 0.1 * math.log(scaling["factor"])
+        above, below = (self._rope.get(name) for name in ("mscale", "mscale_all_dim"))
+        if scaling.get("attention_factor", turn + 1.0) != 1.0:
+            found = f"rope_parameters, rope_scaling: mscale={above}, mscale_all_dim={below}"
+            raise UserError(f"config.json: {found}: only equal ones can be imported with latent attention")
+        return scaling | {"attention_factor": (below or 0.0) * turn + 1.0}
 
 
 def settings_of(found: Mapping[str, Any], family: Family) -> Settings:

@@ -8,6 +8,7 @@ from typing import Any
 
 from dynmoe.config import Config, ModelConfig
 from dynmoe.errors import UserError
+from dynmoe.hf import deepseek_v3
 from dynmoe.hf.fields import FAMILIES, KEPT, check_fields, settings_of, shown, write_rope
 from dynmoe.hf.qwen2_moe import ABSENT_WIDTH
 from dynmoe.hf.readers import CODE, READERS
@@ -21,6 +22,8 @@ def standard_architecture(model: ModelConfig) -> str | None:
     Biases of loss-free balancing are state and not considered here.
     """
     moe = model.moe
+    if model.latent.enabled:
+        return "deepseek_v3" if deepseek_v3.misfit(model) is None else None
     if not model.moe_layers:
         name = "llama" if model.qk_norm is None else None
     elif len(set(moe.experts_by_layer)) > 1 or not isinstance(model.router, TopK) or own_field(model.router):
@@ -78,6 +81,8 @@ def to_transformers(config: Config, architecture: str, vocab_size: int) -> dict[
     if architecture == "dynmoe":
         return common | _dynmoe(config) | {"auto_map": CODE}
     common |= {"hidden_act": "silu"}
+    if architecture == "deepseek_v3":
+        return common | deepseek_v3.to_transformers(model)
     if architecture in _BIASED:
         common["attention_bias"] = model.attention_bias is not None
     return common if architecture == "llama" else common | _top_k(model, architecture)
@@ -152,6 +157,8 @@ def from_transformers(found: Mapping[str, Any]) -> tuple[str, list[str], dict[st
     }
     kept = {name: get.optional(name) for name in KEPT if name in get}
     named = {f"model.{name}": value for name, value in fields.items()}
+    if architecture == "deepseek_v3":
+        named["budget.method"] = "loss_free"  # its biases are trained in this way
     if architecture == "dynmoe" and fields["moe.experts"]:
         named |= read_router(get["router"], hidden)
     return architecture, [f"{name}={json.dumps(value)}" for name, value in named.items()], kept

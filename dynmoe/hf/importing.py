@@ -10,6 +10,7 @@ from dynmoe.data.corpus import Corpus
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.data.tokenizer_files import find_tokenizer, open_tokenizer
 from dynmoe.errors import UserError
+from dynmoe.hf.deepseek_v3 import is_interleaved
 from dynmoe.hf.formats import from_transformers
 from dynmoe.hf.kept import to_keep
 from dynmoe.hf.qwen2_moe import has_gates, has_shared_expert
@@ -23,9 +24,10 @@ from dynmoe.trained import begin_run
 def import_checkpoint(source: Path, output: Path, overrides: Sequence[str] = ()) -> tuple[str, Config]:
     """Creates the run directory ``output``, whose training starts from the weights in ``source`` with new moments.
 
-    Supported are the release of arXiv 2403.07652, Llama, Mixtral, OLMoE, Qwen3-MoE and every export of ours, as written
-    or as saved again by transformers, in safetensors. Our routers keep their budget, thresholds and masks. The
-    tokenizer and other files of the model are kept in the run directory, for a later export.
+    Supported are the release of arXiv 2403.07652, Llama, Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3 without its layers
+    for further tokens, and every export of ours, as written or as saved again by transformers, in safetensors. Our
+    routers keep their budget, thresholds and masks. The tokenizer and other files of the model are kept in the run
+    directory, for a later export.
 
     Args:
         source: directory with ``config.json`` and the weights.
@@ -55,7 +57,7 @@ def import_checkpoint(source: Path, output: Path, overrides: Sequence[str] = ())
     tokenizer = _own_tokenizer(source, vocab_size)
     _check_corpora(config, vocab_size)
     decoder = Decoder(config.model, vocab_size, config.train.seed)
-    load_weights(decoder, tensors, architecture)
+    load_weights(decoder, tensors, architecture, is_interleaved(found))
     if architecture == "dynmoe":
         restore_router_state(decoder, found.get("router") or {})
     begin_run(config, decoder, to_keep(source, found | kept, tokenizer), output)

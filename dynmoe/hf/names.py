@@ -6,7 +6,7 @@ Each of our tensors is a concatenation of theirs along the rows: queries, keys a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dynmoe.config import ModelConfig
 from dynmoe.routers.base import without_shape
@@ -20,6 +20,7 @@ class Names:
         norms: the norms before attention and before the feed-forward layer.
         dense: a dense feed-forward layer, with ``{part}``.
         router: the router's weight.
+        router_bias: its selection biases; None if the architecture has none.
         expert: a single expert, with ``{expert}`` and ``{part}``; None if two tensors hold all experts.
         parts: gate, up and down projection of an expert.
         shared: the shared expert, with ``{part}``.
@@ -29,14 +30,17 @@ class Names:
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
     dense: str = "mlp.{part}.weight"
     router: str = "mlp.gate.weight"
+    router_bias: str | None = None
     expert: str | None = "mlp.experts.{expert}.{part}.weight"
     parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared: str = "mlp.shared_expert.{part}.weight"
     shared_gate: str = "mlp.shared_expert_gate.weight"
 
 
-# Stacked experts, as in a state_dict of transformers 5, for any family.
+# Stacked experts, as in a state_dict of transformers 5: of DeepSeek-V3, and of any other family.
 STACKED = "stacked"
+STACKED_DEEPSEEK = "stacked deepseek_v3"
+_DEEPSEEK = Names(router_bias="mlp.gate.e_score_correction_bias", shared="mlp.shared_experts.{part}.weight")
 NAMES = {
     **dict.fromkeys(("llama", "olmoe", "qwen2_moe", "qwen3_moe"), Names()),
     "mixtral": Names(
@@ -48,6 +52,8 @@ NAMES = {
         norms=("input_norm", "post_attention_norm"), dense="mlp.mlp.{part}.weight", router="mlp.router.weight"
     ),
     STACKED: Names(expert=None),
+    "deepseek_v3": _DEEPSEEK,
+    STACKED_DEEPSEEK: replace(_DEEPSEEK, expert=None),
     "dynmoe": Names(router="mlp.router.weight", expert=None),
 }
 
@@ -63,6 +69,7 @@ class Part:
         rows: number of rows of each of theirs.
         expert: index of the expert if our tensor is a stack.
         state: whether it is a buffer of a router.
+        rotated: latent attention: number of blocks of rows, and of rows of each that are rotated, see ``neighbours``.
     """
 
     ours: str
@@ -71,6 +78,7 @@ class Part:
     rows: tuple[int, ...] = ()
     expert: int | None = None
     state: bool = False
+    rotated: tuple[int, int] | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -82,25 +90,26 @@ class Part:
 
 def parts(model: ModelConfig, vocab_size: int, architecture: str) -> Iterator[Part]:
     """All tensors of a model in a checkpoint of ``architecture``, a key of ``NAMES``."""
+    names = NAMES[architecture]
     hidden = model.hidden
     yield Part("w_embed_VD", ("model.embed_tokens.weight",), (vocab_size, hidden))
     for layer in range(model.layers):
         ours = f"layers.{layer}"
         theirs = f"model.{ours}"
-        yield from _attention(model, NAMES[architecture], ours, theirs)
+        for own, norm in zip(("attention_norm", "ffn_norm"), names.norms, strict=True):
+            yield Part(f"{ours}.{own}.weight", (f"{theirs}.{norm}.weight",), (hidden,))
+        yield from (_latent_attention if model.latent.enabled else _attention)(model, ours, theirs)
         if model.is_moe_layer(layer):
             yield from _moe(model, layer, architecture, f"{ours}.moe", theirs)
         else:
-            yield from _swiglu(f"{ours}.ffn", f"{theirs}.{NAMES[architecture].dense}", hidden, model.ffn_hidden)
+            yield from _swiglu(f"{ours}.ffn", f"{theirs}.{names.dense}", hidden, model.ffn_hidden)
     yield Part("norm.weight", ("model.norm.weight",), (hidden,))
     if not model.tie_embeddings:
         yield Part("w_out_VD", ("lm_head.weight",), (vocab_size, hidden))
 
 
-def _attention(model: ModelConfig, names: Names, ours: str, theirs: str) -> Iterator[Part]:
+def _attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[Part]:
     heads, kv_heads = (count * model.width_of_head for count in (model.heads, model.kv_heads))
-    for own, norm in zip(("attention_norm", "ffn_norm"), names.norms, strict=True):
-        yield Part(f"{ours}.{own}.weight", (f"{theirs}.{norm}.weight",), (model.hidden,))
     projections = tuple(f"{theirs}.self_attn.{name}_proj.weight" for name in "qkv")
     rows = (heads, kv_heads, kv_heads)
     yield Part(f"{ours}.attention.w_qkv", projections, (sum(rows), model.hidden), rows)
@@ -115,6 +124,30 @@ def _attention(model: ModelConfig, names: Names, ours: str, theirs: str) -> Iter
         for name, width in (("q_norm", heads), ("k_norm", kv_heads)):
             shape = (width if whole else model.width_of_head,)
             yield Part(f"{ours}.attention.{name}.weight", (f"{theirs}.self_attn.{name}.weight",), shape)
+
+
+def _latent_attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[Part]:
+    latent = model.latent
+    hidden = model.hidden
+    rotated = latent.qk_rope_head_dim
+    rank = latent.kv_lora_rank
+    assert rank is not None
+    queries = model.heads * model.width_of_head
+
+    def part(own: str, name: str, shape: tuple[int, ...], blocks: int = 0) -> Part:
+        places = (blocks, rotated) if blocks else None
+        return Part(f"{ours}.attention.{own}", (f"{theirs}.self_attn.{name}.weight",), shape, rotated=places)
+
+    if latent.q_lora_rank is None:
+        yield part("w_q", "q_proj", (queries, hidden), model.heads)
+    else:
+        yield part("w_q_down", "q_a_proj", (latent.q_lora_rank, hidden))
+        yield part("q_norm.weight", "q_a_layernorm", (latent.q_lora_rank,))
+        yield part("w_q_up", "q_b_proj", (queries, latent.q_lora_rank), model.heads)
+    yield part("w_kv_down", "kv_a_proj_with_mqa", (rank + rotated, hidden), 1)
+    yield part("kv_norm.weight", "kv_a_layernorm", (rank,))
+    yield part("w_kv_up", "kv_b_proj", (model.heads * (latent.qk_nope_head_dim + latent.v_head_dim), rank))
+    yield part("w_out", "o_proj", (hidden, model.heads * latent.v_head_dim))
 
 
 def _swiglu(ours: str, theirs: str, hidden: int, width: int) -> Iterator[Part]:
@@ -132,6 +165,8 @@ def _moe(model: ModelConfig, layer: int, architecture: str, ours: str, theirs: s
         yield from _router(model, experts, f"{ours}.router", f"{theirs}.mlp.router")
     else:
         yield Part(f"{ours}.router.weight_ED", (f"{theirs}.{names.router}",), (experts, hidden))
+    if names.router_bias is not None:
+        yield Part(f"{ours}.router.bias_E", (f"{theirs}.{names.router_bias}",), (experts,), state=True)
     if names.expert is None:
         stacks = {"w_up_EHD": ("gate_up_proj", 2 * width, hidden), "w_down_EDF": ("down_proj", hidden, width)}
         for own, (name, rows, columns) in stacks.items():

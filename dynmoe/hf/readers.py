@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dynmoe.errors import UserError
+from dynmoe.hf.deepseek_v3 import LATENT_EPS
 from dynmoe.hf.fields import RESTORE, Settings, shown
 
 CODE = {
@@ -164,6 +165,47 @@ def _read_dynamic_moe(get: Settings) -> dict[str, Any]:
     }
 
 
+def _read_deepseek_v3(get: Settings) -> dict[str, Any]:
+    """Reads DeepSeek-V3 (arXiv 2412.19437); several shared experts become one of their total width."""
+    heads = get.count("num_attention_heads")
+    expert_hidden = get.count("moe_intermediate_size")
+    rotated = get.count("qk_rope_head_dim")
+    wanted = {"num_key_value_heads": heads, "head_dim": rotated, "rms_norm_eps": LATENT_EPS}
+    for name, value in wanted.items():
+        if name in get and get.optional(name) not in (None, value):
+            raise UserError(f"config.json: {name}={shown(get[name])}: only {value!r} can be imported; {_BECAUSE[name]}")
+    return {
+        "kv_heads": heads,
+        "rope_theta": get.rope_theta(),
+        **{f"rope_scaling.{name}": value for name, value in get.latent_rope_scaling().items()},
+        "latent.kv_lora_rank": get.count("kv_lora_rank"),
+        "latent.q_lora_rank": get.optional("q_lora_rank"),
+        "latent.qk_nope_head_dim": get.count("qk_nope_head_dim"),
+        "latent.qk_rope_head_dim": rotated,
+        "latent.v_head_dim": get.count("v_head_dim"),
+        "ffn_hidden": get.count("intermediate_size"),
+        "moe.experts": get.count("n_routed_experts"),
+        "moe.expert_hidden": expert_hidden,
+        "moe.shared_hidden": get.count("n_shared_experts") * expert_hidden,
+        "moe.first_k_dense_replace": get["first_k_dense_replace"],
+        "router.kind": "top_k",
+        "router.k": get.count("num_experts_per_tok"),
+        "router.score_function": "sigmoid",
+        "router.renormalize": get["norm_topk_prob"],
+        "router.gate_scale": get["routed_scaling_factor"],
+        "router.n_group": get.count("n_group"),
+        "router.topk_group": get.count("topk_group"),
+        "router.balance_loss": 0.0,  # the biases balance the load
+    }
+
+
+_BECAUSE = {
+    "num_key_value_heads": "every one of num_attention_heads has its own keys and values",
+    "head_dim": "it must equal qk_rope_head_dim",
+    "rms_norm_eps": "transformers normalizes the latents with it whatever the file says",
+}
+
+
 def _experts(get: Settings, width: str) -> dict[str, Any]:
     return {"moe.experts": get.count("num_experts", "num_local_experts"), "moe.expert_hidden": get.count(width)}
 
@@ -183,6 +225,7 @@ READERS: dict[str, Callable[[Settings], dict[str, Any]]] = {
     "olmoe": _read_olmoe,
     "qwen2_moe": _read_qwen2,
     "qwen3_moe": _read_qwen3,
+    "deepseek_v3": _read_deepseek_v3,
     "dynamic_moe": _read_dynamic_moe,
     "dynmoe": _read_dynmoe,
 }

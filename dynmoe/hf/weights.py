@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from dynmoe.errors import UserError, some
 from dynmoe.hf import qwen2_moe
-from dynmoe.hf.names import STACKED, parts
+from dynmoe.hf.deepseek_v3 import prediction_tensors
+from dynmoe.hf.names import STACKED, STACKED_DEEPSEEK, parts
 from dynmoe.hf.tensors import FLOATS, Tensors
 from dynmoe.model import Decoder
+from dynmoe.model.rotary import halves
 
-# Families that store each expert in its own tensors, except in a state_dict of transformers 5.
-_BY_EXPERT = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+# Families that store each expert in its own tensors, with the names in a state_dict of transformers 5, which does not.
+_BY_EXPERT = {**dict.fromkeys(("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"), STACKED), "deepseek_v3": STACKED_DEEPSEEK}
 _MASK = ("dynmoe", "BOOL", "active")  # the mask of active experts
 
 
 @torch.no_grad()
-def load_weights(decoder: Decoder, tensors: Tensors, architecture: str) -> None:
+def load_weights(decoder: Decoder, tensors: Tensors, architecture: str, interleaved: bool = True) -> None:
     """Copies the tensors of a checkpoint of ``architecture`` into ``decoder``.
+
+    DeepSeek-V3's layers that predict further tokens are left out (:func:`prediction_tensors`).
+
+    Args:
+        decoder: the model to fill.
+        tensors: the checkpoint.
+        architecture: its family.
+        interleaved: whether its latent attention rotates neighbouring rows together.
 
     Raises:
         UserError: tensors are missing, unexpected, misshapen, quantized, not finite, or not zeros although our decoder
@@ -28,8 +40,9 @@ def load_weights(decoder: Decoder, tensors: Tensors, architecture: str) -> None:
     is_qwen2 = architecture == "qwen2_moe"
     zeros = qwen2_moe.zeros_in(model, tensors) if is_qwen2 else {}
     doubled = qwen2_moe.down_projections(model) if is_qwen2 else []
+    left_out = prediction_tensors(kinds, model.layers) if architecture == "deepseek_v3" else []
     if architecture in _BY_EXPERT and any(name.endswith(".experts.gate_up_proj") for name in kinds):
-        architecture = STACKED
+        architecture = _BY_EXPERT[architecture]
     wanted = list(parts(model, decoder.w_embed_VD.shape[0], architecture))
     quantized = [
         f"{name} is {kind}"
@@ -40,19 +53,21 @@ def load_weights(decoder: Decoder, tensors: Tensors, architecture: str) -> None:
         cure = "quantized weights are not supported; save them in bf16 or fp32 first"
         raise UserError(f"{tensors.source}: {some(quantized)}; {cure}")
     shapes = {name: shape for part in wanted for name, shape in part.shapes.items()}
-    _check_shapes(tensors, shapes | zeros, model.tie_embeddings)
+    _check_shapes(tensors, shapes | zeros, left_out, model.tie_embeddings)
     qwen2_moe.check_zeros(tensors, zeros)
     own = {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
     for part in wanted:
         place = own[part.ours] if part.expert is None else own[part.ours][part.expert]
         for name, rows in zip(part.theirs, place.split(part.rows) if part.rows else [place], strict=True):
-            rows.copy_(tensors.read(name))
+            value = tensors.read(name)
+            rows.copy_(halves(value, *part.rotated) if part.rotated and interleaved else value)
             if name in doubled:
                 rows.mul_(qwen2_moe.GATE_OF_ZEROS)
 
 
-def _check_shapes(tensors: Tensors, wanted: dict[str, tuple[int, ...]], tied: bool) -> None:
-    found = {name: shape for name, shape in tensors.shapes().items() if not name.endswith("rotary_emb.inv_freq")}
+def _check_shapes(tensors: Tensors, wanted: dict[str, tuple[int, ...]], left_out: Collection[str], tied: bool) -> None:
+    shapes = tensors.shapes()
+    found = {name: shapes[name] for name in shapes.keys() - left_out if not name.endswith("rotary_emb.inv_freq")}
     output = "lm_head.weight"
     embedding = "model.embed_tokens.weight"
     if tied and output in found and embedding in found and torch.equal(tensors.read(output), tensors.read(embedding)):

@@ -73,6 +73,29 @@ def rotary_tables(num_positions: int, model: ModelConfig, device: torch.device) 
     return torch.cat([cos_Sj, cos_Sj], dim=1), torch.cat([-sin_Sj, sin_Sj], dim=1)
 
 
+def neighbours(rows: Tensor, blocks: int, rotated: int) -> Tensor:
+    """Puts rows that are rotated together next to each other, as DeepSeek-V3 and Megatron-Core store latent attention.
+
+    Args:
+        rows: a weight, of whose dimension 0 each block ends in rows that are rotated: i with i + ``rotated`` / 2.
+        blocks: number of equal blocks, such as heads.
+        rotated: number of these rows of a block.
+    """
+    return _reordered(rows, blocks, rotated, (2, rotated // 2))
+
+
+def halves(rows: Tensor, blocks: int, rotated: int) -> Tensor:
+    """The inverse of :func:`neighbours`."""
+    return _reordered(rows, blocks, rotated, (rotated // 2, 2))
+
+
+def _reordered(rows: Tensor, blocks: int, rotated: int, grid: tuple[int, int]) -> Tensor:
+    """Transposes the last rows of each block, seen as a grid."""
+    parts = rows.unflatten(0, (blocks, -1))
+    turned = parts[:, -rotated:].unflatten(1, grid).transpose(1, 2).flatten(1, 2)
+    return torch.cat([parts[:, :-rotated], turned], dim=1).flatten(0, 1)
+
+
 def rotate(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
     """Applies the tables; the result has the dtype of ``x``."""
     first, second = x_BHSd.chunk(2, dim=-1)

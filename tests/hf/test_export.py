@@ -296,7 +296,10 @@ def test_a_failed_export_leaves_nothing_behind(corpus_dir, tmp_path, monkeypatch
 
 def test_latent_attention_is_refused_by_name(corpus_dir, tmp_path):
     run = begin(corpus_dir, tmp_path / "run", [*OWN["top_p"], *LATENT])
-    problem = r"^model\.latent\.kv_lora_rank=12: .*run it with python -m dynmoe\.generate$"
-    for write in (export, write_gguf):
+    problems = {
+        export: r"^model\.router\.kind='top_p': is 'top_k' in DeepSeek-V3; run it with python -m dynmoe\.generate$",
+        write_gguf: r"^model\.latent\.kv_lora_rank=12: .*run it with python -m dynmoe\.generate$",
+    }
+    for write, problem in problems.items():
         with pytest.raises(UserError, match=problem):
             write(run.path, tmp_path / "out")

@@ -13,6 +13,7 @@ import torch
 
 from dynmoe.config import load_config
 from dynmoe.errors import UserError
+from dynmoe.hf.deepseek_v3 import is_interleaved
 from dynmoe.hf.fields import FAMILIES, FIXED, IGNORED, KEPT, check_fields
 from dynmoe.hf.formats import from_transformers
 from dynmoe.hf.tensors import Tensors
@@ -44,12 +45,22 @@ BASES = {
         "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": [], "max_window_layers": 3,
         "sliding_window": 64, "use_sliding_window": False, "qkv_bias": True, **TOP_K,
     },
+    "deepseek_v3": {
+        "intermediate_size": 32, "moe_intermediate_size": 24, "num_hidden_layers": 4, "num_key_value_heads": None,
+        "q_lora_rank": 14, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 10,
+        "rope_interleave": True, "rms_norm_eps": 1e-6, "attention_bias": False, "attention_dropout": 0.0,
+        "n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+        "n_group": 8, "topk_group": 4, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc", "aux_loss_alpha": 0.001, "seq_aux": True, "ep_size": 1, "moe_layer_freq": 1,
+        "num_nextn_predict_layers": 1, "pretraining_tp": 1,
+    },
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+EQUAL = YARN | {"type": "yarn", "mscale": 0.7, "mscale_all_dim": 0.7}
 SWITCHED = [{"use_sliding_window": True, "sliding_window": 3}]
 MIXED = [
     {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2},
@@ -60,8 +71,11 @@ BIASED = [{"attention_bias": True}]
 SUPPORTED = {
     "llama": BIASED, "mixtral": [{"sliding_window": 4}], "olmoe": BIASED, "qwen3_moe": [*SWITCHED, *BIASED],
     "qwen2_moe": [*SWITCHED, *MIXED],
+    "deepseek_v3": [{"rope_scaling": EQUAL}, {"q_lora_rank": None}, {"rope_interleave": False}, {"n_group": 4}],
 }  # fmt: skip
 SCALED = (YARN, LLAMA3, {"type": "linear", "factor": 2.0}, YARN | {"mscale": 0.7, "mscale_all_dim": 1.2})
+# Latent attention has one factor for all of a query and key.
+SCALED_LATENT = (LLAMA3, {"type": "linear", "factor": 2.0}, EQUAL)
 # A different value for every field of the configuration classes.
 OTHER = {
     "transformers_version": "5.1.0", "architectures": ["OtherForCausalLM"], "output_hidden_states": True,
@@ -77,12 +91,17 @@ OTHER = {
     "use_sliding_window": True, "decoder_sparse_step": 2, "moe_intermediate_size": 32, "mlp_only_layers": [1],
     "shared_expert_intermediate_size": 24, "qkv_bias": False, "max_window_layers": 1,
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "n_shared_experts": 2, "n_routed_experts": 32, "routed_scaling_factor": 1.5, "kv_lora_rank": 16,
+    "q_lora_rank": None, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_nope_head_dim": 12, "n_group": 4, "topk_group": 2,
+    "first_k_dense_replace": 2, "rope_interleave": False, "num_mtp_layers": 0,
 }  # fmt: skip
 # Fields outside of the classes that transformers obeys anyway, or that older files contain.
 FURTHER = [
     {"rope_theta": 90.0}, {"rope_scaling": YARN}, {"rope_scaling": LLAMA3}, {"rope_parameters": YARN},
     {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
     {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}}, {"rope_scaling": YARN | {"mscale": 0.7}},
+    {"rope_scaling": EQUAL}, {"rope_scaling": YARN | {"mscale_all_dim": 0.7}},
+    {"rope_scaling": YARN | {"attention_factor": 1.0, "mscale_all_dim": 0.7}},
     {"rope_scaling": YARN | {"attention_factor": 1.3, "truncate": False}},
     {"rope_parameters": YARN | {"beta_fast": 4.0, "beta_slow": 0.5, "rope_theta": 70.0}},
     {"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}},
@@ -101,8 +120,11 @@ FURTHER = [
 ]  # fmt: skip
 SHAPES = {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_experts",
-    "num_local_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
+    "num_local_experts", "moe_intermediate_size", "shared_expert_intermediate_size", "n_routed_experts",
+    "n_shared_experts", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
 }  # fmt: skip
+# Fields that no checkpoint may change although transformers obeys them, with the reason in the errors.
+FROZEN = {"deepseek_v3": {"rms_norm_eps"}}
 
 
 def settings_of(family: str) -> dict:
@@ -115,12 +137,18 @@ def fields_of(family: str) -> list[str]:
     return [spec.name for spec in dataclasses.fields(getattr(transformers, FAMILIES[family].configuration))]
 
 
+def weights_of(model) -> dict[str, torch.Tensor]:
+    """Parameters and selection biases."""
+    biases = {name: value for name, value in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    return dict(model.named_parameters()) | biases
+
+
 class Checkpoint:
     """Weights initialized and saved by transformers; other settings get new ones only if the shapes differ."""
 
     def __init__(self, settings: dict, folder: Path) -> None:
         self.folder = folder
-        self.weights = dict(self._model(settings, folder).named_parameters())
+        self.weights = weights_of(self._model(settings, folder))
         self._ours: dict[tuple[str, ...], torch.Tensor] = {}
 
     @staticmethod
@@ -132,8 +160,8 @@ class Checkpoint:
         (folder / "config.json").write_text(json.dumps(settings))
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
         torch.manual_seed(0)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
+        for weight in weights_of(model).values():
+            torch.nn.init.normal_(weight, std=0.3)
         if settings["model_type"] == "qwen2_moe":  # as in an export
             for name, parameter in model.named_parameters():
                 if name.endswith(("_proj.bias", "shared_expert_gate.weight")):
@@ -150,7 +178,7 @@ class Checkpoint:
         folder = self.folder
         (folder / "config.json").write_text(json.dumps(settings))
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
-        shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
+        shapes = {name: tensor.shape for name, tensor in weights_of(model).items()}
         if shapes == {name: tensor.shape for name, tensor in self.weights.items()}:
             model.load_state_dict(self.weights)
         else:
@@ -168,14 +196,15 @@ class Checkpoint:
         """
         architecture, fields, _ = from_transformers(settings)
         expected, folder = self.logits(settings)
-        found = self._ours.get(tuple(fields))
+        key = (*fields, str(is_interleaved(settings)))
+        found = self._ours.get(key)
         if found is None or folder != self.folder:
             model = load_config(None, fields).model
             decoder = Decoder(model, model.vocab_size, seed=1)
-            load_weights(decoder, Tensors(folder), architecture)
+            load_weights(decoder, Tensors(folder), architecture, is_interleaved(settings))
             found = run_decoder(decoder, some_tokens(90))[0]
             if folder == self.folder:
-                self._ours[tuple(fields)] = found
+                self._ours[key] = found
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-5, msg=str(settings))
 
 
@@ -197,9 +226,11 @@ def test_every_field_gives_the_logits_of_transformers_or_is_refused(family, tmp_
             refused |= change.keys()
     # Fields that vary between checkpoints must be supported.
     varying = SHAPES | {"rms_norm_eps", "tie_word_embeddings", "dtype", "num_experts_per_tok", "norm_topk_prob"}
+    varying -= FROZEN.get(family, set())
     assert not refused & (varying & set(fields_of(family)) | {"rope_theta"})
     assert all(change in accepted for change in SUPPORTED[family])
-    assert all(change in accepted for change in FURTHER if change.get("rope_scaling") in SCALED)
+    scaled = SCALED_LATENT if family == "deepseek_v3" else SCALED
+    assert all(change in accepted for change in FURTHER if change.get("rope_scaling") in scaled)
 
 
 @pytest.mark.parametrize("family", BASES)

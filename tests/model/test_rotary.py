@@ -9,7 +9,7 @@ import torch
 
 from dynmoe.hf.fields import write_rope
 from dynmoe.model import Decoder
-from dynmoe.model.rotary import frequencies, rotary_tables
+from dynmoe.model.rotary import frequencies, halves, neighbours, rotary_tables
 from tests.moe.cases import tiny_model
 
 SCALED = {
@@ -70,3 +70,12 @@ def test_scaling_changes_the_model():
             for fields in ([], ["model.rope_scaling.kind=linear", "model.rope_scaling.factor=2"])
         ]
     assert not torch.allclose(*logits, atol=1e-4)
+
+
+def test_rows_that_are_rotated_together_become_neighbours():
+    """Two blocks of three rows that are not rotated and six that are: 3 with 6, 4 with 7, 5 with 8."""
+    rows = torch.arange(18.0).unsqueeze(1).expand(18, 2)
+    order = [0, 1, 2, 3, 6, 4, 7, 5, 8]
+    found = neighbours(rows, 2, 6)
+    assert found[:, 0].tolist() == order + [9 + row for row in order]
+    assert torch.equal(halves(found, 2, 6), rows)

@@ -17,6 +17,7 @@ from dynmoe.config import ModelConfig
 from dynmoe.config.latent import LatentConfig
 from dynmoe.engines.megatron.versions import final_norm
 from dynmoe.model.decoder import initial_embedding, make_attention
+from dynmoe.model.rotary import halves, neighbours
 from dynmoe.moe import MoELayer
 from dynmoe.moe.experts import SwiGLU
 
@@ -86,15 +87,9 @@ def _interleaved(latent: LatentConfig, blocks: int, layout: Layout) -> Layout:
         layout: how the rows are then spread over the ranks.
     """
     rotated = latent.qk_rope_head_dim
-
-    def reorder(whole: Tensor, halves: tuple[int, int]) -> Tensor:
-        rows = whole.unflatten(0, (blocks, -1))
-        pairs = rows[:, -rotated:].unflatten(1, halves).transpose(1, 2).flatten(1, 2)
-        return torch.cat([rows[:, :-rotated], pairs], dim=1).flatten(0, 1)
-
     return Layout(
-        lambda whole, n: layout.split(reorder(whole, (2, rotated // 2)), n),
-        lambda parts: reorder(layout.join(parts), (rotated // 2, 2)),
+        lambda whole, n: layout.split(neighbours(whole, blocks, rotated), n),
+        lambda parts: halves(layout.join(parts), blocks, rotated),
         layout.replicated,
     )
 

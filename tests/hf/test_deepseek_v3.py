@@ -1,0 +1,266 @@
+"""Checkpoints of DeepSeek-V3 (transformers: ``DeepseekV3ForCausalLM``) from and to runs with latent attention."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dynmoe.config import DataConfig
+from dynmoe.data.batches import PretrainingData
+from dynmoe.data.corpus import Corpus
+from dynmoe.errors import UserError
+from dynmoe.hf import command
+from dynmoe.hf.export import export
+from dynmoe.hf.importing import import_checkpoint
+from harness.processes import WarmTraining
+from tests.hf.cases import YARN, begin, run_decoder, some_tokens
+from tests.hf.test_import import imported
+from tests.moe.cases import LATENT
+from tests.train.cases import read_rows
+
+STRETCHED = {
+    "rope_type": "yarn", "rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 8, "beta_fast": 4.0,
+    "mscale": 0.8, "mscale_all_dim": 0.8,
+}  # fmt: skip
+CHECKPOINTS = {
+    "published": {},
+    "queries from the input": {"q_lora_rank": None},
+    "no groups": {"n_group": 1, "topk_group": 1},
+    "halves": {"rope_interleave": False},
+    "stretched": {"rope_parameters": STRETCHED},
+    "stretched alike": {
+        "rope_parameters": STRETCHED | {"mscale": None, "mscale_all_dim": None, "attention_factor": 1.0}
+    },
+    "two shared experts": {"n_shared_experts": 2, "norm_topk_prob": False, "tie_word_embeddings": True},
+}
+OURS = [
+    *LATENT, "model.router.kind=top_k", "model.router.k=2", "model.router.score_function=sigmoid",
+    "model.router.renormalize=true", "model.router.gate_scale=2.5", "model.router.n_group=2",
+    "model.moe.first_k_dense_replace=1", "model.moe.experts=8", "model.moe.shared_hidden=48", "model.norm_eps=1e-6",
+]  # fmt: skip
+RUNS = {
+    "published": OURS,
+    "queries from the input": [*OURS, "model.latent.q_lora_rank=null"],
+    "no groups": [*OURS, "model.router.n_group=1", "model.router.renormalize=false"],
+    "stretched": [*OURS, *YARN],
+    "stretched by a factor": [*OURS, *YARN, "model.rope_scaling.attention_factor=1.2"],
+    "stretched alike": [*OURS, *YARN, "model.rope_scaling.attention_factor=1", "model.tie_embeddings=true"],
+}
+
+
+def checkpoint(folder: Path, vocab_size: int = 96, **settings):
+    """Saves a model of transformers in which every tensor matters."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    config = DeepseekV3Config(**{
+        "vocab_size": vocab_size, "hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 24,
+        "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2, "n_shared_experts": 1,
+        "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
+        "q_lora_rank": 14, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 10,
+        "max_position_embeddings": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, **settings,
+    })  # fmt: skip
+    model = DeepseekV3ForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("norm.weight"):
+                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+            elif name.endswith("e_score_correction_bias"):
+                tensor.copy_(0.2 * torch.randn(tensor.shape, generator=generator))
+            elif not name.endswith("inv_freq"):
+                tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def run_theirs(model, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits and, for each MoE layer, the selected experts [B, S, E]."""
+    maps: list[Tensor] = []
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "gate"):
+            experts = layer.mlp.gate.num_experts
+            layer.mlp.gate.register_forward_hook(
+                lambda module, inputs, found, experts=experts: maps.append(
+                    torch.zeros(tokens.numel(), experts).scatter_(1, found[2], 1.0).bool().view(*tokens.shape, -1)
+                )
+            )
+    return model(tokens).logits, maps
+
+
+def compare(decoder, model) -> None:
+    tokens = some_tokens(90)
+    logits, maps = run_decoder(decoder, tokens)
+    expected, selected = run_theirs(model, tokens)
+    assert len(maps) == len(selected) > 0
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(maps, selected, strict=True))
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["saved", "state_dict"])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_logits_and_routing_of_transformers(tmp_path, name, stacked):
+    model = checkpoint(tmp_path / "source", **CHECKPOINTS[name])
+    if stacked:
+        tensors = {key: value.clone() for key, value in model.state_dict().items()}
+        assert "model.layers.1.mlp.experts.gate_up_proj" in tensors
+        save_file(tensors, tmp_path / "source" / "model.safetensors")
+    architecture, decoder = imported(tmp_path / "source", tmp_path / "run")
+    assert architecture == "deepseek_v3"
+    compare(decoder, model)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_an_imported_checkpoint_is_exported_with_identical_weights(tmp_path, name):
+    from transformers import DeepseekV3ForCausalLM
+
+    model = checkpoint(tmp_path / "source", **CHECKPOINTS[name])
+    import_checkpoint(tmp_path / "source", tmp_path / "run")
+    assert export(tmp_path / "run", tmp_path / "out").architecture == "deepseek_v3"
+    if name != "halves":  # which is exported with neighbours
+        there, here = (load_file(tmp_path / folder / "model.safetensors") for folder in ("source", "out"))
+        assert there.keys() == here.keys()
+        assert all(torch.equal(value, here[key]) for key, value in there.items())
+    again, found = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(found.values()), found
+    tokens = some_tokens(90)
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_exported_and_imported_again(corpus_dir, tmp_path, name):
+    from transformers import DeepseekV3ForCausalLM
+
+    begun = begin(corpus_dir, tmp_path / "run_biased", RUNS[name])
+    assert all(layer.router.bias_E.any() for layer in begun.decoder.moe_layers)
+    assert export(begun.path, tmp_path / "out").architecture == "deepseek_v3"
+    assert not list((tmp_path / "out").glob("*.py"))
+    model, found = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(found.values()), found
+    compare(begun.decoder, model.eval())
+    _, again = imported(tmp_path / "out", tmp_path / "again")
+    state = begun.decoder.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
+
+
+def test_selection_biases_keep_fp32_in_bf16(corpus_dir, tmp_path):
+    export(begin(corpus_dir, tmp_path / "run_biased", OURS).path, tmp_path / "out", torch.bfloat16)
+    kinds = {name: value.dtype for name, value in load_file(tmp_path / "out" / "model.safetensors").items()}
+    assert kinds["model.layers.1.mlp.gate.e_score_correction_bias"] == torch.float32
+    assert kinds["model.layers.1.mlp.gate.weight"] == torch.bfloat16
+
+
+@pytest.mark.parametrize(("extra", "problem"), [
+    (["model.router.score_function=softmax"], r"model\.router\.score_function='softmax': is 'sigmoid' in DeepSeek-V3"),
+    (["model.router.n_group=8", "model.router.topk_group=2"], r"model\.router\.n_group=8: .*at least two experts"),
+    (["model.moe.shared_hidden=0"], r"model\.moe\.shared_hidden=0: "),
+    (["model.moe.shared_hidden=40"], r"model\.moe\.shared_hidden=40: .*model\.moe\.expert_hidden=24"),
+    (["model.moe.shared_gate=true"], r"model\.moe\.shared_gate=True: "),
+    (["model.moe.moe_layer_freq=2"], r"model\.moe\.moe_layer_freq=2: is 1 in"),
+    (["model.moe.experts_by_layer=[8,4]"], r"model\.moe\.experts_by_layer=\[8, 4\]: "),
+    (["model.moe.experts=0", "model.moe.shared_hidden=0"], r"model\.moe\.experts=0: "),
+    (["model.norm_eps=1e-5"], r"model\.norm_eps=1e-05: is 1e-06 in DeepSeek-V3; run it with"),
+    (["model.window=4"], r"model\.window=4: is None in"),
+    ([*YARN, "model.rope_scaling.factor=1", "model.rope_scaling.attention_factor=1.2"], r"attention_factor=1\.2: "),
+    (["model.router.budgets=[1,2]", "budget.method=loss_free", "budget.experts_per_token=2"], r"router\.budgets="),
+])  # fmt: skip
+def test_other_models_with_latent_attention_are_refused_by_name(corpus_dir, tmp_path, extra, problem):
+    begun = begin(corpus_dir, tmp_path / "run", [*OURS, *extra])
+    with pytest.raises(UserError, match=problem):
+        export(begun.path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_our_own_code_has_no_latent_attention(corpus_dir, tmp_path):
+    begun = begin(corpus_dir, tmp_path / "run", OURS)
+    with pytest.raises(UserError, match=r"^--own-code: our code has no latent attention; without it"):
+        export(begun.path, tmp_path / "out", own_code=True)
+
+
+@pytest.mark.parametrize(("change", "problem"), [
+    ({"rms_norm_eps": 1e-5}, r"rms_norm_eps=1e-05: only 1e-06 can be imported; transformers normalizes the latents"),
+    ({"head_dim": 4}, "head_dim=4: only 8 can be imported"),
+    ({"num_key_value_heads": 1}, "num_key_value_heads=1: only 2 can be imported"),
+    ({"attention_bias": True}, "attention_bias=True: only False"),
+    ({"scoring_func": "softmax"}, "scoring_func='softmax': only 'sigmoid'"),
+    ({"topk_method": "greedy"}, "topk_method='greedy': only 'noaux_tc'"),
+    ({"rope_parameters": STRETCHED | {"mscale_all_dim": 0.5}}, r"mscale=0\.8, mscale_all_dim=0\.5: only equal ones"),
+    ({"rope_parameters": STRETCHED | {"mscale": None, "mscale_all_dim": None}}, "mscale=None, mscale_all_dim=None"),
+    ({"n_shared_experts": 0}, "n_shared_experts=0: must be a positive integer"),
+])  # fmt: skip
+def test_fields_that_we_do_not_have_are_refused(tmp_path, change, problem):
+    checkpoint(tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=problem):
+        import_checkpoint(tmp_path / "source", tmp_path / "run")
+
+
+def test_published_fields_are_accepted_and_balancing_goes_on_by_biases(tmp_path):
+    checkpoint(tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    published = {
+        "aux_loss_alpha": 0.001, "ep_size": 1, "moe_layer_freq": 1, "scoring_func": "sigmoid", "seq_aux": True,
+        "topk_method": "noaux_tc", "num_nextn_predict_layers": 1,
+    }  # fmt: skip
+    path.write_text(json.dumps(json.loads(path.read_text()) | published))
+    _, config = import_checkpoint(tmp_path / "source", tmp_path / "run")
+    assert config.budget.method == "loss_free"
+    assert config.model.router.resolved.balance_loss == 0.0
+
+
+def test_layers_that_predict_further_tokens_are_left_out_with_a_line(tmp_path, monkeypatch, capsys):
+    """transformers reads such a file too, and does not use them; without their mark they are unexpected."""
+    model = checkpoint(tmp_path / "source")
+    path = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(path)
+    behind = {
+        name.replace("layers.2.", "layers.3."): value.clone() for name, value in tensors.items() if "layers.2." in name
+    }
+    marks = {f"model.layers.3.{name}.weight": torch.ones(16) for name in ("enorm", "hnorm")}
+    marks["model.layers.3.eh_proj.weight"] = torch.ones(16, 32)
+    save_file(tensors | behind | marks, path, {"format": "pt"})
+    monkeypatch.setattr(sys, "argv", ["dynmoe.hf", "import", str(tmp_path / "source"), str(tmp_path / "run")])
+    command.main()
+    wanted = f"Left out: {len(behind) + 3} tensors of layers that predict further tokens, such as model.layers.3."
+    assert wanted in capsys.readouterr().out
+    compare(imported(tmp_path / "source", tmp_path / "again")[1], model)
+    save_file(tensors | behind, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"unexpected: model\.layers\.3\."):
+        import_checkpoint(tmp_path / "source", tmp_path / "other")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [
+    pytest.param(["parallel.expert=2"], id="EP 2"),
+    pytest.param(["engine=megatron", "parallel.tensor=2"], id="Megatron TP 2"),
+])  # fmt: skip
+def test_training_starts_from_the_imported_weights(corpus_dir, tmp_path, engine):
+    """In either engine the first loss is that of transformers, and the loss decreases."""
+    model = checkpoint(tmp_path / "source", vocab_size=448)
+    fields = [
+        f"data.dirs=[{corpus_dir}]", "data.sequence_length=32", "train.global_batch=4", "train.micro_batch=2",
+        "train.steps=20", "optimizer.lr=1e-2", "schedule.warmup_steps=0", "logging.interval=1", "eval.batches=2",
+    ]  # fmt: skip
+    run = tmp_path / "run"
+    import_checkpoint(tmp_path / "source", run, [*fields, *engine])
+    process = WarmTraining([str(run / "config.yaml")], 2, 0, tmp_path / "output.txt", {}, None)
+    assert process.wait() == 0, process.output()
+    rows = read_rows(run / "metrics.jsonl")
+    data = PretrainingData([Corpus.open(corpus_dir)], DataConfig(sequence_length=32), 0, tmp_path / "index")
+    data.prepare(0, 4)
+    batch = data.train_batch(range(4))
+    with torch.no_grad():
+        logits = model(batch.tokens_BS).logits
+    first = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels_BS.flatten()).item()
+    assert math.isfinite(first)
+    assert rows[0]["train/lm_loss"] == pytest.approx(first, rel=1e-5)
+    assert rows[-1]["train/lm_loss"] < first - 0.5
