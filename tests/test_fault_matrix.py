@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ROWS = [f"F{number}" for number in range(1, 29)]
+ROWS = [f"F{number}" for number in range(1, 30)]
 
 
 def files_by_row() -> dict[str, set[str]]:

@@ -75,7 +75,8 @@ CACHED = {
 
 @pytest.mark.parametrize("kind", sorted(CACHED))
 def test_cached_positions_of_padded_texts_give_the_logits_of_each_text_alone(kind):
-    model = Decoder(tiny_model(*CACHED[kind]), VOCAB, seed=0).eval()
+    # In fp64, as kernels for other sizes round differently.
+    model = Decoder(tiny_model(*CACHED[kind]), VOCAB, seed=0).eval().double()
     texts = [tokens(1, 9, seed=1), tokens(1, 5, seed=2)]
     padding = [9 - text.shape[1] for text in texts]
     batch = torch.cat([F.pad(text, (missing, 0)) for text, missing in zip(texts, padding, strict=True)])

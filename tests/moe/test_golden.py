@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -18,6 +20,9 @@ SPEC = UpdateStatisticsSpec(unclaimed=True)
 
 class PlainRenewal:
     """Parameters without an optimizer."""
+
+    def whole(self, module):
+        return nullcontext()
 
     @torch.no_grad()
     def reset_slice(self, parameter, index, fresh):
