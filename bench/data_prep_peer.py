@@ -1,8 +1,11 @@
 """Benchmark 19: data_prep against the preparation of Megatron-LM's own tool, from JSON lines to files.
 
-Both take the same tokenizer and number of processes, from start to end of their commands. Ours also drops copies,
-hashes texts and files, and can be resumed. Memory is the largest sum over all processes of a command. A source that is
-too small is repeated, and then has fewer new words than real text of that size, which helps our cache of words.
+`python -m data_prep TEXT.jsonl --tokenizer MODEL --workers 2 --out DIR`, and the module `bench.megatron_preparation`
+with the arguments TEXT.jsonl MODEL PREFIX 2, timed from start to end. Ours also drops copies, hashes texts and files,
+and can be resumed. Memory is the largest sum over all processes of a command. A source that is too small is repeated,
+and then has fewer new words than real text of that size, which helps our cache of words. The figures below are of the
+source files of Linux 6.12 and of installed Python packages, in random order and without repetition, once for each
+size.
 """
 
 from __future__ import annotations
