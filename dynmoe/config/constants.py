@@ -10,3 +10,5 @@ CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
 DEEPSPEED_BUCKET = 500_000_000
 # Elements of the parameters that ZeRO 3 gathers ahead of the layers that need them.
 DEEPSPEED_PREFETCH = 50_000_000
+# Elements up to which a parameter stays whole under ZeRO 3: more than the thresholds of a router, which budgets read.
+DEEPSPEED_PERSISTENT = 100_000

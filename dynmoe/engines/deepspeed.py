@@ -28,7 +28,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 
 from dynmoe.config import Config, ModelConfig
-from dynmoe.config.constants import DEEPSPEED_BUCKET, DEEPSPEED_PREFETCH
+from dynmoe.config.constants import DEEPSPEED_BUCKET, DEEPSPEED_PERSISTENT, DEEPSPEED_PREFETCH
 from dynmoe.data.batches import Batch
 from dynmoe.engines import deepspeed_muon, deepspeed_state
 from dynmoe.engines.deepspeed_zero3 import PartitionedMoELayer, PartitionedState
@@ -141,7 +141,8 @@ class DeepSpeedEngine:
                 # DeepSpeed allocates a whole bucket in every step (2 GB by default).
                 "reduce_bucket_size": bucket,
                 "allgather_bucket_size": bucket,
-                # Only ZeRO 3 reads these: how much it gathers ahead, and that it keeps nothing for the backward pass.
+                # Only ZeRO 3 reads these. It keeps nothing larger between a forward and a backward pass.
+                "stage3_param_persistence_threshold": DEEPSPEED_PERSISTENT,
                 "stage3_prefetch_bucket_size": DEEPSPEED_PREFETCH,
                 "stage3_max_reuse_distance": 0,
             },

@@ -60,6 +60,11 @@ class GradientWatch:
     def first_bad_weight(self) -> str | None:
         """Name of the first parameter with non-finite values."""
         for name, parameter, experts in self._parameters:
+            part = getattr(parameter, "ds_tensor", None)  # this rank's under ZeRO 3, which may end within an expert
+            if part is not None:
+                if not torch.isfinite(part).all():
+                    return name
+                continue
             flat = parameter.detach().flatten(0 if experts is None else 1)
             if not torch.isfinite(flat).all():
                 return _name(name, experts, torch.where(torch.isfinite(flat), 0.0, torch.inf).sum(dim=-1))
