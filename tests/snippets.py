@@ -226,7 +226,7 @@ class Shell:
             assert callable(tool.main)
             return
         self._patch.setattr(sys, "argv", [module, *words])
-        if module == "dynmoe.plan" or words[0] == "slurm":
+        if (module == "dynmoe.plan" and "--dry-start" not in words) or words[0] == "slurm":
             tool.main()
             return
         given = self._parsed(tool)

@@ -5,21 +5,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dynmoe.config import Config
     from dynmoe.train.engine import Engine
 
 
+def engine_class(config: Config) -> Callable[[Config, int], Engine]:
+    """The configured engine; only its package is imported."""
+    if config.engine == "megatron":
+        from dynmoe.engines.megatron.engine import MegatronEngine
+
+        return MegatronEngine
+    from dynmoe.engines.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine
+
+
 def make_engine(config: Config, vocab_size: int) -> Engine:
-    """Creates the configured engine; only its package is imported.
+    """Creates the configured engine.
 
     Args:
         config: configuration of the run.
         vocab_size: rows of the embedding.
     """
-    if config.engine == "megatron":
-        from dynmoe.engines.megatron.engine import MegatronEngine
-
-        return MegatronEngine(config, vocab_size)
-    from dynmoe.engines.deepspeed import DeepSpeedEngine
-
-    return DeepSpeedEngine(config, vocab_size)
+    return engine_class(config)(config, vocab_size)

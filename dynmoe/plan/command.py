@@ -9,8 +9,9 @@ from pathlib import Path
 
 from dynmoe.config import load_config
 from dynmoe.errors import ConfigError, UserError
+from dynmoe.plan.dry_start import dry_start
 from dynmoe.plan.layout import Layout
-from dynmoe.plan.memory import Memory
+from dynmoe.plan.memory import Memory, memory_of_stage
 from dynmoe.plan.search import Plan, alternatives, expected_experts, most_experts, plan
 from dynmoe.plan.speed import Hardware
 
@@ -30,6 +31,7 @@ def main() -> None:
         option = f"--{field.name.replace('_', '-')}"
         parser.add_argument(option, type=float, default=field.default, help=field.metadata["meaning"])
     parser.add_argument("--layouts", type=int, default=8, help="number of alternative layouts to list")
+    parser.add_argument("--dry-start", action="store_true", help="start every rank, without GPUs and weights")
     given = parser.parse_intermixed_args()
     if given.nodes < 1 or given.gpus < 1:
         raise UserError(f"--nodes {given.nodes} --gpus {given.gpus}: both must be at least 1")
@@ -52,6 +54,8 @@ def main() -> None:
         print(f"The configured layout is invalid: {error}")
     else:
         print(describe(plan(layout, experts, hardware), hardware))
+        if given.dry_start:
+            _print_dry_start(layout, experts)
     found = alternatives(layout, experts, hardware)[: given.layouts]
     if not found:
         raise UserError(f"no layout of {layout.world_size} GPUs fits {hardware.memory_gib:g} GiB; use more GPUs")
@@ -92,6 +96,20 @@ def describe(one: Plan, hardware: Hardware) -> str:
         f"{layout.config.train.steps * speed.step_s / 86400:.1f} days for {layout.config.train.steps} steps"
     )
     return "\n".join(lines)
+
+
+def _print_dry_start(layout: Layout, experts: float) -> None:
+    """Prints the memory of the ranks of each pipeline stage after their start, as planned and as measured."""
+    print("Dry start of every rank: memory of weights, gradients and optimizer, before the first step")
+    stages = layout.config.parallel.pipeline
+    ranks = layout.world_size // stages
+    for stage in range(stages):
+        found = list(dry_start(layout, range(stage * ranks, (stage + 1) * ranks)))
+        planned = memory_of_stage(layout, stage, experts).static
+        least, most = (value / 2**30 for value in (min(found), max(found)))
+        print(
+            f"  stage {stage}, {ranks} ranks: {least:.2f} to {most:.2f} GiB; planned {planned / 2**30:.2f}", flush=True
+        )
 
 
 def _gib(memory: Memory) -> str:

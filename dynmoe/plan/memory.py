@@ -30,8 +30,12 @@ class Memory:
     temporary: float
 
     @property
+    def static(self) -> float:
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
     def total(self) -> float:
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.temporary
+        return self.static + self.activations + self.temporary
 
 
 def memory_per_rank(layout: Layout, experts_per_token: float, device: str = "cuda") -> Memory:
@@ -44,11 +48,12 @@ def memory_per_rank(layout: Layout, experts_per_token: float, device: str = "cud
         device: ``cuda`` or ``cpu``.
     """
     stages = range(layout.config.parallel.pipeline)
-    memories = [_memory(layout, stage, experts_per_token, device) for stage in stages]
+    memories = [memory_of_stage(layout, stage, experts_per_token, device) for stage in stages]
     return max(memories, key=lambda memory: memory.total)
 
 
-def _memory(layout: Layout, stage: int, experts_per_token: float, device: str) -> Memory:
+def memory_of_stage(layout: Layout, stage: int, experts_per_token: float, device: str = "cuda") -> Memory:
+    """Memory of a rank of a pipeline stage; see :func:`memory_per_rank` for the arguments."""
     dense = layout.dense_parameters(stage)
     experts = layout.expert_parameters(stage)
     by_muon = layout.config.optimizer.kind == "muon"

@@ -247,7 +247,7 @@ def test_memory_and_traffic_are_as_measured(tmp_path, summary, ranks, fields):
     own = layout(ranks, *fields)
     planned = memory_per_rank(own, 2.0, "cpu")
     peak = max(rank["peak"] for rank in measured)
-    kept = (planned.parameters + planned.gradients + planned.optimizer) / max(rank["static"] for rank in measured)
+    kept = planned.static / max(rank["static"] for rank in measured)
     summary.append(
         f"memory, {ranks} ranks, {' '.join(fields)}: planned {planned.total / 1e6:.0f} MB, measured {peak / 1e6:.0f} "
         f"({planned.total / peak:.3f}); between steps {kept:.3f}"

@@ -86,7 +86,7 @@ class _CudaNames(TorchFunctionMode):
             return args[0]
         result = func(*args, **(kwargs or {}))
         if func is torch.Tensor.type and len(args) == 1:
-            return result.replace("torch.", "torch.cuda.", 1)
+            return f"torch.cuda.{result.rpartition('.')[2]}"  # also of meta tensors
         return result
 
 
