@@ -94,9 +94,8 @@ def to_transformers(config: Config, architecture: str, vocab_size: int) -> dict[
     if architecture == "deepseek_v3":
         return common | deepseek_v3.to_transformers(model)
     if architecture == "longcat_flash":
-        return {name: value for name, value in common.items() if name not in longcat.RENAMED} | longcat.to_transformers(
-            model
-        )
+        kept = {name: value for name, value in common.items() if name not in longcat.RENAMED}
+        return kept | longcat.to_transformers(model)
     if architecture in _BIASED:
         common["attention_bias"] = model.attention_bias is not None
     return common if architecture == "llama" else common | _top_k(model, architecture)

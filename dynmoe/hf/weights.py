@@ -64,7 +64,8 @@ def load_weights(decoder: Decoder, tensors: Tensors, architecture: str, interlea
     for part in wanted:
         place = own[part.ours] if part.expert is None else own[part.ours][part.expert]
         for name, rows in zip(part.theirs, place.split(part.rows) if part.rows else [place], strict=True):
-            value = tensors.read(name)[: len(rows)]
+            value = tensors.read(name)
+            value = value[: len(rows)] if part.unread else value
             rows.copy_(halves(value, *part.rotated) if part.rotated and interleaved else value)
             if name in doubled:
                 rows.mul_(qwen2_moe.GATE_OF_ZEROS)

@@ -24,8 +24,8 @@ from dynmoe.moe.initialization import named_normal
 class LatentNorm(nn.RMSNorm):
     """RMSNorm of a latent.
 
-    With ``scale_latents`` times the root of D over the latent's width. What is computed from the latent then has the
-    variance that it would have if it were computed from x (LongCat-Flash, arXiv 2509.01322, section 2.2).
+    With ``scale_latents`` times the root of D over the latent's width. What is computed from the latent then initially
+    has the variance that it would have if it were computed from x (LongCat-Flash, arXiv 2509.01322).
     """
 
     def __init__(self, model: ModelConfig, width: int) -> None:

@@ -35,7 +35,8 @@ STRETCHED = {
 CHECKPOINTS = {
     "published": {},
     "stretched": {"rope_parameters": STRETCHED, "tie_word_embeddings": True},
-    "one layer, one expert": {"num_layers": 1, "moe_topk": 1, "rms_norm_eps": 1e-6, "routed_scaling_factor": 1.0},
+    # transformers cannot run a model with moe_topk=1.
+    "one layer, two experts": {"num_layers": 1, "moe_topk": 2, "rms_norm_eps": 1e-6, "routed_scaling_factor": 1.0},
 }
 OURS = [*LONGCAT, "model.layers=4"]
 RUNS = {
@@ -54,6 +55,7 @@ def checkpoint(folder: Path, vocab_size: int = 96, **settings):
         "expert_ffn_hidden_size": 24, "n_routed_experts": EXPERTS, "zero_expert_num": IDENTITY, "moe_topk": 3,
         "q_lora_rank": 14, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "head_dim": 8,
         "v_head_dim": 10, "max_position_embeddings": 64, "pad_token_id": 0,
+        "routed_scaling_factor": 2.5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, **settings,
     })  # fmt: skip
     model = LongcatFlashForCausalLM(config).eval()
@@ -144,7 +146,7 @@ def test_an_imported_checkpoint_is_exported_with_identical_weights(tmp_path, nam
 def test_a_run_is_exported_and_imported_again(corpus_dir, tmp_path, name):
     from transformers import LongcatFlashForCausalLM
 
-    begun = begin(corpus_dir, tmp_path / "run", RUNS[name])
+    begun = begin(corpus_dir, tmp_path / "run_biased", RUNS[name])
     assert all(layer.router.bias_X.any() for layer in begun.decoder.moe_layers)
     assert export(begun.path, tmp_path / "out").architecture == "longcat_flash"
     assert not list((tmp_path / "out").glob("*.py"))
@@ -157,7 +159,7 @@ def test_a_run_is_exported_and_imported_again(corpus_dir, tmp_path, name):
 
 
 def test_selection_biases_keep_fp32_in_bf16(corpus_dir, tmp_path):
-    export(begin(corpus_dir, tmp_path / "run", OURS).path, tmp_path / "out", torch.bfloat16)
+    export(begin(corpus_dir, tmp_path / "run_biased", OURS).path, tmp_path / "out", torch.bfloat16)
     kinds = {name: value.dtype for name, value in load_file(tmp_path / "out" / "model.safetensors").items()}
     assert kinds["model.layers.1.mlp.router.e_score_correction_bias"] == torch.float32
     assert kinds["model.layers.1.mlp.router.classifier.weight"] == torch.bfloat16

@@ -249,9 +249,10 @@ def _layer_spec(config: Config, context: MoEContext, late: list[Tensor], layer: 
 def _connect_attention(chunk: nn.Module) -> None:
     """Gives each MoE layer the attention of its decoder layer."""
     for layer in chunk.modules():
-        moe = moe_layer(layer) if isinstance(layer, TransformerLayer) else None
-        if isinstance(moe, MegatronMoELayer):
-            moe.attention = (layer.self_attention.core_attention,)
+        if isinstance(layer, TransformerLayer):
+            moe = moe_layer(layer)
+            if isinstance(moe, MegatronMoELayer):
+                moe.attention = (layer.self_attention.core_attention,)
 
 
 def build_chunks(config: Config, vocab_size: int, context: MoEContext, device: torch.device) -> list[MegatronModule]:
