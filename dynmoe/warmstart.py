@@ -158,7 +158,7 @@ def _check_same(old: ModelConfig, new: ModelConfig) -> None:
     """Checks that no override changes the shape of the copied weights."""
     sizes = ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab_size", "ffn_hidden")
     latent = (f"latent.{spec.name}" for spec in dataclasses.fields(old.latent))
-    for name in (*sizes, "qk_norm", "tie_embeddings", *latent):
+    for name in (*sizes, "qk_norm", "tie_embeddings", "moe.shortcut", *latent):
         before, after = (attrgetter(name)(model) for model in (old, new))
         if before != after:
             raise UserError(f"model.{name}={after}: the weights have {before}; remove the override")

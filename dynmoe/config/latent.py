@@ -25,6 +25,11 @@ class LatentConfig(Section):
         64, "width of the part that is rotated; its key is the same for all heads", at_least=2
     )  # fmt: skip
     v_head_dim: int = option(128, "width of a value, at most that of a key", at_least=1)
+    scale_latents: bool = option(
+        False, "multiply each normalized latent by the square root of model.hidden / its width (LongCat-Flash: "
+        "mla_scale_q_lora, mla_scale_kv_lora)",
+    )  # fmt: skip
+    norm_eps: Optional[float] = option(None, "epsilon of the norms of the latents; null: model.norm_eps", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

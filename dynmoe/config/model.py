@@ -30,6 +30,10 @@ class MoEConfig(Section):
     first_k_dense_replace: int = option(
         0, "the first layers of which none is an MoE layer, whatever moe_layer_freq says (DeepSeek-V3: 3)", at_least=0
     )
+    shortcut: bool = option(
+        False, "MoE layers have a dense SwiGLU too, and the output of their experts is added behind the next layer, "
+        "which must be dense (shortcut-connected MoE, arXiv 2404.05019; LongCat-Flash)",
+    )  # fmt: skip
     capacity_factor: Optional[float] = option(
         None, "limit of routes per expert and rank in training, relative to a perfectly balanced load at the moving "
         "average of experts per token; null: no limit", above=0,
@@ -146,6 +150,7 @@ class ModelConfig(Section):
         if moe.active_at_start is not None and not router.ADAPTS:
             problem = f"the {router.kind} router cannot add experts later"
             raise ConfigError("model.moe.active_at_start", moe.active_at_start, problem, "remove it")
+        self._check_shortcut()
         if layers == 0:
             return
         router.check_layers(moe.experts_by_layer or [moe.experts])
@@ -158,6 +163,18 @@ class ModelConfig(Section):
         if limit is None and moe.on_overflow != "error":
             cure = "set model.moe.max_mean_experts_per_token"
             raise ConfigError("model.moe.on_overflow", moe.on_overflow, "has no limit to enforce", cure)
+
+    def _check_shortcut(self) -> None:
+        if not self.moe.shortcut:
+            return
+        if not self.moe_layers:
+            raise ConfigError("model.moe.shortcut", True, "the model is dense", "remove it, or set model.moe.experts")
+        if self.moe.moe_layer_freq == 1:
+            problem = "needs a dense layer behind every MoE layer"
+            raise ConfigError("model.moe.shortcut", True, problem, "set model.moe.moe_layer_freq=2")
+        if self.is_moe_layer(self.layers - 1):
+            problem = "leaves no layer behind the last MoE layer, as model.moe.shortcut needs"
+            raise ConfigError("model.layers", self.layers, problem, "add one, or remove one")
 
     @property
     def width_of_head(self) -> int:
@@ -174,6 +191,11 @@ class ModelConfig(Section):
         """Width of the part of a query and key that is rotated."""
         return self.latent.qk_rope_head_dim if self.latent.enabled else self.width_of_head
 
+    @property
+    def latent_norm_eps(self) -> float:
+        """Epsilon of the norms of the latents."""
+        return self.norm_eps if self.latent.norm_eps is None else self.latent.norm_eps
+
     def window_of(self, layer: int) -> int | None:
         """Positions that a token attends to in a layer; None: all up to itself."""
         return None if layer in self.full_attention_layers else self.window
@@ -181,6 +203,10 @@ class ModelConfig(Section):
     def is_moe_layer(self, layer: int) -> bool:
         moe = self.moe
         return moe.experts > 0 and layer >= moe.first_k_dense_replace and layer % moe.moe_layer_freq == 0
+
+    def has_feed_forward(self, layer: int) -> bool:
+        """Whether a layer has a dense feed-forward: every dense layer, and with a shortcut every MoE layer too."""
+        return self.moe.shortcut or not self.is_moe_layer(layer)
 
     def experts_of(self, layer: int) -> int:
         """Number of expert slots of MoE layer ``layer`` (index in the decoder)."""

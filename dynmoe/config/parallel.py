@@ -72,6 +72,11 @@ class ParallelConfig(Section):
         stages = self.pipeline * self.virtual_pipeline
         name = "virtual_pipeline" if self.virtual_pipeline > 1 else "pipeline"
         _check_divides(f"parallel.{name}", getattr(self, name), stages, "model.layers", model.layers)
+        last = [layer for layer in model.moe_layers if (layer + 1) % (model.layers // stages) == 0]
+        if model.moe.shortcut and last:
+            problem = f"splits layers {last[0]} and {last[0] + 1}, which model.moe.shortcut connects, into two stages"
+            cure = "use fewer stages, or more model.layers"
+            raise ConfigError(f"parallel.{name}", getattr(self, name), problem, cure)
         split = {"model.kv_heads": model.kv_heads, "model.ffn_hidden": model.ffn_hidden}
         if (rank := model.latent.kv_lora_rank) is not None:  # Megatron-Core refuses to build others
             split["model.latent.q_lora_rank"] = model.latent.q_lora_rank or 0

@@ -61,7 +61,7 @@ def _readers(exported: Mapping[str, Any]) -> str:
     """Lists which servers can load an export with this ``config.json``, as measured by ``make test-served``."""
     if exported["model_type"] == "dynmoe":
         return "transformers and vLLM can load it; mlx-lm and llama.cpp cannot."
-    if exported["model_type"] == "deepseek_v3":
+    if exported["model_type"] in ("deepseek_v3", "longcat_flash"):
         return "transformers can load it; other readers were not tried."
     gguf = "for llama.cpp use python -m dynmoe.hf gguf."
     if exported["model_type"] == "qwen2_moe" and exported["mlp_only_layers"]:
@@ -82,15 +82,15 @@ def _gguf(given: argparse.Namespace) -> None:
 
 
 def _import(given: argparse.Namespace) -> None:
-    from dynmoe.hf.deepseek_v3 import prediction_tensors
     from dynmoe.hf.importing import import_checkpoint
     from dynmoe.hf.tensors import Tensors
+    from dynmoe.hf.weights import prediction_tensors
     from dynmoe.train.run_directory import RunDirectory
 
     architecture, config = import_checkpoint(given.source, given.run, given.overrides)
     print(f"{given.run}: a {config.engine} run that starts from the weights of {given.source} ({architecture}).")
-    names = prediction_tensors(Tensors(given.source).shapes(), config.model.layers)
-    if architecture == "deepseek_v3" and names:
+    names = prediction_tensors(architecture, Tensors(given.source).shapes(), config.model.layers)
+    if names:
         print(f"Left out: {len(names)} tensors of layers that predict further tokens, such as {names[0]}.")
     tokenizer = RunDirectory(given.run).tokenizer
     if tokenizer.exists():

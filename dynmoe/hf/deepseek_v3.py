@@ -13,12 +13,12 @@ from dynmoe.errors import ConfigError
 from dynmoe.hf.fields import write_rope
 from dynmoe.routers import TopK
 
-# Of the norms of the latents, whatever ``rms_norm_eps`` says.
+# Of the norms of the latents, whatever ``rms_norm_eps`` says; in LongCat-Flash too.
 LATENT_EPS = 1e-6
 # Fields of ours that have the same value in every DeepSeek-V3.
 _FIXED = {
     "moe.moe_layer_freq": 1, "moe.shared_gate": False, "router.kind": "top_k", "router.score_function": "sigmoid",
-    "router.budgets": [], "window": None, "norm_eps": LATENT_EPS,
+    "router.budgets": [], "moe.shortcut": False, "latent.scale_latents": False,
 }  # fmt: skip
 
 
@@ -33,14 +33,11 @@ def misfit(model: ModelConfig) -> ConfigError | None:
 def _misfits(model: ModelConfig) -> Iterator[tuple[str, str]]:
     """Fields of the model with what is wrong about their values."""
     moe = model.moe
-    scaling = model.rope_scaling
     if not model.moe_layers:
         yield "moe.experts", "DeepSeek-V3 has experts"
     for name, wanted in _FIXED.items():
         if attrgetter(name)(model) != wanted:
             yield name, f"is {wanted!r} in DeepSeek-V3"
-    if len(set(moe.experts_by_layer)) > 1:
-        yield "moe.experts_by_layer", "DeepSeek-V3 has as many in every layer"
     if not moe.shared_hidden or moe.shared_hidden % moe.expert_hidden:
         problem = (
             f"DeepSeek-V3 has shared experts of the width of the others (model.moe.expert_hidden={moe.expert_hidden})"
@@ -48,8 +45,20 @@ def _misfits(model: ModelConfig) -> Iterator[tuple[str, str]]:
         yield "moe.shared_hidden", problem
     if model.max_experts_per_layer < 2 * model.router.n_group:
         yield "router.n_group", "a group of DeepSeek-V3 has at least two experts"
+    yield from latent_misfits(model, "DeepSeek-V3")
+
+
+def latent_misfits(model: ModelConfig, family: str) -> Iterator[tuple[str, str]]:
+    """The same for what all families with latent attention have in common."""
+    scaling = model.rope_scaling
+    if len(set(model.moe.experts_by_layer)) > 1:
+        yield "moe.experts_by_layer", f"{family} has as many in every layer"
+    if model.window is not None:
+        yield "window", f"{family} has none"
+    if model.latent_norm_eps != LATENT_EPS:
+        yield "latent.norm_eps", f"is {LATENT_EPS} in {family} (null: model.norm_eps, {model.norm_eps:g})"
     if scaling.factor == 1.0 and scaling.query_key_scale != 1.0:
-        yield "rope_scaling.attention_factor", "DeepSeek-V3 has none without model.rope_scaling.factor"
+        yield "rope_scaling.attention_factor", f"{family} has none without model.rope_scaling.factor"
 
 
 def to_transformers(model: ModelConfig) -> dict[str, Any]:
@@ -57,19 +66,10 @@ def to_transformers(model: ModelConfig) -> dict[str, Any]:
 
     Rotated rows are neighbours in our exports, as in the published checkpoints.
     """
-    latent = model.latent
     router = model.router.resolved
     assert isinstance(router, TopK)
-    return {
-        "q_lora_rank": latent.q_lora_rank,
-        "kv_lora_rank": latent.kv_lora_rank,
-        "qk_nope_head_dim": latent.qk_nope_head_dim,
-        "qk_rope_head_dim": latent.qk_rope_head_dim,
-        "v_head_dim": latent.v_head_dim,
-        "head_dim": latent.qk_rope_head_dim,
-        "attention_bias": False,
+    return latent_fields(model) | {
         "rope_interleave": True,
-        "rope_parameters": _rope(model),
         "n_routed_experts": model.max_experts_per_layer,
         "n_shared_experts": model.moe.shared_hidden // model.moe.expert_hidden,
         "moe_intermediate_size": model.moe.expert_hidden,
@@ -80,6 +80,21 @@ def to_transformers(model: ModelConfig) -> dict[str, Any]:
         "norm_topk_prob": router.renormalize,
         "routed_scaling_factor": router.gate_scale,
         "num_nextn_predict_layers": 0,
+    }
+
+
+def latent_fields(model: ModelConfig) -> dict[str, Any]:
+    """Fields of latent attention, in any family."""
+    latent = model.latent
+    return {
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_nope_head_dim": latent.qk_nope_head_dim,
+        "qk_rope_head_dim": latent.qk_rope_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        "head_dim": latent.qk_rope_head_dim,
+        "attention_bias": False,
+        "rope_parameters": _rope(model),
     }
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from dynmoe.config import ModelConfig
 from dynmoe.data.corpus import Corpus
 from dynmoe.data.tokenizer import Tokenizer
-from dynmoe.errors import UserError
-from dynmoe.hf import deepseek_v3, qwen2_moe
+from dynmoe.errors import ConfigError, UserError
+from dynmoe.hf import longcat, qwen2_moe
 from dynmoe.hf.bundle import write_code
-from dynmoe.hf.formats import standard_architecture, to_transformers
+from dynmoe.hf.formats import latent_architecture, standard_architecture, to_transformers
 from dynmoe.hf.kept import Kept
 from dynmoe.hf.names import parts
 from dynmoe.hf.routers import router_state
@@ -115,17 +115,21 @@ def _check_supported(model: ModelConfig, own_code: bool) -> None:
         problem = "needs the attention weights, which the attention of transformers and servers does not return"
         raise UserError(f"model.router.kind={router.kind!r}: {problem}; run it with python -m dynmoe.generate")
     if model.latent.enabled:
-        if error := deepseek_v3.misfit(model):
+        architecture, error = latent_architecture(model)
+        if error is not None:
             raise error
         if own_code:
             problem = "our code has no latent attention"
-            raise UserError(f"--own-code: {problem}; without it, the run is exported as transformers' DeepSeek-V3")
+            raise UserError(f"--own-code: {problem}; without it, the run is exported as transformers' {architecture}")
+    elif model.moe.shortcut:
+        problem = "is exported with latent attention alone, as LongCat-Flash"
+        raise ConfigError("model.moe.shortcut", True, problem, "run it with python -m dynmoe.generate")
 
 
 def _architecture(model: TrainedDecoder, own_code: bool) -> str:
     """The ``model_type`` of the export."""
     standard = None if own_code else standard_architecture(model.config.model)
-    if standard == "deepseek_v3":  # which has biases
+    if standard in ("deepseek_v3", "longcat_flash"):  # which have biases
         if _has_inactive_experts(model):
             raise UserError(
                 "model.router.kind=top_k: inactive experts and latent attention cannot be exported together"
@@ -186,7 +190,9 @@ def _tensors(model: TrainedDecoder, architecture: str, dtype: torch.dtype) -> di
     if architecture == "qwen2_moe":
         for name in qwen2_moe.down_projections(model.config.model):
             made[name] /= qwen2_moe.GATE_OF_ZEROS
-        made |= {name: torch.zeros(shape, dtype=dtype) for name, shape in qwen2_moe.zeros(model.config.model).items()}
+    zeros = {"qwen2_moe": qwen2_moe.zeros, "longcat_flash": longcat.unread_projections}.get(architecture)
+    if zeros is not None:
+        made |= {name: torch.zeros(shape, dtype=dtype) for name, shape in zeros(model.config.model).items()}
     return made
 
 

@@ -45,7 +45,7 @@ _TOP_K = _COMMON | {"num_experts", "num_local_experts", "num_experts_per_tok", "
 _EXPERTS = {"moe_intermediate_size", "shared_expert_intermediate_size", "shared_expert_gate"}
 _QWEN = {"norm_topk_prob", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers", "sliding_window",
          "use_sliding_window"}  # fmt: skip
-_LATENT = {"q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave"}
+_LATENT = {"q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
 _NO_SWITCH: dict[str, tuple[Any, ...]] = {"use_sliding_window": (False,)}
 _NO_BIAS: dict[str, tuple[Any, ...]] = {"attention_bias": (False,)}
 FAMILIES = {
@@ -66,12 +66,22 @@ FAMILIES = {
     ),
     "deepseek_v3": Family(
         "DeepseekV3ForCausalLM", "DeepseekV3Config",
-        _COMMON | _LATENT | {"n_routed_experts", "n_shared_experts", "moe_intermediate_size", "first_k_dense_replace",
-        "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"},
+        _COMMON | _LATENT | {"rope_interleave", "n_routed_experts", "n_shared_experts", "moe_intermediate_size",
+        "first_k_dense_replace", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob",
+        "routed_scaling_factor"},
         # The last three are in published files, and nothing in transformers reads them.
         {**_NO_BIAS, "moe_layer_freq": (1,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
         # Losses of the pretraining, its layout, and layers that predict further tokens, which are no part of the model.
         {"aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers", "num_mtp_layers", "qk_head_dim"},
+    ),
+    "longcat_flash": Family(
+        "LongcatFlashForCausalLM", "LongcatFlashConfig",
+        _COMMON | _LATENT | {"num_layers", "qk_head_dim", "ffn_hidden_size", "expert_ffn_hidden_size",
+        "moe_intermediate_size", "n_routed_experts", "num_local_experts", "zero_expert_num", "moe_topk",
+        "num_experts_per_tok", "routed_scaling_factor"},
+        # All but the first are in published files, and transformers reads none of them or disregards it.
+        {**_NO_BIAS, "router_bias": (False,), "zero_expert_type": ("identity",), "attention_method": ("MLA",),
+         "mla_scale_q_lora": (True,), "mla_scale_kv_lora": (True,)},
     ),
     # Our exports of models that transformers has no architecture for.
     "dynmoe": Family(

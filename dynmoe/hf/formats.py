@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynmoe.config import Config, ModelConfig
-from dynmoe.errors import UserError
-from dynmoe.hf import deepseek_v3
+from dynmoe.errors import ConfigError, UserError
+from dynmoe.hf import deepseek_v3, longcat
 from dynmoe.hf.fields import FAMILIES, KEPT, check_fields, settings_of, shown, write_rope
 from dynmoe.hf.qwen2_moe import ABSENT_WIDTH
 from dynmoe.hf.readers import CODE, READERS
 from dynmoe.hf.routers import read_router, write_router
-from dynmoe.routers import TopK
+from dynmoe.routers import IdentityExperts, TopK
 
 
 def standard_architecture(model: ModelConfig) -> str | None:
@@ -23,7 +23,10 @@ def standard_architecture(model: ModelConfig) -> str | None:
     """
     moe = model.moe
     if model.latent.enabled:
-        return "deepseek_v3" if deepseek_v3.misfit(model) is None else None
+        latent, error = latent_architecture(model)
+        return latent if error is None else None
+    if moe.shortcut:
+        return None
     if not model.moe_layers:
         name = "llama" if model.qk_norm is None else None
     elif len(set(moe.experts_by_layer)) > 1 or not isinstance(model.router, TopK) or own_field(model.router):
@@ -39,6 +42,13 @@ def standard_architecture(model: ModelConfig) -> str | None:
     has_windows = model.window is None or (name in ("mixtral", "qwen3_moe") and not model.full_attention_layers)
     has_biases = model.attention_bias is None or (name in _BIASED and model.attention_bias == "all")
     return name if has_windows and has_biases else None
+
+
+def latent_architecture(model: ModelConfig) -> tuple[str, ConfigError | None]:
+    """The architecture that a model with latent attention resembles, and the field that keeps it from being one."""
+    if model.moe.shortcut or isinstance(model.router, IdentityExperts):
+        return "longcat_flash", longcat.misfit(model)
+    return "deepseek_v3", deepseek_v3.misfit(model)
 
 
 def own_field(router: TopK) -> str | None:
@@ -83,6 +93,9 @@ def to_transformers(config: Config, architecture: str, vocab_size: int) -> dict[
     common |= {"hidden_act": "silu"}
     if architecture == "deepseek_v3":
         return common | deepseek_v3.to_transformers(model)
+    if architecture == "longcat_flash":
+        kept = {name: value for name, value in common.items() if name not in longcat.RENAMED}
+        return kept | longcat.to_transformers(model)
     if architecture in _BIASED:
         common["attention_bias"] = model.attention_bias is not None
     return common if architecture == "llama" else common | _top_k(model, architecture)
@@ -146,7 +159,7 @@ def from_transformers(found: Mapping[str, Any]) -> tuple[str, list[str], dict[st
     get = settings_of(found, FAMILIES[architecture])
     hidden = get.count("hidden_size")
     fields: dict[str, Any] = {
-        "layers": get.count("num_hidden_layers"),
+        "layers": get.count("num_hidden_layers", "num_layers"),
         "hidden": hidden,
         "heads": get.count("num_attention_heads"),
         "vocab_size": get.count("vocab_size"),

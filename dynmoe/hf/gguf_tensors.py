@@ -76,6 +76,9 @@ def find_architecture(model: ModelConfig) -> str:
 
 def _without_architecture(model: ModelConfig) -> ConfigError:
     moe = model.moe
+    if moe.shortcut:
+        problem = "llama.cpp adds the output of experts at once"
+        return ConfigError("model.moe.shortcut", True, problem, "run it with python -m dynmoe.generate")
     if model.moe_layers and model.router.budgets:
         return ConfigError("model.router.budgets", model.router.budgets, "llama.cpp has one number of experts", SERVERS)
     if model.moe_layers and not isinstance(model.router, TopK):

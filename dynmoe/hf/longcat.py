@@ -1,4 +1,6 @@
-"""The MoE block of LongCat-Flash (transformers: ``LongcatFlashMoE``) from and to our layer with identity experts.
+"""LongCat-Flash (arXiv 2509.01322) in transformers: what a decoder of ours must be, and its ``config.json``.
+
+One of its layers is two of ours, of which the first has experts whose output is added behind the second.
 
 transformers gives identity experts gate and up projections that nothing reads, saves them, and refuses a checkpoint
 without them; published checkpoints may lack them. We write zeros and ignore what we read.
@@ -6,81 +8,76 @@ without them; published checkpoints may lack them. We write zeros and ignore wha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
+from operator import attrgetter
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from dynmoe.errors import UserError, some
-from dynmoe.moe import MoELayer
+from dynmoe.config import ModelConfig
+from dynmoe.errors import ConfigError
+from dynmoe.hf.deepseek_v3 import latent_fields, latent_misfits
 from dynmoe.routers import IdentityExperts
 
-
-def longcat_tensors(layer: MoELayer, prefix: str = "model.layers.0.mlp") -> dict[str, Tensor]:
-    """The tensors of a block that computes the same as ``layer``, by their names in a checkpoint of transformers.
-
-    Its configuration needs ``n_routed_experts`` (experts of the layer), ``zero_expert_num`` (``num_identity``),
-    ``moe_topk`` (``k``) and ``routed_scaling_factor`` (``gate_scale``).
-
-    Raises:
-        UserError: the layer has a part that LongCat-Flash does not have.
-    """
-    spec = _spec(layer)
-    width = layer.settings.expert_hidden
-    tensors = {name: value.detach() for name, value in _pairs(layer, prefix)}
-    unread = torch.zeros_like(layer.experts.w_up_EHD[0, :width])
-    for expert in range(layer.num_experts, layer.num_experts + spec.num_identity):
-        tensors |= {f"{prefix}.experts.{expert}.{part}_proj.weight": unread.clone() for part in ("gate", "up")}
-    return tensors
+# Fields of ours that have the same value in every LongCat-Flash.
+_FIXED = {
+    "latent.scale_latents": True, "moe.shortcut": True, "moe.moe_layer_freq": 2, "moe.first_k_dense_replace": 0,
+    "moe.shared_hidden": 0, "router.kind": "identity_experts", "router.num_zero": 0, "router.num_constant": 0,
+    "router.n_group": 1, "router.budgets": [],
+}  # fmt: skip
+# Fields of Llama that have other names in LongCat-Flash.
+RENAMED = ("num_hidden_layers", "intermediate_size")
 
 
-@torch.no_grad()
-def load_longcat(layer: MoELayer, tensors: Mapping[str, Tensor], prefix: str = "model.layers.0.mlp") -> None:
-    """Copies a block of a checkpoint into ``layer``, with or without weights of its identity experts.
-
-    Raises:
-        UserError: the layer has a part that LongCat-Flash does not have, or tensors are missing or misshapen.
-    """
-    _spec(layer)
-    pairs = list(_pairs(layer, prefix))
-    missing = [name for name, _ in pairs if name not in tensors]
-    if missing:
-        raise UserError(f"missing: {some(missing)}; name the prefix of a LongCat-Flash MoE block")
-    for name, own in pairs:
-        if tensors[name].shape != own.shape:
-            problem = f"has shape {tuple(tensors[name].shape)}, must have {tuple(own.shape)}"
-            raise UserError(f"{name}: {problem}; compare the configurations")
-    for name, own in pairs:
-        own.copy_(tensors[name])
+def misfit(model: ModelConfig) -> ConfigError | None:
+    """The first field that keeps a model with latent attention from being a LongCat-Flash; None if none does."""
+    for name, problem in _misfits(model):
+        cure = "run it with python -m dynmoe.generate"
+        return ConfigError(f"model.{name}", attrgetter(name)(model), problem, cure)
+    return None
 
 
-def _spec(layer: MoELayer) -> IdentityExperts:
-    """The router of a layer that can be a LongCat-Flash block."""
-    spec = layer.router.spec
-    if not isinstance(spec, IdentityExperts):
-        raise UserError(f"model.router.kind={spec.kind}: LongCat-Flash has none; use identity_experts")
-    for name in ("num_zero", "num_constant"):
-        if getattr(spec, name):
-            raise UserError(
-                f"model.router.{name}={getattr(spec, name)}: LongCat-Flash has identity experts only; use 0"
-            )
-    if spec.n_group > 1:
-        raise UserError(f"model.router.n_group={spec.n_group}: LongCat-Flash has no groups; use 1")
-    if spec.budgets:
-        raise UserError(f"model.router.budgets={spec.budgets}: LongCat-Flash has one budget; use []")
-    if layer.shared is not None:
-        raise UserError(f"model.moe.shared_hidden={layer.settings.shared_hidden}: LongCat-Flash has none; use 0")
-    return spec
+def _misfits(model: ModelConfig) -> Iterator[tuple[str, str]]:
+    """Fields of the model with what is wrong about their values."""
+    for name, wanted in _FIXED.items():
+        if attrgetter(name)(model) != wanted:
+            yield name, f"is {wanted!r} in LongCat-Flash"
+    if model.latent.q_lora_rank is None:
+        yield "latent.q_lora_rank", "LongCat-Flash computes queries from a latent"
+    yield from latent_misfits(model, "LongCat-Flash")
 
 
-def _pairs(layer: MoELayer, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Names in a checkpoint, each with the (part of a) tensor of ours that it corresponds to."""
-    yield f"{prefix}.router.classifier.weight", layer.router.get_parameter("weight_ED")
-    yield f"{prefix}.router.e_score_correction_bias", layer.router.get_buffer("bias_X")
-    width = layer.settings.expert_hidden
-    for expert, up_HD, down_DF in zip(
-        layer.experts.experts, layer.experts.w_up_EHD, layer.experts.w_down_EDF, strict=True
-    ):
-        yield f"{prefix}.experts.{expert}.gate_proj.weight", up_HD[:width]
-        yield f"{prefix}.experts.{expert}.up_proj.weight", up_HD[width:]
-        yield f"{prefix}.experts.{expert}.down_proj.weight", down_DF
+def to_transformers(model: ModelConfig) -> dict[str, Any]:
+    """Fields of ``config.json`` that Llama does not have, or of which it has another value."""
+    router = model.router.resolved
+    assert isinstance(router, IdentityExperts)
+    return latent_fields(model) | {
+        "num_layers": model.layers // 2,
+        "attention_method": "MLA",
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
+        "qk_head_dim": model.width_of_head,
+        "ffn_hidden_size": model.ffn_hidden,
+        "expert_ffn_hidden_size": model.moe.expert_hidden,
+        "n_routed_experts": model.max_experts_per_layer,
+        "zero_expert_num": router.num_identity,
+        "zero_expert_type": "identity",
+        "moe_topk": router.k,
+        "routed_scaling_factor": router.gate_scale,
+        "router_bias": False,
+    }
+
+
+def unread_projections(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of identity experts."""
+    router = model.router
+    assert isinstance(router, IdentityExperts)
+    return {
+        f"model.layers.{layer // 2}.mlp.experts.{model.experts_of(layer) + number}.{part}_proj.weight": (
+            model.moe.expert_hidden, model.hidden,
+        )
+        for layer in model.moe_layers for number in range(router.num_identity) for part in ("gate", "up")
+    }  # fmt: skip
+
+
+def prediction_tensors(names: Collection[str]) -> list[str]:
+    """Tensors of the layers that predict further tokens, which the model in transformers does not have."""
+    return sorted(name for name in names if name.startswith("model.mtp."))

@@ -17,30 +17,50 @@ class Names:
     """Names within a layer that differ between architectures; all others are as in Llama.
 
     Attributes:
+        halves: how many layers of ours one of theirs is; ``{half}`` in norms, attention and dense counts them.
         norms: the norms before attention and before the feed-forward layer.
+        attention: the attention.
         dense: a dense feed-forward layer, with ``{part}``.
         router: the router's weight.
-        router_bias: its selection biases; None if the architecture has none.
+        router_bias: its selection biases, by our name and theirs; None if the architecture has none.
         expert: a single expert, with ``{expert}`` and ``{part}``; None if two tensors hold all experts.
         parts: gate, up and down projection of an expert.
         shared: the shared expert, with ``{part}``.
         shared_gate: its gate.
     """
 
+    halves: int = 1
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    attention: str = "self_attn"
     dense: str = "mlp.{part}.weight"
     router: str = "mlp.gate.weight"
-    router_bias: str | None = None
+    router_bias: tuple[str, str] | None = None
     expert: str | None = "mlp.experts.{expert}.{part}.weight"
     parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared: str = "mlp.shared_expert.{part}.weight"
     shared_gate: str = "mlp.shared_expert_gate.weight"
 
+    def of(self, layer: int) -> Names:
+        """The names in layer ``layer`` of ours."""
+        before, behind, attention, dense = (
+            text.replace("{half}", str(layer % self.halves)) for text in (*self.norms, self.attention, self.dense)
+        )
+        return replace(self, norms=(before, behind), attention=attention, dense=dense)
 
-# Stacked experts, as in a state_dict of transformers 5: of DeepSeek-V3, and of any other family.
+
+# Stacked experts, as in a state_dict of transformers 5: of DeepSeek-V3, of LongCat-Flash, and of any other family.
 STACKED = "stacked"
 STACKED_DEEPSEEK = "stacked deepseek_v3"
-_DEEPSEEK = Names(router_bias="mlp.gate.e_score_correction_bias", shared="mlp.shared_experts.{part}.weight")
+STACKED_LONGCAT = "stacked longcat_flash"
+_DEEPSEEK = Names(router_bias=("bias_E", "mlp.gate.e_score_correction_bias"), shared="mlp.shared_experts.{part}.weight")
+_LONGCAT = Names(
+    halves=2,
+    norms=("input_layernorm.{half}", "post_attention_layernorm.{half}"),
+    attention="self_attn.{half}",
+    dense="mlps.{half}.{part}.weight",
+    router="mlp.router.classifier.weight",
+    router_bias=("bias_X", "mlp.router.e_score_correction_bias"),
+)
 NAMES = {
     **dict.fromkeys(("llama", "olmoe", "qwen2_moe", "qwen3_moe"), Names()),
     "mixtral": Names(
@@ -54,6 +74,8 @@ NAMES = {
     STACKED: Names(expert=None),
     "deepseek_v3": _DEEPSEEK,
     STACKED_DEEPSEEK: replace(_DEEPSEEK, expert=None),
+    "longcat_flash": _LONGCAT,
+    STACKED_LONGCAT: replace(_LONGCAT, expert=None),
     "dynmoe": Names(router="mlp.router.weight", expert=None),
 }
 
@@ -67,6 +89,7 @@ class Part:
         theirs: names in the checkpoint, in the order of the rows.
         shape: shape of our tensor.
         rows: number of rows of each of theirs.
+        unread: entries that theirs has behind ours, and that nothing reads.
         expert: index of the expert if our tensor is a stack.
         state: whether it is a buffer of a router.
         rotated: latent attention: number of blocks of rows, and of rows of each that are rotated, see ``neighbours``.
@@ -79,29 +102,31 @@ class Part:
     expert: int | None = None
     state: bool = False
     rotated: tuple[int, int] | None = None
+    unread: int = 0
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each of the checkpoint's tensors."""
         if not self.rows:
-            return {self.theirs[0]: self.shape}
+            return {self.theirs[0]: (self.shape[0] + self.unread, *self.shape[1:])}
         return {name: (rows, *self.shape[1:]) for name, rows in zip(self.theirs, self.rows, strict=True)}
 
 
 def parts(model: ModelConfig, vocab_size: int, architecture: str) -> Iterator[Part]:
     """All tensors of a model in a checkpoint of ``architecture``, a key of ``NAMES``."""
-    names = NAMES[architecture]
     hidden = model.hidden
     yield Part("w_embed_VD", ("model.embed_tokens.weight",), (vocab_size, hidden))
     for layer in range(model.layers):
+        names = NAMES[architecture].of(layer)
         ours = f"layers.{layer}"
-        theirs = f"model.{ours}"
+        theirs = f"model.layers.{layer // names.halves}"
         for own, norm in zip(("attention_norm", "ffn_norm"), names.norms, strict=True):
             yield Part(f"{ours}.{own}.weight", (f"{theirs}.{norm}.weight",), (hidden,))
-        yield from (_latent_attention if model.latent.enabled else _attention)(model, ours, theirs)
+        attention = _latent_attention if model.latent.enabled else _attention
+        yield from attention(model, f"{ours}.attention", f"{theirs}.{names.attention}")
         if model.is_moe_layer(layer):
             yield from _moe(model, layer, architecture, f"{ours}.moe", theirs)
-        else:
+        if model.has_feed_forward(layer):
             yield from _swiglu(f"{ours}.ffn", f"{theirs}.{names.dense}", hidden, model.ffn_hidden)
     yield Part("norm.weight", ("model.norm.weight",), (hidden,))
     if not model.tie_embeddings:
@@ -110,20 +135,20 @@ def parts(model: ModelConfig, vocab_size: int, architecture: str) -> Iterator[Pa
 
 def _attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[Part]:
     heads, kv_heads = (count * model.width_of_head for count in (model.heads, model.kv_heads))
-    projections = tuple(f"{theirs}.self_attn.{name}_proj.weight" for name in "qkv")
+    projections = tuple(f"{theirs}.{name}_proj.weight" for name in "qkv")
     rows = (heads, kv_heads, kv_heads)
-    yield Part(f"{ours}.attention.w_qkv", projections, (sum(rows), model.hidden), rows)
-    yield Part(f"{ours}.attention.w_out", (f"{theirs}.self_attn.o_proj.weight",), (model.hidden, heads))
+    yield Part(f"{ours}.w_qkv", projections, (sum(rows), model.hidden), rows)
+    yield Part(f"{ours}.w_out", (f"{theirs}.o_proj.weight",), (model.hidden, heads))
     if model.attention_bias is not None:
-        biases = tuple(f"{theirs}.self_attn.{name}_proj.bias" for name in "qkv")
-        yield Part(f"{ours}.attention.b_qkv", biases, (sum(rows),), rows)
+        biases = tuple(f"{theirs}.{name}_proj.bias" for name in "qkv")
+        yield Part(f"{ours}.b_qkv", biases, (sum(rows),), rows)
     if model.attention_bias == "all":
-        yield Part(f"{ours}.attention.b_out", (f"{theirs}.self_attn.o_proj.bias",), (model.hidden,))
+        yield Part(f"{ours}.b_out", (f"{theirs}.o_proj.bias",), (model.hidden,))
     if model.qk_norm is not None:
         whole = model.qk_norm == "projection"
         for name, width in (("q_norm", heads), ("k_norm", kv_heads)):
             shape = (width if whole else model.width_of_head,)
-            yield Part(f"{ours}.attention.{name}.weight", (f"{theirs}.self_attn.{name}.weight",), shape)
+            yield Part(f"{ours}.{name}.weight", (f"{theirs}.{name}.weight",), shape)
 
 
 def _latent_attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[Part]:
@@ -136,7 +161,7 @@ def _latent_attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[Pa
 
     def part(own: str, name: str, shape: tuple[int, ...], blocks: int = 0) -> Part:
         places = (blocks, rotated) if blocks else None
-        return Part(f"{ours}.attention.{own}", (f"{theirs}.self_attn.{name}.weight",), shape, rotated=places)
+        return Part(f"{ours}.{own}", (f"{theirs}.{name}.weight",), shape, rotated=places)
 
     if latent.q_lora_rank is None:
         yield part("w_q", "q_proj", (queries, hidden), model.heads)
@@ -161,16 +186,20 @@ def _moe(model: ModelConfig, layer: int, architecture: str, ours: str, theirs: s
     hidden = model.hidden
     experts = model.experts_of(layer)
     width = model.moe.expert_hidden
+    identity = model.router.num_zero_computation
     if architecture == "dynmoe":
         yield from _router(model, experts, f"{ours}.router", f"{theirs}.mlp.router")
     else:
-        yield Part(f"{ours}.router.weight_ED", (f"{theirs}.{names.router}",), (experts, hidden))
+        yield Part(f"{ours}.router.weight_ED", (f"{theirs}.{names.router}",), (experts + identity, hidden))
     if names.router_bias is not None:
-        yield Part(f"{ours}.router.bias_E", (f"{theirs}.{names.router_bias}",), (experts,), state=True)
+        own, bias = names.router_bias
+        yield Part(f"{ours}.router.{own}", (f"{theirs}.{bias}",), (experts + identity,), state=True)
     if names.expert is None:
-        stacks = {"w_up_EHD": ("gate_up_proj", 2 * width, hidden), "w_down_EDF": ("down_proj", hidden, width)}
-        for own, (name, rows, columns) in stacks.items():
-            yield Part(f"{ours}.experts.{own}", (f"{theirs}.mlp.experts.{name}",), (experts, rows, columns))
+        stacks = f"{theirs}.mlp.experts"
+        shape = (experts, 2 * width, hidden)
+        unread = identity if architecture == STACKED_LONGCAT else 0
+        yield Part(f"{ours}.experts.w_up_EHD", (f"{stacks}.gate_up_proj",), shape, unread=unread)
+        yield Part(f"{ours}.experts.w_down_EDF", (f"{stacks}.down_proj",), (experts, hidden, width))
     else:
         for expert in range(experts):
             gate, up, down = (f"{theirs}.{names.expert.format(expert=expert, part=part)}" for part in names.parts)

@@ -167,22 +167,9 @@ def _read_dynamic_moe(get: Settings) -> dict[str, Any]:
 
 def _read_deepseek_v3(get: Settings) -> dict[str, Any]:
     """Reads DeepSeek-V3 (arXiv 2412.19437); several shared experts become one of their total width."""
-    heads = get.count("num_attention_heads")
     expert_hidden = get.count("moe_intermediate_size")
-    rotated = get.count("qk_rope_head_dim")
-    wanted = {"num_key_value_heads": heads, "head_dim": rotated, "rms_norm_eps": LATENT_EPS}
-    for name, value in wanted.items():
-        if name in get and get.optional(name) not in (None, value):
-            raise UserError(f"config.json: {name}={shown(get[name])}: only {value!r} can be imported; {_BECAUSE[name]}")
     return {
-        "kv_heads": heads,
-        "rope_theta": get.rope_theta(),
-        **{f"rope_scaling.{name}": value for name, value in get.latent_rope_scaling().items()},
-        "latent.kv_lora_rank": get.count("kv_lora_rank"),
-        "latent.q_lora_rank": get.optional("q_lora_rank"),
-        "latent.qk_nope_head_dim": get.count("qk_nope_head_dim"),
-        "latent.qk_rope_head_dim": rotated,
-        "latent.v_head_dim": get.count("v_head_dim"),
+        **_read_latent(get),
         "ffn_hidden": get.count("intermediate_size"),
         "moe.experts": get.count("n_routed_experts"),
         "moe.expert_hidden": expert_hidden,
@@ -199,10 +186,53 @@ def _read_deepseek_v3(get: Settings) -> dict[str, Any]:
     }
 
 
+def _read_longcat_flash(get: Settings) -> dict[str, Any]:
+    """Reads LongCat-Flash (arXiv 2509.01322), of which one layer is two of ours."""
+    return {
+        **_read_latent(get),
+        "layers": 2 * get.count("num_layers"),
+        "latent.q_lora_rank": get.count("q_lora_rank"),
+        "latent.scale_latents": True,
+        "ffn_hidden": get.count("ffn_hidden_size", "intermediate_size"),
+        "moe.shortcut": True,
+        "moe.moe_layer_freq": 2,
+        "moe.experts": get.count("n_routed_experts", "num_local_experts"),
+        "moe.expert_hidden": get.count("expert_ffn_hidden_size", "moe_intermediate_size"),
+        "router.kind": "identity_experts",
+        "router.k": get.count("moe_topk", "num_experts_per_tok"),
+        "router.num_identity": get.count("zero_expert_num"),
+        "router.gate_scale": get["routed_scaling_factor"],
+    }
+
+
+def _read_latent(get: Settings) -> dict[str, Any]:
+    """Reads latent attention.
+
+    transformers normalizes the latents with an epsilon of its own, whatever ``rms_norm_eps`` says.
+    """
+    heads = get.count("num_attention_heads")
+    rotated = get.count("qk_rope_head_dim")
+    width = get.count("qk_nope_head_dim") + rotated
+    for name, value in {"num_key_value_heads": heads, "head_dim": rotated, "qk_head_dim": width}.items():
+        if name in get and get.optional(name) not in (None, value):
+            raise UserError(f"config.json: {name}={shown(get[name])}: only {value!r} can be imported; {_BECAUSE[name]}")
+    return {
+        "kv_heads": heads,
+        "rope_theta": get.rope_theta(),
+        **{f"rope_scaling.{name}": value for name, value in get.latent_rope_scaling().items()},
+        "latent.kv_lora_rank": get.count("kv_lora_rank"),
+        "latent.q_lora_rank": get.optional("q_lora_rank"),
+        "latent.qk_nope_head_dim": get.count("qk_nope_head_dim"),
+        "latent.qk_rope_head_dim": rotated,
+        "latent.v_head_dim": get.count("v_head_dim"),
+        "latent.norm_eps": LATENT_EPS,
+    }
+
+
 _BECAUSE = {
     "num_key_value_heads": "every one of num_attention_heads has its own keys and values",
     "head_dim": "it must equal qk_rope_head_dim",
-    "rms_norm_eps": "transformers normalizes the latents with it whatever the file says",
+    "qk_head_dim": "it must equal qk_nope_head_dim + qk_rope_head_dim",
 }
 
 
@@ -226,6 +256,7 @@ READERS: dict[str, Callable[[Settings], dict[str, Any]]] = {
     "qwen2_moe": _read_qwen2,
     "qwen3_moe": _read_qwen3,
     "deepseek_v3": _read_deepseek_v3,
+    "longcat_flash": _read_longcat_flash,
     "dynamic_moe": _read_dynamic_moe,
     "dynmoe": _read_dynmoe,
 }

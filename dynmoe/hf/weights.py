@@ -7,15 +7,18 @@ from collections.abc import Collection
 import torch
 
 from dynmoe.errors import UserError, some
-from dynmoe.hf import qwen2_moe
-from dynmoe.hf.deepseek_v3 import prediction_tensors
-from dynmoe.hf.names import STACKED, STACKED_DEEPSEEK, parts
+from dynmoe.hf import deepseek_v3, longcat, qwen2_moe
+from dynmoe.hf.names import STACKED, STACKED_DEEPSEEK, STACKED_LONGCAT, parts
 from dynmoe.hf.tensors import FLOATS, Tensors
 from dynmoe.model import Decoder
 from dynmoe.model.rotary import halves
 
 # Families that store each expert in its own tensors, with the names in a state_dict of transformers 5, which does not.
-_BY_EXPERT = {**dict.fromkeys(("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"), STACKED), "deepseek_v3": STACKED_DEEPSEEK}
+_BY_EXPERT = {
+    **dict.fromkeys(("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"), STACKED),
+    "deepseek_v3": STACKED_DEEPSEEK,
+    "longcat_flash": STACKED_LONGCAT,
+}
 _MASK = ("dynmoe", "BOOL", "active")  # the mask of active experts
 
 
@@ -23,7 +26,7 @@ _MASK = ("dynmoe", "BOOL", "active")  # the mask of active experts
 def load_weights(decoder: Decoder, tensors: Tensors, architecture: str, interleaved: bool = True) -> None:
     """Copies the tensors of a checkpoint of ``architecture`` into ``decoder``.
 
-    DeepSeek-V3's layers that predict further tokens are left out (:func:`prediction_tensors`).
+    Layers that predict further tokens are left out (:func:`prediction_tensors`), and what identity experts do not read.
 
     Args:
         decoder: the model to fill.
@@ -40,7 +43,9 @@ def load_weights(decoder: Decoder, tensors: Tensors, architecture: str, interlea
     is_qwen2 = architecture == "qwen2_moe"
     zeros = qwen2_moe.zeros_in(model, tensors) if is_qwen2 else {}
     doubled = qwen2_moe.down_projections(model) if is_qwen2 else []
-    left_out = prediction_tensors(kinds, model.layers) if architecture == "deepseek_v3" else []
+    left_out = prediction_tensors(architecture, kinds, model.layers)
+    if architecture == "longcat_flash":
+        left_out += longcat.unread_projections(model)
     if architecture in _BY_EXPERT and any(name.endswith(".experts.gate_up_proj") for name in kinds):
         architecture = _BY_EXPERT[architecture]
     wanted = list(parts(model, decoder.w_embed_VD.shape[0], architecture))
@@ -60,9 +65,17 @@ def load_weights(decoder: Decoder, tensors: Tensors, architecture: str, interlea
         place = own[part.ours] if part.expert is None else own[part.ours][part.expert]
         for name, rows in zip(part.theirs, place.split(part.rows) if part.rows else [place], strict=True):
             value = tensors.read(name)
+            value = value[: len(rows)] if part.unread else value
             rows.copy_(halves(value, *part.rotated) if part.rotated and interleaved else value)
             if name in doubled:
                 rows.mul_(qwen2_moe.GATE_OF_ZEROS)
+
+
+def prediction_tensors(architecture: str, names: Collection[str], layers: int) -> list[str]:
+    """Tensors of layers that predict further tokens, behind the last of ``layers``."""
+    if architecture == "deepseek_v3":
+        return deepseek_v3.prediction_tensors(names, layers)
+    return longcat.prediction_tensors(names) if architecture == "longcat_flash" else []
 
 
 def _check_shapes(tensors: Tensors, wanted: dict[str, tuple[int, ...]], left_out: Collection[str], tied: bool) -> None:

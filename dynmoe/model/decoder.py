@@ -35,7 +35,11 @@ MakeMoE = Callable[[ModelConfig, int, int, MoEContext], MoELayer]
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and feed-forward with residual connections."""
+    """Pre-norm attention and feed-forward with residual connections.
+
+    With ``model.moe.shortcut`` an MoE layer has a dense feed-forward too, and its experts take the same input. Their
+    output is added behind the next layer (arXiv 2404.05019).
+    """
 
     def __init__(
         self, model: ModelConfig, layer: int, seed: int, context: MoEContext, make_moe: MakeMoE, recompute: str
@@ -48,19 +52,21 @@ class DecoderLayer(nn.Module):
         self.ffn: SwiGLU | None = None
         if model.is_moe_layer(layer):
             self.moe = make_moe(model, layer, seed, context)
-        else:
+        if model.has_feed_forward(layer):
             self.ffn = SwiGLU(model, model.ffn_hidden, seed, f"layers.{layer}.ffn")
 
     def forward(
         self, x_BSD: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, cache: LayerCache | None = None,
         documents: Documents | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Output of the layer, and what is to be added behind the next one, both [B, S, D]."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_Sd, sin_Sd, cache, documents)
-        if self.moe is not None and self.attention.importance_BS is not None:
-            return x_BSD + self.moe(self.ffn_norm(x_BSD), self.attention.importance_BS)
-        feed_forward = self.moe if self.moe is not None else self.ffn
-        assert feed_forward is not None
-        return x_BSD + feed_forward(self.ffn_norm(x_BSD))
+        normed_BSD = self.ffn_norm(x_BSD)
+        routed_BSD = None if self.moe is None else self.moe(normed_BSD, self.attention.importance_BS)
+        if self.ffn is not None:
+            return x_BSD + self.ffn(normed_BSD), routed_BSD
+        assert routed_BSD is not None
+        return x_BSD + routed_BSD, None
 
 
 class Decoder(nn.Module):
@@ -126,16 +132,20 @@ class Decoder(nn.Module):
         documents = Documents(start_BS, positions, x_BSD.device) if cache is None else None
         if documents is not None and (place_BS := documents.place_BS) is not None:
             cos_Sd, sin_Sd = (table_Sd[place_BS].unsqueeze(1) for table_Sd in (cos_Sd, sin_Sd))
+        late_BSD = None
         for number, layer in enumerate(self.layers):
+            added_BSD = late_BSD
             if cache is not None:
-                x_BSD = layer(x_BSD, cos_Sd, sin_Sd, cache.layers[number])
+                x_BSD, late_BSD = layer(x_BSD, cos_Sd, sin_Sd, cache.layers[number])
             elif self.recompute == "full" and torch.is_grad_enabled():
-                x_BSD = checkpoint(
+                x_BSD, late_BSD = checkpoint(
                     layer, x_BSD, cos_Sd, sin_Sd, None, documents,
                     use_reentrant=False, preserve_rng_state=False, context_fn=self.context.checkpoint_contexts,
                 )  # fmt: skip
             else:
-                x_BSD = layer(x_BSD, cos_Sd, sin_Sd, None, documents)
+                x_BSD, late_BSD = layer(x_BSD, cos_Sd, sin_Sd, None, documents)
+            if added_BSD is not None:
+                x_BSD = x_BSD + added_BSD
         self.context.start_counts()  # of all layers; overlaps with the output projection and the loss
         return self.norm(x_BSD)
 

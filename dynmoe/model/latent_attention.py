@@ -21,6 +21,22 @@ from dynmoe.moe.experts import down_std
 from dynmoe.moe.initialization import named_normal
 
 
+class LatentNorm(nn.RMSNorm):
+    """RMSNorm of a latent.
+
+    With ``scale_latents`` times the root of D over the latent's width. What is computed from the latent then initially
+    has the variance that it would have if it were computed from x (LongCat-Flash, arXiv 2509.01322).
+    """
+
+    def __init__(self, model: ModelConfig, width: int) -> None:
+        super().__init__(width, model.latent_norm_eps)
+        self.factor = math.sqrt(model.hidden / width) if model.latent.scale_latents else 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = super().forward(x)
+        return normed if self.factor == 1 else normed * self.factor
+
+
 class LatentAttention(BaseAttention):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
@@ -49,16 +65,16 @@ class LatentAttention(BaseAttention):
         def weight(name: str, rows: int, columns: int, std: float = model.init_std) -> nn.Parameter:
             return nn.Parameter(named_normal((rows, columns), std, seed, f"layers.{layer}.attention.{name}"))
 
-        self.q_norm: nn.RMSNorm | None = None
+        self.q_norm: LatentNorm | None = None
         queries = self.heads * model.width_of_head
         if latent.q_lora_rank is None:
             self.w_q = weight("w_q", queries, model.hidden)
         else:
             self.w_q_down = weight("w_q_down", latent.q_lora_rank, model.hidden)
-            self.q_norm = nn.RMSNorm(latent.q_lora_rank, model.norm_eps)
+            self.q_norm = LatentNorm(model, latent.q_lora_rank)
             self.w_q_up = weight("w_q_up", queries, latent.q_lora_rank)
         self.w_kv_down = weight("w_kv_down", self.rank + self.rotated, model.hidden)
-        self.kv_norm = nn.RMSNorm(self.rank, model.norm_eps)
+        self.kv_norm = LatentNorm(model, self.rank)
         self.w_kv_up = weight("w_kv_up", self.heads * (self.plain + self.value), self.rank)
         self.w_out = weight("w_out", model.hidden, self.heads * self.value, down_std(model))
 

@@ -16,7 +16,7 @@ class LayerSize:
     attention: int
     norms: int  # and biases of attention
     latents: int = 0  # projections to the latents of attention, which every tensor-parallel rank has
-    dense: int = 0  # feed-forward of a dense layer
+    dense: int = 0  # dense feed-forward
     router: int = 0
     shared: int = 0
     experts: int = 0
@@ -72,11 +72,14 @@ class ModelSize:
     def layer(self, layer: int) -> LayerSize:
         """Parameters of decoder layer ``layer``."""
         model = self.model
+        size = self._attention
+        if model.has_feed_forward(layer):
+            size = replace(size, dense=3 * model.hidden * model.ffn_hidden)
         if not model.is_moe_layer(layer):
-            return replace(self._attention, dense=3 * model.hidden * model.ffn_hidden)
+            return size
         shared = model.hidden * (3 * model.moe.shared_hidden + int(model.moe.shared_gate))
         experts = model.experts_of(layer) * self.expert
-        return replace(self._attention, router=self._router(layer), shared=shared, experts=experts)
+        return replace(size, router=self._router(layer), shared=shared, experts=experts)
 
     @property
     def embedding(self) -> int:

@@ -232,8 +232,10 @@ def _layer(layout: Layout, layer: int, experts_per_token: float) -> float:
     kept: float = tokens * (4 * hidden * element + _attention(model, element))  # residual streams, outputs of norms
     if parallel.tensor > 1:  # output of the norm, gathered for the projections
         kept += tokens * hidden * element * (parallel.tensor - 1)
+    if model.has_feed_forward(layer):
+        kept += tokens * 4 * model.ffn_hidden * element  # split over the same ranks as sequences
     if not model.is_moe_layer(layer):
-        return kept + tokens * 4 * model.ffn_hidden * element  # split over the same ranks as sequences
+        return kept
     experts = model.experts_of(layer)
     moe = model.moe
     ranks = parallel.expert

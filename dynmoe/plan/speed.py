@@ -139,7 +139,7 @@ def _tensor(layout: Layout) -> Traffic:
     if size == 1:
         return Traffic()
     layers = layout.layers(layout.heaviest_stage)
-    blocks = len(layers) + sum(not config.model.is_moe_layer(layer) for layer in layers)
+    blocks = len(layers) + sum(config.model.has_feed_forward(layer) for layer in layers)
     collectives = 7 if config.train.recompute == "full" else 5  # forward 2, backward 3
     whole = layout.tokens * size * config.model.hidden * layout.element
     return _ring(layout, whole * collectives * blocks * layout.accumulation, size, 1)

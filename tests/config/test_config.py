@@ -162,6 +162,23 @@ BAD = [
     ("model.full_attention_layers=[1]", ["model.full_attention_layers=[1]", "set model.window"]),
     ("model.window=8 model.full_attention_layers=[4]", ["names layer 4 of 4", "count from 0"]),
     ("model.window=0", ["model.window=0", "at least 1"]),
+    ("model.moe.shortcut=true", ["model.moe.shortcut=True", "dense layer behind", "set model.moe.moe_layer_freq=2"]),
+    (
+        "model.moe.shortcut=true model.moe.moe_layer_freq=2 model.layers=5",
+        ["model.layers=5", "behind the last MoE layer", "add one, or remove one"],
+    ),
+    ("model.moe.shortcut=true model.moe.experts=0", ["model.moe.shortcut=True", "the model is dense"]),
+    (
+        "engine=megatron parallel.pipeline=2 parallel.virtual_pipeline=2 model.moe.shortcut=true "
+        "model.moe.moe_layer_freq=2",
+        ["parallel.virtual_pipeline=2", "splits layers 0 and 1", "use fewer stages, or more model.layers"],
+    ),
+    (
+        "engine=megatron parallel.pipeline=2 model.layers=6 model.moe.shortcut=true model.moe.moe_layer_freq=2",
+        ["parallel.pipeline=2", "splits layers 2 and 3"],
+    ),
+    ("model.latent.scale_latents=true", ["model.latent.scale_latents=True", "set model.latent.kv_lora_rank"]),
+    ("model.latent.norm_eps=1e-6", ["model.latent.norm_eps=1e-06", "set model.latent.kv_lora_rank"]),
     ("model.latent.q_lora_rank=64", ["model.latent.q_lora_rank=64", "set model.latent.kv_lora_rank"]),
     ("model.latent.v_head_dim=64", ["model.latent.v_head_dim=64", "set model.latent.kv_lora_rank"]),
     ("model.latent.kv_lora_rank=64", ["model.kv_heads=2", "use model.heads (4)"]),

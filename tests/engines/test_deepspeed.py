@@ -9,7 +9,7 @@ import torch
 
 from tests.engines.cases import refusal, step_that_fails, train, train_into_nan
 from tests.engines.comparisons import maps_of_all_ranks, read_canonical
-from tests.moe.cases import BASELINES, ROUTERS
+from tests.moe.cases import BASELINES, LONGCAT, ROUTERS
 
 STEPS = 20
 ONE = ["train.micro_batch=8"]
@@ -31,6 +31,7 @@ ALL_LOSSES = {
     "top_p": ["model.router.z_loss=1e-3"],
     "top_any": ["model.router.balance_loss=1e-2", "model.router.efficiency_loss=1e-2"],
 }
+MODELS = {"top_p": ROUTERS["top_p"], "longcat_flash": LONGCAT}
 
 
 def assert_same_maps(results, alone) -> None:
@@ -103,14 +104,16 @@ def test_losses_that_are_means_over_tokens_do_not_depend_on_micro_batches(one_ra
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision"),
+    ("stage", "precision", "model"),
     [
-        *[(stage, "fp32") for stage in (0, 1, 2, 3)], (2, "bf16"),
-        *[pytest.param(stage, "bf16", marks=pytest.mark.slow) for stage in (0, 1, 3)],
+        *[(stage, "fp32", "top_p") for stage in (0, 1, 2, 3)], (2, "bf16", "top_p"), (3, "fp32", "longcat_flash"),
+        *[pytest.param(stage, "bf16", "top_p", marks=pytest.mark.slow) for stage in (0, 1, 3)],
+        pytest.param(1, "bf16", "longcat_flash", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
-def test_zero_stages_agree_and_resume_bitwise(two_ranks, tmp_path, stage, precision):
-    overrides = [*HALF, "parallel.expert=2", f"deepspeed.zero_stage={stage}", f"train.precision={precision}"]
+def test_zero_stages_agree_and_resume_bitwise(two_ranks, tmp_path, stage, precision, model):
+    layout = [*HALF, "parallel.expert=2", *MODELS[model]]
+    overrides = [*layout, f"deepspeed.zero_stage={stage}", f"train.precision={precision}"]
     straight = two_ranks.run(train, overrides, 0, 6)
     two_ranks.run(train, overrides, 0, 3, "", str(tmp_path / "saved"))
     resumed = two_ranks.run(train, overrides, 3, 6, str(tmp_path / "saved"))
@@ -118,7 +121,7 @@ def test_zero_stages_agree_and_resume_bitwise(two_ranks, tmp_path, stage, precis
         assert half["losses"] == whole["losses"][3:]
         assert half["norms"] == whole["norms"][3:]
         assert all(torch.equal(value, half["state"][name]) for name, value in whole["state"].items())
-    reference = two_ranks.run(train, [*HALF, "parallel.expert=2", "deepspeed.zero_stage=1"], 0, 6)[0]
+    reference = two_ranks.run(train, [*layout, "deepspeed.zero_stage=1"], 0, 6)[0]
     tolerance = 1e-6 if precision == "fp32" else 5e-3
     assert straight[0]["losses"] == pytest.approx(reference["losses"], rel=tolerance)
 
@@ -149,9 +152,9 @@ def test_f19_a_checkpoint_fits_other_layouts(whole_run, one_rank, two_ranks, tmp
     assert pool.run(train, overrides, 5, 55, str(saved))[0]["losses"] == pytest.approx(whole_run[5:], rel=1e-4)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_recomputation_changes_nothing(two_ranks, stage):
-    overrides = [*HALF, "parallel.expert=2", f"deepspeed.zero_stage={stage}"]
+@pytest.mark.parametrize(("stage", "model"), [(1, "top_p"), (3, "top_p"), (1, "longcat_flash")])
+def test_recomputation_changes_nothing(two_ranks, stage, model):
+    overrides = [*HALF, "parallel.expert=2", f"deepspeed.zero_stage={stage}", *MODELS[model]]
     plain = two_ranks.run(train, overrides, 0, 4)[0]
     for recompute in ("selective", "full"):
         again = two_ranks.run(train, [*overrides, f"train.recompute={recompute}"], 0, 4)[0]
@@ -180,9 +183,9 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(one_rank, tmp_path):
         assert said in message
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_expert_and_data_parallelism_together_train_like_one_process(one_rank, four_ranks, tmp_path, stage):
-    overrides = [*ROUTERS["top_p"], *ALL_LOSSES["top_p"], f"deepspeed.zero_stage={stage}"]
+@pytest.mark.parametrize(("stage", "model"), [(1, "top_p"), (3, "top_p"), (3, "longcat_flash")])
+def test_expert_and_data_parallelism_together_train_like_one_process(one_rank, four_ranks, tmp_path, stage, model):
+    overrides = [*MODELS[model], "model.router.z_loss=1e-3", f"deepspeed.zero_stage={stage}"]
     saved = str(tmp_path / "saved")
     (alone,) = one_rank.run(train, [*overrides, *ONE], 0, 8)
     quarter = [*overrides, "train.micro_batch=2", "parallel.expert=2"]

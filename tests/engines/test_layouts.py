@@ -10,7 +10,7 @@ import torch
 
 from tests.engines.cases import config_for, to_canonical, train, train_plainly
 from tests.engines.comparisons import largest_difference, maps_of_all_ranks, read_canonical
-from tests.moe.cases import ATTENTIVE, BASELINES, LATENT, ROUTERS
+from tests.moe.cases import ATTENTIVE, BASELINES, LATENT, LONGCAT, ROUTERS
 
 STEPS = 20
 # All losses of a router together. Every forward pass, over all ranks, has the same two sequences.
@@ -57,6 +57,8 @@ MODELS = {kind: [*ROUTERS[kind], *losses] for kind, losses in LOSSES.items()} | 
     "top_p, long": [*ROUTERS["top_p"], *LONG, "model.attention_bias=all"],
     "top_p, latent": [*ROUTERS["top_p"], *LATENT, *LONG, "optimizer.clip_grad=0.5"],
     "da_moe, latent of keys alone": [*ATTENTIVE["da_moe"], *LATENT[:-1], "optimizer.clip_grad=0.5"],
+    # Two layers in each of two interleaved stages.
+    "longcat_flash": [*LONGCAT, "model.layers=8", "optimizer.clip_grad=0.5"],
     "top_p, Muon": [*ROUTERS["top_p"], "optimizer.kind=muon"],
 }
 WHOLE = ["train.micro_batch=2"]
@@ -107,6 +109,8 @@ FAST |= {("Megatron TP 2", "top_p, projections normalized"), ("Megatron TP 2", "
 FAST |= {("DeepSpeed EP 2", "deepseek_v3"), ("Megatron TP 2 x EP 2", "deepseek_v3")}
 FAST |= {("Megatron TP 2", "gated, two dense"), ("Megatron PP 2", "gated, two dense")}
 FAST |= {("Megatron CP 2", "top_p, long"), ("Megatron CP 4", "top_p, four heads")}
+FAST |= {("DeepSpeed EP 2", "longcat_flash"), ("Megatron PP 2 interleaved", "longcat_flash")}
+FAST |= {("Megatron TP 2 x EP 2", "longcat_flash")}
 FAST |= {("Megatron TP 2", "top_p, latent"), ("Megatron CP 2", "da_moe, latent of keys alone")}
 CASES = [
     pytest.param(layout, name, marks=() if (layout, name) in FAST else pytest.mark.slow)

@@ -15,7 +15,7 @@ from dynmoe.errors import ConfigError
 from tests.engines.cases import config_for, forward_only, refusal, to_canonical, train, train_into_nan, train_plainly
 from tests.engines.comparisons import maps_of_all_ranks, read_canonical
 from tests.golden.make_megatron import FIELDS
-from tests.moe.cases import ATTENTIVE, BASELINES, LATENT, ROUTERS
+from tests.moe.cases import ATTENTIVE, BASELINES, LATENT, LONGCAT, ROUTERS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -96,8 +96,8 @@ def test_checkpoints_of_other_versions_are_read(one_rank, tmp_path, version):
     ("before", "after", "extra"),
     [(TP2, ALONE, ["model.moe.moe_layer_freq=2", "model.ffn_hidden=64", "model.moe.shared_hidden=32"]),
      (PP2, TP2, ["model.tie_embeddings=true"]), (ALONE, TP2, ["model.moe.experts=0", "model.ffn_hidden=64"]),
-     (TP2, ALONE, LATENT)],
-    ids=["dense layers and shared experts", "tied embeddings", "a dense model", "latent attention"],
+     (TP2, ALONE, LATENT), (PP2, TP2, LONGCAT)],
+    ids=["dense layers and shared experts", "tied embeddings", "a dense model", "latent attention", "LongCat-Flash"],
 )  # fmt: skip
 def test_checkpoints_of_other_architectures_fit_other_layouts(
     plain, one_rank, two_ranks, tmp_path, before, after, extra
@@ -135,8 +135,8 @@ def replicated(result) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(DP2, marks=pytest.mark.slow), TP2, PP2, [*TP2, *LATENT]],
-    ids=["DP 2", "TP 2", "PP 2", "TP 2, latent attention"],
+    [pytest.param(DP2, marks=pytest.mark.slow), TP2, PP2, [*TP2, *LATENT], [*PP2, *LONGCAT]],
+    ids=["DP 2", "TP 2", "PP 2", "TP 2, latent attention", "PP 2, LongCat-Flash"],
 )
 def test_a_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(two_ranks, tmp_path, layout):
     overrides = [*BASE, *layout, "train.precision=bf16"]
@@ -151,11 +151,25 @@ def test_a_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(two_ranks, t
 
 @pytest.mark.parametrize(
     "layout",
-    [TP2, INTERLEAVED, pytest.param(EP2, marks=pytest.mark.slow), [*TP2, *LATENT]],
-    ids=["TP 2", "PP 2 interleaved", "EP 2", "TP 2, latent attention"],
+    [
+        TP2,
+        INTERLEAVED,
+        pytest.param(EP2, marks=pytest.mark.slow),
+        [*TP2, *LATENT],
+        [*EP2, *LONGCAT],
+        pytest.param([*INTERLEAVED, *LONGCAT, "model.layers=8"], marks=pytest.mark.slow),
+    ],
+    ids=[
+        "TP 2",
+        "PP 2 interleaved",
+        "EP 2",
+        "TP 2, latent attention",
+        "EP 2, LongCat-Flash",
+        "PP 2 interleaved, LongCat-Flash",
+    ],
 )
 def test_recomputation_changes_nothing(two_ranks, layout):
-    overrides = [*BASE, *layout, "model.router.kind=top_p"]
+    overrides = [*BASE, "model.router.kind=top_p", *layout]
     expected = two_ranks.run(train, overrides, 0, 3)[0]
     for recompute in ("selective", "full"):
         again = two_ranks.run(train, [*overrides, f"train.recompute={recompute}"], 0, 3)[0]
@@ -239,6 +253,7 @@ def test_a_stage_without_moe_layers_takes_part_in_all_decisions(one_rank, two_ra
     [
         pytest.param(EP2, id="EP 2", marks=pytest.mark.slow), pytest.param(PP2, id="PP 2"),
         pytest.param([*TP2, *LATENT], id="TP 2, latent attention"),
+        pytest.param([*TP2, *LONGCAT], id="TP 2, LongCat-Flash"),
     ],
 )  # fmt: skip
 def test_bf16_follows_fp32(two_ranks, layout):
@@ -248,11 +263,14 @@ def test_bf16_follows_fp32(two_ranks, layout):
     assert rounded["losses"] != exact["losses"]
 
 
-@pytest.mark.parametrize("layout", [TP2, PP2, INTERLEAVED, EP2], ids=["TP 2", "PP 2", "PP 2 interleaved", "EP 2"])
-def test_evaluation_and_logits_equal_those_of_the_plain_model(one_rank, two_ranks, layout):
+@pytest.mark.parametrize(
+    ("layout", "model"), [(TP2, []), (PP2, []), (INTERLEAVED, []), (EP2, []), (PP2, LONGCAT)],
+    ids=["TP 2", "PP 2", "PP 2 interleaved", "EP 2", "PP 2, LongCat-Flash"],
+)  # fmt: skip
+def test_evaluation_and_logits_equal_those_of_the_plain_model(one_rank, two_ranks, layout, model):
     overrides = [part for part in BASE if part != "engine=megatron"]
-    (expected,) = one_rank.run(forward_only, [*overrides, *ALONE])
-    for result in two_ranks.run(forward_only, [*BASE, *layout]):
+    (expected,) = one_rank.run(forward_only, [*overrides, *ALONE, *model])
+    for result in two_ranks.run(forward_only, [*BASE, *layout, *model]):
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         torch.testing.assert_close(result["logits"], expected["logits"], rtol=1e-4, atol=1e-5)
 

@@ -86,7 +86,7 @@ def begin(corpus: Path, path: Path, overrides: Sequence[str], rows: int = 448) -
         for name, buffer in layer.router.named_buffers():
             if name in ("cutoff", "cutoffs_E"):
                 buffer.fill_(0.5).add_(0.02 * torch.randn(buffer.shape, generator=generator))
-            if name == "offset_E" or (name == "bias_E" and "biased" in path.name):
+            if name == "offset_E" or (name in ("bias_E", "bias_X") and "biased" in path.name):
                 buffer.add_(0.02 * torch.randn(buffer.shape, generator=generator))
             if name in layer.router.by_budget:
                 buffer.add_(0.02 * torch.arange(float(len(buffer))).view(-1, *[1] * (buffer.dim() - 1)))

@@ -32,7 +32,7 @@ STRETCHED = {
 CHECKPOINTS = {
     "published": {},
     "queries from the input": {"q_lora_rank": None},
-    "no groups": {"n_group": 1, "topk_group": 1},
+    "no groups, another epsilon": {"n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-2},
     "halves": {"rope_interleave": False},
     "stretched": {"rope_parameters": STRETCHED},
     "stretched alike": {
@@ -49,6 +49,7 @@ RUNS = {
     "published": OURS,
     "queries from the input": [*OURS, "model.latent.q_lora_rank=null"],
     "no groups": [*OURS, "model.router.n_group=1", "model.router.renormalize=false"],
+    "another epsilon": [*OURS, "model.norm_eps=1e-2", "model.latent.norm_eps=1e-6"],
     "stretched": [*OURS, *YARN],
     "stretched by a factor": [*OURS, *YARN, "model.rope_scaling.attention_factor=1.2"],
     "stretched alike": [*OURS, *YARN, "model.rope_scaling.attention_factor=1", "model.tie_embeddings=true"],
@@ -167,8 +168,9 @@ def test_selection_biases_keep_fp32_in_bf16(corpus_dir, tmp_path):
     (["model.moe.moe_layer_freq=2"], r"model\.moe\.moe_layer_freq=2: is 1 in"),
     (["model.moe.experts_by_layer=[8,4]"], r"model\.moe\.experts_by_layer=\[8, 4\]: "),
     (["model.moe.experts=0", "model.moe.shared_hidden=0"], r"model\.moe\.experts=0: "),
-    (["model.norm_eps=1e-5"], r"model\.norm_eps=1e-05: is 1e-06 in DeepSeek-V3; run it with"),
-    (["model.window=4"], r"model\.window=4: is None in"),
+    (["model.norm_eps=1e-5"], r"model\.latent\.norm_eps=None: is 1e-06 in DeepSeek-V3 .*model\.norm_eps, 1e-05"),
+    (["model.window=4"], r"model\.window=4: DeepSeek-V3 has none"),
+    (["model.latent.scale_latents=true"], r"model\.latent\.scale_latents=True: is False in"),
     ([*YARN, "model.rope_scaling.factor=1", "model.rope_scaling.attention_factor=1.2"], r"attention_factor=1\.2: "),
     (["model.router.budgets=[1,2]", "budget.method=loss_free", "budget.experts_per_token=2"], r"router\.budgets="),
 ])  # fmt: skip
@@ -186,7 +188,6 @@ def test_our_own_code_has_no_latent_attention(corpus_dir, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "problem"), [
-    ({"rms_norm_eps": 1e-5}, r"rms_norm_eps=1e-05: only 1e-06 can be imported; transformers normalizes the latents"),
     ({"head_dim": 4}, "head_dim=4: only 8 can be imported"),
     ({"num_key_value_heads": 1}, "num_key_value_heads=1: only 2 can be imported"),
     ({"attention_bias": True}, "attention_bias=True: only False"),

@@ -54,6 +54,14 @@ BASES = {
         "topk_method": "noaux_tc", "aux_loss_alpha": 0.001, "seq_aux": True, "ep_size": 1, "moe_layer_freq": 1,
         "num_nextn_predict_layers": 1, "pretraining_tp": 1,
     },
+    "longcat_flash": {
+        "num_layers": 2, "num_key_value_heads": None, "ffn_hidden_size": 32,
+        "expert_ffn_hidden_size": 24, "q_lora_rank": 14, "kv_lora_rank": 12, "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 8, "head_dim": 8, "v_head_dim": 10, "attention_bias": False, "attention_dropout": 0.0,
+        "attention_method": "MLA", "mla_scale_q_lora": True, "mla_scale_kv_lora": True, "n_routed_experts": 8,
+        "zero_expert_num": 4, "zero_expert_type": "identity", "moe_topk": 3, "routed_scaling_factor": 6.0,
+        "router_bias": False,
+    },
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
@@ -72,6 +80,7 @@ SUPPORTED = {
     "llama": BIASED, "mixtral": [{"sliding_window": 4}], "olmoe": BIASED, "qwen3_moe": [*SWITCHED, *BIASED],
     "qwen2_moe": [*SWITCHED, *MIXED],
     "deepseek_v3": [{"rope_scaling": EQUAL}, {"q_lora_rank": None}, {"rope_interleave": False}, {"n_group": 4}],
+    "longcat_flash": [{"rope_scaling": EQUAL}, {"num_layers": 3}, {"zero_expert_num": 2}, {"moe_topk": 4}],
 }  # fmt: skip
 SCALED = (YARN, LLAMA3, {"type": "linear", "factor": 2.0}, YARN | {"mscale": 0.7, "mscale_all_dim": 1.2})
 # Latent attention has one factor for all of a query and key.
@@ -94,6 +103,8 @@ OTHER = {
     "n_shared_experts": 2, "n_routed_experts": 32, "routed_scaling_factor": 1.5, "kv_lora_rank": 16,
     "q_lora_rank": None, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_nope_head_dim": 12, "n_group": 4, "topk_group": 2,
     "first_k_dense_replace": 2, "rope_interleave": False, "num_mtp_layers": 0,
+    "num_layers": 3, "ffn_hidden_size": 40, "expert_ffn_hidden_size": 32, "qk_head_dim": 16, "moe_topk": 4,
+    "zero_expert_num": 2,
 }  # fmt: skip
 # Fields outside of the classes that transformers obeys anyway, or that older files contain.
 FURTHER = [
@@ -122,13 +133,17 @@ SHAPES = {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_experts",
     "num_local_experts", "moe_intermediate_size", "shared_expert_intermediate_size", "n_routed_experts",
     "n_shared_experts", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+    "num_layers", "ffn_hidden_size", "expert_ffn_hidden_size", "zero_expert_num",
 }  # fmt: skip
-# Fields that no checkpoint may change although transformers obeys them, with the reason in the errors.
-FROZEN = {"deepseek_v3": {"rms_norm_eps"}}
+# Fields that cannot have the value in OTHER, or be missing: transformers computes no such model.
+FROZEN = {"longcat_flash": {"q_lora_rank", "qk_rope_head_dim", "head_dim"}}
 
 
 def settings_of(family: str) -> dict:
-    return {"model_type": family, "architectures": [FAMILIES[family].model_class]} | COMMON | BASES[family]
+    settings = {"model_type": family, "architectures": [FAMILIES[family].model_class]} | COMMON | BASES[family]
+    if "num_layers" in settings:
+        del settings["num_hidden_layers"]
+    return settings
 
 
 def fields_of(family: str) -> list[str]:
@@ -229,7 +244,7 @@ def test_every_field_gives_the_logits_of_transformers_or_is_refused(family, tmp_
     varying -= FROZEN.get(family, set())
     assert not refused & (varying & set(fields_of(family)) | {"rope_theta"})
     assert all(change in accepted for change in SUPPORTED[family])
-    scaled = SCALED_LATENT if family == "deepseek_v3" else SCALED
+    scaled = SCALED_LATENT if family in ("deepseek_v3", "longcat_flash") else SCALED
     assert all(change in accepted for change in FURTHER if change.get("rope_scaling") in scaled)
 
 
@@ -238,7 +253,7 @@ def test_missing_fields_have_the_default_of_the_family(family, tmp_path):
     """Including fields whose default depends on the family: Mixtral's ``rope_theta`` is a million."""
     base = settings_of(family)
     checkpoint = Checkpoint(base, tmp_path / "base")
-    for name in sorted(base.keys() - SHAPES - {"model_type", "num_key_value_heads"}):
+    for name in sorted(base.keys() - SHAPES - FROZEN.get(family, set()) - {"model_type", "num_key_value_heads"}):
         checkpoint.check({key: value for key, value in base.items() if key != name})
 
 

@@ -15,7 +15,7 @@ from dynmoe.model.cross_entropy import linear_cross_entropy
 from dynmoe.model.sampling import Sampling, pad_left, sample, whole_context, with_cache
 from dynmoe.model.size import embedding_rows
 from dynmoe.moe import StepState
-from tests.moe.cases import BASELINES, LATENT, ROUTERS, tiny_model
+from tests.moe.cases import BASELINES, LATENT, LONGCAT, ROUTERS, tiny_model
 
 VOCAB = 48
 
@@ -69,7 +69,7 @@ def test_qk_norm_makes_attention_independent_of_the_projection_scale(norm):
 
 CACHED = {
     **ROUTERS, **BASELINES, "heads": ["model.qk_norm=head"], "projections": ["model.qk_norm=projection"],
-    "window": ["model.window=3", "model.full_attention_layers=[1]"], "latent": LATENT,
+    "window": ["model.window=3", "model.full_attention_layers=[1]"], "latent": LATENT, "longcat": LONGCAT,
 }  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def test_embeddings_take_the_positions_before_the_tokens():
     assert (prefix.grad.abs().sum(dim=2) > 0).all()
 
 
-@pytest.mark.parametrize("kind", [*sorted(ROUTERS), "quantile", "latent"])
+@pytest.mark.parametrize("kind", [*sorted(ROUTERS), "quantile", "latent", "longcat"])
 def test_recomputation_gives_equal_gradients_and_counts_routes_once(kind):
     results = []
     for recompute in ("none", "selective", "full"):
@@ -174,6 +174,22 @@ def test_moe_in_every_second_layer():
     assert [layer.layer for layer in model.moe_layers] == [0, 2]
 
 
+@pytest.mark.parametrize("freq", [2, 3])
+def test_a_shortcut_adds_the_output_of_experts_behind_the_next_layer(freq):
+    fields = [f"model.layers={2 * freq}", f"model.moe.moe_layer_freq={freq}", "model.moe.shortcut=true"]
+    model = Decoder(tiny_model(*fields), VOCAB, seed=0).double()
+    x = F.embedding(tokens(), model.w_embed_VD)
+    tables = model._tables(12)
+    branches = {}
+    for number, layer in enumerate(model.layers):
+        assert (layer.moe is not None) == (number % freq == 0)
+        x = x + layer.attention(layer.attention_norm(x), *tables)
+        normed = layer.ffn_norm(x)
+        branches[number] = 0 if layer.moe is None else layer.moe(normed)
+        x = x + layer.ffn(normed) + branches.get(number - 1, 0)
+    torch.testing.assert_close(model.hidden(tokens()), model.norm(x))
+
+
 def test_the_first_layers_are_dense():
     fields = ["model.layers=7", "model.moe.first_k_dense_replace=3", "model.moe.moe_layer_freq=2"]
     model = Decoder(tiny_model(*fields, "model.moe.experts_by_layer=[2,3]", "model.moe.experts=3"), VOCAB, seed=0)
@@ -209,7 +225,7 @@ def test_initial_weights_depend_on_seed_and_name_only():
         ["model.moe.experts=0"], ["model.qk_norm=head", "model.head_dim=4"],
         ["model.qk_norm=projection", "model.heads=4", "model.head_dim=6", "model.kv_heads=2"],
         ["model.attention_bias=qkv"], ["model.attention_bias=all", "model.moe.experts=0"],
-        LATENT, [*LATENT[:-1], "model.moe.experts=0"],
+        LATENT, [*LATENT[:-1], "model.moe.experts=0"], LONGCAT,
     ],
 )  # fmt: skip
 def test_parameter_count_equals_that_of_the_model(overrides):

@@ -71,6 +71,13 @@ LATENT = [
     "model.latent.qk_rope_head_dim=4", "model.latent.v_head_dim=8", "model.latent.q_lora_rank=14",
 ]  # fmt: skip
 
+# LongCat-Flash; model.layers must be even.
+LONGCAT = [
+    *LATENT, "model.latent.scale_latents=true", "model.latent.norm_eps=1e-6", "model.moe.shortcut=true",
+    "model.moe.moe_layer_freq=2", "model.ffn_hidden=64", "model.router.kind=identity_experts", "model.router.k=3",
+    "model.router.num_identity=2", "model.router.gate_scale=1.5",
+]  # fmt: skip
+
 
 def tiny_config(*overrides: str) -> Config:
     base = [

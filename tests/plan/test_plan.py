@@ -81,6 +81,7 @@ def test_ranks_per_token_equal_an_enumeration():
 @pytest.mark.parametrize("fields", [
     [], ["parallel.expert=4"], ["engine=megatron", "parallel.pipeline=2", "parallel.expert=2"],
     ["engine=megatron", "parallel.tensor=2", "model.moe.moe_layer_freq=2"],
+    ["engine=megatron", "parallel.pipeline=2", "model.moe.moe_layer_freq=2", "model.moe.shortcut=true"],
     ["engine=megatron", "parallel.pipeline=2", "model.moe.first_k_dense_replace=3", "model.moe.shared_hidden=64",
      "model.moe.shared_gate=true"],
 ])  # fmt: skip
@@ -96,6 +97,19 @@ def test_the_ranks_together_hold_the_whole_model(fields):
         assert dense + experts == own.size.total_parameters
     else:
         assert dense < own.size.total_parameters - experts < 2 * dense
+
+
+def test_a_shortcut_adds_dense_layers_and_their_traffic():
+    """As much as in a model with dense layers alone, where a tensor-parallel rank sends the same for each."""
+    fields = ["engine=megatron", "parallel.tensor=2", "train.global_batch=32", "model.moe.moe_layer_freq=2"]
+    without, both, dense = (
+        layout(8, *fields, *extra) for extra in ([], ["model.moe.shortcut=true"], ["model.moe.experts=0"])
+    )
+    assert both.size.total_parameters - without.size.total_parameters == 2 * 3 * 512 * 1024
+    sent = [estimate(own, 2.0, Hardware()).traffic["tensor parallelism"].inside for own in (both, dense)]
+    assert sent[0] == sent[1] > 0
+    kept = [memory_per_rank(own, 2.0, "cpu").activations for own in (without, both)]
+    assert kept[1] - kept[0] == 2 * (256 // 2) * 4 * 1024 * 4
 
 
 def test_ranks_reached_within_groups_equal_an_enumeration():
@@ -202,6 +216,7 @@ def test_pipeline_stages_store_activations_in_flight():
 _LATENT = ["model.kv_heads=8", *(f"model.latent.{field}" for field in (
     "kv_lora_rank=128", "q_lora_rank=192", "qk_nope_head_dim=64", "qk_rope_head_dim=32", "v_head_dim=64",
 ))]  # fmt: skip
+_LONGCAT = [*_LATENT, "model.latent.scale_latents=true", "model.moe.moe_layer_freq=2", "model.moe.shortcut=true"]
 _PLAIN = str.maketrans(dict.fromkeys("[]' "))
 # Ranks and fields: both engines, ZeRO stages, precisions, accumulation, recomputation and parallelism; some have more
 # activations than parameters.
@@ -225,6 +240,9 @@ MEASURED = [
     (2, ["optimizer.kind=muon", "engine=megatron", "parallel.tensor=2"]),
     (1, [*_LATENT, "train.micro_batch=8"]),
     (2, ["engine=megatron", "parallel.tensor=2", *_LATENT, "train.micro_batch=8"]),
+    (1, [*_LONGCAT, "train.micro_batch=8"]),
+    (2, ["engine=megatron", "parallel.pipeline=2", *_LONGCAT, "train.recompute=full", "accumulate",
+         "train.micro_batch=4"]),
 ]  # fmt: skip
 
 

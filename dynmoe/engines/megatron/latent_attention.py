@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dynmoe.config import ModelConfig
 from dynmoe.engines.megatron.attention import DocumentRotaryEmbedding
-from dynmoe.engines.megatron.norms import RMSNorm
 from dynmoe.model.documents import Documents
+from dynmoe.model.latent_attention import LatentNorm
 from dynmoe.model.rotary import frequencies
 
 
@@ -25,6 +25,12 @@ class _ReplicatedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return F.linear(x, self.weight), None
+
+
+def _norm(config: MLATransformerConfig, model: ModelConfig, width: int) -> LatentNorm:
+    norm = LatentNorm(model, width)
+    norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return norm
 
 
 class LatentSelfAttention(MLASelfAttention):
@@ -40,10 +46,10 @@ class LatentSelfAttention(MLASelfAttention):
         assert latent.kv_lora_rank is not None
         if latent.q_lora_rank is not None:
             self.linear_q_down_proj = _ReplicatedLinear(config, model.hidden, latent.q_lora_rank)
-            self.q_layernorm = RMSNorm(config, latent.q_lora_rank, model.norm_eps)
+            self.q_layernorm = _norm(config, model, latent.q_lora_rank)
         rows = latent.kv_lora_rank + latent.qk_rope_head_dim
         self.linear_kv_down_proj = _ReplicatedLinear(config, model.hidden, rows)
-        self.kv_layernorm = RMSNorm(config, latent.kv_lora_rank, model.norm_eps)
+        self.kv_layernorm = _norm(config, model, latent.kv_lora_rank)
         self.rotary_pos_emb.__class__ = DocumentRotaryEmbedding
         self.rotary_pos_emb.inv_freq = frequencies(model, self.rotary_pos_emb.inv_freq.device)
 

@@ -12,7 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.module import Float16Module, MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_sharded_tensor_for_checkpoint
@@ -24,7 +24,7 @@ from dynmoe.engines.megatron.attention import BiasedOutput, CoreAttention, Docum
 from dynmoe.engines.megatron.latent_attention import LatentSelfAttention
 from dynmoe.engines.megatron.norms import RMSNorm
 from dynmoe.engines.megatron.versions import build_decoder
-from dynmoe.engines.megatron.weights import initialize
+from dynmoe.engines.megatron.weights import initialize, moe_layer
 from dynmoe.model.rotary import frequencies
 from dynmoe.moe import MoEContext, MoELayer
 
@@ -96,23 +96,57 @@ def _latent(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-class RecomputedLayer(TransformerLayer):
-    """A layer with full activation recomputation: only its input is kept for the backward pass.
+class RepeatableLayer(TransformerLayer):
+    """A layer that may be recomputed whole: only its input is kept for the backward pass.
 
     Megatron's own recomputation does not tell which micro-batch it repeats; counts over micro-batches need that.
     """
 
-    def __init__(self, *args: Any, context: MoEContext, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, context: MoEContext, recompute: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.context = context
+        self.recompute = recompute
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not (self.training and torch.is_grad_enabled()):
-            return super().forward(*args, **kwargs)
+        if not (self.recompute and self.training and torch.is_grad_enabled()):
+            return self.run(*args, **kwargs)
         return checkpoint(
-            super().forward, *args, use_reentrant=False, preserve_rng_state=False,
+            self.run, *args, use_reentrant=False, preserve_rng_state=False,
             context_fn=self.context.checkpoint_contexts, **kwargs,
         )  # fmt: skip
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer itself, which is repeated."""
+        return super().forward(*args, **kwargs)
+
+
+class ShortcutLayer(RepeatableLayer):
+    """A layer of a model in which the output of experts is added behind the next layer.
+
+    Args:
+        experts: makes the MoE layer beside the feed-forward; None in a layer without one.
+        late: holds the output of the MoE layer before until it is added, for all layers of a stage.
+    """
+
+    def __init__(self, *args: Any, experts: ModuleSpec | None, late: list[Tensor], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.late = late
+        self.moe: MegatronMoELayer | None = None if experts is None else build_module(experts, config=self.config)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        # A list, because from 0.18 on Megatron hands only one tensor from layer to layer.
+        added = list(self.late)
+        x, self.late[:] = super().forward(*args, **kwargs)
+        return sum(added, x), None
+
+    def run(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
+        """The output of the layer without its experts, and theirs."""
+        moe = self.moe
+        routed: list[Tensor] = []
+        if moe is None:
+            return super().run(*args, **kwargs)[0], routed
+        with self.mlp.register_forward_pre_hook(lambda mlp, inputs: routed.append(moe(inputs[0])[0])):
+            return super().run(*args, **kwargs)[0], routed
 
 
 class MegatronMoELayer(MoELayer):
@@ -176,7 +210,7 @@ class MegatronMoELayer(MoELayer):
         return sharded
 
 
-def _layer_spec(config: Config, context: MoEContext, layer: int) -> ModuleSpec:
+def _layer_spec(config: Config, context: MoEContext, late: list[Tensor], layer: int) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", multi_latent_attention=config.model.latent.enabled)
     parts = spec.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
@@ -196,20 +230,29 @@ def _layer_spec(config: Config, context: MoEContext, layer: int) -> ModuleSpec:
         "query_key_scale": config.model.rope_scaling.query_key_scale,
     }
     attention.submodules.core_attention = ModuleSpec(module=CoreAttention, params=options)
+    experts = None
     if config.model.is_moe_layer(layer):
         settings = {"model": config.model, "layer": layer, "seed": config.train.seed, "context": context}
-        parts.mlp = ModuleSpec(module=MegatronMoELayer, params=settings)
-    if config.train.recompute == "full":
-        spec.module = RecomputedLayer
-        spec.params = {"context": context}
+        experts = ModuleSpec(module=MegatronMoELayer, params=settings)
+    if experts is not None and not config.model.has_feed_forward(layer):
+        parts.mlp = experts
+    repeats = config.train.recompute == "full"
+    if config.model.moe.shortcut:
+        spec.module = ShortcutLayer
+        spec.params = {"context": context, "recompute": repeats, "experts": experts, "late": late}
+    elif repeats:
+        spec.module = RepeatableLayer
+        spec.params = {"context": context, "recompute": True}
     return spec
 
 
 def _connect_attention(chunk: nn.Module) -> None:
     """Gives each MoE layer the attention of its decoder layer."""
     for layer in chunk.modules():
-        if isinstance(layer, TransformerLayer) and isinstance(layer.mlp, MegatronMoELayer):
-            layer.mlp.attention = (layer.self_attention.core_attention,)
+        if isinstance(layer, TransformerLayer):
+            moe = moe_layer(layer)
+            if isinstance(moe, MegatronMoELayer):
+                moe.attention = (layer.self_attention.core_attention,)
 
 
 def build_chunks(config: Config, vocab_size: int, context: MoEContext, device: torch.device) -> list[MegatronModule]:
@@ -217,11 +260,12 @@ def build_chunks(config: Config, vocab_size: int, context: MoEContext, device: t
     settings = transformer_config(config)
     parallel = config.parallel
     chunks = []
+    late: list[Tensor] = []  # the chunks of a rank compute one after the other
     for number in range(parallel.virtual_pipeline):
         stage = number if parallel.virtual_pipeline > 1 else None
         chunk = build_decoder(
             settings,
-            functools.partial(_layer_spec, config, context),
+            functools.partial(_layer_spec, config, context, late),
             RMSNorm,
             stage,
             vocab_size=vocab_size,

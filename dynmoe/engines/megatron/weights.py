@@ -113,10 +113,10 @@ def weights(chunk: MegatronModule, model: ModelConfig) -> Iterator[Weight]:
         of_attention = _latent_attention if model.latent.enabled else _attention
         yield from of_attention(layer.self_attention, f"{name}.attention", model)
         yield Weight(f"{name}.ffn_norm.weight", layer.pre_mlp_layernorm.weight, _REPLICATED)
-        if isinstance(layer.mlp, MoELayer):
-            for suffix, parameter in layer.mlp.named_parameters():
+        if (moe := moe_layer(layer)) is not None:
+            for suffix, parameter in moe.named_parameters():
                 yield Weight(f"{name}.moe.{suffix}", parameter, _REPLICATED)
-        else:
+        if layer.mlp is not moe:
             yield Weight(f"{name}.ffn.w_up_HD", layer.mlp.linear_fc1.weight, _gate_and_up())
             yield Weight(f"{name}.ffn.w_down_DF", layer.mlp.linear_fc2.weight, _shard(1))
     if chunk.post_process:
@@ -153,9 +153,14 @@ def _latent_attention(attention: MegatronModule, name: str, model: ModelConfig) 
     yield Weight(f"{name}.w_out", attention.linear_proj.weight, _shard(1))
 
 
+def moe_layer(layer: MegatronModule) -> MoELayer | None:
+    """The MoE layer in, or beside, the feed-forward of a layer."""
+    return next((part for part in layer.modules() if isinstance(part, MoELayer)), None)
+
+
 def moe_layers(chunk: MegatronModule) -> list[MoELayer]:
     """The MoE layers of a model chunk, in order."""
-    return [layer.mlp for layer in chunk.decoder.layers if isinstance(layer.mlp, MoELayer)]
+    return [moe for layer in chunk.decoder.layers if (moe := moe_layer(layer)) is not None]
 
 
 @torch.no_grad()
@@ -184,7 +189,7 @@ def initialize(
         number = layer.layer_number - 1
         name = f"layers.{number}"
         parts: dict[str, nn.Module] = {"attention": make_attention(model, number, seed)}
-        if not isinstance(layer.mlp, MoELayer):
+        if model.has_feed_forward(number):
             parts["ffn"] = SwiGLU(model, model.ffn_hidden, seed, f"{name}.ffn")
         for part, module in parts.items():
             for parameter_name, parameter in module.named_parameters():
