@@ -23,7 +23,8 @@ _MASK = ("dynmoe", "BOOL", "active")  # the mask of active experts
 def load_weights(decoder: Decoder, tensors: Tensors, architecture: str, interleaved: bool = True) -> None:
     """Copies the tensors of a checkpoint of ``architecture`` into ``decoder``.
 
-    DeepSeek-V3's layers that predict further tokens are left out (:func:`prediction_tensors`).
+    DeepSeek-V3's layers that predict further tokens are left out if the decoder has none
+    (:func:`prediction_tensors`).
 
     Args:
         decoder: the model to fill.
@@ -40,10 +41,11 @@ def load_weights(decoder: Decoder, tensors: Tensors, architecture: str, interlea
     is_qwen2 = architecture == "qwen2_moe"
     zeros = qwen2_moe.zeros_in(model, tensors) if is_qwen2 else {}
     doubled = qwen2_moe.down_projections(model) if is_qwen2 else []
-    left_out = prediction_tensors(kinds, model.layers) if architecture == "deepseek_v3" else []
+    left_out = prediction_tensors(kinds, model.trained_layers) if architecture == "deepseek_v3" else []
     if architecture in _BY_EXPERT and any(name.endswith(".experts.gate_up_proj") for name in kinds):
         architecture = _BY_EXPERT[architecture]
-    wanted = list(parts(model, decoder.w_embed_VD.shape[0], architecture))
+    known = parts(model, decoder.w_embed_VD.shape[0], architecture)
+    wanted = [part for part in known if not part.again or part.theirs[0] in kinds]
     quantized = [
         f"{name} is {kind}"
         for name, kind in sorted(kinds.items())
@@ -60,6 +62,9 @@ def load_weights(decoder: Decoder, tensors: Tensors, architecture: str, interlea
         place = own[part.ours] if part.expert is None else own[part.ours][part.expert]
         for name, rows in zip(part.theirs, place.split(part.rows) if part.rows else [place], strict=True):
             value = tensors.read(name)
+            if part.again and not torch.equal(value.to(rows.dtype), rows):
+                problem = f"{name} differs from that of the model, which our layers share"
+                raise UserError(f"{tensors.source}: {problem}; import it without model.mtp.layers")
             rows.copy_(halves(value, *part.rotated) if part.rotated and interleaved else value)
             if name in doubled:
                 rows.mul_(qwen2_moe.GATE_OF_ZEROS)
