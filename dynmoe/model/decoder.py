@@ -140,7 +140,7 @@ class Decoder(nn.Module):
             cache: cached positions, which the tokens follow.
             prefix_BPD: embeddings of other inputs, such as patches of an image, which take the P positions before
                 the tokens; the output is then [B, P + S, D].
-            documents: of the sequences; without cache and prefix. None: each sequence is one.
+            documents: of the positions, without a cache; None: each sequence is one.
         """
         x_BSD = F.embedding(tokens_BS, self.w_embed_VD)
         if prefix_BPD is not None:

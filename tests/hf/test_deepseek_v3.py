@@ -267,8 +267,8 @@ def test_layers_that_predict_further_tokens_are_written_as_published_and_importe
         again = [name for name in tensors if "layers" in name and name.endswith(("embed_tokens.weight", "head.weight"))]
         kept = {name: value for name, value in tensors.items() if not lacks or name not in again}
         save_file(kept, path, {"format": "pt"})
-        import_checkpoint(tmp_path / "out", tmp_path / f"again {lacks}", ["model.mtp.layers=2"])
-        found = open_decoder(tmp_path / f"again {lacks}", mtp=True).decoder.state_dict()
+        import_checkpoint(tmp_path / "out", tmp_path / f"again_{lacks}", ["model.mtp.layers=2"])
+        found = open_decoder(tmp_path / f"again_{lacks}", mtp=True).decoder.state_dict()
         assert found.keys() == state.keys()
         assert all(torch.equal(value, state[key]) for key, value in found.items())
     compare(
@@ -289,6 +289,7 @@ def test_transformers_predicts_the_same_further_tokens(corpus_dir, tmp_path):
     begun = begin(corpus_dir, tmp_path / "run_biased", [*OURS, "model.mtp.layers=2"])
     export(begun.path, tmp_path / "out")
     main = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "out")
+    main._keys_to_ignore_on_load_unexpected = [r"model\.layers\.[34]\."]  # by which it finds them; otherwise 61
     theirs = MtpModel.from_pretrained(main)
     assert theirs.num_mtp_layers == 2
     tokens = some_tokens()

@@ -121,8 +121,9 @@ class MultiTokenPrediction(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, ShardedTensor]:
         """The layers, and the embedding as a copy of the first stage's."""
-        state = {}
+        state: dict[str, ShardedTensor] = {}
         for number, layer in enumerate(self.layers):
+            assert isinstance(layer, PredictionLayer)
             state |= layer.sharded_state_dict(f"{prefix}layers.{number}.", sharded_offsets, metadata)
         if self.embedding is not None:
             copy = (1, 0, parallel_state.get_data_parallel_rank(with_context_parallel=True))
