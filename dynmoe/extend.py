@@ -35,7 +35,7 @@ def extend(run: Path, output: Path, length: int, kind: str = "yarn", overrides: 
     from dynmoe.train.checkpoint import model_files
     from dynmoe.trained import begin_run, open_decoder
 
-    begin_run(config, open_decoder(run).decoder, model_files(run), output)
+    begin_run(config, open_decoder(run, mtp=True).decoder, model_files(run), output)
     return config
 
 

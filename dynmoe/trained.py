@@ -51,7 +51,9 @@ class TrainedModel(TrainedDecoder):
     tokenizer: Tokenizer
 
 
-def open_trained(run: Path, device: torch.device | None = None, experts_per_token: float | None = None) -> TrainedModel:
+def open_trained(
+    run: Path, device: torch.device | None = None, experts_per_token: float | None = None, mtp: bool = False
+) -> TrainedModel:
     """Loads the model and the tokenizer of a run; see :func:`open_decoder`.
 
     Raises:
@@ -66,11 +68,11 @@ def open_trained(run: Path, device: torch.device | None = None, experts_per_toke
     for path in (run / name for name in tokenizer.files):
         if not path.exists():  # without it, the end of a text would be guessed
             raise UserError(f"{path} is missing; {cure}")
-    return TrainedModel(**vars(open_decoder(run, device, experts_per_token)), tokenizer=tokenizer)
+    return TrainedModel(**vars(open_decoder(run, device, experts_per_token, mtp)), tokenizer=tokenizer)
 
 
 def open_decoder(
-    run: Path, device: torch.device | None = None, experts_per_token: float | None = None
+    run: Path, device: torch.device | None = None, experts_per_token: float | None = None, mtp: bool = False
 ) -> TrainedDecoder:
     """Loads the whole model of a run, which must fit into memory whatever the layout of the run.
 
@@ -81,6 +83,7 @@ def open_decoder(
         run: directory of the run.
         device: device of the model; default: a GPU if there is one.
         experts_per_token: a number in the range of ``model.router.budgets``; default: ``budget.experts_per_token``.
+        mtp: whether to load the layers that predict further tokens; without them, the configuration has none either.
 
     Raises:
         UserError: there is no run or no valid checkpoint, or the model has no such budget.
@@ -90,12 +93,13 @@ def open_decoder(
     if experts_per_token is not None:
         config.model.router.check_budget(experts_per_token, "--experts-per-token")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = config.model if mtp else config.model.without_mtp()
     with _canonical_checkpoint(directory, config) as checkpoint:
         rows = canonical_state.read_shape(checkpoint.path, "w_embed_VD")[0]
-        decoder = Decoder(config.model, rows, config.train.seed)
+        decoder = Decoder(model, rows, config.train.seed)
         decoder.context.aim(experts_per_token or config.budget.experts_per_token)
         canonical_state.load_weights(checkpoint.path, decoder, decoder.moe_layers)
-    return TrainedDecoder(config, checkpoint.step, decoder.to(device).eval(), device)
+    return TrainedDecoder(dataclasses.replace(config, model=model), checkpoint.step, decoder.to(device).eval(), device)
 
 
 def begin_run(config: Config, decoder: Decoder, files: Mapping[str, bytes], output: Path) -> None:

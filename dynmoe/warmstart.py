@@ -94,7 +94,7 @@ def warm_start(
         experts_per_token = config.budget.experts_per_token  # p is fitted to each budget
     if experts_per_token is not None and not fitted:
         raise UserError(f"--experts-per-token={experts_per_token}: only top_p fits p; use model.router.kind=top_p")
-    model = open_trained(run, torch.device("cpu"))
+    model = open_trained(run, torch.device("cpu"), mtp=True)
     tokens_BS = _validation_text(config, model.tokenizer.sha256)
     decoder = Decoder(config.model, model.decoder.w_embed_VD.shape[0], config.train.seed).eval()
     decoder.context.aim(config.budget.experts_per_token)
@@ -103,19 +103,23 @@ def warm_start(
         _upcycle(model.decoder, decoder, granularity, config.train.seed, symmetry_break)
     if experts_per_token is not None:
         fit_p(decoder, tokens_BS, experts_per_token)
-    with capture_plans(decoder.moe_layers) as plans:
+    measured = [layer for layer in decoder.moe_layers if layer.layer < config.model.layers]
+    with capture_plans(measured) as plans:
         loss_before, loss, difference = _compare(model.decoder, decoder, tokens_BS)
     begin_run(config, decoder, model_files(run), output)
-    layers = len(decoder.moe_layers)
+    layers = len(measured)
     routes = [sum(float(plan.routing_map_TE.sum()) for plan in plans[layer::layers]) for layer in range(layers)]
     return WarmStart(config, loss_before, loss, difference, [count / tokens_BS.numel() for count in routes])
 
 
 def _upcycle(dense: Decoder, decoder: Decoder, granularity: int, seed: int, symmetry_break: float) -> None:
-    """Fills the experts of ``decoder`` with copies or slices of the feed-forward layers of ``dense``."""
+    """Fills the experts of ``decoder`` with copies or slices of the feed-forward layers of ``dense``.
+
+    Layers that predict further tokens and that ``dense`` does not have keep their new weights.
+    """
     from dynmoe.moe.upcycling import copy_experts, share_rows
 
-    for layer in decoder.moe_layers:
+    for layer in (own for own in decoder.moe_layers if own.layer < len(dense.layers)):
         source: SwiGLU = dense.layers[layer.layer].ffn  # type: ignore[assignment]
         copy_experts(source, layer.experts, granularity, seed + layer.layer, symmetry_break)
         share_rows(layer, granularity)
@@ -208,12 +212,20 @@ def fit_p(decoder: Decoder, tokens_BS: Tensor, experts_per_token: float) -> None
         router = layer.router
         assert isinstance(router.spec, TopP)
         with capture_plans([layer]) as plans, torch.no_grad():
-            decoder.hidden(tokens_BS)
+            _run_all_layers(decoder, tokens_BS)
         logits_TE = plans[0].logits_TE
         assert logits_TE is not None
         with torch.no_grad():
             for wanted in router.spec.budgets or [experts_per_token]:
                 router.spec.fit(router.at(wanted), logits_TE, wanted)
+
+
+def _run_all_layers(decoder: Decoder, tokens_BS: Tensor) -> None:
+    """A forward pass, also of the layers that predict further tokens."""
+    from dynmoe.data.batches import Batch
+
+    ahead = Batch(tokens_BS, tokens_BS).looking_ahead(decoder.settings.mtp.layers).ahead
+    decoder(tokens_BS, tokens_BS, ahead=[(own.tokens_BS, own.labels_BS) for own in ahead])
 
 
 def _compare(old: Decoder, new: Decoder, tokens_BS: Tensor) -> tuple[float, float, float]:

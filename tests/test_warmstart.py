@@ -15,6 +15,7 @@ from dynmoe.errors import UserError
 from dynmoe.model import Decoder
 from dynmoe.moe.experts import SwiGLU
 from dynmoe.moe.upcycling import copy_experts
+from dynmoe.routers import TopP
 from dynmoe.trained import open_trained
 from dynmoe.warmstart import warm_start
 from harness.processes import WarmTraining
@@ -115,6 +116,30 @@ def test_top_p_starts_with_the_experts_per_token_of_top_k(corpus_dir, tmp_path):
         assert str(done.config.model.router.resolved.renormalize).lower() == renormalize
         layers = open_trained(tmp_path / f"top_p_{renormalize}").decoder.moe_layers
         assert len({float(layer.router.p) for layer in layers}) == 3, "each layer has its own"
+
+
+def test_layers_that_predict_further_tokens_come_along(corpus_dir, tmp_path):
+    """Experts are copies of their feed-forward layers; of top-k, p is fitted there too, and all else is the same."""
+    run = begin(corpus_dir, tmp_path / "dense", [*DENSE, "model.mtp.layers=1"])
+    upcycled = warm_start(run.path, tmp_path / "top_k", experts=4, overrides=[*TOP_K, "model.router.k=2"])
+    assert len(upcycled.experts_per_token) == 3
+    before = run.decoder.layers[3]
+    middle = open_trained(tmp_path / "top_k", mtp=True).decoder.layers[3]
+    copies = middle.moe.experts.w_down_EDF.mean(dim=0)
+    torch.testing.assert_close(copies, before.ffn.w_down_DF, rtol=0, atol=0.1)
+    warm_start(tmp_path / "top_k", tmp_path / "top_p", overrides=TOP_P)
+    after = open_trained(tmp_path / "top_p", mtp=True).decoder.layers[3]
+    for name, value in middle.state_dict().items():
+        if name.startswith(("join.", "norm.", "attention", "moe.experts.")):
+            assert torch.equal(after.state_dict()[name], value), name
+    assert float(after.moe.router.p) != TopP().p, "not fitted"
+    assert len(open_trained(tmp_path / "top_p").decoder.layers) == 3
+
+
+def test_a_warm_start_may_add_layers_that_predict_further_tokens(dense, tmp_path):
+    done = warm_start(dense, tmp_path / "run", experts=4, overrides=[*TOP_K, "model.mtp.layers=1"])
+    assert done.difference <= 1e-5
+    assert len(open_trained(tmp_path / "run", mtp=True).decoder.layers) == 4
 
 
 def test_p_may_be_fitted_to_another_number(dense, tmp_path):

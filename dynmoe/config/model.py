@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Optional
 
 from dynmoe.config.latent import LatentConfig
+from dynmoe.config.multi_token import MultiTokenConfig
 from dynmoe.config.rope import RopeScalingConfig
 from dynmoe.errors import ConfigError
 from dynmoe.fields import Section, check_multiple_of_8, option
@@ -102,6 +103,7 @@ class ModelConfig(Section):
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     tie_embeddings: bool = option(False, "use the input embedding as the output projection")
     init_std: float = option(0.02, "standard deviation of initial weights", above=0)
+    mtp: MultiTokenConfig = field(default_factory=MultiTokenConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     router: RouterSpec = field(default_factory=TopP)
 
@@ -110,8 +112,8 @@ class ModelConfig(Section):
         for name in ("hidden", "ffn_hidden"):
             check_multiple_of_8(f"model.{name}", getattr(self, name))
         self._check_heads()
-        if outside := [layer for layer in self.full_attention_layers if layer >= self.layers]:
-            problem = f"names layer {outside[0]} of {self.layers}"
+        if outside := [layer for layer in self.full_attention_layers if layer >= self.trained_layers]:
+            problem = f"names layer {outside[0]} of {self.trained_layers}"
             raise ConfigError("model.full_attention_layers", self.full_attention_layers, problem, "count from 0")
         if self.full_attention_layers and self.window is None:
             problem = "all layers attend to everything"
@@ -141,7 +143,7 @@ class ModelConfig(Section):
         moe = self.moe
         router = self.router
         layers = len(self.moe_layers)
-        if moe.experts > 0 and layers == 0:
+        if moe.experts > 0 and not any(self.is_moe_layer(layer) for layer in range(self.layers)):
             problem = f"leaves no MoE layer of {self.layers}"
             raise ConfigError("model.moe.first_k_dense_replace", moe.first_k_dense_replace, problem, "use fewer")
         if moe.experts_by_layer and len(moe.experts_by_layer) != layers:
@@ -172,6 +174,9 @@ class ModelConfig(Section):
         if self.moe.moe_layer_freq == 1:
             problem = "needs a dense layer behind every MoE layer"
             raise ConfigError("model.moe.shortcut", True, problem, "set model.moe.moe_layer_freq=2")
+        if self.mtp.layers:
+            problem = "does not work with model.moe.shortcut, whose experts need a dense layer behind them"
+            raise ConfigError("model.mtp.layers", self.mtp.layers, problem, "use 0")
         if self.is_moe_layer(self.layers - 1):
             problem = "leaves no layer behind the last MoE layer, as model.moe.shortcut needs"
             raise ConfigError("model.layers", self.layers, problem, "add one, or remove one")
@@ -195,6 +200,18 @@ class ModelConfig(Section):
     def latent_norm_eps(self) -> float:
         """Epsilon of the norms of the latents."""
         return self.norm_eps if self.latent.norm_eps is None else self.latent.norm_eps
+
+    @property
+    def trained_layers(self) -> int:
+        """Number of decoder layers in training: also those that predict further tokens, behind the others."""
+        return self.layers + self.mtp.layers
+
+    def without_mtp(self) -> ModelConfig:
+        """The model without the layers that predict further tokens, for everything but training."""
+        full_attention = [layer for layer in self.full_attention_layers if layer < self.layers]
+        num_moe = sum(layer < self.layers for layer in self.moe_layers)
+        moe = replace(self.moe, experts_by_layer=self.moe.experts_by_layer[:num_moe])
+        return replace(self, mtp=MultiTokenConfig(), full_attention_layers=full_attention, moe=moe)
 
     def window_of(self, layer: int) -> int | None:
         """Positions that a token attends to in a layer; None: all up to itself."""
@@ -233,5 +250,5 @@ class ModelConfig(Section):
 
     @property
     def moe_layers(self) -> list[int]:
-        """Indices of the MoE layers."""
-        return [layer for layer in range(self.layers) if self.is_moe_layer(layer)]
+        """Indices of the MoE layers, also of those among the layers that predict further tokens."""
+        return [layer for layer in range(self.trained_layers) if self.is_moe_layer(layer)]

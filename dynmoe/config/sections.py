@@ -166,6 +166,9 @@ class Config(Section):
         else:
             self.parallel.check_megatron(self.model, self.data.sequence_length)
         self.parallel.check_experts(self.model)
+        if self.model.mtp.layers >= self.data.sequence_length:
+            problem = f"no sequence of {self.data.sequence_length} tokens has a token so far ahead"
+            raise ConfigError("model.mtp.layers", self.model.mtp.layers, problem, "use fewer")
         self._check_budget()
         if self.train.replay is not None:
             self._check_replay(self.train.replay)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +30,31 @@ class Batch:
         tokens_BS: the tokens.
         labels_BS: the next token of each, or ``IGNORED``.
         start_BS: place in the sequence at which each token's document starts; None if documents are joined.
+        ahead: the batch moved by 1, 2, ... tokens (:meth:`looking_ahead`).
     """
 
     tokens_BS: Tensor
     labels_BS: Tensor
     start_BS: Tensor | None = None
+    ahead: tuple[Batch, ...] = ()
+
+    def looking_ahead(self, depths: int) -> Batch:
+        """The batch with itself moved by 1 to ``depths`` tokens: each position has a later token and its label.
+
+        Where no later token of the sequence is so far ahead, or one of another document is, there is token 0, and
+        ``IGNORED`` as label.
+        """
+        return replace(self, ahead=tuple(self._moved(depth) for depth in range(1, depths + 1)))
+
+    def _moved(self, depth: int) -> Batch:
+        rest = self.tokens_BS.shape[1] - depth
+        inside_BS = torch.ones_like(self.tokens_BS, dtype=torch.bool)
+        inside_BS[:, rest:] = False
+        if self.start_BS is not None:
+            inside_BS[:, :rest] = self.start_BS[:, depth:] == self.start_BS[:, :rest]
+        tokens_BS = self.tokens_BS.roll(-depth, dims=1).where(inside_BS, 0)
+        labels_BS = self.labels_BS.roll(-depth, dims=1).where(inside_BS, IGNORED)
+        return Batch(tokens_BS, labels_BS)
 
     def pinned(self) -> Batch:
         """Copies the batch to page-locked memory."""
@@ -46,11 +66,13 @@ class Batch:
 
     def at(self, positions_P: Tensor) -> Batch:
         """The batch at some positions of its sequences; ``start_BS`` remains that of all positions."""
-        return Batch(self.tokens_BS[:, positions_P], self.labels_BS[:, positions_P], self.start_BS)
+        ahead = tuple(batch.at(positions_P) for batch in self.ahead)
+        return Batch(self.tokens_BS[:, positions_P], self.labels_BS[:, positions_P], self.start_BS, ahead)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         start_BS = None if self.start_BS is None else change(self.start_BS)
-        return Batch(change(self.tokens_BS), change(self.labels_BS), start_BS)
+        ahead = tuple(batch._map(change) for batch in self.ahead)
+        return Batch(change(self.tokens_BS), change(self.labels_BS), start_BS, ahead)
 
 
 class PretrainingData:

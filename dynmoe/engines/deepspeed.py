@@ -159,12 +159,14 @@ class DeepSpeedEngine:
     ) -> Gradients:  # fmt: skip
         self.step += 1
         self.module.train()
-        # One micro-batch of each rank is sure to fit in memory.
-        first = batches[0].to(self.device)
-        self.moe.calibrate(lambda: self.module(first.tokens_BS, first.labels_BS, first.start_BS))
+        batches = [batch.looking_ahead(self.config.model.mtp.layers) for batch in batches]
         self._batches = batches
         self._total_tokens = tokens_of_pass(batches, self.config.data, self.device)
+        # One micro-batch of each rank is sure to fit in memory.
+        first = batches[0].to(self.device)
+        self.moe.calibrate(lambda: self.module(*self._inputs(first)))
         losses = []
+        losses_ahead = [torch.zeros((), device=self.device)]
         with self.moe.step(self.step, 1.0 / len(batches), record, trace, replay):
             for number, batch in enumerate(batches):
                 on_device = batch.to(self.device)
@@ -172,17 +174,20 @@ class DeepSpeedEngine:
                     loss = self._engine(*self._inputs(on_device))
                 self._engine.backward(loss)
                 losses.append(loss.detach())
+                if self.module.loss_ahead is not None:
+                    losses_ahead.append(self.module.loss_ahead)
                 if batch is not batches[-1]:
                     self._engine.step()  # not an accumulation boundary: only counts the micro-batch
         self._local_loss = torch.stack(losses).mean()
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         for gradient, copies in self._gradients():
             squares += gradient.float().square().sum(dtype=torch.float64) / copies
-        sums = torch.stack([squares, self._local_loss.double() / self.world_size])
+        loss_ahead = torch.stack(losses_ahead).sum() / len(batches)
+        sums = torch.stack([squares, *(loss.double() / self.world_size for loss in (self._local_loss, loss_ahead))])
         dist.all_reduce(sums)
-        square, lm_loss = sums.tolist()
+        square, lm_loss, mtp_loss = sums.tolist()
         self._grad_norm = math.sqrt(square)
-        return Gradients(lm_loss, self._grad_norm)
+        return Gradients(lm_loss, self._grad_norm, mtp_loss)
 
     def update(self, lr: float) -> list[AdaptationEvent]:
         max_norm = self.config.optimizer.clip_grad
@@ -226,9 +231,10 @@ class DeepSpeedEngine:
                     loss = self.module(*self._inputs(on_device))
                     torch.autograd.grad(loss / len(self._batches), parameters, allow_unused=True)
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
+    def _inputs(self, batch: Batch) -> tuple[Any, ...]:
         """Arguments of the model's loss."""
-        return batch.tokens_BS, batch.labels_BS, batch.start_BS, self._total_tokens
+        ahead = [(further.tokens_BS, further.labels_BS) for further in batch.ahead]
+        return batch.tokens_BS, batch.labels_BS, batch.start_BS, self._total_tokens, ahead
 
     def _gradients(self) -> Iterator[tuple[Tensor, int]]:
         """Yields the reduced gradients on this rank, each with the number of ranks that hold a copy."""

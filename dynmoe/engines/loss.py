@@ -12,6 +12,8 @@ from dynmoe.config import DataConfig
 from dynmoe.config.constants import IGNORED
 from dynmoe.data.batches import Batch
 
+_FEW = 1e-6  # a text may have no label so far ahead; the sum of losses is then 0
+
 
 def counts_BS(labels_BS: Tensor) -> Tensor:
     """1 where a label counts, 0 where it is ignored, fp32."""
@@ -28,12 +30,16 @@ def tokens_of_pass(batches: Sequence[Batch], data: DataConfig, device: torch.dev
         batches: those of this rank.
         data: settings of the data.
         device: of the model.
+
+    Returns:
+        The number for the next tokens, and for those of each depth of ``Batch.ahead``, fp32 [1 + M].
     """
-    if not data.ignores_labels:
+    if not data.ignores_labels and not batches[0].ahead:
         return None
-    counted = torch.stack([counts_BS(batch.labels_BS).sum() for batch in batches]).mean().to(device)
+    counts = [[counts_BS(own.labels_BS).sum() for own in (batch, *batch.ahead)] for batch in batches]
+    counted = torch.stack([torch.stack(own) for own in counts]).mean(dim=0).to(device)
     dist.all_reduce(counted)
-    return counted / dist.get_world_size()
+    return counted.clamp(min=_FEW) / dist.get_world_size()
 
 
 class TextLosses:

@@ -45,6 +45,8 @@ def _export(given: argparse.Namespace) -> None:
     done = export(given.run, given.output, getattr(torch, given.dtype), given.own_code)
     code = ", trust_remote_code=True" if done.architecture == "dynmoe" else ""
     print(f"{given.output}: {done.parameters / 1e6:.1f} M parameters as {done.architecture}.")
+    if done.architecture != "deepseek_v3":
+        _name_left_out(given.run)
     if not done.tokenizer:
         print("It has no tokenizer, because the imported checkpoint had none.")
     elif done.texts:
@@ -55,6 +57,13 @@ def _export(given: argparse.Namespace) -> None:
         )
     print(f'Load it with: AutoModelForCausalLM.from_pretrained("{given.output}"{code})')
     print(f"{_readers(json.loads((given.output / 'config.json').read_text()))} How to serve it: docs/serving.md")
+
+
+def _name_left_out(run: Path) -> None:
+    from dynmoe.config import load_config
+
+    if layers := load_config(run / "config.yaml").model.mtp.layers:
+        print(f"Left out: the layers that predict further tokens ({layers}).")
 
 
 def _readers(exported: Mapping[str, Any]) -> str:
@@ -77,6 +86,7 @@ def _gguf(given: argparse.Namespace) -> None:
     done = write_gguf(given.run, given.output, given.type)
     size = f"{done.parameters / 1e6:.1f} M parameters in {done.size / 1e6:.1f} MB"
     print(f"{given.output}: {size} ({given.type}), as llama.cpp's {done.architecture}, with the tokenizer.")
+    _name_left_out(given.run)
     if done.composes:
         print("Give it text in NFC: training normalized text to it, and llama.cpp does not.")
 
@@ -89,9 +99,10 @@ def _import(given: argparse.Namespace) -> None:
 
     architecture, config = import_checkpoint(given.source, given.run, given.overrides)
     print(f"{given.run}: a {config.engine} run that starts from the weights of {given.source} ({architecture}).")
-    names = prediction_tensors(architecture, Tensors(given.source).shapes(), config.model.layers)
+    names = prediction_tensors(architecture, Tensors(given.source).shapes(), config.model.trained_layers)
     if names:
-        print(f"Left out: {len(names)} tensors of layers that predict further tokens, such as {names[0]}.")
+        cure = " model.mtp.layers imports them." if architecture == "deepseek_v3" else ""
+        print(f"Left out: {len(names)} tensors of layers that predict further tokens, such as {names[0]}.{cure}")
     tokenizer = RunDirectory(given.run).tokenizer
     if tokenizer.exists():
         print(f"Prepare text for it with: python -m data_prep ... --tokenizer {tokenizer}")

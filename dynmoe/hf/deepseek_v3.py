@@ -79,7 +79,7 @@ def to_transformers(model: ModelConfig) -> dict[str, Any]:
         "topk_group": router.topk_group,
         "norm_topk_prob": router.renormalize,
         "routed_scaling_factor": router.gate_scale,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": model.mtp.layers,
     }
 
 

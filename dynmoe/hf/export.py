@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynmoe.config import ModelConfig
+from dynmoe.config import ModelConfig, load_config
 from dynmoe.data.corpus import Corpus
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.errors import ConfigError, UserError
@@ -73,7 +73,7 @@ def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code
     if output.exists():
         raise UserError(f"OUT: {output} exists; name a new directory")
     kept = Kept.of(run)
-    model, tokenizer = _open(run, kept)
+    model, tokenizer = _open(run, kept, own_code)
     _check_supported(model.config.model, own_code)
     architecture = _architecture(model, own_code)
     rows = model.decoder.w_embed_VD.shape[0]
@@ -138,11 +138,16 @@ def _architecture(model: TrainedDecoder, own_code: bool) -> str:
     return "dynmoe" if standard is None or _is_biased(model) or _has_inactive_experts(model) else standard
 
 
-def _open(run: Path, kept: Kept) -> tuple[TrainedDecoder, Tokenizer | None]:
-    """The model and its tokenizer, which only a run that was imported without one may lack."""
-    if kept.files and not RunDirectory(run).tokenizer.exists():
-        return open_decoder(run, torch.device("cpu")), None
-    model = open_trained(run, torch.device("cpu"))
+def _open(run: Path, kept: Kept, own_code: bool) -> tuple[TrainedDecoder, Tokenizer | None]:
+    """The model and its tokenizer, which only a run that was imported without one may lack.
+
+    Layers that predict further tokens have a place in DeepSeek-V3 alone.
+    """
+    directory = RunDirectory(run)
+    mtp = not own_code and standard_architecture(load_config(directory.config).model) == "deepseek_v3"
+    if kept.files and not directory.tokenizer.exists():
+        return open_decoder(run, torch.device("cpu"), mtp=mtp), None
+    model = open_trained(run, torch.device("cpu"), mtp=mtp)
     return model, model.tokenizer
 
 

@@ -71,7 +71,7 @@ FAMILIES = {
         "routed_scaling_factor"},
         # The last three are in published files, and nothing in transformers reads them.
         {**_NO_BIAS, "moe_layer_freq": (1,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
-        # Losses of the pretraining, its layout, and layers that predict further tokens, which are no part of the model.
+        # Losses of the pretraining, its layout, and layers that predict further tokens, which model.mtp.layers imports.
         {"aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers", "num_mtp_layers", "qk_head_dim"},
     ),
     "longcat_flash": Family(

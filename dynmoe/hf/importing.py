@@ -9,7 +9,7 @@ from dynmoe.config import Config, load_config
 from dynmoe.data.corpus import Corpus
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.data.tokenizer_files import find_tokenizer, open_tokenizer
-from dynmoe.errors import UserError
+from dynmoe.errors import ConfigError, UserError
 from dynmoe.hf.deepseek_v3 import is_interleaved
 from dynmoe.hf.formats import from_transformers
 from dynmoe.hf.kept import to_keep
@@ -24,9 +24,10 @@ from dynmoe.trained import begin_run
 def import_checkpoint(source: Path, output: Path, overrides: Sequence[str] = ()) -> tuple[str, Config]:
     """Creates the run directory ``output``, whose training starts from the weights in ``source`` with new moments.
 
-    Supported are the release of arXiv 2403.07652, Llama, Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3 and LongCat-Flash
-    without their layers for further tokens, and every export of ours, as written or as saved again by transformers, in
-    safetensors. Our routers keep their budget, thresholds and masks. The tokenizer and other files of the model are
+    Supported are the release of arXiv 2403.07652, Llama, Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3 with as many layers
+    for further tokens as ``model.mtp.layers``, LongCat-Flash without such layers, and every export of ours, as written
+    or as saved again by transformers, in safetensors. Our routers keep their budget, thresholds and masks. The
+    tokenizer and other files of the model are
     kept in the run directory, for a later export.
 
     Args:
@@ -52,6 +53,9 @@ def import_checkpoint(source: Path, output: Path, overrides: Sequence[str] = ())
         if not shares:
             fields.append("model.moe.shared_hidden=0")
     config = load_config(None, [*fields, *overrides, f"run.dir={output.parent}", f"run.name={output.name}"])
+    if config.model.mtp.layers and architecture != "deepseek_v3":
+        problem = f"a checkpoint of {architecture} has no such layers"
+        raise ConfigError("model.mtp.layers", config.model.mtp.layers, problem, "remove it")
     vocab_size = config.model.vocab_size
     assert vocab_size is not None
     tokenizer = _own_tokenizer(source, vocab_size)

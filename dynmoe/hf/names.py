@@ -93,6 +93,7 @@ class Part:
         expert: index of the expert if our tensor is a stack.
         state: whether it is a buffer of a router.
         rotated: latent attention: number of blocks of rows, and of rows of each that are rotated, see ``neighbours``.
+        again: whether it is a copy of another part, which a checkpoint may lack.
     """
 
     ours: str
@@ -103,6 +104,7 @@ class Part:
     state: bool = False
     rotated: tuple[int, int] | None = None
     unread: int = 0
+    again: bool = False
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -113,10 +115,13 @@ class Part:
 
 
 def parts(model: ModelConfig, vocab_size: int, architecture: str) -> Iterator[Part]:
-    """All tensors of a model in a checkpoint of ``architecture``, a key of ``NAMES``."""
+    """All tensors of a model in a checkpoint of ``architecture``, a key of ``NAMES``.
+
+    Only checkpoints of DeepSeek-V3 have layers that predict further tokens.
+    """
     hidden = model.hidden
     yield Part("w_embed_VD", ("model.embed_tokens.weight",), (vocab_size, hidden))
-    for layer in range(model.layers):
+    for layer in range(model.trained_layers):
         names = NAMES[architecture].of(layer)
         ours = f"layers.{layer}"
         theirs = f"model.layers.{layer // names.halves}"
@@ -128,9 +133,23 @@ def parts(model: ModelConfig, vocab_size: int, architecture: str) -> Iterator[Pa
             yield from _moe(model, layer, architecture, f"{ours}.moe", theirs)
         if model.has_feed_forward(layer):
             yield from _swiglu(f"{ours}.ffn", f"{theirs}.{names.dense}", hidden, model.ffn_hidden)
+        if layer >= model.layers:
+            yield from _prediction(model, vocab_size, ours, theirs)
     yield Part("norm.weight", ("model.norm.weight",), (hidden,))
     if not model.tie_embeddings:
         yield Part("w_out_VD", ("lm_head.weight",), (vocab_size, hidden))
+
+
+def _prediction(model: ModelConfig, vocab_size: int, ours: str, theirs: str) -> Iterator[Part]:
+    """What a layer that predicts a further token has in addition, as published with DeepSeek-V3."""
+    hidden = model.hidden
+    yield Part(f"{ours}.join.embedding_norm.weight", (f"{theirs}.enorm.weight",), (hidden,))
+    yield Part(f"{ours}.join.hidden_norm.weight", (f"{theirs}.hnorm.weight",), (hidden,))
+    yield Part(f"{ours}.join.w_join", (f"{theirs}.eh_proj.weight",), (hidden, 2 * hidden))
+    yield Part(f"{ours}.norm.weight", (f"{theirs}.shared_head.norm.weight",), (hidden,))
+    output = "w_embed_VD" if model.tie_embeddings else "w_out_VD"
+    for shared, name in (("w_embed_VD", "embed_tokens"), (output, "shared_head.head")):
+        yield Part(shared, (f"{theirs}.{name}.weight",), (vocab_size, hidden), again=True)
 
 
 def _attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[Part]:

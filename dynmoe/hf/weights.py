@@ -26,7 +26,8 @@ _MASK = ("dynmoe", "BOOL", "active")  # the mask of active experts
 def load_weights(decoder: Decoder, tensors: Tensors, architecture: str, interleaved: bool = True) -> None:
     """Copies the tensors of a checkpoint of ``architecture`` into ``decoder``.
 
-    Layers that predict further tokens are left out (:func:`prediction_tensors`), and what identity experts do not read.
+    Layers that predict further tokens are left out if the decoder has none (:func:`prediction_tensors`), and what
+    identity experts do not read.
 
     Args:
         decoder: the model to fill.
@@ -43,12 +44,13 @@ def load_weights(decoder: Decoder, tensors: Tensors, architecture: str, interlea
     is_qwen2 = architecture == "qwen2_moe"
     zeros = qwen2_moe.zeros_in(model, tensors) if is_qwen2 else {}
     doubled = qwen2_moe.down_projections(model) if is_qwen2 else []
-    left_out = prediction_tensors(architecture, kinds, model.layers)
+    left_out = prediction_tensors(architecture, kinds, model.trained_layers)
     if architecture == "longcat_flash":
         left_out += longcat.unread_projections(model)
     if architecture in _BY_EXPERT and any(name.endswith(".experts.gate_up_proj") for name in kinds):
         architecture = _BY_EXPERT[architecture]
-    wanted = list(parts(model, decoder.w_embed_VD.shape[0], architecture))
+    known = parts(model, decoder.w_embed_VD.shape[0], architecture)
+    wanted = [part for part in known if not part.again or part.theirs[0] in kinds]
     quantized = [
         f"{name} is {kind}"
         for name, kind in sorted(kinds.items())
@@ -66,6 +68,9 @@ def load_weights(decoder: Decoder, tensors: Tensors, architecture: str, interlea
         for name, rows in zip(part.theirs, place.split(part.rows) if part.rows else [place], strict=True):
             value = tensors.read(name)
             value = value[: len(rows)] if part.unread else value
+            if part.again and not torch.equal(value.to(rows.dtype), rows):
+                problem = f"{name} differs from that of the model, which our layers share"
+                raise UserError(f"{tensors.source}: {problem}; import it without model.mtp.layers")
             rows.copy_(halves(value, *part.rotated) if part.rotated and interleaved else value)
             if name in doubled:
                 rows.mul_(qwen2_moe.GATE_OF_ZEROS)

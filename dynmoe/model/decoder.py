@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,12 @@ from dynmoe.model.cache import KeyValueCache, LayerCache
 from dynmoe.model.cross_entropy import linear_cross_entropy
 from dynmoe.model.documents import Documents
 from dynmoe.model.latent_attention import LatentAttention
+from dynmoe.model.multi_token import JoinedInputs
 from dynmoe.model.rotary import rotary_tables
 from dynmoe.moe import MoEContext, MoELayer
 from dynmoe.moe.experts import SwiGLU
 from dynmoe.moe.initialization import named_normal
+from dynmoe.ops import attach_loss
 
 
 def initial_embedding(model: ModelConfig, vocab_size: int, seed: int, name: str) -> Tensor:
@@ -69,8 +72,25 @@ class DecoderLayer(nn.Module):
         return x_BSD + routed_BSD, None
 
 
+class PredictionLayer(DecoderLayer):
+    """A layer that predicts a further token (:mod:`dynmoe.model.multi_token`), for the same arguments."""
+
+    def __init__(
+        self, model: ModelConfig, layer: int, seed: int, context: MoEContext, make_moe: MakeMoE, recompute: str
+    ) -> None:
+        super().__init__(model, layer, seed, context, make_moe, recompute)
+        self.join = JoinedInputs(model, layer, seed)
+        self.norm = nn.RMSNorm(model.hidden, model.norm_eps)
+
+    def forward(self, hidden_BSD: Tensor, embedded_BSD: Tensor, *places: Any) -> Tensor:  # type: ignore[override]
+        x_BSD, _ = super().forward(self.join(embedded_BSD, hidden_BSD), *places)
+        return self.norm(x_BSD)
+
+
 class Decoder(nn.Module):
     """Embedding, decoder layers, final norm and output projection.
+
+    Layers that predict further tokens are behind the others in ``layers``.
 
     Args:
         model: configuration of the model.
@@ -80,6 +100,9 @@ class Decoder(nn.Module):
         recompute: activation recomputation in the backward pass: ``none``, ``selective`` (attention without its
             projections) or ``full`` (each layer).
         make_moe: class of the MoE layers; engines pass their own subclass.
+
+    Attributes:
+        loss_ahead: mean loss of the further tokens in the latest pass that predicted any, without gradient.
     """
 
     def __init__(
@@ -96,8 +119,11 @@ class Decoder(nn.Module):
         self.recompute = recompute
         self.context = MoEContext() if context is None else context
         self.w_embed_VD = nn.Parameter(initial_embedding(model, vocab_size, seed, "w_embed"))
-        layers = [DecoderLayer(model, layer, seed, self.context, make_moe, recompute) for layer in range(model.layers)]
-        self.layers = nn.ModuleList(layers)
+        kinds = [DecoderLayer] * model.layers + [PredictionLayer] * model.mtp.layers
+        self.layers = nn.ModuleList(
+            kind(model, layer, seed, self.context, make_moe, recompute) for layer, kind in enumerate(kinds)
+        )
+        self.loss_ahead: Tensor | None = None
         self.norm = nn.RMSNorm(model.hidden, model.norm_eps)
         if not model.tie_embeddings:
             self.w_out_VD = nn.Parameter(initial_embedding(model, vocab_size, seed, "w_out"))
@@ -112,7 +138,7 @@ class Decoder(nn.Module):
 
     def hidden(
         self, tokens_BS: Tensor, cache: KeyValueCache | None = None, prefix_BPD: Tensor | None = None,
-        start_BS: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:  # fmt: skip
         """Output of the final norm, [B, S, D].
 
@@ -121,33 +147,42 @@ class Decoder(nn.Module):
             cache: cached positions, which the tokens follow.
             prefix_BPD: embeddings of other inputs, such as patches of an image, which take the P positions before
                 the tokens; the output is then [B, P + S, D].
-            start_BS: place at which each token's document starts, if documents do not see each other; without cache
-                and prefix.
+            documents: of the positions, without a cache; None: each sequence is one.
         """
         x_BSD = F.embedding(tokens_BS, self.w_embed_VD)
         if prefix_BPD is not None:
             x_BSD = torch.cat([prefix_BPD, x_BSD], dim=1)
         positions = x_BSD.shape[1]
-        cos_Sd, sin_Sd = self._tables(positions) if cache is None else cache.advance(positions, self._tables)
-        documents = Documents(start_BS, positions, x_BSD.device) if cache is None else None
-        if documents is not None and (place_BS := documents.place_BS) is not None:
-            cos_Sd, sin_Sd = (table_Sd[place_BS].unsqueeze(1) for table_Sd in (cos_Sd, sin_Sd))
+        layers = list(self.layers)[: self.settings.layers]
+        if cache is None:
+            places = [self._places(documents or Documents(None, positions, x_BSD.device), positions)] * len(layers)
+        else:
+            tables = cache.advance(positions, self._tables)
+            places = [(*tables, cached) for cached in cache.layers]
         late_BSD = None
-        for number, layer in enumerate(self.layers):
+        for layer, place in zip(layers, places, strict=True):
             added_BSD = late_BSD
-            if cache is not None:
-                x_BSD, late_BSD = layer(x_BSD, cos_Sd, sin_Sd, cache.layers[number])
-            elif self.recompute == "full" and torch.is_grad_enabled():
-                x_BSD, late_BSD = checkpoint(
-                    layer, x_BSD, cos_Sd, sin_Sd, None, documents,
-                    use_reentrant=False, preserve_rng_state=False, context_fn=self.context.checkpoint_contexts,
-                )  # fmt: skip
-            else:
-                x_BSD, late_BSD = layer(x_BSD, cos_Sd, sin_Sd, None, documents)
+            x_BSD, late_BSD = self._run(layer, x_BSD, *place)
             if added_BSD is not None:
                 x_BSD = x_BSD + added_BSD
         self.context.start_counts()  # of all layers; overlaps with the output projection and the loss
         return self.norm(x_BSD)
+
+    def _run(self, layer: nn.Module, *inputs: Any) -> Tensor:
+        """The output of a layer, which is computed again in the backward pass if all layers are."""
+        if self.recompute != "full" or not torch.is_grad_enabled():
+            return layer(*inputs)
+        return checkpoint(
+            layer, *inputs,
+            use_reentrant=False, preserve_rng_state=False, context_fn=self.context.checkpoint_contexts,
+        )  # fmt: skip
+
+    def _places(self, documents: Documents, positions: int) -> tuple[Any, ...]:
+        """Inputs of a layer besides the activations, for whole sequences."""
+        cos_Sd, sin_Sd = self._tables(positions)
+        if (place_BS := documents.place_BS) is not None:
+            cos_Sd, sin_Sd = (table_Sd[place_BS].unsqueeze(1) for table_Sd in (cos_Sd, sin_Sd))
+        return cos_Sd, sin_Sd, None, documents
 
     def _tables(self, positions: int) -> tuple[Tensor, Tensor]:
         return rotary_tables(positions, self.settings, self.w_embed_VD.device)
@@ -159,15 +194,42 @@ class Decoder(nn.Module):
 
     def forward(
         self, tokens_BS: Tensor, labels_BS: Tensor | None = None, start_BS: Tensor | None = None,
-        total_tokens: Tensor | None = None,
+        total_tokens: Tensor | None = None, ahead: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> Tensor:  # fmt: skip
         """Logits [B, S, V], or the cross-entropy in nats if labels (the next tokens) are given.
 
         Args:
-            tokens_BS, start_BS: see :meth:`hidden`.
-            labels_BS, total_tokens: see :func:`linear_cross_entropy`.
+            tokens_BS: the tokens.
+            labels_BS: see :func:`linear_cross_entropy`.
+            start_BS: place at which each token's document starts, if documents do not see each other.
+            total_tokens: see :func:`linear_cross_entropy`; of the labels, then of those of each depth of ``ahead``.
+            ahead: tokens and labels of each layer that predicts a further token; its gradients then include those of
+                their loss. Without them, these layers are not computed.
         """
-        hidden_BSD = self.hidden(tokens_BS, start_BS=start_BS)
+        documents = Documents(start_BS, tokens_BS.shape[1], tokens_BS.device)
+        hidden_BSD = self.hidden(tokens_BS, documents=documents)
         if labels_BS is None:
             return F.linear(hidden_BSD, self.output_weight_VD)
+        totals = [None] * (1 + len(ahead)) if total_tokens is None else total_tokens.unbind()
+        if ahead:
+            hidden_BSD = self._predict_ahead(hidden_BSD, documents, ahead, totals[1:])
+        return self._loss(hidden_BSD, labels_BS, totals[0])
+
+    def _loss(self, hidden_BSD: Tensor, labels_BS: Tensor, total_tokens: Tensor | None) -> Tensor:
         return linear_cross_entropy(hidden_BSD.flatten(0, 1), self.output_weight_VD, labels_BS.flatten(), total_tokens)
+
+    def _predict_ahead(
+        self, hidden_BSD: Tensor, documents: Documents, ahead: Sequence[tuple[Tensor, Tensor]],
+        totals: Sequence[Tensor | None],
+    ) -> Tensor:  # fmt: skip
+        """Returns the output of the final norm with the loss of further tokens attached."""
+        places = self._places(documents, hidden_BSD.shape[1])
+        x_BSD = hidden_BSD
+        losses = []
+        for layer, (tokens_BS, labels_BS), total in zip(self.layers[-len(ahead) :], ahead, totals, strict=True):
+            x_BSD = self._run(layer, x_BSD, F.embedding(tokens_BS, self.w_embed_VD), *places)
+            losses.append(self._loss(x_BSD, labels_BS, total))
+        self.context.start_counts()
+        loss = torch.stack(losses).mean()
+        self.loss_ahead = loss.detach()
+        return attach_loss(hidden_BSD, self.settings.mtp.loss_weight * loss, self.context.step.loss_scale)

@@ -83,7 +83,7 @@ def whole_context(logits_of: Callable[[Tensor], Tensor], sequence_length: int) -
 
 def with_cache(decoder: Decoder, padding_B: Tensor) -> NextLogits:
     """Computes each token once, with a key-value cache; the first ``padding_B`` positions are padding."""
-    cache = KeyValueCache(len(decoder.layers), padding_B)
+    cache = KeyValueCache(decoder.settings.layers, padding_B)
     return lambda latest_BS: decoder.next_logits(latest_BS, cache)
 
 

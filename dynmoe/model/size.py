@@ -15,7 +15,7 @@ class LayerSize:
 
     attention: int
     norms: int  # and biases of attention
-    latents: int = 0  # projections to the latents of attention, which every tensor-parallel rank has
+    replicated: int = 0  # matrices that every tensor-parallel rank has: to latents of attention, of joined inputs
     dense: int = 0  # dense feed-forward
     router: int = 0
     shared: int = 0
@@ -23,7 +23,7 @@ class LayerSize:
 
     @property
     def without_experts(self) -> int:
-        return self.attention + self.norms + self.latents + self.dense + self.router + self.shared
+        return self.attention + self.norms + self.replicated + self.dense + self.router + self.shared
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,15 @@ class ModelSize:
         queries = (latent.q_lora_rank or model.hidden) * latent.width_of_key
         keys_and_values = latent.kv_lora_rank * (latent.qk_nope_head_dim + latent.v_head_dim)
         heads = model.heads * (queries + keys_and_values + latent.v_head_dim * model.hidden)
-        return LayerSize(heads, norms + ranks, latents=model.hidden * (ranks + latent.qk_rope_head_dim))
+        return LayerSize(heads, norms + ranks, replicated=model.hidden * (ranks + latent.qk_rope_head_dim))
 
     def layer(self, layer: int) -> LayerSize:
         """Parameters of decoder layer ``layer``."""
         model = self.model
         size = self._attention
+        if layer >= model.layers:  # predicts a further token: two inputs, each with a norm, and a final norm
+            joined = 2 * model.hidden**2
+            size = replace(size, norms=size.norms + 3 * model.hidden, replicated=size.replicated + joined)
         if model.has_feed_forward(layer):
             size = replace(size, dense=3 * model.hidden * model.ffn_hidden)
         if not model.is_moe_layer(layer):
@@ -86,20 +89,22 @@ class ModelSize:
         """Parameters of the embedding, and of the output projection if it is not tied."""
         return self.vocab_size * self.model.hidden
 
-    @property
-    def _outside_experts(self) -> int:
+    def _outside_experts(self, layers: int) -> int:
+        """Parameters outside of experts, with the first ``layers`` layers."""
         embeddings = self.embedding * (1 if self.model.tie_embeddings else 2)
-        layers = sum(self.layer(layer).without_experts for layer in range(self.model.layers))
-        return embeddings + layers + self.model.hidden  # the final norm
+        inside = sum(self.layer(layer).without_experts for layer in range(layers))
+        return embeddings + inside + self.model.hidden  # the final norm
 
     @property
     def total_parameters(self) -> int:
+        """Parameters in training, with those of layers that predict further tokens."""
         experts = sum(self.model.experts_of(layer) for layer in self.model.moe_layers)
-        return self._outside_experts + experts * self.expert
+        return self._outside_experts(self.model.trained_layers) + experts * self.expert
 
     def active_parameters(self, experts_per_token: float) -> float:
-        """Parameters that a token uses with ``experts_per_token`` experts on average over MoE layers."""
-        return self._outside_experts + len(self.model.moe_layers) * experts_per_token * self.expert
+        """Parameters that a token uses outside of training with ``experts_per_token`` experts in each MoE layer."""
+        layers = [layer for layer in self.model.moe_layers if layer < self.model.layers]
+        return self._outside_experts(self.model.layers) + len(layers) * experts_per_token * self.expert
 
     def flops(self, tokens: int, routed_rows: int) -> int:
         """Matrix-product FLOPs of training on ``tokens`` tokens with ``routed_rows`` rows in all MoE layers together.
@@ -108,9 +113,10 @@ class ModelSize:
         lookup, norms, optimizer and recomputation are not counted.
         """
         model = self.model
-        layers = [self.layer(layer) for layer in range(model.layers)]
-        per_token = self.embedding + sum(layer.without_experts - layer.norms for layer in layers)
-        visible = sum(self._visible(model.window_of(layer)) for layer in range(model.layers))
+        layers = range(model.trained_layers)
+        matrices = sum(self.layer(layer).without_experts - self.layer(layer).norms for layer in layers)
+        per_token = self.embedding * (1 + model.mtp.layers) + matrices
+        visible = sum(self._visible(model.window_of(layer)) for layer in layers)
         attention = visible * model.heads * (model.width_of_head + model.width_of_value) // 2
         return 6 * (tokens * (per_token + attention) + routed_rows * self.expert)
 

@@ -54,11 +54,15 @@ class Layout:
         return config.train.micro_batch * config.data.sequence_length // split
 
     def layers(self, stage: int) -> list[int]:
-        """Decoder layers of a pipeline stage, including all chunks of an interleaved one."""
+        """Decoder layers of a pipeline stage, including all chunks of an interleaved one.
+
+        Those that predict further tokens are in the last stage.
+        """
         parallel = self.config.parallel
-        layers = self.config.model.layers
-        length = layers // (parallel.pipeline * parallel.virtual_pipeline)
-        return [layer for layer in range(layers) if layer // length % parallel.pipeline == stage]
+        model = self.config.model
+        length = model.layers // (parallel.pipeline * parallel.virtual_pipeline)
+        own = [layer for layer in range(model.layers) if layer // length % parallel.pipeline == stage]
+        return own + (list(range(model.layers, model.trained_layers)) if stage == parallel.pipeline - 1 else [])
 
     @cached_property
     def heaviest_stage(self) -> int:
@@ -71,16 +75,17 @@ class Layout:
         parallel = self.config.parallel
         layers = [self.size.layer(layer) for layer in self.layers(stage)]
         split = sum((x.attention + x.dense) // parallel.tensor for x in layers)
-        total = split + sum(x.norms + x.latents + x.router + x.shared for x in layers)
+        total = split + sum(x.norms + x.replicated + x.router + x.shared for x in layers)
         last = stage == parallel.pipeline - 1
         tied = model.tie_embeddings and parallel.pipeline == 1
-        embeddings = int(stage == 0) + int(last and not tied)
+        copied = model.mtp.layers > 0 and not model.tie_embeddings and parallel.pipeline > 1  # of the first stage's
+        embeddings = int(stage == 0) + int(last and not tied) + int(last and copied)
         return total + embeddings * self.size.embedding // parallel.tensor + (model.hidden if last else 0)
 
     def dense_matrices(self, stage: int) -> int:
         """Number of dense parameters on one rank that Muon would update."""
         layers = [self.size.layer(layer) for layer in self.layers(stage)]
-        return sum((x.attention + x.dense) // self.config.parallel.tensor + x.latents + x.shared for x in layers)
+        return sum((x.attention + x.dense) // self.config.parallel.tensor + x.replicated + x.shared for x in layers)
 
     def layer_parameters(self, layer: int) -> int:
         """Number of parameters of a decoder layer on one rank, without tensor parallelism."""

@@ -230,6 +230,8 @@ def _layer(layout: Layout, layer: int, experts_per_token: float) -> float:
     tokens = layout.tokens
     hidden = model.hidden
     kept: float = tokens * (4 * hidden * element + _attention(model, element))  # residual streams, outputs of norms
+    if layer >= model.layers:  # embeddings, both inputs normalized and joined, and before and after the final norm
+        kept += tokens * 6 * hidden * element
     if parallel.tensor > 1:  # output of the norm, gathered for the projections
         kept += tokens * hidden * element * (parallel.tensor - 1)
     if model.has_feed_forward(layer):
@@ -257,15 +259,16 @@ def _recomputed(layout: Layout, stage: int, experts_per_token: float) -> float:
 
 
 def _head(layout: Layout, device: str) -> float:
-    """Bytes of the final norm, the output projection and the cross-entropy."""
+    """Bytes of the final norm, the output projection and the cross-entropy, of all depths of prediction."""
     tokens = layout.tokens
+    depths = 1 + layout.config.model.mtp.layers
     states = tokens * 3 * layout.config.model.hidden * layout.element
     if layout.config.engine == "megatron":  # all logits of the micro-batch, also in fp32
         whole = tokens * layout.config.parallel.tensor
         logits = whole * layout.vocab_size / layout.config.parallel.tensor
-        return states + logits * (layout.element + 4)
+        return depths * (states + logits * (layout.element + 4))
     logits = min(CHUNK_LOGITS[device], tokens * layout.vocab_size)
-    return states + layout.size.embedding * 4 + logits * _LOGIT_BYTES
+    return depths * (states + layout.size.embedding * 4) + logits * _LOGIT_BYTES
 
 
 def ranks_reached(model: ModelConfig, layer: int, experts_per_token: float, ranks: int) -> float:

@@ -136,9 +136,11 @@ class Account:
             return row
         moe = moe_row(report, config, progress.step)
         auxiliary = moe.get("moe/auxiliary_loss", 0.0) * len(config.model.moe_layers)
+        mtp = config.model.mtp
         losses = {
-            "train/loss": gradients.lm_loss + auxiliary,
+            "train/loss": gradients.lm_loss + auxiliary + mtp.loss_weight * gradients.mtp_loss,
             "train/lm_loss": gradients.lm_loss,
+            **({"train/mtp_loss": gradients.mtp_loss} if mtp.layers else {}),
             "train/grad_norm": gradients.grad_norm,
         }
         return row | losses | moe

@@ -26,10 +26,13 @@ class Gradients:
     Attributes:
         lm_loss: cross-entropy in nats, mean over all predicted tokens of the global batch.
         grad_norm: norm of the gradient of the whole model before clipping.
+        mtp_loss: the same as ``lm_loss`` for the further tokens, averaged over the layers that predict them; 0 if none
+            does.
     """
 
     lm_loss: float
     grad_norm: float
+    mtp_loss: float = 0.0
 
     @property
     def finite(self) -> bool:

@@ -20,7 +20,7 @@ _FIXED = (
     "train.seed",
     "optimizer.kind",
 )
-_FREE = ("model.moe.max_mean_experts_per_token", "model.moe.on_overflow")
+_FREE = ("model.moe.max_mean_experts_per_token", "model.moe.on_overflow", "model.mtp.loss_weight")
 # Cannot be accepted: the moments of one optimizer mean nothing to the other.
 _NEVER_FREE = ("optimizer.kind",)
 # Before the first sample, only these must be kept.

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from dynmoe.config import Config, load_config
+from dynmoe.config.constants import IGNORED
 from dynmoe.data.batches import Batch
 from dynmoe.engines import make_engine
 from dynmoe.errors import UserError
@@ -67,6 +68,7 @@ def train(overrides: list[str], first: int, last: int, load: str = "", save: str
         engine.load(Path(load))
     maps = keep_maps(engine.layers)
     losses = []
+    further = []
     norms = []
     rows = []
     statistics = []
@@ -80,14 +82,16 @@ def train(overrides: list[str], first: int, last: int, load: str = "", save: str
         attentions += attention.call_count
         report = engine.report()
         losses.append(gradients.lm_loss)
+        further.append(gradients.mtp_loss)
         norms.append(gradients.grad_norm)
         rows.append(report.routed_rows)
         statistics.append({layer: vector.tolist() for layer, vector in report.statistics.items()})
     if save:
         save_state(engine, save)
     return {
-        "losses": losses, "norms": norms, "maps": maps, "rows": rows, "statistics": statistics, "events": events,
-        "state": whole_state(engine), "place": place(engine), "attentions": attentions, "groups": settings(engine),
+        "losses": losses, "further": further, "norms": norms, "maps": maps, "rows": rows, "statistics": statistics,
+        "events": events, "state": whole_state(engine), "place": place(engine), "attentions": attentions,
+        "groups": settings(engine),
     }  # fmt: skip
 
 
@@ -181,6 +185,15 @@ def failing_step(engine: Any, step: int) -> tuple[str, bool]:
     return "no error was raised", False
 
 
+def moved(batch: Batch, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token and the label ``depth`` positions further, one by one; token 0 and no label at the end."""
+    tokens, labels = torch.zeros_like(batch.tokens_BS), torch.full_like(batch.labels_BS, IGNORED)
+    for position in range(LENGTH - depth):
+        tokens[:, position] = batch.tokens_BS[:, position + depth]
+        labels[:, position] = batch.labels_BS[:, position + depth]
+    return tokens, labels
+
+
 def train_plainly(overrides: list[str], steps: int) -> dict[str, Any]:
     """Trains the plain model with torch's AdamW in a simple loop, without an engine.
 
@@ -195,20 +208,25 @@ def train_plainly(overrides: list[str], steps: int) -> dict[str, Any]:
     if settings.kind == "muon":
         optimizer = PlainMuon(model, config)
     losses = []
+    further = []
     norms = []
     moments = {}
     for step in range(steps):
         optimizer.zero_grad()
         batches = micro_batches(config, step)
         total = 0.0
+        total_further = 0.0
         for number, batch in enumerate(batches):
+            ahead = [moved(batch, depth) for depth in range(1, config.model.mtp.layers + 1)]
             with model.context.override(
                 micro_batch=number, loss_scale=1.0 / len(batches), target_experts=config.budget.experts_per_token
             ):
-                loss = model(batch.tokens_BS, batch.labels_BS) / len(batches)
+                loss = model(batch.tokens_BS, batch.labels_BS, ahead=ahead) / len(batches)
             loss.backward()
             total += loss.item()
+            total_further += model.loss_ahead.item() / len(batches) if ahead else 0.0
         losses.append(total)
+        further.append(total_further)
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad).item())
         optimizer.step()
         if step == 0:
@@ -218,7 +236,9 @@ def train_plainly(overrides: list[str], steps: int) -> dict[str, Any]:
                 if ".experts." in name:
                     parts = {f"{name}.{expert}": part.clone() for expert, part in enumerate(value)}
                 moments |= {f"{key}|exp_avg": part for key, part in parts.items()}
-    return {"losses": losses, "norms": norms, "maps": maps, "moments": moments, "place": (0, 0)}
+    return {
+        "losses": losses, "further": further, "norms": norms, "maps": maps, "moments": moments, "place": (0, 0)
+    }  # fmt: skip
 
 
 def forward_only(overrides: list[str]) -> dict[str, Any]:

@@ -60,6 +60,17 @@ MODELS = {kind: [*ROUTERS[kind], *losses] for kind, losses in LOSSES.items()} | 
     # Two layers in each of two interleaved stages.
     "longcat_flash": [*LONGCAT, "model.layers=8", "optimizer.clip_grad=0.5"],
     "top_p, Muon": [*ROUTERS["top_p"], "optimizer.kind=muon"],
+    "top_p, two tokens further": [*ROUTERS["top_p"], "model.mtp.layers=2", "optimizer.clip_grad=0.5"],
+    "latent, a token further, tied": [
+        *ROUTERS["top_p"],
+        *LATENT,
+        "model.mtp.layers=1",
+        "model.tie_embeddings=true",
+        "optimizer.clip_grad=0.5",
+        "model.moe.first_k_dense_replace=2",
+        "model.ffn_hidden=64",
+    ],
+    "a token further, Muon": [*ROUTERS["top_p"], "model.mtp.layers=1", "optimizer.kind=muon"],
 }
 WHOLE = ["train.micro_batch=2"]
 HALF = ["train.micro_batch=1"]
@@ -111,6 +122,11 @@ FAST |= {("Megatron TP 2", "gated, two dense"), ("Megatron PP 2", "gated, two de
 FAST |= {("Megatron CP 2", "top_p, long"), ("Megatron CP 4", "top_p, four heads")}
 FAST |= {("DeepSpeed EP 2", "longcat_flash"), ("Megatron PP 2 interleaved", "longcat_flash")}
 FAST |= {("Megatron TP 2 x EP 2", "longcat_flash")}
+FAST |= {
+    (layout, "top_p, two tokens further")
+    for layout in ("DeepSpeed EP 2", "Megatron PP 2 interleaved", "Megatron TP 2 x EP 2", "Megatron CP 2")
+}
+FAST |= {("Megatron PP 2", "latent, a token further, tied")}
 FAST |= {("Megatron TP 2", "top_p, latent"), ("Megatron CP 2", "da_moe, latent of keys alone")}
 CASES = [
     pytest.param(layout, name, marks=() if (layout, name) in FAST else pytest.mark.slow)
@@ -143,6 +159,10 @@ def test_training_does_not_depend_on_engine_or_layout(
         largest_difference(moments, expected["moments"]),
         relative(losses, expected["losses"]),
     ]
+    if config_for(*overrides).model.mtp.layers:
+        further = first[0]["further"] + results[0]["further"]
+        differences[0] = max(differences[0], relative(further[:1], expected["further"][:1]))
+        differences[3] = max(differences[3], relative(further, expected["further"]))
     table(layout, name, row=differences)
     assert min(expected["norms"]) > config_for(*overrides).optimizer.clip_grad, "clipping is not active"
     assert expected["losses"][-1] < expected["losses"][0] - 0.3, "the model learned nothing: the comparison is weak"

@@ -96,8 +96,10 @@ def test_checkpoints_of_other_versions_are_read(one_rank, tmp_path, version):
     ("before", "after", "extra"),
     [(TP2, ALONE, ["model.moe.moe_layer_freq=2", "model.ffn_hidden=64", "model.moe.shared_hidden=32"]),
      (PP2, TP2, ["model.tie_embeddings=true"]), (ALONE, TP2, ["model.moe.experts=0", "model.ffn_hidden=64"]),
-     (TP2, ALONE, LATENT), (PP2, TP2, LONGCAT)],
-    ids=["dense layers and shared experts", "tied embeddings", "a dense model", "latent attention", "LongCat-Flash"],
+     (TP2, ALONE, LATENT), (PP2, TP2, LONGCAT), (PP2, TP2, ["model.mtp.layers=2"]),
+     (TP2, PP2, ["model.mtp.layers=1", "model.tie_embeddings=true"])],
+    ids=["dense layers and shared experts", "tied embeddings", "a dense model", "latent attention", "LongCat-Flash",
+         "further tokens", "further tokens, tied embeddings"],
 )  # fmt: skip
 def test_checkpoints_of_other_architectures_fit_other_layouts(
     plain, one_rank, two_ranks, tmp_path, before, after, extra

@@ -13,16 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dynmoe.config import DataConfig
-from dynmoe.data.batches import PretrainingData
+from dynmoe.data.batches import Batch, PretrainingData
 from dynmoe.data.corpus import Corpus
 from dynmoe.errors import UserError
 from dynmoe.hf import command
 from dynmoe.hf.export import export
 from dynmoe.hf.importing import import_checkpoint
+from dynmoe.trained import open_decoder
 from harness.processes import WarmTraining
 from tests.hf.cases import YARN, begin, run_decoder, some_tokens
 from tests.hf.test_import import imported
-from tests.moe.cases import LATENT
+from tests.moe.cases import BASELINES, LATENT
 from tests.train.cases import read_rows
 
 STRETCHED = {
@@ -237,6 +238,88 @@ def test_layers_that_predict_further_tokens_are_left_out_with_a_line(tmp_path, m
     save_file(tensors | behind, path, {"format": "pt"})
     with pytest.raises(UserError, match=r"unexpected: model\.layers\.3\."):
         import_checkpoint(tmp_path / "source", tmp_path / "other")
+
+
+PUBLISHED = (
+    "embed_tokens.weight", "enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight",
+    "shared_head.head.weight",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [[], ["model.tie_embeddings=true"]], ids=["untied", "tied"])
+def test_layers_that_predict_further_tokens_are_written_as_published_and_imported_again(corpus_dir, tmp_path, tied):
+    """Beside what every layer has; the names are those of the published index of DeepSeek-V3's last layer."""
+    from transformers import DeepseekV3ForCausalLM
+
+    begun = begin(corpus_dir, tmp_path / "run_biased", [*OURS, *tied, "model.mtp.layers=2"])
+    export(begun.path, tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 2
+    last = {name.removeprefix("model.layers.2.") for name in tensors if name.startswith("model.layers.2.")}
+    for layer in (3, 4):
+        own = {name: value for name, value in tensors.items() if name.startswith(f"model.layers.{layer}.")}
+        assert {name.removeprefix(f"model.layers.{layer}.") for name in own} == last | set(PUBLISHED)
+        assert torch.equal(own[f"model.layers.{layer}.eh_proj.weight"], begun.decoder.layers[layer].join.w_join)
+        assert torch.equal(own[f"model.layers.{layer}.embed_tokens.weight"], begun.decoder.w_embed_VD)
+        assert torch.equal(own[f"model.layers.{layer}.shared_head.head.weight"], begun.decoder.output_weight_VD)
+    state = begun.decoder.state_dict()
+    for lacks in (False, True):  # a file need not repeat embedding and output projection
+        again = [name for name in tensors if "layers" in name and name.endswith(("embed_tokens.weight", "head.weight"))]
+        kept = {name: value for name, value in tensors.items() if not lacks or name not in again}
+        save_file(kept, path, {"format": "pt"})
+        import_checkpoint(tmp_path / "out", tmp_path / f"again_{lacks}", ["model.mtp.layers=2"])
+        found = open_decoder(tmp_path / f"again_{lacks}", mtp=True).decoder.state_dict()
+        assert found.keys() == state.keys()
+        assert all(torch.equal(value, state[key]) for key, value in found.items())
+    compare(
+        imported(tmp_path / "out", tmp_path / "without")[1], DeepseekV3ForCausalLM.from_pretrained(tmp_path / "out")
+    )
+    other = {name: value + 1 if name.endswith("4.embed_tokens.weight") else value for name, value in tensors.items()}
+    save_file(other, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"layers\.4\.embed_tokens\.weight differs from that of the model"):
+        import_checkpoint(tmp_path / "out", tmp_path / "other", ["model.mtp.layers=2"])
+
+
+@torch.no_grad()
+def test_transformers_predicts_the_same_further_tokens(corpus_dir, tmp_path):
+    """As its speculative decoding computes them: from the output of the final norm, and of each layer's own."""
+    from transformers import DeepseekV3ForCausalLM
+    from transformers.modeling_layers import MtpModel
+
+    begun = begin(corpus_dir, tmp_path / "run_biased", [*OURS, "model.mtp.layers=2"])
+    export(begun.path, tmp_path / "out")
+    main = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "out")
+    main._keys_to_ignore_on_load_unexpected = [r"model\.layers\.[34]\."]  # by which it finds them; otherwise 61
+    theirs = MtpModel.from_pretrained(main)
+    assert theirs.num_mtp_layers == 2
+    tokens = some_tokens()
+    length = tokens.shape[1]
+    decoder = begun.decoder
+    found = []
+    for layer in decoder.layers[3:]:
+        layer.register_forward_hook(lambda module, inputs, output: found.append(output @ decoder.output_weight_VD.T))
+    made = Batch(tokens, tokens).looking_ahead(2)
+    decoder(tokens, tokens, ahead=[(own.tokens_BS, own.labels_BS) for own in made.ahead])
+    hidden = main(tokens, output_hidden_states=True).hidden_states[-1]
+    for depth in (1, 2):
+        places = torch.arange(depth, length)[None].expand(len(tokens), -1)
+        hidden = theirs.forward_layer(
+            depth - 1, hidden[:, : length - depth], places, None, input_ids=tokens[:, depth:]
+        )  # fmt: skip
+        logits = theirs._project_to_logits(hidden)
+        torch.testing.assert_close(found[depth - 1][:, : length - depth], logits, rtol=0, atol=1e-5)
+
+
+def test_other_exports_leave_the_layers_out_with_a_line(corpus_dir, tmp_path, monkeypatch, capsys):
+    fields = [*BASELINES["top_any improved"], "model.mtp.layers=1"]
+    begun = begin(corpus_dir, tmp_path / "run", fields)
+    monkeypatch.setattr(sys, "argv", ["dynmoe.hf", "export", str(begun.path), str(tmp_path / "out")])
+    command.main()
+    assert "Left out: the layers that predict further tokens (1)." in capsys.readouterr().out
+    assert not any("layers.3." in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+    with pytest.raises(UserError, match=r"^model\.mtp\.layers=1: a checkpoint of dynmoe has no such layers"):
+        import_checkpoint(tmp_path / "out", tmp_path / "again", ["model.mtp.layers=1"])
 
 
 @pytest.mark.slow

@@ -64,7 +64,8 @@ def influence(kind: str, recompute: str, start_BS: torch.Tensor | None, seed: in
         embedded = F.embedding(text, model.w_embed_VD.detach()).requires_grad_()
         model.w_embed_VD.requires_grad_(False)
         with capture_plans(model.moe_layers) as plans:
-            hidden_BSD = model.hidden(text[:, :0], prefix_BPD=embedded, start_BS=start_BS)
+            documents = Documents(start_BS, 18, text.device)
+            hidden_BSD = model.hidden(text[:, :0], prefix_BPD=embedded, documents=documents)
             logits_BSV = F.linear(hidden_BSD, model.output_weight_VD)
             loss = F.cross_entropy(logits_BSV.transpose(1, 2), tokens(seed=2), reduction="sum")
             routing = [torch.cat([plan.routing_map_TE, plan.gates_TE], dim=1).unflatten(0, (2, 18)) for plan in plans]

@@ -84,17 +84,21 @@ def test_ranks_per_token_equal_an_enumeration():
     ["engine=megatron", "parallel.pipeline=2", "model.moe.moe_layer_freq=2", "model.moe.shortcut=true"],
     ["engine=megatron", "parallel.pipeline=2", "model.moe.first_k_dense_replace=3", "model.moe.shared_hidden=64",
      "model.moe.shared_gate=true"],
+    ["model.mtp.layers=2"],
+    ["engine=megatron", "parallel.pipeline=2", "model.mtp.layers=1", "model.moe.moe_layer_freq=3"],
 ])  # fmt: skip
 def test_the_ranks_together_hold_the_whole_model(fields):
     own = layout(8, *fields, "train.global_batch=32")
     parallel = own.config.parallel
     stages = range(parallel.pipeline)
     experts = sum(own.expert_parameters(stage) for stage in stages) * parallel.expert
-    moe = [layer for layer in range(4) if own.config.model.is_moe_layer(layer)]
+    mtp = own.config.model.mtp.layers
+    moe = [layer for layer in range(4 + mtp) if own.config.model.is_moe_layer(layer)]
     assert experts == len(moe) * 8 * 3 * 512 * 1024
     dense = sum(own.dense_parameters(stage) for stage in stages)
-    if parallel.tensor == 1:
-        assert dense + experts == own.size.total_parameters
+    if parallel.tensor == 1:  # the last of several stages has another embedding if it predicts further tokens
+        copy = 4096 * 512 if mtp and parallel.pipeline > 1 else 0
+        assert dense + experts == own.size.total_parameters + copy
     else:
         assert dense < own.size.total_parameters - experts < 2 * dense
 
@@ -243,6 +247,9 @@ MEASURED = [
     (1, [*_LONGCAT, "train.micro_batch=8"]),
     (2, ["engine=megatron", "parallel.pipeline=2", *_LONGCAT, "train.recompute=full", "accumulate",
          "train.micro_batch=4"]),
+    (2, ["model.mtp.layers=1", "parallel.expert=2", "train.micro_batch=8"]),
+    (2, ["model.mtp.layers=2", "engine=megatron", "parallel.pipeline=2", "accumulate", "train.micro_batch=4"]),
+    (2, ["model.mtp.layers=1", "engine=megatron", "parallel.tensor=2", "train.micro_batch=8"]),
 ]  # fmt: skip
 
 

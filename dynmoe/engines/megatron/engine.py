@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
@@ -23,6 +23,7 @@ from dynmoe.engines.loss import TextLosses, counts_BS, tokens_of_pass
 from dynmoe.engines.megatron import checkpoint, muon
 from dynmoe.engines.megatron.groups import context_positions, make_context, make_groups, start_processes
 from dynmoe.engines.megatron.model import build_chunks
+from dynmoe.engines.megatron.multi_token import finalize_gradients, share_embedding
 from dynmoe.engines.megatron.optimizer import OptimizerState, clip_gradients, make_optimizer, set_learning_rate
 from dynmoe.engines.megatron.versions import wrap_with_ddp
 from dynmoe.engines.megatron.weights import moe_layers, weights
@@ -60,6 +61,9 @@ class MegatronEngine:
         parts = build_chunks(config, vocab_size, self.context, self.device)
         self.models = [get_attr_wrapped_model(part, "decoder", return_model_obj=True) for part in parts]
         settings = get_model_config(parts[0])
+        copied = (
+            [weight for model in self.models for weight in share_embedding(model)] if config.model.mtp.layers else []
+        )
         self._chunks = [
             wrap_with_ddp(settings, ddp, part, disable_bucketing=number > 0) for number, part in enumerate(parts)
         ]
@@ -68,7 +72,7 @@ class MegatronEngine:
             # Possible because gradients are not reduced while others are computed.
             weight.adds_to_main_grad = True  # type: ignore[attr-defined]
         self.optimizer = make_optimizer(config, self._chunks)
-        settings.finalize_model_grads_func = finalize_model_grads
+        settings.finalize_model_grads_func = functools.partial(finalize_gradients, copied)
         settings.grad_scale_func = self.optimizer.scale_loss
         groups = (group for chunk in self._chunks for group in parameter_groups(chunk, config) if group["muon"])
         by_muon = frozenset(id(parameter) for group in groups for parameter in group["params"])
@@ -88,6 +92,7 @@ class MegatronEngine:
         self._total_tokens: Tensor | None = None
         self.step = self.updates = 0  # ``updates`` excludes skipped steps
         self._local_loss = torch.zeros((), device=self.device)
+        self._losses_ahead: list[Tensor] = []
         self._grad_norm = 0.0
 
     def compute_gradients(
@@ -96,21 +101,26 @@ class MegatronEngine:
     ) -> Gradients:  # fmt: skip
         self.step += 1
         self._set_mode(training=True)
-        own = [self._on_this_cp_rank(batch) for batch in batches]
+        depths = self.config.model.mtp.layers
+        own = [self._on_this_cp_rank(batch.looking_ahead(depths)) for batch in batches]
         # One micro-batch per rank, which is certain to fit in memory.
         self.moe.calibrate(lambda: self._run(own[:1], forward_only=True))
         self._batches = own
         self._total_tokens = tokens_of_pass(own, self.config.data, self.device)
         # Tensor-parallel ranks hold different tokens; Megatron sums the gradients of replicated parameters over them.
         loss_scale = 1.0 / (len(batches) * self.config.parallel.tensor)
+        self._losses_ahead.clear()
         with self.moe.step(self.step, loss_scale, record, trace, replay):
             losses = self._accumulate(own)
         self.optimizer.prepare_grads()
         self._grad_norm = float(self.optimizer.get_grad_norm())
-        self._local_loss = torch.stack(losses).mean() if losses else torch.zeros((), device=self.device)
-        lm_loss = self._local_loss.double() / self._ranks_with_loss
-        dist.all_reduce(lm_loss)
-        return Gradients(lm_loss.item(), self._grad_norm)
+        none = torch.zeros((), device=self.device)
+        means = [torch.stack(seen).mean() if seen else none for seen in (losses, self._losses_ahead)]
+        self._local_loss = means[0]
+        sums = torch.stack(means).double() / self._ranks_with_loss
+        dist.all_reduce(sums)
+        lm_loss, mtp_loss = sums.tolist()
+        return Gradients(lm_loss, self._grad_norm, mtp_loss)
 
     def _accumulate(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Computes and reduces the gradients of ``batches``; returns the losses of :meth:`_run`."""
@@ -159,11 +169,17 @@ class MegatronEngine:
             number, batch = next(batches)
             length = batch.tokens_BS.shape[1] * self.config.parallel.context
             documents = Documents(batch.start_BS, length, self.device)
+            model = get_attr_wrapped_model(chunk, "decoder", return_model_obj=True)
             if not self.config.model.latent.enabled:
-                get_attr_wrapped_model(chunk, "rotary_pos_emb").documents = documents
+                model.rotary_pos_emb.documents = documents
+            if model.prediction is not None:
+                model.prediction.batches = batch.ahead
+                model.prediction.total_tokens = total_tokens
             labels = None if logits else batch.labels_BS
             with self.moe.micro_batch(number):
                 output = chunk(batch.tokens_BS, None, documents, labels=labels)
+            if model.prediction is not None and batch.ahead:
+                self._losses_ahead.append(model.prediction.loss)
             return output, self._logits if logits else functools.partial(self._loss, batch.labels_BS, total_tokens)
 
         rows, length = batches[0].tokens_BS.shape
@@ -182,7 +198,7 @@ class MegatronEngine:
     def _loss(self, labels_BS: Tensor, total_tokens: Tensor | None, loss_BS: Tensor) -> tuple[Tensor, Tensor]:
         """The loss to differentiate, which Megatron multiplies by the context-parallel size, and the loss to report."""
         counted_BS = counts_BS(labels_BS)
-        total = counted_BS.sum().clamp(min=1) if total_tokens is None else total_tokens
+        total = counted_BS.sum().clamp(min=1) if total_tokens is None else total_tokens[0]
         loss = (loss_BS.float() * counted_BS).sum() / total
         return loss / self.config.parallel.context, loss.detach()
 

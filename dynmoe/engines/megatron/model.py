@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from dynmoe.config import Config, ModelConfig
 from dynmoe.engines.megatron.attention import BiasedOutput, CoreAttention, DocumentRotaryEmbedding, QKNormAttention
 from dynmoe.engines.megatron.latent_attention import LatentSelfAttention
+from dynmoe.engines.megatron.multi_token import MultiTokenPrediction
 from dynmoe.engines.megatron.norms import RMSNorm
 from dynmoe.engines.megatron.versions import build_decoder
 from dynmoe.engines.megatron.weights import initialize, moe_layer
@@ -259,13 +260,14 @@ def build_chunks(config: Config, vocab_size: int, context: MoEContext, device: t
     """Builds the model chunks of this rank: one, or one per virtual pipeline stage."""
     settings = transformer_config(config)
     parallel = config.parallel
-    chunks = []
     late: list[Tensor] = []  # the chunks of a rank compute one after the other
+    layer_spec = functools.partial(_layer_spec, config, context, late)
+    chunks = []
     for number in range(parallel.virtual_pipeline):
         stage = number if parallel.virtual_pipeline > 1 else None
         chunk = build_decoder(
             settings,
-            functools.partial(_layer_spec, config, context, late),
+            layer_spec,
             RMSNorm,
             stage,
             vocab_size=vocab_size,
@@ -275,7 +277,12 @@ def build_chunks(config: Config, vocab_size: int, context: MoEContext, device: t
             share_embeddings_and_output_weights=config.model.tie_embeddings,
             position_embedding_type="rope",
             rotary_base=config.model.rope_theta,
-        ).to(device)
+        )
+        predicts = config.model.mtp.layers > 0 and chunk.post_process
+        chunk.prediction = (
+            MultiTokenPrediction(settings, config, layer_spec, chunk, stage, context) if predicts else None
+        )
+        chunk.to(device)
         if not config.model.latent.enabled:  # each latent attention has its own
             chunk.rotary_pos_emb.__class__ = DocumentRotaryEmbedding  # both model classes make their own
             chunk.rotary_pos_emb.inv_freq = frequencies(config.model, device)

@@ -86,7 +86,21 @@ def wrap_with_ddp(
             ddp,
             expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size(),
         )
-    return DistributedDataParallel(config, ddp, part, disable_bucketing=disable_bucketing, **settings)
+    wrapped = DistributedDataParallel(config, ddp, part, disable_bucketing=disable_bucketing, **settings)
+    for buffer in (*wrapped.buffers, *wrapped.expert_parallel_buffers):
+        _keep_padding(buffer)
+    return wrapped
+
+
+def _keep_padding(buffer: Any) -> None:
+    """Lets a snapshot of the optimizer's state keep the padding between the buckets of a buffer.
+
+    Megatron leaves it out and then looks for each parameter where it is with the padding, so parameters after the
+    first bucket get the state of others. Only a shared embedding makes buckets (a known issue in its source).
+    """
+    buffer.numel_unpadded = buffer.numel
+    for bucket in buffer.buckets:
+        bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def in_process_save_options() -> dict[str, str]:

@@ -104,10 +104,10 @@ class Weight:
 
 
 def weights(chunk: MegatronModule, model: ModelConfig) -> Iterator[Weight]:
-    """Every parameter of a model chunk, except a copy of a tied embedding that another rank owns."""
+    """Every parameter of a model chunk, except a copy of an embedding that another rank owns."""
     if chunk.pre_process:
         yield Weight("w_embed_VD", chunk.embedding.word_embeddings.weight, _shard(0))
-    for layer in chunk.decoder.layers:
+    for layer in transformer_layers(chunk):
         name = f"layers.{layer.layer_number - 1}"
         yield Weight(f"{name}.attention_norm.weight", layer.input_layernorm.weight, _REPLICATED)
         of_attention = _latent_attention if model.latent.enabled else _attention
@@ -119,6 +119,12 @@ def weights(chunk: MegatronModule, model: ModelConfig) -> Iterator[Weight]:
         if layer.mlp is not moe:
             yield Weight(f"{name}.ffn.w_up_HD", layer.mlp.linear_fc1.weight, _gate_and_up())
             yield Weight(f"{name}.ffn.w_down_DF", layer.mlp.linear_fc2.weight, _shard(1))
+    if chunk.prediction is not None:
+        for own in chunk.prediction.layers:
+            name = f"layers.{own.layer.layer_number - 1}"
+            for suffix, parameter in own.join.named_parameters():
+                yield Weight(f"{name}.join.{suffix}", parameter, _REPLICATED)
+            yield Weight(f"{name}.norm.weight", own.norm.weight, _REPLICATED)
     if chunk.post_process:
         yield Weight("norm.weight", final_norm(chunk.decoder).weight, _REPLICATED)
         if not model.tie_embeddings:
@@ -158,16 +164,22 @@ def moe_layer(layer: MegatronModule) -> MoELayer | None:
     return next((part for part in layer.modules() if isinstance(part, MoELayer)), None)
 
 
+def transformer_layers(chunk: MegatronModule) -> list[MegatronModule]:
+    """The decoder layers of a model chunk, in order, with those that predict further tokens."""
+    further = [] if chunk.prediction is None else [own.layer for own in chunk.prediction.layers]
+    return [*chunk.decoder.layers, *further]
+
+
 def moe_layers(chunk: MegatronModule) -> list[MoELayer]:
     """The MoE layers of a model chunk, in order."""
-    return [moe for layer in chunk.decoder.layers if (moe := moe_layer(layer)) is not None]
+    return [moe for layer in transformer_layers(chunk) if (moe := moe_layer(layer)) is not None]
 
 
 @torch.no_grad()
 def initialize(
     chunk: MegatronModule, model: ModelConfig, vocab_size: int, seed: int, tensor_rank: int, tensor: int
 ) -> None:
-    """Initializes a model chunk like the plain model; MoE layers and norms already are."""
+    """Initializes a model chunk like the plain model; MoE layers, norms and joined inputs already are."""
     by_name = {weight.name: weight for weight in weights(chunk, model)}
     for weight in by_name.values():
         if not weight.layout.replicated:
@@ -183,9 +195,13 @@ def initialize(
     elif chunk.post_process and model.tie_embeddings:
         plain = initial_embedding(model, vocab_size, seed, "w_embed")
         chunk.output_layer.weight.copy_(_shard(0).split(plain, tensor)[tensor_rank])
+    elif chunk.prediction is not None:
+        plain = initial_embedding(model, vocab_size, seed, "w_embed")
+        copy = chunk.prediction.embedding.word_embeddings.weight
+        copy.copy_(_shard(0).split(plain, tensor)[tensor_rank])
     if "w_out_VD" in by_name:
         fill("w_out_VD", initial_embedding(model, vocab_size, seed, "w_out"))
-    for layer in chunk.decoder.layers:
+    for layer in transformer_layers(chunk):
         number = layer.layer_number - 1
         name = f"layers.{number}"
         parts: dict[str, nn.Module] = {"attention": make_attention(model, number, seed)}
