@@ -3,7 +3,8 @@
 One part after another, each a process of its own that may take its share of the time that is left: `kernels` compares
 output and gradients with a loop over experts; `layer` and `grid` time the layer, `grid` over experts per token and load
 of the busiest expert; `engines` trains 50 steps with each; `tiles` searches tiles for a minute; `sonic` times SonicMoE
-where it is installed. A part that takes too long is stopped and keeps the rows that it has.
+where it is installed; `mxfp8` times MXFP8 products against bf16 where the card has them. A part that takes too long is
+stopped and keeps the rows that it has.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Part:
 # In order of importance.
 PARTS = [
     Part("kernels", 20, decides=True), Part("layer", 20), Part("engines", 20, decides=True), Part("grid", 12),
-    Part("tiles", 12), Part("sonic", 16),
+    Part("tiles", 12), Part("sonic", 16), Part("mxfp8", 12),
 ]  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from dynmoe.ops import pick_backend, routed_experts
 from dynmoe.routing import RoutingPlan
 from harness.plans import DEVICE, Shape, spread_plan
 
-METHODS = ("grouped_mm", "triton", "sonic")
+METHODS = ("grouped_mm", "triton", "sonic", "mxfp8")
 
 
 @dataclass(frozen=True)

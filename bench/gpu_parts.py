@@ -14,9 +14,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench import gpu_layer
 from bench.gpu_layer import Case
 from dynmoe.cli import run_tool
+from dynmoe.ops.mxfp8 import CAPABILITY
 from harness.plans import DEVICE
 
 Rows = Iterator[dict[str, Any]]
@@ -72,8 +75,19 @@ def sonic(_: float) -> Rows:
         yield from _layer(_SMALL_CASES if _SMALL else gpu_layer.CASES, ("sonic", "triton"))
 
 
+def mxfp8(_: float) -> Rows:
+    if _SMALL:
+        yield from _layer([Case(8, 32, 32, 2, 1.0)], ("grouped_mm", "mxfp8_emulated"))
+        return
+    if torch.cuda.get_device_capability()[0] != CAPABILITY:
+        print(f"{torch.cuda.get_device_name()} has no products with MXFP8 operands")
+        raise SystemExit(SKIPPED)
+    yield from _layer(gpu_layer.CASES, ("triton", "grouped_mm", "mxfp8"))
+
+
 PARTS: dict[str, Callable[[float], Rows]] = {
     "kernels": kernels, "layer": layer, "engines": engines, "grid": grid, "tiles": tiles, "sonic": sonic,
+    "mxfp8": mxfp8,
 }  # fmt: skip
 
 

@@ -35,6 +35,11 @@ TOYS = {
         "model.moe.shared_hidden=32", "model.moe.first_k_dense_replace=1", "model.latent.q_lora_rank=32",
         "model.moe.experts=32", "parallel.expert=2", "parallel.tensor=2", "parallel.pipeline=2",
     ],
+    "longcat_one_node": ["model.latent.q_lora_rank=32", "model.router.num_identity=8", "parallel.expert=2"],
+    "longcat_64x8": [
+        "model.latent.q_lora_rank=32", "model.router.num_identity=8", "parallel.expert=2", "parallel.tensor=2",
+        "parallel.pipeline=2",
+    ],
 }  # fmt: skip
 
 

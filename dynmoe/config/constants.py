@@ -3,7 +3,10 @@
 # The label of a token whose loss does not count, as in PyTorch's cross-entropy.
 IGNORED = -100
 # Values of train.moe_backend.
-MOE_BACKENDS = ("auto", "triton", "grouped_mm", "loop", "sonic")
+MOE_BACKENDS = ("auto", "triton", "grouped_mm", "loop", "sonic", "mxfp8", "mxfp8_emulated")
+# Those whose products have operands in MXFP8, and the elements that share a scale there.
+MXFP8_BACKENDS = ("mxfp8", "mxfp8_emulated")
+MXFP8_BLOCK = 32
 # Logits that the cross-entropy computes at a time: few enough to fit a CPU's cache, enough to fill a GPU.
 CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
 # Largest number of elements in a communication bucket of DeepSpeed.

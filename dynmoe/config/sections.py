@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from dynmoe.config.budget import AdaptationConfig, BudgetConfig
 from dynmoe.config.checkpoint import CheckpointConfig
-from dynmoe.config.constants import MOE_BACKENDS
+from dynmoe.config.constants import MOE_BACKENDS, MXFP8_BACKENDS, MXFP8_BLOCK
 from dynmoe.config.evaluation import EvalConfig
 from dynmoe.config.guard import GuardConfig
 from dynmoe.config.logging import LoggingConfig
@@ -101,7 +101,8 @@ class TrainConfig(Section):
     precision: str = option("fp32", "precision of weights and activations", choices=("fp32", "bf16"))
     moe_backend: str = option(
         "auto", "implementation of experts: our Triton kernels, grouped GEMMs of PyTorch, a loop over experts, or "
-        "SonicMoE, which is a package of its own; auto: Triton on a GPU, grouped GEMMs on a CPU", choices=MOE_BACKENDS,
+        "SonicMoE, which is a package of its own; or products with MXFP8 operands, on Blackwell or emulated; auto: "
+        "Triton on a GPU, grouped GEMMs on a CPU", choices=MOE_BACKENDS,
     )  # fmt: skip
     recompute: str = option(
         "none", "activation checkpointing: recompute attention (selective) or whole layers (full) in backward",
@@ -169,9 +170,21 @@ class Config(Section):
         if self.model.mtp.layers >= self.data.sequence_length:
             problem = f"no sequence of {self.data.sequence_length} tokens has a token so far ahead"
             raise ConfigError("model.mtp.layers", self.model.mtp.layers, problem, "use fewer")
+        if self.model.moe_layers and self.train.moe_backend in MXFP8_BACKENDS:
+            self._check_mxfp8(self.train.moe_backend)
         self._check_budget()
         if self.train.replay is not None:
             self._check_replay(self.train.replay)
+
+    def _check_mxfp8(self, backend: str) -> None:
+        widths = {"model.hidden": self.model.hidden, "model.moe.expert_hidden": self.model.moe.expert_hidden}
+        for name, width in widths.items():
+            if width % MXFP8_BLOCK:
+                problem = f"does not divide into the blocks of {MXFP8_BLOCK} of train.moe_backend={backend}"
+                raise ConfigError(name, width, problem, f"use a multiple of {MXFP8_BLOCK}, or another backend")
+        if backend == "mxfp8" and self.train.precision != "bf16":
+            problem = "train.moe_backend=mxfp8 gives results in bf16"
+            raise ConfigError("train.precision", self.train.precision, problem, "use bf16, or another backend")
 
     def _check_budget(self) -> None:
         model = self.model

@@ -42,6 +42,7 @@ from dynmoe.moe import MoEContext, MoEGroups, MoELayer
 from dynmoe.moe.adaptation import AdaptationEvent
 from dynmoe.moe.replay import RoutingReplay
 from dynmoe.moe.trace import RoutingTrace
+from dynmoe.ops import configured_backend
 from dynmoe.train.engine import Gradients, Snapshot, StepReport
 from dynmoe.train.muon import MuonAdamW
 from dynmoe.train.optimizer import make_optimizer, parameter_groups
@@ -82,7 +83,7 @@ class DeepSpeedEngine:
 
     def __init__(self, config: Config, vocab_size: int) -> None:
         self.config = config
-        self.device = start_processes()
+        self.device = start_processes(config)
         self.rank = self.data_rank = dist.get_rank()
         self.world_size = self.data_size = dist.get_world_size()
         torch.manual_seed(config.train.seed * self.world_size + self.rank)
@@ -287,8 +288,12 @@ def _disabled_step(optimizer: Any) -> Iterator[None]:
         optimizer.step = step
 
 
-def start_processes() -> torch.device:
-    """Joins the process group of the launcher, or creates one of a single rank; returns this rank's device."""
+def start_processes(config: Config | None = None) -> torch.device:
+    """Joins the process group of the launcher, or creates one of a single rank; returns this rank's device.
+
+    Raises:
+        ConfigError: the experts of ``config`` cannot be computed on this device.
+    """
     choose_interface()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -297,6 +302,8 @@ def start_processes() -> torch.device:
         os.environ.update(alone)
     cuda = os.environ.get("DS_ACCELERATOR") != "cpu"
     device = take_gpu(", or set DS_ACCELERATOR=cpu") if cuda else torch.device("cpu")
+    if config is not None and config.model.moe_layers:
+        configured_backend(config, device)  # raises before the other ranks wait
     # DeepSpeed's shared-memory collectives need a compiler and leave files in shared memory if a rank is killed; gloo
     # does neither. Without this list, DeepSpeed also runs a compiler to find out which of its operators could be built.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}

@@ -118,14 +118,24 @@ def _one_token(
 
 
 class PackedBackend:
-    """Grouped products over the routed rows, built on ``product``."""
+    """Grouped products over the routed rows, built on ``product``.
+
+    Args:
+        always: whether ``product`` computes every product. Otherwise a CPU takes shorter ways to the same results.
+    """
 
     def __init__(
-        self, name: str, product: Product, activation_backward: ActivationBackward = gated_activation_backward
+        self,
+        name: str,
+        product: Product,
+        activation_backward: ActivationBackward = gated_activation_backward,
+        *,
+        always: bool = False,
     ) -> None:
         self.name = name
         self._product = product
         self._activation_backward = activation_backward
+        self._always = always
 
     def permutation(self, routing_map_TE: Tensor, max_rows: int | None = None) -> Permutation:
         """Counts the rows exactly, whatever the bound: PyTorch's products and sums process every allocated row."""
@@ -134,7 +144,7 @@ class PackedBackend:
     def forward(
         self, x_TD: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, permutation: Permutation
     ) -> tuple[Tensor, Tensor]:
-        if len(x_TD) == 1 and x_TD.device.type == "cpu" and len(permutation.route_N) > 0:
+        if len(x_TD) == 1 and self._takes_shortcuts(x_TD) and len(permutation.route_N) > 0:
             return _one_token(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
         ends_E = permutation.ends_E
         h_NH = self._product(gather(x_TD, permutation), w_up_EHD.transpose(1, 2), ends_E)
@@ -175,8 +185,11 @@ class PackedBackend:
         """Returns the gradient of a weight, or adds it to ``total_EIJ``."""
         if total_EIJ is None:
             return self._product(a_IN, b_NJ, ends_E)
-        if total_EIJ.device.type == "cpu":
+        if self._takes_shortcuts(total_EIJ):
             _add_products(total_EIJ, a_IN, b_NJ, ends_E)
         else:  # one launch for all experts
             total_EIJ.add_(self._product(a_IN, b_NJ, ends_E))
         return None
+
+    def _takes_shortcuts(self, operand: Tensor) -> bool:
+        return operand.device.type == "cpu" and not self._always

@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
-from dynmoe.config.constants import MOE_BACKENDS
+from dynmoe.config import Config
+from dynmoe.config.constants import MOE_BACKENDS, MXFP8_BACKENDS
 from dynmoe.errors import ConfigError
 from dynmoe.ops.backends import KernelBackend, PackedBackend, grouped_mm, looped_mm
 from dynmoe.ops.few_tokens import few_tokens
 from dynmoe.ops.gradient_sums import gradient_sum
+from dynmoe.ops.mxfp8 import mxfp8_backend
 from dynmoe.ops.native import native_activation_backward
 from dynmoe.ops.permute import Permutation
 from dynmoe.ops.sonic import SonicBackend, load_sonic
@@ -37,7 +39,8 @@ def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backe
 
     ``triton``: our own kernels, for GPUs. ``grouped_mm``: PyTorch's grouped GEMM, for fp32, bf16 and fp16 on any
     device. ``loop``: one product for each expert, for any dtype. ``sonic``: SonicMoE's kernels, for bf16 on Hopper and
-    Blackwell; never chosen by ``auto``, because it has not been measured yet.
+    Blackwell; never chosen by ``auto``, because it has not been measured yet. ``mxfp8``: MXFP8 products of Blackwell;
+    ``mxfp8_emulated``: the same numbers on any device.
 
     Raises:
         ConfigError: the name is unknown, or the backend does not run on the device.
@@ -54,10 +57,22 @@ def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backe
         return TritonBackend()
     if wanted == "sonic":
         return SonicBackend(load_sonic(device, dtype))
+    if wanted in MXFP8_BACKENDS:
+        return mxfp8_backend(wanted, device, dtype)
     products = {"grouped_mm": grouped_mm, "loop": looped_mm}
     if wanted not in products:
         raise ConfigError(field, wanted, "is not a known backend", f"use one of {', '.join(MOE_BACKENDS)}")
     return PackedBackend(wanted, products[wanted], native_activation_backward)
+
+
+def configured_backend(config: Config, device: torch.device) -> Backend:
+    """Returns the backend of a run.
+
+    Raises:
+        ConfigError: it does not run on the device.
+    """
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return pick_backend(config.train.moe_backend, device, dtype)
 
 
 class _RoutedExperts(torch.autograd.Function):

@@ -14,7 +14,7 @@ from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.data.validation import training_shares, validation_shares
 from dynmoe.model.sampling import sample, whole_context
 from dynmoe.model.size import ModelSize
-from dynmoe.ops import pick_backend
+from dynmoe.ops import configured_backend
 from dynmoe.train.engine import Engine
 from dynmoe.train.metrics import Row
 from dynmoe.train.run_directory import RunDirectory
@@ -44,14 +44,10 @@ def describe_start(config: Config, device: torch.device) -> str:
     """A line with precision, device and MoE backend, the first things to check if a run is slow.
 
     Also says if masked documents change each other's experts.
-
-    Raises:
-        ConfigError: the backend does not run on the device.
     """
     if not config.model.moe_layers:
         return f"Training a dense model in {config.train.precision} on {device}."
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    backend = pick_backend(config.train.moe_backend, device, dtype)
+    backend = configured_backend(config, device)
     line = f"Training in {config.train.precision} on {device}; experts are computed by the {backend.name} backend."
     router = config.model.router
     if router.selects_among != "token" and config.data.documents != "joined":

@@ -142,6 +142,12 @@ BAD = [
         ["model.moe.max_mean_experts_per_token=3.0", "budget of 4"],
     ),
     ("train.moe_backend=cutlass", ["train.moe_backend='cutlass'", "triton, grouped_mm, loop, sonic"]),
+    ("train.moe_backend=mxfp8", ["train.precision='fp32'", "gives results in bf16; use bf16, or another backend"]),
+    (
+        "train.moe_backend=mxfp8_emulated model.moe.expert_hidden=72",
+        ["model.moe.expert_hidden=72", "blocks of 32 of train.moe_backend=mxfp8_emulated", "use a multiple of 32"],
+    ),
+    ("train.moe_backend=mxfp8 train.precision=bf16 model.hidden=144", ["model.hidden=144", "use a multiple of 32"]),
     ("model.moe.capacity_factor=0", ["model.moe.capacity_factor=0", "above 0"]),
     ("model.moe.expert_hidden=100", ["model.moe.expert_hidden=100", "multiple of 8"]),
     ("model.hidden=100 model.heads=2", ["model.hidden=100", "multiple of 8"]),

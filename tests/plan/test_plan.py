@@ -203,6 +203,14 @@ def test_groups_of_odd_sizes_cross_nodes_too():
     assert estimate(own, 2.0, Hardware()).traffic["gradients and weights"].between > 0
 
 
+def test_experts_in_mxfp8_need_a_temporary_copy_of_the_up_projections():
+    """In bf16, scaled, and in bytes: three bytes for each of two thirds of the weights of one layer."""
+    many = ["train.precision=bf16", "train.micro_batch=64", "train.global_batch=64"]
+    plain, mxfp8 = (memory_per_rank(layout(1, *many, f"train.moe_backend={name}"), 2.0) for name in ("auto", "mxfp8"))
+    assert mxfp8.temporary - plain.temporary == pytest.approx(3 * 2 / 3 * 8 * 3 * 512 * 1024)
+    assert mxfp8.total - plain.total == pytest.approx(mxfp8.temporary - plain.temporary)
+
+
 def test_pipeline_stages_store_activations_in_flight():
     fields = ["engine=megatron", "train.recompute=full", "train.global_batch=32", "train.micro_batch=4"]
     one, four = (

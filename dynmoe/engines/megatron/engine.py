@@ -49,7 +49,7 @@ class MegatronEngine:
             problem = f"must divide the number of embedding rows ({vocab_size})"
             raise ConfigError("parallel.tensor", config.parallel.tensor, problem, "set model.vocab_size to a multiple")
         self.config = config
-        self.device = start_processes()
+        self.device = start_processes(config)
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         torch.manual_seed(config.train.seed * self.world_size + self.rank)
