@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dynmoe.__main__ import VERBS
-from dynmoe.config import describe_fields
+from dynmoe.config import describe_fields, load_config
 from dynmoe.errors import UserError
 from harness.processes import ROOT
 from tests.snippets import Shell, Snippet, blocks, check_block, check_inline, inline_code
@@ -218,3 +218,23 @@ def test_an_export_is_used_as_shown(undisturbed, tmp_path, monkeypatch, away_fro
     experts_LBS = names["model"](**names["batch"], output_router_logits=True).experts_per_token
     assert experts_LBS.shape == (2, *names["batch"]["input_ids"].shape)
     assert str(experts_LBS) in printed
+
+
+PAIRS = ["model.moe.moe_layer_freq=2", "model.moe.shortcut=true"]
+
+
+@pytest.mark.parametrize(("fields", "named"), [
+    *(([f"parallel.{name}=2"], f"parallel.{name}") for name in ("tensor", "pipeline", "virtual_pipeline", "context")),
+    (["engine=megatron", "model.kv_heads=2", "parallel.tensor=4"], "parallel.tensor"),
+    (["engine=megatron", "model.layers=4", "parallel.pipeline=3"], "parallel.pipeline"),
+    (["engine=megatron", "model.layers=4", *PAIRS, "parallel.pipeline=4"], "parallel.pipeline"),
+    (["engine=megatron", "model.heads=4", "parallel.context=8"], "parallel.context"),
+    (["optimizer.kind=muon", "deepspeed.zero_stage=3"], "deepspeed.zero_stage"),
+    ([*PAIRS, "model.mtp.layers=1"], "model.mtp.layers"),
+    (["model.moe.experts=16", "parallel.expert=3"], "parallel.expert"),
+])  # fmt: skip
+def test_what_an_engine_does_not_do_is_refused_by_the_field_that_its_table_names(fields, named):
+    table = re.search(r"## What each engine does\n(.+?)\n## ", (ROOT / "docs/layouts.md").read_text(), re.DOTALL)[1]
+    assert f"`{named}`" in table
+    with pytest.raises(UserError, match=f"^{re.escape(named)}="):
+        load_config(None, fields)
