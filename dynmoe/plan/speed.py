@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 
 from dynmoe.fields import option
+from dynmoe.model.matrices import matrices_of_layer
 from dynmoe.plan.layout import Layout
 from dynmoe.plan.memory import ranks_reached
+from dynmoe.train.muon import orthogonalization_flops
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Speed:
 def estimate(layout: Layout, experts_per_token: float, hardware: Hardware) -> Speed:
     """Estimates a step: the slower of arithmetic and memory traffic (weights and gradients), plus communication.
 
-    Communication is assumed not to overlap with computation.
+    With Muon, the arithmetic of its orthogonalization is added. Communication is assumed not to overlap with
+    computation.
 
     Args:
         layout: layout of the run.
@@ -73,8 +76,11 @@ def estimate(layout: Layout, experts_per_token: float, hardware: Hardware) -> Sp
     weights = layout.dense_parameters(layout.heaviest_stage) + layout.expert_parameters(layout.heaviest_stage)
     moved = weights * ((3 if full else 2) * layout.element + 8) * layout.accumulation
     compute = max(arithmetic, moved / (hardware.memory_gb_s * 1e9))
+    if config.optimizer.kind == "muon":
+        compute += _muon_flops(layout) / (hardware.peak_tflops * 1e12 * hardware.efficiency)
     traffic = {
         "gradients and weights": _reduction(layout),
+        "matrices of Muon": _muon(layout),
         "tokens to experts": _all_to_all(layout, experts_per_token),
         "tensor parallelism": _tensor(layout),
         "context parallelism": _context(layout),
@@ -113,6 +119,43 @@ def _reduction(layout: Layout) -> Traffic:
         (layout.expert_parameters(layout.heaviest_stage), layout.expert_data_parallel, config.parallel.expert),
     ):
         total += _ring(layout, count * (gradient * times + layout.element * gathers), size, stride)
+    return total
+
+
+def _muon_flops(layout: Layout) -> float:
+    """FLOPs with which a rank orthogonalizes its share of the matrices of its stage."""
+    model = layout.config.model
+    parallel = layout.config.parallel
+    ranks = {
+        False: layout.data_parallel * parallel.tensor,
+        True: layout.expert_data_parallel * parallel.expert,
+    }
+    return sum(
+        count * orthogonalization_flops(rows, columns) / ranks[experts]
+        for layer in layout.layers(layout.heaviest_stage)
+        for experts in ranks
+        for rows, columns, count in matrices_of_layer(model, layer, experts)
+    )
+
+
+def _muon(layout: Layout) -> Traffic:
+    """Parts of matrices to the ranks that orthogonalize them, and their updates back."""
+    config = layout.config
+    if config.optimizer.kind != "muon":
+        return Traffic()
+    stage = layout.heaviest_stage
+    whole = config.engine == "deepspeed" and config.deepspeed.zero_stage == 0  # ranks hold all parts already
+    total = Traffic()
+    for count, replicas, size, stride in (
+        (layout.dense_matrices(stage), layout.data_parallel, layout.data_parallel * config.parallel.tensor, 1),
+        (layout.expert_parameters(stage), *2 * (layout.expert_data_parallel,), config.parallel.expert),
+    ):
+        if size == 1:
+            continue
+        here, _ = _spread(layout, size, stride)
+        sent = count * layout.element * (1.0 if whole else 2 / replicas) * (size - 1) / size
+        inside = (here - 1) / (size - 1)
+        total += Traffic(sent * inside, sent * (1.0 - inside))
     return total
 
 

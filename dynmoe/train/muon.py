@@ -38,6 +38,13 @@ def orthogonalize(x_NRC: Tensor) -> Tensor:
     return x.mT if is_tall else x
 
 
+def orthogonalization_flops(rows: int, columns: int) -> int:
+    """FLOPs of :func:`orthogonalize` for one matrix, two per multiply-add."""
+    small = min(rows, columns)
+    large = max(rows, columns)
+    return _ITERATIONS * (4 * small**2 * large + 2 * small**3)
+
+
 def rms_factor(rows: int, columns: int) -> float:
     """Brings an orthogonal matrix to the root mean square of AdamW's updates, so that one learning rate serves both.
 

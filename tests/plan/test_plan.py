@@ -8,19 +8,23 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dynmoe.__main__ import console_script
 from dynmoe.cli import EXIT_USER_ERROR
 from dynmoe.config import load_config
 from dynmoe.model import Decoder
+from dynmoe.model.matrices import matrices_of_layer, rows_of_matrices
 from dynmoe.plan.layout import Layout
 from dynmoe.plan.memory import memory_per_rank, ranks_per_token, ranks_reached
 from dynmoe.plan.search import alternatives, expected_experts, most_experts, plan
 from dynmoe.plan.speed import Hardware, estimate
+from dynmoe.train.muon import orthogonalization_flops, orthogonalize
 from harness.processes import CPU, ROOT
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "quickstart")
@@ -288,3 +292,44 @@ def test_memory_and_traffic_are_as_measured(tmp_path, summary, ranks, fields):
     assert planned.total == pytest.approx(peak, rel=0.15)
     sent = estimate(own, 2.0, Hardware()).traffic["tokens to experts"].inside
     assert sent == pytest.approx(sum(rank["sent"] for rank in measured) / ranks, rel=0.15)
+
+
+@pytest.mark.parametrize("fields", [
+    ["model.moe.moe_layer_freq=2", "model.moe.shared_hidden=64", "model.moe.shared_gate=true", "model.head_dim=24"],
+    [*_LATENT, "model.mtp.layers=1"], [*_LATENT[:2], *_LATENT[3:]], [*_LONGCAT],
+])  # fmt: skip
+def test_the_matrices_of_muon_are_those_of_the_model(fields):
+    config = load_config(None, [*_TINY, *fields])
+    with torch.device("meta"):
+        model = Decoder(config.model, 4096, 0)
+    held: Counter[tuple[int, int]] = Counter()
+    for name, weight in model.named_parameters():
+        if name.startswith("layers.") and ".router." not in name and weight.dim() > 1:
+            shape = weight.shape[1:] if ".experts." in name else weight.shape
+            count = len(weight) if ".experts." in name else 1
+            for rows in rows_of_matrices(config.model, name, shape[0]):
+                held[rows, shape[1]] += count
+    planned: Counter[tuple[int, int]] = Counter()
+    for layer in range(config.model.trained_layers):
+        for experts in (True, False):
+            for rows, columns, count in matrices_of_layer(config.model, layer, experts):
+                planned[rows, columns] += count
+    assert planned == held
+
+
+def test_the_arithmetic_of_muon_is_counted():
+    for shape in ((24, 40), (40, 24)):
+        with FlopCounterMode(display=False) as counter:
+            orthogonalize(torch.randn(1, *shape))
+        assert counter.get_total_flops() == orthogonalization_flops(*shape)
+    fields = ["optimizer.kind=muon", "parallel.expert=2", "train.global_batch=4"]
+    hardware = Hardware(peak_tflops=1.0, efficiency=1.0, memory_gb_s=1e9)
+    with_muon, without = (estimate(layout(4, *some), 2.0, hardware) for some in (fields, fields[1:]))
+    # Four layers: queries and outputs, keys and values of half the heads, and three matrices of 8 experts.
+    square, narrow, expert = (orthogonalization_flops(512, columns) for columns in (512, 256, 1024))
+    assert with_muon.compute_s - without.compute_s == pytest.approx(4 * (2 * square + 2 * narrow + 24 * expert) / 4e12)
+    assert without.traffic["matrices of Muon"].inside == 0
+    # Each rank holds a quarter of the dense matrices and half of its experts, and sends parts and updates.
+    dense = 4 * (2 * 512 * 512 + 2 * 512 * 256) * 4 * 2 / 4 * 3 / 4
+    experts = 4 * 4 * 3 * 512 * 1024 * 4 * 2 / 2 / 2
+    assert with_muon.traffic["matrices of Muon"].inside == pytest.approx(dense + experts)
