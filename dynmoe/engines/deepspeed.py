@@ -292,7 +292,7 @@ def start_processes(config: Config | None = None) -> torch.device:
     """Joins the process group of the launcher, or creates one of a single rank; returns this rank's device.
 
     Raises:
-        ConfigError: the experts of ``config`` cannot be computed on this device.
+        ConfigError: the experts of ``config`` cannot be computed on this device; not if the group already exists.
     """
     choose_interface()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -302,8 +302,8 @@ def start_processes(config: Config | None = None) -> torch.device:
         os.environ.update(alone)
     cuda = os.environ.get("DS_ACCELERATOR") != "cpu"
     device = take_gpu(", or set DS_ACCELERATOR=cpu") if cuda else torch.device("cpu")
-    if config is not None and config.model.moe_layers:
-        configured_backend(config, device)  # raises before the other ranks wait
+    if config is not None and config.model.moe_layers and not dist.is_initialized():  # a dry start has another device
+        configured_backend(config, device)
     # DeepSpeed's shared-memory collectives need a compiler and leave files in shared memory if a rank is killed; gloo
     # does neither. Without this list, DeepSpeed also runs a compiler to find out which of its operators could be built.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}

@@ -44,6 +44,9 @@ def describe_start(config: Config, device: torch.device) -> str:
     """A line with precision, device and MoE backend, the first things to check if a run is slow.
 
     Also says if masked documents change each other's experts.
+
+    Raises:
+        ConfigError: the backend does not run on the device.
     """
     if not config.model.moe_layers:
         return f"Training a dense model in {config.train.precision} on {device}."

@@ -24,7 +24,7 @@ def start_processes(config: Config | None = None) -> torch.device:
     """Joins the launcher's process group, or creates one with a single rank; returns this rank's device.
 
     Raises:
-        ConfigError: the experts of ``config`` cannot be computed on this device.
+        ConfigError: the experts of ``config`` cannot be computed on this device; not if the group already exists.
     """
     choose_interface()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -34,8 +34,8 @@ def start_processes(config: Config | None = None) -> torch.device:
         logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
     cuda = torch.cuda.is_available()
     device = take_gpu() if cuda else torch.device("cpu")
-    if config is not None and config.model.moe_layers:
-        configured_backend(config, device)  # raises before the other ranks wait
+    if config is not None and config.model.moe_layers and not dist.is_initialized():  # a dry start has another device
+        configured_backend(config, device)
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if "RANK" in os.environ:
