@@ -153,20 +153,24 @@ def test_p_may_be_fitted_to_another_number(dense, tmp_path):
     pytest.param(["engine=megatron", "parallel.pipeline=2"], id="Megatron PP 2", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_training_continues_from_a_warm_start(corpus_dir, tmp_path, engine):
-    run = begin(corpus_dir, tmp_path / "dense", ["model.layers=4", *DENSE]).path
+    """Also of the layer that predicts the token after the next."""
+    run = begin(corpus_dir, tmp_path / "dense", ["model.layers=4", "model.mtp.layers=1", *DENSE]).path
     fields = [
         "data.sequence_length=32", "train.global_batch=4", "train.micro_batch=2", "train.steps=20", "optimizer.lr=1e-2",
         "schedule.warmup_steps=0", "logging.interval=1", "eval.batches=2",
     ]  # fmt: skip
-    losses = []
+    rows = []
     warm_start(run, tmp_path / "warm", experts=4, overrides=[*TOP_P, *fields, *engine])
     for name in ("dense", "warm"):
         command = [str(tmp_path / name / "config.yaml"), *fields]
         process = WarmTraining(command, 2, 0, tmp_path / f"{name}.txt", {}, None)
         assert process.wait() == 0, process.output()
-        losses.append([row["train/lm_loss"] for row in read_rows(tmp_path / name / "metrics.jsonl")])
-    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-5)
-    assert losses[1][-1] < losses[1][0] - 0.5
+        rows.append(read_rows(tmp_path / name / "metrics.jsonl"))
+    for loss in ("train/lm_loss", "train/mtp_loss"):
+        assert rows[1][0][loss] == pytest.approx(rows[0][0][loss], rel=1e-5)
+        assert rows[1][-1][loss] < rows[1][0][loss] - 0.5
+    for row in rows[0]:
+        assert row["train/loss"] == pytest.approx(row["train/lm_loss"] + 0.3 * row["train/mtp_loss"])
 
 
 @pytest.mark.parametrize(("source", "arguments", "words"), [

@@ -51,6 +51,7 @@ def load_weights(decoder: Decoder, tensors: Tensors, architecture: str, interlea
         architecture = _BY_EXPERT[architecture]
     known = parts(model, decoder.w_embed_VD.shape[0], architecture)
     wanted = [part for part in known if not part.again or part.theirs[0] in kinds]
+    wanted.sort(key=lambda part: part.again)  # copies are compared with what is then loaded
     quantized = [
         f"{name} is {kind}"
         for name, kind in sorted(kinds.items())

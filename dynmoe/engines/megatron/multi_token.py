@@ -36,7 +36,9 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 class PredictionLayer(MegatronModule):
     """A layer that predicts a further token; every tensor-parallel rank joins the inputs of its own positions."""
 
-    def __init__(self, settings: TransformerConfig, config: Config, spec: ModuleSpec, layer: int, stage: int | None):
+    def __init__(
+        self, settings: TransformerConfig, config: Config, spec: ModuleSpec, layer: int, stage: int | None
+    ) -> None:
         super().__init__(settings)
         self.join = JoinedInputs(config.model, layer, config.train.seed)
         for parameter in self.join.parameters():
