@@ -241,8 +241,6 @@ MEASURED = [
     (1, [*_LATENT, "train.micro_batch=8"]),
     (2, ["engine=megatron", "parallel.tensor=2", *_LATENT, "train.micro_batch=8"]),
     (1, [*_LONGCAT, "train.micro_batch=8"]),
-    (2, ["engine=megatron", "parallel.pipeline=2", *_LONGCAT, "train.recompute=full", "accumulate",
-         "train.micro_batch=4"]),
 ]  # fmt: skip
 
 
