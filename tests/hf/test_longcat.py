@@ -38,7 +38,7 @@ CHECKPOINTS = {
     # transformers cannot run a model with moe_topk=1.
     "one layer, two experts": {"num_layers": 1, "moe_topk": 2, "rms_norm_eps": 1e-6, "routed_scaling_factor": 1.0},
 }
-OURS = [*LONGCAT, "model.layers=4"]
+OURS = [*LONGCAT, "model.layers=4", "model.init_std=0.2"]
 RUNS = {
     "published": OURS,
     "stretched": [*OURS, *YARN, "model.tie_embeddings=true"],

@@ -257,8 +257,6 @@ MEASURED = [
     (1, [*_LATENT, "train.micro_batch=8"]),
     (2, ["engine=megatron", "parallel.tensor=2", *_LATENT, "train.micro_batch=8"]),
     (1, [*_LONGCAT, "train.micro_batch=8"]),
-    (2, ["engine=megatron", "parallel.pipeline=2", *_LONGCAT, "train.recompute=full", "accumulate",
-         "train.micro_batch=4"]),
     (2, ["model.mtp.layers=1", "parallel.expert=2", "train.micro_batch=8"]),
     (2, ["model.mtp.layers=2", "engine=megatron", "parallel.pipeline=2", "accumulate", "train.micro_batch=4"]),
     (2, ["model.mtp.layers=1", "engine=megatron", "parallel.tensor=2", "train.micro_batch=8"]),
