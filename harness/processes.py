@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -29,6 +30,7 @@ _WARM = [
     "harness.frozen",  # last
 ]  # fmt: skip
 _TIME_TO_SAVE_S = 10.0
+_RANDOM = random.SystemRandom()  # tests seed the other one alike
 
 Prepare = Callable[[int], None]  # called with the rank in every rank, before train.py
 
@@ -203,9 +205,11 @@ def _launch(
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that no connection takes before it is used: these have numbers above 32,767."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", _RANDOM.randrange(20_000, 32_000)))
+            return probe.getsockname()[1]
 
 
 def _fork_rank(arguments: list[str], rank: int, ranks: int, port: int, prepare: Prepare | None) -> int:

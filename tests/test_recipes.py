@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,6 @@ import torch
 
 from dynmoe.config import load_config
 from dynmoe.engines import make_engine
-from dynmoe.plan.dry_start import dry_start
 from dynmoe.plan.layout import Layout
 from dynmoe.plan.memory import memory_of_stage
 from dynmoe.train.engine import take_step
@@ -78,31 +81,31 @@ def test_a_toy_learns_with_a_dynamic_number_of_experts(two_ranks, four_ranks, na
         summary.append(f"{name}, layer {layer}: {experts_T.mean():.2f} experts per token, {spread}")
 
 
-@pytest.fixture
-def own_environment(monkeypatch):
-    """Undoes the changes of a dry start."""
-    for name, value in CPU.items():
-        monkeypatch.setenv(name, value)
-
-
 def check_dry_start(name: str, ranks_of_stage: Callable[[range], Sequence[int]], summary: list[str]) -> None:
     config = load_config(path_of(name))
     nodes = 64 if name.endswith("64x8") else 1
     layout = Layout(config, nodes, 8, config.model.vocab_size)
     stages = config.parallel.pipeline
     size = layout.world_size // stages
-    for stage in range(stages):
-        ranks = ranks_of_stage(range(stage * size, (stage + 1) * size))
+    chosen = [ranks_of_stage(range(stage * size, (stage + 1) * size)) for stage in range(stages)]
+    # In a process of its own, in which no engine has been started before.
+    given = [str(path_of(name)), str(nodes), "8", *(str(rank) for ranks in chosen for rank in ranks)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.plan.started", *given], cwd=ROOT, env=os.environ | CPU, capture_output=True,
+        text=True, check=False, timeout=3600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    started = iter(json.loads(done.stdout.splitlines()[-1]))
+    for stage, ranks in enumerate(chosen):
         planned = memory_of_stage(layout, stage, 8.0).static
-        started = list(dry_start(layout, ranks))
-        assert started == pytest.approx([planned] * len(ranks), rel=0.01)
+        found = [next(started) for _ in ranks]
+        assert found == pytest.approx([planned] * len(ranks), rel=0.01)
         summary.append(
-            f"dry start, {name}, stage {stage}, {len(ranks)} ranks: {min(started) / 2**30:.2f} to "
-            f"{max(started) / 2**30:.2f} GiB, planned {planned / 2**30:.2f}"
+            f"dry start, {name}, stage {stage}, {len(ranks)} ranks: {min(found) / 2**30:.2f} to "
+            f"{max(found) / 2**30:.2f} GiB, planned {planned / 2**30:.2f}"
         )
 
 
-@pytest.mark.usefixtures("own_environment")
 @pytest.mark.parametrize("name", TOYS)
 def test_the_start_of_a_rank_takes_the_planned_memory(name, summary):
     """The first and the last rank of every pipeline stage, before the first step."""
@@ -110,7 +113,6 @@ def test_the_start_of_a_rank_takes_the_planned_memory(name, summary):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("own_environment")
 @pytest.mark.parametrize("name", [name for name in TOYS if name.endswith("64x8")])
 def test_the_start_of_each_of_512_ranks_takes_the_planned_memory(name, summary):
     check_dry_start(name, list, summary)

@@ -109,8 +109,10 @@ class Part:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each of the checkpoint's tensors."""
-        if not self.rows:
+        if self.unread:
             return {self.theirs[0]: (self.shape[0] + self.unread, *self.shape[1:])}
+        if not self.rows:
+            return {self.theirs[0]: self.shape}
         return {name: (rows, *self.shape[1:]) for name, rows in zip(self.theirs, self.rows, strict=True)}
 
 

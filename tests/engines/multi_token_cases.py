@@ -42,7 +42,7 @@ def with_megatrons_own(overrides: list[str]) -> tuple[dict[str, torch.Tensor], d
     settings = dataclasses.replace(
         transformer_config(config), mtp_num_layers=model.mtp.layers, mtp_loss_scaling_factor=model.mtp.loss_weight
     )
-    specs = [_layer_spec(config, context, layer) for layer in range(model.trained_layers)]
+    specs = [_layer_spec(config, context, [], layer) for layer in range(model.trained_layers)]
     further = [
         ModuleSpec(
             theirs.MultiTokenPredictionLayer,

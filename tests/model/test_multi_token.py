@@ -75,7 +75,7 @@ def looped(model: Decoder, tokens: torch.Tensor, labels: torch.Tensor) -> torch.
                 inputs.append(join.w_join[:, :16] @ embedding + join.w_join[:, 16:] @ before)
         x = torch.stack(inputs).view(2, length, 16)
         places = model._places(Documents(None, length, x.device), length)
-        x = DecoderLayer.forward(layer, x, *places)
+        x, _ = DecoderLayer.forward(layer, x, *places)
         hidden = rms_norm(x, layer.norm.weight, 1e-5)
         logits = hidden @ model.output_weight_VD.T
         losses.append(
