@@ -178,37 +178,51 @@ class _EngineMemory:
 
 
 def _activations(layout: Layout, stage: int, experts_per_token: float, device: str) -> tuple[float, float]:
-    """Bytes of stored activations, and the temporary bytes of the last layer's backward pass."""
+    """Bytes of activations that are stored when a backward pass begins, and what it adds to them at its peak.
+
+    It may peak in any layer. By then the layers behind it, and the head, have released their activations.
+    """
     config = layout.config
     parallel = config.parallel
-    hidden = config.model.hidden
-    element = layout.element
     layers = layout.layers(stage)
-    tokens = layout.tokens
-    if config.train.recompute == "full":
-        each = float(tokens * hidden * element * len(layers))
-    else:
-        each = sum(_layer(layout, layer, experts_per_token) for layer in layers)
+    whole = {layer: _layer(layout, layer, experts_per_token) for layer in layers}
+    recomputes = config.train.recompute == "full"
+    inputs = float(layout.tokens * config.model.hidden * layout.element)
+    stored = dict.fromkeys(layers, inputs) if recomputes else whole
     # 1F1B: the number of micro-batches in flight is that of the stages from this one on. Interleaving has more
     # (Megatron's warm-up of 2 (p - s - 1) + (v - 1) p chunks, and the current one).
     in_flight = float(parallel.pipeline - stage)
     if parallel.virtual_pipeline > 1:
         in_flight = parallel.pipeline + (parallel.pipeline - 2 * stage - 1) / parallel.virtual_pipeline
-    kept = each * min(in_flight, layout.accumulation) + _recomputed(layout, stage, experts_per_token)
-    last_moe = [layer for layer in layers if config.model.is_moe_layer(layer)]
-    transient = 0.0
-    if last_moe:
-        rows = experts_per_token * tokens
-        transient = rows * (2 * hidden + config.model.moe.expert_hidden) * element
-        experts = layout.size.layer(last_moe[-1]).experts / parallel.expert
-        transient += experts * element
+    gradient, head = _head(layout, device) if stage == parallel.pipeline - 1 else (0.0, 0.0)
+    kept = sum(stored.values()) * min(in_flight, layout.accumulation) + gradient + head
+    added = released = 0.0
+    for layer in reversed(layers):
+        again = whole[layer] if recomputes else 0.0
+        added = max(added, again + _transient(layout, layer, experts_per_token) - released)
+        released += stored[layer] + (head if layer == layers[-1] else 0.0)
+    return kept, added
+
+
+def _transient(layout: Layout, layer: int, experts_per_token: float) -> float:
+    """Temporary bytes of the backward pass of a layer's feed-forward: gradients of its rows and of its weights."""
+    config = layout.config
+    model = config.model
+    hidden = model.hidden
+    element = layout.element
+    most = 0.0
+    if model.is_moe_layer(layer):
+        rows = experts_per_token * layout.tokens
+        experts = layout.size.layer(layer).experts / config.parallel.expert
+        most = (rows * (2 * hidden + model.moe.expert_hidden) + experts) * element
         if config.train.moe_backend == "mxfp8":
             # While the up projections, two thirds, are quantized: scaled in their own type, and as bytes. From the
             # code, not measured.
-            transient += 2 / 3 * experts * (element + 1)
-    if stage == parallel.pipeline - 1:
-        kept += _head(layout, device)
-    return kept, transient
+            most += 2 / 3 * experts * (element + 1)
+    if model.has_feed_forward(layer):
+        weights = 2 * hidden * model.ffn_hidden / config.parallel.tensor
+        most = max(most, (layout.tokens * (hidden + 3 * model.ffn_hidden) + weights) * element)
+    return most
 
 
 def _attention(model: ModelConfig, element: int) -> int:
@@ -263,17 +277,20 @@ def _recomputed(layout: Layout, stage: int, experts_per_token: float) -> float:
     return max(_layer(layout, layer, experts_per_token) for layer in layout.layers(stage))
 
 
-def _head(layout: Layout, device: str) -> float:
-    """Bytes of the final norm, the output projection and the cross-entropy, of all depths of prediction."""
+def _head(layout: Layout, device: str) -> tuple[float, float]:
+    """Bytes of the head, of all depths of prediction: of the gradient of the output projection, and of all else.
+
+    All else is the final norm, the logits and the cross-entropy.
+    """
     tokens = layout.tokens
     depths = 1 + layout.config.model.mtp.layers
-    states = tokens * 3 * layout.config.model.hidden * layout.element
+    states = depths * tokens * 3 * layout.config.model.hidden * layout.element
     if layout.config.engine == "megatron":  # all logits of the micro-batch, also in fp32
         whole = tokens * layout.config.parallel.tensor
         logits = whole * layout.vocab_size / layout.config.parallel.tensor
-        return depths * (states + logits * (layout.element + 4))
+        return 0.0, states + depths * logits * (layout.element + 4)
     logits = min(CHUNK_LOGITS[device], tokens * layout.vocab_size)
-    return depths * (states + layout.size.embedding * 4) + logits * _LOGIT_BYTES
+    return depths * layout.size.embedding * 4.0, states + logits * _LOGIT_BYTES
 
 
 def ranks_reached(model: ModelConfig, layer: int, experts_per_token: float, ranks: int) -> float:
