@@ -9,7 +9,6 @@ from operator import attrgetter
 from typing import Any
 
 from dynmoe.config import ModelConfig
-from dynmoe.errors import ConfigError
 from dynmoe.hf.fields import write_rope
 from dynmoe.routers import TopK
 
@@ -22,22 +21,12 @@ _FIXED = {
 }  # fmt: skip
 
 
-def misfit(model: ModelConfig) -> ConfigError | None:
-    """The first field that keeps a model with latent attention from being a DeepSeek-V3; None if none does."""
-    for name, problem in _misfits(model):
-        cure = "run it with python -m dynmoe.generate"
-        return ConfigError(f"model.{name}", attrgetter(name)(model), problem, cure)
-    return None
-
-
-def _misfits(model: ModelConfig) -> Iterator[tuple[str, str]]:
-    """Fields of the model with what is wrong about their values."""
+def misfits(model: ModelConfig) -> Iterator[tuple[str, str]]:
+    """Fields that keep a model with latent attention from being a DeepSeek-V3, with what is wrong about them."""
     moe = model.moe
     if not model.moe_layers:
         yield "moe.experts", "DeepSeek-V3 has experts"
-    for name, wanted in _FIXED.items():
-        if attrgetter(name)(model) != wanted:
-            yield name, f"is {wanted!r} in DeepSeek-V3"
+    yield from fixed_misfits(model, _FIXED, "DeepSeek-V3")
     if not moe.shared_hidden or moe.shared_hidden % moe.expert_hidden:
         problem = (
             f"DeepSeek-V3 has shared experts of the width of the others (model.moe.expert_hidden={moe.expert_hidden})"
@@ -46,6 +35,13 @@ def _misfits(model: ModelConfig) -> Iterator[tuple[str, str]]:
     if model.max_experts_per_layer < 2 * model.router.n_group:
         yield "router.n_group", "a group of DeepSeek-V3 has at least two experts"
     yield from latent_misfits(model, "DeepSeek-V3")
+
+
+def fixed_misfits(model: ModelConfig, fixed: Mapping[str, Any], family: str) -> Iterator[tuple[str, str]]:
+    """The same for fields that have one value in the whole family."""
+    for name, wanted in fixed.items():
+        if attrgetter(name)(model) != wanted:
+            yield name, f"is {wanted!r} in {family}"
 
 
 def latent_misfits(model: ModelConfig, family: str) -> Iterator[tuple[str, str]]:

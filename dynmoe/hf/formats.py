@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 from dynmoe.config import Config, ModelConfig
@@ -46,9 +47,12 @@ def standard_architecture(model: ModelConfig) -> str | None:
 
 def latent_architecture(model: ModelConfig) -> tuple[str, ConfigError | None]:
     """The architecture that a model with latent attention resembles, and the field that keeps it from being one."""
-    if model.moe.shortcut or isinstance(model.router, IdentityExperts):
-        return "longcat_flash", longcat.misfit(model)
-    return "deepseek_v3", deepseek_v3.misfit(model)
+    is_longcat = model.moe.shortcut or isinstance(model.router, IdentityExperts)
+    architecture, misfits = ("longcat_flash", longcat.misfits) if is_longcat else ("deepseek_v3", deepseek_v3.misfits)
+    for name, problem in misfits(model):
+        cure = "run it with python -m dynmoe.generate"
+        return architecture, ConfigError(f"model.{name}", attrgetter(name)(model), problem, cure)
+    return architecture, None
 
 
 def own_field(router: TopK) -> str | None:

@@ -9,12 +9,10 @@ without them; published checkpoints may lack them. We write zeros and ignore wha
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from operator import attrgetter
 from typing import Any
 
 from dynmoe.config import ModelConfig
-from dynmoe.errors import ConfigError
-from dynmoe.hf.deepseek_v3 import latent_fields, latent_misfits
+from dynmoe.hf.deepseek_v3 import fixed_misfits, latent_fields, latent_misfits
 from dynmoe.routers import IdentityExperts
 
 # Fields of ours that have the same value in every LongCat-Flash.
@@ -27,19 +25,9 @@ _FIXED = {
 RENAMED = ("num_hidden_layers", "intermediate_size")
 
 
-def misfit(model: ModelConfig) -> ConfigError | None:
-    """The first field that keeps a model with latent attention from being a LongCat-Flash; None if none does."""
-    for name, problem in _misfits(model):
-        cure = "run it with python -m dynmoe.generate"
-        return ConfigError(f"model.{name}", attrgetter(name)(model), problem, cure)
-    return None
-
-
-def _misfits(model: ModelConfig) -> Iterator[tuple[str, str]]:
-    """Fields of the model with what is wrong about their values."""
-    for name, wanted in _FIXED.items():
-        if attrgetter(name)(model) != wanted:
-            yield name, f"is {wanted!r} in LongCat-Flash"
+def misfits(model: ModelConfig) -> Iterator[tuple[str, str]]:
+    """Fields that keep a model with latent attention from being a LongCat-Flash, with what is wrong about them."""
+    yield from fixed_misfits(model, _FIXED, "LongCat-Flash")
     if model.latent.q_lora_rank is None:
         yield "latent.q_lora_rank", "LongCat-Flash computes queries from a latent"
     yield from latent_misfits(model, "LongCat-Flash")

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynmoe.config import Config, load_config
+from dynmoe.config import Config, DataConfig, load_config
+from dynmoe.data.batches import Batch, PretrainingData
+from dynmoe.data.corpus import Corpus
 from dynmoe.data.tokenizer_files import open_tokenizer
 from dynmoe.model import Decoder
 from dynmoe.trained import begin_run
+from harness.processes import WarmTraining
 from tests.moe.cases import BASELINES, ROUTERS
+from tests.train.cases import read_rows
 
 TOP_K = ["model.router.kind=top_k", "model.router.k=2"]
 LLAMA3 = ["model.rope_scaling.kind=llama3", "model.rope_scaling.factor=4", "model.rope_scaling.original_length=8"]
@@ -112,3 +117,12 @@ def run_decoder(decoder: Decoder, tokens_BS: Tensor) -> tuple[Tensor, list[Tenso
     for hook in hooks:
         hook.remove()
     return logits, maps
+
+
+def train_run(run: Path, corpus: Path, tmp_path: Path, ranks: int) -> tuple[list[dict[str, Any]], Batch]:
+    """Trains a run on sequences of 32 tokens of ``corpus``; its rows of metrics, and the first four sequences."""
+    process = WarmTraining([str(run / "config.yaml")], ranks, 0, tmp_path / "output.txt", {}, None)
+    assert process.wait() == 0, process.output()
+    data = PretrainingData([Corpus.open(corpus)], DataConfig(sequence_length=32), 0, tmp_path / "index")
+    data.prepare(0, 4)
+    return read_rows(run / "metrics.jsonl"), data.train_batch(range(4))

@@ -12,19 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dynmoe.config import DataConfig
-from dynmoe.data.batches import Batch, PretrainingData
-from dynmoe.data.corpus import Corpus
+from dynmoe.data.batches import Batch
 from dynmoe.errors import UserError
 from dynmoe.hf import command
 from dynmoe.hf.export import export
 from dynmoe.hf.importing import import_checkpoint
 from dynmoe.trained import open_decoder
-from harness.processes import WarmTraining
-from tests.hf.cases import YARN, begin, run_decoder, some_tokens
+from tests.hf.cases import YARN, begin, run_decoder, some_tokens, train_run
 from tests.hf.test_import import imported
 from tests.moe.cases import BASELINES, LATENT
-from tests.train.cases import read_rows
 
 STRETCHED = {
     "rope_type": "yarn", "rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 8, "beta_fast": 4.0,
@@ -336,12 +332,7 @@ def test_training_starts_from_the_imported_weights(corpus_dir, tmp_path, engine)
     ]  # fmt: skip
     run = tmp_path / "run"
     import_checkpoint(tmp_path / "source", run, [*fields, *engine])
-    process = WarmTraining([str(run / "config.yaml")], 2, 0, tmp_path / "output.txt", {}, None)
-    assert process.wait() == 0, process.output()
-    rows = read_rows(run / "metrics.jsonl")
-    data = PretrainingData([Corpus.open(corpus_dir)], DataConfig(sequence_length=32), 0, tmp_path / "index")
-    data.prepare(0, 4)
-    batch = data.train_batch(range(4))
+    rows, batch = train_run(run, corpus_dir, tmp_path, 2)
     with torch.no_grad():
         logits = model(batch.tokens_BS).logits
     first = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels_BS.flatten()).item()

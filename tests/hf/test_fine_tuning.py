@@ -7,17 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynmoe.config import DataConfig
-from dynmoe.data.batches import PretrainingData
-from dynmoe.data.corpus import Corpus
 from dynmoe.errors import UserError
 from dynmoe.hf.export import export
 from dynmoe.hf.importing import import_checkpoint
-from harness.processes import WarmTraining
-from tests.hf.cases import OWN, STANDARD, begin, run_decoder, some_tokens
+from tests.hf.cases import OWN, STANDARD, begin, run_decoder, some_tokens, train_run
 from tests.hf.test_export import read
 from tests.hf.test_import import imported
-from tests.train.cases import read_rows
 
 MODELS = {
     **{name: STANDARD[name] for name in STANDARD if name != "qwen3_moe, dense"},
@@ -65,12 +60,7 @@ def test_an_exported_and_fine_tuned_model_is_imported_and_trains(corpus_dir, tmp
         torch.testing.assert_close(found, read(tmp_path / "tuned")(tokens).logits, rtol=0, atol=1e-5)
     assert (found - run_decoder(begun.decoder, tokens)[0]).abs().max() > 0.05, "the step changed nothing"
 
-    process = WarmTraining([str(run / "config.yaml")], 1, 0, tmp_path / "output.txt", {}, None)
-    assert process.wait() == 0, process.output()
-    rows = read_rows(run / "metrics.jsonl")
-    data = PretrainingData([Corpus.open(corpus_dir)], DataConfig(sequence_length=32), 0, tmp_path / "index")
-    data.prepare(0, 4)
-    batch = data.train_batch(range(4))
+    rows, batch = train_run(run, corpus_dir, tmp_path, 1)
     with torch.no_grad():
         first = decoder.train()(batch.tokens_BS, batch.labels_BS).item()
     assert rows[0]["train/lm_loss"] == pytest.approx(first, rel=1e-5)

@@ -10,9 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dynmoe.config import DataConfig
-from dynmoe.data.batches import PretrainingData
-from dynmoe.data.corpus import Corpus
 from dynmoe.engines import canonical_state
 from dynmoe.errors import UserError
 from dynmoe.hf.export import export
@@ -20,9 +17,8 @@ from dynmoe.hf.importing import import_checkpoint
 from dynmoe.model import Decoder
 from dynmoe.train.checkpoint import latest_valid
 from harness.processes import WarmTraining
-from tests.hf.cases import STANDARD, begin, run_decoder, some_tokens
+from tests.hf.cases import STANDARD, begin, run_decoder, some_tokens, train_run
 from tests.routing.test_golden import GOLDEN
-from tests.train.cases import read_rows
 
 RELEASES = ["dynamic_moe_tiny", "dynamic_moe_every_2", "dynamic_moe_every_3"]
 RELEASED = GOLDEN / RELEASES[0]
@@ -241,12 +237,7 @@ def test_training_starts_from_the_imported_weights(corpus_dir, tmp_path, engine)
     ]  # fmt: skip
     run = tmp_path / "run"
     import_checkpoint(tmp_path / "out", run, [*fields, *engine])
-    process = WarmTraining([str(run / "config.yaml")], 2, 0, tmp_path / "output.txt", {}, None)
-    assert process.wait() == 0, process.output()
-    rows = read_rows(run / "metrics.jsonl")
-    data = PretrainingData([Corpus.open(corpus_dir)], DataConfig(sequence_length=32), 0, tmp_path / "index")
-    data.prepare(0, 4)
-    batch = data.train_batch(range(4))
+    rows, batch = train_run(run, corpus_dir, tmp_path, 2)
     with torch.no_grad():
         first = begun.decoder(batch.tokens_BS, batch.labels_BS).item()
     assert rows[0]["train/step"] == 1
