@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from dynmoe.fields import option
 from dynmoe.model.matrices import matrices_of_layer
+from dynmoe.plan.activations import ranks_reached
 from dynmoe.plan.layout import Layout
-from dynmoe.plan.memory import ranks_reached
 from dynmoe.train.muon import orthogonalization_flops
 
 

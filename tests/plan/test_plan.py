@@ -20,8 +20,9 @@ from dynmoe.cli import EXIT_USER_ERROR
 from dynmoe.config import load_config
 from dynmoe.model import Decoder
 from dynmoe.model.matrices import matrices_of_layer, rows_of_matrices
+from dynmoe.plan.activations import ranks_per_token, ranks_reached
 from dynmoe.plan.layout import Layout
-from dynmoe.plan.memory import memory_per_rank, ranks_per_token, ranks_reached
+from dynmoe.plan.memory import memory_per_rank
 from dynmoe.plan.search import alternatives, expected_experts, most_experts, plan
 from dynmoe.plan.speed import Hardware, estimate
 from dynmoe.train.muon import orthogonalization_flops, orthogonalize
