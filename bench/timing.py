@@ -89,11 +89,12 @@ def saved_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
     alive: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        detached = tensor.detach()  # with its place in the graph, the graph would keep itself in memory
+        storage = detached.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # else its address could be reused
-        return tensor
+            alive.append(detached)  # else its address could be reused
+        return detached
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()
