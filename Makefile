@@ -17,7 +17,7 @@ TWO = --numprocesses 2 --dist loadfile --no-loadscope-reorder
 FAST = not gpu and not slow and not cluster and not faults and not served
 test: lint docs
 	$(BIN)/python -m pytest -m "$(FAST) and alone"
-	$(BIN)/python -m pytest -m "$(FAST) and not alone" $(TWO)
+	$(BIN)/python -m pytest -m "$(FAST) and not alone" $(TWO) --durations 30
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,11 +20,12 @@ import torch
 from matplotlib import pyplot
 from packaging.version import Version
 
-from bench import end_to_end
+from bench import end_to_end, since
 from bench.__main__ import main
 from bench.cases import DTYPES, Method, check
 from bench.machine_code import Work, seconds_of, work_of
 from bench.timing import Passes, interleave, median_ratio, saved_bytes
+from dynmoe.errors import UserError
 from harness.machine_code import CARDS, SHAPES, Compiled
 from harness.memory import peak_bytes
 from harness.plans import Shape, spread_plan
@@ -173,6 +176,21 @@ def test_whole_steps_of_both_engines_and_of_deepspeeds_own_layer(tmp_path, corpu
         assert row["loss_at_end"] == pytest.approx(rows[0]["loss_at_end"], rel=0.2)
 
 
+@pytest.mark.slow
+def test_a_commit_is_compared_with_another(tmp_path, corpus_dir):
+    tiny = ["data.sequence_length=32", "--data", str(corpus_dir), "--ranks", "1", "--steps", "3", "--turns", "1"]
+    (row,), said = run_benchmark(tmp_path, "since", *tiny, "--commit", "HEAD", timeout_s=240)
+    assert row["step"] > 0 < row["start"]
+    assert "step over HEAD" in said
+
+
+def test_a_commit_that_is_not_there_is_said(tmp_path):
+    parser = argparse.ArgumentParser()
+    since.add_arguments(parser)
+    with pytest.raises(UserError, match="--commit none-of-that-name: git has no such commit"):
+        since.run(parser.parse_args(["--commit", "none-of-that-name", "--data", str(tmp_path)]))
+
+
 def test_the_page_has_measurements_and_targets(tmp_path, monkeypatch):
     rows = [{"dtype": "fp32", "experts": e, "mean_k": 2.0, "forward": 0.02, "both": 0.031} for e in (16, 64)]
     document = {"machine": "a machine", "torch": "2.0", "rows": rows}
@@ -263,3 +281,17 @@ def test_saved_and_peak_bytes_of_a_known_case():
     x = torch.randn(64, 16, requires_grad=True)
     assert saved_bytes(lambda: layer(x).exp(), layer) == 2 * 64 * 16 * 4  # the input, and exp's own output
     assert peak_bytes(lambda: torch.empty(1000).fill_(0)) == 4000
+
+
+def test_nothing_stays_in_memory_after_its_saved_bytes_are_counted():
+    layer = torch.nn.Linear(16, 16)
+    outputs = []
+
+    def forward() -> torch.Tensor:
+        output = layer(torch.randn(64, 16)).exp()
+        outputs.append(weakref.ref(output))
+        return output
+
+    saved_bytes(forward, layer)
+    gc.collect()
+    assert outputs[0]() is None
