@@ -97,11 +97,17 @@ def _build(arguments: list[str]) -> None:
         "--as", dest="read_as", choices=DECLARED,
         help="format of every file except Parquet; text: each file is one document. Default: detected",
     )  # fmt: skip
-    parser.add_argument("--vocab-size", type=int, default=4096, help="vocabulary size of the tokenizer to train")
+    parser.add_argument(
+        "--vocab-size", type=int, default=argparse.SUPPRESS,
+        help=f"vocabulary size of the tokenizer to train (default: {Recipe.vocab_size})",
+    )  # fmt: skip
     parser.add_argument("--tokenizer", help="existing tokenizer to use instead of training one: a sentencepiece model, "
                         "a tokenizer.json of Hugging Face or a tiktoken file, or a directory with one")  # fmt: skip
     _add_tokenizer_options(parser)
-    parser.add_argument("--tokenizer-mb", type=int, default=16, help="megabytes of text for training the tokenizer")
+    parser.add_argument(
+        "--tokenizer-mb", type=int, default=argparse.SUPPRESS,
+        help=f"megabytes of text for training the tokenizer (default: {Recipe.tokenizer_mb})",
+    )  # fmt: skip
     parser.add_argument("--validation-fraction", type=float, default=0.02, help="share of documents for validation")
     parser.add_argument("--keep-copies", action="store_true", help="keep documents that repeat an earlier text")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes on this node")
@@ -110,18 +116,21 @@ def _build(arguments: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus made from other text or options")
     given = parser.parse_args(arguments)
     nodes = Nodes(given.nodes, given.node)
+    training = {name: value for name, value in vars(given).items() if name in ("vocab_size", "tokenizer_mb")}
+    if training and given.tokenizer is not None:
+        option = f"--{next(iter(training)).replace('_', '-')}"
+        raise UserError(f"{option}: applies to a tokenizer that is trained; remove it, or --tokenizer")
     recipe = Recipe(
         given.sources,
         given.key,
-        given.vocab_size,
-        given.tokenizer,
-        given.tokenizer_mb,
-        given.validation_fraction,
-        not given.keep_copies,
-        given.read_as,
-        given.end_of_text,
-        given.special_tokens,
-        given.tiktoken_pattern,
+        tokenizer=given.tokenizer,
+        validation_fraction=given.validation_fraction,
+        deduplicate=not given.keep_copies,
+        read_as=given.read_as,
+        end_of_text=given.end_of_text,
+        special_tokens=given.special_tokens,
+        tiktoken_pattern=given.tiktoken_pattern,
+        **training,
     )
     if given.workers < 1:
         raise UserError(f"--workers {given.workers}: use at least 1")
@@ -149,6 +158,11 @@ def _report(out: Path, manifest: dict[str, Any]) -> None:
             f"{split}: {facts['documents']} documents, {facts['text_bytes'] / 1e6:.1f} MB of text, "
             f"{facts['tokens']} tokens, unigram entropy {facts['unigram_entropy_nats']:.3f} nats"
         )
+        if facts["unknown_tokens"]:
+            share = facts["unknown_tokens"] / facts["tokens"]
+            print(f"{split}: {share:.1%} of the tokens are unknown to the tokenizer; their text is lost")
+    tokenizer = Corpus.open(out).tokenizer
+    print(f"each document ends with the token {tokenizer.piece(tokenizer.eod)!r}, id {tokenizer.eod}")
     for reason, count in manifest["refused"]["counts"].items():
         names = manifest["refused"]["first_names"][reason]
         print(f"skipped, {reason}: {count} ({', '.join(names[:5])}{', …' if count > 5 else ''})")

@@ -58,7 +58,7 @@ def adopt(train: Path, validation: Path | None, fraction: float, tokenizer: Toke
             "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod},
             "splits": {
                 split: dataclasses.asdict(SplitCounts(tokens.num_documents, tokens.num_tokens))
-                | figures(tokens.counts(tokenizer.vocab_size))
+                | figures(tokens.counts(tokenizer.vocab_size), tokenizer)
                 for split, tokens in splits.items()
             },
             "refused": {"counts": {}, "first_names": {}},

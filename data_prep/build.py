@@ -126,7 +126,10 @@ def _enter(building: Path, build_id: str, nodes: Nodes, out: Path) -> None:
     if building.exists():
         with _claim(building / "node_0.lock"):
             shutil.rmtree(building)
-    (building / _PARTS).mkdir(parents=True)
+    try:
+        (building / _PARTS).mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); use another directory") from None
     _write(recipe, build_id.encode())
 
 
@@ -199,10 +202,8 @@ def _encode_own(
     seconds = time.perf_counter() - started
     megabytes = text_bytes / 1e6
     speed = megabytes / seconds
-    print(
-        f"encoded {documents} documents, {megabytes:.1f} MB of text, in {seconds:.1f} s: {speed:.1f} MB/s, "
-        f"{speed / workers:.1f} in each of {workers} processes"
-    )
+    each = f", {speed / workers:.1f} in each of {workers} processes" if workers > 1 else ""
+    print(f"encoded {documents} documents, {megabytes:.1f} MB of text, in {seconds:.1f} s: {speed:.1f} MB/s{each}")
 
 
 def _wait_for_parts(parts: Sequence[Path], nodes: Nodes) -> None:
@@ -224,17 +225,27 @@ def _manifest(recipe: Recipe, directory: Path, tokenizer: Tokenizer, merged: Mer
         "sources": [Path(source).name for source in recipe.sources],
         "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod},
         "splits": {
-            split: dataclasses.asdict(merged.counts[split]) | figures(merged.occurrences[split]) for split in SPLITS
+            split: dataclasses.asdict(merged.counts[split]) | figures(merged.occurrences[split], tokenizer)
+            for split in SPLITS
         },
         "refused": {"counts": merged.refusals.counts, "first_names": merged.refusals.names},
         **describe_files(directory),
     }
 
 
-def figures(occurrences: np.ndarray) -> dict[str, float]:
-    """Loss and perplexity of a model that uses only token frequencies, from the count of each token."""
+def figures(occurrences: np.ndarray, tokenizer: Tokenizer) -> dict[str, float]:
+    """Loss and perplexity of a model that uses only token frequencies, and the number of unknown tokens.
+
+    Args:
+        occurrences: the count of each token [V].
+        tokenizer: the tokenizer of the corpus.
+    """
     entropy = unigram_entropy(occurrences)
-    return {"unigram_entropy_nats": round(entropy, 6), "unigram_perplexity": round(math.exp(entropy), 3)}
+    return {
+        "unigram_entropy_nats": round(entropy, 6),
+        "unigram_perplexity": round(math.exp(entropy), 3),
+        "unknown_tokens": 0 if tokenizer.unknown is None else int(occurrences[tokenizer.unknown]),
+    }
 
 
 def is_current(recipe: Recipe, out: Path, workers: int = 1) -> bool:

@@ -157,6 +157,9 @@ def _special_tokens(file: Path, end_of_text: str | None, first: int) -> dict[str
 def _regex(pattern: str) -> str:
     if pattern in PATTERNS:
         return PATTERNS[pattern]
+    if re.fullmatch(r"\w+", pattern):  # as an expression it would split texts at this word alone
+        known = ", ".join(PATTERNS)
+        raise UserError(f"--tiktoken-pattern {pattern}: no such pattern; use {known}, or a regular expression")
     for unlike, cure in _UNLIKE.items():
         if re.search(unlike, pattern):
             raise UserError(f"--tiktoken-pattern {pattern!r}: the library tokenizers reads this differently: {cure}")

@@ -168,7 +168,7 @@ def main() -> None:
     config, kept = compact(given.run, output, given.multiple)
     counts = ", ".join(f"layer {layer}: {len(slots)}" for layer, slots in kept.items())
     print(f"{output}: experts kept in {counts}; expert-parallel size {config.parallel.expert}.")
-    print(f"Resume training with: torchrun train.py {output / 'config.yaml'}")
+    print(f"Resume training with: {config.training_command}")
 
 
 if __name__ == "__main__":

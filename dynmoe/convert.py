@@ -59,9 +59,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="directory of the new run (default: RUN-ENGINE)")
     given = parser.parse_args()
     output = given.output or given.run.with_name(f"{given.run.name}-{given.engine}")
-    convert(given.run, output, given.engine)
+    config = convert(given.run, output, given.engine)
     print(f"{output}: a {given.engine} run with the same weights and optimizer state.")
-    print(f"Resume training with: torchrun train.py {output / 'config.yaml'}")
+    print(f"Resume training with: {config.training_command}")
 
 
 if __name__ == "__main__":

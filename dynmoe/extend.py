@@ -69,7 +69,7 @@ def main() -> None:
     scaling = config.model.rope_scaling
     print(f"{given.output}: sequences of {config.data.sequence_length} tokens, {scaling.kind} by {scaling.factor:g}.")
     print(f"Each step has {config.tokens_per_step} tokens; train.global_batch changes that.")
-    print(f"Train it with: torchrun train.py {given.output / 'config.yaml'}")
+    print(f"Train it with: {config.training_command}")
 
 
 if __name__ == "__main__":

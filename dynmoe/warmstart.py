@@ -268,7 +268,7 @@ def main() -> None:
         f"{done.difference:.1e}; {mean:.2f} experts per token "
         f"(by layer: {', '.join(f'{k:.2f}' for k in done.experts_per_token)})."
     )
-    print(f"Train it with: torchrun train.py {given.output / 'config.yaml'}")
+    print(f"Train it with: {done.config.training_command}")
 
 
 if __name__ == "__main__":

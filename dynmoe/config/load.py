@@ -103,6 +103,9 @@ def _merge(merged: DictConfig, tree: Any, source: str) -> None:
         merged.merge_with(tree)  # OmegaConf.merge copies all fields, which takes 10 ms
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         at = getattr(error, "full_key", None) or next(_leaves(tree))[0]
+        value = dict(_leaves(tree)).get(at)
+        if _kinds().get(at, "").startswith("[") and isinstance(value, str | int | float):
+            raise UserError(f"{at} in {source}: {value!r} is not a list; write it in brackets: [{value}]") from None
         raise UserError(f"{at} in {source}: {_shown(first_line(error))}; train.py --help lists the types") from None
 
 

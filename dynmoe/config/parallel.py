@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import lcm, prod
 from typing import ClassVar
 
 from dynmoe.config.model import ModelConfig
@@ -52,6 +53,11 @@ class ParallelConfig(Section):
         return self.tensor * self.pipeline * self.context
 
     @property
+    def fewest_ranks(self) -> int:
+        """The smallest world size that fits."""
+        return self.pipeline * lcm(self.tensor * self.context, self.expert)
+
+    @property
     def sequence_parts(self) -> int:
         """Number of equal parts into which sequences are split; it divides their length."""
         return self.tensor * self.context
@@ -70,24 +76,31 @@ class ParallelConfig(Section):
             problem = "needs pipeline parallelism"
             raise ConfigError("parallel.virtual_pipeline", self.virtual_pipeline, problem, "set parallel.pipeline")
         stages = self.pipeline * self.virtual_pipeline
-        name = "virtual_pipeline" if self.virtual_pipeline > 1 else "pipeline"
-        _check_divides(f"parallel.{name}", getattr(self, name), stages, "model.layers", model.layers)
+        self._check_splits("model.layers", model.layers, "pipeline", "virtual_pipeline")
         last = [layer for layer in model.moe_layers if (layer + 1) % (model.layers // stages) == 0]
         if model.moe.shortcut and last:
             problem = f"splits layers {last[0]} and {last[0] + 1}, which model.moe.shortcut connects, into two stages"
             cure = "use fewer stages, or more model.layers"
+            name = "virtual_pipeline" if self.virtual_pipeline > 1 else "pipeline"
             raise ConfigError(f"parallel.{name}", getattr(self, name), problem, cure)
         split = {"model.kv_heads": model.kv_heads, "model.ffn_hidden": model.ffn_hidden}
         if (rank := model.latent.kv_lora_rank) is not None:  # Megatron-Core refuses to build others
             split["model.latent.q_lora_rank"] = model.latent.q_lora_rank or 0
             split["model.latent.kv_lora_rank + qk_rope_head_dim"] = rank + model.latent.qk_rope_head_dim
         for field, value in split.items():
-            _check_divides("parallel.tensor", self.tensor, self.tensor, field, value)
-        heads = self.tensor * self.context
-        _check_divides("parallel.context", self.context, heads, "model.heads", model.heads)
-        name = "context" if self.context > 1 else "tensor"
-        parts = self.sequence_parts
-        _check_divides(f"parallel.{name}", getattr(self, name), parts, "data.sequence_length", sequence_length)
+            self._check_splits(field, value, "tensor")
+        self._check_splits("model.heads", model.heads, "tensor", "context")
+        self._check_splits("data.sequence_length", sequence_length, "tensor", "context")
+
+    def _check_splits(self, field: str, value: int, *names: str) -> None:
+        """Raises a ConfigError unless the product of the sizes ``names`` divides the value of ``field``."""
+        parts = prod(getattr(self, name) for name in names)
+        if value % parts:
+            name = next(name for name in reversed(names) if getattr(self, name) > 1)
+            size = getattr(self, name)
+            into = f"{parts}" if parts == size else f"{' x '.join(names)} ({parts})"
+            problem = f"cannot split {field} ({value}) evenly into {into}"
+            raise ConfigError(f"parallel.{name}", size, problem, "change one of them")
 
     def check_experts(self, model: ModelConfig) -> None:
         """Raises a ConfigError unless the expert-parallel size divides the number of experts of every layer."""
@@ -107,10 +120,5 @@ class ParallelConfig(Section):
         if world_size // self.pipeline % self.expert:
             ranks = "ranks of a pipeline stage" if self.pipeline > 1 else "world size"
             problem = f"must divide the {ranks} ({world_size // self.pipeline})"
-            raise ConfigError("parallel.expert", self.expert, problem, "use a divisor of it")
-
-
-def _check_divides(name: str, value: int, divisor: int, dividend: str, size: int) -> None:
-    if size % divisor:
-        problem = f"cannot split {dividend} ({size}) evenly into {divisor}"
-        raise ConfigError(name, value, problem, "change one of them")
+            cure = f"start a multiple of {self.fewest_ranks} ranks, or use a divisor"
+            raise ConfigError("parallel.expert", self.expert, problem, cure)

@@ -159,6 +159,11 @@ class Config(Section):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
+    @property
+    def training_command(self) -> str:
+        """The command that starts or resumes this run, whose directory exists, on as few ranks as possible."""
+        return f"torchrun --nproc-per-node {self.parallel.fewest_ranks} train.py {self.run.path / 'config.yaml'}"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.engine == "deepspeed":

@@ -108,4 +108,4 @@ def _import(given: argparse.Namespace) -> None:
         print(f"Prepare text for it with: python -m data_prep ... --tokenizer {tokenizer}")
     else:
         print(f"{given.source} has no tokenizer; prepare text for it with the one that its weights were trained with.")
-    print(f"Train it with: torchrun train.py {given.run / 'config.yaml'}")
+    print(f"Train it with: {config.training_command}")

@@ -51,6 +51,11 @@ def _sharded_state_dict(
     for model_state in state.values():
         model_state.pop("output_layer._extra_state", None)  # only HybridModel has this entry, and it is empty
     optimizer_state = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    if not is_loading:
+        parts = [optimizer_state] if "optimizer" in optimizer_state else optimizer_state.values()
+        for part in parts:
+            if part.get("param_state", 0) is None:  # another rank gathered it; Megatron would report a difference
+                del part["param_state"]
     return {**state, "optimizer": optimizer_state, "step": step}
 
 
