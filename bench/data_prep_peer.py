@@ -113,16 +113,19 @@ def _write(path: Path, texts: list[str], size: int) -> int:
 
 def _timed(command: list[str]) -> tuple[float, int]:
     """Seconds of a command, and the largest memory of all its processes together."""
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, sum(_resident(psutil.Process(process.pid))))
-        time.sleep(_POLL_S)
-    if process.returncode:
-        assert process.stderr is not None
-        raise UserError(f"{' '.join(command)}: {process.stderr.read().strip().splitlines()[-1]}")
-    return time.perf_counter() - started, peak
+    with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads would stop the command once it is full
+        started = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, sum(_resident(psutil.Process(process.pid))))
+            time.sleep(_POLL_S)
+        seconds = time.perf_counter() - started
+        if process.returncode:
+            errors.seek(0)
+            said = errors.read().strip() or f"ended with status {process.returncode}"
+            raise UserError(f"{' '.join(command)}: {said.splitlines()[-1]}")
+    return seconds, peak
 
 
 def _resident(process: psutil.Process) -> Iterator[int]:

@@ -21,7 +21,7 @@ def extend(run: Path, output: Path, length: int, kind: str = "yarn", overrides: 
         run: directory of the run, of either engine.
         output: directory of the new run; must not exist.
         length: tokens of a sequence, more than in the run.
-        kind: how positions are stretched (``model.rope_scaling.kind``). A run that was extended before keeps its own.
+        kind: how positions are stretched (``model.rope_scaling.kind``); that of the run, if its positions are already.
         overrides: further fields of the new run, such as a smaller ``optimizer.lr``.
 
     Raises:
@@ -50,7 +50,9 @@ def _stretched(old: Config, length: int, kind: str) -> list[str]:
         raise UserError(f"--kind {kind}: {problem}; use --kind {scaling.kind}")
     # A factor is relative to the first training, however often a run is extended.
     first = scaling.original_length or round(now / scaling.factor)
-    fields = {"kind": kind, "factor": length / first, "original_length": first}
+    # An imported model may reach beyond the run's sequences already; its frequencies must not change.
+    factor = max(length / first, scaling.factor)
+    fields = {"kind": kind, "factor": factor, "original_length": first}
     return [f"data.sequence_length={length}", *(f"model.rope_scaling.{name}={value}" for name, value in fields.items())]
 
 

@@ -77,6 +77,16 @@ def test_a_run_is_extended_again_relative_to_its_first_length(short, tmp_path):
         extend(tmp_path / "a", tmp_path / "c", 128, "linear")
 
 
+def test_positions_that_are_stretched_further_stay_as_they_are(tmp_path):
+    """As in a run on short sequences from a checkpoint of Llama 3.1, which reaches eight times its first length."""
+    scaled = ["kind=llama3", "factor=8", f"original_length={SHORT}"]
+    config = load_config(None, [*FIELDS, *(f"model.rope_scaling.{field}" for field in scaled), "run.name=far"])
+    begin_run(config, Decoder(config.model, VOCAB, seed=0), {}, tmp_path / "far")
+    for length, factor in ((2 * SHORT, 8.0), (16 * SHORT, 16.0)):
+        longer = extend(tmp_path / "far", tmp_path / f"{length}", length, "llama3").model.rope_scaling
+        assert (longer.factor, longer.original_length) == (factor, SHORT)
+
+
 @pytest.mark.parametrize("length", [SHORT, 0])
 def test_what_is_not_longer_is_refused(short, tmp_path, length):
     with pytest.raises(UserError, match=rf"--length {length}: is not longer than the sequences of the run \(16\)"):

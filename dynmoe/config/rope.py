@@ -20,7 +20,7 @@ class RopeScalingConfig(Section):
     )  # fmt: skip
     factor: float = option(1.0, "longest wanted context relative to original_length", at_least=1)
     original_length: Optional[int] = option(
-        None, "yarn, llama3: context length of the training before", at_least=1
+        None, "context length of the first training, which yarn and llama3 need", at_least=1
     )  # fmt: skip
     beta_fast: float = option(32.0, "yarn: frequencies with more turns in original_length stay as they are", above=0)
     beta_slow: float = option(1.0, "yarn: frequencies with fewer turns are stretched by the whole factor", above=0)
@@ -42,7 +42,7 @@ class RopeScalingConfig(Section):
                 raise ConfigError("model.rope_scaling.factor", self.factor, "positions are not scaled", cure)
             return
         if self.kind != "linear" and self.original_length is None:
-            cure = "use the sequence length of the training before"
+            cure = "use the sequence length of the first training"
             raise ConfigError("model.rope_scaling.original_length", None, f"{self.kind} needs it", cure)
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if getattr(self, low) >= getattr(self, high):

@@ -41,8 +41,8 @@ class Batch:
     def looking_ahead(self, depths: int) -> Batch:
         """The batch with itself moved by 1 to ``depths`` tokens: each position has a later token and its label.
 
-        Where no later token of the sequence is so far ahead, or one of another document is, there is token 0, and
-        ``IGNORED`` as label.
+        Where the sequence ends before that token, or it belongs to another document, there is token 0 with the label
+        ``IGNORED``.
         """
         return replace(self, ahead=tuple(self._moved(depth) for depth in range(1, depths + 1)))
 

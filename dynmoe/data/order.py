@@ -35,7 +35,7 @@ class Sample(NamedTuple):
     Attributes:
         tokens_S: the tokens, int64.
         labels_S: the next token of each, or ``IGNORED``.
-        start_S: place in the sequence at which each token's document starts.
+        start_S: place in the sequence at which each token's document starts, int64.
     """
 
     tokens_S: NDArray[np.int64]

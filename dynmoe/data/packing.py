@@ -43,7 +43,11 @@ class PackedSamples:
         return len(self.end_N)
 
     def sequence(self, index: int, eod: int) -> Sample:
-        """The sequence at ``index``; what its pieces leave is end-of-text tokens that predict nothing."""
+        """The sequence at ``index``.
+
+        A piece begins with the token before it; at the beginning of a document, with end-of-text, as a prompt does.
+        What the pieces leave empty is end-of-text tokens that predict nothing, each a document of its own.
+        """
         tokens_S = np.full(self.length, eod, dtype=np.int64)
         labels_S = np.full(self.length, IGNORED, dtype=np.int64)
         start_S = np.arange(self.length)
@@ -82,6 +86,7 @@ def _epochs(tokens: IndexedTokens, length: int, seed: int, samples: int | None) 
 def _packed_documents(
     start_D: NDArray[np.int64], length_D: NDArray[np.int64], length: int, random: np.random.RandomState
 ) -> Arrays:
+    """The arrays of :class:`PackedSamples` for one epoch. Which pieces share a sequence is random too."""
     pieces_D = -(-length_D // length)
     document_P = np.repeat(np.arange(len(length_D)), pieces_D)
     offset_P = length * (np.arange(len(document_P)) - np.repeat(np.cumsum(pieces_D) - pieces_D, pieces_D))

@@ -1,4 +1,4 @@
-"""What a position attends to: earlier ones of its document, and within a window. Also places in documents.
+"""Which positions each position attends to: itself and those before it, within its document and a window.
 
 Shape suffixes besides those of ``dynmoe.routing``: Q query positions, P key positions; I blocks of queries, J blocks of
 keys.

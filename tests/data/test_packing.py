@@ -13,7 +13,8 @@ from dynmoe.config import DataConfig
 from dynmoe.config.constants import IGNORED
 from dynmoe.data.batches import PretrainingData
 from dynmoe.data.corpus import open_corpora
-from dynmoe.data.packing import best_fit
+from dynmoe.data.indexed import check_indexed, write_index
+from dynmoe.data.packing import best_fit, open_packed
 
 LENGTH = 32
 
@@ -70,6 +71,26 @@ def test_an_epoch_has_each_document_once_and_cuts_only_those_that_are_too_long(c
     assert padding < 0.05
     windows = sum(map(len, data.corpora[0].splits["train"].documents())) / length
     assert data.samples_per_epoch <= 1.05 * windows + 1
+
+
+def test_documents_may_have_several_sequences_or_none(tmp_path):
+    """As those that Megatron-LM's own tool splits into sentences: here 5 tokens, none, none, and 15."""
+    np.arange(20, dtype="<u2").tofile(tmp_path / "text.bin")
+    write_index(
+        tmp_path / "text", np.dtype("<u2"), np.array([3, 2, 0, 7, 8], np.int32), boundaries=np.array([0, 2, 2, 3, 5])
+    )
+    tokens = check_indexed(tmp_path / "text")
+    samples = open_packed(tokens, 16, 0, tmp_path / "cache", None)
+    found = []
+    for sample in (samples.sequence(index, eod=99) for index in range(len(samples))):
+        for start in np.unique(sample.start_S[sample.labels_S != IGNORED]):
+            own = sample.start_S == start
+            found.append((sample.tokens_S[own].tolist(), sample.labels_S[own].tolist()))
+    assert sorted(found) == [
+        ([99, *range(4)], [*range(5)]),
+        ([99, *range(5, 19)], [*range(5, 20)]),
+    ]
+    assert list(tokens.last_tokens(100)) == [4, 19]
 
 
 def test_epochs_are_packed_anew(corpus_dir, tmp_path):

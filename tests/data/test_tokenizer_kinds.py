@@ -200,10 +200,12 @@ def test_which_of_two_files_is_used(folders, corpus_dir, tmp_path):
     assert open_tokenizer(tmp_path).sha256 == open_tokenizer(folders["olmoe"]).sha256
 
 
+def recipe_of(source: Path, **options) -> Recipe:
+    return Recipe([str(source)], validation_fraction=0.3, **options)
+
+
 def prepare(source: Path, out: Path, **options) -> Corpus:
-    recipe = Recipe([str(source)], **{"validation_fraction": 0.3, **options})
-    build(recipe, out, workers=2)
-    assert is_current(recipe, out)
+    build(recipe_of(source, **options), out, workers=1)
     return Corpus.open(out)
 
 
@@ -236,6 +238,9 @@ def test_a_corpus_has_the_librarys_ids(folders, source, tmp_path):
 def test_decisions_are_kept_with_the_corpus(folders, source, tmp_path):
     options = {"tokenizer": str(folders["qwen3"]), "end_of_text": "<|im_end|>", "special_tokens": True}
     first = prepare(source, tmp_path / "first", **options)
+    assert is_current(recipe_of(source, **options), first.path)
+    for name in ("end_of_text", "special_tokens"):
+        assert not is_current(recipe_of(source, **options | {name: None}), first.path), name
     theirs = Fast.from_file(str(folders["qwen3"] / "tokenizer.json"))
     assert first.tokenizer.eod == theirs.token_to_id("<|im_end|>")
     inside = theirs.token_to_id(END)

@@ -9,12 +9,15 @@ import torch
 from dynmoe.config.constants import IGNORED
 from dynmoe.data.batches import Batch
 from dynmoe.engines import make_engine
+from dynmoe.model import Decoder
 from dynmoe.train.engine import take_step
+from dynmoe.train.optimizer import parameter_groups
 from tests.engines.cases import GLOBAL_BATCH, LENGTH, VOCAB, config_for, whole_state
 
 END = 0
-# The first documents of a sequence have these lengths, the last one has the rest.
-LENGTHS = [(5, 9), (1, 12), (10, 7), (4, 4)] * (GLOBAL_BATCH // 4)
+# The first documents of a sequence have these lengths, the last one has the rest. The last sequence has a boundary
+# between the two halves that context and tensor parallelism make.
+LENGTHS = [(5, 9), (1, 12), (10, 7), (4, 8)] * (GLOBAL_BATCH // 4)
 
 
 def starts() -> torch.Tensor:
@@ -43,7 +46,11 @@ def batches_of(engine: Any, seed: int, masked: bool, all_labels: bool) -> list[B
     labels = tokens[:, 1:]
     if not all_labels:
         labels = labels.masked_fill(labels % 2 == 0, IGNORED)
-    whole = Batch(tokens[:, :-1], labels, starts() if masked else None)
+    return micro_batches(engine, Batch(tokens[:, :-1], labels, starts() if masked else None))
+
+
+def micro_batches(engine: Any, whole: Batch) -> list[Batch]:
+    """The micro-batches of a rank."""
     size = engine.config.train.micro_batch
     rows = range(engine.data_rank * size, GLOBAL_BATCH, engine.data_size * size)
     return [whole._map(lambda tensor, row=row: tensor[row : row + size].clone()) for row in rows]
@@ -64,42 +71,68 @@ def first_passes(layers: list[Any]) -> list[list[torch.Tensor]]:
     return passes
 
 
-def one_step(overrides: list[str], seed: int, masked: bool, all_labels: bool) -> tuple[float, Any, torch.Tensor]:
-    """Loss, the rows of the embedding of odd tokens after a step, and the routing of odd tokens.
+def one_step(overrides: list[str], seed: int, masked: bool) -> tuple[float, Any, torch.Tensor]:
+    """Loss of odd tokens; then the rows of their embedding after a step over all tokens, and their routing in it.
 
     A large epsilon makes AdamW's update nearly proportional to the gradient.
     """
     engine = make_engine(config_for(*overrides, "optimizer.eps=1", "optimizer.clip_grad=0"), VOCAB)
+    loss = engine.compute_gradients(batches_of(engine, seed, masked, all_labels=False), record=False).lm_loss
+    engine.skip()
     passes = first_passes(engine.layers)
-    batches = batches_of(engine, seed, masked, all_labels)
-    gradients, _ = take_step(engine, batches, lr=1.0)
+    batches = batches_of(engine, seed, masked, all_labels=True)
+    take_step(engine, batches, lr=1.0)
     positions_P = engine.positions(LENGTH)
     odd = [batch.tokens_BS[:, positions_P].flatten() % 2 == 1 for batch in batches]
     routing = [own[rows] for maps in passes for own, rows in zip(maps, odd, strict=True)]
     state = {name: value for name, value in whole_state(engine).items() if name.endswith("w_embed_VD")}
     embedding = [value[1::2] for value in state.values()]  # shards begin with an even token
-    return gradients.lm_loss, embedding, torch.cat(routing) if routing else torch.empty(0)
+    return loss, embedding, torch.cat(routing) if routing else torch.empty(0)
 
 
 def influences(overrides: list[str], masked: bool) -> dict[str, float]:
     """How much of the second documents changes with all others: loss, gradient of the embedding, routing."""
-    found = {}
-    losses = [one_step(overrides, seed, masked, all_labels=False)[0] for seed in (1, 2)]
-    found["loss"] = abs(losses[0] - losses[1])
-    (_, before, routes), (_, after, others) = (one_step(overrides, seed, masked, all_labels=True) for seed in (1, 2))
-    found["gradient"] = max([(a - b).abs().max().item() for a, b in zip(before, after, strict=True)], default=0.0)
-    found["routing"] = (routes != others).float().mean().item() if len(routes) else 0.0
-    return found
+    (loss, before, routes), (other_loss, after, others) = (one_step(overrides, seed, masked) for seed in (1, 2))
+    return {
+        "loss": abs(loss - other_loss),
+        "gradient": max([(a - b).abs().max().item() for a, b in zip(before, after, strict=True)], default=0.0),
+        "routing": (routes != others).float().mean().item() if len(routes) else 0.0,
+    }
+
+
+def packed_batch(step: int) -> Batch:
+    """The global batch of a step: masked documents whose first token is not predicted, and few labels in some rows."""
+    tokens = text(step)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:].clone(), starts())
+    batch.labels_BS[batch.tokens_BS == END] = IGNORED
+    batch.labels_BS[batch.tokens_BS[:, 0] % 4 == 2, 5:] = IGNORED
+    return batch
 
 
 def train_packed(overrides: list[str], steps: int) -> list[float]:
-    """Losses of a few steps over masked documents, in which the first token of a document is not predicted."""
+    """Losses of a few steps over :func:`packed_batch`, whose passes have different numbers of labels that count."""
     engine = make_engine(config_for(*overrides, "data.predict_first_token=false"), VOCAB)
+    lr = engine.config.optimizer.lr
+    batches = (micro_batches(engine, packed_batch(step)) for step in range(steps))
+    return [take_step(engine, own, lr)[0].lm_loss for own in batches]
+
+
+def train_packed_plainly(overrides: list[str], steps: int) -> list[float]:
+    """The same with the plain model and torch's AdamW: each step is one pass over all sequences."""
+    config = config_for(*overrides)
+    settings = config.optimizer
+    model = Decoder(config.model, VOCAB, config.train.seed)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config), lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps
+    )
     losses = []
     for step in range(steps):
-        batches = batches_of(engine, step, masked=True, all_labels=True)
-        for batch in batches:  # of one sequence and of two: passes count different numbers of labels
-            batch.labels_BS[batch.tokens_BS == END] = IGNORED
-            batch.labels_BS[batch.tokens_BS[:, 0] % 4 == 2, 5:] = IGNORED
-        losses.append(take_step(engine, batches, engine.config.optimizer.lr)[0].lm_loss)
+        batch = packed_batch(step).looking_ahead(config.model.mtp.layers)
+        ahead = [(further.tokens_BS, further.labels_BS) for further in batch.ahead]
+        optimizer.zero_grad()
+        loss = model(batch.tokens_BS, batch.labels_BS, batch.start_BS, ahead=ahead)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
+        optimizer.step()
+        losses.append(loss.item())
     return losses

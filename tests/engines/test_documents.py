@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engines.document_cases import influences, train_packed
+from tests.engines.document_cases import influences, train_packed, train_packed_plainly
 from tests.engines.test_layouts import HALF, MEGATRON, WHOLE
 from tests.moe.cases import LATENT, ROUTERS, no_losses
 
@@ -43,18 +43,21 @@ def pools(one_rank, two_ranks, four_ranks):
 def test_a_document_changes_no_loss_gradient_or_routing_of_another(pools, layout):
     ranks, overrides = LAYOUTS[layout]
     masked = pools[ranks].run(influences, [*TOP_P, *PREDICTED, *overrides], True)
+    for name in ("loss", "gradient", "routing"):
+        assert max(found[name] for found in masked) < 1e-6, name
+    if ranks == 4:  # combines layouts of two ranks, in which the test does find leaks
+        return
     joined = pools[ranks].run(influences, [*TOP_P, *PREDICTED, *overrides], False)
     for name, smallest in {"loss": 1e-3, "gradient": 1e-4, "routing": 0.02}.items():
         assert max(found[name] for found in joined) > smallest, f"{name}: without the mask the test finds no leak"
-        assert max(found[name] for found in masked) < 1e-6, name
 
 
 @pytest.mark.parametrize("attention", [[], LATENT], ids=["heads", "latent"])
 @pytest.mark.parametrize(
     "layout", ["DeepSpeed EP 2, full", "Megatron TP 2", "Megatron PP 2 interleaved, full", "Megatron CP 2, selective"]
 )
-def test_a_loss_without_some_labels_does_not_depend_on_the_layout(pools, layout, attention):
+def test_a_loss_without_some_labels_is_the_mean_over_the_others(pools, layout, attention):
     ranks, overrides = LAYOUTS[layout]
-    (expected,) = pools[1].run(train_packed, [*TOP_P, *attention, *WHOLE], 6)
+    expected = train_packed_plainly([*TOP_P, *attention], 6)
     for found in pools[ranks].run(train_packed, [*TOP_P, *attention, *overrides], 6):
         assert found == pytest.approx(expected, rel=1e-5)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from dynmoe.config.constants import IGNORED
+from dynmoe.data.batches import PretrainingData
 from dynmoe.data.corpus import Corpus
 from dynmoe.evaluate import scoring
 from dynmoe.evaluate.domains import score_domains
@@ -100,3 +104,25 @@ def test_the_domain_of_a_run_on_one_corpus_has_its_validation_loss(undisturbed, 
     assert scores["perplexity"] == pytest.approx(2.718281828 ** scores["loss"], rel=1e-6)
     assert 0 < scores[EXPERTS] < 4
     assert calls[-1] == (8, 8)
+
+
+@pytest.mark.parametrize("packing", [None, "best_fit"])
+@pytest.mark.parametrize("documents", [{"documents": "joined"}, {"documents": "masked", "predict_first_token": False}])
+def test_the_loss_of_a_domain_is_that_of_its_batches(model, corpus_dir, tmp_path, documents, packing):
+    """However documents fill sequences, and whatever they see; the loss of whole batches is the decoder's."""
+    own = WholeModel(model.trained)
+    own.config = dataclasses.replace(
+        model.config, data=dataclasses.replace(model.config.data, packing=packing, **documents)
+    )
+    corpus = Corpus.open(corpus_dir)
+    data = PretrainingData([corpus], own.config.data, own.config.train.seed, tmp_path / "batches")
+    batch = data.validation_batch(range(min(20, data.validation_samples)))
+    counted_BS = batch.labels_BS != IGNORED
+    assert counted_BS.all() == (packing is None and documents["documents"] == "joined")
+    if packing is not None:
+        breaks_BS = (batch.labels_BS[:, :-1] != batch.tokens_BS[:, 1:]) & counted_BS[:, :-1]
+        assert breaks_BS.any(), "no label differs from the next token"
+    with torch.no_grad():
+        expected = own.trained.decoder(batch.tokens_BS, batch.labels_BS, batch.start_BS).item()
+    found = score_domains(own, {"here": corpus}, tmp_path / "passages", lambda done, of: None)["here"]
+    assert found["loss"] == pytest.approx(expected, rel=1e-5)

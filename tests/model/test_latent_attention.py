@@ -122,7 +122,7 @@ def test_narrow_values_give_the_attention_of_softmax(mask):
     scores = (q @ k.transpose(2, 3) / math.sqrt(10)).masked_fill(~seen, -torch.inf)
     expected = scores.softmax(dim=-1) @ v
     torch.testing.assert_close(causal_attention(q, k, v, shown), expected)
-    if shown is not None:  # as on a GPU
+    if shown is not None:  # the mask as a kernel on a GPU gets it
         torch.testing.assert_close(flex_attention(q, k, v, block_mask=shown.blocks), expected)
 
 
