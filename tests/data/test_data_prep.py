@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from data_prep.build import build, is_current
 from data_prep.recipe import Recipe
@@ -176,6 +179,8 @@ def test_the_command_builds_verifies_and_fails_in_one_line(tmp_path):
     built = run(str(tmp_path / "text"), "--out", out, "--vocab-size", "400", "--validation-fraction", "0.2")
     assert built.returncode == 0, built.stderr
     assert "unigram entropy" in built.stdout
+    assert "each document ends with the token '</s>', id 2" in built.stdout
+    assert "unknown" not in built.stdout
     assert "intact" in run("verify", out).stdout
     flip(tmp_path / "out" / "train.bin", 100)
     for failed in (run("verify", out), run(str(tmp_path / "nowhere"), "--out", str(tmp_path / "other"))):
@@ -185,6 +190,34 @@ def test_the_command_builds_verifies_and_fails_in_one_line(tmp_path):
         assert "Traceback" not in failed.stderr
     assert not (tmp_path / "other").exists()
     assert [path.name for path in tmp_path.iterdir() if "building" in path.name] == []
+
+
+def test_options_and_places_that_make_no_sense_are_refused(tmp_path):
+    write_texts(tmp_path / "text", documents=20)
+    (tmp_path / "file").touch()
+    for arguments, problem in (
+        (["--tokenizer", "t", "--vocab-size", "400"], "--vocab-size: applies to a tokenizer that is trained"),
+        (["--tokenizer", "t", "--tokenizer-mb", "4"], "--tokenizer-mb: applies to a tokenizer that is trained"),
+        (["--out", str(tmp_path / "file" / "out"), "--vocab-size", "400"], "cannot be written (Not a directory); use"),
+    ):
+        failed = run(str(tmp_path / "text"), "--out", str(tmp_path / "out"), *arguments)
+        assert failed.returncode == 2, failed.stderr
+        assert problem in failed.stderr
+        assert "Traceback" not in failed.stderr
+
+
+def test_text_that_a_tokenizer_loses_is_told(tmp_path):
+    words = Tokenizer(WordLevel({"[UNK]": 0, "<|endoftext|>": 1, "a": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    words.add_special_tokens(["<|endoftext|>"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text").mkdir()
+    for number in range(40):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"a b {number}")
+    chosen = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--validation-fraction", "0.3"]
+    built = run(str(tmp_path / "text"), "--out", str(tmp_path / "out"), *chosen)
+    assert built.returncode == 0, built.stderr
+    assert "train: 50.0% of the tokens are unknown to the tokenizer; their text is lost" in built.stdout
 
 
 def start_late(parent: int, folder: str) -> None:

@@ -131,6 +131,7 @@ def test_files_and_patterns_that_cannot_be_used(ranks, tmp_path):
         (r"\p{N}{1,3}+|\D", r"reads this differently: .*\(\?>X\{1,3\}\)"),
         (r"\s+$|.", r"write \\z"),
         ("a|(?i)b", "write \\(\\?i:X\\)"),
+        ("cl100k_base", "no such pattern; use gpt2, .*, or a regular expression"),
         ("(", r"is neither gpt2, .* nor a regular expression \(.*\); correct it"),
     ):
         refused(path, problem, pattern=pattern)

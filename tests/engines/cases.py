@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -120,6 +121,20 @@ def save_state(engine: Any, directory: str) -> None:
     dist.barrier()
     made.finish()
     dist.barrier()
+
+
+def warnings_of_a_save(overrides: list[str], directory: str) -> list[str]:
+    """What Megatron says when it compares the parts of a checkpoint that are the same on all ranks."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron.core.dist_checkpointing.validation")
+    logger.addHandler(handler)
+    try:
+        save_state(make_engine(config_for(*overrides), VOCAB), directory)
+    finally:
+        logger.removeHandler(handler)
+    return said
 
 
 def place(engine: Any) -> tuple[int, int]:

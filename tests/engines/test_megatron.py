@@ -12,7 +12,16 @@ import torch
 
 from dynmoe.engines import make_engine
 from dynmoe.errors import ConfigError
-from tests.engines.cases import config_for, forward_only, refusal, to_canonical, train, train_into_nan, train_plainly
+from tests.engines.cases import (
+    config_for,
+    forward_only,
+    refusal,
+    to_canonical,
+    train,
+    train_into_nan,
+    train_plainly,
+    warnings_of_a_save,
+)
 from tests.engines.comparisons import maps_of_all_ranks, read_canonical
 from tests.golden.make_megatron import FIELDS
 from tests.moe.cases import ATTENTIVE, BASELINES, LATENT, LONGCAT, ROUTERS
@@ -75,6 +84,11 @@ def test_f19_a_checkpoint_fits_another_layout(plain, one_rank, two_ranks, tmp_pa
     assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
     result = pool.run(train, [*BASE, *after], 5, 55, str(saved))[0]
     assert result["losses"] == pytest.approx(plain(steps=55)["losses"][5:], rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", [DP2, EP2], ids=["DP 2", "EP 2"])
+def test_ranks_save_the_same_common_state(two_ranks, tmp_path, layout):
+    assert two_ranks.run(warnings_of_a_save, [*BASE, *layout], str(tmp_path / "saved")) == [[], []]
 
 
 @pytest.mark.parametrize("version", ["0.16", "0.19"])

@@ -92,6 +92,16 @@ def test_the_search_agrees_with_trying_everything(engine):
     assert len(found) > 10
 
 
+@pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
+def test_the_fewest_ranks_are_the_first_that_can_train(engine):
+    base = load_config(None, [*MODEL, f"engine={engine}", "train.global_batch=64"])
+    for sizes in SIZES[engine]:
+        config = dataclasses.replace(base, parallel=dataclasses.replace(base.parallel, **sizes))
+        first = next(ranks for ranks in range(1, MOST_RANKS) if can_train(config, ranks, 1))
+        assert config.parallel.fewest_ranks == first, sizes
+        assert config.training_command == f"torchrun --nproc-per-node {first} train.py runs/default/config.yaml"
+
+
 def test_many_ranks_are_searched_at_once():
     """Of 4,095 ranks, 4,094 cannot share 4,096 sequences evenly."""
     config = load_config(None, [*MODEL, "train.global_batch=4096", "train.micro_batch=64"])
@@ -120,7 +130,8 @@ def save(fields: list[str], step: int = 10, samples: int = 40, ranks: int = 4) -
 
 def test_a_first_start_with_a_mistake_is_an_error(fields):
     config = load_config(None, fields)
-    with pytest.raises(ConfigError, match=r"parallel\.expert=2: must divide the world size \(3\); use a divisor of it"):
+    cure = r"start a multiple of 2 ranks, or use a divisor"
+    with pytest.raises(ConfigError, match=rf"parallel\.expert=2: must divide the world size \(3\); {cure}"):
         fit_start(config, 3)
     save(fields, samples=0)  # made by a tool, and not trained
     with pytest.raises(ConfigError, match="must divide the world size"):
