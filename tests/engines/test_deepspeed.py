@@ -126,6 +126,19 @@ def test_zero_stages_agree_and_resume_bitwise(two_ranks, tmp_path, stage, precis
     assert straight[0]["losses"] == pytest.approx(reference["losses"], rel=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("stage", "optimizer"), [*[(stage, "adamw") for stage in (0, 1, 2, 3)], *[(stage, "muon") for stage in (0, 1, 2)]]
+)
+def test_a_bf16_run_begins_with_masters_of_the_initial_weights(one_rank, stage, optimizer):
+    """Before the first step, whatever DeepSpeed does to set up its optimizers."""
+    overrides = [*ONE, "train.precision=bf16", f"deepspeed.zero_stage={stage}", f"optimizer.kind={optimizer}"]
+    (begun,) = one_rank.run(train, overrides, 0, 0)
+    weights = {name: value for name, value in begun["state"].items() if f"{name}|param" in begun["state"]}
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    for name, value in weights.items():
+        assert torch.equal(begun["state"][f"{name}|param"], value.float()), name
+
+
 @pytest.fixture(scope="module")
 def whole_run(one_rank):
     return one_rank.run(train, [*ONE, "deepspeed.zero_stage=0"], 0, 55)[0]["losses"]
