@@ -1,8 +1,9 @@
-"""How the command-line tools report errors."""
+"""How the command-line tools end: with an error in one line, or quietly if nobody reads their output any more."""
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import time
@@ -22,11 +23,15 @@ def run_tool(main: Callable[[], None]) -> None:
     Launchers stop every rank as soon as one exits. So the first rank of each host reports the error at once, and the
     other ranks report it only if they are not stopped meanwhile, because then only they have failed. Each failure is
     also recorded for the launcher, which prints the first one last.
+
+    If the reader of standard output ends first, as in ``... | head``, the tool ends without a message, with the status
+    that a shell gives to programs that SIGPIPE ends.
     """
     try:
         if (failure := failure_to_repeat()) is not None:
             raise UserError(failure)
         main()
+        sys.stdout.flush()  # here rather than while Python shuts down, where an error cannot be handled
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # main may have replaced it; SIGTERM must end the wait
@@ -34,6 +39,16 @@ def run_tool(main: Callable[[], None]) -> None:
         record_failure(str(error), by_user=True)
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_USER_ERROR) from None
-    except Exception:
+    except Exception as error:
         record_failure(traceback.format_exc().rstrip(), by_user=False)
+        if isinstance(error, BrokenPipeError) and _output_has_no_reader():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the rest when it ends
+            raise SystemExit(128 + signal.SIGPIPE) from None
         raise
+
+
+def _output_has_no_reader() -> bool:
+    """Whether standard output is a pipe that nobody reads; other pipes and sockets break too."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # errors are reported in any case
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -87,13 +87,7 @@ def warm_start(
         raise UserError(f"OUT: {output} exists; name a new directory")
     old = load_config(run / "config.yaml")
     config = _configuration(old, run, output, experts, granularity, overrides)
-    fitted = config.model.router.kind == TopP.kind
-    if fitted and old.model.moe_layers and experts_per_token is None:
-        experts_per_token = old.budget.experts_per_token or old.model.router.expected_experts
-    if fitted and config.model.router.budgets:
-        experts_per_token = config.budget.experts_per_token  # p is fitted to each budget
-    if experts_per_token is not None and not fitted:
-        raise UserError(f"--experts-per-token={experts_per_token}: only top_p fits p; use model.router.kind=top_p")
+    wanted = _experts_of_fit(old, config, experts_per_token)
     model = open_trained(run, torch.device("cpu"), mtp=True)
     tokens_BS = _validation_text(config, model.tokenizer.sha256)
     decoder = Decoder(config.model, model.decoder.w_embed_VD.shape[0], config.train.seed).eval()
@@ -101,8 +95,8 @@ def warm_start(
     _copy(model.decoder, decoder)
     if not old.model.moe_layers:
         _upcycle(model.decoder, decoder, granularity, config.train.seed, symmetry_break)
-    if experts_per_token is not None:
-        fit_p(decoder, tokens_BS, experts_per_token)
+    if wanted is not None:
+        fit_p(decoder, tokens_BS, wanted)
     measured = [layer for layer in decoder.moe_layers if layer.layer < config.model.layers]
     with capture_plans(measured) as plans:
         loss_before, loss, difference = _compare(model.decoder, decoder, tokens_BS)
@@ -110,6 +104,19 @@ def warm_start(
     layers = len(measured)
     routes = [sum(float(plan.routing_map_TE.sum()) for plan in plans[layer::layers]) for layer in range(layers)]
     return WarmStart(config, loss_before, loss, difference, [count / tokens_BS.numel() for count in routes])
+
+
+def _experts_of_fit(old: Config, config: Config, given: float | None) -> float | None:
+    """Experts per token to which p of the new model is fitted; None: it is not fitted."""
+    if config.model.router.kind != TopP.kind:
+        if given is not None:
+            raise UserError(f"--experts-per-token={given}: only top_p fits p; use model.router.kind=top_p")
+        return None
+    if config.model.router.budgets:
+        return config.budget.experts_per_token  # p is fitted to each budget
+    if given is None and old.model.moe_layers:
+        return old.budget.experts_per_token or old.model.router.expected_experts
+    return given
 
 
 def _upcycle(dense: Decoder, decoder: Decoder, granularity: int, seed: int, symmetry_break: float) -> None:

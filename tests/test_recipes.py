@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +14,9 @@ from dynmoe.engines import make_engine
 from dynmoe.plan.layout import Layout
 from dynmoe.plan.memory import memory_of_stage
 from dynmoe.train.engine import take_step
-from harness.processes import CPU, ROOT
+from harness.processes import ROOT
 from tests.engines.cases import GLOBAL_BATCH, LENGTH, VOCAB, keep_maps, micro_batches
+from tests.plan.started import bytes_of_ranks
 
 STEPS = 100
 # Every structure of the model stays; only sizes become small. The biases settle within these steps.
@@ -88,14 +85,7 @@ def check_dry_start(name: str, ranks_of_stage: Callable[[range], Sequence[int]],
     stages = config.parallel.pipeline
     size = layout.world_size // stages
     chosen = [ranks_of_stage(range(stage * size, (stage + 1) * size)) for stage in range(stages)]
-    # In a process of its own, in which no engine has been started before.
-    given = [str(path_of(name)), str(nodes), "8", *(str(rank) for ranks in chosen for rank in ranks)]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.plan.started", *given], cwd=ROOT, env=os.environ | CPU, capture_output=True,
-        text=True, check=False, timeout=3600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    started = iter(json.loads(done.stdout.splitlines()[-1]))
+    started = iter(bytes_of_ranks(layout, [rank for ranks in chosen for rank in ranks]))
     for stage, ranks in enumerate(chosen):
         planned = memory_of_stage(layout, stage, 8.0).static
         found = [next(started) for _ in ranks]

@@ -18,7 +18,8 @@ class DeepSpeedConfig(Section):
     _section: ClassVar[str] = "deepspeed"
 
     zero_stage: int = option(
-        1, "ZeRO stage: shard nothing (0), optimizer state (1), also gradients (2), or also weights (3)",
+        1, "ZeRO stage: shard nothing (0), optimizer state (1), also gradients (2), or also weights (3); Megatron-Core "
+        "always shards the optimizer state",
         at_least=0, at_most=3,
     )  # fmt: skip
 

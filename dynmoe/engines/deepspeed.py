@@ -1,4 +1,4 @@
-"""DeepSpeed engine: data and expert parallelism with ZeRO 0, 1 and 2, for our model and MoE layer."""
+"""DeepSpeed engine: data and expert parallelism with ZeRO 0 to 3, for our model and MoE layer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from dynmoe.config.constants import DEEPSPEED_BUCKET, DEEPSPEED_PERSISTENT, DEEP
 from dynmoe.data.batches import Batch
 from dynmoe.engines import deepspeed_muon, deepspeed_state
 from dynmoe.engines.deepspeed_zero3 import PartitionedMoELayer, PartitionedState
-from dynmoe.engines.device import take_gpu
+from dynmoe.engines.device import check_backend, take_gpu
 from dynmoe.engines.loss import TextLosses, tokens_of_pass
 from dynmoe.engines.patience import PATIENCE, be_patient
 from dynmoe.engines.runtime import MoERuntime
@@ -42,7 +42,6 @@ from dynmoe.moe import MoEContext, MoEGroups, MoELayer
 from dynmoe.moe.adaptation import AdaptationEvent
 from dynmoe.moe.replay import RoutingReplay
 from dynmoe.moe.trace import RoutingTrace
-from dynmoe.ops import configured_backend
 from dynmoe.train.engine import Gradients, Snapshot, StepReport
 from dynmoe.train.muon import MuonAdamW
 from dynmoe.train.optimizer import make_optimizer, parameter_groups
@@ -292,7 +291,7 @@ def start_processes(config: Config | None = None) -> torch.device:
     """Joins the process group of the launcher, or creates one of a single rank; returns this rank's device.
 
     Raises:
-        ConfigError: the experts of ``config`` cannot be computed on this device; not if the group already exists.
+        ConfigError: see :func:`check_backend`.
     """
     choose_interface()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -302,8 +301,7 @@ def start_processes(config: Config | None = None) -> torch.device:
         os.environ.update(alone)
     cuda = os.environ.get("DS_ACCELERATOR") != "cpu"
     device = take_gpu(", or set DS_ACCELERATOR=cpu") if cuda else torch.device("cpu")
-    if config is not None and config.model.moe_layers and not dist.is_initialized():  # a dry start has another device
-        configured_backend(config, device)
+    check_backend(config, device)
     # DeepSpeed's shared-memory collectives need a compiler and leave files in shared memory if a rank is killed; gloo
     # does neither. Without this list, DeepSpeed also runs a compiler to find out which of its operators could be built.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
@@ -315,10 +313,10 @@ def start_processes(config: Config | None = None) -> torch.device:
 
 
 def _load_muon() -> None:
-    """Imports Muon, as DeepSpeed does for every optimizer, but without TorchInductor.
+    """Imports DeepSpeed's Muon, as DeepSpeed does for every optimizer, but without TorchInductor.
 
-    Muon's functions are decorated by ``torch.compile``, whose first use loads the compiler. That takes a second, and
-    this engine never runs Muon.
+    Its functions are decorated by ``torch.compile``, whose first use loads the compiler. That takes a second, and this
+    engine has a Muon of its own.
     """
     name = "TORCHDYNAMO_DISABLE"  # read by torch.compile while it decorates
     before = os.environ.get(name)

@@ -23,11 +23,15 @@ from dynmoe.train.muon import MuonAdamW
 def introduced(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """The context in which DeepSpeed takes over an optimizer, which may be Muon.
 
-    DeepSpeed warns of classes that it does not know. Without ZeRO it takes a step in which all gradients are zero,
-    before :func:`connect` can know the parts of the matrices.
+    In bf16 without ZeRO, DeepSpeed takes a step in which all gradients are zero, before :func:`connect` can know the
+    parts of the matrices. The learning rate is 0 meanwhile, or weight decay would change the initial weights. DeepSpeed
+    also warns of classes that it does not know.
     """
     logger = logging.getLogger("DeepSpeed")
     level = logger.level
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
     if isinstance(optimizer, MuonAdamW):
         logger.setLevel(logging.ERROR)
         numbers = (group["number"] for group in optimizer.param_groups)
@@ -36,6 +40,8 @@ def introduced(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+        for group, lr in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
 
 
 def connect(

@@ -56,9 +56,9 @@ class Export:
 def export(run: Path, output: Path, dtype: torch.dtype = torch.float32, own_code: bool = False) -> Export:
     """Exports the latest valid checkpoint of a run, of either engine, for ``from_pretrained``.
 
-    A model that transformers has an architecture for (dense, or top-k) needs no code; any other includes ours, which
-    has no latent attention. An imported checkpoint's positions, special tokens, tokenizer and generation settings are
-    exported unchanged.
+    A model that transformers has an architecture for (dense, top-k, LongCat-Flash) needs no code; any other includes
+    ours, which has no latent attention. An imported checkpoint's positions, special tokens, tokenizer and generation
+    settings are exported unchanged.
 
     Args:
         run: directory of the run.
@@ -129,11 +129,7 @@ def _check_supported(model: ModelConfig, own_code: bool) -> None:
 def _architecture(model: TrainedDecoder, own_code: bool) -> str:
     """The ``model_type`` of the export."""
     standard = None if own_code else standard_architecture(model.config.model)
-    if standard in ("deepseek_v3", "longcat_flash"):  # which have biases
-        if _has_inactive_experts(model):
-            raise UserError(
-                "model.router.kind=top_k: inactive experts and latent attention cannot be exported together"
-            )
+    if standard in ("deepseek_v3", "longcat_flash"):  # with biases, and routers that do not deactivate experts
         return standard
     return "dynmoe" if standard is None or _is_biased(model) or _has_inactive_experts(model) else standard
 

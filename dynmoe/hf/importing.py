@@ -24,11 +24,10 @@ from dynmoe.trained import begin_run
 def import_checkpoint(source: Path, output: Path, overrides: Sequence[str] = ()) -> tuple[str, Config]:
     """Creates the run directory ``output``, whose training starts from the weights in ``source`` with new moments.
 
-    Supported are the release of arXiv 2403.07652, Llama, Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V3 with as many layers
-    for further tokens as ``model.mtp.layers``, LongCat-Flash without such layers, and every export of ours, as written
-    or as saved again by transformers, in safetensors. Our routers keep their budget, thresholds and masks. The
-    tokenizer and other files of the model are
-    kept in the run directory, for a later export.
+    Supported are the release of arXiv 2403.07652, Llama, Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V3 with as
+    many layers for further tokens as ``model.mtp.layers``, LongCat-Flash without such layers, and every export of
+    ours, as written or as saved again by transformers, in safetensors. Our routers keep their budget, thresholds and
+    masks. The tokenizer and other files of the model are kept in the run directory, for a later export.
 
     Args:
         source: directory with ``config.json`` and the weights.

@@ -226,7 +226,8 @@ class Decoder(nn.Module):
         places = self._places(documents, hidden_BSD.shape[1])
         x_BSD = hidden_BSD
         losses = []
-        for layer, (tokens_BS, labels_BS), total in zip(self.layers[-len(ahead) :], ahead, totals, strict=True):
+        layers = self.layers[self.settings.layers :]
+        for layer, (tokens_BS, labels_BS), total in zip(layers, ahead, totals, strict=True):
             x_BSD = self._run(layer, x_BSD, F.embedding(tokens_BS, self.w_embed_VD), *places)
             losses.append(self._loss(x_BSD, labels_BS, total))
         self.context.start_counts()

@@ -36,8 +36,9 @@ def main() -> None:
     if given.nodes < 1 or given.gpus < 1:
         raise UserError(f"--nodes {given.nodes} --gpus {given.gpus}: both must be at least 1")
     hardware = Hardware(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Hardware)})
-    for name, value in vars(hardware).items():
-        if value <= 0:
+    counts = ("experts_per_token", "vocab_size", "layouts")
+    for name, value in (vars(hardware) | {name: getattr(given, name) for name in counts}).items():
+        if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0")
     config = load_config(given.config, given.overrides)
     vocab_size = given.vocab_size or config.model.vocab_size

@@ -145,10 +145,12 @@ def _muon(layout: Layout) -> Traffic:
         return Traffic()
     stage = layout.heaviest_stage
     whole = config.engine == "deepspeed" and config.deepspeed.zero_stage == 0  # ranks hold all parts already
+    dense = layout.data_parallel
+    experts = layout.expert_data_parallel
     total = Traffic()
     for count, replicas, size, stride in (
-        (layout.dense_matrices(stage), layout.data_parallel, layout.data_parallel * config.parallel.tensor, 1),
-        (layout.expert_parameters(stage), *2 * (layout.expert_data_parallel,), config.parallel.expert),
+        (layout.dense_matrices(stage), dense, dense * config.parallel.tensor, 1),
+        (layout.expert_parameters(stage), experts, experts, config.parallel.expert),
     ):
         if size == 1:
             continue

@@ -60,8 +60,13 @@ def keep_maps(layers: list[Any]) -> dict[int, list[torch.Tensor]]:
     return maps
 
 
-def train(overrides: list[str], first: int, last: int, load: str = "", save: str = "") -> dict[str, Any]:
-    """Trains steps ``first`` to ``last`` - 1; returns losses, norms, routing maps, statistics and the final state."""
+def train(
+    overrides: list[str], first: int, last: int, load: str = "", save: str = "", save_before: int | None = None
+) -> dict[str, Any]:
+    """Trains steps ``first`` to ``last`` - 1; returns losses, norms, routing maps, statistics and the final state.
+
+    Saves a checkpoint in ``save`` before step ``save_before``, by default after all steps.
+    """
     config = config_for(*overrides)
     config.check_world(dist.get_world_size())
     engine = make_engine(config, VOCAB)
@@ -76,6 +81,8 @@ def train(overrides: list[str], first: int, last: int, load: str = "", save: str
     events = []
     attentions = 0
     for step in range(first, last):
+        if step == save_before:
+            save_state(engine, save)
         batches = micro_batches(config, step, engine.data_rank, engine.data_size)
         with patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as attention:
             gradients, changes = take_step(engine, batches, config.optimizer.lr, record=True)
@@ -87,7 +94,7 @@ def train(overrides: list[str], first: int, last: int, load: str = "", save: str
         norms.append(gradients.grad_norm)
         rows.append(report.routed_rows)
         statistics.append({layer: vector.tolist() for layer, vector in report.statistics.items()})
-    if save:
+    if save and save_before is None:
         save_state(engine, save)
     return {
         "losses": losses, "further": further, "norms": norms, "maps": maps, "rows": rows, "statistics": statistics,

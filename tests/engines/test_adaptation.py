@@ -164,12 +164,11 @@ def test_a_new_expert_can_start_from_the_weights_of_its_slot(two_ranks, stage):
 )
 def test_resuming_within_a_window_does_not_change_decisions(two_ranks, tmp_path, overrides):
     overrides = [*ADAPTIVE, *SHORT, *overrides]
-    straight = two_ranks.run(train, overrides, 0, 22)
-    half = two_ranks.run(train, overrides, 0, 17, "", str(tmp_path / "saved"))
+    straight = two_ranks.run(train, overrides, 0, 22, "", str(tmp_path / "saved"), 17)
     resumed = two_ranks.run(train, overrides, 17, 22, str(tmp_path / "saved"))
     assert any(event.step == 20 for event in straight[0]["events"])
-    for whole, before, after in zip(straight, half, resumed, strict=True):
-        assert before["events"] + after["events"] == whole["events"]
+    for whole, after in zip(straight, resumed, strict=True):
+        assert [event for event in whole["events"] if event.step > 17] == after["events"]
         assert all(torch.equal(value, after["state"][name]) for name, value in whole["state"].items())
 
 

@@ -103,6 +103,18 @@ def test_losses_that_are_means_over_tokens_do_not_depend_on_micro_batches(one_ra
     assert quarters["norms"] == pytest.approx(whole["norms"], rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def exact(two_ranks):
+    """Losses of six steps in fp32 with ZeRO 1."""
+
+    @functools.cache
+    def run(model: str):
+        layout = [*HALF, "parallel.expert=2", *MODELS[model]]
+        return two_ranks.run(train, [*layout, "deepspeed.zero_stage=1"], 0, 6)[0]["losses"]
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("stage", "precision", "model"),
     [
@@ -111,19 +123,30 @@ def test_losses_that_are_means_over_tokens_do_not_depend_on_micro_batches(one_ra
         pytest.param(1, "bf16", "longcat_flash", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
-def test_zero_stages_agree_and_resume_bitwise(two_ranks, tmp_path, stage, precision, model):
+def test_zero_stages_agree_and_resume_bitwise(exact, two_ranks, tmp_path, stage, precision, model):
     layout = [*HALF, "parallel.expert=2", *MODELS[model]]
     overrides = [*layout, f"deepspeed.zero_stage={stage}", f"train.precision={precision}"]
-    straight = two_ranks.run(train, overrides, 0, 6)
-    two_ranks.run(train, overrides, 0, 3, "", str(tmp_path / "saved"))
+    straight = two_ranks.run(train, overrides, 0, 6, "", str(tmp_path / "saved"), 3)
     resumed = two_ranks.run(train, overrides, 3, 6, str(tmp_path / "saved"))
     for whole, half in zip(straight, resumed, strict=True):
         assert half["losses"] == whole["losses"][3:]
         assert half["norms"] == whole["norms"][3:]
         assert all(torch.equal(value, half["state"][name]) for name, value in whole["state"].items())
-    reference = two_ranks.run(train, [*layout, "deepspeed.zero_stage=1"], 0, 6)[0]
     tolerance = 1e-6 if precision == "fp32" else 5e-3
-    assert straight[0]["losses"] == pytest.approx(reference["losses"], rel=tolerance)
+    assert straight[0]["losses"] == pytest.approx(exact(model), rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("stage", "optimizer"), [*[(stage, "adamw") for stage in (0, 1, 2, 3)], *[(stage, "muon") for stage in (0, 1, 2)]]
+)
+def test_a_bf16_run_begins_with_masters_of_the_initial_weights(one_rank, stage, optimizer):
+    """Before the first step, whatever DeepSpeed does to set up its optimizers."""
+    overrides = [*ONE, "train.precision=bf16", f"deepspeed.zero_stage={stage}", f"optimizer.kind={optimizer}"]
+    (begun,) = one_rank.run(train, overrides, 0, 0)
+    weights = {name: value for name, value in begun["state"].items() if f"{name}|param" in begun["state"]}
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    for name, value in weights.items():
+        assert torch.equal(begun["state"][f"{name}|param"], value.float()), name
 
 
 @pytest.fixture(scope="module")

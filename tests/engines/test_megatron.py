@@ -156,8 +156,7 @@ def replicated(result) -> dict[str, torch.Tensor]:
 )
 def test_a_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(two_ranks, tmp_path, layout):
     overrides = [*BASE, *layout, "train.precision=bf16"]
-    straight = two_ranks.run(train, overrides, 0, 4)
-    two_ranks.run(train, overrides, 0, 2, "", str(tmp_path / "saved"))
+    straight = two_ranks.run(train, overrides, 0, 4, "", str(tmp_path / "saved"), 2)
     resumed = two_ranks.run(train, overrides, 2, 4, str(tmp_path / "saved"))
     for whole, half in zip(straight, resumed, strict=True):
         assert half["losses"] == whole["losses"][2:]

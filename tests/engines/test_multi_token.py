@@ -51,8 +51,7 @@ def test_losses_and_gradients_are_those_of_megatrons_own_module(one_rank, extra)
 def test_a_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(pools, tmp_path, name):
     ranks, layout = SPREAD[name]
     overrides = [*ONE_FURTHER, *layout, *BF16]
-    straight = pools[ranks].run(train, overrides, 0, 4)
-    pools[ranks].run(train, overrides, 0, 2, "", str(tmp_path / "saved"))
+    straight = pools[ranks].run(train, overrides, 0, 4, "", str(tmp_path / "saved"), 2)
     resumed = pools[ranks].run(train, overrides, 2, 4, str(tmp_path / "saved"))
     for whole, half in zip(straight, resumed, strict=True):
         for figure in ("losses", "further", "norms"):

@@ -33,10 +33,9 @@ def plain(one_rank):
 def test_zero_stages_train_like_single_matrices_and_resume_bitwise(plain, four_ranks, tmp_path, stage):
     """Four ranks, with two replicas of each expert."""
     overrides = [*MUON, *QUARTER, "parallel.expert=2", f"deepspeed.zero_stage={stage}"]
-    straight = four_ranks.run(train, overrides, 0, 12)
+    straight = four_ranks.run(train, overrides, 0, 12, "", str(tmp_path / "saved"), 6)
     assert straight[0]["losses"] == pytest.approx(plain(), rel=1e-5)
     assert plain()[-1] < plain()[0] - 0.3, "the model learned nothing: the comparison is weak"
-    four_ranks.run(train, overrides, 0, 6, "", str(tmp_path / "saved"))
     resumed = four_ranks.run(train, overrides, 6, 12, str(tmp_path / "saved"))
     for whole, half in zip(straight, resumed, strict=True):
         assert half["losses"] == whole["losses"][6:]
@@ -56,8 +55,7 @@ def test_bf16_trains_like_fp32(plain, two_ranks, overrides):
 
 def test_a_megatron_run_resumes_bitwise(four_ranks, tmp_path):
     overrides = [*MUON, "engine=megatron", *HALF, "parallel.tensor=2", "parallel.expert=2"]
-    straight = four_ranks.run(train, overrides, 0, 6)
-    four_ranks.run(train, overrides, 0, 3, "", str(tmp_path / "saved"))
+    straight = four_ranks.run(train, overrides, 0, 6, "", str(tmp_path / "saved"), 3)
     resumed = four_ranks.run(train, overrides, 3, 6, str(tmp_path / "saved"))
     for whole, half in zip(straight, resumed, strict=True):
         assert half["losses"] == whole["losses"][3:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from dynmoe.hf import command
 from dynmoe.hf.export import export
 from dynmoe.hf.importing import import_checkpoint
 from dynmoe.trained import open_decoder
-from tests.hf.cases import YARN, begin, run_decoder, some_tokens, train_run
+from tests.hf.cases import YARN, begin, run_decoder, some_tokens
 from tests.hf.test_import import imported
 from tests.moe.cases import BASELINES, LATENT
 
@@ -131,29 +130,6 @@ def test_an_imported_checkpoint_is_exported_with_identical_weights(tmp_path, nam
     tokens = some_tokens(90)
     with torch.no_grad():
         torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_is_exported_and_imported_again(corpus_dir, tmp_path, name):
-    from transformers import DeepseekV3ForCausalLM
-
-    begun = begin(corpus_dir, tmp_path / "run_biased", RUNS[name])
-    assert all(layer.router.bias_E.any() for layer in begun.decoder.moe_layers)
-    assert export(begun.path, tmp_path / "out").architecture == "deepseek_v3"
-    assert not list((tmp_path / "out").glob("*.py"))
-    model, found = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(found.values()), found
-    compare(begun.decoder, model.eval())
-    _, again = imported(tmp_path / "out", tmp_path / "again")
-    state = begun.decoder.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
-
-
-def test_selection_biases_keep_fp32_in_bf16(corpus_dir, tmp_path):
-    export(begin(corpus_dir, tmp_path / "run_biased", OURS).path, tmp_path / "out", torch.bfloat16)
-    kinds = {name: value.dtype for name, value in load_file(tmp_path / "out" / "model.safetensors").items()}
-    assert kinds["model.layers.1.mlp.gate.e_score_correction_bias"] == torch.float32
-    assert kinds["model.layers.1.mlp.gate.weight"] == torch.bfloat16
 
 
 @pytest.mark.parametrize(("extra", "problem"), [
@@ -316,26 +292,3 @@ def test_other_exports_leave_the_layers_out_with_a_line(corpus_dir, tmp_path, mo
     assert not any("layers.3." in name for name in load_file(tmp_path / "out" / "model.safetensors"))
     with pytest.raises(UserError, match=r"^model\.mtp\.layers=1: a checkpoint of dynmoe has no such layers"):
         import_checkpoint(tmp_path / "out", tmp_path / "again", ["model.mtp.layers=1"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", [
-    pytest.param(["parallel.expert=2"], id="EP 2"),
-    pytest.param(["engine=megatron", "parallel.tensor=2"], id="Megatron TP 2"),
-])  # fmt: skip
-def test_training_starts_from_the_imported_weights(corpus_dir, tmp_path, engine):
-    """In either engine the first loss is that of transformers, and the loss decreases."""
-    model = checkpoint(tmp_path / "source", vocab_size=448)
-    fields = [
-        f"data.dirs=[{corpus_dir}]", "data.sequence_length=32", "train.global_batch=4", "train.micro_batch=2",
-        "train.steps=20", "optimizer.lr=1e-2", "schedule.warmup_steps=0", "logging.interval=1", "eval.batches=2",
-    ]  # fmt: skip
-    run = tmp_path / "run"
-    import_checkpoint(tmp_path / "source", run, [*fields, *engine])
-    rows, batch = train_run(run, corpus_dir, tmp_path, 2)
-    with torch.no_grad():
-        logits = model(batch.tokens_BS).logits
-    first = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels_BS.flatten()).item()
-    assert math.isfinite(first)
-    assert rows[0]["train/lm_loss"] == pytest.approx(first, rel=1e-5)
-    assert rows[-1]["train/lm_loss"] < first - 0.5

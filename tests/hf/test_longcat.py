@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from dynmoe.hf import command
 from dynmoe.hf.export import export
 from dynmoe.hf.gguf_tensors import find_architecture
 from dynmoe.hf.importing import import_checkpoint
-from tests.hf.cases import TOP_K, YARN, begin, run_decoder, some_tokens, train_run
+from tests.hf.cases import TOP_K, YARN, begin, run_decoder, some_tokens
 from tests.hf.test_import import imported
 from tests.moe.cases import LATENT, LONGCAT, tiny_model
 
@@ -138,29 +137,6 @@ def test_an_imported_checkpoint_is_exported_with_identical_weights(tmp_path, nam
         assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_is_exported_and_imported_again(corpus_dir, tmp_path, name):
-    from transformers import LongcatFlashForCausalLM
-
-    begun = begin(corpus_dir, tmp_path / "run_biased", RUNS[name])
-    assert all(layer.router.bias_X.any() for layer in begun.decoder.moe_layers)
-    assert export(begun.path, tmp_path / "out").architecture == "longcat_flash"
-    assert not list((tmp_path / "out").glob("*.py"))
-    model, found = LongcatFlashForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(found.values()), found
-    compare(begun.decoder, model.eval())
-    _, again = imported(tmp_path / "out", tmp_path / "again")
-    state = begun.decoder.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
-
-
-def test_selection_biases_keep_fp32_in_bf16(corpus_dir, tmp_path):
-    export(begin(corpus_dir, tmp_path / "run_biased", OURS).path, tmp_path / "out", torch.bfloat16)
-    kinds = {name: value.dtype for name, value in load_file(tmp_path / "out" / "model.safetensors").items()}
-    assert kinds["model.layers.1.mlp.router.e_score_correction_bias"] == torch.float32
-    assert kinds["model.layers.1.mlp.router.classifier.weight"] == torch.bfloat16
-
-
 @pytest.mark.parametrize(("extra", "problem"), [
     (["model.latent.scale_latents=false"], r"model\.latent\.scale_latents=False: is True in LongCat-Flash"),
     (["model.latent.q_lora_rank=null"], r"model\.latent\.q_lora_rank=None: "),
@@ -245,27 +221,3 @@ def test_a_published_file_is_imported_by_the_command_without_its_prediction_laye
     compare(imported(tmp_path / "source", tmp_path / "again")[1], model)
     states = [load_config(tmp_path / run / "config.yaml", []).model for run in ("run", "again")]
     assert states[0] == states[1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", [
-    pytest.param(["parallel.expert=2"], id="EP 2"),
-    pytest.param(["engine=megatron", "parallel.pipeline=2"], id="Megatron PP 2"),
-    pytest.param(["engine=megatron", "parallel.tensor=2", "train.recompute=full"], id="Megatron TP 2, recomputed"),
-])  # fmt: skip
-def test_training_starts_from_the_imported_weights(corpus_dir, tmp_path, engine):
-    """In either engine the first loss is that of transformers, and the loss decreases."""
-    model = checkpoint(tmp_path / "source", vocab_size=448)
-    fields = [
-        f"data.dirs=[{corpus_dir}]", "data.sequence_length=32", "train.global_batch=4", "train.micro_batch=2",
-        "train.steps=20", "optimizer.lr=1e-2", "schedule.warmup_steps=0", "logging.interval=1", "eval.batches=2",
-    ]  # fmt: skip
-    run = tmp_path / "run"
-    import_checkpoint(tmp_path / "source", run, [*fields, *engine])
-    rows, batch = train_run(run, corpus_dir, tmp_path, 2)
-    with torch.no_grad():
-        logits = model(batch.tokens_BS).logits
-    first = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels_BS.flatten()).item()
-    assert math.isfinite(first)
-    assert rows[0]["train/lm_loss"] == pytest.approx(first, rel=1e-5)
-    assert rows[-1]["train/lm_loss"] < first - 0.5

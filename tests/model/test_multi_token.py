@@ -128,6 +128,13 @@ def test_a_batch_looks_ahead_within_sequence_and_document():
     assert second.labels_BS.tolist() == [[IGNORED] * 5]
 
 
+def test_every_layer_needs_a_batch():
+    model = decoder(*PLAIN, *TWO)
+    made = batch()
+    with pytest.raises(ValueError, match="shorter"):
+        model(made.tokens_BS, made.labels_BS, ahead=ahead(made, 1))
+
+
 def test_documents_are_predicted_as_if_they_were_alone():
     model = decoder(*PLAIN, "model.mtp.layers=2")
     lengths = (4, 1, 7)

@@ -200,7 +200,8 @@ def test_the_command_prints_plans_and_errors(monkeypatch, capsys):
     assert status == EXIT_USER_ERROR
     assert problem == "error: no layout of 8 GPUs fits 2 GiB; use more GPUs\n"
     assert "model.vocab_size=None" in run(str(ROOT / "configs/quickstart.yaml"))[2]
-    assert "--efficiency 0.0: must be above 0" in run(one_node, "--efficiency", "0")[2]
+    for option in ("--efficiency 0.0", "--experts-per-token -1.0", "--vocab-size 0", "--layouts 0"):
+        assert f"error: {option}: must be above 0" in run(one_node, *option.split())[2]
 
 
 def test_groups_of_odd_sizes_cross_nodes_too():

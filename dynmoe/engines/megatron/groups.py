@@ -13,18 +13,17 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from dynmoe.config import Config
 from dynmoe.config.parallel import ParallelConfig
-from dynmoe.engines.device import take_gpu
+from dynmoe.engines.device import check_backend, take_gpu
 from dynmoe.engines.patience import PATIENCE, be_patient
 from dynmoe.launched import choose_interface
 from dynmoe.moe import MoEContext, MoEGroups
-from dynmoe.ops import configured_backend
 
 
 def start_processes(config: Config | None = None) -> torch.device:
     """Joins the launcher's process group, or creates one with a single rank; returns this rank's device.
 
     Raises:
-        ConfigError: the experts of ``config`` cannot be computed on this device; not if the group already exists.
+        ConfigError: see :func:`check_backend`.
     """
     choose_interface()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -34,8 +33,7 @@ def start_processes(config: Config | None = None) -> torch.device:
         logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
     cuda = torch.cuda.is_available()
     device = take_gpu() if cuda else torch.device("cpu")
-    if config is not None and config.model.moe_layers and not dist.is_initialized():  # a dry start has another device
-        configured_backend(config, device)
+    check_backend(config, device)
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if "RANK" in os.environ:
