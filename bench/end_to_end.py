@@ -24,7 +24,7 @@ from torch import nn
 
 from bench import deepspeed_peers
 from bench.deepspeed_peers import TrainStep
-from bench.report import verdict
+from bench.report import verdict, verdict_at_least
 from bench.timing import median_interval
 from dynmoe.config import Config, load_config
 from dynmoe.data.batches import Batch
@@ -46,6 +46,7 @@ METHODS = {
 }
 
 
+_OVER_AUTOEP = 1.3
 _PEERS = {"deepspeed_top2": deepspeed_peers.own_layers, "deepspeed_autoep": deepspeed_peers.mixtral}
 
 
@@ -191,8 +192,10 @@ def plot(rows: list[dict[str, Any]], axes: Any) -> None:
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
     first = rows[0]["method"]
-    return [
-        verdict(f"{row['method']}: time of a step over {first}", row["time_over_first"], 1.0)
-        for row in rows
-        if row["router"] == "top_p"
-    ]
+    ours = [row for row in rows if row["router"] == "top_p"]
+    said = [verdict(f"{row['method']}: time of a step over {first}", row["time_over_first"], 1.0) for row in ours]
+    speeds = {row["method"]: row["tokens_per_s"] for row in rows}
+    if "deepspeed_autoep" in speeds and "top_p, deepspeed" in speeds:
+        ratio = speeds["top_p, deepspeed"] / speeds["deepspeed_autoep"]
+        said.append(verdict_at_least("top_p, deepspeed: tokens/s over deepspeed_autoep", ratio, _OVER_AUTOEP))
+    return said

@@ -4,7 +4,8 @@ The floor is the unavoidable work: the six dense matrix products (gate and up pr
 forward, and the two gradients of each in the backward pass) over the N routed rows, in the same turn. "dynmoe" is our
 whole layer with its own top-p router and auxiliary losses. The other layers are given its routing, and so is ours once,
 for a like-for-like comparison (deepspeed_autoep is AutoEP's grouped experts between a gather and an index_add).
-DeepSpeed's layer also runs with its own top-2 gate. The last rows have many experts and a busy one.
+DeepSpeed's layer also runs with its own top-2 gate. The last rows have many experts and a busy one. A CPU without
+instructions for bf16 emulates its products, which then take so long that ratios in bf16 say nothing about other CPUs.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class DeepSpeedTop2(nn.Module):
                     parameter.copy_(named_normal(tuple(parameter.shape), scale, seed, label))
             self.moe.deepspeed_moe.gate.wg.weight.normal_(0.0, std)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, importance: Tensor | None = None) -> Tensor:
         y, loss, _ = self.moe(x)
         return attach_loss(y, loss * self._coefficient, 1.0)
 

@@ -60,7 +60,9 @@ def train_toy(name: str) -> dict[str, Any]:
     return {"losses": losses, "experts": {layer: torch.cat(own).sum(1) for layer, own in maps.items()}}
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name.endswith("one_node") else pytest.mark.slow) for name in TOYS]
+)
 def test_a_toy_learns_with_a_dynamic_number_of_experts(two_ranks, four_ranks, name, summary):
     pool = two_ranks if name.endswith("one_node") else four_ranks
     ranks = pool.run(train_toy, name)
