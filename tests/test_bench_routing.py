@@ -102,7 +102,7 @@ def test_a_pair_that_cannot_be_matched_is_left_out():
     assert row["pairs"] == 5
     assert row["pairs_of_same_flops"] == 4
     assert row["same_flops"] == Interval(pytest.approx(0.1), None, None)
-    assert "1 pairs missing" in routing.tables(list(comparison.rows()))
+    assert "1 pair missing" in routing.tables(list(comparison.rows()))
 
 
 def test_losses_are_compared_seed_by_seed():

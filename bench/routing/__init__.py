@@ -100,7 +100,8 @@ def _line(row: dict[str, Any]) -> str:
     ]  # fmt: skip
     if "same_flops" in row:
         missing = row["pairs"] - row["pairs_of_same_flops"]
-        cells += [f"× {row['tokens_ratio']:.3f}", f"{row['same_flops']}{f' ({missing} pairs missing)' * (missing > 0)}"]
+        note = f" ({missing} pair{'s' * (missing > 1)} missing)" if missing else ""
+        cells += [f"× {row['tokens_ratio']:.3f}", f"{row['same_flops']}{note}"]
     else:
         cells += ["", "not yet"]
     return f"| {' | '.join(map(str, cells))} |"
