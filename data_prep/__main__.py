@@ -18,6 +18,7 @@ from data_prep.tables import HUB
 from data_prep.tiktoken_files import PATTERNS, read_tokenizer
 from dynmoe.cli import run_tool
 from dynmoe.data.corpus import MANIFEST, Corpus
+from dynmoe.data.tokenizer_files import open_tokenizer
 from dynmoe.errors import UserError
 from dynmoe.train.verification import verify_corpora
 
@@ -79,6 +80,30 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(arguments: list[str]) -> None:
+    given = _parse_build(arguments)
+    nodes = Nodes(given.nodes, given.node)
+    recipe = _recipe(given)
+    if given.workers < 1:
+        raise UserError(f"--workers {given.workers}: use at least 1")
+    out: Path = given.out
+    for source in given.sources:
+        if source != STDLIB and not source.startswith(HUB) and out.resolve().is_relative_to(Path(source).resolve()):
+            raise UserError(f"--out {out}: lies inside the source {source}, which would read it; use a path outside")
+    if out.exists() and not (out / MANIFEST).exists():
+        raise UserError(f"--out {out}: exists and is not a corpus; use another directory")
+    if out.exists() and not given.overwrite:
+        if is_current(recipe, out, given.workers):
+            print(f"{out} is up to date")
+            return
+        raise UserError(f"--out {out}: is a corpus made from other text or options; pass --overwrite to replace it")
+    manifest = build(recipe, out, given.workers, nodes)
+    if manifest is None:
+        print(f"node {nodes.own} has encoded its part; node 0 writes {out}")
+    else:
+        _report(out, manifest)
+
+
+def _parse_build(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m data_prep",
         description="Converts text to a tokenizer and Megatron .bin/.idx files. 'verify DIR' checks the result; "
@@ -114,13 +139,15 @@ def _build(arguments: list[str]) -> None:
     parser.add_argument("--nodes", type=int, default=1, help="number of nodes that run this command together")
     parser.add_argument("--node", type=int, default=0, help="index of this node; node 0 merges the parts")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus made from other text or options")
-    given = parser.parse_args(arguments)
-    nodes = Nodes(given.nodes, given.node)
+    return parser.parse_args(arguments)
+
+
+def _recipe(given: argparse.Namespace) -> Recipe:
     training = {name: value for name, value in vars(given).items() if name in ("vocab_size", "tokenizer_mb")}
     if training and given.tokenizer is not None:
         option = f"--{next(iter(training)).replace('_', '-')}"
         raise UserError(f"{option}: applies to a tokenizer that is trained; remove it, or --tokenizer")
-    recipe = Recipe(
+    return Recipe(
         given.sources,
         given.key,
         tokenizer=given.tokenizer,
@@ -132,24 +159,6 @@ def _build(arguments: list[str]) -> None:
         tiktoken_pattern=given.tiktoken_pattern,
         **training,
     )
-    if given.workers < 1:
-        raise UserError(f"--workers {given.workers}: use at least 1")
-    out: Path = given.out
-    for source in given.sources:
-        if source != STDLIB and not source.startswith(HUB) and out.resolve().is_relative_to(Path(source).resolve()):
-            raise UserError(f"--out {out}: lies inside the source {source}, which would read it; use a path outside")
-    if out.exists() and not (out / MANIFEST).exists():
-        raise UserError(f"--out {out}: exists and is not a corpus; use another directory")
-    if out.exists() and not given.overwrite:
-        if is_current(recipe, out, given.workers):
-            print(f"{out} is up to date")
-            return
-        raise UserError(f"--out {out}: is a corpus made from other text or options; pass --overwrite to replace it")
-    manifest = build(recipe, out, given.workers, nodes)
-    if manifest is None:
-        print(f"node {nodes.own} has encoded its part; node 0 writes {out}")
-    else:
-        _report(out, manifest)
 
 
 def _report(out: Path, manifest: dict[str, Any]) -> None:
@@ -161,7 +170,7 @@ def _report(out: Path, manifest: dict[str, Any]) -> None:
         if facts["unknown_tokens"]:
             share = facts["unknown_tokens"] / facts["tokens"]
             print(f"{split}: {share:.1%} of the tokens are unknown to the tokenizer; their text is lost")
-    tokenizer = Corpus.open(out).tokenizer
+    tokenizer = open_tokenizer(out)
     print(f"each document ends with the token {tokenizer.piece(tokenizer.eod)!r}, id {tokenizer.eod}")
     for reason, count in manifest["refused"]["counts"].items():
         names = manifest["refused"]["first_names"][reason]

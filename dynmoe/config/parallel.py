@@ -82,8 +82,7 @@ class ParallelConfig(Section):
         if model.moe.shortcut and last:
             problem = f"splits layers {last[0]} and {last[0] + 1}, which model.moe.shortcut connects, into two stages"
             cure = "use fewer stages, or more model.layers"
-            name = "virtual_pipeline" if self.virtual_pipeline > 1 else "pipeline"
-            raise ConfigError(f"parallel.{name}", getattr(self, name), problem, cure)
+            raise ConfigError(*self._last_split("pipeline", "virtual_pipeline"), problem, cure)
         split = {"model.kv_heads": model.kv_heads, "model.ffn_hidden": model.ffn_hidden}
         if (rank := model.latent.kv_lora_rank) is not None:  # Megatron-Core refuses to build others
             split["model.latent.q_lora_rank"] = model.latent.q_lora_rank or 0
@@ -97,11 +96,14 @@ class ParallelConfig(Section):
         """Raises a ConfigError unless the product of the sizes ``names`` divides the value of ``field``."""
         parts = prod(getattr(self, name) for name in names)
         if value % parts:
-            name = next(name for name in reversed(names) if getattr(self, name) > 1)
-            size = getattr(self, name)
+            field_of_size, size = self._last_split(*names)
             into = f"{parts}" if parts == size else f"{' x '.join(names)} ({parts})"
             problem = f"cannot split {field} ({value}) evenly into {into}"
-            raise ConfigError(f"parallel.{name}", size, problem, "change one of them")
+            raise ConfigError(field_of_size, size, problem, "change one of them")
+
+    def _last_split(self, *names: str) -> tuple[str, int]:
+        """The last of the sizes ``names`` that splits anything, with its field: the one to name in an error."""
+        return next((f"parallel.{name}", getattr(self, name)) for name in reversed(names) if getattr(self, name) > 1)
 
     def check_experts(self, model: ModelConfig) -> None:
         """Raises a ConfigError unless the expert-parallel size divides the number of experts of every layer."""
