@@ -119,6 +119,14 @@ def run_decoder(decoder: Decoder, tokens_BS: Tensor) -> tuple[Tensor, list[Tenso
     return logits, maps
 
 
+def twenty_steps(corpus: Path) -> list[str]:
+    """Fields of a run for :func:`train_run`."""
+    return [
+        f"data.dirs=[{corpus}]", "data.sequence_length=32", "train.global_batch=4", "train.micro_batch=2",
+        "train.steps=20", "optimizer.lr=1e-2", "schedule.warmup_steps=0", "logging.interval=1", "eval.batches=2",
+    ]  # fmt: skip
+
+
 def train_run(run: Path, corpus: Path, tmp_path: Path, ranks: int) -> tuple[list[dict[str, Any]], Batch]:
     """Trains a run on sequences of 32 tokens of ``corpus``; its rows of metrics, and the first four sequences."""
     process = WarmTraining([str(run / "config.yaml")], ranks, 0, tmp_path / "output.txt", {}, None)

@@ -17,7 +17,7 @@ from dynmoe.hf.importing import import_checkpoint
 from dynmoe.model import Decoder
 from dynmoe.train.checkpoint import latest_valid
 from harness.processes import WarmTraining
-from tests.hf.cases import STANDARD, begin, run_decoder, some_tokens, train_run
+from tests.hf.cases import STANDARD, begin, run_decoder, some_tokens, train_run, twenty_steps
 from tests.routing.test_golden import GOLDEN
 
 RELEASES = ["dynamic_moe_tiny", "dynamic_moe_every_2", "dynamic_moe_every_3"]
@@ -231,12 +231,8 @@ def test_training_starts_from_the_imported_weights(corpus_dir, tmp_path, engine)
     """In either engine the first loss is that of the imported weights, and the loss decreases."""
     begun = begin(corpus_dir, tmp_path / "origin", [*STANDARD["mixtral"], "model.kv_heads=2"])
     export(begun.path, tmp_path / "out")
-    fields = [
-        f"data.dirs=[{corpus_dir}]", "data.sequence_length=32", "train.global_batch=4", "train.micro_batch=2",
-        "train.steps=20", "optimizer.lr=1e-2", "schedule.warmup_steps=0", "logging.interval=1", "eval.batches=2",
-    ]  # fmt: skip
     run = tmp_path / "run"
-    import_checkpoint(tmp_path / "out", run, [*fields, *engine])
+    import_checkpoint(tmp_path / "out", run, [*twenty_steps(corpus_dir), *engine])
     rows, batch = train_run(run, corpus_dir, tmp_path, 2)
     with torch.no_grad():
         first = begun.decoder(batch.tokens_BS, batch.labels_BS).item()

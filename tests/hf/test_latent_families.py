@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from dynmoe.hf.export import export
 from dynmoe.hf.importing import import_checkpoint
 from tests.hf import test_deepseek_v3, test_longcat
-from tests.hf.cases import begin, train_run
+from tests.hf.cases import begin, train_run, twenty_steps
 from tests.hf.test_import import imported
 
 FAMILIES = {"deepseek_v3": test_deepseek_v3, "longcat_flash": test_longcat}
@@ -58,12 +58,8 @@ def test_selection_biases_keep_fp32_in_bf16(corpus_dir, tmp_path, family):
 def test_training_starts_from_the_imported_weights(corpus_dir, tmp_path, family, engine):
     """In either engine the first loss is that of transformers, and the loss decreases."""
     model = FAMILIES[family].checkpoint(tmp_path / "source", vocab_size=448)
-    fields = [
-        f"data.dirs=[{corpus_dir}]", "data.sequence_length=32", "train.global_batch=4", "train.micro_batch=2",
-        "train.steps=20", "optimizer.lr=1e-2", "schedule.warmup_steps=0", "logging.interval=1", "eval.batches=2",
-    ]  # fmt: skip
     run = tmp_path / "run"
-    import_checkpoint(tmp_path / "source", run, [*fields, *engine])
+    import_checkpoint(tmp_path / "source", run, [*twenty_steps(corpus_dir), *engine])
     rows, batch = train_run(run, corpus_dir, tmp_path, 2)
     with torch.no_grad():
         logits = model(batch.tokens_BS).logits
