@@ -165,11 +165,20 @@ def _of_dense(old: ModelConfig, run: Path, kind: str, experts: int | None, granu
     return fields + [f"model.router.{name}={json.dumps(value)}" for name, value in wanted.items()]
 
 
+# Fields of the model that say which weights it has, without those that turn a dense layer into experts.
+_WEIGHTS = (
+    "layers", "hidden", "heads", "kv_heads", "head_dim", "vocab_size", "ffn_hidden", "qk_norm", "attention_bias",
+    "tie_embeddings", "moe.shortcut",
+)  # fmt: skip
+_WEIGHTS_OF_EXPERTS = (
+    "moe_layers", "moe.experts", "moe.experts_by_layer", "moe.expert_hidden", "moe.shared_hidden", "moe.shared_gate",
+)  # fmt: skip
+
+
 def _check_same(old: ModelConfig, new: ModelConfig) -> None:
-    """Checks that no override changes the shape of the copied weights."""
-    sizes = ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab_size", "ffn_hidden")
+    """Checks that no override changes which weights are copied, or their shapes."""
     latent = (f"latent.{spec.name}" for spec in dataclasses.fields(old.latent))
-    for name in (*sizes, "qk_norm", "tie_embeddings", "moe.shortcut", *latent):
+    for name in (*_WEIGHTS, *latent, *(_WEIGHTS_OF_EXPERTS if old.moe_layers else ())):
         before, after = (attrgetter(name)(model) for model in (old, new))
         if before != after:
             raise UserError(f"model.{name}={after}: the weights have {before}; remove the override")

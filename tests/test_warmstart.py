@@ -187,9 +187,13 @@ def test_training_continues_from_a_warm_start(corpus_dir, tmp_path, engine):
     ("dense", {"experts": 4, "overrides": ["data.dirs=[nowhere]"]}, "nowhere holds no prepared corpus"),
     ("top_p", {"overrides": TOP_ANY}, "model.router.kind=top_any: a top_p run cannot become top_any"),
     ("top_p", {"experts": 4}, "already has experts"),
+    ("dense", {"experts": 4, "overrides": ["model.attention_bias=all"]}, "model.attention_bias=all: the weights have"),
+    ("top_k", {"overrides": [*TOP_P, "model.moe.experts=8"]}, "model.moe.experts=8: the weights have 4"),
+    ("top_k", {"overrides": [*TOP_P, "model.moe.moe_layer_freq=2"]}, r"model.moe_layers=\[0, 2\]: the weights have"),
+    ("top_k", {"overrides": [*TOP_P, "model.moe.shared_hidden=16"]}, "model.moe.shared_hidden=16: the weights have 0"),
 ])  # fmt: skip
 def test_impossible_conversions_are_refused(corpus_dir, dense, tmp_path, source, arguments, words):
-    run = dense if source == "dense" else begin(corpus_dir, tmp_path / "top_p", TOP_P).path
+    run = dense if source == "dense" else begin(corpus_dir, tmp_path / source, [f"model.router.kind={source}"]).path
     with pytest.raises(UserError, match=words):
         warm_start(run, tmp_path / "run", **arguments)
     assert not (tmp_path / "run").exists()

@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.report import replace_block
 from bench.routing.comparison import Comparison, Plan, verdicts
-from bench.routing.methods import METHODS, REFERENCE
+from bench.routing.methods import METHODS, REFERENCE, REFERENCES, RENORMALIZED
 from bench.routing.units import Cell, Evidence, Unit
 from dynmoe.errors import UserError
 
@@ -61,8 +61,9 @@ def open_study(given: argparse.Namespace) -> tuple[Comparison, Evidence]:
         UserError: the arguments contradict each other.
     """
     corpora = dict(_named(text) for text in given.corpora)
-    if REFERENCE not in given.methods:
-        raise UserError(f"--methods: {REFERENCE} is missing, with which all others are compared; add it")
+    for method in REFERENCES:
+        if method not in given.methods:
+            raise UserError(f"--methods: {method} is missing, with which all others are compared; add it")
     plan = Plan(
         methods=given.methods,
         cells=[_cell(text, corpora) for text in given.cells],
@@ -76,34 +77,44 @@ def open_study(given: argparse.Namespace) -> tuple[Comparison, Evidence]:
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown, a table for each cell, and the verdicts."""
+    """The rows in Markdown: a table for each cell, the verdicts, and the fields of each router."""
     if not rows:
         return "Not measured yet: the units of the first cell are being trained."
     lines: list[str] = []
     for cell in dict.fromkeys(Cell(row["width"], row["corpus"]) for row in rows):
         own = [row for row in rows if Cell(row["width"], row["corpus"]) == cell]
-        lines += [f"**{cell}**: {own[0]['pairs']} pairs, loss of top-2 {own[0]['loss']:.3f}", ""]
-        lines += [
-            "| router | learning rate | K, training | K, evaluation | FLOPs | loss − top-2, same tokens | tokens "
-            "| loss − top-2, same FLOPs |",
-            "|---|---|---|---|---|---|---|---|",
-            *(_line(row) for row in own if row["method"] != REFERENCE),
-            "",
-        ]
-    return "\n".join([*lines, *(f"- {line}" for line in verdicts(rows))])
+        known = (
+            f"{own[0]['pairs']} of {own[0]['seeds']} seeds" if own[0]["pairs_to_come"] else f"{own[0]['seeds']} seeds"
+        )
+        lines += [f"**{cell}**: {known}, loss of top-2 {own[0]['loss']:.3f}", ""]
+        lines += [f"| {' | '.join(_COLUMNS)} |", "|" + "---|" * len(_COLUMNS)]
+        lines += [*(_line(row) for row in own if row["method"] != REFERENCE), ""]
+    lines += [*(f"- {line}" for line in verdicts(rows)), "", "| router | fields |", "|---|---|"]
+    lines += [
+        f"| {method} | `{' '.join(METHODS[method])}` |" for method in dict.fromkeys(row["method"] for row in rows)
+    ]
+    return "\n".join(lines)
+
+
+_COLUMNS = (
+    "router", "learning rate", "K, training", "K, evaluation", "busiest expert", "FLOPs",
+    "loss − top-2, same tokens", "tokens", "loss − top-2, same FLOPs", "loss − renormalized top-2, same FLOPs",
+)  # fmt: skip
 
 
 def _line(row: dict[str, Any]) -> str:
+    notes = [
+        f"{number} pair{'s' * (number > 1)} {what}"
+        for number, what in ((row["pairs_to_come"], "to come"), (row["pairs_without_match"], "without match"))
+        if number
+    ]
+    note = f" ({', '.join(notes)})" if notes else ""
     cells = [
         row["method"], f"{row['learning_rate']:g}", f"{row['experts']:.2f}", f"{row['experts_evaluated']:.2f}",
-        f"× {row['flops_ratio']:.3f}", row["same_tokens"],
+        f"× {row['load_max_over_mean']:.1f}", f"× {row['flops_ratio']:.3f}", row["same_tokens"],
+        f"× {row['tokens_ratio']:.3f}" if "tokens_ratio" in row else "", f"{row.get('same_flops', '')}{note}",
+        row.get("same_flops_renormalized", "") if row["method"] != RENORMALIZED else "",
     ]  # fmt: skip
-    if "same_flops" in row:
-        missing = row["pairs"] - row["pairs_of_same_flops"]
-        note = f" ({missing} pair{'s' * (missing > 1)} missing)" if missing else ""
-        cells += [f"× {row['tokens_ratio']:.3f}", f"{row['same_flops']}{note}"]
-    else:
-        cells += ["", "not yet"]
     return f"| {' | '.join(map(str, cells))} |"
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 REFERENCE = "top-k 2"
+# The gates of a token sum to 1 here, as in half of the other routers. Both forms of top-2 are references, so that no
+# difference of the gates is taken for one of the number of experts.
+RENORMALIZED = "top-k 2, renormalized"
+REFERENCES = (REFERENCE, RENORMALIZED)
 _HELD = "budget.experts_per_token=2"
 _TOP_K_2 = ("model.router.kind=top_k", "model.router.k=2")
 _TOP_P = "model.router.kind=top_p"
@@ -11,6 +15,10 @@ _TOP_ANY = "model.router.kind=top_any"
 # Fields that are not named have their defaults; only the learning rate is swept.
 METHODS: dict[str, tuple[str, ...]] = {
     REFERENCE: _TOP_K_2,
+    RENORMALIZED: (*_TOP_K_2, "model.router.renormalize=true"),
+    "top-k 2, renormalized, balance 1e-4": (
+        *_TOP_K_2, "model.router.renormalize=true", "model.router.balance_loss=1e-4",
+    ),
     "top-k 1": ("model.router.kind=top_k", "model.router.k=1"),
     "top-k 4": ("model.router.kind=top_k", "model.router.k=4"),
     "top-k 2, loss-free": (*_TOP_K_2, "model.router.balance_loss=0", "budget.method=loss_free"),

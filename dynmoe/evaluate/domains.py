@@ -57,21 +57,26 @@ def _parts(data: PretrainingData, name: str, samples: int, size: int) -> Iterato
 
 
 def _passages(batch: Batch, name: str) -> Iterator[Passage]:
-    """Yields the sequences of a batch, or their documents, if these do not see each other.
-
-    A packed document that sees those before it may begin with another token than the last label. Its sequence is
-    therefore scored in several passages: each ends with such a label, and scores only what the one before did not.
-    """
+    """Yields the sequences of a batch, or their documents, if these do not see each other."""
     length = batch.tokens_BS.shape[1]
     for row, (tokens, labels) in enumerate(zip(batch.tokens_BS.tolist(), batch.labels_BS.tolist(), strict=True)):
         starts = [0] if batch.start_BS is None else batch.start_BS[row].unique().tolist()
         for start, end in pairwise([*starts, length]):
+            yield from _passages_of(tokens[start:end], labels[start:end], name)
+
+
+def _passages_of(tokens: list[int], labels: list[int], name: str) -> Iterator[Passage]:
+    """Yields the tokens as passages that score each label once.
+
+    A packed document that sees those before it may begin with another token than the last label. Its sequence is
+    therefore scored in several passages: each ends with such a label, and scores only what the one before did not.
+    """
+    scored = 0
+    for place, label in enumerate(labels):
+        if label == IGNORED:
+            continue
+        scored += 1
+        following = place + 1
+        if following == len(labels) or labels[following] == IGNORED or tokens[following] != label:
+            yield Passage([*tokens[:following], label], scored, name)
             scored = 0
-            for place in range(start, end):
-                label = labels[place]
-                if label == IGNORED:
-                    continue
-                scored += 1
-                if place + 1 == end or labels[place + 1] == IGNORED or tokens[place + 1] != label:
-                    yield Passage([*tokens[start : place + 1], label], scored, name)
-                    scored = 0
