@@ -184,8 +184,8 @@ def _pages(unpacked: Path) -> Iterator[tuple[str, Path]]:
     Only some pages declare a language; it holds for their folder.
     """
     # Links may point to files of this machine.
-    paths = sorted(path for path in unpacked.rglob("*.html") if path.is_file() and not path.is_symlink())
-    for _, group in groupby(paths, lambda path: path.parent):
+    paths = (path for path in unpacked.rglob("*.html") if path.is_file() and not path.is_symlink())
+    for _, group in groupby(sorted(paths, key=lambda path: (path.parent, path)), lambda path: path.parent):
         pages = list(group)
         declared = (_declared_language(_read(page)) for page in pages)
         tag = next((found[1].lower() for found in declared if found), "")

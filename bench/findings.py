@@ -26,30 +26,33 @@ from numpy.typing import NDArray
 from bench.report import replace_block, shown
 from bench.routing.intervals import Interval, interval_of
 from bench.routing.methods import METHODS
+from bench.routing.units import fingerprint
 from bench.token_statistics import associations, by_bins, read_tokens
 from bench.trainings import problem_in, start
 from dynmoe.data.batches import PretrainingData
-from dynmoe.data.corpus import Corpus
+from dynmoe.data.corpus import MANIFEST, Corpus
 from dynmoe.errors import UserError
 from dynmoe.trained import open_trained
 
 _METHOD = "top-p 0.4, paper"
 _PARTS = 40
 
-# Statistic, what it is, and on which side of 0 the paper's finding lies.
-STATISTICS: dict[str, tuple[str, int]] = {
-    "change": ("K in the last tenth of the training minus K in the second tenth", -1),
-    "first_minus_last_layer": ("K of the first layer minus K of the last layer, last tenth of the training", +1),
-    "loss": ("rank correlation of K and the loss of the next token", +1),
-    "surprise": ("rank correlation of K and the loss of the token itself", +1),
-    "rarity": ("rank correlation of K and rarity in the training text", +1),
-    "position": ("rank correlation of K and position in the sequence", 0),
+# Statistic, what it is, on which side of 0 the paper's finding lies (0: it is only reported), and the smallest size
+# that counts: a tiny correlation is never 0 for all seeds, as they are read on the same many tokens.
+_EXPERTS = 0.1
+_CORRELATION = 0.05
+STATISTICS: dict[str, tuple[str, int, float]] = {
+    "change": ("K in the last tenth of the training minus K in the second tenth", -1, _EXPERTS),
+    "lower_minus_upper": ("K of the lower half of the layers minus K of the upper half, last tenth", +1, _EXPERTS),
+    "loss": ("rank correlation of K and the loss of the next token", +1, _CORRELATION),
+    "rarity": ("rank correlation of K and rarity in the training text", +1, _CORRELATION),
+    "surprise": ("rank correlation of K and the loss of the token itself", 0, 0.0),
     "loss_within_token": (
-        "rank correlation of K and the loss of the next token, both less the mean of their token id",
-        +1,
+        "rank correlation of K and the loss of the next token, both less the mean of their token id", 0, 0.0,
     ),
-    "share_of_token": ("share of the variance of K between token ids", 0),
-}
+    "position": ("rank correlation of K and position in the sequence", 0, 0.0),
+    "share_of_token": ("share of the variance of K between token ids", 0, 0.0),
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,12 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     if given.steps < _PARTS:
         raise UserError(f"--steps {given.steps}: use at least {_PARTS}, because K is read in {_PARTS} parts")
-    missing = [seed for seed in range(given.seeds) if not _file(given, seed).exists()]
+    kept = {seed: _kept(given, seed) for seed in range(given.seeds)}
+    missing = [seed for seed, read in kept.items() if read is None]
     if given.hours and missing:
         end = time.monotonic() + 3600 * given.hours
         with ThreadPoolExecutor(given.workers) as pool:
             list(pool.map(lambda seed: _train(given, seed, end), missing))
-    seeds = [json.loads(path.read_text()) for seed in range(given.seeds) if (path := _file(given, seed)).exists()]
+    seeds = [read for seed in range(given.seeds) if (read := _kept(given, seed)) is not None]
     if not seeds:
         raise UserError(f"--evidence {given.evidence}: has no finished seed; train with --hours")
     rows = rows_of(seeds)
@@ -92,6 +96,34 @@ def _file(given: argparse.Namespace, seed: int) -> Path:
     return path
 
 
+def _setting(given: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """What distinguishes a seed's results from others, apart from the text."""
+    overrides = [
+        f"model.layers={given.layers}", "train.global_batch=8", f"train.steps={given.steps}", f"train.seed={seed}",
+        f"optimizer.lr={given.learning_rate:g}", *METHODS[_METHOD],
+    ]  # fmt: skip
+    return {"overrides": overrides, "sequences": given.sequences}
+
+
+def _kept(given: argparse.Namespace, seed: int) -> dict[str, Any] | None:
+    """What was read of a seed; None if it is not finished.
+
+    Raises:
+        UserError: it was trained with other fields or another text.
+    """
+    path = _file(given, seed)
+    if not path.exists():
+        return None
+    kept: dict[str, Any] = json.loads(path.read_text())
+    own = _setting(given, seed)
+    if (given.corpus / MANIFEST).exists():
+        own["text"] = fingerprint(given.corpus)
+    for name, value in own.items():
+        if kept[name] != value:
+            raise UserError(f"{path}: {name} is {kept[name]}, not {value}; use another directory for --evidence")
+    return kept
+
+
 def _train(given: argparse.Namespace, seed: int, end: float) -> None:
     """Trains a seed, or goes on with it, until ``end``; a finished one is read.
 
@@ -101,15 +133,12 @@ def _train(given: argparse.Namespace, seed: int, end: float) -> None:
     if time.monotonic() >= end:
         return
     name = _file(given, seed).stem
-    overrides = [
-        f"model.layers={given.layers}", "train.global_batch=8", f"train.steps={given.steps}", f"train.seed={seed}",
-        f"optimizer.lr={given.learning_rate:g}", *METHODS[_METHOD], "checkpoint.interval=200",
-    ]  # fmt: skip
+    setting = _setting(given, seed)
     given.runs.mkdir(parents=True, exist_ok=True)
     run = given.runs / name
     log = given.runs / f"{name}.log"
     with log.open("w") as output:
-        process = start(run, given.corpus, overrides, output)
+        process = start(run, given.corpus, [*setting["overrides"], "checkpoint.interval=200"], output)
         try:
             process.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -119,6 +148,7 @@ def _train(given: argparse.Namespace, seed: int, end: float) -> None:
     status = json.loads(outcome.read_text())["status"] if outcome.exists() else "failed"
     if status == "finished":
         read = read_run(run, Corpus.open(given.corpus), given.sequences)
+        read |= setting | {"text": fingerprint(given.corpus)}
         given.evidence.mkdir(parents=True, exist_ok=True)
         _file(given, seed).write_text(json.dumps(read, indent=1) + "\n")
     elif time.monotonic() < end:
@@ -163,7 +193,8 @@ def rows_of(seeds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     tenth = _PARTS // 10
     values["change"] = [_experts(seed, -tenth, None) - _experts(seed, tenth, 2 * tenth) for seed in seeds]
     ends = [np.mean(seed["experts_by_layer"][-tenth:], axis=0) for seed in seeds]
-    values["first_minus_last_layer"] = [float(end[0] - end[-1]) for end in ends]
+    half = len(ends[0]) // 2
+    values["lower_minus_upper"] = [float(np.mean(end[:half]) - np.mean(end[-half:])) for end in ends]
     return [
         {
             "statistic": meaning,
@@ -171,9 +202,9 @@ def rows_of(seeds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "least": min(values[name]),
             "most": max(values[name]),
             "seeds": len(seeds),
-            "verdict": verdict_of(interval, side),
+            "verdict": verdict_of(interval, side, smallest),
         }
-        for name, (meaning, side) in STATISTICS.items()
+        for name, (meaning, side, smallest) in STATISTICS.items()
     ]
 
 
@@ -182,11 +213,13 @@ def _experts(seed: dict[str, Any], first: int, end: int | None) -> float:
     return float(np.mean(seed["experts_by_layer"][first:end]))
 
 
-def verdict_of(interval: Interval, side: int) -> str:
-    """Whether the finding, on this side of 0, is seen; empty if the paper claims nothing."""
+def verdict_of(interval: Interval, side: int, smallest: float) -> str:
+    """Whether the finding, on this side of 0 and of at least this size, is seen; empty if there is no finding."""
     if side == 0:
         return ""
-    if interval.verdict == "undecided":
+    if interval.low is None:
+        return "too few seeds"
+    if interval.verdict == "undecided" or abs(interval.mean) < smallest:
         return "not seen at this size"
     return "seen" if (interval.verdict == "higher") == (side > 0) else "the opposite is seen"
 

@@ -40,14 +40,17 @@ class Part:
 
 # In order of importance.
 PARTS = [
-    Part("kernels", 20, decides=True), Part("layer", 20), Part("engines", 20, decides=True), Part("grid", 12),
+    Part("kernels", 36, decides=True), Part("layer", 20), Part("engines", 20, decides=True), Part("grid", 12),
     Part("tiles", 12), Part("sonic", 16), Part("mxfp8", 12),
 ]  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all parts together")
-    parser.add_argument("--parts", nargs="+", default=[part.name for part in PARTS], help="parts to run")
+    names = [part.name for part in PARTS]
+    parser.add_argument(
+        "--parts", nargs="+", default=names, choices=names, metavar="PART", help=f"of {' '.join(names)}"
+    )
     parser.set_defaults(json=Path("runs/gpu_day.json"))
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # `python -m bench gpu_day` on a machine with a GPU and PyTorch, but without a network.
-# usage: gpu_day.sh pack [--sonic] DIR     with a network: collects what that machine lacks in DIR (15 MB; SonicMoE 60 MB)
+# usage: gpu_day.sh pack [--sonic] DIR     with a network: collects what that machine lacks in DIR (16 MB; SonicMoE 58 MB)
 #        gpu_day.sh run DIR [ARGUMENTS]    there: installs it into the Python in use, and runs the day
 # PYTHON_VERSION is the Python of that machine (default 3.12).
 set -euo pipefail

@@ -150,6 +150,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
             goal, kind = row["wanted"].split()
             value = row["share_of_peak"] if kind == "share" else row["both_tflops"]
             said.append(verdict(f"{where}: {goal} over the {kind} {value:.3f}", float(goal) / value, 1.0))
-        said.append(verdict(f"{where}: 1.3 over the gain on grouped_mm", 1.3 / row["over_grouped_mm"], 1.0))
+        if "over_grouped_mm" in row:
+            said.append(verdict(f"{where}: 1.3 over the gain on grouped_mm", 1.3 / row["over_grouped_mm"], 1.0))
         said.append(verdict(f"{where}: waits for the GPU", row["waits"], 0))
     return said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.cases import calibrate, make_layer, tokens_of
 from bench.report import verdict
+from bench.timing import waits
 from dynmoe.errors import UserError
 from harness.plans import DEVICE, Shape
 
@@ -46,21 +46,8 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
 
         for _ in range(3):
             step()
-        rows.append({"limit": limit or "none", "waits": _waits(step), **_launches(step)})
+        rows.append({"limit": limit or "none", "waits": waits(step), **_launches(step)})
     return rows
-
-
-def _waits(step: Any) -> int:
-    """Number of times that the host waits for the device."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in seen)
 
 
 def _launches(step: Any) -> dict[str, int]:
@@ -73,5 +60,5 @@ def _launches(step: Any) -> dict[str, int]:
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
-    return [verdict(f"waits with ceiling {row['ceiling']}", row["waits"], 0 if row["ceiling"] != "none" else 1)
+    return [verdict(f"waits with limit {row['limit']}", row["waits"], 0 if row["limit"] != "none" else 1)
             for row in rows]  # fmt: skip

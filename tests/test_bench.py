@@ -20,7 +20,7 @@ import torch
 from matplotlib import pyplot
 from packaging.version import Version
 
-from bench import end_to_end, since
+from bench import end_to_end, gpu_layer, launches, since
 from bench.__main__ import main
 from bench.cases import DTYPES, Method, check
 from bench.machine_code import Work, seconds_of, work_of
@@ -46,6 +46,14 @@ def run_benchmark(folder: Path, *arguments: str, timeout_s: float = 120) -> tupl
 
 SMALL = ["--tokens", "64", "--hidden", "32", "--repeats", "1"]
 PEERS = {"dynmoe", "deepspeed_moe", "deepspeed_autoep", "megatron_moe"}
+
+
+def test_what_needs_a_gpu_judges_its_rows():
+    rows = [{"limit": limit, "waits": waits, "kernels": 9, "ours": 8} for limit, waits in (("none", 1), (2.5, 1))]
+    assert [line.rpartition(": ")[2] for line in launches.verdicts(rows)] == ["reached", "missed by 1.000"]
+    row = {"method": "triton", "experts": 16, "mean_k": 2.0, "load": 1.5, "wanted": "", "waits": 0}
+    assert len(gpu_layer.verdicts([row])) == 1  # without grouped_mm in the same run
+    assert len(gpu_layer.verdicts([row | {"over_grouped_mm": 1.4}])) == 2
 
 
 def rows_of(name: str, arguments: list[str]) -> tuple[list[dict[str, Any]], list[str]]:

@@ -19,6 +19,7 @@ from dynmoe.errors import UserError
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg-deb is not installed: not on Debian")
 ENGLISH = [f"Sentence number {number} of the manual is about the installation of packages." for number in range(12)]
 GERMAN = [f"Satz {number} des Handbuchs handelt von der Installation der Pakete auf Rechnern." for number in range(12)]
+APPENDIX = [f"Anhang {number} nennt alle Quellen, aus denen dieses Handbuch entstanden ist." for number in range(12)]
 LISTING = "apt-get install   something-with-a-rather-long-name # also untranslated"
 
 
@@ -49,9 +50,15 @@ def make_deb(folder: Path, name: str, pages: dict[str, str]) -> Path:
 
 @pytest.fixture
 def debs(tmp_path: Path) -> list[Path]:
-    """Two packages: the translation sorts before the original, and only its index declares a language."""
+    """Two packages: the translation sorts before the original, and only its index declares a language.
+
+    In the order of paths, a folder of pictures lies between the pages of the translation.
+    """
     folder = tmp_path / "debs"
-    german = {"de/index.html": page([], "de-DE"), "de/one.html": page([*GERMAN, ENGLISH[3]], None)}
+    german = {
+        "de/appendix.html": page(APPENDIX, None), "de/images/one.html": page([], None),
+        "de/index.html": page([], "de-DE"), "de/one.html": page([*GERMAN, ENGLISH[3]], None),
+    }  # fmt: skip
     return [
         make_deb(folder, "a-manual-de", german),
         make_deb(folder, "manual", {"one.html": page(ENGLISH, "en"), "el/one.html": page(GERMAN, "el")}),
@@ -98,11 +105,12 @@ def test_writes_pages_by_language_without_what_is_not_translated(tmp_path: Path,
     assert tree(tmp_path / "text") == {
         "en/manual/one.txt": ("\n\n".join([*ENGLISH, LISTING]) + "\n").encode(),
         "de/a-manual-de/one.txt": ("\n\n".join(GERMAN) + "\n").encode(),
+        "de/a-manual-de/appendix.txt": ("\n\n".join(APPENDIX) + "\n").encode(),
     }
     assert manifest["packages"].keys() == {"a-manual-de", "manual"}
     assert manifest["packages"]["manual"]["version"] == "1.0-1"
-    size = len("\n\n".join(GERMAN)) + 1
-    assert manifest["languages"]["de"] == {"pages": 1, "bytes": size}
+    size = len("\n\n".join(GERMAN)) + len("\n\n".join(APPENDIX)) + 2
+    assert manifest["languages"]["de"] == {"pages": 2, "bytes": size}
 
 
 @needs_dpkg
@@ -127,7 +135,7 @@ def test_a_second_run_finds_the_text_up_to_date_and_a_changed_one_is_refused(
     names = ["manual", "a-manual-de"]
     monkeypatch.setattr(sys, "argv", ["debian_docs", "--out", str(out), "--packages", *names])
     debian_docs.main()
-    assert "de: 1 pages, 0.00 MB of text" in capsys.readouterr().out
+    assert "de: 2 pages, 0.00 MB of text" in capsys.readouterr().out
     assert sorted(os.listdir(out.parent)) == ["text", "text.json"]  # nothing temporary remains
     before = tree(out.parent)
     debian_docs.main()
@@ -149,7 +157,8 @@ def test_data_prep_reads_every_page_and_not_the_manifest(tmp_path: Path) -> None
     build(["manual", "a-manual-de"], tmp_path / "text")
     units = list_units([str(tmp_path / "text")])
     assert {unit.kind for unit in units} == {"files"}
-    assert [name for unit in units for name in unit.names] == ["de/a-manual-de/one.txt", "en/manual/one.txt"]
+    names = [name for unit in units for name in unit.names]
+    assert names == ["de/a-manual-de/appendix.txt", "de/a-manual-de/one.txt", "en/manual/one.txt"]
 
 
 @needs_dpkg

@@ -73,30 +73,35 @@ def test_means_of_tenths():
 def seed(first: float, last: float, **changes: float) -> dict[str, Any]:
     """A training whose two layers fall evenly from ``first`` and ``last`` to half of that."""
     falling = np.linspace(1, 0.5, 40)[:, None] * np.array([first, last])
-    names = [name for name in STATISTICS if name not in ("change", "first_minus_last_layer")]
+    names = [name for name in STATISTICS if name not in ("change", "lower_minus_upper")]
     return {"experts_by_layer": falling.tolist(), "statistics": dict.fromkeys(names, 0.1) | changes}
 
 
 def test_verdicts_follow_from_the_interval_over_seeds():
     seeds = [seed(4 + 0.1 * n, 2.0, loss=-0.2 - 0.01 * n, rarity=0.1 * (n - 2)) for n in range(5)]
     rows = {row["statistic"]: row for row in rows_of(seeds)}
+    weak = {row["statistic"]: row for row in rows_of([seed(3.1, 3.0, loss=0.04 + 1e-3 * n) for n in range(5)])}
     change = rows[STATISTICS["change"][0]]
     # Of the mean of both layers: parts 36 to 39 (mean 37.5 of 39) minus parts 4 to 7 (5.5).
     assert change["mean"].mean == pytest.approx(-0.5 * (37.5 - 5.5) / 39 * (4.2 + 2) / 2)
     assert change["verdict"] == "seen"
-    assert rows[STATISTICS["first_minus_last_layer"][0]]["verdict"] == "seen"
+    assert rows[STATISTICS["lower_minus_upper"][0]]["mean"].mean == pytest.approx((4.2 - 2) * (1 - 0.5 * 37.5 / 39))
+    assert rows[STATISTICS["lower_minus_upper"][0]]["verdict"] == "seen"
+    for name in ("lower_minus_upper", "loss"):  # sure, but too small
+        assert weak[STATISTICS[name][0]]["mean"].verdict == "higher"
+        assert weak[STATISTICS[name][0]]["verdict"] == "not seen at this size"
     assert rows[STATISTICS["loss"][0]]["verdict"] == "the opposite is seen"
     assert rows[STATISTICS["rarity"][0]]["verdict"] == "not seen at this size"
     assert rows[STATISTICS["position"][0]]["verdict"] == ""
     assert "| −0.220 [" in table(list(rows.values()))
-    assert verdict_of(Interval(0.3, None, None), +1) == "not seen at this size"  # too few seeds for an interval
+    assert verdict_of(Interval(0.3, None, None), +1, 0.1) == "too few seeds"
 
 
 @pytest.mark.slow
 def test_a_training_is_stopped_resumed_and_read(corpus_dir, tmp_path):
     arguments = [
         sys.executable, "-m", "bench", "findings", "--corpus", str(corpus_dir), "--seeds", "1", "--layers", "2",
-        "--steps", "40", "--sequences", "4", "--runs", str(tmp_path / "runs"), "--evidence", str(tmp_path / "seeds"),
+        "--steps", "4000", "--sequences", "4", "--runs", str(tmp_path / "runs"), "--evidence", str(tmp_path / "seeds"),
     ]  # fmt: skip
 
     def bench(*more: str) -> subprocess.CompletedProcess[str]:
@@ -104,17 +109,26 @@ def test_a_training_is_stopped_resumed_and_read(corpus_dir, tmp_path):
                               env=os.environ | CPU, timeout=600)  # fmt: skip
 
     assert "has no finished seed; train with --hours" in bench().stderr
-    done = bench("--hours", str(9 / 3600))  # ends while it starts or trains
-    assert "finished" not in done.stdout
+    for seconds in (20, 40, 80):  # until it ends in the middle of the training, not before
+        done = bench("--hours", str(seconds / 3600))
+        if "preempted" in done.stdout:
+            break
+    assert "seed 0: preempted" in done.stdout
+    metrics = next((tmp_path / "runs").glob("*/metrics.jsonl"))
+    before = metrics.read_text().splitlines()
     page = tmp_path / "page.md"
     page.write_text("<!-- findings --><!-- end of findings -->")
     done = bench("--hours", "1", "--plot", str(tmp_path / "plot.png"), "--page", str(page))
     assert done.returncode == 0, done.stdout + done.stderr
+    assert metrics.read_text().splitlines()[: len(before)] == before  # it went on
     assert "rank correlation of K and position in the sequence" in page.read_text()
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     (kept,) = (tmp_path / "seeds").glob("*.json")
     read = json.loads(kept.read_text())
     assert len(read["experts_by_layer"]) == 40
+    done = bench("--learning-rate", "1e-3")
+    assert done.returncode == 2
+    assert "use another directory for --evidence" in done.stderr
 
     model = open_trained(tmp_path / "runs" / kept.stem)
     data = PretrainingData([Corpus.open(corpus_dir)], model.config.data, 0, tmp_path / "index")

@@ -164,24 +164,27 @@ def _train(comparison: Comparison, evidence: Evidence, workers: int, hours: floa
 
 
 def plot(rows: list[dict[str, Any]], axes: Any) -> None:
-    """Draws the difference to top-2 at equal FLOPs with its interval, for each method and cell."""
-    rows = [row for row in rows if "same_flops" in row and row["method"] != REFERENCE]
+    """Draws the difference to top-2 with renormalized gates at equal FLOPs, for each method and cell."""
+    key = "same_flops_renormalized"
+    rows = [row for row in rows if key in row and row["method"] != RENORMALIZED]
     cells = list(dict.fromkeys(Cell(row["width"], row["corpus"]) for row in rows))
     means = {
-        method: statistics.mean(row["same_flops"].mean for row in rows if row["method"] == method)
+        method: statistics.mean(row[key].mean for row in rows if row["method"] == method)
         for method in dict.fromkeys(row["method"] for row in rows)
     }
     order = sorted(means, key=lambda method: -means[method])
     for place, cell in enumerate(cells):
         own = [row for row in rows if Cell(row["width"], row["corpus"]) == cell]
         heights = [order.index(row["method"]) - 0.6 * ((place + 0.5) / len(cells) - 0.5) for row in own]
-        differences = [row["same_flops"].mean for row in own]
+        differences = [row[key].mean for row in own]
         # Without an interval (too few pairs) only the point is drawn.
-        below = [mean - (mean if low is None else low) for mean, low, _ in (row["same_flops"] for row in own)]
-        above = [(mean if high is None else high) - mean for mean, _, high in (row["same_flops"] for row in own)]
+        below = [mean - (mean if low is None else low) for mean, low, _ in (row[key] for row in own)]
+        above = [(mean if high is None else high) - mean for mean, _, high in (row[key] for row in own)]
         axes.errorbar(differences, heights, xerr=[below, above], fmt="o", markersize=4, capsize=2, label=str(cell))
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(order)), order)
-    axes.set_xlabel("validation loss minus top-2 at equal FLOPs, nats per token (95 % interval)")
+    axes.set_xlabel(
+        "validation loss minus top-2 with renormalized gates at equal FLOPs, nats per token (95 % interval)"
+    )
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=8)

@@ -114,7 +114,7 @@ class Evidence:
         if kept["overrides"] != unit.overrides:
             raise UserError(f"{path}: was trained with other fields; use another directory for --evidence")
         corpus = self._corpora.get(unit.cell.corpus)
-        if corpus is not None and (corpus / MANIFEST).exists() and kept["text"] != _fingerprint(corpus):
+        if corpus is not None and (corpus / MANIFEST).exists() and kept["text"] != fingerprint(corpus):
             raise UserError(f"{path}: was trained on another text than {corpus}; use another directory for --evidence")
         return Outcome(**kept["outcome"])
 
@@ -131,7 +131,7 @@ class Evidence:
         output, _ = process.communicate()
         if process.returncode:
             raise UserError(f"{unit.path}: {problem_in(output)}")
-        self._keep(unit, run, _fingerprint(corpus))
+        self._keep(unit, run, fingerprint(corpus))
         shutil.rmtree(run)
 
     def _keep(self, unit: Unit, run: Path, text: str) -> None:
@@ -186,6 +186,6 @@ def _rounded(value: Any) -> Any:
     return [_rounded(own) for own in value] if isinstance(value, list) else value
 
 
-def _fingerprint(corpus: Path) -> str:
+def fingerprint(corpus: Path) -> str:
     """SHA-256 of the corpus's training tokens, from its manifest."""
     return str(json.loads((corpus / MANIFEST).read_text())["files"]["train.bin"]["sha256"])

@@ -16,6 +16,7 @@ def gradient_sum(weight: Tensor) -> Tensor | None:
 
     Returns:
         None if the gradient itself is needed: in the first pass, for hooks of the weight, and in ``autograd.grad``.
+        Hooks of the node that accumulates the gradient are not seen; they are called with None.
     """
     if not weight.is_leaf or weight._backward_hooks or not _accumulates(weight):
         return None

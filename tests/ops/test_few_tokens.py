@@ -96,6 +96,8 @@ def test_other_tokens_are_left_to_pytorch(monkeypatch):
     assert few_tokens(*case(4, 8, 8, share=0.0)) is None
     *tensors, permutation = case(4, 8, 8)
     assert few_tokens(*(tensor.bfloat16() for tensor in tensors), permutation) is None
+    x_TD, gates_TE, *weights = tensors
+    assert few_tokens(x_TD, gates_TE.bfloat16(), *weights, permutation) is None
     monkeypatch.setattr(module, "_kernels", lambda: None)
     arguments = case(4, 8, 8)
     assert few_tokens(*arguments) is None

@@ -114,7 +114,7 @@ def test_it_is_compiled_once(tmp_path):
 
 
 def test_without_a_compiler_pytorch_computes(tmp_path):
-    assert in_a_process(LOADS, XDG_CACHE_HOME=str(tmp_path), CC="no_such_compiler").strip() == "None"
+    assert in_a_process(LOADS, XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path), CC="").strip() == "None"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "_kernel", lambda dtype: None)
         h_NH, gates_N, grad_NF = case(1, 5, 4, torch.float32)
@@ -129,8 +129,25 @@ def test_a_compiler_that_fails_is_reported(tmp_path):
     broken.chmod(0o755)
     said = in_a_process(LOADS, XDG_CACHE_HOME=str(tmp_path), CC=str(broken))
     assert "swiglu_backward.c was not compiled: no room left; PyTorch computes the same more slowly" in said
-    assert said.splitlines()[0] == "None" or "None" in said
+    assert "None" in said.splitlines()
     assert not list((tmp_path / "dynmoe").iterdir())
+
+
+@pytest.mark.parametrize(("before", "problem"), [
+    ("os.environ['CC'] = 'no_such_compiler -m64'", "CC=no_such_compiler is not found"),
+    # As in a container, for a user id without a name.
+    ("del os.environ['HOME']; pwd.getpwuid = lambda uid: {}[uid]", "Could not determine home directory."),
+])  # fmt: skip
+@compiled
+def test_what_prevents_compiling_is_reported(before, problem):
+    said = in_a_process(f"import os, pwd; {before}; {LOADS}", XDG_CACHE_HOME="", HOME="/nowhere")
+    assert f"swiglu_backward.c was not compiled: {problem}; PyTorch computes" in said
+
+
+@compiled
+def test_the_compiler_may_have_options(tmp_path):
+    said = in_a_process(LOADS, XDG_CACHE_HOME=str(tmp_path), CC=f"{COMPILER[0]} -DUNUSED=1")
+    assert "CDLL" in said
 
 
 def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
@@ -151,6 +168,13 @@ def test_other_types_and_strides_are_left_to_pytorch():
     strided = torch.empty(6, 20)[:, ::2].copy_(h_NH)
     native_activation_backward(strided, gates_N, grad_NF)
     torch.testing.assert_close(strided.double(), expected[0], rtol=1e-5, atol=1e-5)
+    for dtype in (torch.bfloat16, torch.float64):
+        h_NH, gates_N, grad_NF = case(2, 6, 5, torch.float32)
+        expected = exact(h_NH, gates_N.to(dtype), grad_NF)
+        grad_gates_N = native_activation_backward(h_NH, gates_N.to(dtype), grad_NF)
+        assert grad_gates_N.dtype == dtype
+        for value, wanted in ((h_NH, expected[0]), (grad_NF, expected[1]), (grad_gates_N, expected[2])):
+            torch.testing.assert_close(value.double(), wanted, rtol=2e-2, atol=2e-2)
 
 
 def test_the_source_is_part_of_the_package():
