@@ -46,25 +46,30 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(line)
 
 
-def _pool(world_size: int) -> Iterator[WorkerPool]:
-    pool = WorkerPool(world_size)
-    yield pool
-    pool.stop()
+_POOLS = {world_size: WorkerPool(world_size) for world_size in (1, 2, 4)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_idle_ranks() -> Iterator[None]:
+    """Ends the ranks of a file's tests: idle ones keep waking up, and starting them again is cheap."""
+    yield
+    for pool in _POOLS.values():
+        pool.stop()
 
 
 @pytest.fixture(scope="session")
-def one_rank() -> Iterator[WorkerPool]:
-    yield from _pool(1)
+def one_rank() -> WorkerPool:
+    return _POOLS[1]
 
 
 @pytest.fixture(scope="session")
-def two_ranks() -> Iterator[WorkerPool]:
-    yield from _pool(2)
+def two_ranks() -> WorkerPool:
+    return _POOLS[2]
 
 
 @pytest.fixture(scope="session")
-def four_ranks() -> Iterator[WorkerPool]:
-    yield from _pool(4)
+def four_ranks() -> WorkerPool:
+    return _POOLS[4]
 
 
 @pytest.fixture(scope="session")

@@ -86,6 +86,7 @@ def test_the_layer_against_the_dense_floor_and_its_peers(one_rank):
     assert verdicts[0].startswith("bf16, K̄ 2")
 
 
+@pytest.mark.slow  # identity experts themselves are tested in tests/moe and tests/routing
 def test_identity_experts_against_plain_top_k(tmp_path):
     small = [*SMALL, "--width", "16", "--experts", "4", "--identity", "2", "--ranks", "2"]
     (row,), said = run_benchmark(tmp_path, "zero_computation", *small)
@@ -159,6 +160,7 @@ def test_the_counts_of_a_step_are_reported_for_each_layout(tmp_path):
     assert said.count(": reached") == 3 * 2
 
 
+@pytest.mark.slow  # exports give the model's tokens in tests/hf
 def test_generation_gives_the_tokens_of_the_export(tmp_path):
     few = ["--models", "quickstart", "--tokens", "3", "--rounds", "1"]
     rows, said = run_benchmark(tmp_path, "generation", *few)

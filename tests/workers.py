@@ -1,4 +1,4 @@
-"""A pool of gloo ranks that lives for the whole test session; all pools share one import of torch and the engines."""
+"""A pool of gloo ranks that lives for a test file; all pools share one import of torch and the engines."""
 
 from __future__ import annotations
 

@@ -108,12 +108,17 @@ def test_checkpoints_of_other_versions_are_read(one_rank, tmp_path, version):
 
 @pytest.mark.parametrize(
     ("before", "after", "extra"),
-    [(TP2, ALONE, ["model.moe.moe_layer_freq=2", "model.ffn_hidden=64", "model.moe.shared_hidden=32"]),
-     (PP2, TP2, ["model.tie_embeddings=true"]), (ALONE, TP2, ["model.moe.experts=0", "model.ffn_hidden=64"]),
-     (TP2, ALONE, LATENT), (PP2, TP2, LONGCAT), (PP2, TP2, ["model.mtp.layers=2"]),
-     (TP2, PP2, ["model.mtp.layers=1", "model.tie_embeddings=true"])],
-    ids=["dense layers and shared experts", "tied embeddings", "a dense model", "latent attention", "LongCat-Flash",
-         "further tokens", "further tokens, tied embeddings"],
+    [
+        pytest.param(TP2, ALONE, ["model.moe.moe_layer_freq=2", "model.ffn_hidden=64", "model.moe.shared_hidden=32"],
+                     id="dense layers and shared experts"),
+        pytest.param(PP2, TP2, ["model.tie_embeddings=true"], id="tied embeddings", marks=pytest.mark.slow),
+        pytest.param(ALONE, TP2, ["model.moe.experts=0", "model.ffn_hidden=64"], id="a dense model"),
+        pytest.param(TP2, ALONE, LATENT, id="latent attention", marks=pytest.mark.slow),
+        pytest.param(PP2, TP2, LONGCAT, id="LongCat-Flash", marks=pytest.mark.slow),
+        pytest.param(PP2, TP2, ["model.mtp.layers=2"], id="further tokens", marks=pytest.mark.slow),
+        pytest.param(TP2, PP2, ["model.mtp.layers=1", "model.tie_embeddings=true"],
+                     id="further tokens, tied embeddings"),
+    ],
 )  # fmt: skip
 def test_checkpoints_of_other_architectures_fit_other_layouts(
     plain, one_rank, two_ranks, tmp_path, before, after, extra
@@ -151,7 +156,13 @@ def replicated(result) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(DP2, marks=pytest.mark.slow), TP2, PP2, [*TP2, *LATENT], [*PP2, *LONGCAT]],
+    [
+        pytest.param(DP2, marks=pytest.mark.slow),
+        pytest.param(TP2, marks=pytest.mark.slow),
+        PP2,
+        [*TP2, *LATENT],
+        pytest.param([*PP2, *LONGCAT], marks=pytest.mark.slow),
+    ],
     ids=["DP 2", "TP 2", "PP 2", "TP 2, latent attention", "PP 2, LongCat-Flash"],
 )
 def test_a_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(two_ranks, tmp_path, layout):
@@ -167,11 +178,11 @@ def test_a_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(two_ranks, t
 @pytest.mark.parametrize(
     "layout",
     [
-        TP2,
+        pytest.param(TP2, marks=pytest.mark.slow),
         INTERLEAVED,
         pytest.param(EP2, marks=pytest.mark.slow),
         [*TP2, *LATENT],
-        [*EP2, *LONGCAT],
+        pytest.param([*EP2, *LONGCAT], marks=pytest.mark.slow),
         pytest.param([*INTERLEAVED, *LONGCAT, "model.layers=8"], marks=pytest.mark.slow),
     ],
     ids=[
@@ -267,8 +278,8 @@ def test_a_stage_without_moe_layers_takes_part_in_all_decisions(one_rank, two_ra
     "layout",
     [
         pytest.param(EP2, id="EP 2", marks=pytest.mark.slow), pytest.param(PP2, id="PP 2"),
-        pytest.param([*TP2, *LATENT], id="TP 2, latent attention"),
-        pytest.param([*TP2, *LONGCAT], id="TP 2, LongCat-Flash"),
+        pytest.param([*TP2, *LATENT], id="TP 2, latent attention", marks=pytest.mark.slow),
+        pytest.param([*TP2, *LONGCAT], id="TP 2, LongCat-Flash", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_bf16_follows_fp32(two_ranks, layout):

@@ -47,7 +47,12 @@ def test_losses_and_gradients_are_those_of_megatrons_own_module(one_rank, extra)
         )
 
 
-@pytest.mark.parametrize("name", SPREAD)
+FAST = ("DeepSpeed EP 2, ZeRO 3", "Megatron PP 2")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in SPREAD]
+)
 def test_a_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(pools, tmp_path, name):
     ranks, layout = SPREAD[name]
     overrides = [*ONE_FURTHER, *layout, *BF16]
@@ -59,7 +64,9 @@ def test_a_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(pools, tmp_p
         assert all(torch.equal(value, half["state"][key]) for key, value in whole["state"].items())
 
 
-@pytest.mark.parametrize("name", ["DeepSpeed EP 2, ZeRO 3", "Megatron PP 2 x EP 2"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("DeepSpeed EP 2, ZeRO 3", marks=pytest.mark.slow), "Megatron PP 2 x EP 2"]
+)
 def test_recomputation_changes_nothing(pools, name):
     ranks, layout = SPREAD[name]
     overrides = [*ONE_FURTHER, *layout]
@@ -84,7 +91,10 @@ def test_budgets_hold_over_all_layers_in_any_layout(pools, router):
 
 
 TWO_FURTHER = [*TOP_P, "model.mtp.layers=2"]
-DOCUMENTS = ["DeepSpeed EP 2, full", "Megatron TP 2", "Megatron CP 2 x PP 2, full"]
+DOCUMENTS = [
+    "DeepSpeed EP 2, full", pytest.param("Megatron TP 2", marks=pytest.mark.slow),
+    pytest.param("Megatron CP 2 x PP 2, full", marks=pytest.mark.slow),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", DOCUMENTS)

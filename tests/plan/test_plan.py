@@ -29,6 +29,7 @@ from dynmoe.train.muon import orthogonalization_flops, orthogonalize
 from harness.processes import CPU, ROOT
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem != "quickstart")
+LARGEST = ("deepseek_v3_64x8", "longcat_64x8")
 _TINY = [
     "data.sequence_length=256", "train.micro_batch=1", "model.vocab_size=4096", "model.hidden=512", "model.layers=4",
     "model.heads=8", "model.kv_heads=4", "model.moe.experts=8", "model.moe.expert_hidden=1024",
@@ -47,7 +48,9 @@ def described(path: Path) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [
+    pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in LARGEST else ()) for path in CONFIGS
+])  # fmt: skip
 def test_every_configuration_has_the_size_that_it_states(path, summary):
     """Also, it fits the GPUs that it names at the maximum number of experts per token."""
     config = load_config(path)
