@@ -128,7 +128,7 @@ def _section(name: str, given: argparse.Namespace) -> str:
     title, _, explanation = str(module.__doc__).partition("\n")
     picture = f"figures/{name}.png" if (given.figures / f"{name}.png").exists() else None
     section = markdown(title, rows, _verdicts(module, document["rows"]), picture)
-    where = f"On: {document['machine']}; torch {document['torch']}.\n"
+    where = f"On: {document['machine']}; torch {document['torch']}; code of commit {document['commit']}.\n"
     heading, _, rest = section.partition("\n")
     parts = [markdown(row["part"], row["rows"], [], None, 3) for row in document["rows"] if row.get("rows")]
     before = [heading, "", *([explanation.strip(), ""] if explanation.strip() else []), where]

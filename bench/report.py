@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dynmoe.errors import UserError
+from harness.processes import ROOT
 
 Rows = list[dict[str, Any]]
 
@@ -81,8 +83,17 @@ def without_details(rows: Rows) -> Rows:
 
 
 def write_json(path: Path, rows: Rows) -> None:
-    document = {"machine": machine(), "torch": torch.__version__, "rows": rows}
+    document = {"machine": machine(), "torch": torch.__version__, "commit": _commit(), "rows": rows}
     path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _commit() -> str:
+    """The commit of this code, marked if files differ from it; unknown outside a clone."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def replace_block(page: str, name: str, text: str) -> str:

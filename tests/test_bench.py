@@ -203,14 +203,14 @@ def test_a_commit_that_is_not_there_is_said(tmp_path):
 
 def test_the_page_has_measurements_and_targets(tmp_path, monkeypatch):
     rows = [{"dtype": "fp32", "experts": e, "mean_k": 2.0, "forward": 0.02, "both": 0.031} for e in (16, 64)]
-    document = {"machine": "a machine", "torch": "2.0", "rows": rows}
+    document = {"machine": "a machine", "torch": "2.0", "commit": "a1b2c3d", "rows": rows}
     (tmp_path / "router.json").write_text(json.dumps(document))
     page = tmp_path / "performance.md"
     monkeypatch.setattr(sys, "argv", ["bench", "all", "--only", "--page", str(page), "--figures", str(tmp_path)])
     main()
     text = page.read_text()
     assert "## Benchmark 9: the router with its auxiliary losses" in text
-    assert "On: a machine; torch 2.0." in text
+    assert "On: a machine; torch 2.0; code of commit a1b2c3d." in text
     assert "dtype fp32, mean k 2.000, forward 0.020, both 0.031." in text  # the same in every row
     assert "| experts |" in text
     assert "- fp32, E 16: share of the layer: 0.031, target at most 0.03: missed by 0.001" in text
@@ -218,9 +218,9 @@ def test_the_page_has_measurements_and_targets(tmp_path, monkeypatch):
 
 
 def test_a_page_keeps_what_no_benchmark_writes(tmp_path, monkeypatch):
-    (tmp_path / "router.json").write_text(
-        json.dumps({"machine": "a machine", "torch": "2.0", "rows": [{"dtype": "fp32", "experts": 16, "both": 0.02}]})
-    )
+    rows = [{"dtype": "fp32", "experts": 16, "both": 0.02}]
+    document = {"machine": "a machine", "torch": "2.0", "commit": "a1b2c3d", "rows": rows}
+    (tmp_path / "router.json").write_text(json.dumps(document))
     page = tmp_path / "performance.md"
     page.write_text(
         "# Performance\n\nOld.\n\n## Benchmark 9: an older title.\n\nOld rows.\n\n"

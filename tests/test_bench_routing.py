@@ -329,11 +329,8 @@ def test_a_plot_without_intervals():
     figure = pyplot.figure()
     axes = figure.add_subplot()
     routing.plot(list(comparison.rows()), axes)
-    assert [label.get_text() for label in axes.get_yticklabels()] == [
-        "ReLU",
-        RENORMALIZED,
-        "top-k 4",
-    ]  # the best is on top
+    best_on_top = ["ReLU", REFERENCE, "top-k 4"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == best_on_top
     pyplot.close(figure)
 
 
