@@ -88,10 +88,15 @@ def write_json(path: Path, rows: Rows) -> None:
 
 
 def _commit() -> str:
-    """The commit of this code, marked if files differ from it; unknown outside a clone."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
-    try:
+    """The commit of this code, marked if the code differs from it; unknown outside a clone."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "*.py", "*.c")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

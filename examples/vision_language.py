@@ -22,6 +22,7 @@ import scenes
 import torch
 import torch.distributed as dist
 from scenes import Scene
+from scipy import stats
 from torch import Tensor
 from vision_language_model import IDS, TOKENS, Encoder, VisionLanguageModel, never_together
 from vision_language_training import EXPERTS, conversations, test, train, upcycle
@@ -212,9 +213,8 @@ def print_comparison(results: Sequence[dict[str, dict[str, float]]]) -> None:
     for name, values in (("Accuracy", differences["all"]), ("Loss", differences["loss"])):
         mean = statistics.mean(values)
         deviation = statistics.stdev(values)
-        error = deviation / len(values) ** 0.5
-        shown = "these seeds show no difference" if abs(mean) < 2 * error else "more than two standard errors"
-        print(f"{name}, top-any minus top-2: {mean:+.4f} ± {deviation:.4f} (standard deviation): {shown}.")
+        reach = stats.t.ppf(0.975, len(values) - 1) * deviation / len(values) ** 0.5
+        print(f"{name}, top-any minus top-2: {mean:+.4f}, 95 % interval [{mean - reach:+.4f}, {mean + reach:+.4f}]")
 
 
 def main() -> None:

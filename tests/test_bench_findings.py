@@ -101,7 +101,7 @@ def test_verdicts_follow_from_the_interval_over_seeds():
 def test_a_training_is_stopped_resumed_and_read(corpus_dir, tmp_path):
     arguments = [
         sys.executable, "-m", "bench", "findings", "--corpus", str(corpus_dir), "--seeds", "1", "--layers", "2",
-        "--steps", "4000", "--sequences", "4", "--runs", str(tmp_path / "runs"), "--evidence", str(tmp_path / "seeds"),
+        "--steps", "600", "--sequences", "4", "--runs", str(tmp_path / "runs"), "--evidence", str(tmp_path / "seeds"),
     ]  # fmt: skip
 
     def bench(*more: str) -> subprocess.CompletedProcess[str]:
@@ -140,8 +140,8 @@ def test_a_training_is_stopped_resumed_and_read(corpus_dir, tmp_path):
             logits_SV = model.decoder(batch.tokens_BS[row : row + 1])[0]
             loss_S = F.cross_entropy(logits_SV, batch.labels_BS[row], reduction="none").numpy()
         own = slice(row * length, (row + 1) * length)
-        np.testing.assert_allclose(tokens.next_loss_N[own], loss_S, rtol=1e-4)
-        np.testing.assert_allclose(tokens.own_loss_N[own][1:], loss_S[:-1], rtol=1e-4)
+        np.testing.assert_allclose(tokens.next_loss_N[own], loss_S, rtol=1e-4, atol=1e-4)  # most are near 0 by then
+        np.testing.assert_allclose(tokens.own_loss_N[own][1:], loss_S[:-1], rtol=1e-4, atol=1e-4)
         assert np.isnan(tokens.own_loss_N[own][0])
         assert tokens.ids_N[own].tolist() == batch.tokens_BS[row].tolist()
         assert tokens.position_N[own].tolist() == list(range(length))
