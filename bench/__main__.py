@@ -39,7 +39,7 @@ from bench import (
     wire,
     zero_computation,
 )
-from bench.report import Rows, markdown, print_table, with_sections, without_details, write_json
+from bench.report import Rows, current_commit, markdown, print_table, with_sections, without_details, write_json
 from dynmoe.cli import run_tool
 from dynmoe.errors import UserError
 
@@ -79,9 +79,10 @@ def main() -> None:
         run_all(given)
         return
     module = BENCHMARKS[given.name]
+    commit = current_commit()
     rows = module.run(given)
     if given.json is not None:  # first, because a measurement can take hours
-        write_json(given.json, rows)
+        write_json(given.json, rows, commit)
     _show(given.name, module, rows)
     if hasattr(module, "plot") and given.plot is not None:
         _draw(module, rows, given.plot)

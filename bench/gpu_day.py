@@ -25,7 +25,7 @@ import torch
 
 from bench import gpu_kernels, gpu_layer
 from bench.gpu_parts import SKIPPED
-from bench.report import Rows, print_table, write_json
+from bench.report import Rows, current_commit, print_table, write_json
 from harness.processes import CPU, ROOT
 
 
@@ -65,13 +65,14 @@ def run(given: argparse.Namespace) -> Rows:
     given.json.parent.mkdir(parents=True, exist_ok=True)
     if not torch.cuda.is_available():
         print("no GPU: a rehearsal in small, whose figures mean nothing")
+    commit = current_commit()
     rows: Rows = []
     with given.json.with_suffix(".log").open("w") as log:
         for number, part in enumerate(parts):
             share = part.share / sum(other.share for other in parts[number:])
             row = _run_part(part, share * max(end - time.monotonic(), 0.0), log)
             rows.append(row)
-            write_json(given.json, rows)
+            write_json(given.json, rows, commit)
             _say(row)
     print(f"output of all parts: {log.name}")
     return rows

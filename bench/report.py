@@ -82,13 +82,13 @@ def without_details(rows: Rows) -> Rows:
     return [{key: value for key, value in row.items() if key not in ("curve", "rows")} for row in rows]
 
 
-def write_json(path: Path, rows: Rows) -> None:
-    document = {"machine": machine(), "torch": torch.__version__, "commit": _commit(), "rows": rows}
+def write_json(path: Path, rows: Rows, commit: str) -> None:
+    document = {"machine": machine(), "torch": torch.__version__, "commit": commit, "rows": rows}
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def _commit() -> str:
-    """The commit of this code, marked if the code differs from it; unknown outside a clone."""
+def current_commit() -> str:
+    """The commit of this code, marked if the code differs from it; unknown outside a clone. Ask before measuring."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]

@@ -21,7 +21,14 @@ from tokenizers import Regex
 from dynmoe.data.byte_level import to_characters
 from dynmoe.data.huggingface_tokenizer import TOKENIZER_CONFIG, HuggingFaceTokenizer, load
 from dynmoe.data.tokenizer import Tokenizer
-from dynmoe.data.tokenizer_files import beside, end_of_text_of, find_tokenizer, is_tiktoken, open_tokenizer
+from dynmoe.data.tokenizer_files import (
+    beside,
+    end_of_text_of,
+    find_tokenizer,
+    is_tiktoken,
+    open_tokenizer,
+    reads_special_tokens,
+)
 from dynmoe.data.word_patterns import CL100K, GPT2_OF_TIKTOKEN, LLAMA3, O200K, QWEN2
 from dynmoe.errors import UserError, first_line
 
@@ -88,7 +95,7 @@ def read_tokenizer(
     """
     file = _tiktoken_file(Path(name))
     if file is not None:
-        return convert(file, end_of_text, bool(special_tokens), pattern)
+        return convert(file, end_of_text, special_tokens, pattern)
     if pattern is not None:
         raise UserError(f"--tiktoken-pattern {pattern!r}: {name} is not a tiktoken file; remove the option")
     return open_tokenizer(name, _KINDS, end_of_text, special_tokens)
@@ -102,8 +109,10 @@ def _tiktoken_file(path: Path) -> Path | None:
     return found if found is not None and found.is_file() and is_tiktoken(found.read_bytes()) else None
 
 
-def convert(file: Path, end_of_text: str | None, special_tokens: bool, pattern: str | None) -> HuggingFaceTokenizer:
-    """Converts a tiktoken file.
+def convert(
+    file: Path, end_of_text: str | None, special_tokens: bool | None, pattern: str | None
+) -> HuggingFaceTokenizer:
+    """Converts a tiktoken file; arguments as of :func:`read_tokenizer`.
 
     Raises:
         UserError: it is damaged, or its pattern is not known or cannot be used.
@@ -121,6 +130,8 @@ def convert(file: Path, end_of_text: str | None, special_tokens: bool, pattern: 
     model = load(made, str(file), _KINDS)
     if end_of_text is None:
         end_of_text = end_of_text_of(file, special)
+    if special_tokens is None:
+        special_tokens = reads_special_tokens(file)
     return HuggingFaceTokenizer(model, made, str(file), end_of_text, special_tokens)
 
 

@@ -171,7 +171,8 @@ _WEIGHTS = (
     "tie_embeddings", "moe.shortcut",
 )  # fmt: skip
 _WEIGHTS_OF_EXPERTS = (
-    "moe_layers", "moe.experts", "moe.experts_by_layer", "moe.expert_hidden", "moe.shared_hidden", "moe.shared_gate",
+    "moe.experts", "moe.experts_by_layer", "moe.expert_hidden", "moe.shared_hidden", "moe.shared_gate",
+    "moe.moe_layer_freq", "moe.first_k_dense_replace",
 )  # fmt: skip
 
 
@@ -182,6 +183,8 @@ def _check_same(old: ModelConfig, new: ModelConfig) -> None:
         before, after = (attrgetter(name)(model) for model in (old, new))
         if before != after:
             raise UserError(f"model.{name}={after}: the weights have {before}; remove the override")
+    if new.mtp.layers < old.mtp.layers:  # more may be added
+        raise UserError(f"model.mtp.layers={new.mtp.layers}: the weights have {old.mtp.layers}; remove the override")
 
 
 def _validation_text(config: Config, tokenizer: str) -> Tensor:

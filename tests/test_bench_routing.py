@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench import routing
 from bench.report import replace_block
-from bench.routing.comparison import FLOPS_TOLERANCE, Comparison, Plan, verdicts
+from bench.routing.comparison import FLOPS_TOLERANCE, Comparison, Plan, _next_steps, verdicts
 from bench.routing.intervals import Interval, bootstrap, interval_of
 from bench.routing.methods import METHODS, REFERENCE, RENORMALIZED
 from bench.routing.units import Cell, Evidence, Outcome, Unit, outcome_of
@@ -125,6 +125,11 @@ def test_matching_ends_between_a_run_below_and_one_above():
         units[unit] = dataclasses.replace(outcome(unit), flops=round(10_000 * flops[unit.steps]))
     assert tried[:5] == [100, 80, 90, 85, 89]
     assert comparison.pair(CODE, "ReLU", 0).flops.flops == 9950
+
+
+def test_matching_tries_every_number_between_two_runs():
+    assert _next_steps(136, {200: 1.5, 133: 0.98, 136: 1.3}) == 134  # neither 133 again, nor given up
+    assert _next_steps(152, {151: 0.981, 152: 1.011}) in (151, 152)
 
 
 def test_a_cell_that_is_not_complete_decides_nothing():

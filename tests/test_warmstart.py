@@ -134,6 +134,8 @@ def test_layers_that_predict_further_tokens_come_along(corpus_dir, tmp_path):
             assert torch.equal(after.state_dict()[name], value), name
     assert float(after.moe.router.p) != TopP().p, "not fitted"
     assert len(open_trained(tmp_path / "top_p").decoder.layers) == 3
+    with pytest.raises(UserError, match=r"model.mtp.layers=0: the weights have 1; remove the override"):
+        warm_start(tmp_path / "top_k", tmp_path / "without", overrides=[*TOP_P, "model.mtp.layers=0"])
 
 
 def test_a_warm_start_may_add_layers_that_predict_further_tokens(dense, tmp_path):
@@ -189,7 +191,7 @@ def test_training_continues_from_a_warm_start(corpus_dir, tmp_path, engine):
     ("top_p", {"experts": 4}, "already has experts"),
     ("dense", {"experts": 4, "overrides": ["model.attention_bias=all"]}, "model.attention_bias=all: the weights have"),
     ("top_k", {"overrides": [*TOP_P, "model.moe.experts=8"]}, "model.moe.experts=8: the weights have 4"),
-    ("top_k", {"overrides": [*TOP_P, "model.moe.moe_layer_freq=2"]}, r"model.moe_layers=\[0, 2\]: the weights have"),
+    ("top_k", {"overrides": [*TOP_P, "model.moe.moe_layer_freq=2"]}, "model.moe.moe_layer_freq=2: the weights have 1"),
     ("top_k", {"overrides": [*TOP_P, "model.moe.shared_hidden=16"]}, "model.moe.shared_hidden=16: the weights have 0"),
 ])  # fmt: skip
 def test_impossible_conversions_are_refused(corpus_dir, dense, tmp_path, source, arguments, words):

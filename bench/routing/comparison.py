@@ -46,8 +46,8 @@ class Pair:
 
     Attributes:
         tokens: the unit that has as many tokens as the reference.
-        flops: the unit that has as many measured FLOPs, within 1 %; the same if that one has. None also if no number
-            of steps has as many.
+        flops: the unit that has as many measured FLOPs, within 1 %; the same if that one has. None also if the search
+            for the number of steps found none.
         missing: the unit to train next; None if there is nothing left to train.
     """
 
@@ -151,15 +151,21 @@ class Comparison:
 def _next_steps(last: int, ratios: dict[int, float]) -> int:
     """The number of steps to try after ``last``, given the ratio of FLOPs for each number that was tried.
 
-    The number is divided by its ratio. Once one run has too few FLOPs and another too many, this must lead between
-    them; else a line through both decides.
+    The number is divided by its ratio. Once one run has too few FLOPs and another too many, it must lie between them;
+    else a line through both decides.
+
+    Returns:
+        A number that was tried, if none is left between two runs.
     """
     steps = round(last / ratios[last])
     below = max(((ratio, tried) for tried, ratio in ratios.items() if ratio < 1), default=None)
     above = min(((ratio, tried) for tried, ratio in ratios.items() if ratio > 1), default=None)
-    if below is None or above is None or min(below[1], above[1]) < steps < max(below[1], above[1]):
+    if below is None or above is None:
         return steps
-    return round(below[1] + (above[1] - below[1]) * (1 - below[0]) / (above[0] - below[0]))
+    low, high = sorted((below[1], above[1]))
+    if not low < steps < high:
+        steps = round(below[1] + (above[1] - below[1]) * (1 - below[0]) / (above[0] - below[0]))
+    return min(max(steps, low + 1), high - 1) if high - low > 1 else low
 
 
 def _row(own: Sequence[Pair], pairs: Mapping[str, Sequence[Pair]]) -> dict[str, Any]:

@@ -88,14 +88,14 @@ def load(name: str) -> ctypes.CDLL | None:
             return None
         facts = repr((compiler, os.stat(compiler[0]).st_mtime, _FLAGS, _machine()))
         key = hashlib.sha256(source.read_bytes() + facts.encode()).hexdigest()[:16]
-        # A user without a home directory, as in some containers, is a RuntimeError.
+        # A user without a home directory, as in some containers, is a RuntimeError; an odd quote in CC a ValueError.
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dynmoe"
         target = folder / f"{source.stem}-{key}.so"
         if not target.exists():
             folder.mkdir(parents=True, exist_ok=True)
             _compile(compiler, source, target)
         return ctypes.CDLL(str(target))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         output = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         problem = output[0] if output else type(error).__name__
         warnings.warn(f"{name} was not compiled: {problem}; PyTorch computes the same more slowly", stacklevel=2)

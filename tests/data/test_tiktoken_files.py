@@ -107,6 +107,11 @@ def test_special_tokens_come_from_the_directory(ranks, tmp_path):
     own = read_tokenizer(str(tmp_path), pattern="qwen")
     assert (own.eod, own.vocab_size) == (200_000, 200_002)
     assert read_tokenizer(str(tmp_path), END, pattern="qwen").eod == 200_001
+    assert 200_000 not in own.encode("a<|im_end|>")
+    config.write_text(f'{{"split_special_tokens": false, "added_tokens_decoder": {listed}, "eos_token": "<|im_end|>"}}')
+    assert read_tokenizer(str(tmp_path), pattern="qwen").encode("a<|im_end|>")[-1] == 200_000
+    own = read_tokenizer(str(tmp_path), special_tokens=False, pattern="qwen")
+    assert 200_000 not in own.encode("a<|im_end|>")
     config.write_text('{"added_tokens_decoder": [1]}')
     refused(tmp_path, "does not list tokens by id; repair or remove", pattern="qwen")
 

@@ -114,12 +114,13 @@ def relative(ours: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
-# The fast tests cover each kind of parallelism and each kind of model once.
+# The fast tests cover each kind of parallelism, and models that differ in what is sharded.
 FAST = {
     ("DeepSpeed EP 2", "top_p"),
     ("DeepSpeed EP 2", "longcat_flash"),
     ("Megatron TP 2", "top_p, projections normalized"),
     ("Megatron TP 2", "seq_top_k"),
+    ("Megatron PP 2", "gated, two dense"),
     ("Megatron PP 2", "latent, a token further, tied"),
     ("Megatron PP 2 interleaved", "top_p"),
     ("Megatron EP 2", "top_p"),

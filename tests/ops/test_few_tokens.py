@@ -98,6 +98,8 @@ def test_other_tokens_are_left_to_pytorch(monkeypatch):
     assert few_tokens(*(tensor.bfloat16() for tensor in tensors), permutation) is None
     x_TD, gates_TE, *weights = tensors
     assert few_tokens(x_TD, gates_TE.bfloat16(), *weights, permutation) is None
+    view_TE = torch.cat([gates_TE, gates_TE], dim=1)[:, : gates_TE.shape[1]]  # as of identity experts
+    assert torch.equal(few_tokens(x_TD, view_TE, *weights, permutation), few_tokens(*tensors, permutation))
     monkeypatch.setattr(module, "_kernels", lambda: None)
     arguments = case(4, 8, 8)
     assert few_tokens(*arguments) is None

@@ -135,6 +135,7 @@ def test_a_compiler_that_fails_is_reported(tmp_path):
 
 @pytest.mark.parametrize(("before", "problem"), [
     ("os.environ['CC'] = 'no_such_compiler -m64'", "CC=no_such_compiler is not found"),
+    ("os.environ['CC'] = 'gcc \"'", "No closing quotation"),
     # As in a container, for a user id without a name.
     ("del os.environ['HOME']; pwd.getpwuid = lambda uid: {}[uid]", "Could not determine home directory."),
 ])  # fmt: skip
@@ -146,8 +147,9 @@ def test_what_prevents_compiling_is_reported(before, problem):
 
 @compiled
 def test_the_compiler_may_have_options(tmp_path):
-    said = in_a_process(LOADS, XDG_CACHE_HOME=str(tmp_path), CC=f"{COMPILER[0]} -DUNUSED=1")
-    assert "CDLL" in said
+    said = in_a_process(LOADS, XDG_CACHE_HOME=str(tmp_path), CC=f"{COMPILER[0]} -include {tmp_path}/nowhere.h")
+    assert "was not compiled" in said
+    assert "nowhere.h" in said
 
 
 def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
