@@ -296,10 +296,10 @@ def test_the_report_of_trained_units(tmp_path):
     assert "| ReLU | `model.router.kind=relu budget.experts_per_token=2` |" in text
     assert text.endswith("<!-- end of routing -->\nafter\n")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
-    done = bench(*arguments, "--methods", REFERENCE, RENORMALIZED, "--steps", "50")
-    assert done.returncode == 2
-    assert "error: --evidence" in done.stderr
-    assert "train some with --hours" in done.stderr
+    parser = argparse.ArgumentParser()
+    routing.add_arguments(parser)
+    with pytest.raises(UserError, match=r"--evidence .*: has no complete pair .*; train some with --hours"):
+        routing.run(parser.parse_args([*arguments, "--methods", REFERENCE, RENORMALIZED, "--steps", "50"]))
 
 
 def test_the_page_shows_the_evidence():
@@ -355,3 +355,5 @@ def test_units_are_trained_and_resumed(corpus_dir, tmp_path):
     names = {path.name for path in (tmp_path / "evidence").rglob("*.json")}
     assert any(re.fullmatch(r"top-k-4_lr.*_seed0_4\.json", name) for name in names)
     assert not list((tmp_path / "runs").glob("*"))
+    kept = json.loads(next((tmp_path / "evidence").rglob("*.json")).read_text())
+    assert kept["versions"].keys() == {"python", "torch", "commit"}

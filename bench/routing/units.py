@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from bench.report import current_commit
 from bench.routing.methods import METHODS
 from bench.trainings import problem_in, start
 from dynmoe.data.corpus import MANIFEST
@@ -100,6 +101,9 @@ class Evidence:
         self._directory = directory
         self._corpora = corpora
         self._scratch = scratch
+        self._versions = {
+            "python": platform.python_version(), "torch": torch.__version__, "commit": current_commit(),
+        }  # fmt: skip
 
     def get(self, unit: Unit) -> Outcome | None:
         """The outcome of ``unit``, None if it has not been trained.
@@ -136,8 +140,7 @@ class Evidence:
 
     def _keep(self, unit: Unit, run: Path, text: str) -> None:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        kept = {"unit": asdict(unit), "overrides": unit.overrides, "text": text, "versions": versions,
+        kept = {"unit": asdict(unit), "overrides": unit.overrides, "text": text, "versions": self._versions,
                 "outcome": asdict(outcome_of(rows))}  # fmt: skip
         path = self._directory / unit.path
         path.parent.mkdir(parents=True, exist_ok=True)
