@@ -183,8 +183,6 @@ def plot(rows: list[dict[str, Any]], axes: Any) -> None:
         axes.errorbar(differences, heights, xerr=[below, above], fmt="o", markersize=4, capsize=2, label=str(cell))
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(order)), order)
-    axes.set_xlabel(
-        "validation loss minus top-2 with renormalized gates at equal FLOPs, nats per token (95 % interval)"
-    )
+    axes.set_xlabel("loss minus renormalized top-2, nats per token (95 % interval)")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=8)
