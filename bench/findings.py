@@ -74,8 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     if given.steps < _PARTS:
         raise UserError(f"--steps {given.steps}: use at least {_PARTS}, because K is read in {_PARTS} parts")
-    kept = {seed: _kept(given, seed) for seed in range(given.seeds)}
-    missing = [seed for seed, read in kept.items() if read is None]
+    missing = [seed for seed in range(given.seeds) if _kept(given, seed) is None]
     if given.hours and missing:
         end = time.monotonic() + 3600 * given.hours
         with ThreadPoolExecutor(given.workers) as pool:

@@ -48,9 +48,8 @@ PARTS = [
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all parts together")
     names = [part.name for part in PARTS]
-    parser.add_argument(
-        "--parts", nargs="+", default=names, choices=names, metavar="PART", help=f"of {' '.join(names)}"
-    )
+    shown = f"parts to run, of {', '.join(names)}"
+    parser.add_argument("--parts", nargs="+", default=names, choices=names, metavar="PART", help=shown)
     parser.set_defaults(json=Path("runs/gpu_day.json"))
 
 

@@ -101,9 +101,6 @@ class Evidence:
         self._directory = directory
         self._corpora = corpora
         self._scratch = scratch
-        self._versions = {
-            "python": platform.python_version(), "torch": torch.__version__, "commit": current_commit(),
-        }  # fmt: skip
 
     def get(self, unit: Unit) -> Outcome | None:
         """The outcome of ``unit``, None if it has not been trained.
@@ -131,16 +128,18 @@ class Evidence:
         corpus = self._corpora[unit.cell.corpus]
         run = self._scratch / f"{unit.path.parent}_{unit.path.stem}"
         overrides = [*unit.overrides, "eval.domains=true", "checkpoint.interval=0"]
+        commit = current_commit()
         process = start(run, corpus, overrides, subprocess.PIPE)
         output, _ = process.communicate()
         if process.returncode:
             raise UserError(f"{unit.path}: {problem_in(output)}")
-        self._keep(unit, run, fingerprint(corpus))
+        self._keep(unit, run, fingerprint(corpus), commit)
         shutil.rmtree(run)
 
-    def _keep(self, unit: Unit, run: Path, text: str) -> None:
+    def _keep(self, unit: Unit, run: Path, text: str, commit: str) -> None:
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        kept = {"unit": asdict(unit), "overrides": unit.overrides, "text": text, "versions": self._versions,
+        kept = {"unit": asdict(unit), "overrides": unit.overrides, "text": text, "versions": versions,
                 "outcome": asdict(outcome_of(rows))}  # fmt: skip
         path = self._directory / unit.path
         path.parent.mkdir(parents=True, exist_ok=True)
