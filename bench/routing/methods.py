@@ -25,6 +25,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     "top-k 2, quantile": (*_TOP_K_2, "model.router.balance_loss=0", "budget.method=quantile"),
     "top-p 0.4, paper": (_TOP_P, "model.router.variant=paper", "model.router.p=0.4"),
     "top-p, held": (_TOP_P, "model.router.variant=improved", "model.router.p=0.15", "budget.method=pi", _HELD),
+    "top-p, held, renormalized": (
+        _TOP_P, "model.router.variant=improved", "model.router.p=0.15", "model.router.renormalize=true",
+        "budget.method=pi", _HELD,
+    ),
     "DTop-p": ("model.router.kind=dtop_p", "budget.method=pi", "budget.scope=global", _HELD),
     "top-any, released": (_TOP_ANY, "model.router.variant=released"),
     "top-any, held": (_TOP_ANY, "model.router.variant=improved", "budget.method=loss_free", _HELD),
@@ -36,6 +40,11 @@ METHODS: dict[str, tuple[str, ...]] = {
         # A rate for runs of some hundred steps: docs/routers.md.
         "model.router.kind=identity_experts", "model.router.k=3", "model.router.num_identity=8",
         "budget.method=loss_free", "budget.rate=1", _HELD,
+    ),
+    # Two gates of 24 sum to less than 0.1 at the start; LongCat-Flash multiplies them by 6.
+    "identity experts, scale 6": (
+        "model.router.kind=identity_experts", "model.router.k=3", "model.router.num_identity=8",
+        "model.router.gate_scale=6", "budget.method=loss_free", "budget.rate=1", _HELD,
     ),
     "SeqTopK": ("model.router.kind=seq_top_k", _HELD),
 }  # fmt: skip
