@@ -150,6 +150,10 @@ def _configuration(
         own = _of_dense(old.model, run, kind, experts, granularity)
     config = load_config(run / "config.yaml", [*own, *overrides, *place])
     _check_same(old.model, config.model)
+    active = config.model.moe.active_at_start
+    if granularity > 1 and active is not None:
+        problem = f"with --granularity={granularity}, it may select some slices of the dense layer and not the others"
+        raise UserError(f"model.moe.active_at_start={active}: {problem}; remove it")
     return config
 
 

@@ -179,6 +179,11 @@ def test_training_continues_from_a_warm_start(corpus_dir, tmp_path, engine):
     ("dense", {}, "--experts: required, because .* is dense; set the number"),
     ("dense", {"experts": 6, "granularity": 4}, "--granularity=4: must divide 6 experts"),
     ("dense", {"experts": 4, "granularity": 16}, "--granularity=16"),
+    (
+        "dense",
+        {"experts": 8, "granularity": 2, "overrides": ["model.router.kind=top_any", "model.moe.active_at_start=4"]},
+        r"model\.moe\.active_at_start=4: with --granularity=2, .*; remove it",
+    ),
     ("dense", {"experts": 4, "overrides": ["model.hidden=32"]}, "model.hidden=32: the weights have 16"),
     (
         "dense", {"experts": 4, "overrides": ["model.kv_heads=2", "model.latent.kv_lora_rank=8"]},

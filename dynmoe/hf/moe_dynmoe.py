@@ -100,7 +100,8 @@ class DynMoERouter(nn.Module):
     def forward(self, x_TD: Tensor, num_sequences: int) -> tuple[RoutingPlan, Tensor]:
         """Returns the plan, and the logits [T, E] before softmax, sigmoid or ReLU (null experts come last)."""
         plan = self.spec.plan(RouterTensors(self, num_sequences), x_TD)
-        return plan, torch.logit(plan.scores_TE) if plan.logits_TE is None else plan.logits_TE
+        assert plan.logits_TE is not None
+        return plan, plan.logits_TE
 
     def loss(self, plan: RoutingPlan) -> Tensor:
         """Sum of the router's auxiliary losses in training, times their coefficients."""

@@ -129,9 +129,10 @@ class Router(nn.Module):
         """
         self.importance_T = importance_T
         self.scope = RankScope(num_sequences, self.context.groups)
-        if self.context.step.calibrating:
-            self._calibrate(x_TD)
-        return self.spec.plan(self.at(self.target_experts), x_TD, selected_TE)
+        with torch.autocast(x_TD.device.type, enabled=False):  # also in a user's program that casts
+            if self.context.step.calibrating:
+                self._calibrate(x_TD)
+            return self.spec.plan(self.at(self.target_experts), x_TD, selected_TE)
 
     @property
     @torch.no_grad()
@@ -185,7 +186,8 @@ class Router(nn.Module):
         """
         state = self.at(self.target_experts)
         inputs = CountedLossInputs(self.spec, state, plan, self.scope.num_sequences, self._loss_counts)
-        return {name: loss(inputs) for name, loss in self._losses.items()}
+        with torch.autocast(plan.scores_TE.device.type, enabled=False):
+            return {name: loss(inputs) for name, loss in self._losses.items()}
 
     def wait_for_counts(self) -> None:
         """Waits for the counts of this step's forward passes, which fills in the values of their losses."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from dynmoe.fields import option
-from dynmoe.routers.base import BudgetStep, RouterState, register
+from dynmoe.routers.base import BudgetStep, RouterState, TensorSpec, register
 from dynmoe.routers.parts import BalancedRouter, LinearRouter, ThresholdRouter
 
 if TYPE_CHECKING:
@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 class ExpertThreshold(LinearRouter, ThresholdRouter, BalancedRouter):
     """Selects every expert whose score exceeds its cut-off, ``offset_E``."""
 
-    VARIANTS: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"initial_experts": 2.0}}
     HAS_OWN_RULE: ClassVar[bool] = True
     HOLDS_GLOBALLY: ClassVar[bool] = False
     NEEDS_HISTOGRAM: ClassVar[bool] = True
     BALANCES_SEQUENCES: ClassVar[bool] = True
 
-    cutoff: float = option(0.5, "initial cut-off that the score of a selected expert exceeds", above=0, below=1)
+    cutoff: float = option(0.5, "cut-off until the first batch calibrates all of them", above=0, below=1)
     cutoff_decay: float = option(0.9, "decay of the moving average of the cut-offs", at_least=0, below=1)
+
+    def buffers(self, hidden: int, num_experts: int) -> dict[str, TensorSpec]:
+        # Without initial_experts, the first batch gives cut-offs for the budget.
+        return super().buffers(hidden, num_experts) | {"calibrated": TensorSpec((), False, "bool")}
 
     @property
     def initial_threshold(self) -> float:
@@ -45,14 +48,23 @@ class ExpertThreshold(LinearRouter, ThresholdRouter, BalancedRouter):
         return expert_threshold(self.logits_TE(state, x_TD), state.offset_E, **self.arguments("renormalize"))
 
     def histogram_EC(self, state: RouterState, plan: RoutingPlan) -> Tensor:
-        from dynmoe.routing.histogram import score_histogram
+        from dynmoe.routing.histogram import NUM_BINS
+        from dynmoe.routing.quantile import quantile_histogram
 
-        return score_histogram(plan.scores_TE)
+        assert plan.logits_TE is not None
+        return quantile_histogram(plan.logits_TE, _logits_of(state.offset_E), NUM_BINS)
 
     def update(self, state: RouterState, seen: UpdateStatistics, budget: BudgetStep) -> None:
-        from dynmoe.routing.histogram import kth_largest, move_cutoffs
+        from dynmoe.routing.histogram import move_cutoffs
+        from dynmoe.routing.quantile import quantile_thresholds
 
         assert seen.histogram_EC is not None
         assert budget.target is not None
-        best_E = kth_largest(seen.histogram_EC, seen.tokens * budget.target / state.active_E.sum())
-        state.offset_E.copy_(move_cutoffs(state.offset_E, best_E, self.cutoff_decay))
+        share = budget.target / len(seen.histogram_EC)
+        kth_best_E = quantile_thresholds(seen.histogram_EC, share, _logits_of(state.offset_E)).sigmoid()
+        state.offset_E.copy_(move_cutoffs(state.offset_E, kth_best_E, self.cutoff_decay))
+
+
+def _logits_of(cutoffs_E: Tensor) -> Tensor:
+    """Logits of cut-offs, from which logits are counted: the scores of large ones hardly differ."""
+    return cutoffs_E.logit(eps=1e-6)

@@ -35,7 +35,8 @@ class Sigmoid(LinearRouter, HeldThresholdRouter, BalancedRouter, LimitedRouter):
         return self.logits_TE(state, x_TD) - self.base_E(state)
 
     def compared_TE(self, state: RouterState, plan: RoutingPlan) -> Tensor:
-        return plan.scores_TE.logit(eps=1e-6)
+        assert plan.logits_TE is not None
+        return plan.logits_TE
 
     def route(self, state: RouterState, x_TD: Tensor) -> RoutingPlan:
         from dynmoe.routing.sigmoid import sigmoid_cutoff

@@ -153,7 +153,8 @@ class TopAny(HeldThresholdRouter, LimitedRouter):
         return cosines(x_TD, state.prototypes_DE) - self.base_E(state)
 
     def compared_TE(self, state: RouterState, plan: RoutingPlan) -> Tensor:
-        return plan.scores_TE.logit(eps=1e-6) / self.factor(state)
+        assert plan.logits_TE is not None
+        return plan.logits_TE / self.factor(state)
 
     def route(self, state: RouterState, x_TD: Tensor) -> RoutingPlan:
         from dynmoe.routing.top_any import top_any
@@ -172,7 +173,7 @@ class TopAny(HeldThresholdRouter, LimitedRouter):
 
         assert plan.choice_TE is not None
         gates = self.arguments("weights", "renormalize")
-        return top_any_plan(selected_TE, plan.choice_TE, plan.scores_TE, plan.unclaimed_T, **gates)
+        return top_any_plan(selected_TE, plan.choice_TE, plan.scores_TE, plan.logits_TE, plan.unclaimed_T, **gates)
 
     def new_expert(
         self, state: RouterState, slot: int, active_E: Tensor, at_median: bool

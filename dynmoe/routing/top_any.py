@@ -14,15 +14,15 @@ from dynmoe.routing.selection import check_limits, limit_experts, rank_descendin
 
 
 class _StraightThroughStep(torch.autograd.Function):
-    """1 if the margin is positive, else 0; passes the gradient through unchanged (eq. 5)."""
+    """1 where the threshold is exceeded, else 0; passes the gradient to the margin unchanged (eq. 5)."""
 
     @staticmethod
-    def forward(ctx: Any, margin: Tensor) -> Tensor:
-        return (margin > 0).to(margin.dtype)
+    def forward(ctx: Any, margin: Tensor, exceeds: Tensor) -> Tensor:
+        return exceeds.to(margin.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
 
 
 def cosines(hidden_TD: Tensor, prototypes_DE: Tensor) -> Tensor:
@@ -47,7 +47,9 @@ def top_any(
 ) -> RoutingPlan:  # fmt: skip
     """Selects every active expert whose score exceeds its threshold (eq. 3 to 6).
 
-    The score is sigmoid(scale * cos(x, w_e)), the threshold sigmoid(scale * G_e), both in fp32.
+    The score is sigmoid(scale * cos(x, w_e)), the threshold sigmoid(scale * G_e), both in fp32. Except in the released
+    variant, cos(x, w_e) is compared with G_e, which is the same but for rounding: at a scale of sqrt(1024), the scores
+    of all cosines above 0.54 are 1.
 
     Args:
         hidden_TD: router inputs, any float dtype.
@@ -63,8 +65,8 @@ def top_any(
         weights: ``uniform``: gates are 1/K with K a constant (both variants); ``score``: s_e times the step.
         renormalize: with ``score``, make the gates of a token sum to 1; uniform gates always do.
         min_experts: floor of experts per token; with 0 a token may select no expert (its output is then 0).
-        max_experts: ceiling of experts per token. For floor and ceiling, the best experts of a token exceed their
-            threshold by the largest margin; in the released variant they have the highest scores.
+        max_experts: ceiling of experts per token. For floor and ceiling, the best experts of a token have the
+            largest cos(x, w_e) - G_e; in the released variant they have the highest scores.
         n_group, topk_group: select within the groups of the best experts in this order (:func:`within_best_groups`).
 
     Raises:
@@ -75,15 +77,25 @@ def top_any(
     active_E = active_E.to(torch.bool)
     if active_E.device.type == "cpu" and not torch.compiler.is_compiling() and not active_E.any():
         raise ValueError(f"active_E disables all {len(active_E)} experts; enable at least one")
-    scores_TE = torch.sigmoid(scale * cosines(hidden_TD, prototypes_DE)) * active_E
-    margin_TE = scores_TE - torch.sigmoid(scale * thresholds_E.float())
-    ranked_TE = (scores_TE if variant == "released" else margin_TE).detach()
+    thresholds_E = thresholds_E.float()
+    cosines_TE = cosines(hidden_TD, prototypes_DE)
+    logits_TE = scale * cosines_TE
+    scores_TE = torch.sigmoid(logits_TE) * active_E
+    margin_TE = scores_TE - torch.sigmoid(scale * thresholds_E)
+    with torch.no_grad():
+        if variant == "released":
+            exceeds_TE = margin_TE > 0
+            ranked_TE = scores_TE.masked_fill(~active_E, -1.0)
+        else:
+            distance_TE = cosines_TE - thresholds_E
+            exceeds_TE = (distance_TE > 0) & active_E
+            # No distance is below this, so a group of inactive experts is the last choice.
+            ranked_TE = torch.where(active_E, distance_TE, -1.0 - thresholds_E.max())
     if (straight_through or ("all" if variant == "paper" else "selected")) == "selected":
-        margin_TE = torch.relu(margin_TE)
-    step_TE = _StraightThroughStep.apply(margin_TE)
+        margin_TE = margin_TE.masked_fill(~exceeds_TE, 0.0)
+    step_TE = _StraightThroughStep.apply(margin_TE, exceeds_TE)
 
-    # No margin is below -1, so a group of inactive experts is the last choice.
-    ranked_TE = within_best_groups(ranked_TE.masked_fill(~active_E, -1.0), n_group, topk_group)
+    ranked_TE = within_best_groups(ranked_TE, n_group, topk_group)
     usable_TE = active_E & ~ranked_TE.isneginf()
     map_TE = (step_TE.detach() > 0) & usable_TE
     unclaimed_T = ~map_TE.any(dim=1)
@@ -94,12 +106,13 @@ def top_any(
             map_TE = map_TE | ((rank_TE < 1) & unclaimed_T.unsqueeze(1))
     map_TE = limit_experts(map_TE, rank_TE, min_experts, max_experts) & usable_TE
 
-    return top_any_plan(map_TE, step_TE, scores_TE, unclaimed_T, weights, renormalize)
+    return top_any_plan(map_TE, step_TE, scores_TE, logits_TE, unclaimed_T, weights, renormalize)
 
 
 def top_any_plan(
-    map_TE: Tensor, step_TE: Tensor, scores_TE: Tensor, unclaimed_T: Tensor | None, weights: str, renormalize: bool
-) -> RoutingPlan:
+    map_TE: Tensor, step_TE: Tensor, scores_TE: Tensor, logits_TE: Tensor | None, unclaimed_T: Tensor | None,
+    weights: str, renormalize: bool,
+) -> RoutingPlan:  # fmt: skip
     """The plan with these experts, of which ``step_TE`` (0 or 1) has the straight-through gradient.
 
     See :func:`top_any` for ``weights`` and ``renormalize``.
@@ -113,4 +126,4 @@ def top_any_plan(
         gates_TE = choice_TE * (sum_to_one(scores_TE, selected_TE) if renormalize else scores_TE)
     else:
         gates_TE = choice_TE / map_TE.sum(dim=1, keepdim=True).clamp(min=1)
-    return RoutingPlan(gates_TE, map_TE, map_TE, scores_TE, unclaimed_T=unclaimed_T, choice_TE=choice_TE)
+    return RoutingPlan(gates_TE, map_TE, map_TE, scores_TE, logits_TE, unclaimed_T=unclaimed_T, choice_TE=choice_TE)

@@ -129,7 +129,8 @@ def test_f16_token_without_experts_gets_its_best_one_with_min_experts():
     result = steered_pass(asking, PREFERENCES["nobody"], 9)
     plan = asking.router(result["x_TD"])
     assert (plan.routing_map_TE.sum(dim=1) == 1).all()
-    assert torch.equal(plan.routing_map_TE.int().argmax(dim=1), plan.scores_TE.argmax(dim=1))
+    distances_TE = plan.logits_TE - asking.router.thresholds_E
+    assert torch.equal(plan.routing_map_TE.int().argmax(dim=1), distances_TE.argmax(dim=1))
     assert (result["y"].abs().amax(dim=1) > 0).all()
 
 

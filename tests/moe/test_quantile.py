@@ -19,7 +19,7 @@ WANTED = UpdateStatisticsSpec(histogram=True)
 
 
 class Run:
-    """A quantile router on stationary inputs that share a direction, so that its experts differ."""
+    """A router (``quantile`` unless given) on stationary inputs that share a direction, so that its experts differ."""
 
     def __init__(self, *overrides: str) -> None:
         fields = [f"model.hidden={HIDDEN}", f"model.moe.experts={EXPERTS}", f"budget.experts_per_token={K}"]
@@ -146,3 +146,16 @@ def test_thresholds_are_moving_averages_of_a_sort():
     deviation_E = logits_TE.std(dim=0)
     expected_E = 0.75 * before + 0.25 * exact_E
     assert ((run.router.offset_E - expected_E).abs() <= 0.01 * deviation_E).all()
+
+
+@pytest.mark.parametrize("deviation", [0.2, 6.0])
+def test_expert_thresholds_hold_the_budget_however_large_the_logits_are(deviation):
+    """Scores of large logits differ by less than the bins of a histogram of scores would tell apart."""
+    run = Run("model.router.kind=expert_threshold")
+    with torch.no_grad():
+        logits_TE = run.tokens() @ run.router.weight_ED.t()
+        run.router.weight_ED.mul_(deviation / logits_TE.std())
+    run.calibrate()
+    loads = torch.stack([run.step().tokens_per_expert_E.double() for _ in range(60)])[20:]
+    assert loads.sum(dim=1).mean() / TOKENS == pytest.approx(K, rel=0.02)
+    assert (loads.mean(dim=0) / (TOKENS * K / EXPERTS) - 1).abs().max() < 0.1

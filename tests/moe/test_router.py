@@ -188,3 +188,14 @@ def test_capacity_follows_the_average_of_earlier_steps():
     later = layer._within_capacity(layer.router(x))
     assert later.tokens_per_expert_E.max() == 10
     assert (later.selected_map_TE & ~later.routing_map_TE).sum() + later.routing_map_TE.sum() == 80
+
+
+@pytest.mark.parametrize("kind", ["top_p", "top_any"])
+def test_a_users_autocast_does_not_reach_the_router(kind):
+    router = layer_of(*ROUTERS[kind]).router
+    x_TD = torch.randn(32, HIDDEN, generator=torch.Generator().manual_seed(0))
+    expected = router(x_TD)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = router(x_TD)
+    assert torch.equal(found.scores_TE, expected.scores_TE)
+    assert torch.equal(found.gates_TE, expected.gates_TE)

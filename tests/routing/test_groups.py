@@ -120,8 +120,9 @@ def test_top_any_never_leaves_its_groups_and_skips_inactive_experts(seed, shape,
         topk_group=groups[1],
     )  # fmt: skip
     scores = torch.sigmoid(cosines(hidden, prototypes)) * active
-    margins = scores - torch.sigmoid(thresholds)
-    ranked = (scores if variant == "released" else margins).masked_fill(~active, -1.0)
+    margins = scores - torch.sigmoid(thresholds) if variant == "released" else cosines(hidden, prototypes) - thresholds
+    last = -1.0 if variant == "released" else -1.0 - thresholds.max()
+    ranked = (scores if variant == "released" else margins).masked_fill(~active, last)
     for token, row in enumerate(margins.tolist()):
         allowed = usable(ranked[token].tolist(), *groups)
         usable_ones = [expert in allowed and on for expert, on in enumerate(active.tolist())]

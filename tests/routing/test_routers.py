@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dynmoe.routing import RoutingPlan, top_any, top_k, top_p
+from dynmoe.routing.top_any import cosines
 from tests import oracles
 
 seeds = st.integers(0, 2**31)
@@ -147,7 +148,7 @@ def test_top_any_passes_thresholds_between_floor_and_ceiling(seed, shape, low, h
     plan = top_any(
         hidden, prototypes, thresholds, active, variant="paper", scale=scale, min_experts=low, max_experts=high
     )
-    margins = (plan.scores_TE - torch.sigmoid(scale * thresholds)).tolist()
+    margins = (cosines(hidden, prototypes) - thresholds).tolist()
     expected = [oracles.top_any_choice(row, active.tolist(), low, high) for row in margins]
     assert chosen_sets(plan) == expected
     for token, experts in enumerate(expected):
@@ -237,6 +238,16 @@ def test_straight_through_gradients_of_both_forms():
         expected = [-0.5, -0.75 if reaches_the_second else 0.0]
         assert thresholds.grad is not None
         assert thresholds.grad.tolist() == pytest.approx(expected)
+
+
+def test_top_any_tells_experts_apart_whose_scores_are_all_1():
+    """At a hidden size of 4096, where the factor on cosines is 64."""
+    hidden = torch.eye(3)[:1]
+    prototypes = torch.tensor([[0.9, 0.8, 0.7], [0.4, 0.6, 0.7], [0.0, 0.0, 0.0]])
+    for thresholds, chosen in (([0.95, 0.79, 0.6], {1, 2}), ([0.95, 0.9, 0.9], {0})):
+        plan = top_any(hidden, prototypes, torch.tensor(thresholds), torch.ones(3, dtype=torch.bool), scale=64.0)
+        assert (plan.scores_TE == 1).all()
+        assert chosen_sets(plan) == [chosen]
 
 
 @pytest.mark.parametrize(
