@@ -15,7 +15,7 @@ from typing import Any
 from dynmoe.data import PREPARE_AGAIN
 from dynmoe.data.huggingface_tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON
 from dynmoe.data.indexed import IndexedTokens, check_indexed
-from dynmoe.data.pieces import BLOCK_BYTES, Piece, TokenIds, first_problem, hash_blocks
+from dynmoe.data.pieces import BLOCK_BYTES, Piece, TokenIds, UnreadableError, first_problem, hash_blocks
 from dynmoe.data.sentencepiece_tokenizer import TOKENIZER_MODEL
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.data.tokenizer_files import TOKENIZER_FILES, open_tokenizer
@@ -151,9 +151,13 @@ class Corpus:
         """Checks every hash and every token id in this process.
 
         Raises:
-            UserError: a file differs from the manifest.
+            UserError: a file differs from the manifest, or cannot be read.
         """
-        if problem := first_problem(self.pieces()):
+        try:
+            problem = first_problem(self.pieces())
+        except UnreadableError as error:
+            raise UserError(f"{error}; make it readable") from None
+        if problem:
             raise UserError(f"{problem}; {PREPARE_AGAIN}")
 
 

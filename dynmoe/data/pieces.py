@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -26,6 +27,19 @@ _THREADS = 8
 
 class DamageError(Exception):
     """A file is damaged; the text has its name and the problem."""
+
+
+class UnreadableError(OSError):
+    """A file cannot be read here and now, which says nothing about its content; the text has its name and the cause."""
+
+    @classmethod
+    def of(cls, name: str, error: Exception) -> UnreadableError:
+        cause = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        return cls(f"{name} cannot be read on {socket.gethostname()} ({cause})")
+
+
+# Errors of a path that is not that of a file, whoever reads it.
+NO_SUCH_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,8 @@ class Piece:
         """Reads the piece once; yields the number of bytes after each read.
 
         Raises:
-            DamageError: the file is missing, cannot be read, or differs from the expected content.
+            DamageError: the file is missing or differs from the expected content.
+            UnreadableError: it cannot be read.
         """
         digest = hashlib.sha256()
         outside = None
@@ -74,15 +89,17 @@ class Piece:
                 buffer = memoryview(bytearray(min(_READ_AT_A_TIME, self.size)))
                 while left := self.start + self.size - place:
                     block = buffer[: _fill(stream, buffer[:left])]
+                    if not block:
+                        raise DamageError(f"{self.name}: it was truncated while it was read")
                     digest.update(block)
                     if outside is None and self.ids is not None:
                         outside = _outside(block, self.ids, place)
                     place += len(block)
                     yield len(block)
-        except FileNotFoundError:
+        except NO_SUCH_FILE:
             raise DamageError(f"{self.name} is missing") from None
         except OSError as error:
-            raise DamageError(f"{self.name}: {error.strerror}") from None
+            raise UnreadableError.of(self.name, error) from None
         if digest.hexdigest() != self.sha256:
             where = "" if self.size == self.file_size else f" from byte {self.start} to {self.start + self.size}"
             raise DamageError(f"{self.name} is damaged: its SHA-256{where} is not the manifest's")
@@ -91,16 +108,12 @@ class Piece:
 
 
 def _fill(stream: Any, buffer: memoryview) -> int:
-    """Reads until ``buffer`` is full, so that no token is split; returns its length.
-
-    Raises:
-        OSError: the file ends too early.
-    """
+    """Reads until ``buffer`` is full, so that no token is split; returns its length, 0 if the file ends before."""
     read = 0
     while read < len(buffer):
         count = stream.readinto(buffer[read:])
         if not count:
-            raise OSError(0, "it was truncated while it was read")
+            return 0
         read += count
     return read
 
@@ -126,7 +139,7 @@ class Checking:
         self._pieces = pieces
         self.total = sum(piece.size for piece in pieces)
         self._read = [0] * len(pieces)
-        self._problems: dict[int, str] = {}
+        self._problems: dict[int, Exception] = {}
         self._stopped = False
         pool = ThreadPoolExecutor(_threads(), "checking")
         self._futures = [pool.submit(self._check, number) for number in range(len(pieces))]
@@ -139,10 +152,10 @@ class Checking:
                 self._read[number] += count
                 if self._stopped or any(damaged < number for damaged in tuple(self._problems)):
                     return
-        except DamageError as damage:
-            self._problems[number] = str(damage)
+        except (DamageError, UnreadableError) as problem:
+            self._problems[number] = problem
         except Exception as error:
-            self._problems[number] = f"{self._pieces[number].name} could not be checked ({first_line(error)})"
+            self._problems[number] = UnreadableError.of(self._pieces[number].name, error)
 
     def wait(self, seconds: float | None = None) -> bool:
         """Waits up to ``seconds``; returns whether all checks are complete."""
@@ -158,8 +171,8 @@ class Checking:
         return sum(self._read)
 
     @property
-    def problem(self) -> str | None:
-        """Problem of the first damaged piece found so far."""
+    def problem(self) -> Exception | None:
+        """Problem of the first damaged or unreadable piece found so far."""
         return self._problems[min(self._problems)] if self._problems else None
 
     @property
@@ -177,13 +190,28 @@ def _threads() -> int:
 
 
 def first_problem(pieces: Sequence[Piece]) -> str | None:
-    """Returns the problem of the first damaged piece; None if all are intact."""
+    """Returns the problem of the first damaged piece; None if all are intact.
+
+    Raises:
+        UnreadableError: a piece before it cannot be read.
+    """
     checking = Checking(pieces)
     try:
         checking.wait()
     finally:
         checking.stop()
-    return checking.problem
+    return damage_of(checking.problem)
+
+
+def damage_of(problem: Exception | None) -> str | None:
+    """The text of a problem that is damage; None if there is no problem.
+
+    Raises:
+        UnreadableError: it is none.
+    """
+    if isinstance(problem, UnreadableError):
+        raise problem
+    return None if problem is None else str(problem)
 
 
 def assign(sizes: Sequence[int], ranks: int) -> list[list[int]]:

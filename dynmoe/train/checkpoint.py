@@ -22,7 +22,7 @@ from typing import Any
 
 from dynmoe.config import Config
 from dynmoe.data.corpus import sha256_of
-from dynmoe.data.pieces import Piece, first_problem
+from dynmoe.data.pieces import NO_SUCH_FILE, Piece, UnreadableError, first_problem
 from dynmoe.data.tokenizer_files import TOKENIZER_FILES
 from dynmoe.errors import UserError
 
@@ -96,7 +96,11 @@ def _own_hash(manifest: Mapping[str, Any]) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a checkpoint directory; None if it is missing, corrupt or of another checkpoint."""
+    """The manifest of a checkpoint directory; None if it is missing, corrupt or of another checkpoint.
+
+    Raises:
+        UnreadableError: it cannot be read.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         valid = manifest["step"] == step_of(path) and TRAINER in manifest["files"]
@@ -104,21 +108,32 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         for name, facts in manifest["files"].items():
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts
             valid = valid and inside and isinstance(facts["bytes"], int) and isinstance(facts["sha256"], str)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (*NO_SUCH_FILE, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    except OSError as error:
+        raise UnreadableError.of(str(path / MANIFEST), error) from None
     return manifest if valid else None
 
 
 def find_corruption(path: Path) -> str | None:
-    """Describes the corruption of a checkpoint directory; None if every file matches the manifest."""
-    manifest = read_manifest(path)
-    if manifest is None:
-        return WITHOUT_MANIFEST
-    return find_corrupt_file(path, manifest["files"])
+    """Describes the corruption of a checkpoint directory; None if every file matches the manifest. For tools.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    try:
+        manifest = read_manifest(path)
+        return WITHOUT_MANIFEST if manifest is None else find_corrupt_file(path, manifest["files"])
+    except UnreadableError as error:
+        raise UserError(f"checkpoint {path}: {error}; make it readable") from None
 
 
 def find_corrupt_file(root: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Describes the first of ``files`` (sizes and hashes by name) that does not match below ``root``, if any."""
+    """Describes the first of ``files`` (sizes and hashes by name) that does not match below ``root``, if any.
+
+    Raises:
+        UnreadableError: one of them cannot be read.
+    """
     return first_problem(pieces_of(root, files))
 
 

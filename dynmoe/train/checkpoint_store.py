@@ -118,7 +118,7 @@ class CheckpointStore:
         final = self.root / f"step_{step:08d}"
         self._building = final.with_name(f"{final.name}{UNFINISHED}{name[0]}")
         self._together(lambda: self._building.mkdir(parents=True) if self._is_first else None)
-        made = snapshot(self._building)
+        made = self._together(lambda: snapshot(self._building))
         self._jobs = self._save(final, made, json.dumps(trainer_state), {"step": step, **facts})
         self._work = _BackgroundJob(next(self._jobs))
 
@@ -204,7 +204,7 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         for old in checkpoints_to_prune(step_directories(self.root), self.keep, self.milestones):
-            remove(old)
+            _try_to_remove(old, remove)
 
     def check_shared(self) -> None:
         """Checks that all ranks see the same directory; otherwise each host would save a part of the checkpoint.
@@ -238,23 +238,29 @@ class CheckpointStore:
         """Removes the leftovers of interrupted saves and removals."""
         if self._is_first:
             for leftover in leftovers(self.root):
-                shutil.rmtree(leftover)
+                _try_to_remove(leftover, shutil.rmtree)
         dist.barrier()
 
     def newest(self, progress: Callable[[str], None] = lambda doing: None) -> Checkpoint | None:
         """The latest valid checkpoint; None if the run has no checkpoint yet. Each rank verifies a share of the files.
 
-        Corrupt checkpoints are renamed to ``step_N.damaged-<id>`` and reported.
+        Corrupt checkpoints are renamed to ``step_N.damaged-<id>`` and reported. One that a rank cannot read stays as it
+        is: its host may be at fault.
 
         Args:
             progress: called when the verification progresses.
 
         Raises:
             UserError: the run has checkpoints, and all of them are corrupt.
+            OSError: a rank cannot read a checkpoint; raised on all ranks.
         """
         problems = []
         for path in self._of_first(lambda: step_directories(self.root)):
-            problem = self._find_corruption(path, progress)
+            try:
+                problem = self._find_corruption(path, progress)
+            except OSError as error:
+                cure = "restart where it can be read, or rename this checkpoint to resume from an earlier one"
+                raise OSError(f"checkpoint {path}: {error}; {cure}") from None
             if problem is None:
                 return Checkpoint(path, step_of(path))
             problems.append(f"{path.name}: {problem}")
@@ -267,10 +273,22 @@ class CheckpointStore:
         return None
 
     def _of_first(self, look: Callable[[], Any]) -> Any:
-        """The result of ``look`` on rank 0; other ranks may see an outdated directory."""
-        seen = [look() if self._is_first else None]
+        """The result of ``look`` on rank 0; other ranks may see an outdated directory.
+
+        Raises:
+            OSError: rank 0 met one; raised on all ranks.
+        """
+        seen: list[Any] = [None, None]
+        if self._is_first:
+            try:
+                seen[0] = look()
+            except OSError as error:
+                seen[1] = str(error)
         dist.broadcast_object_list(seen, src=0)
-        return seen[0]
+        result, failure = seen
+        if failure is not None:
+            raise OSError(failure)
+        return result
 
     def _find_corruption(self, path: Path, progress: Callable[[str], None]) -> str | None:
         """Describes the corruption of a checkpoint directory, the same on every rank; None if it is valid."""
@@ -289,8 +307,24 @@ def _no_job() -> None:
     """The job of ranks that have nothing to do."""
 
 
+def _try_to_remove(path: Path, how: Callable[[Path], None]) -> None:
+    """Removes an old directory; if that fails, training goes on, and a later start tries again.
+
+    On a network file system, a file that another process reads cannot be removed.
+    """
+    try:
+        how(path)
+    except OSError as error:
+        print(f"checkpoint {path} could not be removed ({error}); the next start tries again", flush=True)
+
+
 def _is_persistent(failure: Exception) -> bool:
-    """Whether a failure would recur after a restart, by its errno, which safetensors gives only in its message."""
+    """Whether a failure would recur after a restart, by its errno, which safetensors gives only in its message.
+
+    torch.save gives none: a file that it cannot write counts as a full disk.
+    """
+    if "inline_container" in str(failure):
+        return True
     number = getattr(failure, "errno", None)
     if number is None and (said := re.search(r"os error (\d+)", str(failure))):
         number = int(said.group(1))

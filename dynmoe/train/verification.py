@@ -17,7 +17,7 @@ from typing import Any
 
 from dynmoe.data import PREPARE_AGAIN
 from dynmoe.data.corpus import MANIFEST, Corpus
-from dynmoe.data.pieces import Checking, Piece, assign
+from dynmoe.data.pieces import Checking, Piece, assign, damage_of
 from dynmoe.errors import UserError
 from dynmoe.train.checkpoint import write_atomically
 
@@ -36,14 +36,14 @@ class Report:
     done: int
     total: int
     place: str
-    problem: str | None
+    problem: Exception | None
     ended: bool
 
 
 def check_together(
     checking: Checking, gather: Gather, rank: int, progress: Callable[[str], None], what: str
 ) -> str | None:
-    """The first problem found by any rank, the same on all ranks; None if all files are valid. Collective.
+    """The first damage found by any rank, the same on all ranks; None if all files are valid. Collective.
 
     Args:
         checking: verification of this rank's share.
@@ -51,6 +51,9 @@ def check_together(
         rank: rank of this process; rank 0 prints the progress from time to time.
         progress: called when any rank has progressed.
         what: description of the files.
+
+    Raises:
+        UnreadableError: a rank cannot read a file; raised on all ranks.
     """
     before = -1
     start = time.monotonic()
@@ -61,7 +64,7 @@ def check_together(
             own = Report(checking.done, checking.total, checking.place, checking.problem, ended)
             reports: list[Report] = gather(own)
             if problem := next((report.problem for report in reports if report.problem is not None), None):
-                return problem
+                return damage_of(problem)
             if all(report.ended for report in reports):
                 return None
             done = sum(report.done for report in reports)
@@ -173,6 +176,7 @@ def verify_corpora(
 
     Raises:
         UserError: names the corrupt file, the same on every rank.
+        UnreadableError: names a file that a rank cannot read.
     """
     if mode == "never":
         return

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -159,6 +163,81 @@ def newest_of(root: str) -> dict[str, Any]:
         except UserError as error:
             return {"error": str(error)}
     return {"step": None if checkpoint is None else checkpoint.step}
+
+
+def newest_where_a_rank_cannot_read(root: str, culprit: int, function: str) -> str:
+    """What this rank of a pool raises if the file system fails on rank ``culprit`` in ``function``."""
+    import torch.distributed as dist
+
+    from dynmoe.train.checkpoint_store import CheckpointStore
+
+    stale = OSError(errno.ESTALE, "Stale file handle")
+    with patch(function, side_effect=stale) if dist.get_rank() == culprit else nullcontext():
+        try:
+            CheckpointStore(Path(root), keep=2).newest()
+        except OSError as error:
+            return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("culprit", "function"),
+    [(1, "dynmoe.data.pieces._fill"), (0, "dynmoe.data.pieces._fill"), (0, "pathlib.Path.read_text")],
+)
+def test_f07_a_checkpoint_that_one_host_cannot_read_stays_as_it_is(undisturbed, two_ranks, tmp_path, culprit, function):
+    """The file system of a host has failed, not the checkpoint."""
+    root = tmp_path / "checkpoints"
+    shutil.copytree(undisturbed[0] / "checkpoints", root)
+    first, second = two_ranks.run(newest_where_a_rank_cannot_read, str(root), culprit, function)
+    assert first == second
+    assert re.fullmatch(
+        rf"checkpoint {root}/step_00000040: \S+ cannot be read on \S+ \(Stale file handle\); restart where .*", first
+    )
+    assert [path.name for path in sorted(root.iterdir())] == ["step_00000030", "step_00000040"]
+    assert [found["step"] for found in two_ranks.run(newest_of, str(root))] == [40, 40]
+
+
+def save_on_a_full_disk(root: str, function: str) -> str:
+    """What this rank of a pool raises if rank 0 cannot write in ``function``; afterwards it saves the same state."""
+    import torch.distributed as dist
+
+    from dynmoe.engines import make_engine
+    from dynmoe.errors import UserError
+    from dynmoe.train.checkpoint_store import CheckpointStore
+    from tests.engines.cases import VOCAB, config_for
+
+    engine = make_engine(config_for("engine=megatron", "parallel.expert=2"), VOCAB)
+    store = CheckpointStore(Path(root), keep=2)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    said = "nothing"
+    with patch(function, side_effect=full) if dist.get_rank() == 0 else nullcontext():
+        try:
+            store.begin(1, engine.snapshot, {"progress": {}, "config": {}, "data": []}, {})
+            store.wait()
+        except UserError as error:
+            said = str(error)
+    dist.barrier()
+    assert not list(Path(root).iterdir()), "the unfinished checkpoint was not removed"
+    dist.barrier()
+    store.begin(2, engine.snapshot, {"progress": {}, "config": {}, "data": []}, {})
+    store.wait()
+    return said
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "torch.save",
+        "torch.distributed.checkpoint.filesystem.FileSystemWriter.finish",
+        "megatron.core.dist_checkpointing.serialization.save_config",
+    ],
+)
+def test_f06_a_small_file_of_megatron_finds_the_disk_full(two_ranks, tmp_path, function):
+    """Rank 0 alone writes it, between collectives in which the other ranks wait."""
+    root = tmp_path / "checkpoints"
+    for said in two_ranks.run(save_on_a_full_disk, str(root), function):
+        assert re.fullmatch(r"checkpoint \S+ could not be saved \(rank 0: .*No space left on device.* is intact", said)
+    assert [path.name for path in root.iterdir()] == ["step_00000002"]
 
 
 def two_ranks_said(folder: Path) -> str:

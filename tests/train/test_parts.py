@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -200,6 +202,27 @@ def test_checkpoints_are_kept_verified_and_quarantined_and_never_silently_lost(t
         assert found["fallback"] == 2
         assert "no valid checkpoint (step_00000002: manifest.json is missing, damaged" in str(found["error"])
         assert found["left"] == ["step_00000002.damaged", "step_00000003.damaged"]
+
+
+def store_that_cannot_remove(root: str) -> list[str]:
+    """Saves twice where nothing can be removed, as while another process reads a file on a network file system."""
+    store = CheckpointStore(Path(root), keep=1)
+    busy = OSError(errno.EBUSY, "Device or resource busy")
+    with patch("dynmoe.train.checkpoint.rmtree", side_effect=busy), patch("shutil.rmtree", side_effect=busy):
+        for step in (1, 2):
+            state = {"progress": {"step": step}, "config": {}, "data": []}
+            store.begin(step, partial(shard, text=f"state {step}"), state, {"ranks": 2})
+            store.wait()
+        store.remove_leftovers()
+    found = sorted(path.name for path in Path(root).iterdir())
+    store.remove_leftovers()
+    return found
+
+
+def test_training_goes_on_if_an_old_checkpoint_cannot_be_removed(one_rank, tmp_path):
+    root = tmp_path / "checkpoints"
+    assert one_rank.run(store_that_cannot_remove, str(root)) == [["step_00000001.removed", "step_00000002"]]
+    assert [path.name for path in root.iterdir()] == ["step_00000002"]
 
 
 def test_a_dense_model_has_no_moe_metrics():

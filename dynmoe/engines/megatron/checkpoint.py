@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dynmoe.engines.megatron.optimizer import count_steps_of_nothing
 from dynmoe.engines.megatron.safe_loading import tensors_only
-from dynmoe.engines.megatron.versions import check_readable, in_process_save_options
+from dynmoe.engines.megatron.versions import check_readable, in_process_save_options, writes_of_rank_0
 from dynmoe.engines.random_state import copy_random_state, restore_random_state
 from dynmoe.errors import UserError, some
 from dynmoe.train.engine import Snapshot
@@ -105,18 +105,56 @@ def _write(transforms: list[Any], rank: int, buckets: list[Any], results: queue.
     results.put(by_bucket)
 
 
+@contextmanager
+def _errors_at_the_end() -> Iterator[None]:
+    """Delays errors of what rank 0 alone writes: without it, the other ranks would wait in the next collective."""
+    errors: list[Exception] = []
+
+    def delayed(write: Callable[..., None]) -> Callable[..., None]:
+        def attempt(*arguments: Any) -> None:
+            try:
+                write(*arguments)
+            except Exception as error:
+                errors.append(error)
+
+        return attempt
+
+    originals = [(owner, name, getattr(owner, name)) for owner, name in writes_of_rank_0()]
+    for owner, name, write in originals:
+        setattr(owner, name, delayed(write))
+    try:
+        yield
+    finally:
+        for owner, name, write in originals:
+            setattr(owner, name, write)
+    if errors:
+        raise errors[0]
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes a directory on rank 0; raises its error on all ranks."""
+    failed: list[OSError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            folder.mkdir()
+        except OSError as error:
+            failed[0] = error
+    dist.broadcast_object_list(failed, src=0)
+    if failed[0] is not None:
+        raise failed[0]
+
+
 @torch.no_grad()
 def snapshot(directory: Path, models: Sequence[MegatronModule], optimizer: ChainedOptimizer, step: int) -> Snapshot:
     """Copies this rank's shards and, on rank 0, the state common to all ranks, after ``step`` optimizer steps."""
     folder = directory / _FOLDER
-    if dist.get_rank() == 0:
-        folder.mkdir()
-    dist.barrier()
+    _make_folder(folder)
     count_steps_of_nothing(optimizer, step)
     with _existing_objects_frozen():
         state = _sharded_state_dict(models, optimizer, step, is_loading=False)
     strategy = _InProcessSaveStrategy("torch_dist", 1, thread_count=1)
-    request = dist_checkpointing.save(state, folder, strategy, async_sharded_save=True)
+    with _errors_at_the_end():
+        request = dist_checkpointing.save(state, folder, strategy, async_sharded_save=True)
     assert request is not None
     write_random_state = copy_random_state(directory)
 
@@ -126,8 +164,9 @@ def snapshot(directory: Path, models: Sequence[MegatronModule], optimizer: Chain
         return [*sorted(folder.glob(f"__{dist.get_rank()}_*")), write_random_state()]
 
     def finish() -> list[Path]:
-        for function in request.finalize_fns:
-            function()
+        with _errors_at_the_end():
+            for function in request.finalize_fns:
+                function()
         if dist.get_rank() != 0:
             return []
         return sorted(path for path in folder.iterdir() if not path.name.startswith("__"))

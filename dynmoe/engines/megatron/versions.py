@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import common as strategies_common
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.extensions import transformer_engine
@@ -110,6 +112,16 @@ def in_process_save_options() -> dict[str, str]:
     """
     parameters = inspect.signature(TorchDistSaveShardedStrategy.async_save).parameters
     return {"async_strategy": "mcore"} if "async_strategy" in parameters else {}
+
+
+def writes_of_rank_0() -> list[tuple[Any, str]]:
+    """Functions with which rank 0 alone writes small files between collectives: owner and name."""
+    common = []  # from 0.19 on it is in the shards
+    if hasattr(serialization, "save_common"):
+        common = [(serialization, "save_common")]
+    elif hasattr(strategies_common, "TorchCommonSaveStrategy"):
+        common = [(strategies_common.TorchCommonSaveStrategy, "save_common")]
+    return [*common, (FileSystemWriterAsync, "finish"), (serialization, "save_config")]
 
 
 def check_readable(folder: Path) -> None:
