@@ -64,7 +64,6 @@ def train(config: Config, stop_signal: StopSignal) -> None:
 
     from dynmoe.data.batches import PretrainingData
     from dynmoe.engines import make_engine
-    from dynmoe.model.size import embedding_rows
     from dynmoe.ops.host_memory import keep_freed_memory
     from dynmoe.report.pictures import pictures_of_run
     from dynmoe.train.summary import conclude, describe_start
@@ -73,7 +72,7 @@ def train(config: Config, stop_signal: StopSignal) -> None:
     from dynmoe.train.watchdog import Watchdog
 
     keep_freed_memory()
-    vocab_size = embedding_rows(corpora[0].tokenizer.vocab_size, config.model.vocab_size)
+    vocab_size = config.model.embedding_rows(corpora[0].tokenizer.vocab_size)
     with Watchdog(directory.hangs, config.guard.hang_timeout_s) as watchdog:
         engine = make_engine(config, vocab_size)
         start = describe_start(config, engine.device)

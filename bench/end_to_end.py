@@ -101,7 +101,6 @@ def _serve(rank: int, given: argparse.Namespace, folder: str) -> None:
     """Runs on each rank: all methods, in turn step by step."""
     from dynmoe.data.batches import PretrainingData
     from dynmoe.data.corpus import open_corpora
-    from dynmoe.model.size import embedding_rows
     from dynmoe.ops.host_memory import keep_freed_memory
     from dynmoe.train.schedule import learning_rate
 
@@ -111,7 +110,7 @@ def _serve(rank: int, given: argparse.Namespace, folder: str) -> None:
     configs = {name: _config(given, name) for name in given.methods}
     first = next(iter(configs.values()))
     corpora = open_corpora(first.data.dirs, first.data.sequence_length)
-    vocab_size = embedding_rows(corpora[0].tokenizer.vocab_size, first.model.vocab_size)
+    vocab_size = first.model.embedding_rows(corpora[0].tokenizer.vocab_size)
     data = PretrainingData(corpora, first.data, first.train.seed, Path(folder) / "index")
     runs = {name: _Run(config, vocab_size, name) for name, config in configs.items()}
     for step in range(1, given.steps + 1):

@@ -7,7 +7,7 @@
 # HOSTFILE has lines like "worker-1 slots=8"; SPEC is DeepSpeed's, like "worker-1@worker-2:0,1".
 #   MASTER_ADDR           address of the first host as the others see it (default: what its name resolves to here)
 #   MASTER_PORT (29500)
-#   JOIN_TIMEOUT_S (600)  how long to wait for hosts, and then for ranks
+#   JOIN_TIMEOUT_S (600)  how long to wait for hosts; ranks wait for each other for guard.hang_timeout_s
 #   RELAUNCH (1)          1: restart after failures while starts make progress
 #   STARTS_WITHOUT_PROGRESS (3)   maximum number of consecutive starts without a newer checkpoint
 #   PYTHON                the interpreter, at the same path on every host
@@ -136,7 +136,6 @@ while :; do
             [[ -z ${!variable:-} ]] || echo "$variable=${!variable}"
         done
         echo "DYNMOE_FAILURES=$run/logs/failures"
-        echo "DEEPSPEED_TIMEOUT=$(((JOIN_TIMEOUT_S + 59) / 60))" # minutes
     } >"$environment"
     arguments=(--hostfile "$hostfile" --include "$used" --launcher pdsh --no_local_rank --no_ssh_check --force_multi
         --master_port "${MASTER_PORT:-29500}")

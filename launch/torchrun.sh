@@ -103,7 +103,8 @@ while :; do
     done) &
     heartbeat=$!
     status=0
-    wait $torchrun || status=$?
+    # After a stop request that came during begin, do not wait.
+    if ((stop_requested)); then status=143; else wait $torchrun || status=$?; fi
     # A signal ends the wait, not torchrun. Signal repeatedly: a rank that is starting may not handle signals yet.
     while kill -0 $torchrun 2>/dev/null; do
         if ((stop_requested)); then

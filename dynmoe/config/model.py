@@ -233,6 +233,17 @@ class ModelConfig(Section):
         without_experts = -(-moe.first_k_dense_replace // moe.moe_layer_freq)  # every n-th layers among the first ones
         return moe.experts_by_layer[layer // moe.moe_layer_freq - without_experts]
 
+    def embedding_rows(self, tokenizer_size: int) -> int:
+        """Rows of the embedding: as configured, or the size of the tokenizer rounded up to a multiple of 64.
+
+        Raises:
+            ConfigError: there are fewer rows than token ids.
+        """
+        if self.vocab_size is not None and self.vocab_size < tokenizer_size:
+            cure = f"use at least {tokenizer_size}, or null"
+            raise ConfigError("model.vocab_size", self.vocab_size, "is smaller than the tokenizer's vocabulary", cure)
+        return self.vocab_size or -(-tokenizer_size // 64) * 64
+
     @property
     def min_experts_per_layer(self) -> int:
         """Number of experts of the smallest MoE layer."""

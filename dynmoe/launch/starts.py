@@ -67,7 +67,8 @@ def begin(config: Config, ranks: int, node: int, patience_s: float = PATIENCE_S)
     directory.logs.mkdir(parents=True, exist_ok=True)
     try:
         fit = fit_start(config, ranks)
-        open_corpora(config.data.dirs, config.data.sequence_length)
+        corpora = open_corpora(config.data.dirs, config.data.sequence_length)
+        config.model.embedding_rows(corpora[0].tokenizer.vocab_size)
         _note(directory, fit.ranks, node)
     finally:
         directory.release()  # the ranks lock it next

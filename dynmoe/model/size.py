@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, replace
 
 from dynmoe.config import ModelConfig
-from dynmoe.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -128,15 +127,3 @@ class ModelSize:
     def static_flops(self, tokens: int, experts_per_token: float) -> float:
         """Like :meth:`flops`, with an assumed number of experts per token instead of measured rows."""
         return self.flops(tokens, 0) + 6 * tokens * len(self.model.moe_layers) * experts_per_token * self.expert
-
-
-def embedding_rows(tokenizer_size: int, given: int | None) -> int:
-    """Rows of the embedding: as configured, or the size of the tokenizer rounded up to a multiple of 64.
-
-    Raises:
-        ConfigError: there are fewer rows than token ids.
-    """
-    if given is not None and given < tokenizer_size:
-        cure = f"use at least {tokenizer_size}, or null"
-        raise ConfigError("model.vocab_size", given, "is smaller than the tokenizer's vocabulary", cure)
-    return given or -(-tokenizer_size // 64) * 64

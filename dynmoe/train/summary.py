@@ -89,7 +89,7 @@ def describe(config: Config, size: ModelSize, result: Result, corpora: list[Corp
         mean = sum(per_layer.values()) / len(per_layer)
         lines.append(
             f"Active parameters per token: {size.active_parameters(mean) / 1e6:.1f} M. The {config.model.router.kind} "
-            f"router selected {mean:.2f} of {config.model.moe_size} experts per token and MoE layer on average."
+            f"router used {mean:.2f} of {config.model.moe_size} experts per token and MoE layer on average."
         )
         if f"moe/layer_{config.model.moe_layers[0]:02d}/experts_per_token_mean" in row:
             at_end = (f"layer {i}: {row[f'moe/layer_{i:02d}/experts_per_token_mean']:.2f}" for i in per_layer)

@@ -101,6 +101,9 @@ class Trainer:
         self._guard = StepGuard(self.config.guard, self.progress.guard)
         self._account = Account(self.config, self.engine, self.size, self.progress)
         self._stop_signal.has_state_to_save()
+        if record is not None and self.progress.step >= self.config.train.steps:
+            done = f"step {self.progress.step} of train.steps={self.config.train.steps} was reached before"
+            print(f"{self.directory.path}: {done}; for another training, set run.name or more steps", flush=True)
         try:
             while self.progress.step < self.config.train.steps:
                 row = self._step(record) or row
@@ -179,7 +182,7 @@ class Trainer:
             text = self.engine.describe_nonfinite()
             limit = f"guard.max_consecutive_nonfinite_steps={guard.config.max_consecutive_nonfinite_steps}"
             if guard.gives_up:
-                cure = "resume from a checkpoint with a lower optimizer.lr or another train.seed"
+                cure = "resume from a checkpoint with a lower optimizer.lr or more schedule.warmup_steps"
                 raise UserError(f"step {step}: {text}; {limit} was reached; {cure}")
             text = f"{text}; skipped ({guard.state.bad_in_a_row} consecutive, {limit})"
         elif (spike := guard.spike(gradients)) is not None:

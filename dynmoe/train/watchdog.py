@@ -104,7 +104,8 @@ class Watchdog:
     def _summary(self) -> str:
         """One line per rank, after all ranks have reported or time has run out."""
         deadline = time.monotonic() + _TIME_TO_REPORT_S
-        while len(reports := read_reports(self._directory)) < self._ranks and time.monotonic() < deadline:
+        everyone = set(range(self._ranks))  # an earlier start with more ranks may have left more reports
+        while not everyone <= (reports := read_reports(self._directory)).keys() and time.monotonic() < deadline:
             time.sleep(0.1)
         lines = [f"no progress for {self._timeout_s:g} s (guard.hang_timeout_s), in {self._doing}:"]
         for rank in range(self._ranks):

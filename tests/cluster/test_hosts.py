@@ -192,7 +192,7 @@ def test_f06_a_host_whose_disk_is_full_ends_the_run_with_one_line(hosts, job):
     for host in hosts:
         last = job.output(host).read_text().splitlines()[-1]
         assert last.startswith(f"error: checkpoint {job.run.resolve()}/checkpoints/step_00000010.tmp-")
-        assert "File too large (os error 27)); make room" in last
+        assert "File too large (os error 27)); free disk space or fix the permissions, and restart" in last
     assert job.starts() == [0]
 
 

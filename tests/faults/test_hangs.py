@@ -73,6 +73,9 @@ def test_f21_hanging_rank_ends_the_run_and_is_named(corpus_dir, tmp_path, hang):
     )  # fmt: skip
     run = tmp_path / "runs" / "tiny"
     process.wait_for_row(run / "metrics.jsonl", 6)
+    (run / "logs" / "hangs").mkdir(parents=True, exist_ok=True)
+    for rank in (2, 3):  # of an earlier start with four ranks
+        (run / "logs" / "hangs" / f"rank_{rank}.json").write_text(f'{{"rank": {rank}}}')
     start = time.monotonic()
     assert process.wait() != 0
     assert time.monotonic() - start < TIMEOUT_S + 20

@@ -50,6 +50,14 @@ def rank(monkeypatch, tmp_path):
     return set_rank
 
 
+def test_a_vocabulary_that_is_too_small_is_refused_before_ranks_start(corpus_dir, tmp_path):
+    config = load_config(None, [*tiny(corpus_dir, tmp_path / "runs"), "model.vocab_size=64"])
+    with pytest.raises(
+        UserError, match=r"model\.vocab_size=64: is smaller than the tokenizer's vocabulary; use at least"
+    ):
+        begin(config, 2, 0)
+
+
 def make_checkpoint(directory: RunDirectory, step: int) -> None:
     (directory.checkpoints / f"step_{step:08d}").mkdir(parents=True)
 
@@ -305,3 +313,14 @@ def test_one_node_needs_only_the_script(corpus_dir, tmp_path):
     assert json.loads((run / "outcome.json").read_text())["status"] == "finished"
     assert "[0] step 4/4" in done.stdout
     assert len(list(run.glob("logs/node_0/*/attempt_0/*/stdout.log"))) == 2
+
+
+@pytest.mark.slow
+def test_a_stop_request_during_the_checks_ends_the_start(corpus_dir, tmp_path):
+    python = tmp_path / "python"
+    stop = '[[ "$*" == *"dynmoe.launch begin"* ]] && kill -TERM $PPID'
+    python.write_text(f'#!/bin/bash\n{stop}\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    done = launch(corpus_dir, tmp_path, "train.steps=1000000", MASTER_PORT="0", PYTHON=str(python))
+    assert done.returncode not in (0, FAILED_BY_USER), done.stdout
+    assert "step 100/" not in done.stdout, "the run has trained"

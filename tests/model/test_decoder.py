@@ -13,7 +13,6 @@ from dynmoe.model import Decoder, ModelSize
 from dynmoe.model.cache import KeyValueCache
 from dynmoe.model.cross_entropy import linear_cross_entropy
 from dynmoe.model.sampling import Sampling, pad_left, sample, whole_context, with_cache
-from dynmoe.model.size import embedding_rows
 from dynmoe.moe import StepState
 from tests.moe.cases import BASELINES, LATENT, LONGCAT, ROUTERS, tiny_model
 
@@ -260,11 +259,11 @@ def test_flops_equal_those_counted_by_torch(attention):
 
 
 def test_embedding_rows_are_padded_or_configured():
-    assert embedding_rows(4096, None) == 4096
-    assert embedding_rows(4097, None) == 4160
-    assert embedding_rows(100, 128) == 128
+    assert tiny_model().embedding_rows(4096) == 4096
+    assert tiny_model().embedding_rows(4097) == 4160
+    assert tiny_model("model.vocab_size=128").embedding_rows(100) == 128
     with pytest.raises(ConfigError, match=r"model\.vocab_size=64"):
-        embedding_rows(100, 64)
+        tiny_model("model.vocab_size=64").embedding_rows(100)
 
 
 def test_sampling_is_repeatable_and_stays_in_the_vocabulary():

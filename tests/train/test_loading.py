@@ -32,7 +32,6 @@ class RecordingData(PretrainingData):
 def run(corpus: Path, runs: Path, way: str) -> tuple[str, int, list[str], list[str]]:
     """Runs four steps; returns how the run ended, after which step, the reading threads and the remaining threads."""
     from dynmoe.engines import make_engine
-    from dynmoe.model.size import embedding_rows
     from dynmoe.train.run_directory import RunDirectory
     from dynmoe.train.trainer import Trainer
     from dynmoe.train.watchdog import Watchdog
@@ -44,7 +43,7 @@ def run(corpus: Path, runs: Path, way: str) -> tuple[str, int, list[str], list[s
     directory.claim()
     damaged = 2 * config.train.global_batch if way == "failed" else 10**9
     data = RecordingData(corpora, config.data, 0, directory.data_index, damaged=damaged)
-    rows = embedding_rows(corpora[0].tokenizer.vocab_size, config.model.vocab_size)
+    rows = config.model.embedding_rows(corpora[0].tokenizer.vocab_size)
     engine = make_engine(config, rows)
     stop_signal = SimpleNamespace(requested=False, has_state_to_save=lambda: None)
 

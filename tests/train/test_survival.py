@@ -67,6 +67,16 @@ def test_run_resumes_from_a_config_yaml_with_an_old_field_name(undisturbed, tmp_
     )
 
 
+def test_a_finished_run_says_that_there_is_nothing_to_train(undisturbed, tmp_path):
+    run = tmp_path / "tiny"
+    shutil.copytree(undisturbed[0], run)
+    process = WarmTraining([str(run / "config.yaml"), f"run.dir={tmp_path}"], 2, 0, tmp_path / "output.txt", {})
+    assert process.wait() == 0, process.output()
+    words = f"{run}: step 40 of train.steps=40 was reached before; for another training, set run.name or more steps"
+    assert process.output().count(words) == 1
+    assert len(read_rows(run / "metrics.jsonl")) == 40
+
+
 @pytest.mark.slow  # which one is chosen: tests/faults/test_checkpoints.py
 def test_a_corrupt_checkpoint_is_quarantined_and_the_previous_one_loads(undisturbed, corpus_dir, tmp_path):
     run = tmp_path / "runs" / "tiny"

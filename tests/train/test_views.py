@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -12,6 +13,8 @@ from dynmoe.config.budget import BudgetConfig
 from dynmoe.config.logging import LoggingConfig
 from dynmoe.train.console import RunConsole
 from dynmoe.train.health import find_problems, new_problems
+from dynmoe.train.run_directory import RunDirectory
+from dynmoe.train.views import make_views
 from tests.train.cases import read_rows
 
 
@@ -50,6 +53,28 @@ def test_tensorboard_hides_events_after_the_resumed_step(tmp_path):
     assert [(event.step, event.value) for event in events(tmp_path).Scalars("train/lm_loss")] == [
         (1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0),
     ]  # fmt: skip
+
+
+def test_a_view_that_cannot_be_created_is_left_out(tmp_path, corpus_dir, monkeypatch, capsys):
+    """As where W&B's service cannot start, offline or online."""
+    wandb = pytest.importorskip("wandb")
+
+    def fail(*arguments, **named):
+        raise SystemExit("no service")
+
+    for name in ("setup", "init"):
+        monkeypatch.setattr(wandb, name, fail)
+    config = load_config(None, [
+        f"run.dir={tmp_path}", "run.name=a", "logging.wandb=offline", "logging.tensorboard=true",
+        f"data.dirs=[{corpus_dir}]",
+    ])  # fmt: skip
+    directory = RunDirectory(config.run.path)
+    directory.path.mkdir()
+    (directory.path / "tensorboard").write_text("a file")
+    assert make_views(config, directory, lambda run: {}, "kept", 0) == ([], "kept")
+    said = capsys.readouterr().out
+    assert re.search(r"^TensorBoard failed \(.*\); it does not show this start of the run$", said, re.MULTILINE)
+    assert re.search(r"^W&B failed \(.*\); it does not show this start of the run$", said, re.MULTILINE)
 
 
 def row(step: int = 10, target: float | None = None, mean: float = 2.0, **of_layer_1: float) -> dict[str, float]:
