@@ -74,7 +74,8 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--end-of-text", metavar="TOKEN", help="token that ends each document; default: the one that "
                         "its directory names (eos_token), or a well-known one such as <|endoftext|>")  # fmt: skip
     parser.add_argument("--special-tokens", action="store_true", default=None, help="encode the names of special "
-                        "tokens in text, such as <|im_start|>, as these tokens; default: as text")  # fmt: skip
+                        "tokens in text, such as <|im_start|>, as these tokens; default: as text, or as the corpus or "
+                        "run of the tokenizer does")  # fmt: skip
     parser.add_argument("--tiktoken-pattern", metavar="NAME", help="how a tiktoken file that is not known splits text: "
                         f"{', '.join(PATTERNS)}, or a regular expression")  # fmt: skip
 
@@ -163,9 +164,11 @@ def _recipe(given: argparse.Namespace) -> Recipe:
 
 def _report(out: Path, manifest: dict[str, Any]) -> None:
     for split, facts in manifest["splits"].items():
+        # Tokens that were adopted have no text here.
+        text = f"{facts['text_bytes'] / 1e6:.1f} MB of text, " if facts["text_bytes"] else ""
         print(
-            f"{split}: {facts['documents']} documents, {facts['text_bytes'] / 1e6:.1f} MB of text, "
-            f"{facts['tokens']} tokens, unigram entropy {facts['unigram_entropy_nats']:.3f} nats"
+            f"{split}: {facts['documents']} documents, {text}{facts['tokens']} tokens, "
+            f"unigram entropy {facts['unigram_entropy_nats']:.3f} nats"
         )
         if facts["unknown_tokens"]:
             share = facts["unknown_tokens"] / facts["tokens"]

@@ -93,7 +93,7 @@ def merge(parts: Sequence[Path], units: Sequence[Unit], directory: Path, vocab_s
     before = 0
     for number, unit in enumerate(units):
         part = Part.read(parts[number])
-        if number and unit.names != units[number - 1].names:
+        if unit.start == 0 or unit.names != units[number - 1].names:  # a file begins
             before = 0
         kept = np.ones(len(part.lengths), dtype=np.bool_) if copies is None else ~copies[number]
         _count_refused(part, unit, kept, before, merged.refusals)

@@ -19,6 +19,7 @@ from typing import Any
 from tokenizers import Regex
 
 from dynmoe.data.byte_level import to_characters
+from dynmoe.data.corpus import MANIFEST
 from dynmoe.data.huggingface_tokenizer import TOKENIZER_CONFIG, HuggingFaceTokenizer, load
 from dynmoe.data.tokenizer import Tokenizer
 from dynmoe.data.tokenizer_files import (
@@ -27,7 +28,6 @@ from dynmoe.data.tokenizer_files import (
     find_tokenizer,
     is_tiktoken,
     open_tokenizer,
-    reads_special_tokens,
 )
 from dynmoe.data.word_patterns import CL100K, GPT2_OF_TIKTOKEN, LLAMA3, O200K, QWEN2
 from dynmoe.errors import UserError, first_line
@@ -36,12 +36,14 @@ _KINDS = "use a sentencepiece model, a tokenizer.json or a tiktoken file"
 _END = "<|endoftext|>"
 
 PATTERNS = {"gpt2": GPT2_OF_TIKTOKEN, "cl100k": CL100K, "o200k": O200K, "llama3": LLAMA3, "qwen": QWEN2}
-# What the two libraries read differently in a pattern, and how to write it.
+# What the two libraries read differently in a pattern, and how to write it; characters and classes are left out.
 _UNLIKE = {
-    r"\}\+": "X{1,3}+ repeats X{1,3} there; write (?>X{1,3})",
-    r"(?<![\\[])[$^]": r"$ and ^ are the ends of a line there; write \z and \A",
+    r"\{\d*,?\d*\}\+": "X{1,3}+ repeats X{1,3} there; write (?>X{1,3})",
+    r"[$^]": r"$ and ^ are the ends of a line there; write \z and \A",
     r".\(\?[a-z-]+\)": "(?i) extends over the alternatives that follow there; write (?i:X)",
 }
+# An escaped character or a class; a "]" that comes first in a class is one of its characters.
+_CHARACTER = re.compile(r"\\[pP]\{\^?\w+\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def read_tokenizer(
     Args:
         name: the file or directory.
         end_of_text: the token that ends each document; None: what the tokenizer says.
-        special_tokens: whether special tokens in a text become ids; None: what the tokenizer says, or not.
+        special_tokens: whether special tokens in a text become ids; None: as its corpus or run does, else not.
         pattern: how a tiktoken file splits text: a key of ``PATTERNS`` or a regular expression; None: it is known.
 
     Raises:
@@ -95,10 +97,18 @@ def read_tokenizer(
     """
     file = _tiktoken_file(Path(name))
     if file is not None:
-        return convert(file, end_of_text, special_tokens, pattern)
+        return convert(file, end_of_text, bool(special_tokens), pattern)
     if pattern is not None:
         raise UserError(f"--tiktoken-pattern {pattern!r}: {name} is not a tiktoken file; remove the option")
+    if special_tokens is None and not _is_ours(Path(name)):
+        special_tokens = False  # whatever its files say about prompts: text to train on is text
     return open_tokenizer(name, _KINDS, end_of_text, special_tokens)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a tokenizer is that of a corpus or a run, which have decided about special tokens."""
+    folder = path if path.is_dir() else path.parent
+    return any((folder / name).is_file() for name in (MANIFEST, "config.yaml"))
 
 
 def _tiktoken_file(path: Path) -> Path | None:
@@ -109,9 +119,7 @@ def _tiktoken_file(path: Path) -> Path | None:
     return found if found is not None and found.is_file() and is_tiktoken(found.read_bytes()) else None
 
 
-def convert(
-    file: Path, end_of_text: str | None, special_tokens: bool | None, pattern: str | None
-) -> HuggingFaceTokenizer:
+def convert(file: Path, end_of_text: str | None, special_tokens: bool, pattern: str | None) -> HuggingFaceTokenizer:
     """Converts a tiktoken file; arguments as of :func:`read_tokenizer`.
 
     Raises:
@@ -130,8 +138,6 @@ def convert(
     model = load(made, str(file), _KINDS)
     if end_of_text is None:
         end_of_text = end_of_text_of(file, special)
-    if special_tokens is None:
-        special_tokens = reads_special_tokens(file)
     return HuggingFaceTokenizer(model, made, str(file), end_of_text, special_tokens)
 
 
@@ -171,8 +177,9 @@ def _regex(pattern: str) -> str:
     if re.fullmatch(r"\w+", pattern):  # as an expression it would split texts at this word alone
         known = ", ".join(PATTERNS)
         raise UserError(f"--tiktoken-pattern {pattern}: no such pattern; use {known}, or a regular expression")
+    bare = _CHARACTER.sub("x", pattern)
     for unlike, cure in _UNLIKE.items():
-        if re.search(unlike, pattern):
+        if re.search(unlike, bare):
             raise UserError(f"--tiktoken-pattern {pattern!r}: the library tokenizers reads this differently: {cure}")
     try:
         Regex(pattern)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def extend(run: Path, output: Path, length: int, kind: str = "yarn", overrides: 
     if output.exists():
         raise UserError(f"OUT: {output} exists; name a new directory")
     old = load_config(run / "config.yaml")
-    config = load_config(run / "config.yaml", [*_stretched(old, length, kind), *overrides])
+    config = load_config(run / "config.yaml", [*_stretched(old, _reach(run), length, kind), *overrides])
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(output.parent), name=output.name))
     from dynmoe.train.checkpoint import model_files
     from dynmoe.trained import begin_run, open_decoder
@@ -39,8 +40,16 @@ def extend(run: Path, output: Path, length: int, kind: str = "yarn", overrides: 
     return config
 
 
-def _stretched(old: Config, length: int, kind: str) -> list[str]:
-    """The overrides that stretch the positions of a run to ``length``."""
+def _reach(run: Path) -> int:
+    """Positions for which an imported model was trained; 0 if the run was not imported."""
+    from dynmoe.train.checkpoint import IMPORTED
+
+    fields = run / IMPORTED / "config.json"
+    return (json.loads(fields.read_text()).get("max_position_embeddings") or 0) if fields.exists() else 0
+
+
+def _stretched(old: Config, reach: int, length: int, kind: str) -> list[str]:
+    """The overrides that stretch the positions of a run to ``length``, unless its weights ``reach`` as far."""
     now = old.data.sequence_length
     scaling = old.model.rope_scaling
     if length <= now:
@@ -48,8 +57,10 @@ def _stretched(old: Config, length: int, kind: str) -> list[str]:
     if scaling.kind not in (None, kind):
         problem = f"the positions of the run are stretched by {scaling.kind}"
         raise UserError(f"--kind {kind}: {problem}; use --kind {scaling.kind}")
+    if scaling.kind is None and length <= reach:
+        return [f"data.sequence_length={length}"]
     # A factor is relative to the first training, however often a run is extended.
-    first = scaling.original_length or round(now / scaling.factor)
+    first = scaling.original_length or max(round(now / scaling.factor), reach if scaling.kind is None else 0)
     # An imported model may reach beyond the run's sequences already; its frequencies must not change.
     factor = max(length / first, scaling.factor)
     fields = {"kind": kind, "factor": factor, "original_length": first}
@@ -69,7 +80,8 @@ def main() -> None:
     given = parser.parse_intermixed_args()
     config = extend(**vars(given))
     scaling = config.model.rope_scaling
-    print(f"{given.output}: sequences of {config.data.sequence_length} tokens, {scaling.kind} by {scaling.factor:g}.")
+    stretched = f"{scaling.kind} by {scaling.factor:g}" if scaling.kind else "positions as before"
+    print(f"{given.output}: sequences of {config.data.sequence_length} tokens, {stretched}.")
     print(f"Each step has {config.tokens_per_step} tokens; train.global_batch changes that.")
     print(f"Train it with: {config.training_command}")
 

@@ -52,9 +52,12 @@ def generate(
     longest = model.config.data.sequence_length
     encoded = encode(model, prompts)
     for prompt in encoded:
+        if len(prompt) >= longest:
+            problem = f"has {len(prompt)} tokens with the end of the document before it"
+            raise UserError(f"--prompt: {problem}, but data.sequence_length is {longest}; shorten it")
         if len(prompt) + num_tokens > longest:
             problem = f"with a prompt of {len(prompt)} tokens exceeds data.sequence_length ({longest}), the positions"
-            raise UserError(f"--tokens={num_tokens}: {problem} that were trained; use fewer")
+            raise UserError(f"--tokens={num_tokens}: {problem} that were trained; use at most {longest - len(prompt)}")
     yield from continue_tokens(model, encoded, num_tokens, sampling, seed)
 
 
@@ -220,7 +223,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--show-experts", action="store_true", help="print experts per token, averaged over layers")
     parser.add_argument("--trace", type=Path, metavar="DIR", help="write the experts of all tokens as a routing trace")
-    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     given = parser.parse_args()
     prompts = _prompts(given)
     _check(given, len(prompts))
@@ -261,7 +264,7 @@ def _prompts(given: argparse.Namespace) -> list[str]:
     prompts = list(given.prompt)
     if given.file is not None:
         try:
-            prompts += given.file.read_text(encoding="utf-8-sig").splitlines()
+            prompts += given.file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--file: {given.file} cannot be read: {error}; name a text file in UTF-8") from None
     return prompts or [""]

@@ -24,6 +24,7 @@ from dynmoe.errors import UserError
 from dynmoe.model import Decoder
 from dynmoe.train.accounting import Progress
 from dynmoe.train.checkpoint import Checkpoint, latest_valid, write_run
+from dynmoe.train.resume import with_kept_fields
 from dynmoe.train.run_directory import RunDirectory
 
 
@@ -92,6 +93,8 @@ def open_decoder(
     config = load_config(directory.config)
     if experts_per_token is not None:
         config.model.router.check_budget(experts_per_token, "--experts-per-token")
+    if device is not None and device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no GPU; use --device cpu")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = config.model if mtp else config.model.without_mtp()
     with _canonical_checkpoint(directory, config) as checkpoint:
@@ -116,6 +119,8 @@ def begin_run(config: Config, decoder: Decoder, files: Mapping[str, bytes], outp
     """
     if output.exists():
         raise UserError(f"{output} exists; name a new directory")
+    # An evaluation before training must read text as training will.
+    config = with_kept_fields(config, None)
     if config.engine == "megatron":
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:

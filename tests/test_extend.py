@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,6 +87,18 @@ def test_positions_that_are_stretched_further_stay_as_they_are(tmp_path):
     for length, factor in ((2 * SHORT, 8.0), (16 * SHORT, 16.0)):
         longer = extend(tmp_path / "far", tmp_path / f"{length}", length, "llama3").model.rope_scaling
         assert (longer.factor, longer.original_length) == (factor, SHORT)
+
+
+def test_an_imported_model_is_only_stretched_beyond_its_own_length(tmp_path):
+    config = load_config(None, [*FIELDS, "run.name=short"])
+    imported = {"imported/config.json": json.dumps({"max_position_embeddings": LONG}).encode()}
+    begin_run(config, Decoder(config.model, VOCAB, seed=0), imported, tmp_path / "short")
+    known = extend(tmp_path / "short", tmp_path / "known", LONG)
+    assert known.data.sequence_length == LONG
+    assert known.model.rope_scaling == config.model.rope_scaling
+    for run in ("short", "known"):
+        longer = extend(tmp_path / run, tmp_path / f"{run}_longer", 2 * LONG).model.rope_scaling
+        assert (longer.kind, longer.factor, longer.original_length) == ("yarn", 2.0, LONG)
 
 
 @pytest.mark.parametrize("length", [SHORT, 0])

@@ -104,9 +104,9 @@ def test_the_command_continues_one_or_several_prompts(run, monkeypatch, capsys, 
     assert first.startswith("the quick")
     call(monkeypatch, str(run), "--prompt", "the quick", "--tokens", "5", "--device", "cpu")
     assert capsys.readouterr().out == first, "the seed does not decide it"
-    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    (tmp_path / "prompts.txt").write_text("one\ntwo\N{LINE SEPARATOR}\n")
     call(monkeypatch, str(run), "--file", str(tmp_path / "prompts.txt"), "--tokens", "3", "--temperature", "0")
-    assert re.fullmatch(r"--- 1\none(.|\n)*\n--- 2\ntwo(.|\n)*\n", capsys.readouterr().out)
+    assert re.fullmatch(r"--- 1\none(.|\n)*\n--- 2\ntwo\u2028(.|\n)*\n", capsys.readouterr().out)
     call(monkeypatch, str(run), "--prompt", "the quick", "--tokens", "5", "--show-experts")
     assert re.match(r"the\[\d\.\d\d\]|t\[", capsys.readouterr().out)
 
@@ -114,7 +114,12 @@ def test_the_command_continues_one_or_several_prompts(run, monkeypatch, capsys, 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--tokens", "64"], "--tokens=64: with a prompt of 1 tokens exceeds data.sequence_length (64)"),
+        (
+            ["--tokens", "64"],
+            "--tokens=64: with a prompt of 1 tokens exceeds data.sequence_length (64), the positions "
+            "that were trained; use at most 63",
+        ),
+        (["--prompt", "a " * 99, "--tokens", "1"], "before it, but data.sequence_length is 64; shorten it"),
         (["--tokens", "0"], "--tokens=0: is out of range; use 1 to"),
         (["--temperature", "-1"], "--temperature=-1.0: is out of range; use 0.0 to"),
         (["--temperature", "nan"], "--temperature=nan"),

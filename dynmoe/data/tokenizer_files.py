@@ -84,13 +84,8 @@ def _huggingface(
     if end_of_text is None:
         end_of_text = end_of_text_of(path, model.get_vocab().keys())
     if special_tokens is None:
-        special_tokens = reads_special_tokens(path)
+        special_tokens = beside(path, TOKENIZER_CONFIG).get("split_special_tokens") is False
     return HuggingFaceTokenizer(model, content, str(path), end_of_text, special_tokens)
-
-
-def reads_special_tokens(path: Path) -> bool:
-    """Whether special tokens in a text become ids, by the files beside the tokenizer; if these say nothing, not."""
-    return beside(path, TOKENIZER_CONFIG).get("split_special_tokens") is False
 
 
 def end_of_text_of(path: Path, vocabulary: Collection[str]) -> str:

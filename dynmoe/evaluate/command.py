@@ -90,6 +90,10 @@ def _score(
         if corpus.tokenizer.sha256 != trained.tokenizer.sha256:
             cure = f"prepare it with --tokenizer {directory.tokenizer}"
             raise UserError(f"--corpora: {name} was encoded with a different tokenizer than the run; {cure}")
+    if tasks is not None:
+        from dynmoe.evaluate.harness import rehearse
+
+        rehearse(tasks, trained.tokenizer, config.data.sequence_length, given.limit, given.shots)
     model = WholeModel(trained)
     content: dict[str, Any] = {"run": config.run.name, "step": trained.step}
     path = directory.path / "evaluations" / f"step_{trained.step:08d}.json"

@@ -129,7 +129,7 @@ def score_tasks(
     return TaskScores(scores, harness.cut, report)
 
 
-def rehearse(tasks: Tasks, tokenizer: Tokenizer, longest: int, limit: int | None) -> None:
+def rehearse(tasks: Tasks, tokenizer: Tokenizer, longest: int, limit: int | None, shots: int | None = None) -> None:
     """Builds every request of the tasks and computes every metric from made-up scores, to find errors early.
 
     Raises:
@@ -139,7 +139,7 @@ def rehearse(tasks: Tasks, tokenizer: Tokenizer, longest: int, limit: int | None
     def unscored(passages: Sequence[Passage], use: ExpertUse) -> list[Score]:
         return [Score(-1.0, False) for _ in passages]
 
-    _run(HarnessModel(tokenizer, longest, unscored, None, lambda done, of: None), tasks, None, limit, 0)
+    _run(HarnessModel(tokenizer, longest, unscored, None, lambda done, of: None), tasks, shots, limit, 0)
 
 
 def _run(harness: HarnessModel, tasks: Tasks, shots: int | None, limit: int | None, bootstrap: int) -> Any:

@@ -31,7 +31,7 @@ class HarnessModel(TemplateLM):
     Args:
         longest: tokens of a training sequence.
         scorer: scores passages and counts their experts.
-        model: model that generates text; None: tasks may not generate.
+        model: model that generates text; None: in a rehearsal, all texts are empty.
         progress: called while text is generated.
 
     Attributes:
@@ -90,11 +90,11 @@ class HarnessModel(TemplateLM):
         return [sum(own.log_prob for own in scores[a:b]) for a, b in zip(starts, ends, strict=True)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Generates text after each context, up to a stop sequence, the end of the document, or its token limit.
-
-        Needs a whole model: :func:`open_tasks` rejects such tasks during training.
-        """
-        assert self._writer is not None
+        """Generates text after each context, up to a stop sequence, the end of the document, or its token limit."""
+        for request in requests:
+            self._check_length(request)
+        if self._writer is None:
+            return [""] * len(requests)
         alike: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             alike[json.dumps(request.args[1], sort_keys=True)].append(number)
@@ -114,9 +114,6 @@ class HarnessModel(TemplateLM):
         settings = normalize_gen_kwargs(requests[0].args[1])
         num_tokens = settings["max_gen_toks"]
         stops = settings["until"]
-        if num_tokens >= self._longest:
-            problem = f"generates up to {num_tokens} tokens, but data.sequence_length is {self._longest}"
-            raise UserError(f"task {requests[0].task_name}: {problem}; use a smaller max_gen_toks")
         sampling = Sampling(
             settings.get("temperature", 1.0) if settings["do_sample"] else 0.0,
             top_k=int(settings.get("top_k", 0)), top_p=float(settings.get("top_p", 1.0)),
@@ -141,6 +138,13 @@ class HarnessModel(TemplateLM):
             if not any(computed):
                 break
         return [postprocess_generated_text(text, stops, None) for text in texts]
+
+    def _check_length(self, request: Instance) -> None:
+        num_tokens = normalize_gen_kwargs(request.args[1])["max_gen_toks"]
+        if num_tokens >= self._longest:
+            problem = f"generates up to {num_tokens} tokens, but data.sequence_length is {self._longest}"
+            cure = "name a copy of its YAML file with a smaller generation_kwargs.max_gen_toks"
+            raise UserError(f"task {request.task_name}: {problem}; {cure}")
 
     def _passage(self, task: str, context: list[int], continuation: list[int], text: str) -> Passage:
         if not continuation:

@@ -97,6 +97,17 @@ def test_jsonl_in_every_packing_and_broken_lines_by_name(tmp_path):
     assert results[0] == results[1] == results[2]
 
 
+def test_lines_are_counted_anew_in_each_file_of_the_same_name(tmp_path):
+    for year, bad in (("2023", 2), ("2024", 3)):
+        lines = [json.dumps({"text": make_text(n)}) for n in range(6)]
+        lines[bad] = "{"
+        (tmp_path / year).mkdir()
+        (tmp_path / year / "data.jsonl").write_text("\n".join(lines))
+    given = [str(tmp_path / year / "data.jsonl") for year in ("2023", "2024")]
+    manifest = build(Recipe(given, vocab_size=400, validation_fraction=0.2), tmp_path / "out", workers=1)
+    assert manifest["refused"]["first_names"]["bad_json"] == ["data.jsonl:3", "data.jsonl:4"]
+
+
 @pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
 def test_a_file_that_is_cut_off_is_named(tmp_path, suffix, compress):
     lines = "".join(json.dumps({"text": make_text(n)}) + "\n" for n in range(50)).encode()

@@ -310,6 +310,7 @@ def test_files_of_megatrons_tool_are_taken_unchanged(tmp_path, corpus_dir):
     done = run("adopt", prefix, "--validation", str(tmp_path / "other_text_document"), "--tokenizer", model,
                "--out", str(tmp_path / "two"))  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "of text" not in done.stdout, "its length is not known"
     for split, name in (("train", "my.en_text_document"), ("validation", "other_text_document")):
         for suffix in (".bin", ".idx"):
             assert (tmp_path / "two" / f"{split}{suffix}").read_bytes() == (tmp_path / f"{name}{suffix}").read_bytes()

@@ -102,6 +102,19 @@ def test_special_tokens_in_a_text_become_ids_if_asked_for(folders):
     assert own.sha256 != open_tokenizer(folders["qwen3"]).sha256
 
 
+def test_only_a_corpus_or_a_run_decides_about_special_tokens_by_its_files(folders, tmp_path):
+    """Files of public models say what their library does with a prompt."""
+    public = save(languages.qwen3(), tmp_path / "public", eos_token=END, split_special_tokens=False)
+    assert read_tokenizer(str(public)).eod not in read_tokenizer(str(public)).encode(f"a{END}b")
+    write_texts(tmp_path / "text", documents=8)
+    for wanted in (True, None):
+        recipe = Recipe([str(tmp_path / "text")], tokenizer=str(public), validation_fraction=0.4, special_tokens=wanted)
+        build(recipe, tmp_path / f"corpus_{wanted}", workers=1)
+        again = read_tokenizer(str(tmp_path / f"corpus_{wanted}"))
+        assert again.sha256 == read_tokenizer(str(public), special_tokens=wanted).sha256
+        assert (again.eod in again.encode(f"a{END}b")) == bool(wanted)
+
+
 def test_a_model_that_reads_special_tokens_itself_is_refused(folders, tmp_path):
     """A unigram model has them in its own vocabulary, where the library does not see them."""
     with pytest.raises(UserError, match=r"encodes the text '</s>' as the special token .*--special-tokens"):

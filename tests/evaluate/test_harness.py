@@ -16,7 +16,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
 from dynmoe.errors import UserError
-from dynmoe.evaluate.harness import open_tasks, score_tasks
+from dynmoe.evaluate.harness import open_tasks, rehearse, score_tasks
 from dynmoe.evaluate.harness_model import HarnessModel
 from dynmoe.evaluate.models import WholeModel
 from dynmoe.hf.export import export
@@ -168,13 +168,16 @@ def rewritten(exported: Exported, name: str, folder: Path, **changes: Any) -> st
     [
         ("choices", {"doc_to_choice": ["a " * 200, "b"]}, "but data.sequence_length is 64; remove the task"),
         ("writing", {"generation_kwargs": {"until": [], "max_gen_toks": 64}},
-         "task writing: generates up to 64 tokens, but data.sequence_length is 64; use a smaller max_gen_toks"),
+         "task writing: generates up to 64 tokens, but data.sequence_length is 64; name a copy of "
+         "its YAML file with a smaller generation_kwargs.max_gen_toks"),
     ],
 )  # fmt: skip
 def test_requests_that_mean_nothing_are_refused_with_the_task(exported, tmp_path, name, changes, words):
     tasks = open_tasks([rewritten(exported, name, tmp_path, target_delimiter="", **changes)], "tasks")
     with pytest.raises(UserError, match=re.escape(words)):
         score_tasks(exported.model, tasks, nothing)
+    with pytest.raises(UserError, match=re.escape(words)):
+        rehearse(tasks, exported.model.tokenizer, 64, limit=None)
 
 
 def test_a_continuation_that_becomes_part_of_the_context_is_refused(exported, tmp_path):
