@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dynmoe.__main__ import VERBS
-from dynmoe.compact import compact, slots_to_keep
+from dynmoe.compact import _configuration, compact, slots_to_keep
 from dynmoe.config import load_config
 from dynmoe.errors import UserError
 from dynmoe.train.engine import take_step
@@ -110,6 +110,13 @@ def test_slots_to_keep_equal_examples_worked_out_by_hand():
     assert slots_to_keep(active, 1) == [1, 3, 4]
     assert slots_to_keep(active, 2) == [0, 1, 3, 4]
     assert slots_to_keep(active, 3) == [1, 3, 4]
+
+
+def test_a_maximum_above_the_experts_that_are_left_is_dropped(tmp_path):
+    router = ["model.router.kind=top_any", "model.router.max_experts=5", "model.moe.experts=6"]
+    config = load_config(None, ["run.name=small", *router])
+    for counts, maximum in (([5, 4, 3, 4], 5), ([4, 4, 3, 4], None)):
+        assert _configuration(config, tmp_path / "small", counts).model.router.max_experts == maximum
 
 
 def test_the_command_lists_its_verbs_and_names_an_unknown_one(capsys, monkeypatch):

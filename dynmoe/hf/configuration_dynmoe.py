@@ -36,7 +36,10 @@ class DynMoEConfig(PreTrainedConfig):
     """
 
     model_type = "dynmoe"
-    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
+    # Predictions are the logits alone: what routers return cannot be joined over batches of different lengths.
+    keys_to_ignore_at_inference = [  # noqa: RUF012
+        "cache", "past_key_values", "router_logits", "routing_maps", "experts_per_token", "aux_loss",
+    ]  # fmt: skip
 
     def __init__(
         self,
@@ -129,8 +132,10 @@ class DynMoEConfig(PreTrainedConfig):
                 spec.check_budget(overrides["experts_per_token"], "router_overrides.experts_per_token")
             except ConfigError as error:
                 raise ValueError(str(error).replace("model.router.budgets", "the budgets")) from None
+        if not experts:
+            return
         try:
-            router_of(self.router | overrides).check_layers([min(experts, default=0)])
+            router_of(self.router | overrides).check_layers(experts)
         except ConfigError as error:
             text = str(error).replace("model.router.", "router_overrides.")
             raise ValueError(text.replace("model.moe.experts", "the number of experts")) from None

@@ -65,7 +65,7 @@ class HeldBudget(TrainerCallback):
 
     Raises:
         UserError: when training starts: the export has no budget that a rule holds, or several; or there are several
-            processes, whose statistics are not summed.
+            processes or DataParallel's replicas, whose statistics are not summed.
     """
 
     def __init__(self) -> None:
@@ -85,6 +85,9 @@ class HeldBudget(TrainerCallback):
         self._budget = _budget_of(settings)
         if args.world_size > 1:
             raise UserError(f"world_size={args.world_size}: a budget is held in one process only; start one")
+        if args.n_gpu > 1:  # DataParallel, whose replicas are threads with shared hooks
+            problem = "a budget is held only if each batch is on one device"
+            raise UserError(f"n_gpu={args.n_gpu}: {problem}; set CUDA_VISIBLE_DEVICES to one GPU")
         self._hooks = [model.register_forward_pre_hook(self._see_padding, with_kwargs=True)]
         routers = [module for module in model.modules() if type(module).__name__ == "DynMoERouter"]
         self._routers = [_HeldRouter(router, settings, model.config.hidden_size) for router in routers]
@@ -94,14 +97,16 @@ class HeldBudget(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Moves the routers after an optimizer step."""
         seen = [held.take() for held in self._routers]
-        observed = torch.stack([own.experts_per_token.float() for own in seen])
+        first = seen[0].experts_per_token.device
+        observed = torch.stack([own.experts_per_token.float().to(first) for own in seen])
         if self._budget["scope"] == "global":
             observed = observed.mean().expand_as(observed)
         gains = {name: self._budget[name] for name in ("method", "proportional", "integral", "rate")}
         target = self._budget["experts_per_token"]
         for held, own, experts_per_token in zip(self._routers, seen, observed, strict=True):
             with torch.no_grad():
-                step = BudgetStep(experts_per_token=experts_per_token, target=target, **gains)
+                here = experts_per_token.to(own.experts_per_token.device)
+                step = BudgetStep(experts_per_token=here, target=target, **gains)
                 held.spec.update(held.state, own, step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -116,7 +121,8 @@ class HeldBudget(TrainerCallback):
     def _counter(self, held: _HeldRouter) -> Any:
         def count(router: nn.Module, inputs: tuple[Tensor, int], output: tuple[Any, Tensor]) -> None:
             if router.training:
-                plan = output[0] if self._counted_T is None else of_tokens(output[0], self._counted_T)
+                counted_T = self._counted_T
+                plan = output[0] if counted_T is None else of_tokens(output[0], counted_T.to(inputs[0].device))
                 held.count(plan, inputs[0])
 
         return count

@@ -234,8 +234,9 @@ class DynMoEModel(DynMoEPreTrainedModel):
             attentions=tuple(all_weights) if attends else None,
             router_logits=logits or None,
             routing_maps=maps or None,
-            experts_per_token=torch.stack([m.sum(dim=-1) for m in maps]) if maps else None,
-            aux_loss=torch.stack(losses).sum() if losses else None,
+            # Layers may be on different devices.
+            experts_per_token=torch.stack([m.sum(dim=-1).to(x_BSD.device) for m in maps]) if maps else None,
+            aux_loss=torch.stack([loss.to(x_BSD.device) for loss in losses]).sum() if losses else None,
             **{_CACHE: cache},
         )
 
@@ -278,12 +279,28 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
             if out.aux_loss is not None:
-                loss = loss + out.aux_loss.to(loss.device)
+                loss = loss + _share_of_step(labels, **kwargs) * out.aux_loss.to(loss.device)
         return DynMoECausalLMOutput(loss=loss, logits=logits, **{name: out.get(name) for name in (*_SHARED, _CACHE)})
+
+
+def _share_of_step(
+    labels: Tensor, num_items_in_batch: Tensor | int | None = None, shift_labels: Tensor | None = None, **kwargs: Any
+) -> Tensor | float:
+    """The share of an optimizer step's predicted labels that is in this forward pass; 1 if Trainer did not count them.
+
+    Trainer adds up the losses of a step's passes. The cross-entropy has its share already, by ``num_items_in_batch``.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    predicted = labels[..., 1:] if shift_labels is None else shift_labels
+    return (predicted != -100).sum() / num_items_in_batch
 
 
 class DynMoEForSequenceClassification(DynMoEPreTrainedModel):
     """A linear head on the last non-padding token."""
+
+    # The loss is a mean over the pass, so Trainer must divide it by the number of passes of a step.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: DynMoEConfig) -> None:
         super().__init__(config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -94,3 +96,11 @@ def test_exports_without_one_budget_are_refused(corpus_dir, tmp_path, fields, wo
     assert not HeldBudget.fits(model.config)
     with pytest.raises(UserError, match=words):
         fine_tune(model, tmp_path / "tuned")
+
+
+@pytest.mark.parametrize("several", ["world_size", "n_gpu"])
+def test_more_than_one_device_with_a_part_of_the_batch_is_refused(several):
+    arguments = SimpleNamespace(**({"world_size": 1, "n_gpu": 1} | {several: 2}))
+    model = SimpleNamespace(config=SimpleNamespace(router={"budget": {"method": "pi"}}))
+    with pytest.raises(UserError, match=rf"^{several}=2: a budget is held .*; (start one|set CUDA_VISIBLE_DEVICES)"):
+        HeldBudget().on_train_begin(arguments, None, None, model=model)

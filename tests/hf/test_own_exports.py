@@ -28,6 +28,7 @@ FURTHER = {
     "layers of different sizes": [
         "model.router.kind=top_any", "model.moe.experts_by_layer=[4,3,6]", "model.moe.experts=6",
         "model.moe.active_at_start=3", "model.router.scale=3", "model.router.min_experts=2",
+        "model.router.max_experts=5",
     ],
     "held": [
         "model.router.kind=sigmoid", "model.router.cutoff=0.4", "model.router.max_experts=3", "budget.rate=0.2",
@@ -79,6 +80,14 @@ def test_export_import_and_export_again_give_the_same_files(corpus_dir, tmp_path
         assert getattr(after.budget, field) == getattr(before.budget, field), field
     for router in (layer.router for layer in open_decoder(tmp_path / "again", CPU).decoder.moe_layers):
         assert bool(getattr(router, "calibrated", True)), "the first scores would reset its thresholds"
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_transformers_gives_the_logits_of_the_run(corpus_dir, tmp_path, name):
+    run = begun(corpus_dir, tmp_path, name)
+    export(run.path, tmp_path / "out")
+    expected = run_decoder(run.decoder, some_tokens())[0]
+    torch.testing.assert_close(logits_of(tmp_path / "out"), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["saved again", "in bf16", "experts in one tensor"])
