@@ -34,6 +34,10 @@ _CASES = [
     Case("fine", Shape(8192, 2048, 1408, 64), 6.0),
     Case("wide", Shape(8192, 1024, 2816, 16), 2.0),
     Case("many", Shape(8192, 2048, 768, 128), 8.0),
+    # Each height of a tile of rows has settings of its own.
+    Case("64 rows an expert", Shape(2048, 2048, 1408, 64), 2.0),
+    Case("32 rows an expert", Shape(1024, 2048, 1408, 64), 2.0),
+    Case("16 rows an expert", Shape(512, 2048, 1408, 64), 2.0),
     Case("skewed, with holes", Shape(8192, 1024, 2816, 64), 2.0, 16.0, 1),
     Case("nothing divides", Shape(2001, 392, 264, 5), 2.0, 2.0, 1),
     Case("no routes", Shape(2001, 392, 264, 5), 2.0, 2.0, 2),

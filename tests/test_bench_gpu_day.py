@@ -17,6 +17,7 @@ from bench.__main__ import main
 from bench.gpu_layer import Case
 from bench.timing import waits
 from dynmoe.errors import UserError
+from dynmoe.ops.triton.backend import _ROW_TILES, choose_tiles
 from harness.processes import is_running
 from tests.test_bench import run_benchmark
 
@@ -216,3 +217,13 @@ def test_a_rehearsal_runs_every_part(tmp_path):
 def test_a_case_is_shrunk_but_keeps_its_routing():
     case = Case(32768, 2048, 1408, 64, 6.0).shrunk(256)
     assert (case.tokens, case.hidden, case.width, case.experts, case.mean_k) == (128, 8, 8, 64, 6.0)
+
+
+def test_the_kernels_are_compared_at_every_height_of_a_tile():
+    cases = [case for case in gpu_kernels._CASES if case.holes < 2]
+    rows = [int(case.shape.tokens * case.mean_k) for case in cases]
+    tiles = [
+        choose_tiles("rows", number, case.shape.experts, torch.bfloat16, 90)
+        for number, case in zip(rows, cases, strict=True)
+    ]
+    assert {own.rows for own in tiles} == {rows for _, rows in _ROW_TILES}

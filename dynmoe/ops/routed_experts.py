@@ -27,10 +27,12 @@ Backend = KernelBackend | SonicBackend
 
 
 def _runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the Triton kernels run: on a GPU, or in Triton's interpreter, which cannot multiply in bf16."""
+    """Whether the Triton kernels run: on NVIDIA GPUs from Ampere on, or in the interpreter, if not in bf16."""
     if find_spec("triton") is None:
         return False
-    return device.type == "cuda" or (import_module("triton").knobs.runtime.interpret and dtype != torch.bfloat16)
+    if device.type == "cuda":  # as PyTorch calls AMD's too
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(import_module("triton").knobs.runtime.interpret) and dtype != torch.bfloat16
 
 
 @cache

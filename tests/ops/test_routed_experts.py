@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynmoe.config.constants import MOE_BACKENDS, MXFP8_BACKENDS
+from dynmoe.errors import ConfigError
 from dynmoe.ops import Permutation, linear_fp32, pick_backend, routed_experts, swiglu
 from dynmoe.ops.backends import grouped_mm, looped_mm
 from tests import oracles
@@ -151,3 +152,16 @@ def test_one_token_trains_after_generation_in_inference_mode():
     learnt = with_gradients(lambda *a: routed_experts(*a, Permutation.of(routing_map), backend), leaves, upstream)
     torch.testing.assert_close(learnt[0], generated)
     assert all(bool(gradient.any()) for gradient in learnt[1:])
+
+
+@pytest.mark.parametrize(("hip", "capability", "picked"), [
+    (None, (8, 0), "triton"), (None, (7, 5), "grouped_mm"), ("6.4", (9, 4), "grouped_mm"),
+])  # fmt: skip
+def test_cards_that_cannot_run_our_kernels_get_those_of_pytorch(monkeypatch, hip, capability, picked):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    pick = pick_backend.__wrapped__
+    assert pick("auto", torch.device("cuda", 0), torch.bfloat16).name == picked
+    if picked != "triton":
+        with pytest.raises(ConfigError, match=r"train\.moe_backend='triton': does not run on cuda:0; use auto"):
+            pick("triton", torch.device("cuda", 0), torch.bfloat16)

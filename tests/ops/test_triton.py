@@ -172,3 +172,31 @@ def test_triton_without_gpu_and_interpreter_is_refused():
         pick_backend("triton", DEVICE, torch.bfloat16)
     with pytest.raises(ConfigError, match=r"train\.moe_backend='cutlass': is not a known backend; use one of auto, "):
         pick_backend("cutlass", DEVICE, torch.float32)
+
+
+def test_gates_of_any_layout_get_the_same_gradient():
+    """As of a router that computes [E, T] and transposes."""
+    routing_map, upstream, leaves = random_case(3, 7, 4, 0.5)
+    permutation = Permutation(*build_routes(routing_map, int(routing_map.sum())))
+    backend = pick_backend("triton", DEVICE, torch.float32)
+    x, gates, up, down = leaves
+    of_rows, of_columns = (
+        with_gradients(lambda *a: routed_experts(*a, permutation, backend), [x, given, up, down], upstream)[2]
+        for given in (gates, gates.t().contiguous().t())
+    )
+    assert torch.equal(of_columns, of_rows)
+
+
+def test_pytorchs_own_setting_of_tf32_is_read():
+    routing_map, upstream, leaves = random_case(3, 7, 4, 0.5)
+    permutation = Permutation(*build_routes(routing_map, int(routing_map.sum())))
+    launch = triton_backend._Launch(permutation, leaves[0])
+    assert launch.precision == "ieee"
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert triton_backend._Launch(permutation, leaves[0]).precision == "tf32"
+        backend = pick_backend("triton", DEVICE, torch.float32)
+        with_gradients(lambda *a: routed_experts(*a, permutation, backend), leaves, upstream)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

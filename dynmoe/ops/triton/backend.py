@@ -5,6 +5,7 @@ Shape letters besides those of ``dynmoe.routing``: I, J columns of an operand, P
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -83,7 +84,7 @@ class _Launch:
         self.dtype = like.dtype
         self.capability = _capability()
         # As in PyTorch's own products: full fp32 unless the user allows TF32.
-        full = like.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+        full = like.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
         self.precision = "ieee" if full else "tf32"
 
     def tiles(self, kind: str) -> Tiles:
@@ -128,6 +129,11 @@ def _described(operand: Tensor, use: bool, *block: int) -> Tensor | TensorDescri
     return TensorDescriptor.from_tensor(operand, list(block)) if use else operand
 
 
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes this device the current one, on which Triton launches; autograd does so in the backward pass."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class TritonBackend:
     """Gathers rows and applies the activation inside the products, then sums rows by token.
 
@@ -140,9 +146,16 @@ class TritonBackend:
     def permutation(self, routing_map_TE: Tensor, max_rows: int | None = None) -> Permutation:
         """Synchronizes with the device if no bound is given."""
         rows = int(routing_map_TE.sum()) if max_rows is None else max_rows
-        return Permutation(*build_routes(routing_map_TE, rows))
+        with _on(routing_map_TE.device):
+            return Permutation(*build_routes(routing_map_TE, rows))
 
     def forward(
+        self, x_TD: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, permutation: Permutation
+    ) -> tuple[Tensor, Tensor]:
+        with _on(x_TD.device):
+            return self._forward(x_TD, gates_TE, w_up_EHD, w_down_EDF, permutation)
+
+    def _forward(
         self, x_TD: Tensor, gates_TE: Tensor, w_up_EHD: Tensor, w_down_EDF: Tensor, permutation: Permutation
     ) -> tuple[Tensor, Tensor]:
         launch = _Launch(permutation, x_TD)

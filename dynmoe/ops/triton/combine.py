@@ -51,7 +51,7 @@ def _gate_gradient_kernel(
 
 def gate_gradient(partial_NP: Tensor, route_N: Tensor, ends_E: Tensor, like_TE: Tensor) -> Tensor:
     """Sums over P and scatters the sums of the rows in use to their routes, [T, E]; 0 elsewhere."""
-    out_TE = torch.zeros_like(like_TE)
+    out_TE = torch.zeros_like(like_TE, memory_format=torch.contiguous_format)
     num_rows, num_parts = partial_NP.shape
     if num_rows and num_parts:
         _gate_gradient_kernel[(triton.cdiv(num_rows, 64),)](
