@@ -83,12 +83,10 @@ def tables(rows: list[dict[str, Any]]) -> str:
     lines: list[str] = []
     for cell in dict.fromkeys(Cell(row["width"], row["corpus"]) for row in rows):
         own = [row for row in rows if Cell(row["width"], row["corpus"]) == cell]
-        known = (
-            f"{own[0]['pairs']} of {own[0]['seeds']} seeds" if own[0]["pairs_to_come"] else f"{own[0]['seeds']} seeds"
-        )
+        known = f"{own[0]['seeds']} seeds" if own[0]["cell_is_complete"] else "not complete"
         lines += [f"**{cell}**: {known}, loss of top-2 {own[0]['loss']:.3f}", ""]
         lines += [f"| {' | '.join(_COLUMNS)} |", "|" + "---|" * len(_COLUMNS)]
-        lines += [*(_line(row) for row in own if row["method"] != REFERENCE), ""]
+        lines += [*map(_line, own), ""]
     lines += [*(f"- {line}" for line in verdicts(rows)), "", "| router | fields |", "|---|---|"]
     lines += [
         f"| {method} | `{' '.join(METHODS[method])}` |" for method in dict.fromkeys(row["method"] for row in rows)
@@ -115,6 +113,8 @@ def _line(row: dict[str, Any]) -> str:
         f"× {row['tokens_ratio']:.3f}" if "tokens_ratio" in row else "", f"{row.get('same_flops', '')}{note}",
         row.get("same_flops_renormalized", "") if row["method"] != RENORMALIZED else "",
     ]  # fmt: skip
+    if row["method"] == REFERENCE:
+        cells[6:] = ["", "", note.strip(), ""]
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -164,9 +164,12 @@ def _train(comparison: Comparison, evidence: Evidence, workers: int, hours: floa
 
 
 def plot(rows: list[dict[str, Any]], axes: Any) -> None:
-    """Draws the difference to top-2 with renormalized gates at equal FLOPs, for each method and cell."""
+    """Draws the difference to top-2 with renormalized gates at equal FLOPs, for each method and complete cell.
+
+    A difference without an interval, because a pair has no match, is a hollow point.
+    """
     key = "same_flops_renormalized"
-    rows = [row for row in rows if key in row and row["method"] != RENORMALIZED]
+    rows = [row for row in rows if key in row and row["method"] != RENORMALIZED and row["cell_is_complete"]]
     cells = list(dict.fromkeys(Cell(row["width"], row["corpus"]) for row in rows))
     means = {
         method: statistics.mean(row[key].mean for row in rows if row["method"] == method)
@@ -177,10 +180,12 @@ def plot(rows: list[dict[str, Any]], axes: Any) -> None:
         own = [row for row in rows if Cell(row["width"], row["corpus"]) == cell]
         heights = [order.index(row["method"]) - 0.6 * ((place + 0.5) / len(cells) - 0.5) for row in own]
         differences = [row[key].mean for row in own]
-        # Without an interval (too few pairs) only the point is drawn.
         below = [mean - (mean if low is None else low) for mean, low, _ in (row[key] for row in own)]
         above = [(mean if high is None else high) - mean for mean, _, high in (row[key] for row in own)]
-        axes.errorbar(differences, heights, xerr=[below, above], fmt="o", markersize=4, capsize=2, label=str(cell))
+        bars = axes.errorbar(differences, heights, xerr=[below, above], fmt="none", capsize=2, label=str(cell))
+        color = bars[2][0].get_color()
+        fill = ["none" if row[key].low is None else color[0] for row in own]
+        axes.scatter(differences, heights, s=16, facecolors=fill, edgecolors=color[0])
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(order)), order)
     axes.set_xlabel("loss minus renormalized top-2, nats per token (95 % interval)")
