@@ -86,12 +86,14 @@ $(SERVED)/transformers/.installed: $(INSTALLED)
 test-stacks: $(INSTALLED)
 	$(BIN)/python -m tests.stacks $(STACKS)
 
-# Without a GPU the CPU build of torch comes first, so that nothing draws in CUDA packages.
+# Without a GPU, torch comes first, from this index if it is named: the CPU build of PyTorch's own is 0.2 GB, PyPI's draws
+# in several GB of CUDA packages.
+TORCH_INDEX ?=
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 		|| { echo "error: PYTHON=$(PYTHON) is not Python 3.11 to 3.13; name one: make PYTHON=python3.12" >&2; exit 2; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
+	command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install --quiet $(addprefix --index-url ,$(TORCH_INDEX)) torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 

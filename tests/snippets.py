@@ -169,7 +169,7 @@ class Shell:
     def _pip(self, words: Sequence[str]) -> None:
         """Our extras; or packages without what they require, as a script of ours has them."""
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-        known = {f"{project}[{extra}]" for project in (".", "dynmoe") for extra in extras}
+        known = {"-e", *(f"{project}[{extra}]" for project in (".", "dynmoe") for extra in extras)}
         if words[1] == "--no-deps":
             known = {"--no-deps", *re.findall(r"[\w-]+==[\w.]+", _text("bench/gpu_day.sh"))}
         assert words[0] == "install"
@@ -195,7 +195,10 @@ class Shell:
         import train
 
         self._patch.setattr(sys, "argv", ["train.py", *words])
-        return train.parse_arguments()[0]
+        config = train.parse_arguments()[0]
+        own = config.run.name != "default" or "configs/quickstart.yaml" not in words or "--print-config" in words
+        assert own, "the name of another command's run would make this one continue it: set run.name"
+        return config
 
     def _launch(self, words: list[str]) -> None:
         """A script of ours, or a job, after options of sbatch; what follows it is a configuration."""
