@@ -11,6 +11,7 @@ from shutil import rmtree
 from typing import Any
 
 from dynmoe.cli import run_tool
+from dynmoe.data.pieces import UnreadableError
 from dynmoe.errors import UserError
 from dynmoe.train.checkpoint import (
     Checkpoint,
@@ -30,10 +31,15 @@ def describe(root: Path) -> list[str]:
     """One line for each checkpoint directory in ``root``, newest first, without hashing any file."""
     lines = []
     for path in step_directories(root):
-        manifest = read_manifest(path)
+        try:
+            manifest = read_manifest(path)
+            made_by = (
+                "no valid manifest: not a checkpoint" if manifest is None else f"{manifest.get('ranks', '?')} rank(s)"
+            )
+        except UnreadableError as error:
+            made_by = str(error)
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        made_by = "no valid manifest: not a checkpoint" if manifest is None else f"{manifest.get('ranks', '?')} rank(s)"
         lines.append(f"{path.name}  {_size(size):>9}  {when}  {made_by}")
     lines += [f"{path.name}  quarantined as corrupt" for path in damaged(root)]
     lines += [f"{path.name}  leftover of an interrupted save or removal" for path in leftovers(root)]
@@ -42,7 +48,13 @@ def describe(root: Path) -> list[str]:
 
 def verify(root: Path, step: int | None = None) -> dict[str, str | None]:
     """The corruption found in each checkpoint in ``root``, or in that of ``step``; None if all hashes match."""
-    return {path.name: find_corruption(path) for path in _chosen(root, step)}
+    found: dict[str, str | None] = {}
+    for path in _chosen(root, step):
+        try:
+            found[path.name] = find_corruption(path)
+        except UserError as error:  # it cannot be read; the others may
+            found[path.name] = str(error)
+    return found
 
 
 def show(root: Path, step: int | None = None) -> dict[str, Any]:

@@ -223,7 +223,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--show-experts", action="store_true", help="print experts per token, averaged over layers")
     parser.add_argument("--trace", type=Path, metavar="DIR", help="write the experts of all tokens as a routing trace")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     given = parser.parse_args()
     prompts = _prompts(given)
     _check(given, len(prompts))
@@ -232,7 +232,10 @@ def main() -> None:
     from dynmoe.model.sampling import Sampling
     from dynmoe.trained import open_trained
 
-    device = None if given.device is None else torch.device(given.device)
+    try:
+        device = None if given.device is None else torch.device(given.device)
+    except RuntimeError:
+        raise UserError(f"--device={given.device}: is not a device; use cpu, cuda or cuda:N") from None
     model = open_trained(given.run, device, given.experts_per_token)
     for option in ("--show-experts", "--trace"):
         if getattr(given, option[2:].replace("-", "_")) and not model.decoder.moe_layers:

@@ -94,7 +94,7 @@ def open_decoder(
     if experts_per_token is not None:
         config.model.router.check_budget(experts_per_token, "--experts-per-token")
     if device is not None and device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no GPU; use --device cpu")
+        raise UserError(f"device {device}: PyTorch finds no GPU; use cpu")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = config.model if mtp else config.model.without_mtp()
     with _canonical_checkpoint(directory, config) as checkpoint:

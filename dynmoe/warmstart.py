@@ -151,7 +151,7 @@ def _configuration(
     config = load_config(run / "config.yaml", [*own, *overrides, *place])
     _check_same(old.model, config.model)
     active = config.model.moe.active_at_start
-    if granularity > 1 and active is not None:
+    if granularity > 1 and active is not None and active < config.model.moe.experts:
         problem = f"with --granularity={granularity}, it may select some slices of the dense layer and not the others"
         raise UserError(f"model.moe.active_at_start={active}: {problem}; remove it")
     return config

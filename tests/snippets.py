@@ -147,8 +147,8 @@ class Shell:
         elif program == "pip":
             self._pip(words)
         elif program == "make":
-            rules = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-            assert not set(words) - set(rules), f"make {' '.join(words)}: no such target"
+            rules = re.findall(r"^([\w-]+)(?::| \?=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            assert not {word.split("=")[0] for word in words} - set(rules), f"make {' '.join(words)}: no such target"
         elif program == "torchrun":
             self._torchrun(words)
         elif program.endswith("python") and words[0] == "-m":

@@ -126,6 +126,8 @@ def test_the_command_continues_one_or_several_prompts(run, monkeypatch, capsys, 
         (["--top-k", "-1"], "--top-k=-1: is out of range; use 0 to"),
         (["--top-p", "1.5"], "--top-p=1.5: is out of range; use a number above 0"),
         (["--prompt", "a", "--prompt", "b", "--show-experts"], "--show-experts: supports one prompt, but 2 are given"),
+        (["--device", "gpu"], "--device=gpu: is not a device; use cpu, cuda or cuda:N"),
+        (["--device", "cuda:1"], "device cuda:1: PyTorch finds no GPU; use cpu"),
         (["--file", "nowhere.txt"], "--file: nowhere.txt cannot be read"),
     ],
 )

@@ -182,10 +182,10 @@ def plot(rows: list[dict[str, Any]], axes: Any) -> None:
         differences = [row[key].mean for row in own]
         below = [mean - (mean if low is None else low) for mean, low, _ in (row[key] for row in own)]
         above = [(mean if high is None else high) - mean for mean, _, high in (row[key] for row in own)]
-        bars = axes.errorbar(differences, heights, xerr=[below, above], fmt="none", capsize=2, label=str(cell))
-        color = bars[2][0].get_color()
-        fill = ["none" if row[key].low is None else color[0] for row in own]
-        axes.scatter(differences, heights, s=16, facecolors=fill, edgecolors=color[0])
+        color = f"C{place}"
+        axes.errorbar(differences, heights, xerr=[below, above], fmt="none", ecolor=color, capsize=2, label=str(cell))
+        fill = ["none" if row[key].low is None else color for row in own]
+        axes.scatter(differences, heights, s=16, facecolors=fill, edgecolors=color)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(order)), order)
     axes.set_xlabel("loss minus renormalized top-2, nats per token (95 % interval)")

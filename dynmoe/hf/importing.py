@@ -57,7 +57,7 @@ def import_checkpoint(source: Path, output: Path, overrides: Sequence[str] = ())
         raise ConfigError("model.mtp.layers", config.model.mtp.layers, problem, "remove it")
     vocab_size = config.model.vocab_size
     assert vocab_size is not None
-    tokenizer = _own_tokenizer(source, vocab_size)
+    tokenizer = _own_tokenizer(source, vocab_size, is_ours=architecture == "dynmoe")
     _check_corpora(config, vocab_size)
     decoder = Decoder(config.model, vocab_size, config.train.seed)
     load_weights(decoder, tensors, architecture, is_interleaved(found))
@@ -67,13 +67,16 @@ def import_checkpoint(source: Path, output: Path, overrides: Sequence[str] = ())
     return architecture, config
 
 
-def _own_tokenizer(source: Path, vocab_size: int) -> Tokenizer | None:
-    """The checkpoint's tokenizer, if it has one, which must have no ids beyond the model's embedding rows."""
+def _own_tokenizer(source: Path, vocab_size: int, is_ours: bool) -> Tokenizer | None:
+    """The checkpoint's tokenizer, if it has one, which must have no ids beyond the model's embedding rows.
+
+    Only a model of ours says by its files whether special tokens in a text to train on are tokens.
+    """
     path = find_tokenizer(source)
     if path is None:
         return None
     cure = "move it away to import without it, and prepare text with data_prep --tokenizer"
-    tokenizer = open_tokenizer(path, cure)
+    tokenizer = open_tokenizer(path, cure, special_tokens=None if is_ours else False)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"config.json: vocab_size={vocab_size}: {path} has {tokenizer.vocab_size} ids; {cure}")
     return tokenizer

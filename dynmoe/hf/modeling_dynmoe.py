@@ -279,21 +279,22 @@ class DynMoEForCausalLM(DynMoEPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
             if out.aux_loss is not None:
-                loss = loss + _share_of_step(labels, **kwargs) * out.aux_loss.to(loss.device)
+                share = _share_of_step(labels, **kwargs).to(loss.device)
+                loss = loss + share * out.aux_loss.to(loss.device)
         return DynMoECausalLMOutput(loss=loss, logits=logits, **{name: out.get(name) for name in (*_SHARED, _CACHE)})
 
 
 def _share_of_step(
     labels: Tensor, num_items_in_batch: Tensor | int | None = None, shift_labels: Tensor | None = None, **kwargs: Any
-) -> Tensor | float:
+) -> Tensor:
     """The share of an optimizer step's predicted labels that is in this forward pass; 1 if Trainer did not count them.
 
     Trainer adds up the losses of a step's passes. The cross-entropy has its share already, by ``num_items_in_batch``.
     """
     if num_items_in_batch is None:
-        return 1.0
+        return torch.ones(())
     predicted = labels[..., 1:] if shift_labels is None else shift_labels
-    return (predicted != -100).sum() / num_items_in_batch
+    return (predicted != -100).sum() / torch.as_tensor(num_items_in_batch, device=predicted.device)
 
 
 class DynMoEForSequenceClassification(DynMoEPreTrainedModel):
@@ -330,5 +331,5 @@ class DynMoEForSequenceClassification(DynMoEPreTrainedModel):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
             if out.aux_loss is not None:
-                loss = loss + out.aux_loss
+                loss = loss + out.aux_loss.to(loss.device)
         return DynMoESequenceClassifierOutput(loss=loss, logits=logits, **{name: out.get(name) for name in _SHARED})

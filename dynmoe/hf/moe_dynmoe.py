@@ -98,10 +98,13 @@ class DynMoERouter(nn.Module):
         return self
 
     def forward(self, x_TD: Tensor, num_sequences: int) -> tuple[RoutingPlan, Tensor]:
-        """Returns the plan, and the logits [T, E] before softmax, sigmoid or ReLU (null experts come last)."""
+        """Returns the plan, and the logits [T, E] before softmax, sigmoid or ReLU (null experts come last).
+
+        Those of inactive experts are -inf.
+        """
         plan = self.spec.plan(RouterTensors(self, num_sequences), x_TD)
         assert plan.logits_TE is not None
-        return plan, plan.logits_TE
+        return plan, plan.logits_TE.masked_fill(~self.active, -torch.inf) if self.spec.ADAPTS else plan.logits_TE
 
     def loss(self, plan: RoutingPlan) -> Tensor:
         """Sum of the router's auxiliary losses in training, times their coefficients."""

@@ -6,6 +6,7 @@ stay idle. Parallel sizes never change by themselves: a smaller ``parallel.exper
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 
 from dynmoe.config import Config
 from dynmoe.config.parallel import ParallelConfig
+from dynmoe.data.pieces import UnreadableError
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.train.checkpoint import TRAINER, Checkpoint, find_corrupt_file, read_manifest, step_directories, step_of
 from dynmoe.train.run_directory import RunDirectory
@@ -100,12 +102,16 @@ def largest_fit(config: Config, ranks: int) -> Fit:
 
 
 def read_saved(directory: RunDirectory) -> Saved | None:
-    """The latest checkpoint whose state is intact; None if the run has not trained. Other files are not verified."""
+    """The latest checkpoint whose state is intact; None if the run has not trained. Other files are not verified.
+
+    One that this host cannot read is left out: the ranks say so if they cannot either.
+    """
     for path in step_directories(directory.checkpoints):
-        manifest = read_manifest(path)
-        if manifest is not None and find_corrupt_file(path, {TRAINER: manifest["files"][TRAINER]}) is None:
-            state = Checkpoint(path, step_of(path)).trainer_state
-            return Saved(manifest["ranks"], state["config"]) if state["progress"]["samples"] else None
+        with contextlib.suppress(UnreadableError):
+            manifest = read_manifest(path)
+            if manifest is not None and find_corrupt_file(path, {TRAINER: manifest["files"][TRAINER]}) is None:
+                state = Checkpoint(path, step_of(path)).trainer_state
+                return Saved(manifest["ranks"], state["config"]) if state["progress"]["samples"] else None
     return None
 
 

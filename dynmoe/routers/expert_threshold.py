@@ -14,10 +14,17 @@ if TYPE_CHECKING:
     from dynmoe.routing.plan import RoutingPlan
     from dynmoe.routing.update_statistics import UpdateStatistics
 
+# The largest number below 1 in fp32: no score exceeds a cut-off of 1.
+_BELOW_ONE = 1.0 - 2.0**-24
+
 
 @register("expert_threshold")
 class ExpertThreshold(LinearRouter, ThresholdRouter, BalancedRouter):
-    """Selects every expert whose score exceeds its cut-off, ``offset_E``."""
+    """Selects every expert whose score exceeds its cut-off, ``offset_E``.
+
+    Cut-offs are scores, as published. In fp32, neighbors above a logit of about 15 cannot be told apart, and an expert
+    whose tokens have such logits takes more of them than its share.
+    """
 
     HAS_OWN_RULE: ClassVar[bool] = True
     HOLDS_GLOBALLY: ClassVar[bool] = False
@@ -45,7 +52,8 @@ class ExpertThreshold(LinearRouter, ThresholdRouter, BalancedRouter):
     def route(self, state: RouterState, x_TD: Tensor) -> RoutingPlan:
         from dynmoe.routing.expert_threshold import expert_threshold
 
-        return expert_threshold(self.logits_TE(state, x_TD), state.offset_E, **self.arguments("renormalize"))
+        cutoffs_E = state.offset_E.clamp(max=_BELOW_ONE)
+        return expert_threshold(self.logits_TE(state, x_TD), cutoffs_E, **self.arguments("renormalize"))
 
     def histogram_EC(self, state: RouterState, plan: RoutingPlan) -> Tensor:
         from dynmoe.routing.histogram import NUM_BINS

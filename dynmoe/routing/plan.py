@@ -19,8 +19,8 @@ class RoutingPlan:
         routing_map_TE: bool; True where the expert computes the token.
         selected_map_TE: bool; the router's selection before capacity drops routes (selected = routed + dropped).
         scores_TE: fp32, not negative: softmax probabilities, sigmoid scores or ReLU activations. Has gradients.
-        logits_TE: fp32 logits of the scores, followed by those of zero-computation experts; None for a router without
-            logits.
+        logits_TE: fp32 logits of the scores, also of inactive experts, followed by those of zero-computation experts;
+            None if a router of one's own has none.
         unclaimed_T: bool; tokens that exceed no expert's threshold, even if a floor adds an expert. None for routers
             in which this cannot happen.
         choice_TE: fp32 selection (0 or 1) with the straight-through gradient of top_any; None for other routers.

@@ -52,6 +52,8 @@ _VISIBLE_S = 5.0
 Job = Callable[[], Any]
 # Errors that would recur after a restart.
 _PERSISTENT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+# A file system with fewer free bytes than this has no room for the small files of a checkpoint.
+_ALMOST_FULL = 1 << 20
 
 
 class _BackgroundJob:
@@ -118,7 +120,7 @@ class CheckpointStore:
         final = self.root / f"step_{step:08d}"
         self._building = final.with_name(f"{final.name}{UNFINISHED}{name[0]}")
         self._together(lambda: self._building.mkdir(parents=True) if self._is_first else None)
-        made = self._together(lambda: snapshot(self._building))
+        made = snapshot(self._building)
         self._jobs = self._save(final, made, json.dumps(trainer_state), {"step": step, **facts})
         self._work = _BackgroundJob(next(self._jobs))
 
@@ -189,7 +191,7 @@ class CheckpointStore:
 
     def _agree(self, failure: Exception | None) -> None:
         """Raises on all ranks if any rank reports a failure."""
-        own = None if failure is None else (first_line(failure), _is_persistent(failure))
+        own = None if failure is None else (first_line(failure), _is_persistent(failure, self.root))
         failed = [(rank, *report) for rank, report in enumerate(gather_ranks(own)) if report is not None]
         if not failed:
             return
@@ -318,13 +320,13 @@ def _try_to_remove(path: Path, how: Callable[[Path], None]) -> None:
         print(f"checkpoint {path} could not be removed ({error}); the next start tries again", flush=True)
 
 
-def _is_persistent(failure: Exception) -> bool:
-    """Whether a failure would recur after a restart, by its errno, which safetensors gives only in its message.
+def _is_persistent(failure: Exception, folder: Path) -> bool:
+    """Whether a failure to write below ``folder`` would recur after a restart.
 
-    torch.save gives none: a file that it cannot write counts as a full disk.
+    By its errno, which safetensors gives only in its message. torch.save gives none, so the free space decides.
     """
     if "inline_container" in str(failure):
-        return True
+        return shutil.disk_usage(folder).free < _ALMOST_FULL
     number = getattr(failure, "errno", None)
     if number is None and (said := re.search(r"os error (\d+)", str(failure))):
         number = int(said.group(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ import pytest
 
 from dynmoe.cli import run_tool
 from dynmoe.config import load_config
+from dynmoe.data.pieces import UnreadableError
 from dynmoe.errors import UserError
 from dynmoe.launch import starts
 from dynmoe.launch.slurm import Resources, job_script
@@ -56,6 +58,17 @@ def test_a_vocabulary_that_is_too_small_is_refused_before_ranks_start(corpus_dir
         UserError, match=r"model\.vocab_size=64: is smaller than the tokenizer's vocabulary; use at least"
     ):
         begin(config, 2, 0)
+
+
+def test_a_checkpoint_that_this_host_cannot_read_stops_no_start(config, monkeypatch):
+    """The ranks will say so; the checks only describe the last start."""
+
+    def fail(path):
+        raise UnreadableError.of(str(path), OSError(errno.ESTALE, "Stale file handle"))
+
+    make_checkpoint(RunDirectory(config.run.path), 10)
+    monkeypatch.setattr("dynmoe.launch.elastic.read_manifest", fail)
+    assert begin(config, 2, 0).ranks == 2
 
 
 def make_checkpoint(directory: RunDirectory, step: int) -> None:

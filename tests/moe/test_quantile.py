@@ -149,7 +149,7 @@ def test_thresholds_are_moving_averages_of_a_sort():
 
 
 @pytest.mark.parametrize("deviation", [0.2, 6.0])
-def test_expert_thresholds_hold_the_budget_however_large_the_logits_are(deviation):
+def test_expert_thresholds_hold_the_budget_with_large_logits_too(deviation):
     """Scores of large logits differ by less than the bins of a histogram of scores would tell apart."""
     run = Run("model.router.kind=expert_threshold")
     with torch.no_grad():

@@ -106,15 +106,15 @@ def _write(transforms: list[Any], rank: int, buckets: list[Any], results: queue.
 
 
 @contextmanager
-def _errors_at_the_end() -> Iterator[None]:
-    """Delays errors of what rank 0 alone writes: without it, the other ranks would wait in the next collective."""
+def _errors_kept() -> Iterator[list[Exception]]:
+    """Keeps errors of what rank 0 alone writes between collectives, in which the other ranks would wait for it."""
     errors: list[Exception] = []
 
     def delayed(write: Callable[..., None]) -> Callable[..., None]:
         def attempt(*arguments: Any) -> None:
             try:
                 write(*arguments)
-            except Exception as error:
+            except Exception as error:  # of any kind: the caller raises it
                 errors.append(error)
 
         return attempt
@@ -123,12 +123,10 @@ def _errors_at_the_end() -> Iterator[None]:
     for owner, name, write in originals:
         setattr(owner, name, delayed(write))
     try:
-        yield
+        yield errors
     finally:
         for owner, name, write in originals:
             setattr(owner, name, write)
-    if errors:
-        raise errors[0]
 
 
 def _make_folder(folder: Path) -> None:
@@ -153,20 +151,24 @@ def snapshot(directory: Path, models: Sequence[MegatronModule], optimizer: Chain
     with _existing_objects_frozen():
         state = _sharded_state_dict(models, optimizer, step, is_loading=False)
     strategy = _InProcessSaveStrategy("torch_dist", 1, thread_count=1)
-    with _errors_at_the_end():
+    with _errors_kept() as failed:
         request = dist_checkpointing.save(state, folder, strategy, async_sharded_save=True)
     assert request is not None
     write_random_state = copy_random_state(directory)
 
     def write() -> list[Path]:
+        if failed:
+            raise failed[0]
         if request.async_fn is not None:
             request.async_fn()
         return [*sorted(folder.glob(f"__{dist.get_rank()}_*")), write_random_state()]
 
     def finish() -> list[Path]:
-        with _errors_at_the_end():
+        with _errors_kept() as failed:
             for function in request.finalize_fns:
                 function()
+        if failed:
+            raise failed[0]
         if dist.get_rank() != 0:
             return []
         return sorted(path for path in folder.iterdir() if not path.name.startswith("__"))
