@@ -56,7 +56,7 @@ class Method:
         self.step(x_TD, upstream_TD)  # warms up
         self.module.zero_grad()
         first, further = (peak_bytes(lambda: self.step(x_TD, upstream_TD)) for _ in range(2))
-        return {"saved_bytes": saved, "peak_bytes": first, "peak_bytes_further": further}
+        return {"saved_bytes": saved, "peak_bytes": first, "further_peak_bytes": further}
 
 
 def check(dtype: str, methods: Sequence[Method], x_TD: Tensor) -> None:
