@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.report import replace_block, shown
+from bench.report import current_commit, replace_block, shown
 from bench.routing.intervals import Interval, interval_of
 from bench.routing.methods import METHODS
-from bench.routing.units import fingerprint
+from bench.routing.units import fingerprint, read_rows, versions, write_evidence
 from bench.token_statistics import associations, by_bins, read_tokens
 from bench.trainings import problem_in, start
 from dynmoe.data.batches import PretrainingData
@@ -48,10 +48,11 @@ STATISTICS: dict[str, tuple[str, int, float]] = {
     "rarity": ("rank correlation of K and rarity in the training text", +1, _CORRELATION),
     "surprise": ("rank correlation of K and the loss of the token itself", 0, 0.0),
     "loss_within_token": (
-        "rank correlation of K and the loss of the next token, both less the mean of their token id", 0, 0.0,
+        "rank correlation of K and the loss of the next token, both less the mean of their token id (ids that occur at "
+        "least ten times)", 0, 0.0,
     ),
     "position": ("rank correlation of K and position in the sequence", 0, 0.0),
-    "share_of_token": ("share of the variance of K between token ids", 0, 0.0),
+    "share_of_token": ("share of the variance of K between these token ids", 0, 0.0),
 }  # fmt: skip
 
 
@@ -83,6 +84,9 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     if not seeds:
         raise UserError(f"--evidence {given.evidence}: has no finished seed; train with --hours")
     rows = rows_of(seeds)
+    if len(seeds) < given.seeds:
+        print(f"{len(seeds)} of {given.seeds} seeds are finished: page and plot stay as they are", flush=True)
+        return rows
     if given.page is not None:
         given.page.write_text(replace_block(given.page.read_text(), "findings", table(rows)))
     if given.plot is not None:
@@ -136,6 +140,7 @@ def _train(given: argparse.Namespace, seed: int, end: float) -> None:
     given.runs.mkdir(parents=True, exist_ok=True)
     run = given.runs / name
     log = given.runs / f"{name}.log"
+    commit = current_commit()
     with log.open("w") as output:
         process = start(run, given.corpus, [*setting["overrides"], "checkpoint.interval=200"], output)
         try:
@@ -147,9 +152,8 @@ def _train(given: argparse.Namespace, seed: int, end: float) -> None:
     status = json.loads(outcome.read_text())["status"] if outcome.exists() else "failed"
     if status == "finished":
         read = read_run(run, Corpus.open(given.corpus), given.sequences)
-        read |= setting | {"text": fingerprint(given.corpus)}
-        given.evidence.mkdir(parents=True, exist_ok=True)
-        _file(given, seed).write_text(json.dumps(read, indent=1) + "\n")
+        read |= setting | {"text": fingerprint(given.corpus), "versions": versions(commit)}
+        write_evidence(_file(given, seed), json.dumps(read, indent=1))
     elif time.monotonic() < end:
         raise UserError(f"seed {seed}: {problem_in(log.read_text())} (see {log})")
     print(f"seed {seed}: {status}", flush=True)
@@ -157,7 +161,7 @@ def _train(given: argparse.Namespace, seed: int, end: float) -> None:
 
 def read_run(run: Path, corpus: Corpus, sequences: int) -> dict[str, Any]:
     """Everything about a finished run that the statistics and the figure need."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = read_rows(run)
     layers = sorted(
         name for name in lines[0] if name.startswith("moe/layer_") and name.endswith("experts_per_token_mean")
     )

@@ -1,7 +1,9 @@
 """Benchmark 5: bytes saved for the backward pass compared with T·D + 2·N·F elements, and the peak of both passes.
 
-The formula counts tokens and up projections: 2TD + 4NF bytes in bf16, twice as much in fp32. The peak includes weight
-gradients, which every method computes.
+The formula counts tokens and up projections: 2TD + 4NF bytes in bf16, twice as much in fp32. The peak of the first
+passes of a step includes weight gradients, which every method keeps. In the further passes of a step with accumulation
+ours adds to them where they are, and the others allocate them once more. DeepSpeed takes gradients away after each pass
+in some stages, so that every pass is a first one: ZeRO 1 in bf16, and ZeRO 2.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Both commits train in turn, each from its own files, and each turn gives a ratio. Start is the time from the command to
 the first row of metrics, with whatever is cached between runs. A step is the median time between two later rows, so it
-includes what a run does between steps. A run is ended after its last row. The figures below are with
-``--now data.documents=joined``, since the earlier commit has no masks; on two ranks, start includes torchrun.
+includes what a run does between steps. A run is ended after its last row. By default the current code joins documents,
+since the earlier commit has no masks. On two ranks, start includes torchrun.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ _END_S = 60.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", help="fields to override in both commits, e.g. model.hidden=256")
     parser.add_argument("--commit", default="c485d5e", help="commit to compare with")
-    parser.add_argument("--now", nargs="*", default=[], help="fields to override that the earlier commit does not have")
+    parser.add_argument("--now", nargs="*", default=["data.documents=joined"], help="fields to override that the "
+                        "earlier commit does not have (%(default)s)")  # fmt: skip
     parser.add_argument("--data", type=Path, default=Path("data/stdlib"), help="prepared corpus")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=40, help="steps of a run")

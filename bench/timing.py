@@ -45,13 +45,18 @@ def time_passes(forward: Callable[[], Tensor], backward: Callable[[Tensor], obje
 
 
 def interleave(methods: Mapping[str, Callable[[], Passes]], repeats: int) -> dict[str, list[Passes]]:
-    """Runs every method once to warm up, then ``repeats`` times in turn, so that disturbances affect all of them."""
+    """Runs every method once to warm up, then ``repeats`` times in turn, so that disturbances affect all of them.
+
+    Each turn begins with another method, so none always runs after the same one with warm caches.
+    """
     for run in methods.values():
         run()
     times: dict[str, list[Passes]] = {name: [] for name in methods}
-    for _ in range(repeats):
-        for name, run in methods.items():
-            times[name].append(run())
+    names = list(methods)
+    for turn in range(repeats):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(methods[name]())
     return times
 
 

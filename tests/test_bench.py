@@ -286,6 +286,17 @@ def test_methods_take_turns_and_ratios_are_of_the_same_turn():
     assert median_ratio(times["ours"], times["floor"], "both") == pytest.approx(9 / 5)
 
 
+def test_every_turn_begins_with_another_method():
+    order: list[str] = []
+
+    def spy(name: str):
+        return lambda: order.append(name) or Passes(1.0, 1.0)
+
+    times = interleave({name: spy(name) for name in "abc"}, 4)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"
+    assert all(len(own) == 4 for own in times.values())
+
+
 def test_saved_and_peak_bytes_of_a_known_case():
     layer = torch.nn.Linear(16, 16)
     x = torch.randn(64, 16, requires_grad=True)

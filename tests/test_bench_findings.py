@@ -126,6 +126,11 @@ def test_a_training_is_stopped_resumed_and_read(corpus_dir, tmp_path):
     (kept,) = (tmp_path / "seeds").glob("*.json")
     read = json.loads(kept.read_text())
     assert len(read["experts_by_layer"]) == 40
+    assert read["versions"].keys() == {"python", "torch", "commit"}
+    before_second = page.read_text()
+    done = bench("--seeds", "2", "--page", str(page))
+    assert "1 of 2 seeds are finished: page and plot stay as they are" in done.stdout
+    assert page.read_text() == before_second
     done = bench("--learning-rate", "1e-3")
     assert done.returncode == 2
     assert "use another directory for --evidence" in done.stderr

@@ -24,7 +24,7 @@ from bench.report import replace_block
 from bench.routing.comparison import FLOPS_TOLERANCE, Comparison, Plan, _next_steps, verdicts
 from bench.routing.intervals import Interval, bootstrap, interval_of
 from bench.routing.methods import METHODS, REFERENCE, RENORMALIZED
-from bench.routing.units import Cell, Evidence, Outcome, Unit, outcome_of
+from bench.routing.units import Cell, Evidence, Outcome, Unit, outcome_of, read_rows
 from dynmoe.config import load_config
 from dynmoe.errors import UserError
 from dynmoe.model import Decoder
@@ -245,6 +245,14 @@ def test_the_outcome_of_a_run():
     assert made.experts_settled == [7.5, 8.5]  # steps 7 and 8
     assert made.load_max_over_mean == 15.0
     assert made.curve[-1] == {"tokens": 80, "loss": 0.0, "experts": [8.0, 9.0]}
+
+
+def test_steps_that_were_skipped_have_no_part_in_the_outcome(tmp_path):
+    rows = rows_of_a_run()
+    skipped = {"train/tokens": 30, "train/step": 3, "train/skipped_steps": 1}
+    text = "".join(json.dumps(row) + "\n" for row in [*rows[:3], skipped, *rows[3:]])
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert outcome_of(read_rows(tmp_path)) == outcome_of(rows)
 
 
 def kept(folder: Path, unit: Unit, **changes: Any) -> None:

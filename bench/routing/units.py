@@ -137,19 +137,32 @@ class Evidence:
         shutil.rmtree(run)
 
     def _keep(self, unit: Unit, run: Path, text: str, commit: str) -> None:
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        kept = {"unit": asdict(unit), "overrides": unit.overrides, "text": text, "versions": versions,
-                "outcome": asdict(outcome_of(rows))}  # fmt: skip
-        path = self._directory / unit.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(_rounded(kept)) + "\n")
-        partial.rename(path)
+        kept = {"unit": asdict(unit), "overrides": unit.overrides, "text": text, "versions": versions(commit),
+                "outcome": asdict(outcome_of(read_rows(run)))}  # fmt: skip
+        write_evidence(self._directory / unit.path, json.dumps(_rounded(kept)))
+
+
+def versions(commit: str) -> dict[str, str]:
+    """What evidence records about the code that made it; ``commit`` is that of its start."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
+
+
+def write_evidence(path: Path, content: str) -> None:
+    """Writes evidence, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(content + "\n")
+    partial.rename(path)
+
+
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics, without those of steps that were skipped, which have no loss."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "train/lm_loss" in row]
 
 
 def outcome_of(rows: list[dict[str, Any]]) -> Outcome:
-    """The outcome of a run from the rows of its ``metrics.jsonl``, one for each step."""
+    """The outcome of a run from its rows (:func:`read_rows`), one for each step."""
     last = rows[-1]
     settled = rows[int(_SETTLED_SHARE * len(rows)) :]
     (evaluated,) = (value for name, value in last.items() if re.fullmatch(rf"eval/domains/.*/{_EXPERTS}", name))

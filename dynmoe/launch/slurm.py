@@ -13,7 +13,8 @@ from dynmoe.errors import UserError
 from dynmoe.launch.elastic import largest_fit
 
 _TIME = re.compile(r"(\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2})")
-_NAME = re.compile(r"[A-Za-z0-9_.:,=*%/+-]+")
+# Also lists of hosts, as node[03-05], and constraints, as a100|h100. To bash, #SBATCH lines are comments.
+_VALUE = re.compile(r"[A-Za-z0-9_.:,=*%/+&|!()\[\]-]+")
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Resources:
         if not 0 < self.grace_s < 65536:
             raise UserError(f"--grace {self.grace_s}: Slurm accepts 1 to 65535 seconds; use one of these")
         for name, value in self.options.items():
-            if not _NAME.fullmatch(value):
-                raise UserError(f"--{name} {value!r}: is unsafe in a job script; use letters, digits and -_.:,=")
+            if not _VALUE.fullmatch(value):
+                problem = "has characters that a job script cannot hold"
+                raise UserError(f"--{name} {value!r}: {problem}; leave out spaces, quotes and #")
 
 
 def _seconds(time: str) -> int:

@@ -57,10 +57,10 @@ def main() -> None:
         print(describe(plan(layout, experts, hardware), hardware))
         if given.dry_start:
             _print_dry_start(layout, experts)
-    found = alternatives(layout, experts, hardware)[: given.layouts]
+    found = alternatives(layout, experts, hardware)
     if not found:
         raise UserError(f"no layout of {layout.world_size} GPUs fits {hardware.memory_gib:g} GiB; use more GPUs")
-    print(_table(found))
+    print(_table(found[: given.layouts]))
 
 
 def _describe_model(layout: Layout, experts: float, assumed: bool) -> str:

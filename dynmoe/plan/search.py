@@ -65,8 +65,14 @@ def alternatives(layout: Layout, experts_per_token: float, hardware: Hardware) -
 
     Of layouts that differ only in the micro-batch, the best is returned. Among equally fast layouts, the best has the
     fewest micro-batches per step, then the least memory.
+
+    Raises:
+        ConfigError: the configuration fits this number of GPUs with no parallel sizes.
     """
-    plans = [plan(other, experts_per_token, hardware) for other in _variants(layout)]
+    refused: list[ConfigError] = []
+    plans = [plan(other, experts_per_token, hardware) for other in _variants(layout, refused)]
+    if not plans:
+        raise refused[0]
     plans = sorted((one for one in plans if one.fits(hardware)), key=_order)
     best: dict[tuple[object, ...], Plan] = {}
     for one in plans:
@@ -81,7 +87,8 @@ def _order(one: Plan) -> tuple[float, int, float]:
     return -round(math.log(one.speed.tokens_per_s), 2), one.layout.accumulation, one.expected.total
 
 
-def _variants(layout: Layout) -> Iterator[Layout]:
+def _variants(layout: Layout, refused: list[ConfigError]) -> Iterator[Layout]:
+    """The layouts that are valid; ``refused`` gets the errors of the others."""
     config = layout.config
     world = layout.world_size
     powers = [2**power for power in range(11) if 2**power <= world]
@@ -106,6 +113,7 @@ def _variants(layout: Layout) -> Iterator[Layout]:
         try:
             given.__post_init__()
             given.check_world(world)
-        except ConfigError:
+        except ConfigError as error:
+            refused.append(error)
             continue
         yield Layout(given, layout.nodes, layout.ranks_per_node, layout.vocab_size)

@@ -65,9 +65,11 @@ def _tokens(name: str, arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     if given.tokens < 1:
         raise UserError(f"--tokens={given.tokens}: is too small; use 1 or more")
+    from dynmoe.data.tokenizer_files import TOKENIZER_FILES
+
     output = given.output or given.run / "tokens.html"
     data = output.with_suffix(".json")
-    if output.suffix != ".html" or data.name in ("outcome.json", "dashboard.json"):
+    if output.suffix != ".html" or data.name in ("outcome.json", "dashboard.json", *TOKENIZER_FILES):
         raise UserError(f"--output={output}: its data would overwrite {data.name}; use another name that ends in .html")
     _check_folder(output)
     import torch

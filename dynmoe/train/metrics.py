@@ -16,8 +16,11 @@ from dynmoe.moe.budget import Budget
 from dynmoe.moe.statistics import LayerStatistics
 from dynmoe.train.engine import StepReport
 
-# Dense bf16 peak of one device in TFLOP/s by a part of its name, from the vendors' data sheets.
-_PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.4, "H200": 989.4, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
+# Dense bf16 peak of one device in TFLOP/s by a part of its name, from the vendors' data sheets; the first that fits.
+_PEAK_TFLOPS = {
+    "H100 PCIe": 756.0, "H100 NVL": 835.5, "H100": 989.4, "H200 NVL": 835.5, "H200": 989.4, "A100": 312.0,
+    "GB200": 2500.0, "B200": 2250.0, "L40S": 362.0,
+}  # fmt: skip
 
 Row = dict[str, float]
 # "train/step" of a step, and in "layers" the result of LayerStatistics.histograms by the layer's index as a string.

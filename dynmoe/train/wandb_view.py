@@ -80,7 +80,8 @@ class WandbView:
                 if child.name() == _SERVICE:
                     child.kill()
             finishing.join()
-            print(f"W&B upload is incomplete; run wandb sync {self._run.settings.sync_dir} to complete it", flush=True)
+            command = f"wandb sync --include-online {self._run.settings.sync_dir}"
+            print(f"W&B upload is incomplete; run {command} to complete it", flush=True)
         if failures:
             with contextlib.suppress(Exception):  # else a traceback about the dead service is printed at exit
                 wandb.teardown()

@@ -83,6 +83,11 @@ LAYOUTS = {
     "Megatron EP 2": (2, [MEGATRON, *HALF, "parallel.expert=2"]),
     "Megatron PP 2 x EP 2": (4, [MEGATRON, *HALF, "parallel.pipeline=2", "parallel.expert=2"]),
     "Megatron TP 2 x EP 2": (4, [MEGATRON, *HALF, "parallel.tensor=2", "parallel.expert=2"]),
+    "Megatron TP 2 x PP 2": (4, [MEGATRON, *WHOLE, "parallel.tensor=2", "parallel.pipeline=2"]),
+    "Megatron TP 2 x PP 2 x EP 2": (
+        4,
+        [MEGATRON, *WHOLE, "parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2"],
+    ),
     "Megatron CP 2": (2, [MEGATRON, *WHOLE, "parallel.context=2"]),
     "Megatron CP 2 x PP 2": (4, [MEGATRON, *WHOLE, "parallel.context=2", "parallel.pipeline=2"]),
     "Megatron CP 2 x EP 2": (4, [MEGATRON, *HALF, "parallel.context=2", "parallel.expert=2"]),
@@ -125,7 +130,7 @@ FAST = {
     ("Megatron PP 2 interleaved", "top_p"),
     ("Megatron EP 2", "top_p"),
     ("Megatron CP 2", "top_p, long"),
-    ("Megatron TP 2 x EP 2", "deepseek_v3"),
+    ("Megatron TP 2 x PP 2 x EP 2", "deepseek_v3"),
 }
 CASES = [
     pytest.param(layout, name, marks=() if (layout, name) in FAST else pytest.mark.slow)

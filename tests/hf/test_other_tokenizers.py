@@ -93,7 +93,7 @@ def test_text_is_generated_and_shown(corpora, tmp_path):
     tokens = model.tokenizer.encode(prompt) + [step.tokens[0] for step in steps if step.tokens[0] is not None]
     assert "".join(stream(model, prompt, iter(steps))) == model.tokenizer.decode(tokens).rstrip("\ufffd")
     shown = "".join(stream_with_experts(model, prompt, iter(steps)))
-    assert shown.startswith("神[") or "神" in shown
+    assert "神" in shown
     assert shown.count("[") == len(tokens) - 1
     view = view_tokens(model, [Text("text", prompt)], 50)
     ids = model.tokenizer.encode(prompt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -274,12 +275,28 @@ def test_a_job_script_requests_the_resources_and_quotes_names(tmp_path):
         ({"grace_s": 0}, "--grace 0: Slurm accepts"),
         ({"time": "5"}, "--grace 300: is not below --time 5"),
         ({"time": "0-00:05"}, "--grace 300: is not below"),
-        ({"options": {"partition": "a b"}}, "--partition 'a b': is unsafe in a job script"),
+        ({"options": {"partition": "a b"}}, "--partition 'a b': has characters that a job script cannot hold"),
     ],
 )
 def test_a_job_that_cannot_run_gets_no_script(options, problem):
     with pytest.raises(UserError, match=problem):
         script(load_config(ROOT / "configs" / "paper_3.5b.yaml"), **options)
+
+
+def test_lists_of_hosts_and_constraints_reach_the_script():
+    options = {"exclude": "node[03-05]", "constraint": "(a100|h100)&ib"}
+    lines = script(load_config(ROOT / "configs" / "paper_3.5b.yaml"), options=options).splitlines()
+    assert "#SBATCH --exclude=node[03-05]" in lines
+    assert "#SBATCH --constraint=(a100|h100)&ib" in lines
+
+
+def test_every_run_of_the_example_of_an_array_is_valid():
+    text = (ROOT / "launch" / "slurm_array.sbatch").read_text()
+    (path,) = re.findall(r"sbatch launch/slurm_array\.sbatch (\S+)", text)
+    runs = re.findall(r"own=\((.*)\)", text)
+    assert len(runs) == 3
+    for fields in runs:
+        load_config(ROOT / path, shlex.split(fields)).check_world(8)
 
 
 def test_a_job_on_a_range_of_nodes_may_adapt_at_its_first_start():

@@ -197,8 +197,10 @@ def test_the_command_prints_plans_and_errors(monkeypatch, capsys):
     for part in ("2.93 B parameters", "memory per rank:", "at 4 experts per token", "tokens to experts:", "tokens/s"):
         assert part in printed
     assert len(printed[printed.index("Layouts that fit") :].splitlines()) == 5
-    _, printed, _ = run(one_node, "--nodes", "1", "--gpus", "6")
+    status, printed, problem = run(one_node, "--nodes", "1", "--gpus", "6")
     assert "configured layout is invalid: parallel.expert=8: must divide the world size (6)" in printed
+    assert status == EXIT_USER_ERROR
+    assert problem.startswith("error: train.global_batch=256: cannot be split evenly over")
     status, _, problem = run(one_node, "--memory-gib", "2")
     assert status == EXIT_USER_ERROR
     assert problem == "error: no layout of 8 GPUs fits 2 GiB; use more GPUs\n"

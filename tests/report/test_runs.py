@@ -235,6 +235,7 @@ def test_the_command_writes_one_page_and_prints_where(run_dir, tmp_path, monkeyp
         (["{run}", "--output", "{run}/missing/x.html"], "missing is not a directory; create it, or use another path"),
         (["tokens", "{run}", "--tokens", "0"], "--tokens=0: is too small"),
         (["tokens", "{run}", "--output", "{run}/outcome.html"], "its data would overwrite outcome.json"),
+        (["tokens", "{run}", "--output", "{run}/tokenizer.html"], "its data would overwrite tokenizer.json"),
         (["tokens", "{run}", "--output", "{run}/x.json"], "use another name that ends in .html"),
         (["tokens", "{run}", "--text", "{run}/none.txt"], "none.txt: cannot be read"),
         (["tokens", "{run}"], "no valid checkpoint"),
