@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from bench.report import current_commit, replace_block, shown
 from bench.routing.intervals import Interval, interval_of
 from bench.routing.methods import METHODS
-from bench.routing.units import fingerprint, read_rows, versions, write_evidence
+from bench.routing.units import fingerprint, read_rows, versions, with_loss, write_evidence
 from bench.token_statistics import associations, by_bins, read_tokens
 from bench.trainings import problem_in, start
 from dynmoe.data.batches import PretrainingData
@@ -140,7 +140,9 @@ def _train(given: argparse.Namespace, seed: int, end: float) -> None:
     given.runs.mkdir(parents=True, exist_ok=True)
     run = given.runs / name
     log = given.runs / f"{name}.log"
-    commit = current_commit()
+    commits = given.runs / f"{name}.commits"
+    with commits.open("a") as stream:  # a training that was stopped may go on with other code
+        stream.write(current_commit() + "\n")
     with log.open("w") as output:
         process = start(run, given.corpus, [*setting["overrides"], "checkpoint.interval=200"], output)
         try:
@@ -152,16 +154,22 @@ def _train(given: argparse.Namespace, seed: int, end: float) -> None:
     status = json.loads(outcome.read_text())["status"] if outcome.exists() else "failed"
     if status == "finished":
         read = read_run(run, Corpus.open(given.corpus), given.sequences)
-        read |= setting | {"text": fingerprint(given.corpus), "versions": versions(commit)}
+        read |= setting | {"text": fingerprint(given.corpus), "versions": versions(_joined(commits))}
         write_evidence(_file(given, seed), json.dumps(read, indent=1))
     elif time.monotonic() < end:
         raise UserError(f"seed {seed}: {problem_in(log.read_text())} (see {log})")
     print(f"seed {seed}: {status}", flush=True)
 
 
+def _joined(commits: Path) -> str:
+    """The commits of a training's starts, each once."""
+    return ", ".join(dict.fromkeys(commits.read_text().splitlines()))
+
+
 def read_run(run: Path, corpus: Corpus, sequences: int) -> dict[str, Any]:
     """Everything about a finished run that the statistics and the figure need."""
-    lines = read_rows(run)
+    last = read_rows(run)[-1]
+    lines = with_loss(read_rows(run))
     layers = sorted(
         name for name in lines[0] if name.startswith("moe/layer_") and name.endswith("experts_per_token_mean")
     )
@@ -170,7 +178,7 @@ def read_run(run: Path, corpus: Corpus, sequences: int) -> dict[str, Any]:
     tokens = read_tokens(model, data, sequences)
     rarity_N = -corpus.splits["train"].counts(model.decoder.output_weight_VD.shape[0])[tokens.ids_N]
     return {
-        "loss": lines[-1]["eval/loss"],
+        "loss": last["eval/loss"],
         "tokens": [part[-1]["train/tokens"] for part in _parts(lines, _PARTS)],
         "experts_by_layer": [[_mean(part, layer) for layer in layers] for part in _parts(lines, _PARTS)],
         "statistics": associations(tokens, rarity_N),

@@ -34,11 +34,16 @@ _POLL_S = 0.002
 _END_S = 60.0
 
 
+# The commit of the figures, which has no masks between documents.
+_EARLIER = "c485d5e"
+_JOINED = ["data.documents=joined"]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", help="fields to override in both commits, e.g. model.hidden=256")
-    parser.add_argument("--commit", default="c485d5e", help="commit to compare with")
-    parser.add_argument("--now", nargs="*", default=["data.documents=joined"], help="fields to override that the "
-                        "earlier commit does not have (%(default)s)")  # fmt: skip
+    parser.add_argument("--commit", default=_EARLIER, help="commit to compare with")
+    parser.add_argument("--now", nargs="*", help="fields to override that the earlier commit does not have (for the "
+                        "default commit: data.documents=joined)")  # fmt: skip
     parser.add_argument("--data", type=Path, default=Path("data/stdlib"), help="prepared corpus")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=40, help="steps of a run")
@@ -49,9 +54,10 @@ def run(given: argparse.Namespace) -> Rows:
     if not given.data.exists():
         raise UserError(f"--data {given.data}: does not exist; run python -m data_prep stdlib --out {given.data}")
     rows = []
+    now = given.now if given.now is not None else _JOINED if given.commit == _EARLIER else []
     with _checked_out(given.commit) as before:
         for ranks in given.ranks:
-            turns = [(_trained(before, given, ranks, []), _trained(ROOT, given, ranks, given.now))
+            turns = [(_trained(before, given, ranks, []), _trained(ROOT, given, ranks, now))
                      for _ in range(given.turns + 1)][1:]  # fmt: skip
             step, start = ([new[part] / old[part] for old, new in turns] for part in range(2))
             rows.append({

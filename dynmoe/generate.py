@@ -6,6 +6,7 @@ Shape suffix L: MoE layers.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,10 +233,7 @@ def main() -> None:
     from dynmoe.model.sampling import Sampling
     from dynmoe.trained import open_trained
 
-    try:
-        device = None if given.device is None else torch.device(given.device)
-    except RuntimeError:
-        raise UserError(f"--device={given.device}: is not a device; use cpu, cuda or cuda:N") from None
+    device = None if given.device is None else torch.device(given.device)
     model = open_trained(given.run, device, given.experts_per_token)
     for option in ("--show-experts", "--trace"):
         if getattr(given, option[2:].replace("-", "_")) and not model.decoder.moe_layers:
@@ -286,6 +284,8 @@ def _check(given: argparse.Namespace, prompts: int) -> None:
         raise UserError(
             f"--trace={given.trace}: {given.trace.parent} is not a directory; create it, or use another path"
         )
+    if given.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", given.device):
+        raise UserError(f"--device={given.device}: is not known; use cpu, cuda or cuda:N")
     if given.show_experts and prompts > 1:
         raise UserError(f"--show-experts: supports one prompt, but {prompts} are given; give one")
 

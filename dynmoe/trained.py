@@ -93,8 +93,9 @@ def open_decoder(
     config = load_config(directory.config)
     if experts_per_token is not None:
         config.model.router.check_budget(experts_per_token, "--experts-per-token")
-    if device is not None and device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {device}: PyTorch finds no GPU; use cpu")
+    if device is not None and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        problem = f"PyTorch finds {torch.cuda.device_count()} GPU(s)"
+        raise UserError(f"device {device}: {problem}; use another one, or cpu")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = config.model if mtp else config.model.without_mtp()
     with _canonical_checkpoint(directory, config) as checkpoint:

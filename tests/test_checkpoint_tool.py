@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
 import pytest
 
 from dynmoe import checkpoint
+from dynmoe.data.pieces import UnreadableError
 from dynmoe.errors import UserError
+from dynmoe.train.checkpoint import read_manifest
 from dynmoe.train.run_directory import RunDirectory
 
 
@@ -51,6 +54,25 @@ def test_verify_names_corrupt_files_and_fails(run, monkeypatch, capsys):
         command(monkeypatch, "verify", str(run))
     said = capsys.readouterr().out
     assert "step_00000040: dense.safetensors is damaged" in said
+    assert "step_00000030: valid" in said
+
+
+def test_checkpoints_that_cannot_be_read_have_a_line_like_the_others(run, monkeypatch, capsys):
+    def fail(path):
+        if path.name == "step_00000040":
+            raise UnreadableError.of(str(path), OSError(errno.ESTALE, "Stale file handle"))
+        return read_manifest(path)
+
+    monkeypatch.setattr("dynmoe.checkpoint.read_manifest", fail)
+    monkeypatch.setattr("dynmoe.train.checkpoint.read_manifest", fail)
+    command(monkeypatch, "list", str(run))
+    lines = capsys.readouterr().out.splitlines()
+    assert "cannot be read on" in lines[0]
+    assert "2 rank(s)" in lines[1]
+    with pytest.raises(UserError, match="step_00000040"):
+        command(monkeypatch, "verify", str(run))
+    said = capsys.readouterr().out
+    assert "step_00000040: checkpoint " in said
     assert "step_00000030: valid" in said
 
 

@@ -126,12 +126,13 @@ def test_the_command_continues_one_or_several_prompts(run, monkeypatch, capsys, 
         (["--top-k", "-1"], "--top-k=-1: is out of range; use 0 to"),
         (["--top-p", "1.5"], "--top-p=1.5: is out of range; use a number above 0"),
         (["--prompt", "a", "--prompt", "b", "--show-experts"], "--show-experts: supports one prompt, but 2 are given"),
-        (["--device", "gpu"], "--device=gpu: is not a device; use cpu, cuda or cuda:N"),
-        (["--device", "cuda:1"], "device cuda:1: PyTorch finds no GPU; use cpu"),
+        (["--device", "gpu"], "--device=gpu: is not known; use cpu, cuda or cuda:N"),
+        (["--device", "cuda:1"], "device cuda:1: PyTorch finds 1 GPU(s); use another one, or cpu"),
         (["--file", "nowhere.txt"], "--file: nowhere.txt cannot be read"),
     ],
 )
 def test_options_out_of_range_are_refused(run, monkeypatch, arguments, words):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=re.escape(words)):
         call(monkeypatch, str(run), *arguments)
 

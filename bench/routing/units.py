@@ -156,14 +156,19 @@ def write_evidence(path: Path, content: str) -> None:
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics, without those of steps that were skipped, which have no loss."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The rows of a run's metrics."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def with_loss(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without those of steps that were skipped, which have no loss and no routing."""
     return [row for row in rows if "train/lm_loss" in row]
 
 
 def outcome_of(rows: list[dict[str, Any]]) -> Outcome:
     """The outcome of a run from its rows (:func:`read_rows`), one for each step."""
     last = rows[-1]
+    rows = with_loss(rows)
     settled = rows[int(_SETTLED_SHARE * len(rows)) :]
     (evaluated,) = (value for name, value in last.items() if re.fullmatch(rf"eval/domains/.*/{_EXPERTS}", name))
     parts = [rows[len(rows) * i // _POINTS : len(rows) * (i + 1) // _POINTS] for i in range(_POINTS)]

@@ -71,7 +71,7 @@ class DynMoEModelOutput(MoeModelOutputWithPast):
     """Outputs with ``output_router_logits``, for the MoE layers in order, including padding.
 
     Attributes:
-        router_logits: logits of each layer, [B, S, E]; null experts come last.
+        router_logits: logits of each layer, [B, S, E]; null experts come last, inactive ones have -inf.
         routing_maps: routing map of each layer, [B, S, E]: True if the expert processes the token.
         experts_per_token: number of experts, [layers, B, S].
         aux_loss: the routers' losses, times their coefficients, summed over layers, excluding padding.

@@ -98,13 +98,10 @@ class DynMoERouter(nn.Module):
         return self
 
     def forward(self, x_TD: Tensor, num_sequences: int) -> tuple[RoutingPlan, Tensor]:
-        """Returns the plan, and the logits [T, E] before softmax, sigmoid or ReLU (null experts come last).
-
-        Those of inactive experts are -inf.
-        """
+        """Returns the plan, and the logits [T, E] before softmax, sigmoid or ReLU (null experts come last)."""
         plan = self.spec.plan(RouterTensors(self, num_sequences), x_TD)
         assert plan.logits_TE is not None
-        return plan, plan.logits_TE.masked_fill(~self.active, -torch.inf) if self.spec.ADAPTS else plan.logits_TE
+        return plan, plan.logits_TE
 
     def loss(self, plan: RoutingPlan) -> Tensor:
         """Sum of the router's auxiliary losses in training, times their coefficients."""
@@ -194,6 +191,8 @@ class DynMoEBlock(nn.Module):
             y_TD = y_TD + plan.local_TD
         if loss is None:
             return y_TD.view_as(x_BSD), ()
+        if self.router.spec.ADAPTS:
+            logits_TE = logits_TE.masked_fill(~self.router.active, -torch.inf)
         shape = (*x_BSD.shape[:2], -1)
         return y_TD.view_as(x_BSD), (loss, logits_TE.view(shape), plan.routing_map_TE.view(shape))
 

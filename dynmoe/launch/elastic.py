@@ -6,7 +6,6 @@ stay idle. Parallel sizes never change by themselves: a smaller ``parallel.exper
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,6 @@ from typing import Any
 
 from dynmoe.config import Config
 from dynmoe.config.parallel import ParallelConfig
-from dynmoe.data.pieces import UnreadableError
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.train.checkpoint import TRAINER, Checkpoint, find_corrupt_file, read_manifest, step_directories, step_of
 from dynmoe.train.run_directory import RunDirectory
@@ -104,14 +102,14 @@ def largest_fit(config: Config, ranks: int) -> Fit:
 def read_saved(directory: RunDirectory) -> Saved | None:
     """The latest checkpoint whose state is intact; None if the run has not trained. Other files are not verified.
 
-    One that this host cannot read is left out: the ranks say so if they cannot either.
+    Raises:
+        OSError: this host cannot read a checkpoint.
     """
     for path in step_directories(directory.checkpoints):
-        with contextlib.suppress(UnreadableError):
-            manifest = read_manifest(path)
-            if manifest is not None and find_corrupt_file(path, {TRAINER: manifest["files"][TRAINER]}) is None:
-                state = Checkpoint(path, step_of(path)).trainer_state
-                return Saved(manifest["ranks"], state["config"]) if state["progress"]["samples"] else None
+        manifest = read_manifest(path)
+        if manifest is not None and find_corrupt_file(path, {TRAINER: manifest["files"][TRAINER]}) is None:
+            state = Checkpoint(path, step_of(path)).trainer_state
+            return Saved(manifest["ranks"], state["config"]) if state["progress"]["samples"] else None
     return None
 
 
@@ -123,7 +121,10 @@ def _may_adapt(config: Config) -> bool:
     """
     if config.parallel.elastic != "resume":
         return config.parallel.elastic == "always"
-    saved = read_saved(RunDirectory(config.run.path))
+    try:
+        saved = read_saved(RunDirectory(config.run.path))
+    except OSError as error:
+        raise UserError(f"{error}; make it readable, or set parallel.elastic=always") from None
     if saved is None:
         return False
     before = _sizes(saved.config["parallel"])

@@ -5,6 +5,7 @@ All launchers (torchrun, DeepSpeed, Slurm) use these two functions, so they stop
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import socket
@@ -72,7 +73,9 @@ def begin(config: Config, ranks: int, node: int, patience_s: float = PATIENCE_S)
         _note(directory, fit.ranks, node)
     finally:
         directory.release()  # the ranks lock it next
-    saved = read_saved(directory)
+    saved = None
+    with contextlib.suppress(OSError):  # only described here: ranks that cannot read it either will say so
+        saved = read_saved(directory)
     changes = fit.misfit or (saved is not None and saved.ranks != fit.ranks)
     return Start(directory, fit.ranks, fit.describe(saved) if changes else "")
 

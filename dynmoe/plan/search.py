@@ -94,11 +94,13 @@ def _variants(layout: Layout, refused: list[ConfigError]) -> Iterator[Layout]:
     powers = [2**power for power in range(11) if 2**power <= world]
     per_node = [size for size in powers if size <= layout.ranks_per_node]
     megatron = config.engine == "megatron"
+    own = config.parallel
+    micro_batches = [2**power for power in range(config.train.global_batch.bit_length())]
     for expert, tensor, pipeline, micro_batch, recompute, stage in product(
-        powers,
-        per_node if megatron else [1],
-        powers if megatron else [1],
-        [2**power for power in range(config.train.global_batch.bit_length())],
+        sorted({*powers, own.expert}),
+        sorted({*per_node, own.tensor}) if megatron else [1],
+        sorted({*powers, own.pipeline}) if megatron else [1],
+        sorted({*micro_batches, config.train.micro_batch}),
         ("none", "full"),  # selective saves little, because attention stores no scores
         [0] if megatron else (0, 1, 2, 3),
     ):

@@ -52,8 +52,7 @@ _VISIBLE_S = 5.0
 Job = Callable[[], Any]
 # Errors that would recur after a restart.
 _PERSISTENT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-# A file system with fewer free bytes than this has no room for the small files of a checkpoint.
-_ALMOST_FULL = 1 << 20
+_PROBE_BYTES = 1 << 20
 
 
 class _BackgroundJob:
@@ -197,9 +196,9 @@ class CheckpointStore:
             return
         if self._is_first and self._building != self.root:
             shutil.rmtree(self._building, ignore_errors=True)  # frees space on a full disk
-        rank, text, persistent = failed[0]
+        rank, text, _ = failed[0]
         problem = f"checkpoint {self._building} could not be saved (rank {rank}: {text})"
-        if persistent:
+        if any(persistent for _, _, persistent in failed):
             cure = "free disk space or fix the permissions, and restart"
             raise UserError(f"{problem}; {cure}: the previous checkpoint is intact")
         raise OSError(problem) from failure
@@ -320,13 +319,29 @@ def _try_to_remove(path: Path, how: Callable[[Path], None]) -> None:
         print(f"checkpoint {path} could not be removed ({error}); the next start tries again", flush=True)
 
 
+def _has_no_room(folder: Path) -> bool:
+    """Whether a small file cannot be written: the disk or a quota is full."""
+    probe = folder / f".probe-{secrets.token_hex(4)}"
+    try:
+        with probe.open("wb") as stream:
+            stream.write(bytes(_PROBE_BYTES))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        return error.errno in _PERSISTENT
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    return False
+
+
 def _is_persistent(failure: Exception, folder: Path) -> bool:
     """Whether a failure to write below ``folder`` would recur after a restart.
 
-    By its errno, which safetensors gives only in its message. torch.save gives none, so the free space decides.
+    By its errno, which safetensors gives only in its message. torch.save gives none: another file is tried.
     """
     if "inline_container" in str(failure):
-        return shutil.disk_usage(folder).free < _ALMOST_FULL
+        return _has_no_room(folder)
     number = getattr(failure, "errno", None)
     if number is None and (said := re.search(r"os error (\d+)", str(failure))):
         number = int(said.group(1))

@@ -209,8 +209,18 @@ def save_on_a_full_disk(root: str, function: str) -> str:
     engine = make_engine(config_for("engine=megatron", "parallel.expert=2"), VOCAB)
     store = CheckpointStore(Path(root), keep=2)
     full = OSError(errno.ENOSPC, "No space left on device")
+    make = Path.mkdir
+
+    def make_but_one(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.name == "megatron":
+            raise full
+        make(path, *arguments, **options)
+
+    failing = patch(function, side_effect=full)
+    if function == "pathlib.Path.mkdir":
+        failing = patch(function, make_but_one)
     said = "nothing"
-    with patch(function, side_effect=full) if dist.get_rank() == 0 else nullcontext():
+    with failing if dist.get_rank() == 0 else nullcontext():
         try:
             store.begin(1, engine.snapshot, {"progress": {}, "config": {}, "data": []}, {})
             store.wait()
@@ -228,6 +238,7 @@ def save_on_a_full_disk(root: str, function: str) -> str:
     "function",
     [
         "torch.save",
+        "pathlib.Path.mkdir",
         "torch.distributed.checkpoint.filesystem.FileSystemWriter.finish",
         "megatron.core.dist_checkpointing.serialization.save_config",
     ],

@@ -61,8 +61,10 @@ def test_a_vocabulary_that_is_too_small_is_refused_before_ranks_start(corpus_dir
         begin(config, 2, 0)
 
 
-def test_a_checkpoint_that_this_host_cannot_read_stops_no_start(config, monkeypatch):
-    """The ranks will say so; the checks only describe the last start."""
+def test_a_checkpoint_that_this_host_cannot_read_stops_only_starts_that_must_adapt(
+    config, corpus_dir, tmp_path, monkeypatch
+):
+    """Else the checks only describe the last start, and the ranks will say so."""
 
     def fail(path):
         raise UnreadableError.of(str(path), OSError(errno.ESTALE, "Stale file handle"))
@@ -70,6 +72,9 @@ def test_a_checkpoint_that_this_host_cannot_read_stops_no_start(config, monkeypa
     make_checkpoint(RunDirectory(config.run.path), 10)
     monkeypatch.setattr("dynmoe.launch.elastic.read_manifest", fail)
     assert begin(config, 2, 0).ranks == 2
+    odd = load_config(None, [*tiny(corpus_dir, tmp_path / "runs"), "train.global_batch=8", "parallel.expert=1"])
+    with pytest.raises(UserError, match=r"step_00000010 cannot be read on \S+ \(Stale file handle\); make it readable"):
+        begin(odd, 3, 0)
 
 
 def make_checkpoint(directory: RunDirectory, step: int) -> None:

@@ -159,3 +159,11 @@ def test_expert_thresholds_hold_the_budget_with_large_logits_too(deviation):
     loads = torch.stack([run.step().tokens_per_expert_E.double() for _ in range(60)])[20:]
     assert loads.sum(dim=1).mean() / TOKENS == pytest.approx(K, rel=0.02)
     assert (loads.mean(dim=0) / (TOKENS * K / EXPERTS) - 1).abs().max() < 0.1
+
+
+def test_a_cutoff_of_1_still_lets_tokens_with_the_largest_logits_pass():
+    run = Run("model.router.kind=expert_threshold")
+    run.router.offset_E.fill_(1.0)
+    run.router.weight_ED.data.fill_(1.0)
+    plan = run.router.eval()(torch.full((3, HIDDEN), 1.0))
+    assert plan.routing_map_TE.all()

@@ -201,6 +201,12 @@ def test_the_command_prints_plans_and_errors(monkeypatch, capsys):
     assert "configured layout is invalid: parallel.expert=8: must divide the world size (6)" in printed
     assert status == EXIT_USER_ERROR
     assert problem.startswith("error: train.global_batch=256: cannot be split evenly over")
+    odd = ["engine=megatron", "parallel.tensor=3", "parallel.expert=2", "model.heads=12", "model.kv_heads=12",
+           "model.head_dim=128", "data.sequence_length=3072", "model.ffn_hidden=1536", "model.moe.expert_hidden=3072",
+           "model.vocab_size=32256"]  # fmt: skip
+    status, printed, problem = run(one_node, *odd, "--nodes", "1", "--gpus", "6")
+    assert (status, problem) == (0, "")
+    assert "configured layout is invalid" not in printed
     status, _, problem = run(one_node, "--memory-gib", "2")
     assert status == EXIT_USER_ERROR
     assert problem == "error: no layout of 8 GPUs fits 2 GiB; use more GPUs\n"

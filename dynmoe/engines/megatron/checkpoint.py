@@ -7,6 +7,7 @@ import gc
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,8 @@ def _errors_kept() -> Iterator[list[Exception]]:
             setattr(owner, name, write)
 
 
-def _make_folder(folder: Path) -> None:
-    """Makes a directory on rank 0; raises its error on all ranks."""
+def _make_folder(folder: Path) -> OSError | None:
+    """Makes a directory on rank 0; returns its error, the same on all ranks."""
     failed: list[OSError | None] = [None]
     if dist.get_rank() == 0:
         try:
@@ -138,15 +139,19 @@ def _make_folder(folder: Path) -> None:
         except OSError as error:
             failed[0] = error
     dist.broadcast_object_list(failed, src=0)
-    if failed[0] is not None:
-        raise failed[0]
+    return failed[0]
+
+
+def _raise(error: Exception) -> list[Path]:
+    raise error
 
 
 @torch.no_grad()
 def snapshot(directory: Path, models: Sequence[MegatronModule], optimizer: ChainedOptimizer, step: int) -> Snapshot:
     """Copies this rank's shards and, on rank 0, the state common to all ranks, after ``step`` optimizer steps."""
     folder = directory / _FOLDER
-    _make_folder(folder)
+    if (problem := _make_folder(folder)) is not None:
+        return Snapshot(partial(_raise, problem))
     count_steps_of_nothing(optimizer, step)
     with _existing_objects_frozen():
         state = _sharded_state_dict(models, optimizer, step, is_loading=False)
