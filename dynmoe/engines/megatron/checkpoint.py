@@ -7,7 +7,6 @@ import gc
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +150,7 @@ def snapshot(directory: Path, models: Sequence[MegatronModule], optimizer: Chain
     """Copies this rank's shards and, on rank 0, the state common to all ranks, after ``step`` optimizer steps."""
     folder = directory / _FOLDER
     if (problem := _make_folder(folder)) is not None:
-        return Snapshot(partial(_raise, problem))
+        return Snapshot(functools.partial(_raise, problem))
     count_steps_of_nothing(optimizer, step)
     with _existing_objects_frozen():
         state = _sharded_state_dict(models, optimizer, step, is_loading=False)
