@@ -168,8 +168,8 @@ def _joined(commits: Path) -> str:
 
 def read_run(run: Path, corpus: Corpus, sequences: int) -> dict[str, Any]:
     """Everything about a finished run that the statistics and the figure need."""
-    last = read_rows(run)[-1]
-    lines = with_loss(read_rows(run))
+    rows = read_rows(run)
+    lines = with_loss(rows)
     layers = sorted(
         name for name in lines[0] if name.startswith("moe/layer_") and name.endswith("experts_per_token_mean")
     )
@@ -178,7 +178,7 @@ def read_run(run: Path, corpus: Corpus, sequences: int) -> dict[str, Any]:
     tokens = read_tokens(model, data, sequences)
     rarity_N = -corpus.splits["train"].counts(model.decoder.output_weight_VD.shape[0])[tokens.ids_N]
     return {
-        "loss": last["eval/loss"],
+        "loss": rows[-1]["eval/loss"],
         "tokens": [part[-1]["train/tokens"] for part in _parts(lines, _PARTS)],
         "experts_by_layer": [[_mean(part, layer) for layer in layers] for part in _parts(lines, _PARTS)],
         "statistics": associations(tokens, rarity_N),

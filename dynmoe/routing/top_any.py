@@ -97,7 +97,7 @@ def top_any(
 
     ranked_TE = within_best_groups(ranked_TE, n_group, topk_group)
     usable_TE = active_E & ~ranked_TE.isneginf()
-    map_TE = (step_TE.detach() > 0) & usable_TE
+    map_TE = exceeds_TE & usable_TE
     unclaimed_T = ~map_TE.any(dim=1)
     rank_TE = rank_descending(ranked_TE.masked_fill(~usable_TE, -torch.inf))
     if variant == "released":

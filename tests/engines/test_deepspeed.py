@@ -140,7 +140,7 @@ def test_zero_stages_agree_and_resume_bitwise(exact, two_ranks, tmp_path, stage,
         assert half["losses"] == whole["losses"][3:]
         assert half["norms"] == whole["norms"][3:]
         assert all(torch.equal(value, half["state"][name]) for name, value in whole["state"].items())
-    of_losses, of_norms = (1e-5, 1e-4) if precision == "fp32" else (5e-3, 2e-2)
+    of_losses, of_norms = (1e-6, 1e-4) if precision == "fp32" else (5e-3, 2e-2)
     assert straight[0]["losses"] == pytest.approx(exact(model)["losses"], rel=of_losses)
     assert straight[0]["norms"] == pytest.approx(exact(model)["norms"], rel=of_norms)
 
