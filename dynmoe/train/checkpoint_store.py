@@ -8,10 +8,8 @@ synchronous save is the same sequence, waited for.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -45,14 +43,12 @@ from dynmoe.train.checkpoint import (
 )
 from dynmoe.train.engine import Snapshot
 from dynmoe.train.verification import check_together, gather_ranks, share
+from dynmoe.train.write_failures import recurs
 
 # Time until a file that another host has created must be visible on a network file system.
 _VISIBLE_S = 5.0
 
 Job = Callable[[], Any]
-# Errors that would recur after a restart.
-_PERSISTENT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-_PROBE_BYTES = 1 << 20
 
 
 class _BackgroundJob:
@@ -190,7 +186,7 @@ class CheckpointStore:
 
     def _agree(self, failure: Exception | None) -> None:
         """Raises on all ranks if any rank reports a failure."""
-        own = None if failure is None else (first_line(failure), _is_persistent(failure, self.root))
+        own = None if failure is None else (first_line(failure), recurs(failure, self.root))
         failed = [(rank, *report) for rank, report in enumerate(gather_ranks(own)) if report is not None]
         if not failed:
             return
@@ -317,32 +313,3 @@ def _try_to_remove(path: Path, how: Callable[[Path], None]) -> None:
         how(path)
     except OSError as error:
         print(f"checkpoint {path} could not be removed ({error}); the next start tries again", flush=True)
-
-
-def _has_no_room(folder: Path) -> bool:
-    """Whether a small file cannot be written: the disk or a quota is full."""
-    probe = folder / f".probe-{secrets.token_hex(4)}"
-    try:
-        with probe.open("wb") as stream:
-            stream.write(bytes(_PROBE_BYTES))
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        return error.errno in _PERSISTENT
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
-    return False
-
-
-def _is_persistent(failure: Exception, folder: Path) -> bool:
-    """Whether a failure to write below ``folder`` would recur after a restart.
-
-    By its errno, which safetensors gives only in its message. torch.save gives none: another file is tried.
-    """
-    if "inline_container" in str(failure):
-        return _has_no_room(folder)
-    number = getattr(failure, "errno", None)
-    if number is None and (said := re.search(r"os error (\d+)", str(failure))):
-        number = int(said.group(1))
-    return number in _PERSISTENT
