@@ -180,7 +180,9 @@ def test_run_keeps_what_its_documents_see():
 
 
 LAYOUTS = {
-    "DeepSpeed EP 2": ["parallel.expert=2"], "Megatron DP 2": ["engine=megatron", *DP2],
+    "DeepSpeed EP 2": ["parallel.expert=2"],
+    "DeepSpeed EP 2, ZeRO 3": ["parallel.expert=2", "deepspeed.zero_stage=3"],
+    "Megatron CP 2": ["engine=megatron", "parallel.context=2"], "Megatron DP 2": ["engine=megatron", *DP2],
     "Megatron PP 2 interleaved": ["engine=megatron", *INTERLEAVED], "Megatron TP 2": ["engine=megatron", *TP2],
     "Megatron EP 2": ["engine=megatron", *EP2],
 }  # fmt: skip
