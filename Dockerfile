@@ -2,7 +2,7 @@
 # CUDA:  docker build -t dynmoe --build-arg BASE=IMAGE .   where IMAGE is one of NVIDIA's PyTorch images
 #        (nvcr.io/nvidia/pytorch), which bring CUDA, NCCL, Transformer Engine and their own torch: above 2.11, below 2.15.
 # PIP_ARGS reaches pip when torch has to be installed, to name the index that offers the CPU build.
-# Run:   docker run --rm -it [--gpus all] --ipc host --ulimit memlock=-1 -v "$PWD/data:/opt/dynmoe/data" \
+# Run:   mkdir -p data runs && docker run --rm -it [--gpus all] --ipc host --ulimit memlock=-1 -v "$PWD/data:/opt/dynmoe/data" \
 #            -v "$PWD/runs:/opt/dynmoe/runs" --user "$(id -u):$(id -g)" -e HOME=/tmp dynmoe launch/torchrun.sh configs/one_gpu.yaml
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
