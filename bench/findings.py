@@ -37,21 +37,23 @@ from dynmoe.trained import open_trained
 _METHOD = "top-p 0.4, paper"
 _PARTS = 40
 
-# Statistic, what it is, on which side of 0 the paper's finding lies (0: it is only reported), and the smallest size
-# that counts: a tiny correlation is never 0 for all seeds, as they are read on the same many tokens.
+# Statistic, what it is, on which side of 0 the finding lies (0: it is only reported), and the smallest size that
+# counts: a tiny correlation is never 0 for all seeds, as they are read on the same many tokens. Early tokens have less
+# context, so they are the harder ones.
 _EXPERTS = 0.1
 _CORRELATION = 0.05
 STATISTICS: dict[str, tuple[str, int, float]] = {
     "change": ("K in the last tenth of the training minus K in the second tenth", -1, _EXPERTS),
     "lower_minus_upper": ("K of the lower half of the layers minus K of the upper half, last tenth", +1, _EXPERTS),
+    "without_first": ("the same without the first layer", +1, _EXPERTS),
     "loss": ("rank correlation of K and the loss of the next token", +1, _CORRELATION),
-    "rarity": ("rank correlation of K and rarity in the training text", +1, _CORRELATION),
-    "surprise": ("rank correlation of K and the loss of the token itself", 0, 0.0),
     "loss_within_token": (
-        "rank correlation of K and the loss of the next token, both less the mean of their token id (ids that occur at "
-        "least ten times)", 0, 0.0,
+        "the same, both less the mean of their token id (ids that occur at least ten times)", +1, _CORRELATION,
     ),
-    "position": ("rank correlation of K and position in the sequence", 0, 0.0),
+    "loss_of_sequence": ("rank correlation, over sequences, of mean K and mean loss", +1, _CORRELATION),
+    "rarity": ("rank correlation of K and rarity in the training text", +1, _CORRELATION),
+    "position": ("rank correlation of K and position in the sequence", -1, _CORRELATION),
+    "surprise": ("rank correlation of K and the loss of the token itself", 0, 0.0),
     "share_of_token": ("share of the variance of K between these token ids", 0, 0.0),
 }  # fmt: skip
 
@@ -73,6 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> list[dict[str, Any]]:
+    if given.layers < 3:
+        raise UserError(f"--layers {given.layers}: use at least 3, because halves are compared without the first layer")
     if given.steps < _PARTS:
         raise UserError(f"--steps {given.steps}: use at least {_PARTS}, because K is read in {_PARTS} parts")
     missing = [seed for seed in range(given.seeds) if _kept(given, seed) is None]
@@ -135,8 +139,9 @@ def _train(given: argparse.Namespace, seed: int, end: float) -> None:
     """
     if time.monotonic() >= end:
         return
-    name = _file(given, seed).stem
     setting = _setting(given, seed)
+    # A training may go on with another learning rate, so that it is part of the name.
+    name = f"{_file(given, seed).stem}_lr{given.learning_rate:g}"
     given.runs.mkdir(parents=True, exist_ok=True)
     run = given.runs / name
     log = given.runs / f"{name}.log"
@@ -204,8 +209,8 @@ def rows_of(seeds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     tenth = _PARTS // 10
     values["change"] = [_experts(seed, -tenth, None) - _experts(seed, tenth, 2 * tenth) for seed in seeds]
     ends = [np.mean(seed["experts_by_layer"][-tenth:], axis=0) for seed in seeds]
-    half = len(ends[0]) // 2
-    values["lower_minus_upper"] = [float(np.mean(end[:half]) - np.mean(end[-half:])) for end in ends]
+    values["lower_minus_upper"] = [_lower_minus_upper(end) for end in ends]
+    values["without_first"] = [_lower_minus_upper(end[1:]) for end in ends]
     return [
         {
             "statistic": meaning,
@@ -217,6 +222,12 @@ def rows_of(seeds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for name, (meaning, side, smallest) in STATISTICS.items()
     ]
+
+
+def _lower_minus_upper(experts_L: NDArray[np.float64]) -> float:
+    """Difference of the means of the two halves; a layer in the middle is in neither."""
+    half = len(experts_L) // 2
+    return float(np.mean(experts_L[:half]) - np.mean(experts_L[-half:]))
 
 
 def _experts(seed: dict[str, Any], first: int, end: int | None) -> float:

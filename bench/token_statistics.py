@@ -64,12 +64,14 @@ def associations(tokens: Tokens, rarity_N: NDArray[np.int64]) -> dict[str, float
     often = count_I[id_N] >= _FEW
     rest_N, share = _without_means(tokens.experts_N[often], id_N[often])
     loss_rest_N, _ = _without_means(tokens.next_loss_N[often], id_N[often])
+    sequence_N = np.cumsum(tokens.position_N == 0) - 1
     return {
         "loss": _rank(tokens.experts_N, tokens.next_loss_N),
         "surprise": _rank(tokens.experts_N[known], tokens.own_loss_N[known]),
         "rarity": _rank(tokens.experts_N, rarity_N),
         "position": _rank(tokens.experts_N, tokens.position_N),
         "loss_within_token": _rank(rest_N, loss_rest_N),
+        "loss_of_sequence": _rank(_means_by(sequence_N, tokens.experts_N), _means_by(sequence_N, tokens.next_loss_N)),
         "share_of_token": round(share, 4),
     }
 
@@ -81,9 +83,13 @@ def _rank(first_N: NDArray[Any], second_N: NDArray[Any]) -> float:
 
 def _without_means(values_N: NDArray[np.float64], id_N: NDArray[np.int64]) -> tuple[NDArray[np.float64], float]:
     """The values less the mean of their id, and the share of the variance that the means explain."""
-    mean_I = np.bincount(id_N, values_N) / np.maximum(np.bincount(id_N), 1)
-    rest_N = values_N - mean_I[id_N]
+    rest_N = values_N - _means_by(id_N, values_N)[id_N]
     return rest_N, float(1 - rest_N.var() / values_N.var())
+
+
+def _means_by(group_N: NDArray[np.int64], values_N: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean of the values of each group, by its number; 0 for one without values."""
+    return np.bincount(group_N, values_N) / np.maximum(np.bincount(group_N), 1)
 
 
 def by_bins(experts_N: NDArray[np.float64], values_N: NDArray[Any]) -> list[float]:

@@ -25,12 +25,11 @@ from harness.processes import CPU
 ROOT = Path(__file__).parents[1]
 
 
-def made_tokens(experts: Any, ids: Any, loss: Any) -> Tokens:
-    length = len(ids)
-    own = np.concatenate([[np.nan], np.asarray(loss, dtype=float)[:-1]])
-    return Tokens(
-        np.asarray(ids), np.arange(length), np.asarray(experts, dtype=float), np.asarray(loss, dtype=float), own
-    )
+def made_tokens(experts: Any, ids: Any, loss: Any, length: int | None = None) -> Tokens:
+    """Tokens of sequences of this length, by default of a single one."""
+    position = np.arange(len(ids)) % (length or len(ids))
+    own = np.where(position == 0, np.nan, np.roll(np.asarray(loss, dtype=float), 1))
+    return Tokens(np.asarray(ids), position, np.asarray(experts, dtype=float), np.asarray(loss, dtype=float), own)
 
 
 def test_tokens_that_use_more_experts_where_the_loss_is_higher():
@@ -58,6 +57,20 @@ def test_experts_that_depend_on_the_token_id_only():
     assert abs(found["loss_within_token"]) < 0.1
 
 
+def test_sequences_may_differ_where_their_tokens_do_not():
+    """A loss that varies within a sequence says nothing, one that varies between sequences everything, and back."""
+    generator = np.random.default_rng(0)
+    within, between = generator.normal(size=(40, 50)), generator.normal(size=(40, 1))
+    within -= within.mean(axis=1, keepdims=True)
+    within, between = within / within.std(), (between - between.mean()) / between.std()
+    ids = generator.integers(0, 5, 2000)
+    found = associations(made_tokens((within - between).ravel(), ids, (within + between).ravel(), 50), ids)
+    assert found["loss_of_sequence"] == -1.0
+    found = associations(made_tokens((between - within).ravel(), ids, (within + between).ravel(), 50), ids)
+    assert found["loss_of_sequence"] == 1.0
+    assert abs(found["loss"]) < 0.1
+
+
 def test_ids_that_occur_seldom_are_left_out_of_the_means():
     ids = np.array([0, 0, 1, 1] * 10 + [2, 3, 4])
     experts = np.where(ids == 0, 1.0, 3.0) + np.array([0.5, -0.5] * 20 + [9.0, 9.0, 9.0])
@@ -70,29 +83,36 @@ def test_means_of_tenths():
     assert by_bins(np.arange(20.0), np.zeros(20)) == [0.5 + 2 * part for part in range(10)]
 
 
-def seed(first: float, last: float, **changes: float) -> dict[str, Any]:
-    """A training whose two layers fall evenly from ``first`` and ``last`` to half of that."""
-    falling = np.linspace(1, 0.5, 40)[:, None] * np.array([first, last])
-    names = [name for name in STATISTICS if name not in ("change", "lower_minus_upper")]
+OF_LAYERS = ("change", "lower_minus_upper", "without_first")
+
+
+def seed(first: float, last: float, middle: float = 3.0, **changes: float) -> dict[str, Any]:
+    """A training whose three layers fall evenly to half of what they start with."""
+    falling = np.linspace(1, 0.5, 40)[:, None] * np.array([first, middle, last])
+    names = [name for name in STATISTICS if name not in OF_LAYERS]
     return {"experts_by_layer": falling.tolist(), "statistics": dict.fromkeys(names, 0.1) | changes}
 
 
 def test_verdicts_follow_from_the_interval_over_seeds():
-    seeds = [seed(4 + 0.1 * n, 2.0, loss=-0.2 - 0.01 * n, rarity=0.1 * (n - 2)) for n in range(5)]
+    seeds = [seed(4 + 0.1 * n, 2.0, 1.0, loss=-0.2 - 0.01 * n, rarity=0.1 * (n - 2)) for n in range(5)]
     rows = {row["statistic"]: row for row in rows_of(seeds)}
     weak = {row["statistic"]: row for row in rows_of([seed(3.1, 3.0, loss=0.04 + 1e-3 * n) for n in range(5)])}
     change = rows[STATISTICS["change"][0]]
-    # Of the mean of both layers: parts 36 to 39 (mean 37.5 of 39) minus parts 4 to 7 (5.5).
-    assert change["mean"].mean == pytest.approx(-0.5 * (37.5 - 5.5) / 39 * (4.2 + 2) / 2)
+    # Of the mean of the layers: parts 36 to 39 (mean 37.5 of 39) minus parts 4 to 7 (5.5).
+    assert change["mean"].mean == pytest.approx(-0.5 * (37.5 - 5.5) / 39 * (4.2 + 1 + 2) / 3)
     assert change["verdict"] == "seen"
     assert rows[STATISTICS["lower_minus_upper"][0]]["mean"].mean == pytest.approx((4.2 - 2) * (1 - 0.5 * 37.5 / 39))
     assert rows[STATISTICS["lower_minus_upper"][0]]["verdict"] == "seen"
+    without_first = rows[STATISTICS["without_first"][0]]
+    assert without_first["mean"].mean == pytest.approx((1 - 2) * (1 - 0.5 * 37.5 / 39))
+    assert without_first["verdict"] == "the opposite is seen"
     for name in ("lower_minus_upper", "loss"):  # sure, but too small
         assert weak[STATISTICS[name][0]]["mean"].verdict == "higher"
         assert weak[STATISTICS[name][0]]["verdict"] == "not seen at this size"
     assert rows[STATISTICS["loss"][0]]["verdict"] == "the opposite is seen"
     assert rows[STATISTICS["rarity"][0]]["verdict"] == "not seen at this size"
-    assert rows[STATISTICS["position"][0]]["verdict"] == ""
+    assert rows[STATISTICS["position"][0]]["verdict"] == "the opposite is seen"
+    assert rows[STATISTICS["surprise"][0]]["verdict"] == ""
     assert "| −0.220 [" in table(list(rows.values()))
     assert verdict_of(Interval(0.3, None, None), +1, 0.1) == "too few seeds"
 
@@ -100,7 +120,7 @@ def test_verdicts_follow_from_the_interval_over_seeds():
 @pytest.mark.slow
 def test_a_training_is_stopped_resumed_and_read(corpus_dir, tmp_path):
     arguments = [
-        sys.executable, "-m", "bench", "findings", "--corpus", str(corpus_dir), "--seeds", "1", "--layers", "2",
+        sys.executable, "-m", "bench", "findings", "--corpus", str(corpus_dir), "--seeds", "1", "--layers", "3",
         "--steps", "600", "--sequences", "4", "--runs", str(tmp_path / "runs"), "--evidence", str(tmp_path / "seeds"),
     ]  # fmt: skip
 
@@ -135,7 +155,7 @@ def test_a_training_is_stopped_resumed_and_read(corpus_dir, tmp_path):
     assert done.returncode == 2
     assert "use another directory for --evidence" in done.stderr
 
-    model = open_trained(tmp_path / "runs" / kept.stem)
+    model = open_trained(metrics.parent)
     data = PretrainingData([Corpus.open(corpus_dir)], model.config.data, 0, tmp_path / "index")
     tokens = read_tokens(model, data, 3)
     batch = data.validation_batch(range(3))
