@@ -37,31 +37,54 @@ def own_layers(config: Config, vocab_size: int) -> tuple[TrainStep, list[nn.Modu
 
 
 def mixtral(config: Config, vocab_size: int) -> tuple[TrainStep, list[nn.Module]]:
-    """Transformers' Mixtral of the same sizes with DeepSpeed's AutoEP, which replaces its MoE layers."""
+    """Transformers' Mixtral with DeepSpeed's AutoEP, which replaces its MoE layers."""
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from dynmoe.train.optimizer import parameter_groups
 
     _start(config)
-    model = config.model
-    module = MixtralForCausalLM(MixtralConfig(
-        vocab_size=vocab_size, hidden_size=model.hidden, intermediate_size=model.moe.expert_hidden,
-        num_hidden_layers=model.layers, num_attention_heads=model.heads, num_key_value_heads=model.kv_heads,
-        num_local_experts=model.moe.experts, num_experts_per_tok=int(_TOP_2), rms_norm_eps=model.norm_eps,
-        initializer_range=model.init_std, tie_word_embeddings=model.tie_embeddings, use_cache=False,
-        max_position_embeddings=config.data.sequence_length, output_router_logits=True,
-        router_aux_loss_coef=model.router.loss_coefficients()["balance"],
-    ))  # fmt: skip
+    module = mixtral_with_our_weights(config, vocab_size)
 
     def losses(engine: nn.Module, tokens_BS: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
         out = engine(input_ids=tokens_BS, labels=labels_BS, shift_labels=labels_BS)
         return out.loss, out.loss - module.router_aux_loss_coef * out.aux_loss
 
-    weights = [{"name": "all", "params": [*module.parameters()], "weight_decay": config.optimizer.weight_decay}]
     parallel = {"expert_parallel": {
         "enabled": True, "autoep_size": config.parallel.expert, "preset_model": "mixtral",
     }}  # fmt: skip
-    step = _training(config, module, weights, parallel, losses)
+    step = _training(config, module, parameter_groups(module, config), parallel, losses)
     return step, [layer for layer in module.modules() if isinstance(layer, AutoEPMoELayer)]
+
+
+def mixtral_with_our_weights(config: Config, vocab_size: int) -> Any:
+    """Transformers' Mixtral of the same sizes, with the weights with which our decoder starts.
+
+    Its balance loss pools the layers, and counts a token once for each of its two experts. The coefficient makes it
+    equal to the sum of ours where the layers are loaded alike.
+    """
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from dynmoe.hf.names import STACKED, parts
+    from dynmoe.model import Decoder
+
+    model = config.model
+    module = MixtralForCausalLM(MixtralConfig(
+        vocab_size=vocab_size, hidden_size=model.hidden, intermediate_size=model.moe.expert_hidden,
+        num_hidden_layers=model.layers, num_attention_heads=model.heads, num_key_value_heads=model.kv_heads,
+        num_local_experts=model.moe.experts, num_experts_per_tok=int(_TOP_2), rms_norm_eps=model.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        tie_word_embeddings=model.tie_embeddings, use_cache=False,
+        max_position_embeddings=config.data.sequence_length, output_router_logits=True,
+        router_aux_loss_coef=model.router.loss_coefficients().get("balance", 0.0) * model.layers / _TOP_2,
+    ))  # fmt: skip
+    own = dict(Decoder(model, vocab_size, config.train.seed).named_parameters())
+    theirs = dict(module.named_parameters())
+    with torch.no_grad():
+        for part in parts(model, vocab_size, STACKED):
+            pieces = own[part.ours].split(part.rows) if part.rows else [own[part.ours]]
+            for name, piece in zip(part.theirs, pieces, strict=True):
+                theirs[name].copy_(piece)
+    return module
 
 
 def check_versions() -> None:

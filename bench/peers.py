@@ -95,7 +95,7 @@ class DeepSpeedTop2(nn.Module):
     def __init__(self, model: ModelConfig, layer: int, seed: int, context: MoEContext, *, ranks: int) -> None:
         super().__init__()
         moe, std = model.moe, model.init_std
-        self._coefficient = model.router.loss_coefficients()["balance"]
+        self._coefficient = model.router.loss_coefficients().get("balance", 0.0)
         expert: nn.Module = SwiGLUExpert(
             torch.empty(2 * moe.expert_hidden, model.hidden), torch.empty(model.hidden, moe.expert_hidden)
         )

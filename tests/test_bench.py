@@ -23,9 +23,13 @@ from packaging.version import Version
 from bench import end_to_end, gpu_layer, launches, since
 from bench.__main__ import main
 from bench.cases import DTYPES, Method, check
+from bench.deepspeed_peers import mixtral_with_our_weights
 from bench.machine_code import Work, seconds_of, work_of
 from bench.timing import Passes, interleave, median_ratio, saved_bytes
+from dynmoe.config import load_config
 from dynmoe.errors import UserError
+from dynmoe.model import Decoder
+from dynmoe.moe.layer import capture_plans
 from harness.machine_code import CARDS, SHAPES, Compiled
 from harness.memory import peak_bytes
 from harness.plans import Shape, spread_plan
@@ -184,6 +188,26 @@ def test_whole_steps_of_both_engines_and_of_deepspeeds_own_layer(tmp_path, corpu
         assert 0 < row["moe_share"] < 1
         assert row["time_over_first"] > 0
         assert row["loss_at_end"] == pytest.approx(rows[0]["loss_at_end"], rel=0.2)
+    first = {row["method"]: row["curve"][0][1] for row in rows}
+    same = [loss for method, loss in first.items() if method.startswith("top_k") or method == "deepspeed_autoep"]
+    assert same == pytest.approx([first["top_k, deepspeed"]] * len(same), rel=1e-5)
+
+
+def test_the_mixtral_of_deepspeeds_autoep_starts_as_our_model():
+    """Of a single layer, its balance loss is ours too, which is computed here by its formula."""
+    fields = [*end_to_end.METHODS["deepspeed_autoep"], "model.layers=1", "model.hidden=32", "model.kv_heads=2",
+              "model.moe.experts=8", "model.moe.expert_hidden=32", "model.init_std=0.3",
+              "model.router.balance_loss=0.1"]  # fmt: skip
+    config = load_config("configs/quickstart.yaml", fields)
+    tokens_BS = torch.arange(128).view(2, 64) * 7 % 61
+    theirs = mixtral_with_our_weights(config, 64)
+    ours = Decoder(config.model, 64, config.train.seed)
+    out = theirs(tokens_BS)
+    with capture_plans(ours.moe_layers) as plans:
+        torch.testing.assert_close(out.logits, ours(tokens_BS), rtol=1e-4, atol=1e-5)
+    share_E = plans[0].tokens_per_expert_E / plans[0].tokens_per_expert_E.sum()
+    balance = 0.1 * 8 * (share_E * plans[0].scores_TE.mean(dim=0)).sum().item()
+    assert theirs.router_aux_loss_coef * out.aux_loss.item() == pytest.approx(balance, rel=1e-5)
 
 
 @pytest.mark.slow
