@@ -40,7 +40,7 @@ from bench import (
     zero_computation,
 )
 from bench.report import Rows, current_commit, markdown, print_table, with_sections, without_details, write_json
-from dynmoe.cli import run_tool
+from dynmoe.cli import Help, run_tool
 from dynmoe.errors import UserError
 
 # In the order of docs/performance.md; the others are training runs without a section there.
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def _add(names: argparse._SubParsersAction, name: str, phrase: str) -> argparse.ArgumentParser:
-    return names.add_parser(name, help=phrase, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    return names.add_parser(name, help=phrase, formatter_class=Help)
 
 
 def run_all(given: argparse.Namespace) -> None:
@@ -116,9 +116,10 @@ def run_all(given: argparse.Namespace) -> None:
 
 _HEAD = """# Performance
 
-Written by `python -m bench all`; `python -m bench NAME` runs one benchmark with other sizes. All figures are ratios:
-the methods take turns within one process, and medians are reported. Ratios are meaningful on shared machines; absolute
-times are not. Every timing follows a check that the methods agree. `docs/log.md` explains the figures.
+Written by `python -m bench all`; `python -m bench NAME` runs one benchmark with other sizes. Times are compared as
+ratios: the methods take turns, within one process where that is possible, and medians are reported. Ratios are
+meaningful on shared machines; absolute times are not. Layers that are given the same routing are first checked to
+agree. `docs/log.md` explains the figures.
 """
 
 

@@ -5,7 +5,8 @@ has two micro-batches. "ours" is what our code calls in compute_gradients, updat
 is what DeepSpeed and Megatron-Core call there. Transfers of activations are not counted: sends between pipeline stages,
 and tokens sent to experts on other ranks. A host read is an item(), tolist(), cpu(), bool(), int() or float() of a
 tensor. Each would wait for a GPU, except the second one of a report, which reads a finished value. Also not counted:
-host reads of code that only runs on a CPU, and the row count for which a layer without a limit waits (benchmark 6).
+host reads of code that only runs on a CPU, and the row count for which a layer without a limit waits (`python -m bench
+launches`, on a GPU).
 
 Counts are per step, of the rank with more. Before collectives were packed, "ours" was, for 2 and for 8 layers: with
 data parallelism 6 and 18 collectives in a plain step, and 3 and 9 host reads (8 and 20 in a logged step); with pipeline

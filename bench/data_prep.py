@@ -1,4 +1,4 @@
-"""Benchmark 11: data_prep in one process, compared with sentencepiece alone on the same text.
+"""Benchmark 21: data_prep in one process, compared with sentencepiece alone on the same text.
 
 Our time includes everything: reading JSON lines, hashing twice, encoding, writing the part. Its word cache starts
 empty.

@@ -16,7 +16,7 @@ from data_prep.recipe import Nodes, Recipe
 from data_prep.sources import STDLIB
 from data_prep.tables import HUB
 from data_prep.tiktoken_files import PATTERNS, read_tokenizer
-from dynmoe.cli import run_tool
+from dynmoe.cli import Help, run_tool
 from dynmoe.data.corpus import MANIFEST, Corpus
 from dynmoe.data.tokenizer_files import open_tokenizer
 from dynmoe.errors import UserError
@@ -51,7 +51,7 @@ def _adopt(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "python -m data_prep adopt",
         description="Makes a corpus from .bin/.idx files of Megatron-LM's own tool, without encoding again.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("train", type=Path, metavar="PREFIX", help="path of the training files without .bin and .idx")
     parser.add_argument("--validation", type=Path, metavar="PREFIX", help="path of the validation files; default: use "
@@ -109,7 +109,7 @@ def _parse_build(arguments: list[str]) -> argparse.Namespace:
         "python -m data_prep",
         description="Converts text to a tokenizer and Megatron .bin/.idx files. 'verify DIR' checks the result; "
         "'adopt PREFIX' uses files of Megatron-LM's own tool.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument(
         "sources", nargs="*", default=[STDLIB],

@@ -11,7 +11,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -31,7 +31,7 @@ API = {
         "MoE layer",
         "The layer, its routers, and the operators below it.",
         ["dynmoe/moe/layer.py", "dynmoe/moe/context.py", "dynmoe/moe/dispatcher.py", "dynmoe/moe/experts.py",
-         "dynmoe/moe/routers/*.py", "dynmoe/ops/routed_experts.py", "dynmoe/ops/permute.py"],
+         "dynmoe/routers/*.py", "dynmoe/ops/routed_experts.py", "dynmoe/ops/permute.py"],
     ),
     "training": (
         "Training and models",
@@ -39,6 +39,11 @@ API = {
         ["dynmoe/config/load.py", "dynmoe/train/engine.py", "dynmoe/trained.py", "dynmoe/generate.py",
          "dynmoe/engines/megatron/router.py"],
     ),
+}  # fmt: skip
+# Words that a command takes first, and that have options of their own.
+VERBS_OF = {
+    "data_prep.__main__": ("verify", "adopt"), "dynmoe.report": ("tokens", "budget", "dashboard"),
+    "dynmoe.launch": ("slurm", "begin", "after", "address"),
 }  # fmt: skip
 
 
@@ -71,7 +76,8 @@ def commands_page() -> str:
     for module in modules:
         name = module.removesuffix(".__main__")
         parts.append(f"## {name}\n")
-        parts += [f"```text\n{text.rstrip()}\n```\n" for text in helps(module)]
+        for words in ((), *((verb,) for verb in VERBS_OF.get(module, ()))):
+            parts += [f"```text\n{text.rstrip()}\n```\n" for text in helps(module, *words)]
     return "\n".join(parts)
 
 
@@ -79,14 +85,20 @@ class _StopError(Exception):
     """Carries a parser out of the command that made it."""
 
 
-def helps(module: str) -> Iterator[str]:
-    """The help of a command's parser and of its sub-commands."""
+def helps(module: str, *words: str) -> Iterator[str]:
+    """The help of the parser that a command uses after these words, and of its sub-commands."""
 
-    def stop(parser: argparse.ArgumentParser, *_: object) -> None:
+    parse = argparse.ArgumentParser.parse_known_args  # the others call it
+
+    def stop(parser: argparse.ArgumentParser, args: Sequence[str] | None = None, namespace: object = None) -> object:
+        if words and args == list(words):  # the parser of the first words, which choose the next one
+            return parse(parser, args, namespace)
         raise _StopError(parser)
 
-    parse = {"parse_args": stop, "parse_intermixed_args": stop, "parse_known_args": stop}
-    with mock.patch.multiple(argparse.ArgumentParser, **parse), mock.patch.object(sys, "argv", [module]):
+    with (
+        mock.patch.object(argparse.ArgumentParser, "parse_known_args", stop),
+        mock.patch.object(sys, "argv", ["__main__.py", *words]),
+    ):
         try:
             importlib.import_module(module).main()
         except _StopError as stopped:

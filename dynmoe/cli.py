@@ -1,7 +1,8 @@
-"""How the command-line tools end: with an error in one line, or quietly if nobody reads their output any more."""
+"""What the command-line tools share: their help, and how they end."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import select
 import signal
@@ -15,6 +16,13 @@ from dynmoe.launched import failure_to_repeat, record_failure
 
 EXIT_USER_ERROR = 2
 _TIME_TO_SPEAK_S = 3.0
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default of each option to its help, apart from None, which the help explains."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def run_tool(main: Callable[[], None]) -> None:

@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -21,7 +22,7 @@ from matplotlib import pyplot
 from packaging.version import Version
 
 from bench import end_to_end, gpu_layer, launches, since
-from bench.__main__ import main
+from bench.__main__ import BENCHMARKS, main
 from bench.cases import DTYPES, Method, check
 from bench.deepspeed_peers import mixtral_with_our_weights
 from bench.machine_code import Work, seconds_of, work_of
@@ -62,8 +63,6 @@ def test_what_needs_a_gpu_judges_its_rows():
 
 def rows_of(name: str, arguments: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows and verdicts of a benchmark, in a process of a pool."""
-    from bench.__main__ import BENCHMARKS
-
     parser = argparse.ArgumentParser()
     BENCHMARKS[name].add_arguments(parser)
     rows = BENCHMARKS[name].run(parser.parse_args(arguments))
@@ -223,6 +222,14 @@ def test_a_commit_that_is_not_there_is_said(tmp_path):
     since.add_arguments(parser)
     with pytest.raises(UserError, match="--commit none-of-that-name: git has no such commit"):
         since.run(parser.parse_args(["--commit", "none-of-that-name", "--data", str(tmp_path)]))
+
+
+def test_each_benchmark_has_a_number_of_its_own():
+    """The sections of the page are known by it."""
+    numbers = [re.match(r"Benchmark \d+", module.__doc__) for module in BENCHMARKS.values()]
+    found = [number[0] for number in numbers if number]
+    assert len(found) > 15
+    assert len(set(found)) == len(found)
 
 
 def test_the_page_has_measurements_and_targets(tmp_path, monkeypatch):

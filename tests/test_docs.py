@@ -130,13 +130,16 @@ def test_the_reference_has_every_field_and_command(generated):
     assert [name for name, *_ in describe_fields() if f"| `{name}` |" not in page] == []
     page = generated["reference/commands.md"]
     assert [verb for verb in VERBS if f"## dynmoe.{verb}\n" not in page] == []
-    assert "usage: python -m dynmoe.hf export" in page
+    for usage in ("dynmoe.hf export", "data_prep adopt", "dynmoe.report dashboard", "dynmoe.launch address"):
+        assert f"usage: python -m {usage} [-h]" in page
+    assert "(default: None)" not in page
 
 
 def test_the_api_reference_names_modules_that_exist(generated):
     for name in ("routing", "moe", "training"):
         modules = re.findall(r"^::: (\S+)$", generated[f"reference/{name}.md"], re.MULTILINE)
         assert len(modules) > 4
+        assert name != "moe" or "dynmoe.routers.top_any" in modules
         assert [module for module in modules if importlib.util.find_spec(module) is None] == []
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from dynmoe.cli import Help
 from dynmoe.config import load_config
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.plan.dry_start import dry_start
@@ -18,9 +19,7 @@ from dynmoe.plan.speed import Hardware
 
 def main() -> None:
     program = sys.argv[0] if Path(sys.argv[0]).name != "__main__.py" else "python -m dynmoe.plan"
-    parser = argparse.ArgumentParser(
-        program, description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(program, description=__doc__, formatter_class=Help, allow_abbrev=False)
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the configuration")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of configuration fields")
     parser.add_argument("--nodes", type=int, default=1, help="number of nodes")
