@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 from dynmoe.cli import run_tool
 from dynmoe.config import Config, load_config
@@ -15,7 +21,8 @@ from dynmoe.errors import UserError
 def convert(run: Path, output: Path, engine: str, parallel: ParallelConfig | None = None) -> Config:
     """Creates the run directory ``output`` for the other engine, with bitwise identical masters and moments.
 
-    The whole model is built in this process, so it must fit into memory whatever the layout of the run.
+    The whole model with gradients and optimizer state must fit into host memory, whatever the layout of the run: 16
+    bytes per parameter in fp32, 18 in bf16.
 
     Args:
         run: directory of a run.
@@ -27,9 +34,8 @@ def convert(run: Path, output: Path, engine: str, parallel: ParallelConfig | Non
         The configuration of the new run.
 
     Raises:
-        UserError: the run has no checkpoint or is one of ``engine``, or the output exists.
+        UserError: the run has no checkpoint or is one of ``engine``, the output exists, or memory is not sufficient.
     """
-    from dynmoe.engines.megatron import conversion
     from dynmoe.train.checkpoint import continue_run, latest_valid
 
     if output.exists():
@@ -40,9 +46,41 @@ def convert(run: Path, output: Path, engine: str, parallel: ParallelConfig | Non
     source = latest_valid(run / "checkpoints")
     new = _configuration(config, output, engine, parallel)
     alone = dataclasses.replace(config, engine="megatron", parallel=ParallelConfig())
-    write = conversion.to_canonical if engine == "deepspeed" else conversion.from_canonical
-    continue_run(source, new, output, lambda target: write(alone, source.path, target))
+    continue_run(source, new, output, lambda target: _without_gpus(_write, engine, alone, source.path, target))
     return new
+
+
+def _write(engine: str, alone: Config, source: Path, target: Path) -> None:
+    """Converts the files of a checkpoint."""
+    from dynmoe.engines.megatron import conversion
+
+    write = conversion.to_canonical if engine == "deepspeed" else conversion.from_canonical
+    try:
+        write(alone, source, target)
+    except UserError as error:  # of a kind that every process can receive
+        raise UserError(str(error)) from None
+
+
+def _without_gpus(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function, on a machine with GPUs in a process that sees none.
+
+    Megatron's engine would use a GPU, which holds less than the host.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return function(*arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _hide_gpus) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            problem = "the process that holds the whole model was killed"
+            cure = "free host memory: 16 bytes per parameter are needed in fp32, 18 in bf16"
+            raise UserError(f"conversion: {problem}; {cure}") from None
+
+
+def _hide_gpus() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def _configuration(config: Config, output: Path, engine: str, parallel: ParallelConfig | None) -> Config:

@@ -13,7 +13,8 @@ import torch
 
 from dynmoe.compact import compact
 from dynmoe.config import load_config
-from dynmoe.convert import convert
+from dynmoe.convert import _without_gpus, convert
+from dynmoe.errors import UserError
 from dynmoe.train.checkpoint import latest_valid
 from harness.processes import ROOT
 from tests.engines.comparisons import read_canonical
@@ -89,6 +90,20 @@ def test_converted_run_resumes_like_an_uninterrupted_one(one_rank, trained, corp
     first, second = (read_canonical(latest_valid(tmp_path / name / "checkpoints").path) for name in ("plain", "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_with_a_gpu_the_whole_model_is_in_host_memory_all_the_same(one_rank, trained, tmp_path, monkeypatch):
+    """Another process converts, which sees no GPU. This one stays without a process group."""
+    one_rank.run(convert, trained, tmp_path / "here", "deepspeed")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    convert(trained, tmp_path / "there", "deepspeed")
+    assert not torch.distributed.is_initialized()
+    here, there = (read_canonical(latest_valid(tmp_path / name / "checkpoints").path) for name in ("here", "there"))
+    assert here.keys() == there.keys()
+    assert all(torch.equal(value, there[name]) for name, value in here.items())
+    assert _without_gpus(os.getenv, "CUDA_VISIBLE_DEVICES") == ""
+    with pytest.raises(UserError, match="was killed; free host memory"):
+        _without_gpus(os._exit, 9)
 
 
 def test_trained_model_loads_whole_in_one_process(one_rank, trained, tmp_path):
