@@ -63,7 +63,13 @@ def test_without_a_target_a_router_uses_its_most_experts():
     assert router.control_value == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("kind", ["expert_race", "expert_threshold", "quantile", "resonance", "seq_top_k"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "quantile", "seq_top_k",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("expert_race", "expert_threshold", "resonance")),
+    ],
+)  # fmt: skip
 def test_running_thresholds_of_each_budget_hold_it_in_evaluation(kind):
     k = ["model.router.k=6"] if kind == "resonance" else []
     several = ["model.router.budgets=[1,2,4]", "budget.experts_per_token=2"]

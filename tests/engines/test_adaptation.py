@@ -93,11 +93,13 @@ def test_replicas_of_spread_experts_stay_bitwise_equal(four_ranks, stage, precis
 @pytest.mark.parametrize(
     ("overrides", "precision"),
     [
-        (layout(2, 1), "bf16"), (layout(2, 2), "fp32"), (layout(2, 3), "fp32"), (LAYOUTS["Megatron EP 2"], "bf16"),
-        (PIPELINE, "fp32"),
+        (layout(2, 1), "bf16"), (layout(2, 3), "fp32"), (PIPELINE, "fp32"),
         *(
             pytest.param(*other, marks=pytest.mark.slow)
-            for other in ((layout(1, 1), "fp32"), (layout(2, 0), "bf16"), (LAYOUTS["Megatron DP 2"], "bf16"))
+            for other in (
+                (layout(1, 1), "fp32"), (layout(2, 0), "bf16"), (layout(2, 2), "fp32"),
+                (LAYOUTS["Megatron DP 2"], "bf16"), (LAYOUTS["Megatron EP 2"], "bf16"),
+            )
         ),
     ],
 )  # fmt: skip
@@ -137,7 +139,7 @@ def test_a_new_expert_has_fresh_weights_fresh_masters_and_no_moments(two_ranks, 
         assert moments[:, stayed].any(), "the moments were wiped for all"
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_new_expert_can_start_from_the_weights_of_its_slot(two_ranks, stage):
     """Those it was built with, up to weight decay; its moments are new all the same."""
     overrides = layout(2, stage)

@@ -94,13 +94,16 @@ GROUPED = {
 }
 
 
-@pytest.mark.parametrize("kind", [
-    pytest.param(kind, marks=() if kind == "top_p" else pytest.mark.slow) for kind in GROUPED
+@pytest.mark.parametrize(("kind", "layout"), [
+    pytest.param(kind, layout, marks=() if (kind, layout) == ("top_p", "alone") else pytest.mark.slow)
+    for kind in GROUPED for layout in ("alone", "EP 2")
 ])  # fmt: skip
-def test_a_budget_is_held_within_groups(two_ranks, kind):
-    """Of 16 experts in four groups, a token uses those of two groups; each rank has two groups."""
-    overrides = [*BASE, *GROUPED[kind], TWO, "model.router.n_group=4", "model.router.topk_group=2", *SPREAD["EP 2"]]
-    result = two_ranks.run(train, overrides, 0, SETTLED + WINDOW)[0]
+def test_a_budget_is_held_within_groups(one_rank, two_ranks, kind, layout):
+    """Of 16 experts in four groups, a token uses those of two groups; each of two ranks has two groups."""
+    groups = ["model.router.n_group=4", "model.router.topk_group=2"]
+    overrides = [*BASE, *GROUPED[kind], TWO, *groups, *SPREAD.get(layout, [])]
+    pool = one_rank if layout == "alone" else two_ranks
+    result = pool.run(train, overrides, 0, SETTLED + WINDOW)[0]
     assert mean(experts_per_token(result)[SETTLED:]) == pytest.approx(2.0, rel=0.02)
     for maps in result["maps"].values():
         used = torch.cat(maps).unflatten(1, (4, 4)).any(dim=2).sum(dim=1)

@@ -51,7 +51,7 @@ def alone(one_rank):
 
 
 @pytest.mark.parametrize("kind", sorted(ROUTERS))
-@pytest.mark.parametrize("expert_parallel", [1, 2])
+@pytest.mark.parametrize("expert_parallel", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_two_ranks_train_like_one_with_auxiliary_losses(alone, two_ranks, kind, expert_parallel):
     overrides = [*ROUTERS[kind], *ALL_LOSSES[kind], *HALF, f"parallel.expert={expert_parallel}"]
     results = two_ranks.run(train, overrides, 0, STEPS)
@@ -184,9 +184,15 @@ def whole_run(one_rank):
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [(2, (0, 0)), (2, (1, 1)), (2, (1, 2)), (2, (3, 1)), (3, (1, 0))],
-    ids=["one rank", "DP 2", "EP 2, another stage", "to DP 2 with ZeRO 3", "from ZeRO 3 to one rank"],
-)  # fmt: skip
+    ("before", "after"),
+    [
+        pytest.param(2, (0, 0), id="one rank", marks=pytest.mark.slow),
+        pytest.param(2, (1, 1), id="DP 2", marks=pytest.mark.slow),
+        pytest.param(2, (1, 2), id="EP 2, another stage"),
+        pytest.param(2, (3, 1), id="to DP 2 with ZeRO 3", marks=pytest.mark.slow),
+        pytest.param(3, (1, 0), id="from ZeRO 3 to one rank"),
+    ],
+)
 def test_f19_a_checkpoint_fits_other_layouts(whole_run, one_rank, two_ranks, tmp_path, before, after):
     """Saved under EP 2: saving it again is bitwise identical, and training continues as on one rank."""
     saved = tmp_path / "saved"

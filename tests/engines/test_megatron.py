@@ -61,7 +61,7 @@ def plain(one_rank):
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        pytest.param(EP2, ALONE, id="EP 2 to 1"),
+        pytest.param(EP2, ALONE, id="EP 2 to 1", marks=pytest.mark.slow),
         pytest.param(ALONE, EP2, id="EP 1 to 2", marks=pytest.mark.slow),
         pytest.param(PP2, ALONE, id="PP 2 to 1", marks=pytest.mark.slow),
         pytest.param(ALONE, TP2, id="TP 1 to 2", marks=pytest.mark.slow),
@@ -160,7 +160,7 @@ def replicated(result) -> dict[str, torch.Tensor]:
         pytest.param(DP2, marks=pytest.mark.slow),
         pytest.param(TP2, marks=pytest.mark.slow),
         PP2,
-        [*TP2, *LATENT],
+        pytest.param([*TP2, *LATENT], marks=pytest.mark.slow),
         pytest.param([*PP2, *LONGCAT], marks=pytest.mark.slow),
     ],
     ids=["DP 2", "TP 2", "PP 2", "TP 2, latent attention", "PP 2, LongCat-Flash"],
@@ -204,7 +204,15 @@ def test_recomputation_changes_nothing(two_ranks, layout):
         assert again["attentions"] == 2 * expected["attentions"], "nothing was recomputed"
 
 
-@pytest.mark.parametrize("layout", [TP2, PP2, INTERLEAVED, EP2], ids=["TP 2", "PP 2", "PP 2 interleaved", "EP 2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(TP2, id="TP 2"),
+        pytest.param(PP2, id="PP 2", marks=pytest.mark.slow),
+        pytest.param(INTERLEAVED, id="PP 2 interleaved"),
+        pytest.param(EP2, id="EP 2", marks=pytest.mark.slow),
+    ],
+)
 def test_statistics_count_every_token_once(plain, one_rank, two_ranks, layout):
     """On every rank and for every layer; a statistics vector ends with the histogram of K and the loads."""
     (alone,) = one_rank.run(train, [*BASE, *ALONE], 0, 2)
@@ -224,7 +232,8 @@ def test_statistics_count_every_token_once(plain, one_rank, two_ranks, layout):
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=() if "top_any" in kind else pytest.mark.slow) for kind in sorted(BASELINES)]
+    "kind",
+    [pytest.param(kind, marks=() if kind == "top_any improved" else pytest.mark.slow) for kind in sorted(BASELINES)],
 )
 def test_baseline_routers_train_like_one_rank(one_rank, two_ranks, kind):
     """Under tensor parallelism, with their state between steps and counts over ranks that share sequences."""
@@ -239,7 +248,7 @@ def test_baseline_routers_train_like_one_rank(one_rank, two_ranks, kind):
     "extra", [["model.router.balance_scope=sequence"], ["model.tie_embeddings=true"], ["model.moe.shared_hidden=32"],
               ["model.moe.moe_layer_freq=2", "model.ffn_hidden=64"]], ids=lambda extra: extra[0],
 )  # fmt: skip
-@pytest.mark.parametrize("layout", [TP2, PP2], ids=["TP 2", "PP 2"])
+@pytest.mark.parametrize("layout", [pytest.param(TP2, id="TP 2", marks=pytest.mark.slow), pytest.param(PP2, id="PP 2")])
 def test_other_architectures_train_like_the_plain_model(plain, two_ranks, layout, extra):
     expected = plain(*extra, steps=5)
     spread = two_ranks.run(train, [*BASE, *layout, *extra], 0, 5)[0]
@@ -312,7 +321,14 @@ def test_evaluation_of_split_sequences_equals_that_of_whole_ones(one_rank, two_r
         torch.testing.assert_close(result["logits"], expected["logits"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("layout", "rank"), [(EP2, 1), (PP2, 1), (TP2, 0)], ids=["EP 2", "PP 2", "TP 2"])
+@pytest.mark.parametrize(
+    ("layout", "rank"),
+    [
+        pytest.param(EP2, 1, id="EP 2", marks=pytest.mark.slow),
+        pytest.param(PP2, 1, id="PP 2"),
+        pytest.param(TP2, 0, id="TP 2"),
+    ],
+)
 def test_nonfinite_scores_stop_every_rank_and_name_step_layer_and_rank(two_ranks, layout, rank):
     for message, untouched in two_ranks.run(train_into_nan, [*BASE, *layout], 3, rank):
         assert message.startswith(f"step 3: router scores are not finite in layer 3 on rank {rank}; "), message

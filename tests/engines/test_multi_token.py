@@ -78,7 +78,13 @@ def test_recomputation_changes_nothing(pools, name):
         assert again["attentions"] == 2 * expected["attentions"], "nothing was recomputed"
 
 
-@pytest.mark.parametrize("router", [["budget.method=pi", "budget.experts_per_token=1.75"], BASELINES["quantile"]])
+@pytest.mark.parametrize(
+    "router",
+    [
+        pytest.param(["budget.method=pi", "budget.experts_per_token=1.75"], id="pi"),
+        pytest.param(BASELINES["quantile"], id="quantile", marks=pytest.mark.slow),
+    ],
+)
 def test_budgets_hold_over_all_layers_in_any_layout(pools, router):
     overrides = [*ONE_FURTHER, *router]
     (alone,) = pools[1].run(train, [*overrides, *WHOLE], 0, 6)

@@ -29,7 +29,7 @@ def plain(one_rank):
     return run
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_zero_stages_train_like_single_matrices_and_resume_bitwise(plain, four_ranks, tmp_path, stage):
     """Four ranks, with two replicas of each expert."""
     overrides = [*MUON, *QUARTER, "parallel.expert=2", f"deepspeed.zero_stage={stage}"]
@@ -42,10 +42,17 @@ def test_zero_stages_train_like_single_matrices_and_resume_bitwise(plain, four_r
         assert all(torch.equal(value, half["state"][name]) for name, value in whole["state"].items())
 
 
-@pytest.mark.parametrize("overrides", [
+SPREAD = [
     ["deepspeed.zero_stage=0"], ["deepspeed.zero_stage=1"], ["deepspeed.zero_stage=2"],
     ["engine=megatron"], ["engine=megatron", "parallel.tensor=2"],
-], ids=" ".join)  # fmt: skip
+]  # fmt: skip
+FAST = (2, 4)
+
+
+@pytest.mark.parametrize("overrides", [
+    pytest.param(own, id=" ".join(own), marks=() if number in FAST else pytest.mark.slow)
+    for number, own in enumerate(SPREAD)
+])  # fmt: skip
 def test_bf16_trains_like_fp32(plain, two_ranks, overrides):
     batch = ONE if "parallel.tensor=2" in overrides else HALF
     losses = two_ranks.run(train, [*MUON, *overrides, *batch, "train.precision=bf16"], 0, 12)[0]["losses"]

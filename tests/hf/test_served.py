@@ -24,7 +24,7 @@ def exported(corpus_dir, tmp_path, name, *overrides):
     return run
 
 
-FAST = ("top_p", "top_any improved", "relu", "everything")
+FAST = ("top_p", "everything")
 
 
 @pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in OWN])

@@ -254,8 +254,8 @@ def test_a_start_records_the_ranks_in_use_and_tells_of_changes(fields):
     "layout",
     [
         ["parallel.expert=2", "deepspeed.zero_stage=2"],
-        ["engine=megatron", "parallel.expert=2"],
-        ["engine=megatron", "parallel.pipeline=2", "train.micro_batch=2"],
+        pytest.param(["engine=megatron", "parallel.expert=2"], marks=pytest.mark.slow),
+        pytest.param(["engine=megatron", "parallel.pipeline=2", "train.micro_batch=2"], marks=pytest.mark.slow),
     ],
 )
 def test_f29_losses_and_samples_are_those_of_an_uninterrupted_run(
