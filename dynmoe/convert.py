@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
 import os
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import signal
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
-from dynmoe.cli import run_tool
+from dynmoe.cli import EXIT_USER_ERROR, run_tool
 from dynmoe.config import Config, load_config
 from dynmoe.config.parallel import ParallelConfig
 from dynmoe.errors import UserError
@@ -45,42 +43,48 @@ def convert(run: Path, output: Path, engine: str, parallel: ParallelConfig | Non
         raise UserError(f"--engine={engine}: {run} already uses this engine; name the other one")
     source = latest_valid(run / "checkpoints")
     new = _configuration(config, output, engine, parallel)
-    alone = dataclasses.replace(config, engine="megatron", parallel=ParallelConfig())
-    continue_run(source, new, output, lambda target: _without_gpus(_write, engine, alone, source.path, target))
+    continue_run(source, new, output, lambda target: _write_in_host_memory(engine, run, source.path, target))
     return new
 
 
-def _write(engine: str, alone: Config, source: Path, target: Path) -> None:
-    """Converts the files of a checkpoint."""
-    from dynmoe.engines.megatron import conversion
-
-    write = conversion.to_canonical if engine == "deepspeed" else conversion.from_canonical
-    try:
-        write(alone, source, target)
-    except UserError as error:  # of a kind that every process can receive
-        raise UserError(str(error)) from None
-
-
-def _without_gpus(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function, on a machine with GPUs in a process that sees none.
+def _write_in_host_memory(*arguments: Path | str) -> None:
+    """Calls :func:`_write`, on a machine with GPUs in a process that sees none.
 
     Megatron's engine would use a GPU, which holds less than the host.
     """
     import torch
 
     if not torch.cuda.is_available():
-        return function(*arguments)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _hide_gpus) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool:
-            problem = "the process that holds the whole model was killed"
-            cure = "free host memory: 16 bytes per parameter are needed in fp32, 18 in bf16"
-            raise UserError(f"conversion: {problem}; {cure}") from None
+        _write(*arguments)
+        return
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD, *map(str, arguments)], check=False, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    if done.returncode == EXIT_USER_ERROR:
+        raise UserError(done.stderr.splitlines()[-1].removeprefix("error: "))
+    if done.returncode == -signal.SIGKILL:
+        cure = "free host memory: 16 bytes per parameter are needed in fp32, 18 in bf16"
+        raise UserError(f"conversion: the process that holds the whole model was killed; {cure}")
+    if done.returncode:
+        raise RuntimeError(f"conversion ended with status {done.returncode}:\n{done.stderr}")
 
 
-def _hide_gpus() -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+_CHILD = """
+import sys
+from dynmoe.cli import run_tool
+from dynmoe.convert import _write
+run_tool(lambda: _write(*sys.argv[1:]))
+"""
+
+
+def _write(engine: str | Path, run: str | Path, source: str | Path, target: str | Path) -> None:
+    """Converts the files of a checkpoint of ``run``, from the directory ``source`` to ``target``."""
+    from dynmoe.engines.megatron import conversion
+
+    alone = dataclasses.replace(load_config(Path(run) / "config.yaml"), engine="megatron", parallel=ParallelConfig())
+    write = conversion.to_canonical if engine == "deepspeed" else conversion.from_canonical
+    write(alone, Path(source), Path(target))
 
 
 def _configuration(config: Config, output: Path, engine: str, parallel: ParallelConfig | None) -> Config:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import dynmoe.convert
 from dynmoe.compact import compact
 from dynmoe.config import load_config
-from dynmoe.convert import _without_gpus, convert
+from dynmoe.convert import _write_in_host_memory, convert
 from dynmoe.errors import UserError
 from dynmoe.train.checkpoint import latest_valid
 from harness.processes import ROOT
@@ -93,7 +94,7 @@ def test_converted_run_resumes_like_an_uninterrupted_one(one_rank, trained, corp
 
 
 def test_with_a_gpu_the_whole_model_is_in_host_memory_all_the_same(one_rank, trained, tmp_path, monkeypatch):
-    """Another process converts, which sees no GPU. This one stays without a process group."""
+    """Another process converts. This one stays without a process group."""
     one_rank.run(convert, trained, tmp_path / "here", "deepspeed")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     convert(trained, tmp_path / "there", "deepspeed")
@@ -101,9 +102,22 @@ def test_with_a_gpu_the_whole_model_is_in_host_memory_all_the_same(one_rank, tra
     here, there = (read_canonical(latest_valid(tmp_path / name / "checkpoints").path) for name in ("here", "there"))
     assert here.keys() == there.keys()
     assert all(torch.equal(value, there[name]) for name, value in here.items())
-    assert _without_gpus(os.getenv, "CUDA_VISIBLE_DEVICES") == ""
-    with pytest.raises(UserError, match="was killed; free host memory"):
-        _without_gpus(os._exit, 9)
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "words"),
+    [
+        ("from dynmoe.cli import run_tool; from dynmoe.errors import UserError\n"
+         "def fail(): raise UserError('a field: a cure')\nrun_tool(fail)", UserError, "^a field: a cure$"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", UserError, "was killed; free host memory"),
+        ("import os; raise OSError('GPUs: ' + repr(os.environ['CUDA_VISIBLE_DEVICES']))", RuntimeError, "GPUs: ''"),
+    ],
+)  # fmt: skip
+def test_failures_of_the_process_that_converts_are_reported(monkeypatch, code, error, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dynmoe.convert, "_CHILD", code)
+    with pytest.raises(error, match=words):
+        _write_in_host_memory("deepspeed", "run", "source", "target")
 
 
 def test_trained_model_loads_whole_in_one_process(one_rank, trained, tmp_path):
