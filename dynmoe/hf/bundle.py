@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def _exported_modules() -> list[str]:
     while waiting:
         name = waiting.pop()
         if name not in graph:
-            found = [module for node in _imports(_parse(name), typing=False) for module in _imported(node)]
+            found = [module for node in _imports(_source(name), typing=False) for module in _imported(node)]
             graph[name] = sorted({module for module in found if module.startswith("dynmoe.") or module in routers})
             waiting += graph[name]
     exportable = ("dynmoe.errors", "dynmoe.fields", "dynmoe.routers.", "dynmoe.routing.", "dynmoe.ops.", *routers)
@@ -77,21 +78,28 @@ def _source(name: str) -> str:
     return Path(spec.origin).read_text()
 
 
-def _parse(name: str) -> ast.Module:
-    return ast.parse(_source(name))
+# Once for each text: a process may export many models.
+@cache
+def _parse(text: str) -> ast.Module:
+    return ast.parse(text)
 
 
 def _is_for_typing(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
-def _imports(tree: ast.AST, typing: bool = True) -> Iterator[_Import]:
+@cache
+def _imports(text: str, typing: bool = True) -> tuple[_Import, ...]:
     """All import statements, those in functions included; without those for type checkers if not ``typing``."""
+    return tuple(_imports_below(_parse(text), typing))
+
+
+def _imports_below(tree: ast.AST, typing: bool) -> Iterator[_Import]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, _Import):
             yield node
         elif typing or not _is_for_typing(node):
-            yield from _imports(node, typing)
+            yield from _imports_below(node, typing)
 
 
 def _imported(node: _Import) -> list[str]:
@@ -115,13 +123,13 @@ def _bundle(bundle: str, modules: list[str], exported: set[str]) -> str:
     defined: dict[str, str] = {}
     for name in modules:
         text = _source(name)
-        tree = ast.parse(text)
+        tree = _parse(text)
         for own in _defined(tree):
             if own in defined:
                 problem = f"{name} and {defined[own]} both define {own}, and an export has them in one file"
                 raise UserError(f"{problem}; rename one of them")
             defined[own] = name
-        for node in _imports(tree):
+        for node in _imports(text):
             for source, names in _exported_import(node, bundle, exported):
                 imports.setdefault(source, set()).add(names)
         heading = ast.get_docstring(tree, clean=False) or ""  # becomes a comment
@@ -152,7 +160,7 @@ def _without_imports(text: str, tree: ast.Module) -> str:
     blocks: list[ast.stmt] = [node for node in tree.body if _is_for_typing(node)]
     docstring = tree.body[:1] if ast.get_docstring(tree) is not None else []
     removed: set[int] = set()
-    for node in [*docstring, *blocks, *_imports(tree)]:
+    for node in [*docstring, *blocks, *_imports(text)]:
         assert node.end_lineno is not None
         # An import in a function is followed by a blank line.
         blank = node.col_offset > 0 and node.end_lineno < len(lines) and not lines[node.end_lineno].strip()
