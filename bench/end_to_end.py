@@ -1,10 +1,10 @@
 """Benchmark 8: training steps on two ranks: dynamic routing held at K = 2, compared with top-2, in both engines.
 
 The same model (except for the router), initial weights, data, order and optimizer. The methods take turns, one step
-each, so that disturbances affect all of them. deepspeed_top2 is DeepSpeed's own MoE layer, with the initial gate of its
-own, without drops, in its own engine; deepspeed_autoep is transformers' Mixtral, whose balance loss pools the layers,
-trained by DeepSpeed's AutoEP (with transformers before 5.23); the others are ours. Tokens per second are those of the
-median step. The median ratio lies between at_least and at_most with 95 % confidence (by order statistics).
+each, so that disturbances affect all of them. deepspeed_top2 is DeepSpeed's own MoE layer without drops, in its own
+engine; only its gate starts from other weights. deepspeed_autoep is transformers' Mixtral, trained by DeepSpeed's
+AutoEP (with transformers before 5.23); its balance loss pools the layers. The others are ours. Tokens per second are
+those of the median step. The median ratio lies between at_least and at_most with 95 % confidence (by order statistics).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from bench.report import current_commit, replace_block, shown
 from bench.routing.intervals import Interval, interval_of
 from bench.routing.methods import METHODS
 from bench.routing.units import fingerprint, read_rows, versions, with_loss, write_evidence
-from bench.token_statistics import associations, by_bins, read_tokens
+from bench.token_statistics import associations, by_bins, means_by_sequence, read_tokens
 from bench.trainings import problem_in, start
 from dynmoe.data.batches import PretrainingData
 from dynmoe.data.corpus import MANIFEST, Corpus
@@ -42,6 +42,7 @@ _PARTS = 40
 # context, so they are the harder ones.
 _EXPERTS = 0.1
 _CORRELATION = 0.05
+_OF_SEQUENCES = 0.2  # of 512 sequences of a few long files, the same for all seeds
 STATISTICS: dict[str, tuple[str, int, float]] = {
     "change": ("K in the last tenth of the training minus K in the second tenth", -1, _EXPERTS),
     "lower_minus_upper": ("K of the lower half of the layers minus K of the upper half, last tenth", +1, _EXPERTS),
@@ -50,7 +51,7 @@ STATISTICS: dict[str, tuple[str, int, float]] = {
     "loss_within_token": (
         "the same, both less the mean of their token id (ids that occur at least ten times)", +1, _CORRELATION,
     ),
-    "loss_of_sequence": ("rank correlation, over sequences, of mean K and mean loss", +1, _CORRELATION),
+    "loss_of_sequence": ("rank correlation, over sequences, of mean K and mean loss", +1, _OF_SEQUENCES),
     "rarity": ("rank correlation of K and rarity in the training text", +1, _CORRELATION),
     "position": ("rank correlation of K and position in the sequence", -1, _CORRELATION),
     "surprise": ("rank correlation of K and the loss of the token itself", 0, 0.0),
@@ -187,6 +188,10 @@ def read_run(run: Path, corpus: Corpus, sequences: int) -> dict[str, Any]:
         "tokens": [part[-1]["train/tokens"] for part in _parts(lines, _PARTS)],
         "experts_by_layer": [[_mean(part, layer) for layer in layers] for part in _parts(lines, _PARTS)],
         "statistics": associations(tokens, rarity_N),
+        "by_sequence": {
+            "experts": means_by_sequence(tokens, tokens.experts_N),
+            "loss": means_by_sequence(tokens, tokens.next_loss_N),
+        },
         "experts_by": {
             "loss": by_bins(tokens.experts_N, tokens.next_loss_N),
             "rarity": by_bins(tokens.experts_N, rarity_N),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from dynmoe.data.batches import PretrainingData
@@ -64,19 +64,25 @@ def associations(tokens: Tokens, rarity_N: NDArray[np.int64]) -> dict[str, float
     often = count_I[id_N] >= _FEW
     rest_N, share = _without_means(tokens.experts_N[often], id_N[often])
     loss_rest_N, _ = _without_means(tokens.next_loss_N[often], id_N[often])
-    sequence_N = np.cumsum(tokens.position_N == 0) - 1
     return {
         "loss": _rank(tokens.experts_N, tokens.next_loss_N),
         "surprise": _rank(tokens.experts_N[known], tokens.own_loss_N[known]),
         "rarity": _rank(tokens.experts_N, rarity_N),
         "position": _rank(tokens.experts_N, tokens.position_N),
         "loss_within_token": _rank(rest_N, loss_rest_N),
-        "loss_of_sequence": _rank(_means_by(sequence_N, tokens.experts_N), _means_by(sequence_N, tokens.next_loss_N)),
+        "loss_of_sequence": _rank(
+            means_by_sequence(tokens, tokens.experts_N), means_by_sequence(tokens, tokens.next_loss_N)
+        ),
         "share_of_token": round(share, 4),
     }
 
 
-def _rank(first_N: NDArray[Any], second_N: NDArray[Any]) -> float:
+def means_by_sequence(tokens: Tokens, values_N: NDArray[np.float64]) -> list[float]:
+    """Mean of the values over the tokens of each sequence, in the order of the text."""
+    return [round(float(mean), 4) for mean in _means_by(np.cumsum(tokens.position_N == 0) - 1, values_N)]
+
+
+def _rank(first_N: ArrayLike, second_N: ArrayLike) -> float:
     """Spearman's rank correlation."""
     return round(float(stats.spearmanr(first_N, second_N).statistic), 4)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import os
 import signal
 import subprocess
@@ -14,13 +15,15 @@ from dynmoe.cli import EXIT_USER_ERROR, run_tool
 from dynmoe.config import Config, load_config
 from dynmoe.config.parallel import ParallelConfig
 from dynmoe.errors import UserError
+from dynmoe.launched import end_with_parent
+from dynmoe.routers import ROUTERS
 
 
 def convert(run: Path, output: Path, engine: str, parallel: ParallelConfig | None = None) -> Config:
     """Creates the run directory ``output`` for the other engine, with bitwise identical masters and moments.
 
-    The whole model with gradients and optimizer state must fit into host memory, whatever the layout of the run: 16
-    bytes per parameter in fp32, 18 in bf16.
+    The whole model with gradients, optimizer state and a copy of it must fit into host memory, whatever the layout of
+    the run: about 33 bytes per parameter to convert to DeepSpeed, 60 to Megatron.
 
     Args:
         run: directory of a run.
@@ -32,7 +35,7 @@ def convert(run: Path, output: Path, engine: str, parallel: ParallelConfig | Non
         The configuration of the new run.
 
     Raises:
-        UserError: the run has no checkpoint or is one of ``engine``, the output exists, or memory is not sufficient.
+        UserError: the run has no checkpoint or is one of ``engine``, or the output exists.
     """
     from dynmoe.train.checkpoint import continue_run, latest_valid
 
@@ -57,32 +60,42 @@ def _write_in_host_memory(*arguments: Path | str) -> None:
     if not torch.cuda.is_available():
         _write(*arguments)
         return
+    registered = {router.__module__ for router in ROUTERS.values()}
+    modules = ",".join(sorted(name for name in registered if not name.startswith(("dynmoe.", "__main__"))))
     done = subprocess.run(
-        [sys.executable, "-c", _CHILD, *map(str, arguments)], check=False, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", _CHILD, str(os.getpid()), modules, *map(str, arguments)], check=False,
+        stderr=subprocess.PIPE, text=True,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     if done.returncode == EXIT_USER_ERROR:
         raise UserError(done.stderr.splitlines()[-1].removeprefix("error: "))
     if done.returncode == -signal.SIGKILL:
-        cure = "free host memory: 16 bytes per parameter are needed in fp32, 18 in bf16"
+        cure = f"free host memory: {_MEMORY}"
         raise UserError(f"conversion: the process that holds the whole model was killed; {cure}")
     if done.returncode:
         raise RuntimeError(f"conversion ended with status {done.returncode}:\n{done.stderr}")
 
 
-_CHILD = """
-import sys
-from dynmoe.cli import run_tool
-from dynmoe.convert import _write
-run_tool(lambda: _write(*sys.argv[1:]))
-"""
+_MEMORY = "about 33 bytes per parameter are needed to convert to deepspeed, 60 to megatron"
+_CHILD = "from dynmoe.convert import _serve; _serve()"
+
+
+def _serve() -> None:
+    """The process that :func:`_write_in_host_memory` starts."""
+    parent, modules, *arguments = sys.argv[1:]
+    end_with_parent(int(parent))
+    for name in filter(None, modules.split(",")):
+        importlib.import_module(name)
+    run_tool(lambda: _write(*arguments))
 
 
 def _write(engine: str | Path, run: str | Path, source: str | Path, target: str | Path) -> None:
     """Converts the files of a checkpoint of ``run``, from the directory ``source`` to ``target``."""
     from dynmoe.engines.megatron import conversion
 
-    alone = dataclasses.replace(load_config(Path(run) / "config.yaml"), engine="megatron", parallel=ParallelConfig())
+    config = load_config(Path(run) / "config.yaml")
+    train = dataclasses.replace(config.train, moe_backend="auto")  # nothing is computed
+    alone = dataclasses.replace(config, engine="megatron", parallel=ParallelConfig(), train=train)
     write = conversion.to_canonical if engine == "deepspeed" else conversion.from_canonical
     write(alone, Path(source), Path(target))
 

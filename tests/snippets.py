@@ -44,9 +44,12 @@ _OURS = ("python", ".venv/bin/python", "torchrun", "train.py", "dynmoe", "make",
 _FIELDS = {name: kind for name, kind, *_ in describe_fields()}
 _SECTIONS = {name.rsplit(".", depth)[0] for name in _FIELDS for depth in range(1, name.count(".") + 1)}
 # Look like fields, but are arguments of transformers.
-_ARGUMENTS = {"output_router_logits"}
-# Options of lm-evaluation-harness, DeepSpeed's launcher and Megatron-LM that the pages name.
-_OPTIONS_OF_OTHERS = {"--include", "--exclude", "--spec", "--moe-token-dispatcher-type", "--data-path"}
+_ARGUMENTS = {"output_router_logits", "add_bos_token", "prefix_token_id", "add_special_tokens"}
+# Options of lm-evaluation-harness, DeepSpeed's launcher, Megatron-LM and vLLM that the pages name.
+_OPTIONS_OF_OTHERS = {
+    "--include", "--exclude", "--spec", "--moe-token-dispatcher-type", "--data-path", "--trust-remote-code",
+    "--model-impl",
+}  # fmt: skip
 # Files that a run or an export has.
 _MADE = {"config.yaml", "model.safetensors", "routing_dynmoe.py"}
 
@@ -240,11 +243,14 @@ class Shell:
                 (given.run / "config.yaml").write_text(config.to_yaml())
 
     def _check_tests(self, words: Sequence[str]) -> None:
-        """Files, and the name of a test after -k."""
+        """Files, the name of a test after -k, and marks of pyproject.toml after -m."""
         paths, names = ([word for word in words if ("/" in word) == is_path] for is_path in (True, False))
         tests = "".join(_text(path) for path in _files() if path.endswith(".py") and "/test_" in path)
         assert all((ROOT / path).is_file() for path in paths)
-        assert all(name == "-k" or name in tests for name in names)
+        if "-m" in names:
+            marks = re.sub(r"\b(not|and|or)\b", "", names.pop(names.index("-m") + 1)).split()
+            assert all(f'"{mark}: ' in _text("pyproject.toml") for mark in marks)
+        assert all(name in ("-k", "-m") or name in tests for name in names)
 
     def _parsed(self, tool: object) -> argparse.Namespace:
         """What a tool reads from its command line."""

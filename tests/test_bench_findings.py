@@ -106,6 +106,9 @@ def test_verdicts_follow_from_the_interval_over_seeds():
     without_first = rows[STATISTICS["without_first"][0]]
     assert without_first["mean"].mean == pytest.approx((1 - 2) * (1 - 0.5 * 37.5 / 39))
     assert without_first["verdict"] == "the opposite is seen"
+    few = [seed(4.0, 2.0, loss_of_sequence=0.15 + 1e-3 * n) for n in range(5)]
+    rows_of_few = {row["statistic"]: row for row in rows_of(few)}
+    assert rows_of_few[STATISTICS["loss_of_sequence"][0]]["verdict"] == "not seen at this size"  # of 512 sequences
     for name in ("lower_minus_upper", "loss"):  # sure, but too small
         assert weak[STATISTICS[name][0]]["mean"].verdict == "higher"
         assert weak[STATISTICS[name][0]]["verdict"] == "not seen at this size"

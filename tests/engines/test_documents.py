@@ -62,11 +62,19 @@ def test_without_the_mask_the_test_finds_leaks(pools, layout):
 
 
 @pytest.mark.parametrize(
-    "attention", [pytest.param([], id="heads", marks=pytest.mark.slow), pytest.param(LATENT, id="latent")]
-)
-@pytest.mark.parametrize(
-    "layout", ["DeepSpeed EP 2, full", "Megatron TP 2", "Megatron PP 2 interleaved, full", "Megatron CP 2, selective"]
-)
+    ("layout", "attention"),
+    [
+        pytest.param(layout, attention, id=f"{layout}-{name}", marks=() if is_fast else pytest.mark.slow)
+        for name, attention, fast in (
+            ("heads", [], ("Megatron PP 2 interleaved, full", "Megatron CP 2, selective")),
+            ("latent", LATENT, ("DeepSpeed EP 2, full", "Megatron TP 2")),
+        )
+        for layout in (
+            "DeepSpeed EP 2, full", "Megatron TP 2", "Megatron PP 2 interleaved, full", "Megatron CP 2, selective",
+        )
+        for is_fast in (layout in fast,)
+    ],
+)  # fmt: skip
 def test_a_loss_without_some_labels_is_the_mean_over_the_others(pools, layout, attention):
     ranks, overrides = LAYOUTS[layout]
     expected = train_packed_plainly([*TOP_P, *attention], 6)

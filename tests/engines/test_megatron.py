@@ -61,7 +61,7 @@ def plain(one_rank):
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        pytest.param(EP2, ALONE, id="EP 2 to 1", marks=pytest.mark.slow),
+        pytest.param(EP2, ALONE, id="EP 2 to 1"),
         pytest.param(ALONE, EP2, id="EP 1 to 2", marks=pytest.mark.slow),
         pytest.param(PP2, ALONE, id="PP 2 to 1", marks=pytest.mark.slow),
         pytest.param(ALONE, TP2, id="TP 1 to 2", marks=pytest.mark.slow),

@@ -32,7 +32,7 @@ LAYOUTS = {
     "Megatron PP 2": (2, [MEGATRON, *WHOLE, "parallel.pipeline=2"]),
     "Megatron CP 2": (2, [MEGATRON, *WHOLE, "parallel.context=2"]),
 }
-FAST = ("DeepSpeed EP 2",)
+FAST = ("DeepSpeed EP 2", "Megatron TP 2")
 
 
 @pytest.fixture(scope="module")

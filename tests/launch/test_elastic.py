@@ -255,7 +255,7 @@ def test_a_start_records_the_ranks_in_use_and_tells_of_changes(fields):
     [
         ["parallel.expert=2", "deepspeed.zero_stage=2"],
         pytest.param(["engine=megatron", "parallel.expert=2"], marks=pytest.mark.slow),
-        pytest.param(["engine=megatron", "parallel.pipeline=2", "train.micro_batch=2"], marks=pytest.mark.slow),
+        ["engine=megatron", "parallel.pipeline=2", "train.micro_batch=2"],
     ],
 )
 def test_f29_losses_and_samples_are_those_of_an_uninterrupted_run(

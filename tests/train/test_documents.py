@@ -14,9 +14,7 @@ PACKED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param([], id="EP 2"), pytest.param(MEGATRON, id="PP 2", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("layout", [pytest.param([], id="EP 2"), pytest.param(MEGATRON, id="PP 2")])
 def test_a_packed_run_resumes_bitwise_and_its_losses_agree(corpus_dir, tmp_path, layout):
     runs = {}
     for name, ends in {"whole": [12], "parts": [5, 12]}.items():

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -16,6 +20,7 @@ from dynmoe.compact import compact
 from dynmoe.config import load_config
 from dynmoe.convert import _write_in_host_memory, convert
 from dynmoe.errors import UserError
+from dynmoe.routers import ROUTERS
 from dynmoe.train.checkpoint import latest_valid
 from harness.processes import ROOT
 from tests.engines.comparisons import read_canonical
@@ -93,15 +98,30 @@ def test_converted_run_resumes_like_an_uninterrupted_one(one_rank, trained, corp
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.slow
 def test_with_a_gpu_the_whole_model_is_in_host_memory_all_the_same(one_rank, trained, tmp_path, monkeypatch):
-    """Another process converts. This one stays without a process group."""
+    """Another process converts. It uses neither packages for GPUs nor the experts' backend of the run."""
     one_rank.run(convert, trained, tmp_path / "here", "deepspeed")
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("moe_backend: auto", "moe_backend: sonic"))
+    for name in ("transformer_engine", "apex"):
+        (tmp_path / "packages" / name).mkdir(parents=True)
+        (tmp_path / "packages" / name / "__init__.py").write_text("raise RuntimeError('needs a GPU')")
+    monkeypatch.syspath_prepend(tmp_path / "packages")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    convert(trained, tmp_path / "there", "deepspeed")
-    assert not torch.distributed.is_initialized()
-    here, there = (read_canonical(latest_valid(tmp_path / name / "checkpoints").path) for name in ("here", "there"))
-    assert here.keys() == there.keys()
-    assert all(torch.equal(value, there[name]) for name, value in here.items())
+    convert(run, tmp_path / "there", "deepspeed")
+    convert(tmp_path / "there", tmp_path / "back", "megatron")
+    convert(tmp_path / "back", tmp_path / "again", "deepspeed")
+    assert not torch.distributed.is_initialized(), "this process converted"
+    here, there, again = (
+        read_canonical(latest_valid(tmp_path / name / "checkpoints").path) for name in ("here", "there", "again")
+    )
+    for other in (there, again):
+        assert here.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in here.items())
+    assert load_config(tmp_path / "again" / "config.yaml").train.moe_backend == "sonic"
 
 
 @pytest.mark.parametrize(
@@ -118,6 +138,30 @@ def test_failures_of_the_process_that_converts_are_reported(monkeypatch, code, e
     monkeypatch.setattr(dynmoe.convert, "_CHILD", code)
     with pytest.raises(error, match=words):
         _write_in_host_memory("deepspeed", "run", "source", "target")
+
+
+def test_the_process_that_converts_knows_routers_of_ones_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(ROUTERS, "own", SimpleNamespace(__module__="a_module_of_mine"))
+    with pytest.raises(RuntimeError, match="No module named 'a_module_of_mine'"):
+        _write_in_host_memory("deepspeed", "run", "source", "target")
+
+
+def test_the_process_that_converts_ends_with_its_parent():
+    child = "import time, dynmoe.convert as own; own._write = lambda *names: time.sleep(600); own._serve()"
+    code = (
+        "import torch, dynmoe.convert as own\ntorch.cuda.is_available = lambda: True\n"
+        f"own._CHILD = {child!r}\nown._write_in_host_memory('deepspeed', 'run', 'source', 'target')"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    end = time.monotonic() + 60
+    while not (children := psutil.Process(parent.pid).children()) and time.monotonic() < end:
+        time.sleep(0.1)
+    parent.terminate()
+    parent.wait()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert len(children) == 1
+    assert alive == []
 
 
 def test_trained_model_loads_whole_in_one_process(one_rank, trained, tmp_path):
