@@ -32,9 +32,9 @@ MODELS = {kind: [*ROUTERS[kind], *losses] for kind, losses in LOSSES.items()} | 
         for kind in ("identity_experts", "dtop_p")
     },
     "top_p, heads normalized": [*ROUTERS["top_p"], "model.qk_norm=head", "model.head_dim=24"],
+    "top_p, projections normalized": [*ROUTERS["top_p"], "model.qk_norm=projection"],
     # Routers that select among the tokens of a sequence or of the batch.
-    "seq_top_k, projections normalized": [*BASELINES["seq_top_k"], "model.qk_norm=projection"],
-    **{kind: BASELINES[kind] for kind in ("expert_race", "resonance")},
+    **{kind: BASELINES[kind] for kind in ("seq_top_k", "expert_race", "resonance")},
     "da_moe": ATTENTIVE["da_moe"],
     # A first dense layer, so that the first of four stages of a pipeline has no experts.
     "deepseek_v3": [
@@ -122,7 +122,8 @@ def relative(ours: list[float], theirs: list[float]) -> float:
 # The fast tests cover each kind of parallelism, and models that differ in what is sharded.
 FAST = {
     ("DeepSpeed EP 2", "top_p"),
-    ("Megatron TP 2", "seq_top_k, projections normalized"),
+    ("Megatron TP 2", "top_p, projections normalized"),
+    ("Megatron TP 2", "seq_top_k"),
     ("Megatron PP 2", "gated, two dense"),
     ("Megatron PP 2", "latent, a token further, tied"),
     ("Megatron PP 2 interleaved", "top_p"),
