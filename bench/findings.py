@@ -46,10 +46,11 @@ _OF_SEQUENCES = 0.2  # of 512 sequences of a few long files, the same for all se
 STATISTICS: dict[str, tuple[str, int, float]] = {
     "change": ("K in the last tenth of the training minus K in the second tenth", -1, _EXPERTS),
     "lower_minus_upper": ("K of the lower half of the layers minus K of the upper half, last tenth", +1, _EXPERTS),
-    "without_first": ("the same without the first layer", +1, _EXPERTS),
+    "without_first": ("K of the lower half minus K of the upper half, without the first layer", +1, _EXPERTS),
     "loss": ("rank correlation of K and the loss of the next token", +1, _CORRELATION),
     "loss_within_token": (
-        "the same, both less the mean of their token id (ids that occur at least ten times)", +1, _CORRELATION,
+        "rank correlation of K and the loss of the next token, both less the mean of their token id (ids that occur at "
+        "least ten times)", +1, _CORRELATION,
     ),
     "loss_of_sequence": ("rank correlation, over sequences, of mean K and mean loss", +1, _OF_SEQUENCES),
     "rarity": ("rank correlation of K and rarity in the training text", +1, _CORRELATION),
