@@ -87,7 +87,6 @@ class _StopError(Exception):
 
 def helps(module: str, *words: str) -> Iterator[str]:
     """The help of the parser that a command uses after these words, and of its sub-commands."""
-
     parse = argparse.ArgumentParser.parse_known_args  # the others call it
 
     def stop(parser: argparse.ArgumentParser, args: Sequence[str] | None = None, namespace: object = None) -> object:

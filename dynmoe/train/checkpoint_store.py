@@ -13,7 +13,6 @@ import os
 import secrets
 import shutil
 import socket
-import threading
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch.distributed as dist
 
 from dynmoe.data.pieces import Checking
 from dynmoe.errors import UserError, first_line
+from dynmoe.train.background import BackgroundJob, Job
 from dynmoe.train.checkpoint import (
     TRAINER,
     UNFINISHED,
@@ -48,34 +48,6 @@ from dynmoe.train.write_failures import recurs
 # Time until a file that another host has created must be visible on a network file system.
 _VISIBLE_S = 5.0
 
-Job = Callable[[], Any]
-
-
-class _BackgroundJob:
-    """A job on a thread of low priority, so that it does not slow down the training step."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self.result: Any = None
-        self.error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # Linux: priority of this thread only
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        try:
-            self.result = self._job()
-        except Exception as error:
-            self.error = error
-
-    @property
-    def is_running(self) -> bool:
-        return self._thread.is_alive()
-
-    def wait(self) -> None:
-        self._thread.join()
-
 
 class CheckpointStore:
     """The checkpoints of one run, in ``root``. Methods are collective unless documented as local.
@@ -92,7 +64,7 @@ class CheckpointStore:
         self.milestones = milestones
         self._is_first = dist.get_rank() == 0
         self._jobs: Generator[Job, Any, None] | None = None
-        self._work: _BackgroundJob | None = None
+        self._work: BackgroundJob | None = None
         self._building = root
 
     def begin(
@@ -117,7 +89,7 @@ class CheckpointStore:
         self._together(lambda: self._building.mkdir(parents=True) if self._is_first else None)
         made = snapshot(self._building)
         self._jobs = self._save(final, made, json.dumps(trainer_state), {"step": step, **facts})
-        self._work = _BackgroundJob(next(self._jobs))
+        self._work = BackgroundJob(next(self._jobs))
 
     def _save(self, final: Path, snapshot: Snapshot, trainer_state: str, manifest: dict[str, Any]) -> Generator[Job]:
         """Yields the jobs of a save in order; the code between the jobs is collective."""
@@ -166,7 +138,7 @@ class CheckpointStore:
         self._work = None
         self._agree(done.error)
         with contextlib.suppress(StopIteration):
-            self._work = _BackgroundJob(self._jobs.send(done.result))
+            self._work = BackgroundJob(self._jobs.send(done.result))
 
     def wait(self) -> None:
         """Completes a save that is in progress; raises the same errors as :meth:`advance`."""

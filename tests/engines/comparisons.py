@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,14 @@ def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Te
     """Largest relative norm of the difference, over tensors of the same name."""
     assert ours.keys() == theirs.keys()
     return max(((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-12)).item() for n in theirs)
+
+
+def check_that_it_continued(
+    straight: list[dict[str, Any]], resumed: list[dict[str, Any]], done: int, figures: Sequence[str]
+) -> None:
+    """Whether a run that resumed after ``done`` steps is bitwise the uninterrupted one, on every rank."""
+    for whole, rest in zip(straight, resumed, strict=True):
+        for figure in figures:
+            assert rest[figure] == whole[figure][done:], figure
+        assert rest["state"].keys() == whole["state"].keys()
+        assert all(torch.equal(value, rest["state"][name]) for name, value in whole["state"].items())

@@ -9,6 +9,7 @@ import torch
 from packaging.version import Version
 
 from tests.engines.cases import train
+from tests.engines.comparisons import check_that_it_continued
 from tests.engines.document_cases import influences, train_packed, train_packed_plainly
 from tests.engines.multi_token_cases import with_megatrons_own
 from tests.engines.test_documents import LAYOUTS as DOCUMENT_LAYOUTS
@@ -58,10 +59,7 @@ def test_a_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(pools, tmp_p
     overrides = [*ONE_FURTHER, *layout, *BF16]
     straight = pools[ranks].run(train, overrides, 0, 4, "", str(tmp_path / "saved"), 2)
     resumed = pools[ranks].run(train, overrides, 2, 4, str(tmp_path / "saved"))
-    for whole, half in zip(straight, resumed, strict=True):
-        for figure in ("losses", "further", "norms"):
-            assert half[figure] == whole[figure][2:]
-        assert all(torch.equal(value, half["state"][key]) for key, value in whole["state"].items())
+    check_that_it_continued(straight, resumed, 2, ("losses", "further", "norms"))
 
 
 @pytest.mark.parametrize(
