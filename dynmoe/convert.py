@@ -102,7 +102,8 @@ def _write(engine: str | Path, run: str | Path, source: str | Path, target: str 
 
 def _configuration(config: Config, output: Path, engine: str, parallel: ParallelConfig | None) -> Config:
     if parallel is None:
-        parallel = config.parallel if engine == "megatron" else ParallelConfig(expert=config.parallel.expert)
+        ours = config.parallel
+        parallel = ours if engine == "megatron" else ParallelConfig(expert=ours.expert, elastic=ours.elastic)
     run = dataclasses.replace(config.run, dir=str(output.parent), name=output.name)
     return dataclasses.replace(config, engine=engine, run=run, parallel=parallel)
 

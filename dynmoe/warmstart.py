@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING
 
 from dynmoe.cli import run_tool
 from dynmoe.config import Config, ModelConfig, load_config
+from dynmoe.config.router_fields import chosen_router
 from dynmoe.errors import UserError
 from dynmoe.routers import ROUTERS, TopP
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dynmoe.data.tokenizer import Tokenizer
     from dynmoe.model import Decoder
     from dynmoe.moe.experts import SwiGLU
 
@@ -89,7 +91,7 @@ def warm_start(
     config = _configuration(old, run, output, experts, granularity, overrides)
     wanted = _experts_of_fit(old, config, experts_per_token)
     model = open_trained(run, torch.device("cpu"), mtp=True)
-    tokens_BS = _validation_text(config, model.tokenizer.sha256)
+    tokens_BS = _validation_text(config, model.tokenizer)
     decoder = Decoder(config.model, model.decoder.w_embed_VD.shape[0], config.train.seed).eval()
     decoder.context.aim(config.budget.experts_per_token)
     _copy(model.decoder, decoder)
@@ -137,8 +139,8 @@ def _configuration(
 ) -> Config:
     """Configuration of the new run; overrides must not contradict the source."""
     place = [f"run.dir={output.parent}", f"run.name={output.name}"]
-    kinds = [field for field in overrides if field.startswith("model.router.kind=")]
-    kind = load_config(None, kinds).model.router.kind if kinds else old.model.router.kind
+    kinds = [field.partition("=")[2] for field in overrides if field.startswith("model.router.kind=")]
+    kind = chosen_router([{"model": {"router": {"kind": own}}} for own in kinds or [old.model.router.kind]]).kind
     if old.model.moe_layers:
         if experts is not None:
             raise UserError(f"--experts={experts}: {run} already has experts; remove the option")
@@ -191,7 +193,7 @@ def _check_same(old: ModelConfig, new: ModelConfig) -> None:
         raise UserError(f"model.mtp.layers={new.mtp.layers}: the weights have {old.mtp.layers}; remove the override")
 
 
-def _validation_text(config: Config, tokenizer: str) -> Tensor:
+def _validation_text(config: Config, tokenizer: Tokenizer) -> Tensor:
     """Validation sequences [B, S], from each corpus in proportion to its training weight."""
     import torch
 
@@ -200,7 +202,7 @@ def _validation_text(config: Config, tokenizer: str) -> Tensor:
 
     length = config.data.sequence_length
     corpora = open_corpora(config.data.dirs, length)
-    if corpora[0].tokenizer.sha256 != tokenizer:
+    if not corpora[0].tokenizer.encodes_like(tokenizer):
         raise UserError(
             f"data.dirs: {corpora[0].path} was encoded with another tokenizer; use corpora of the run's tokenizer"
         )

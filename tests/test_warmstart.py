@@ -15,7 +15,7 @@ from dynmoe.errors import UserError
 from dynmoe.model import Decoder
 from dynmoe.moe.experts import SwiGLU
 from dynmoe.moe.upcycling import copy_experts
-from dynmoe.routers import TopP
+from dynmoe.routers import ROUTERS, TopP
 from dynmoe.trained import open_trained
 from dynmoe.warmstart import warm_start
 from harness.processes import WarmTraining
@@ -46,6 +46,15 @@ def test_copies_keep_the_output(dense, tmp_path, router, extra):
 
 
 @pytest.mark.parametrize(
+    "kind", [kind for kind, spec in ROUTERS.items() if spec.HAS_OWN_RULE and kind not in ("resonance", "expert_race")]
+)
+def test_a_router_that_needs_a_budget_takes_it_from_the_overrides(dense, tmp_path, kind):
+    overrides = [f"model.router.kind={kind}", "budget.experts_per_token=2"]
+    done = warm_start(dense, tmp_path / "run", experts=4, overrides=overrides)
+    assert (done.config.model.router.kind, done.config.budget.experts_per_token) == (kind, 2)
+
+
+@pytest.mark.parametrize(
     "router",
     [
         [*TOP_K, "model.router.k=2"], [*TOP_K, "model.router.k=4"], TOP_ANY,
@@ -67,7 +76,7 @@ def test_validation_text_of_a_blend_has_the_share_of_every_corpus(corpus_dir, tm
     config = load_config(None, [
         f"data.dirs=[{tmp_path / 'web'},{tmp_path / 'code'}]", "data.weights=[3,1]", "data.sequence_length=64",
     ])  # fmt: skip
-    tokens_BS = warmstart._validation_text(config, Corpus.open(corpus_dir).tokenizer.sha256)
+    tokens_BS = warmstart._validation_text(config, Corpus.open(corpus_dir).tokenizer)
     assert tokens_BS.tolist() == [[7] * 64] * 6 + [[8] * 64] * 2
 
 

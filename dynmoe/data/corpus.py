@@ -203,7 +203,7 @@ def open_corpora(dirs: Sequence[str], sequence_length: int) -> list[Corpus]:
     """
     corpora = [Corpus.open(path) for path in dirs]
     for corpus in corpora:
-        if corpus.tokenizer.sha256 != corpora[0].tokenizer.sha256:
+        if not corpus.tokenizer.encodes_like(corpora[0].tokenizer):
             cure = f"prepare it with --tokenizer {corpora[0].path / corpora[0].tokenizer.main_file}"
             raise UserError(f"data.dirs: {corpus.path} has a different tokenizer than {corpora[0].path}; {cure}")
         for split, tokens in corpus.splits.items():

@@ -136,7 +136,10 @@ def open_samples(
     else:
         share_C = _normalized(weights)
         counts = [math.ceil(size * share) for share in share_C.tolist()]
-        reserve = [math.ceil(count * (1 + _SURPLUS)) for count in counts]
+        # The mix takes a sample of the corpus that is furthest behind, so never more than one above its share. With
+        # many corpora that may be more than Megatron's surplus, and its own blend would end with an IndexError.
+        most = [1 + math.ceil(share * (sum(counts) - 1)) for share in share_C.tolist()]
+        reserve = [max(math.ceil(count * (1 + _SURPLUS)), own) for count, own in zip(counts, most, strict=True)]
         parts = [open_part(tokens, length, seed, cache, number) for tokens, number in zip(splits, reserve, strict=True)]
     facts = [(str(tokens.prefix), len(part)) for tokens, part in zip(splits, parts, strict=True)]
     key = ("blend", facts, length, seed, None if share_C is None else share_C.tolist(), counts)

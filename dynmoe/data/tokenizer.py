@@ -19,7 +19,7 @@ class Tokenizer(ABC):
         name: how its ids are named in messages, by the library that gives them.
         main_file: name of its file, without which there is no tokenizer.
         files: contents of all its files by name; a directory that has them has the tokenizer.
-        sha256: identifies the tokenizer: equal for two that encode every document to the same ids.
+        sha256: identifies the tokenizer by its files; see also :meth:`encodes_like`.
         eod: id of the token that ends each document.
         vocab_size: the largest id plus 1.
         unknown: id of the token for what the vocabulary lacks; None if there is none.
@@ -44,6 +44,15 @@ class Tokenizer(ABC):
     @property
     def sha256(self) -> str:
         return hashlib.sha256(b"".join(self.files.values())).hexdigest()
+
+    def reads_like(self, content: bytes) -> bool:
+        """Whether a tokenizer with this main file encodes every text to the same ids, as far as the file shows it."""
+        return content == self.content
+
+    def encodes_like(self, other: Tokenizer) -> bool:
+        """Whether both encode every document to the same ids, as far as their files show it."""
+        decisions = (self.eod, self.special_tokens)
+        return decisions == (other.eod, other.special_tokens) and self.reads_like(other.content)
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

@@ -55,10 +55,13 @@ def sequences_by_domain(config: Config, corpora: Sequence[Corpus], data_size: in
             cure = "use a smaller value, more text, or eval.weighting=tokens"
             raise ConfigError("train.micro_batch", rows, problem, cure)
     wanted = config.eval.batches * config.train.global_batch // rows
-    total = min(wanted, sum(limits.values())) // data_size * data_size
+    most = sum(limits.values())
+    total = min(wanted, most) // data_size * data_size
     if total < len(limits):
         problem = f"gives {total} micro-batches, fewer than there are corpora ({len(limits)})"
-        cure = "use a larger value, a smaller train.micro_batch, more text, or eval.weighting=tokens"
+        cure = "use a smaller train.micro_batch, more text, or eval.weighting=tokens"
+        if wanted < most:
+            cure = f"use a larger value, or {cure.removeprefix('use ')}"
         raise ConfigError("eval.batches", config.eval.batches, problem, cure)
     counts = apportion(total, training_shares(corpora, config.data.weights), limits)
     return {name: count * rows for name, count in counts.items()}

@@ -87,7 +87,7 @@ def _score(
 
     trained = open_trained(given.run, None if given.device is None else torch.device(given.device))
     for name, corpus in corpora.items():
-        if corpus.tokenizer.sha256 != trained.tokenizer.sha256:
+        if not corpus.tokenizer.encodes_like(trained.tokenizer):
             cure = f"prepare it with --tokenizer {directory.tokenizer}"
             raise UserError(f"--corpora: {name} was encoded with a different tokenizer than the run; {cure}")
     if tasks is not None:
@@ -216,7 +216,7 @@ def _record(config: Config, directory: RunDirectory, step: int, row: Row) -> Non
     _claim(directory)
     try:
         merge(directory.metrics, "train/step", step, row)
-        views, _ = make_views(config, directory, pictures_of_run, None, step)
+        views, _ = make_views(config, directory, pictures_of_run, None, None)
         on_views(views, lambda view: view.log({"train/step": step, **row}, None))
         on_views(views, lambda view: view.close())
     finally:

@@ -203,7 +203,7 @@ def _texts(model: TrainedDecoder, tokenizer: Tokenizer) -> Iterator[str]:
         if not Path(folder).is_dir():
             continue
         corpus = Corpus.open(folder)
-        if corpus.tokenizer.sha256 != tokenizer.sha256:
+        if not corpus.tokenizer.encodes_like(tokenizer):
             continue
         for tokens in islice(corpus.splits["validation"].documents(), _TEXTS_COMPARED):
             yield tokenizer.decode([token for token in tokens if token != tokenizer.eod])

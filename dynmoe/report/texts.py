@@ -88,7 +88,7 @@ def validation_texts(model: TrainedModel, num_tokens: int) -> list[Text]:
     for path in dirs:
         corpus = Corpus.open(path)
         stored = corpus.splits["validation"]
-        if corpus.tokenizer.sha256 != model.tokenizer.sha256:
+        if not corpus.tokenizer.encodes_like(model.tokenizer):
             raise UserError(f"data.dirs: {corpus.path} has a different tokenizer than the run; use --text")
         left = -(-num_tokens // len(dirs))
         start = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dynmoe.config import Config, ModelConfig, current_name
@@ -20,6 +20,8 @@ _FIXED = (
     "train.seed",
     "optimizer.kind",
 )
+# Those of them that decide which text each sample is.
+_ORDER = ("data.weights", "data.sequence_length", "data.packing", "train.seed")
 _FREE = ("model.moe.max_mean_experts_per_token", "model.moe.on_overflow", "model.mtp.loss_weight")
 # Cannot be accepted: the moments of one optimizer mean nothing to the other.
 _NEVER_FREE = ("optimizer.kind",)
@@ -40,6 +42,28 @@ def check_unchanged(saved: dict[str, Any], current: dict[str, Any], has_begun: b
     if saved.get("engine") != current["engine"]:
         cure = f"keep it, or convert the run: python -m dynmoe.convert RUN --engine {current['engine']}"
         raise ConfigError("engine", current["engine"], f"the run's checkpoint was saved by {saved.get('engine')}", cure)
+    fixed = _FIXED if has_begun else _FIXED_BEFORE
+    free = [*_FREE, *map(current_name, current["checkpoint"]["accept_changes"])]
+    for name, before, now in _changes(saved, current):
+        can_be_accepted = name not in _NEVER_FREE
+        if _is_in(name, fixed) and not (can_be_accepted and _is_in(name, free)):
+            cure = "keep it, start a new run with another run.name, or name it in checkpoint.accept_changes"
+            if not can_be_accepted:
+                cure = "keep it, or start a new run with another run.name"
+            raise ConfigError(name, now, f"the run's checkpoint has {before!r}", cure)
+
+
+def describe_new_order(saved: dict[str, Any], current: dict[str, Any], samples: int) -> str | None:
+    """One line if the order of the data is no longer that of the first ``samples`` samples."""
+    changed = [name for name, *_ in _changes(saved, current) if name in _ORDER]
+    if not changed:
+        return None
+    problem = "gives another order of the data, of which the first samples count as read"
+    return f"{', '.join(changed)}: {problem} ({samples:,}): some text is read again, and some is left out"
+
+
+def _changes(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yields the name of each field that differs, the router first, with its value in the checkpoint and now."""
     # Older versions saved the fields of all routers.
     router = chosen_router([saved])
     saved = without_foreign_fields(router, saved)
@@ -47,18 +71,12 @@ def check_unchanged(saved: dict[str, Any], current: dict[str, Any], has_begun: b
     added = flatten(dataclasses.asdict(ModelConfig(router=router())), "model.")
     old = dict(added) | {current_name(name): value for name, value in flatten(saved)}
     new = dict(flatten(current))
-    fixed = _FIXED if has_begun else _FIXED_BEFORE
-    free = [*_FREE, *map(current_name, current["checkpoint"]["accept_changes"])]
     for name in sorted(old.keys() | new.keys(), key=lambda name: (name != "model.router.kind", name)):
         now = new.get(name)
         # An empty list means the behavior before the field existed.
         before = old.get(name, [] if now == [] else _OLDER.get(name))
-        can_be_accepted = name not in _NEVER_FREE
-        if _is_in(name, fixed) and not (can_be_accepted and _is_in(name, free)) and before != now:
-            cure = "keep it, start a new run with another run.name, or name it in checkpoint.accept_changes"
-            if not can_be_accepted:
-                cure = "keep it, or start a new run with another run.name"
-            raise ConfigError(name, now, f"the run's checkpoint has {before!r}", cure)
+        if before != now:
+            yield name, before, now
 
 
 def with_kept_fields(config: Config, saved: dict[str, Any] | None) -> Config:

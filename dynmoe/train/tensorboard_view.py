@@ -16,13 +16,13 @@ class TensorBoardView:
 
     Args:
         directory: directory of the event files.
-        first_step: the step from which the run resumes; later events of an earlier start are hidden.
+        first_step: the step from which the run resumes, as later events of an earlier start are hidden; None: none are.
     """
 
     name = "TensorBoard"
 
-    def __init__(self, directory: Path, first_step: int) -> None:
-        self._writer = SummaryWriter(str(directory), purge_step=first_step + 1)
+    def __init__(self, directory: Path, first_step: int | None) -> None:
+        self._writer = SummaryWriter(str(directory), purge_step=None if first_step is None else first_step + 1)
 
     def log(self, row: Row, histograms: Histograms | None = None) -> None:
         step = int(row["train/step"])

@@ -25,7 +25,7 @@ from dynmoe.train.guard import StepGuard
 from dynmoe.train.metrics import Row, View, histograms
 from dynmoe.train.record import RunRecord
 from dynmoe.train.replay import ReplaySource
-from dynmoe.train.resume import check_unchanged, with_kept_fields
+from dynmoe.train.resume import check_unchanged, describe_new_order, with_kept_fields
 from dynmoe.train.run_directory import RunDirectory
 from dynmoe.train.schedule import learning_rate
 from dynmoe.train.speed import SpeedComparison
@@ -227,13 +227,17 @@ class Trainer:
         self.progress = Progress.of(state["progress"])
         has_begun = self.progress.samples > 0
         config = with_kept_fields(self.config, state["config"] if has_begun else None)
-        check_unchanged(state["config"], dataclasses.asdict(config), has_begun)
+        current = dataclasses.asdict(config)
+        check_unchanged(state["config"], current, has_begun)
+        new_order = describe_new_order(state["config"], current, self.progress.samples) if has_begun else None
+        if new_order is not None and self.engine.rank == 0:
+            print(new_order)
         if has_begun and state["data"] != [corpus.fingerprint for corpus in self.data.corpora]:
             raise UserError(
                 "data.dirs: differs from the text of this run's training; restore it or use another run.name"
             )
         tokenizer = self.directory.tokenizer
-        if not has_begun and tokenizer.exists() and tokenizer.read_bytes() != self.data.tokenizer.content:
+        if not has_begun and tokenizer.exists() and not self.data.tokenizer.reads_like(tokenizer.read_bytes()):
             problem = "the tokenizer differs from the one that the weights were trained with"
             raise UserError(f"data.dirs: {problem}; prepare the corpora with --tokenizer {tokenizer}")
         self._watchdog.progress(f"loading {checkpoint.path.name}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ def _slowest(reports: Sequence[Report]) -> str:
 class Stamp:
     """Record of a verified corpus: hash of its manifest; size, modification time and inode of each file.
 
-    It is stored in the corpus directory, or in ``other`` if that is read-only.
+    It is stored in the corpus directory, or in ``other`` if that is read-only. There, each host with a copy of its own
+    has a record.
     """
 
     corpus: Path
@@ -105,22 +107,27 @@ class Stamp:
         files = {name: [facts.st_size, facts.st_mtime_ns, facts.st_ino] for name, facts in found.items()}
         return cls(corpus.path, other, {MANIFEST: digest(corpus.manifest), **files})
 
+    def _found(self, place: str = "*", facts: str = "*") -> list[dict[str, Any]]:
+        """The record in the corpus directory, and those in ``other`` with these parts of their names."""
+        others = [] if self.other is None else sorted(self.other.glob(f"{place}-{facts}.json"))
+        return [record for path in (self.corpus / _STAMP, *others) if (record := _read(path)) is not None]
+
     @property
-    def _places(self) -> list[Path]:
-        other = [] if self.other is None else [self.other / f"{digest(str(self.corpus.resolve()))[:16]}.json"]
-        return [self.corpus / _STAMP, *other]
+    def _place(self) -> str:
+        return digest([str(self.corpus.resolve()), socket.gethostname()])[:16]
 
     def difference(self) -> str | None:
         """A file that has changed since the verification; '' without a verification, None if nothing has changed."""
-        earlier = [facts for path in self._places if (facts := _read(path)) is not None]
-        if self.facts in earlier:
+        if self.facts in self._found(facts=digest(self.facts)[:16]):
             return None
+        earlier = self._found(place=self._place)
         changed = (name for facts in earlier for name in self.facts if facts.get(name) != self.facts[name])
         return next(changed, "")
 
     def write(self) -> None:
         """Stores the record, if a directory for it is writable."""
-        for path in self._places:
+        other = [] if self.other is None else [self.other / f"{self._place}-{digest(self.facts)[:16]}.json"]
+        for path in (self.corpus / _STAMP, *other):
             with contextlib.suppress(OSError):  # a shared corpus is often read-only
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, json.dumps(self.facts, indent=1) + "\n")
@@ -175,9 +182,10 @@ def verify_corpora(
         progress: called when the ranks progress.
 
     Raises:
-        UserError: names the corrupt file, the same on every rank.
+        UserError: names the corrupt file, or a corpus of which hosts have different copies; the same on every rank.
         UnreadableError: names a file that a rank cannot read.
     """
+    _check_same(corpora, gather)
     if mode == "never":
         return
     each = list({corpus.path.resolve(): corpus for corpus in corpora}.values())
@@ -200,6 +208,17 @@ def verify_corpora(
     if rank == peers[0]:
         for stamp in done:
             stamp.write()
+
+
+def _check_same(corpora: Sequence[Corpus], gather: Gather) -> None:
+    """Refuses copies that are different corpora; collective."""
+    everywhere = gather((socket.gethostname(), [corpus.fingerprint for corpus in corpora]))
+    (first, own), *others = everywhere
+    for host, fingerprints in others:
+        for corpus, here, there in zip(corpora, own, fingerprints, strict=True):
+            if here != there:
+                problem = f"is another corpus on {host} than on {first}"
+                raise UserError(f"data.dirs: {corpus.path} {problem}; copy one to both")
 
 
 def share(pieces: Sequence[Piece], ranks: Sequence[int], rank: int) -> list[Piece]:

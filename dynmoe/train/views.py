@@ -12,7 +12,7 @@ from dynmoe.train.run_directory import RunDirectory
 
 
 def make_views(
-    config: Config, directory: RunDirectory, pictures: Pictures, run_id: str | None, first_step: int
+    config: Config, directory: RunDirectory, pictures: Pictures, run_id: str | None, first_step: int | None
 ) -> tuple[list[View], str | None]:
     """Creates the views; returns them and the W&B id of the run. A view that cannot be created is left out.
 
@@ -21,7 +21,7 @@ def make_views(
         directory: directory of the run.
         pictures: draws the report's figures of a run directory, by name.
         run_id: W&B id of an earlier start; None if there was none.
-        first_step: the step from which the run resumes.
+        first_step: the step from which the run resumes; None if it does not, but only adds to its metrics.
     """
     views: list[View] = []
     if config.logging.tensorboard:  # the package of a view is imported only if needed

@@ -30,7 +30,7 @@ from dynmoe.train.checkpoint import IMPORTED, model_files
 from dynmoe.trained import open_trained
 from tests.data import languages
 from tests.data.languages import END, EVERYTHING, NAMED, TEXTS, save
-from tests.hf.cases import OWN, begin
+from tests.hf.cases import OWN, begin, train_run, twenty_steps
 from tests.hf.gguf_cases import MODELS, SHAPE, read
 from tests.hf.test_round_trip import llama
 from tests.texts import write_texts
@@ -71,6 +71,21 @@ def test_an_export_gives_the_ids_of_training(corpora, tmp_path, name):
     same = (tmp_path / "out" / "tokenizer.json").read_bytes() == own.content
     assert same == (name != "llama3"), "only a token that would be prepended is removed"
     assert not (tmp_path / "out" / "tokenizer.model").exists()
+
+
+def test_an_imported_export_trains_on_the_corpus_of_the_run(corpora, tmp_path):
+    """Although its tokenizer.json has lost the token that is prepended by others, and has another layout."""
+    corpus = corpora["llama3"]
+    export(begin(corpus, tmp_path / "run", OWN["top_p"], rows=512).path, tmp_path / "out")
+    import_checkpoint(tmp_path / "out", tmp_path / "again", [*twenty_steps(corpus), "train.steps=1"])
+    assert open_tokenizer(tmp_path / "again").content != open_tokenizer(corpus).content
+    rows, _ = train_run(tmp_path / "again", corpus, tmp_path, 1)
+    assert len(rows) == 1
+    assert export(tmp_path / "again", tmp_path / "out_again").texts > 0, "compared on no text"
+    own, other = (open_tokenizer(corpora[name]) for name in ("llama3", "olmoe"))
+    assert not own.encodes_like(other)
+    assert own.encodes_like(open_tokenizer(tmp_path / "out"))
+    assert not own.encodes_like(open_tokenizer(tmp_path / "out", special_tokens=True))
 
 
 def test_special_tokens_that_were_asked_for_are_exported(text, tmp_path):

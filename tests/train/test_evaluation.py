@@ -252,9 +252,11 @@ def test_shares_follow_weights_or_tokens_and_add_up_for_a_repeated_corpus(blend)
         (["train.micro_batch=8"], r"micro_batch=8: the validation data of web does not fill one micro-batch; use"),
         (["train.micro_batch=4", "train.global_batch=4", "eval.batches=2"],
          r"eval\.batches=2: gives 2 micro-batches, fewer than there are corpora \(3\); use a larger"),
+        (["train.micro_batch=6", "train.global_batch=6", "eval.batches=99"],
+         r"eval\.batches=99: gives 0 micro-batches, fewer than there are corpora \(3\); use a smaller train"),
     ],
 )  # fmt: skip
 def test_domain_without_validation_sequences_is_refused(blend, overrides, words):
     config = load_config(None, ["data.sequence_length=32", "eval.weighting=blend", *overrides])
     with pytest.raises(ConfigError, match=words):
-        sequences_by_domain(config, [Corpus.open(path) for path in blend])
+        sequences_by_domain(config, [Corpus.open(path) for path in blend], 16 if "eval.batches=99" in overrides else 1)

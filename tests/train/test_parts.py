@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 
 from dynmoe.config import OptimizerConfig, ScheduleConfig, load, load_config
+from dynmoe.convert import _configuration
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.model import Decoder
 from dynmoe.moe.adaptation import AdaptationEvent
@@ -19,7 +20,7 @@ from dynmoe.train.checkpoint_store import CheckpointStore
 from dynmoe.train.engine import Snapshot
 from dynmoe.train.optimizer import parameter_groups
 from dynmoe.train.record import RunRecord
-from dynmoe.train.resume import check_unchanged
+from dynmoe.train.resume import check_unchanged, describe_new_order
 from dynmoe.train.run_directory import RunDirectory
 from dynmoe.train.schedule import learning_rate
 from dynmoe.train.step_log import merge
@@ -255,6 +256,24 @@ def test_a_run_from_before_a_field_has_its_default_on_resume():
     check_unchanged(saved, dataclasses.asdict(load_config()))
     with pytest.raises(ConfigError, match=r"model\.router\.gate_scale=2\.0: the run's checkpoint has 1\.0"):
         check_unchanged(saved, dataclasses.asdict(load_config(None, ["model.router.gate_scale=2"])))
+
+
+def test_a_changed_order_of_the_data_is_told_on_resume():
+    saved = dataclasses.asdict(load_config(None, ["data.weights=[9,1]", "data.dirs=[a,b]"]))
+    for fields, named in (
+        ([], None), (["optimizer.lr=1"], None), (["data.weights=[1,1]"], "data.weights"),
+        (["data.weights=[1,1]", "train.seed=3"], "data.weights, train.seed"),
+    ):  # fmt: skip
+        current = load_config(None, ["data.weights=[9,1]", "data.dirs=[a,b]", *fields])
+        line = describe_new_order(saved, dataclasses.asdict(current), 400000)
+        assert line is None if named is None else line.startswith(f"{named}: gives another order of the data")
+        assert line is None or "(400,000): some text is read again" in line
+
+
+def test_a_converted_run_starts_on_other_ranks_as_before():
+    config = load_config(None, ["run.name=own", "engine=megatron", "parallel.elastic=always", "parallel.tensor=2"])
+    made = _configuration(config, Path("runs/new"), "deepspeed", None)
+    assert (made.engine, made.parallel.elastic, made.parallel.tensor) == ("deepspeed", "always", 1)
 
 
 def test_renamed_field_of_a_saved_configuration_is_compared_under_its_new_name(monkeypatch):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 import shutil
 from dataclasses import dataclass, field
 from functools import partial
@@ -155,7 +158,7 @@ def copied(corpus_dir, tmp_path) -> Path:
     return path
 
 
-def verify_and_count(path: str, folder: str, mode: str = "once", views: bool = False) -> dict[str, Any]:
+def verify_and_count(path: str, folder: str, mode: str = "once") -> dict[str, Any]:
     """Bytes of a corpus that this rank reads, and the number of its progress messages or its error."""
     read = 0
     heard: list[str] = []
@@ -170,9 +173,6 @@ def verify_and_count(path: str, folder: str, mode: str = "once", views: bool = F
     rank = dist.get_rank()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "Checking", Counting)
-        if views:  # hosts with separate copies
-            real = verification.digest
-            patch.setattr(verification, "digest", lambda content: f"{rank}{real(content)}")
         try:
             verify_corpora([corpus, corpus], mode, Path(folder), gather_ranks, rank, heard.append)
         except UserError as error:
@@ -196,9 +196,52 @@ def test_ranks_share_a_corpus_and_verify_it_once(two_ranks, copied, tmp_path):
         assert sum(rank["read"] for rank in found) == read
 
 
-def test_hosts_with_separate_copies_verify_their_own_copies(two_ranks, copied, tmp_path):
-    found = two_ranks.run(verify_and_count, str(copied), str(tmp_path), "once", True)
-    assert [rank["read"] for rank in found] == [size_of(copied)] * 2
+@pytest.mark.parametrize("writable", [True, False])
+def test_hosts_with_separate_copies_verify_their_own_copies_once(two_ranks, copied, tmp_path, writable):
+    copies = [Path(shutil.copytree(copied, tmp_path / f"host_{rank}" / "corpus")) for rank in range(2)]
+    if not writable:  # this also stops root
+        for copy in copies:
+            (copy / verification._STAMP).mkdir()
+    for read in (size_of(copied), 0):
+        found = two_ranks.run(verify_copy, str(tmp_path / "host_{}" / "corpus"), str(tmp_path / "verified"))
+        assert [rank["read"] for rank in found] == [read] * 2
+        assert [rank["printed"] for rank in found] == ["", ""]
+
+
+def verify_copy(path: str, folder: str) -> dict[str, Any]:
+    """Like :func:`verify_and_count` on a host of its own, whose copy has the path of the others'."""
+    rank = dist.get_rank()
+    printed = io.StringIO()
+    own = Path(path.format(rank))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(verification.socket, "gethostname", lambda: f"host{rank}")
+        patch.setattr(Path, "resolve", lambda path: Path("/corpus") if path == own else path)
+        return {**verify_and_count(str(own), folder), "printed": printed.getvalue()}
+
+
+def test_hosts_with_other_copies_are_refused_in_one_line(two_ranks, copied, tmp_path):
+    for rank in range(2):
+        shutil.copytree(copied, tmp_path / f"host_{rank}" / "corpus")
+    with_another_file(tmp_path / "host_1" / "corpus" / MANIFEST)
+    for mode in ("once", "never"):
+        found = two_ranks.run(verify_other_copy, str(tmp_path / "host_{}" / "corpus"), str(tmp_path), mode)
+        for rank in found:
+            assert re.fullmatch(
+                r"data\.dirs: .*corpus is another corpus on host1 than on host0; copy one to both", rank["error"]
+            )
+
+
+def verify_other_copy(path: str, folder: str, mode: str) -> dict[str, Any]:
+    rank = dist.get_rank()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification.socket, "gethostname", lambda: f"host{rank}")
+        return verify_and_count(path.format(rank), folder, mode)
+
+
+def with_another_file(manifest: Path) -> None:
+    content = json.loads(manifest.read_text())
+    content["files"]["train.bin"]["sha256"] = "0" * 64
+    manifest.write_text(json.dumps(content))
 
 
 def test_f10_corruption_found_by_one_rank_ends_all_ranks_with_one_line(two_ranks, copied, tmp_path):

@@ -55,6 +55,17 @@ def test_tensorboard_hides_events_after_the_resumed_step(tmp_path):
     ]  # fmt: skip
 
 
+def test_scores_of_an_earlier_step_hide_no_events(tmp_path):
+    from dynmoe.train.tensorboard_view import TensorBoardView
+
+    for first, step in ((0, 1), (1, 9), (None, 1)):
+        view = TensorBoardView(tmp_path, first)
+        view.log({"train/step": step, f"{first}": 1.0})
+        view.close()
+    assert [event.step for event in events(tmp_path).Scalars("1")] == [9]
+    assert [event.step for event in events(tmp_path).Scalars("None")] == [1]
+
+
 def test_a_view_that_cannot_be_created_is_left_out(tmp_path, corpus_dir, monkeypatch, capsys):
     """As where W&B's service cannot start, offline or online."""
     wandb = pytest.importorskip("wandb")
