@@ -60,7 +60,7 @@ def _stretched(old: Config, reach: int, length: int, kind: str) -> list[str]:
     if scaling.kind is None and length <= reach:
         return [f"data.sequence_length={length}"]
     # A factor is relative to the first training, however often a run is extended.
-    first = scaling.original_length or max(round(now / scaling.factor), reach if scaling.kind is None else 0)
+    first = scaling.original_length or round(max(now, reach) / scaling.factor)
     # An imported model may reach beyond the run's sequences already; its frequencies must not change.
     factor = max(length / first, scaling.factor)
     fields = {"kind": kind, "factor": factor, "original_length": first}

@@ -119,6 +119,15 @@ def test_a_maximum_above_the_experts_that_are_left_is_dropped(tmp_path):
         assert _configuration(config, tmp_path / "small", counts).model.router.max_experts == maximum
 
 
+def test_a_maximum_of_the_layers_that_predict_further_tokens_is_dropped_with_them(tmp_path):
+    router = ["model.router.kind=top_any", "model.router.max_experts=4", "model.moe.experts=6"]
+    config = load_config(None, ["run.name=small", *router, "model.layers=2", "model.mtp.layers=1"])
+    for counts, maximum in (([3, 3, 6], None), ([3, 4, 6], 4)):
+        model = _configuration(config, tmp_path / "small", counts).model
+        assert model.router.max_experts == 4
+        assert model.without_mtp().router.max_experts == maximum
+
+
 def test_the_command_lists_its_verbs_and_names_an_unknown_one(capsys, monkeypatch):
     from dynmoe.__main__ import main
 

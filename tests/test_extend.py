@@ -101,6 +101,16 @@ def test_an_imported_model_is_only_stretched_beyond_its_own_length(tmp_path):
         assert (longer.kind, longer.factor, longer.original_length) == ("yarn", 2.0, LONG)
 
 
+def test_an_imported_model_with_linear_positions_is_stretched_relative_to_its_first_length(tmp_path):
+    """A checkpoint has only the factor, and the length that it reaches with it."""
+    scaled = ["model.rope_scaling.kind=linear", "model.rope_scaling.factor=4", "run.name=linear"]
+    config = load_config(None, [*FIELDS, *scaled])
+    imported = {"imported/config.json": json.dumps({"max_position_embeddings": 4 * SHORT}).encode()}
+    begin_run(config, Decoder(config.model, VOCAB, seed=0), imported, tmp_path / "linear")
+    longer = extend(tmp_path / "linear", tmp_path / "longer", 8 * SHORT, "linear").model.rope_scaling
+    assert (longer.factor, longer.original_length) == (8.0, SHORT)
+
+
 @pytest.mark.parametrize("length", [SHORT, 0])
 def test_what_is_not_longer_is_refused(short, tmp_path, length):
     with pytest.raises(UserError, match=rf"--length {length}: is not longer than the sequences of the run \(16\)"):

@@ -37,7 +37,7 @@ class MoEConfig(Section):
     )  # fmt: skip
     capacity_factor: Optional[float] = option(
         None, "limit of routes per expert and rank in training, relative to a perfectly balanced load at the moving "
-        "average of experts per token; null: no limit", above=0,
+        "average of experts per token, or at the budget of the step if there are several; null: no limit", above=0,
     )  # fmt: skip
     drop_policy: str = option(
         "probs", "which routes beyond a limit are dropped: those with the lowest scores, or the last positions",
@@ -210,8 +210,12 @@ class ModelConfig(Section):
         """The model without the layers that predict further tokens, for everything but training."""
         full_attention = [layer for layer in self.full_attention_layers if layer < self.layers]
         num_moe = sum(layer < self.layers for layer in self.moe_layers)
-        moe = replace(self.moe, experts_by_layer=self.moe.experts_by_layer[:num_moe])
-        return replace(self, mtp=MultiTokenConfig(), full_attention_layers=full_attention, moe=moe)
+        counts = self.moe.experts_by_layer[:num_moe]
+        router = self.router
+        if counts and (getattr(router, "max_experts", None) or 0) > max(counts):  # it limited only the others
+            router = replace(router, max_experts=None)  # type: ignore[call-arg]
+        moe = replace(self.moe, experts_by_layer=counts)
+        return replace(self, mtp=MultiTokenConfig(), full_attention_layers=full_attention, moe=moe, router=router)
 
     def window_of(self, layer: int) -> int | None:
         """Positions that a token attends to in a layer; None: all up to itself."""

@@ -135,7 +135,8 @@ class DynMoEConfig(PreTrainedConfig):
         if not experts:
             return
         try:
-            router_of(self.router | overrides).check_layers(experts)
+            # The number of experts at the start of a training may be above that of a compacted layer.
+            router_of(self.router | overrides | {"initial_experts": None}).check_layers(experts)
         except ConfigError as error:
             text = str(error).replace("model.router.", "router_overrides.")
             raise ValueError(text.replace("model.moe.experts", "the number of experts")) from None

@@ -220,7 +220,10 @@ class Settings:
         if scaling.get("attention_factor", turn + 1.0) != 1.0:
             found = f"rope_parameters, rope_scaling: mscale={above}, mscale_all_dim={below}"
             raise UserError(f"config.json: {found}: only equal ones can be imported with latent attention")
-        return scaling | {"attention_factor": (below or 0.0) * turn + 1.0}
+        scaling.pop("attention_factor", None)
+        # The usual factor is left to be computed, so that it follows if the positions are stretched further.
+        is_usual = math.isclose(below or 0.0, 1.0)
+        return scaling if is_usual else scaling | {"attention_factor": (below or 0.0) * turn + 1.0}
 
 
 def settings_of(found: Mapping[str, Any], family: Family) -> Settings:

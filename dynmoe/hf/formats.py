@@ -29,7 +29,8 @@ def standard_architecture(model: ModelConfig) -> str | None:
     if moe.shortcut:
         return None
     if not model.moe_layers:
-        name = "llama" if model.qk_norm is None else None
+        whole = model.hidden % model.heads == 0  # which transformers' Llama demands even with a head_dim of its own
+        name = "llama" if model.qk_norm is None and whole else None
     elif len(set(moe.experts_by_layer)) > 1 or not isinstance(model.router, TopK) or own_field(model.router):
         name = None
     else:

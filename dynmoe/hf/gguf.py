@@ -75,7 +75,7 @@ def write_gguf(run: Path, output: Path, kind: str = "f32") -> Written:
         from gguf import GGUFWriter
     except ModuleNotFoundError:
         raise UserError("gguf: the package is not installed; run: pip install 'dynmoe[gguf]'") from None
-    settings = load_config(RunDirectory(run).config).model
+    settings = load_config(RunDirectory(run).config).model.without_mtp()
     architecture = find_architecture(settings)
     if kind == "q8_0":
         _check_rows(settings)

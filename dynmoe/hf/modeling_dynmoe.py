@@ -221,7 +221,10 @@ class DynMoEModel(DynMoEPreTrainedModel):
         for layer, kind in zip(self.layers, config.layer_types, strict=True):
             if keeps:
                 states.append(x_BSD)
-            x_BSD, weights, routing = layer(x_BSD, angles, masks[kind], counted_T, wanted, cache=cache)
+            # FlashAttention finds the documents of a flattened batch by its positions.
+            x_BSD, weights, routing = layer(
+                x_BSD, angles, masks[kind], counted_T, wanted, cache=cache, position_ids=position_ids, **kwargs
+            )
             if attends:
                 all_weights.append(weights)
             if routing:

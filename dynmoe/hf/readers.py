@@ -24,7 +24,7 @@ def _read_attention(get: Settings) -> dict[str, Any]:
         "kv_heads": heads if get.optional("num_key_value_heads") is None else get.count("num_key_value_heads"),
         "rope_theta": get.rope_theta(),
         **{f"rope_scaling.{name}": value for name, value in get.rope_scaling().items()},
-        **({} if width in (None, get.count("hidden_size") // heads) else {"head_dim": width}),
+        **({} if width is None or width * heads == get.count("hidden_size") else {"head_dim": width}),
     }
 
 

@@ -217,6 +217,28 @@ def test_attention_implementation_and_outputs_can_be_chosen(top_p):
     assert len(found.hidden_states) == 4
 
 
+def test_attention_knows_the_documents_of_a_flattened_batch(top_p, monkeypatch):
+    """As a collator without padding writes it; FlashAttention masks by these arguments alone."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model = read(top_p[1])
+    given = []
+
+    def attend(module, query, key, value, mask, **kwargs):
+        given.append(kwargs)
+        return query.transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "recorded", attend)
+    model.set_attn_implementation("recorded")
+    places = torch.tensor([[*range(5), *range(8)]])
+    ends = torch.tensor([0, 5, 13], dtype=torch.int32)
+    model(some_tokens()[:1], position_ids=places, cu_seq_lens_q=ends, use_cache=False)
+    assert len(given) == 3
+    for kwargs in given:
+        assert torch.equal(kwargs["position_ids"], places)
+        assert torch.equal(kwargs["cu_seq_lens_q"], ends)
+
+
 def test_a_saved_model_loads_with_the_same_logits(top_p, tmp_path):
     _, path = top_p
     model = read(path)

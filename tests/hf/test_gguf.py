@@ -15,7 +15,7 @@ from dynmoe.hf import main
 from dynmoe.hf.gguf import _check_router_state, write_gguf
 from dynmoe.trained import open_decoder
 from tests.hf.cases import OWN, TOP_K, begin
-from tests.hf.gguf_cases import MODELS, RENORMALIZED, SHAPE
+from tests.hf.gguf_cases import MODELS, RENORMALIZED, SHAPE, read
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,17 @@ def test_a_megatron_run_gives_the_same_file(corpus_dir, tmp_path):
         run = begin(corpus_dir, tmp_path / engine, [*SHAPE, *MODELS["qwen2_moe, shared"], f"engine={engine}"])
         write_gguf(run.path, tmp_path / f"{engine}.gguf", "bf16")
     assert (tmp_path / "deepspeed.gguf").read_bytes() == (tmp_path / "megatron.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "llama"])
+def test_layers_that_predict_further_tokens_are_left_out(corpus_dir, tmp_path, name):
+    files = []
+    for layers in (0, 1):
+        run = begin(corpus_dir, tmp_path / f"run_{layers}", [*SHAPE, *MODELS[name], f"model.mtp.layers={layers}"])
+        write_gguf(run.path, tmp_path / f"{layers}.gguf")
+        fields, tensors = read(tmp_path / f"{layers}.gguf")
+        files.append((fields, {name: tensor.shape.tolist() for name, tensor in tensors.items()}))
+    assert files[0] == files[1]
 
 
 REFUSED = {
@@ -46,6 +57,9 @@ REFUSED = {
     "model.router.renormalize=True.*olmoe does not normalize": [*TOP_K, RENORMALIZED, "model.qk_norm=projection"],
     "model.head_dim=24: must be model.hidden / model.heads .*qwen2moe": [*TOP_K, "model.head_dim=24"],
     "model.qk_norm='head'.*no experts": ["model.moe.experts=0", "model.qk_norm=head"],
+    "model.moe.first_k_dense_replace=1: llama.cpp requires experts": [
+        *TOP_K, "model.moe.first_k_dense_replace=1", "model.mtp.layers=1",
+    ],
     "layer 0: has biases of loss-free balancing": TOP_K,
 }  # fmt: skip
 

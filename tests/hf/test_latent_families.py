@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from dynmoe.config import load_config
 from dynmoe.hf.export import export
 from dynmoe.hf.importing import import_checkpoint
 from tests.hf import test_deepseek_v3, test_longcat
@@ -33,6 +34,12 @@ def test_a_run_is_exported_and_imported_again(corpus_dir, tmp_path, family, name
     assert not any(found.values()), found
     FAMILIES[family].compare(begun.decoder, model.eval())
     _, again = imported(tmp_path / "out", tmp_path / "again")
+    factors = [
+        own.model.rope_scaling.attention_factor for own in (begun.config, load_config(tmp_path / "again/config.yaml"))
+    ]
+    assert factors[1] == (None if factors[0] is None else pytest.approx(factors[0])), (
+        "stretched further, it would differ"
+    )
     state = begun.decoder.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
 

@@ -30,6 +30,14 @@ FURTHER = {
         "model.moe.active_at_start=3", "model.router.scale=3", "model.router.min_experts=2",
         "model.router.max_experts=5",
     ],
+    "layers without most experts of the start": [
+        "model.router.kind=top_any", "model.router.variant=improved", "model.moe.experts_by_layer=[4,1,6]",
+        "model.moe.experts=6", "model.router.initial_experts=null",
+    ],
+    "heads of another width in all": [
+        "model.hidden=32", "model.heads=3", "model.kv_heads=1", "model.head_dim=10", "model.router.kind=top_p",
+    ],
+    "dense, heads of another width in all": ["model.moe.experts=0", "model.heads=3", "model.head_dim=12"],
     "held": [
         "model.router.kind=sigmoid", "model.router.cutoff=0.4", "model.router.max_experts=3", "budget.rate=0.2",
         "budget.method=loss_free", "budget.experts_per_token=2", "budget.start=3", "budget.over_steps=9",
