@@ -120,11 +120,14 @@ class OptimizerState:
         return nullcontext()
 
     @torch.no_grad()
-    def reset_slice(self, parameter: nn.Parameter, index: tuple[int | slice, ...], fresh: Tensor) -> None:
+    def reset_slice(self, parameter: nn.Parameter, index: tuple[int | slice, ...], fresh: Tensor | None) -> None:
         """See :class:`dynmoe.moe.adaptation.ParameterReset`."""
         values = {part: value.clone() for part, value in self.get(parameter).items()}
         for part, value in values.items():
-            value[index] = fresh if part == MASTER else 0.0
+            if part != MASTER:
+                value[index] = 0.0
+            elif fresh is not None:
+                value[index] = fresh
         self.set(parameter, values)
 
     @torch.no_grad()

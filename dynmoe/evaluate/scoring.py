@@ -62,6 +62,18 @@ class ExpertUse:
         return {EXPERTS: sum(self._experts[group] for group in groups) / tokens} if tokens else {}
 
 
+def padded_length(model: ScoredModel, length: int) -> int:
+    """The length to which sequences of up to ``length`` tokens are padded: a multiple of the parts of a sequence.
+
+    With a window there are only a few lengths, as FlexAttention compiles a kernel for each and then gives up: it would
+    hold the weights of all pairs.
+    """
+    parts = -(-length // model.parts)
+    if model.config.model.window is not None:
+        parts = min(1 << (parts - 1).bit_length(), model.config.data.sequence_length // model.parts)
+    return parts * model.parts
+
+
 def rows_of_pass(model: ScoredModel, length: int) -> int:
     """Number of sequences of ``length`` tokens in a forward pass, limited by training's batch and by logits."""
     config = model.config
@@ -113,7 +125,7 @@ def _passes(model: ScoredModel, passages: Sequence[Passage]) -> list[list[int]]:
     left = sorted(range(len(passages)), key=lambda number: -len(passages[number].tokens))
     passes = []
     while left:
-        rows = rows_of_pass(model, len(passages[left[0]].tokens))
+        rows = rows_of_pass(model, padded_length(model, len(passages[left[0]].tokens) - 1))
         passes.append(left[:rows])
         left = left[rows:]
     return passes
@@ -125,7 +137,7 @@ def _score_pass(model: ScoredModel, batch: Sequence[Passage]) -> tuple[Tensor, T
     Sequences are padded on the right, which earlier tokens do not see.
     """
     lengths = [len(passage.tokens) - 1 for passage in batch]
-    length = -(-max(lengths) // model.parts) * model.parts
+    length = padded_length(model, max(lengths))
     tokens_BS = torch.zeros(len(batch), length, dtype=torch.int64)
     labels_BS, seen_BS, wanted_BS = (torch.zeros_like(tokens_BS) for _ in range(3))
     for row, (passage, own) in enumerate(zip(batch, lengths, strict=True)):

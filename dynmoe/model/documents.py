@@ -60,8 +60,12 @@ class CausalMask:
     @cached_property
     def mask_B1QP(self) -> Tensor:
         """True where a position attends to another, bool."""
+        return self.rows(slice(None)).unsqueeze(1)
+
+    def rows(self, queries: slice) -> Tensor:
+        """True where these positions attend to another, bool [B, Q, P]."""
         place_P = torch.arange(self._first_BS.shape[1], device=self._first_BS.device)
-        return ((place_P <= place_P[:, None]) & (place_P >= self._first_BS.unsqueeze(2))).unsqueeze(1)
+        return (place_P <= place_P[queries, None]) & (place_P >= self._first_BS[:, queries, None])
 
     @cached_property
     def blocks(self) -> BlockMask:

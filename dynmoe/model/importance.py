@@ -21,7 +21,6 @@ def own_weights(q_BHSd: Tensor, k_BKPd: Tensor, mask: Tensor | CausalMask | None
         k_BKPd: keys of all positions; each serves H / K heads.
         mask: True where a position attends to another, [B, 1, S, P], or a causal mask; None: to all up to itself.
     """
-    mask_B1SP = mask.mask_B1QP if isinstance(mask, CausalMask) else mask
     batch, heads, positions, width = q_BHSd.shape
     kv_heads, length = k_BKPd.shape[1:3]
     places = torch.arange(length, device=q_BHSd.device)
@@ -31,7 +30,10 @@ def own_weights(q_BHSd: Tensor, k_BKPd: Tensor, mask: Tensor | CausalMask | None
     for start in range(0, positions, _ROWS):
         rows = slice(start, min(start + _ROWS, positions))
         own = places[length - positions :][rows]
-        seen = (places <= own[:, None]).unsqueeze(0) if mask_B1SP is None else mask_B1SP[:, 0, rows]
+        if isinstance(mask, CausalMask):
+            seen = mask.rows(rows)
+        else:
+            seen = (places <= own[:, None]).unsqueeze(0) if mask is None else mask[:, 0, rows]
         scores = queries[:, :, :, rows] @ keys / math.sqrt(width)
         weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(dim=-1)
         at = own.view(1, 1, 1, -1, 1).expand(*weights.shape[:4], 1)

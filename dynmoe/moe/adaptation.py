@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -35,10 +35,10 @@ class ParameterReset(Protocol):
     def whole(self, module: nn.Module) -> AbstractContextManager[None]:
         """The context in which the parameters of a module can be read; collective like :meth:`reset_slice`."""
 
-    def reset_slice(self, parameter: nn.Parameter, index: tuple[int | slice, ...], fresh: Tensor) -> None:
+    def reset_slice(self, parameter: nn.Parameter, index: tuple[int | slice, ...], fresh: Tensor | None) -> None:
         """Writes ``fresh`` to ``parameter[index]`` and its fp32 master weights, and zeroes the moments there.
 
-        Collective over the ranks that hold a replica of the parameter.
+        Without ``fresh`` the weights stay. Collective over the ranks that hold a replica of the parameter.
         """
 
 
@@ -76,6 +76,17 @@ def _read_window(router: Router) -> Tensor:
     state: RouterState = router
     scalars = torch.stack([state.window_tokens, state.window_unclaimed, state.window_unclaimed_D.norm()])
     return torch.cat([scalars, state.window_selected_E, state.active_E.double()])
+
+
+def _windows(router: Router) -> tuple[Tensor, ...]:
+    """The recorded sums of a layer."""
+    state: RouterState = router
+    return state.window_tokens, state.window_selected_E, state.window_unclaimed, state.window_unclaimed_D
+
+
+def _clear(windows: Iterable[Tensor]) -> None:
+    for window in windows:
+        window.zero_()
 
 
 class Adaptation:
@@ -122,11 +133,9 @@ class Adaptation:
             return []
         is_first = self._window_end(step) - step == self.config.window - 1
         for number, layer in enumerate(layers):
-            state: RouterState = layer.router
-            windows = (state.window_tokens, state.window_selected_E, state.window_unclaimed, state.window_unclaimed_D)
+            windows = _windows(layer.router)
             if is_first:  # a run that was resumed with another interval may have left sums there
-                for window in windows:
-                    window.zero_()
+                _clear(windows)
             if statistics is not None:
                 seen = statistics[number]
                 assert seen.unclaimed is not None
@@ -139,11 +148,14 @@ class Adaptation:
         # Decisions are made on the host: one copy for all layers.
         by_layer = [_read_window(layer.router) for layer in layers]
         on_host = torch.cat(by_layer).cpu().split([len(window) for window in by_layer])
-        return [
+        events = [
             event
             for layer, window in zip(layers, on_host, strict=True)
             for event in self._change_experts(layer, window, step)
         ]
+        for layer in layers:  # a run that is resumed within a longer window must not decide on these steps again
+            _clear(_windows(layer.router))
+        return events
 
     def _change_experts(self, layer: MoELayer, window: Tensor, step: int) -> list[AdaptationEvent]:
         """Removes and adds experts of a layer; ``window`` is that of :func:`_read_window`, on the host."""
@@ -179,8 +191,5 @@ class Adaptation:
         experts = layer.experts
         if slot in experts.experts:
             local = slot - experts.experts.start
-            fresh_weights = experts.fresh_weights(slot, f"step{step}")
-            if self.config.weights == "slot":
-                fresh_weights = [(parameter, parameter[local].clone()) for parameter, _ in fresh_weights]
-            for parameter, fresh in fresh_weights:
-                self.optimizer_state.reset_slice(parameter, (local,), fresh)
+            for parameter, fresh in experts.fresh_weights(slot, f"step{step}"):
+                self.optimizer_state.reset_slice(parameter, (local,), None if self.config.weights == "slot" else fresh)

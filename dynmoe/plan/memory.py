@@ -60,7 +60,10 @@ def memory_of_stage(layout: Layout, stage: int, experts_per_token: float, device
         _Part(experts, layout.expert_data_parallel, experts if by_muon else 0),
     ]
     largest = max(layout.layer_parameters(layer) for layer in layout.layers(stage))
-    held = _EngineMemory(parts, layout.element, layout.config.deepspeed.zero_stage, layout.accumulation > 1, largest)
+    embeddings = layout.size.embedding * (1 if layout.config.model.tie_embeddings else 2)
+    held = _EngineMemory(
+        parts, layout.element, layout.config.deepspeed.zero_stage, layout.accumulation > 1, largest, embeddings
+    )
     kept, gradients, at_backward, at_step = held.megatron() if layout.config.engine == "megatron" else held.deepspeed()
     activations, transient = activation_bytes(layout, stage, experts_per_token, device)
     # The larger of both peaks; ``temporary`` is the part in addition to activations.
@@ -91,6 +94,7 @@ class _EngineMemory:
         stage: ZeRO stage.
         accumulates: whether a step has several micro-batches.
         largest_layer: number of parameters of the largest layer, which ZeRO 3 gathers.
+        embeddings: number of parameters of the embedding and output projection, which ZeRO 3 gathers for a whole pass.
     """
 
     parts: list[_Part]
@@ -98,6 +102,7 @@ class _EngineMemory:
     stage: int
     accumulates: bool
     largest_layer: int
+    embeddings: int
 
     @property
     def weights(self) -> float:
@@ -143,7 +148,7 @@ class _EngineMemory:
 
     def _zero3(self) -> tuple[float, float, float, float]:
         """Keeps the buffer in which it reduces gradients; gathers weights ahead of the layers that need them."""
-        gathered = self.element * min(self._whole, DEEPSPEED_PREFETCH + self.largest_layer)
+        gathered = self.element * min(self._whole, self.embeddings + DEEPSPEED_PREFETCH + self.largest_layer)
         bucket = self.element * min(self._whole, DEEPSPEED_BUCKET)
         copied = max(4.0 * part.count / part.ranks for part in self.parts)
         return 12.0 * self._shard, 4.0 * self._shard + bucket, gathered, copied

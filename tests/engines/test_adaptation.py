@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from dynmoe.config import load_config
 from dynmoe.moe.adaptation import experts_to_remove, slot_to_fill
@@ -139,10 +142,18 @@ def test_a_new_expert_has_fresh_weights_fresh_masters_and_no_moments(two_ranks, 
         assert moments[:, stayed].any(), "the moments were wiped for all"
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_a_new_expert_can_start_from_the_weights_of_its_slot(two_ranks, stage):
-    """Those it was built with, up to weight decay; its moments are new all the same."""
-    overrides = layout(2, stage)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(layout(2, 1), marks=pytest.mark.slow),
+        layout(2, 3),
+        [*layout(2, 3), "train.precision=bf16"],
+        [*LAYOUTS["Megatron EP 2"], "train.precision=bf16"],
+    ],
+    ids=["ZeRO 1", "ZeRO 3", "ZeRO 3, bf16", "Megatron, bf16"],
+)
+def test_a_new_expert_can_start_from_the_weights_of_its_slot(two_ranks, overrides):
+    """Those it was built with, up to weight decay, in fp32; its moments are new all the same."""
     results = two_ranks.run(train, [*ADAPTIVE, *overrides, "adaptation.weights=slot"], 0, 20)
     # Experts 0, 2, 4 and 6 are active from the start.
     unused = {event for event in results[0]["events"] if event.change == "added" and event.expert % 2}
@@ -153,6 +164,8 @@ def test_a_new_expert_can_start_from_the_weights_of_its_slot(two_ranks, stage):
             whole_part(results, event.rank, name, part, overrides)[event.expert % 4] for part in ("param", "exp_avg")
         )
         built = named_normal((64, 32), 0.1, 0, f"layers.{event.layer}.moe.experts.w_up.{event.expert}")
+        if "train.precision=bf16" in overrides:  # masters are made from the weights of the model
+            built = built.bfloat16().float()
         torch.testing.assert_close(held / held.norm(), built / built.norm(), rtol=1e-4, atol=1e-6)
         assert not moment.any()
 
@@ -174,6 +187,17 @@ def test_resuming_within_a_window_does_not_change_decisions(two_ranks, tmp_path,
         assert all(torch.equal(value, after["state"][name]) for name, value in whole["state"].items())
 
 
+def test_a_longer_window_after_a_resume_counts_no_step_again(two_ranks, tmp_path):
+    overrides = [*ADAPTIVE, *SHORT, *layout(2, 1)]
+    two_ranks.run(train, overrides, 0, 12, "", str(tmp_path / "saved"))
+    resumed = two_ranks.run(train, [*overrides, "adaptation.window=9"], 12, 20, str(tmp_path / "saved"))
+    config = config_for(*overrides)
+    events = resumed[0]["events"]
+    assert {event.step for event in events} == {20}
+    tokens = {int(re.search(r"of (\d+) tokens", event.reason)[1]) for event in events}
+    assert tokens == {8 * config.train.global_batch * config.data.sequence_length}, "of steps 13 to 20"
+
+
 def test_all_layouts_make_the_same_decisions(one_rank, two_ranks):
     """One process, data parallelism, and expert parallelism with a policy that does not choose slots by rank."""
     overrides = [*ADAPTIVE, *SHORT, "adaptation.policy=released", "adaptation.removal_share=0"]
@@ -185,11 +209,17 @@ def test_all_layouts_make_the_same_decisions(one_rank, two_ranks):
         assert [(event.step, event.layer, event.expert, event.change) for event in spread["events"]] == wanted
 
 
+def train_with_whole_repetitions(*arguments: Any) -> dict[str, Any]:
+    """Recomputation repeats all of a forward pass, not only what the backward pass needs: counting is in the rest."""
+    with set_checkpoint_early_stop(False):
+        return train(*arguments)
+
+
 def test_windows_count_optimizer_steps(one_rank):
     """Windows do not count forward passes: neither accumulation nor recomputation records a token twice."""
     few = ["train.micro_batch=8", *layout(1, 1)]
     (plain,) = one_rank.run(train, [*ADAPTIVE, *few], 0, 20)
-    (again,) = one_rank.run(train, [*ADAPTIVE, *few, "train.recompute=full"], 0, 20)
+    (again,) = one_rank.run(train_with_whole_repetitions, [*ADAPTIVE, *few, "train.recompute=full"], 0, 20)
     (quarters,) = one_rank.run(train, [*ADAPTIVE, *few, "train.micro_batch=2"], 0, 20)
     assert plain["events"]
     assert quarters["events"]

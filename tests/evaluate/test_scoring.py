@@ -66,6 +66,20 @@ def test_scores_are_those_of_one_passage_after_the_other(model):
     assert calls == [(number, len(calls)) for number in range(1, len(calls) + 1)]
 
 
+def test_a_model_with_a_window_sees_few_lengths(corpus_dir, tmp_path, monkeypatch):
+    """FlexAttention compiles a kernel for each, and no more than eight."""
+    fields = ["model.window=8", "train.micro_batch=2", "train.global_batch=2"]
+    model = WholeModel(open_trained(begin(corpus_dir, tmp_path / "run", fields).path))
+    seen = set()
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda tokens, wanted: seen.add(tokens.shape[1]) or logits(tokens, wanted))
+    passages = [Passage([*range(3, 5 + length)], 1, "all") for length in range(1, 64)]
+    scores = score(model, passages, ExpertUse(), lambda done, of: None)
+    assert seen == {8, 16, 32, 64}
+    for passage, own in zip(passages, scores, strict=True):
+        assert own.log_prob == pytest.approx(by_hand(model, passage)[0], rel=1e-5)
+
+
 def test_passes_are_no_larger_than_memory_allows(model, monkeypatch):
     monkeypatch.setattr(scoring, "_MAX_LOGITS", 448 * 64)  # one sequence
     assert scoring.rows_of_pass(model, 64) == 1

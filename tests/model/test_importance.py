@@ -13,6 +13,7 @@ from dynmoe.errors import UserError
 from dynmoe.hf.export import export
 from dynmoe.model import Decoder
 from dynmoe.model import importance as module
+from dynmoe.model.documents import CausalMask
 from dynmoe.model.importance import importance, own_weights
 from dynmoe.moe import MoEContext, MoELayer
 from dynmoe.moe.layer import capture_plans
@@ -64,6 +65,16 @@ def test_rows_are_taken_in_parts(monkeypatch):
     whole = own_weights(q, k)
     monkeypatch.setattr(module, "_ROWS", 3)
     torch.testing.assert_close(own_weights(q, k), whole, rtol=1e-6, atol=0)
+
+
+def test_a_causal_mask_is_never_whole_in_memory(monkeypatch):
+    first = torch.tensor([[0, 0, 0, 3, 3, 5, 5, 5, 6], [0, 1, 2, 3, 3, 3, 4, 5, 6]])
+    mask = CausalMask(first)
+    q, k = (torch.randn(2, 2, 9, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
+    whole = own_weights(q, k, mask.mask_B1QP)
+    monkeypatch.setattr(module, "_ROWS", 4)
+    monkeypatch.setattr(CausalMask, "mask_B1QP", None)
+    torch.testing.assert_close(own_weights(q, k, CausalMask(first)), whole, rtol=1e-6, atol=0)
 
 
 def test_uniform_attention_has_importance_one_at_every_position():

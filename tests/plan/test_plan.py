@@ -38,7 +38,9 @@ _TINY = [
 
 
 def layout(ranks: int, *fields: str, nodes: int = 1) -> Layout:
-    return Layout(load_config(None, [*_TINY, *fields]), nodes, ranks // nodes, 4096)
+    config = load_config(None, [*_TINY, *fields])
+    assert config.model.vocab_size is not None
+    return Layout(config, nodes, ranks // nodes, config.model.vocab_size)
 
 
 def described(path: Path) -> tuple[int, int]:
@@ -228,6 +230,19 @@ def test_experts_in_mxfp8_need_a_temporary_copy_of_the_up_projections():
     assert mxfp8.total - plain.total == pytest.approx(mxfp8.temporary - plain.temporary)
 
 
+def test_zero_3_holds_the_embeddings_for_a_whole_pass():
+    """DeepSpeed gathers what a module itself has, and gives it back after the module: here, after the model."""
+    fields = ["deepspeed.zero_stage=3", "model.layers=16", "train.precision=bf16", "train.recompute=full"]
+
+    def temporary(rows: int, *more: str) -> float:
+        return memory_per_rank(Layout(load_config(None, [*_TINY, *fields, *more]), 1, 8, rows), 2.0).temporary
+
+    more = 2**19
+    assert temporary(4096 + more) - temporary(4096) == pytest.approx(2 * more * 512 * 2)
+    tied = "model.tie_embeddings=true"
+    assert temporary(4096 + more, tied) - temporary(4096, tied) == pytest.approx(more * 512 * 2)
+
+
 def test_pipeline_stages_store_activations_in_flight():
     fields = ["engine=megatron", "train.recompute=full", "train.global_batch=32", "train.micro_batch=4"]
     one, four = (
@@ -263,6 +278,7 @@ MEASURED = [
          "train.micro_batch=8"]),
     (2, ["deepspeed.zero_stage=3", "train.micro_batch=4"]),
     (2, ["deepspeed.zero_stage=3", "parallel.expert=2", "train.precision=bf16", "accumulate"]),
+    (2, ["deepspeed.zero_stage=3", "train.precision=bf16", "model.vocab_size=131072", "model.layers=8"]),
     (2, ["optimizer.kind=muon", "deepspeed.zero_stage=0"]),
     (2, ["optimizer.kind=muon", "deepspeed.zero_stage=1", "parallel.expert=2"]),
     (2, ["optimizer.kind=muon", "deepspeed.zero_stage=2", "train.precision=bf16"]),

@@ -14,7 +14,11 @@ import torch
 from dynmoe.config import load_config
 from dynmoe.data.batches import Batch
 from dynmoe.errors import ConfigError, UserError
+from dynmoe.model import Decoder
+from dynmoe.moe.layer import capture_plans
+from dynmoe.moe.replay import ROUTED, RoutingReplay
 from dynmoe.train.replay import ReplaySource, read_step
+from tests.moe.cases import tiny_model
 from tests.train.cases import TrainingProcess, read_rows
 
 EXPERTS = 5
@@ -100,6 +104,24 @@ REFUSED = {
                f"layer 3: position 2 of sample 14 uses expert 5, which is not active in this run; {ACTIVE}"),
     "dropped": (changed(dropped=[-1]), "layer 3: position 2 of sample 14 uses expert -1, which is not active"),
 }  # fmt: skip
+
+
+def test_layers_without_routes_select_their_experts_themselves():
+    """As those that predict further tokens, which generation does not use and its trace therefore lacks."""
+    model = Decoder(tiny_model("model.mtp.layers=1"), 50, seed=0).train()
+    replay = RoutingReplay()
+    tokens_BS = torch.randint(50, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    ahead = [(tokens_BS.roll(-1, dims=1), tokens_BS)]
+    chosen = {}
+    for own in (None, replay):
+        with model.context.override(replay=own), capture_plans(model.moe_layers) as plans:
+            model(tokens_BS, tokens_BS, ahead=ahead)
+        chosen[own] = [plan.routing_map_TE for plan in plans]
+        for layer, map_TE in zip(model.moe_layers[:-1], chosen[own][:-1], strict=True):
+            replay.add(layer.layer, 0, ROUTED * (~map_TE).byte())
+    assert model.moe_layers[-1].layer == 2
+    assert [map_TE.tolist() for map_TE in chosen[replay][:-1]] == [(~map_TE).tolist() for map_TE in chosen[None][:-1]]
+    assert chosen[replay][-1].sum() >= len(tokens_BS) * LENGTH
 
 
 @pytest.mark.parametrize("name", REFUSED)

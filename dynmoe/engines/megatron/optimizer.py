@@ -181,15 +181,18 @@ class OptimizerState:
         return nullcontext()
 
     @torch.no_grad()
-    def reset_slice(self, parameter: nn.Parameter, index: tuple[int | slice, ...], fresh: Tensor) -> None:
+    def reset_slice(self, parameter: nn.Parameter, index: tuple[int | slice, ...], fresh: Tensor | None) -> None:
         """See :class:`dynmoe.moe.adaptation.ParameterReset`; needs no communication, as all ranks call it alike."""
         renewed = torch.zeros_like(parameter, dtype=torch.bool)
         renewed[index] = True
         values = torch.zeros_like(parameter, dtype=torch.float32)
-        values[index] = fresh
-        parameter[index] = fresh.to(parameter.dtype)
+        if fresh is not None:
+            values[index] = fresh
+            parameter[index] = fresh.to(parameter.dtype)
         shards, start = self.shard(parameter)
         for part, held in shards.items():
+            if part == MASTER and fresh is None:
+                continue
             shard = slice(start, start + held.numel())
             new = values.flatten()[shard] if part == MASTER else torch.zeros_like(held)
             held.copy_(torch.where(renewed.flatten()[shard], new, held))
