@@ -98,8 +98,7 @@ def _configuration(config: Config, output: Path, counts: list[int]) -> Config:
     router = config.model.router
     if router.has_field("initial_experts"):  # only for a new run
         router = dataclasses.replace(router, initial_experts=None)  # type: ignore[call-arg]
-    if (getattr(router, "max_experts", None) or 0) > max(counts):  # which then limits nothing
-        router = dataclasses.replace(router, max_experts=None)  # type: ignore[call-arg]
+    router = router.without_idle_maximum(counts)
     # The expert-parallel size may not divide the new numbers of experts.
     spread = config.parallel.expert if all(count % config.parallel.expert == 0 for count in counts) else 1
     return dataclasses.replace(

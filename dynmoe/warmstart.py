@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from dynmoe.cli import run_tool
 from dynmoe.config import Config, ModelConfig, load_config
+from dynmoe.config.load import read_override
 from dynmoe.config.router_fields import chosen_router
 from dynmoe.errors import UserError
 from dynmoe.routers import ROUTERS, TopP
@@ -139,8 +140,8 @@ def _configuration(
 ) -> Config:
     """Configuration of the new run; overrides must not contradict the source."""
     place = [f"run.dir={output.parent}", f"run.name={output.name}"]
-    kinds = [field.partition("=")[2] for field in overrides if field.startswith("model.router.kind=")]
-    kind = chosen_router([{"model": {"router": {"kind": own}}} for own in kinds or [old.model.router.kind]]).kind
+    kinds = [read_override(field) for field in overrides if field.startswith("model.router.kind=")]
+    kind = chosen_router(kinds).kind if kinds else old.model.router.kind
     if old.model.moe_layers:
         if experts is not None:
             raise UserError(f"--experts={experts}: {run} already has experts; remove the option")

@@ -43,7 +43,7 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
         UserError: an unreadable file, an unknown field, a wrong type or an invalid value.
     """
     sources = [] if path is None else [([_read_yaml(Path(path))], _shown(path))]
-    sources.append(([_read_override(override) for override in overrides], "the command line"))
+    sources.append(([read_override(override) for override in overrides], "the command line"))
     current = [(tree, source) for trees, source in sources for tree in _current(trees, source)]
     router = chosen_router(tree for tree, _ in current)
     merged = copy.deepcopy(_defaults(router.kind))
@@ -71,8 +71,12 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     return loaded or {}
 
 
-def _read_override(override: str) -> dict[Any, Any]:
-    """The override as a nested mapping with one field."""
+def read_override(override: str) -> dict[Any, Any]:
+    """The override as a nested mapping with one field.
+
+    Raises:
+        UserError: it is not of the form ``key=value``, or the value is not YAML.
+    """
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise UserError(f"{override!r} is not an override; write it as key=value, such as train.steps=100")

@@ -211,9 +211,7 @@ class ModelConfig(Section):
         full_attention = [layer for layer in self.full_attention_layers if layer < self.layers]
         num_moe = sum(layer < self.layers for layer in self.moe_layers)
         counts = self.moe.experts_by_layer[:num_moe]
-        router = self.router
-        if counts and (getattr(router, "max_experts", None) or 0) > max(counts):  # it limited only the others
-            router = replace(router, max_experts=None)  # type: ignore[call-arg]
+        router = self.router.without_idle_maximum(counts) if counts else self.router
         moe = replace(self.moe, experts_by_layer=counts)
         return replace(self, mtp=MultiTokenConfig(), full_attention_layers=full_attention, moe=moe, router=router)
 

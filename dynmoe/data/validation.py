@@ -59,9 +59,8 @@ def sequences_by_domain(config: Config, corpora: Sequence[Corpus], data_size: in
     total = min(wanted, most) // data_size * data_size
     if total < len(limits):
         problem = f"gives {total} micro-batches, fewer than there are corpora ({len(limits)})"
-        cure = "use a smaller train.micro_batch, more text, or eval.weighting=tokens"
-        if wanted < most:
-            cure = f"use a larger value, or {cure.removeprefix('use ')}"
+        larger = "a larger value, " if wanted < most else ""
+        cure = f"use {larger}a smaller train.micro_batch, more text, or eval.weighting=tokens"
         raise ConfigError("eval.batches", config.eval.batches, problem, cure)
     counts = apportion(total, training_shares(corpora, config.data.weights), limits)
     return {name: count * rows for name, count in counts.items()}

@@ -322,6 +322,12 @@ class RouterSpec(Section):
                 cure = f"use at most {limit} ({rows})"
                 raise ConfigError(f"model.router.{name}", value, "is more than there are experts", cure)
 
+    def without_idle_maximum(self, sizes: Collection[int]) -> Self:
+        """The router without a ``max_experts`` above the sizes of all layers, which limits nothing."""
+        if (getattr(self, "max_experts", None) or 0) > max(sizes):
+            return dataclasses.replace(self, max_experts=None)  # type: ignore[call-arg]
+        return self
+
     def check_tokens(self, per_pass: int, per_step: int) -> None:
         """Raises a ConfigError if there are too few tokens in a forward pass over all ranks, or in a step."""
 

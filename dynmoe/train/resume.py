@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from dynmoe.config import Config, ModelConfig, current_name
@@ -33,8 +33,8 @@ _KEPT = {"eval.weighting": "blend", "data.documents": "masked"}
 _OLDER = {"eval.weighting": "tokens", "data.documents": "joined", "optimizer.kind": "adamw"}
 
 
-def check_unchanged(saved: dict[str, Any], current: dict[str, Any], has_begun: bool = True) -> None:
-    """Raises a ConfigError for a field that a resumed run must keep and that has changed.
+def check_unchanged(saved: dict[str, Any], current: dict[str, Any], has_begun: bool = True) -> list[str]:
+    """Names of the fields that have changed; raises a ConfigError for one that a resumed run must keep.
 
     A run that has read no sample yet (``has_begun`` is False) must keep fewer fields. Fields named in
     ``checkpoint.accept_changes`` may change, as long as the tensors fit.
@@ -42,28 +42,6 @@ def check_unchanged(saved: dict[str, Any], current: dict[str, Any], has_begun: b
     if saved.get("engine") != current["engine"]:
         cure = f"keep it, or convert the run: python -m dynmoe.convert RUN --engine {current['engine']}"
         raise ConfigError("engine", current["engine"], f"the run's checkpoint was saved by {saved.get('engine')}", cure)
-    fixed = _FIXED if has_begun else _FIXED_BEFORE
-    free = [*_FREE, *map(current_name, current["checkpoint"]["accept_changes"])]
-    for name, before, now in _changes(saved, current):
-        can_be_accepted = name not in _NEVER_FREE
-        if _is_in(name, fixed) and not (can_be_accepted and _is_in(name, free)):
-            cure = "keep it, start a new run with another run.name, or name it in checkpoint.accept_changes"
-            if not can_be_accepted:
-                cure = "keep it, or start a new run with another run.name"
-            raise ConfigError(name, now, f"the run's checkpoint has {before!r}", cure)
-
-
-def describe_new_order(saved: dict[str, Any], current: dict[str, Any], samples: int) -> str | None:
-    """One line if the order of the data is no longer that of the first ``samples`` samples."""
-    changed = [name for name, *_ in _changes(saved, current) if name in _ORDER]
-    if not changed:
-        return None
-    problem = "gives another order of the data, of which the first samples count as read"
-    return f"{', '.join(changed)}: {problem} ({samples:,}): some text is read again, and some is left out"
-
-
-def _changes(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Yields the name of each field that differs, the router first, with its value in the checkpoint and now."""
     # Older versions saved the fields of all routers.
     router = chosen_router([saved])
     saved = without_foreign_fields(router, saved)
@@ -71,12 +49,32 @@ def _changes(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[tuple[s
     added = flatten(dataclasses.asdict(ModelConfig(router=router())), "model.")
     old = dict(added) | {current_name(name): value for name, value in flatten(saved)}
     new = dict(flatten(current))
+    fixed = _FIXED if has_begun else _FIXED_BEFORE
+    free = [*_FREE, *map(current_name, current["checkpoint"]["accept_changes"])]
+    changed = []
     for name in sorted(old.keys() | new.keys(), key=lambda name: (name != "model.router.kind", name)):
         now = new.get(name)
         # An empty list means the behavior before the field existed.
         before = old.get(name, [] if now == [] else _OLDER.get(name))
-        if before != now:
-            yield name, before, now
+        if before == now:
+            continue
+        can_be_accepted = name not in _NEVER_FREE
+        if _is_in(name, fixed) and not (can_be_accepted and _is_in(name, free)):
+            cure = "keep it, start a new run with another run.name, or name it in checkpoint.accept_changes"
+            if not can_be_accepted:
+                cure = "keep it, or start a new run with another run.name"
+            raise ConfigError(name, now, f"the run's checkpoint has {before!r}", cure)
+        changed.append(name)
+    return changed
+
+
+def describe_new_order(changed: Sequence[str], samples: int) -> str | None:
+    """One line if, after a change of these fields, the order of the data is not that of the first ``samples``."""
+    names = [name for name in changed if name in _ORDER]
+    if not names:
+        return None
+    problem = "gives another order of the data, of which the first samples count as read"
+    return f"{', '.join(names)}: {problem} ({samples:,}): some text is read again, and some is left out"
 
 
 def with_kept_fields(config: Config, saved: dict[str, Any] | None) -> Config:

@@ -227,9 +227,8 @@ class Trainer:
         self.progress = Progress.of(state["progress"])
         has_begun = self.progress.samples > 0
         config = with_kept_fields(self.config, state["config"] if has_begun else None)
-        current = dataclasses.asdict(config)
-        check_unchanged(state["config"], current, has_begun)
-        new_order = describe_new_order(state["config"], current, self.progress.samples) if has_begun else None
+        changed = check_unchanged(state["config"], dataclasses.asdict(config), has_begun)
+        new_order = describe_new_order(changed, self.progress.samples) if has_begun else None
         if new_order is not None and self.engine.rank == 0:
             print(new_order)
         if has_begun and state["data"] != [corpus.fingerprint for corpus in self.data.corpora]:

@@ -107,26 +107,28 @@ class Stamp:
         files = {name: [facts.st_size, facts.st_mtime_ns, facts.st_ino] for name, facts in found.items()}
         return cls(corpus.path, other, {MANIFEST: digest(corpus.manifest), **files})
 
-    def _found(self, place: str = "*", facts: str = "*") -> list[dict[str, Any]]:
-        """The record in the corpus directory, and those in ``other`` with these parts of their names."""
-        others = [] if self.other is None else sorted(self.other.glob(f"{place}-{facts}.json"))
-        return [record for path in (self.corpus / _STAMP, *others) if (record := _read(path)) is not None]
-
     @property
-    def _place(self) -> str:
-        return digest([str(self.corpus.resolve()), socket.gethostname()])[:16]
+    def _name(self) -> tuple[str, str]:
+        """Both parts of its name in ``other``: whose it is, and what it says."""
+        return digest([str(self.corpus.resolve()), socket.gethostname()])[:16], digest(self.facts)[:16]
+
+    def _found(self, name: str) -> list[dict[str, Any]]:
+        """The record in the corpus directory, and those in ``other`` whose name fits this pattern."""
+        others = [] if self.other is None else sorted(self.other.glob(f"{name}.json"))
+        return [record for path in (self.corpus / _STAMP, *others) if (record := _read(path)) is not None]
 
     def difference(self) -> str | None:
         """A file that has changed since the verification; '' without a verification, None if nothing has changed."""
-        if self.facts in self._found(facts=digest(self.facts)[:16]):
+        own, facts = self._name
+        if self.facts in self._found(f"*-{facts}"):
             return None
-        earlier = self._found(place=self._place)
+        earlier = self._found(f"{own}-*")
         changed = (name for facts in earlier for name in self.facts if facts.get(name) != self.facts[name])
         return next(changed, "")
 
     def write(self) -> None:
         """Stores the record, if a directory for it is writable."""
-        other = [] if self.other is None else [self.other / f"{self._place}-{digest(self.facts)[:16]}.json"]
+        other = [] if self.other is None else [self.other / f"{'-'.join(self._name)}.json"]
         for path in (self.corpus / _STAMP, *other):
             with contextlib.suppress(OSError):  # a shared corpus is often read-only
                 path.parent.mkdir(parents=True, exist_ok=True)

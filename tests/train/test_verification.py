@@ -27,6 +27,7 @@ from dynmoe.train.checkpoint import pieces_of
 from dynmoe.train.checkpoint_store import CheckpointStore
 from dynmoe.train.verification import check_together, gather_ranks, verify_corpora
 from tests.data.test_pieces import in_blocks
+from tests.faults.test_corpora import edit_manifest
 
 FILES = (TOKENIZER_MODEL, *TOKEN_FILES)
 
@@ -208,7 +209,7 @@ def test_hosts_with_separate_copies_verify_their_own_copies_once(two_ranks, copi
         assert [rank["printed"] for rank in found] == ["", ""]
 
 
-def verify_copy(path: str, folder: str) -> dict[str, Any]:
+def verify_copy(path: str, folder: str, mode: str = "once") -> dict[str, Any]:
     """Like :func:`verify_and_count` on a host of its own, whose copy has the path of the others'."""
     rank = dist.get_rank()
     printed = io.StringIO()
@@ -216,32 +217,19 @@ def verify_copy(path: str, folder: str) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(verification.socket, "gethostname", lambda: f"host{rank}")
         patch.setattr(Path, "resolve", lambda path: Path("/corpus") if path == own else path)
-        return {**verify_and_count(str(own), folder), "printed": printed.getvalue()}
+        return {**verify_and_count(str(own), folder, mode), "printed": printed.getvalue()}
 
 
 def test_hosts_with_other_copies_are_refused_in_one_line(two_ranks, copied, tmp_path):
     for rank in range(2):
         shutil.copytree(copied, tmp_path / f"host_{rank}" / "corpus")
-    with_another_file(tmp_path / "host_1" / "corpus" / MANIFEST)
+    edit_manifest(tmp_path / "host_1" / "corpus", lambda m: m["files"]["train.bin"].update(sha256="0" * 64))
     for mode in ("once", "never"):
-        found = two_ranks.run(verify_other_copy, str(tmp_path / "host_{}" / "corpus"), str(tmp_path), mode)
+        found = two_ranks.run(verify_copy, str(tmp_path / "host_{}" / "corpus"), str(tmp_path), mode)
         for rank in found:
             assert re.fullmatch(
                 r"data\.dirs: .*corpus is another corpus on host1 than on host0; copy one to both", rank["error"]
             )
-
-
-def verify_other_copy(path: str, folder: str, mode: str) -> dict[str, Any]:
-    rank = dist.get_rank()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification.socket, "gethostname", lambda: f"host{rank}")
-        return verify_and_count(path.format(rank), folder, mode)
-
-
-def with_another_file(manifest: Path) -> None:
-    content = json.loads(manifest.read_text())
-    content["files"]["train.bin"]["sha256"] = "0" * 64
-    manifest.write_text(json.dumps(content))
 
 
 def test_f10_corruption_found_by_one_rank_ends_all_ranks_with_one_line(two_ranks, copied, tmp_path):
